@@ -1,0 +1,199 @@
+"""One step of any linear solver: a row of coefficients for each sample, gathered by its own step index.
+
+    m    = px x + pe eps
+    next = base b + m0 h[0] + m1 h[1] + cur m + noise exp(spread (v + 1) / 2) z
+    h[slot] <- m (slot 2: not stored),  x <- next,  b <- next where `end`
+
+x is what the network saw, eps its prediction, b the state at the start of the (macro-)step, h two stored m.
+With px = 0, pe = 1 m is eps (DDIM, DDPM); with px = 1/alpha, pe = -sigma/alpha it is the predicted x0
+(DPM-Solver++). v in [-1, 1] is a learned variance (DDPM, learned range), -1 where there is none.
+All in float32.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+COLUMNS = ("px", "pe", "base", "m0", "m1", "cur", "noise", "spread")
+
+
+@dataclass(frozen=True)
+class SolverState:
+    """x: [n, ...]; base: [n, ...], or None where every row ends its step (b is x); history: [n, 2, ...], or
+    None where no row reads or stores h. Contiguous, of one dtype (float32 for solver_step) and device.
+
+    A coefficient of 0 still multiplies, so h starts as zeros and is zeroed when a sample takes over a place:
+    `start` and `restart` do so.
+    """
+
+    x: Tensor
+    base: Tensor | None = None
+    history: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        n, *shape = self.x.shape
+        wanted = {"x": (n, *shape), "base": (n, *shape), "history": (n, 2, *shape)}
+        for name, value in self._tensors():
+            if value.shape != wanted[name] or value.dtype != self.x.dtype or value.device != self.x.device:
+                raise ValueError(
+                    f"{name} must be {self.x.dtype}{list(wanted[name])} on {self.x.device}, "
+                    f"got {value.dtype}{list(value.shape)} on {value.device}"
+                )
+            if not value.is_contiguous():
+                raise ValueError(f"{name} must be contiguous, got strides {value.stride()}")
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        named = (("x", self.x), ("base", self.base), ("history", self.history))
+        return ((name, value) for name, value in named if value is not None)
+
+    @staticmethod
+    def start(x: Tensor, base: bool = True, history: bool = True) -> "SolverState":
+        """A state of its own memory that starts at x: [n, ...], with or without base and history."""
+        x = x.clone(memory_format=torch.contiguous_format)
+        zeros = x.new_zeros(len(x), 2, *x.shape[1:]) if history else None
+        return SolverState(x, x.clone() if base else None, zeros)
+
+    def restart(self, slots: Tensor, x: Tensor) -> None:
+        """New samples x: [k, ...] begin in places slots: int64[k]."""
+        self.x[slots] = x
+        if self.base is not None:
+            self.base[slots] = x
+        if self.history is not None:
+            self.history[slots] = 0
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """coefficients: [n, 8] in the order of COLUMNS; slot: int64[n] in {0, 1, 2}; end: bool[n].
+
+    What the host knows about them (True is always right, False saves work and changes no value):
+    data: some m is not eps. history: some row reads or stores h. inner: some row does not end its step.
+    noise: some row adds noise.
+    """
+
+    coefficients: Tensor
+    slot: Tensor
+    end: Tensor
+    data: bool = True
+    history: bool = True
+    inner: bool = True
+    noise: bool = True
+
+    def __post_init__(self) -> None:
+        n = len(self.coefficients)
+        if self.coefficients.shape != (n, len(COLUMNS)) or self.slot.shape != (n,) or self.end.shape != (n,):
+            raise ValueError(
+                f"rows must be coefficients [n, {len(COLUMNS)}], slot [n], end [n], got "
+                f"{[list(t.shape) for t in (self.coefficients, self.slot, self.end)]}"
+            )
+
+
+def solver_step_reference(
+    state: SolverState, eps: Tensor, rows: StepRows, z: Tensor | None = None, variance: Tensor | None = None
+) -> SolverState:
+    """The formula above in the dtype of the state, whole and out of place: the new state."""
+    x, one = state.x, (-1, *[1] * (state.x.dim() - 1))
+    px, pe, base, m0, m1, cur, noise, spread = (c.view(one) for c in rows.coefficients.to(x.dtype).unbind(1))
+    b = x if state.base is None else state.base
+    h = torch.stack([x, x], 1).zero_() if state.history is None else state.history
+    z = torch.zeros_like(x) if z is None else z
+    v = torch.full_like(x, -1) if variance is None else variance.to(x.dtype)
+
+    m = px * x + pe * eps.to(x.dtype)
+    new = base * b + m0 * h[:, 0] + m1 * h[:, 1] + cur * m + noise * torch.exp(spread * (v + 1) / 2) * z
+    stored = torch.stack([torch.where((rows.slot == k).view(one), m, h[:, k]) for k in (0, 1)], 1)
+    return SolverState(
+        new,
+        None if state.base is None else torch.where(rows.end.view(one), new, b),
+        None if state.history is None else stored,
+    )
+
+
+def solver_step(
+    state: SolverState,
+    eps: Tensor,
+    rows: StepRows,
+    slots: Tensor | None = None,
+    z: Tensor | None = None,
+    variance: Tensor | None = None,
+) -> None:
+    """Advance samples in place: all of the state, or those at slots: int64[n], all different.
+
+    eps, z, variance: [n, ...] in the order of slots; eps and variance of any floating dtype, converted up.
+    z: float32 noise, needed where rows.noise; a sample whose noise coefficient is 0 brings zeros.
+    ValueError for a state that is not float32, other shapes, missing noise, or a state without the base or
+    history that the rows need.
+    """
+    n = len(state.x) if slots is None else len(slots)
+    _check(state, n, eps, rows, z, variance)
+    if n == 0:
+        return
+    px, pe, base, m0, m1, cur, noise, spread = rows.coefficients[:, :, None].unbind(1)  # [n, 1] each
+
+    def mine(tensor: Tensor | None, *shape: int) -> Tensor | None:
+        if tensor is None:
+            return None
+        return (tensor if slots is None else tensor.index_select(0, slots)).view(*shape)
+
+    x, b, h = mine(state.x, n, -1), mine(state.base, n, -1), mine(state.history, n, 2, -1)
+    eps = eps.float().reshape(n, -1)
+    m = (px * x).addcmul_(pe, eps) if rows.data else eps
+    torch.mul(x if b is None else b, base, out=x)
+    if rows.history:
+        x.addcmul_(m0, h[:, 0]).addcmul_(m1, h[:, 1])
+    x.addcmul_(cur, m)
+    if rows.noise:
+        if variance is not None:
+            noise = noise * torch.exp(spread * (variance.float().reshape(n, -1) + 1) / 2)
+        x.addcmul_(noise, z.reshape(n, -1))
+    if rows.history:
+        for k in (0, 1):
+            torch.where((rows.slot == k)[:, None], m, h[:, k], out=h[:, k])
+    if b is not None:
+        torch.where(rows.end[:, None], x, b, out=b)
+    if slots is not None:
+        for whole, part in ((state.x, x), (state.base, b), (state.history if rows.history else None, h)):
+            if whole is not None:
+                whole.index_copy_(0, slots, part.view(n, *whole.shape[1:]))
+
+
+def _check(
+    state: SolverState, n: int, eps: Tensor, rows: StepRows, z: Tensor | None, variance: Tensor | None
+) -> None:
+    if state.x.dtype != torch.float32 or rows.coefficients.dtype != torch.float32:
+        raise ValueError(
+            f"state and coefficients must be float32, got {state.x.dtype} and {rows.coefficients.dtype}"
+        )
+    if len(rows.slot) != n:
+        raise ValueError(f"{len(rows.slot)} rows of coefficients for {n} samples")
+    if rows.noise and z is None:
+        raise ValueError("a row adds noise, but z is None; draw it where the noise coefficient is not 0")
+    if rows.history and state.history is None:
+        raise ValueError("a row reads or stores history, but the state has none; start it with history=True")
+    if rows.inner and state.base is None:
+        raise ValueError("a row does not end its step, but the state has no base; start it with base=True")
+    for name, value in (("eps", eps), ("z", z), ("variance", variance)):
+        if value is not None and value.shape != (n, *state.x.shape[1:]):
+            raise ValueError(
+                f"{name} must be {[n, *state.x.shape[1:]]}, as the samples to step, got {list(value.shape)}"
+            )
+    if not eps.is_floating_point():
+        raise ValueError(f"eps must be floating point, got {eps.dtype}")
+    if z is not None and z.dtype != torch.float32:
+        raise ValueError(f"z must be float32, got {z.dtype}")
+
+
+def guide(cond: Tensor, uncond: Tensor, scale: Tensor) -> Tensor:
+    """Classifier-free guidance, cond + scale (cond - uncond): scale 0 is none (U-ViT, eval_ldm_discrete.py).
+
+    cond, uncond: [n, ...], scale: [n]. Returns float32[n, ...].
+    """
+    if cond.shape != uncond.shape or scale.shape != cond.shape[:1]:
+        raise ValueError(
+            f"cond and uncond must be [n, ...] and scale [n], got {list(cond.shape)}, {list(uncond.shape)}, "
+            f"{list(scale.shape)}"
+        )
+    cond = cond.float()
+    return torch.addcmul(cond, scale.float().view(-1, *[1] * (cond.dim() - 1)), cond - uncond.float())

@@ -1,0 +1,45 @@
+// The only file that knows Python. Pointers arrive as integers (Tensor.data_ptr()), sizes in elements
+// unless named bytes; std::invalid_argument becomes ValueError.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <utility>
+
+#include "active_set.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// The lock stays held: the plan takes less time than giving it back.
+std::pair<std::int32_t, std::int32_t> leave(std::uintptr_t mask, std::uintptr_t lane, std::uintptr_t row,
+                                            std::uintptr_t exit_layer, std::uintptr_t swaps,
+                                            std::int32_t n, std::int32_t lanes, std::int32_t layer) {
+  using std::int32_t;
+  const auto result =
+      adadiff::leave(pointer<const std::uint8_t>(mask), pointer<int32_t>(lane), pointer<int32_t>(row),
+                     pointer<int32_t>(exit_layer), pointer<int32_t>(swaps), n, lanes, layer);
+  return {result.after, result.swaps};
+}
+
+void swap_rows(std::uintptr_t data, std::int64_t row_bytes, std::int64_t stride_bytes, std::int64_t rows,
+               std::uintptr_t pairs, std::int64_t k) {
+  py::gil_scoped_release released;
+  adadiff::swap_rows(pointer<void>(data), row_bytes, stride_bytes, rows,
+                     pointer<const std::int32_t>(pairs), k);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compaction of the lanes that still run; see csrc/active_set.h.";
+  m.def("leave", &leave, py::arg("mask"), py::arg("lane"), py::arg("row"), py::arg("exit_layer"),
+        py::arg("swaps"), py::arg("n"), py::arg("lanes"), py::arg("layer"));
+  m.def("swap_rows", &swap_rows, py::arg("data"), py::arg("row_bytes"), py::arg("stride_bytes"),
+        py::arg("rows"), py::arg("pairs"), py::arg("k"));
+}

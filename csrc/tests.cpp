@@ -1,0 +1,221 @@
+// Tests of the core against loops that are too simple to be wrong. No framework: the first failure
+// prints its line and ends the program. Run under the sanitizers by `make sanitize`.
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "active_set.h"
+
+#define CHECK(condition)                                              \
+  do {                                                                \
+    if (!(condition)) {                                               \
+      std::printf("%s:%d: %s\n", __FILE__, __LINE__, #condition);     \
+      std::exit(1);                                                   \
+    }                                                                 \
+  } while (false)
+
+namespace {
+
+using Ints = std::vector<std::int32_t>;
+using Mask = std::vector<std::uint8_t>;
+
+bool raises(const std::function<void()>& call, const std::string& part) {
+  try {
+    call();
+  } catch (const std::invalid_argument& error) {
+    return std::string(error.what()).find(part) != std::string::npos;
+  }
+  return false;
+}
+
+struct State {
+  explicit State(std::int32_t lanes) : lane(lanes), row(lanes), exit_layer(lanes), n(lanes) {
+    std::iota(lane.begin(), lane.end(), 0);
+    row = lane;
+  }
+
+  // Exactly as many pairs as promised, so that one too many is seen by AddressSanitizer.
+  Ints leave(const Mask& mask, std::int32_t layer) {
+    Ints swaps(2 * (n / 2), -1);
+    const auto result = adadiff::leave(mask.data(), lane.data(), row.data(), exit_layer.data(), swaps.data(),
+                                       n, static_cast<std::int32_t>(lane.size()), layer);
+    n = result.after;
+    swaps.resize(2 * result.swaps);
+    return swaps;
+  }
+
+  bool operator==(const State& other) const {
+    return lane == other.lane && row == other.row && exit_layer == other.exit_layer && n == other.n;
+  }
+
+  Ints lane, row, exit_layer;
+  std::int32_t n;
+};
+
+// One leave from the identity, with the pairing done by two lists.
+void check_pairing(const Mask& mask) {
+  const auto n = static_cast<std::int32_t>(mask.size());
+  const auto after = static_cast<std::int32_t>(std::count(mask.begin(), mask.end(), 0));
+  Ints down, up, expected;
+  for (std::int32_t r = 0; r < n; ++r) {
+    if (mask[r] && r < after) down.push_back(r);
+    if (!mask[r] && r >= after) up.push_back(r);
+  }
+  CHECK(down.size() == up.size());
+  for (std::size_t k = 0; k < down.size(); ++k) {
+    expected.push_back(down[k]);
+    expected.push_back(up[k]);
+  }
+  State state(n);
+  CHECK(state.leave(mask, 3) == expected);
+  CHECK(state.n == after);
+  for (std::int32_t l = 0; l < n; ++l) {
+    CHECK(state.exit_layer[l] == (mask[l] ? 3 : 0));
+    CHECK((state.row[l] < after) == !mask[l]);
+    CHECK(state.lane[state.row[l]] == l);
+  }
+}
+
+void test_patterns() {
+  for (int n : {0, 1, 2, 3, 63, 64, 65}) {
+    check_pairing(Mask(n, 0));
+    check_pairing(Mask(n, 1));
+    if (n == 0) continue;
+    Mask first(n, 0), last(n, 0), alternating(n), all_but_first(n, 255), all_but_last(n, 255);
+    first[0] = last[n - 1] = 1;
+    all_but_first[0] = all_but_last[n - 1] = 0;
+    for (int r = 0; r < n; ++r) alternating[r] = r % 2;
+    for (const auto& mask : {first, last, alternating, all_but_first, all_but_last}) check_pairing(mask);
+  }
+  State empty(0);
+  CHECK(adadiff::leave(nullptr, nullptr, nullptr, nullptr, nullptr, 0, 0, 1).after == 0);
+}
+
+// Repeated leaves with padded rows that travel along: every lane's bytes stay with it, and the rows
+// that have left lie by exit layer, the earliest last.
+void test_random_runs() {
+  std::mt19937 random(7);
+  for (int run = 0; run < 300; ++run) {
+    const int lanes = static_cast<int>(random() % 67);
+    const std::int64_t row_bytes = run % 3 ? random() % 40 : 4090 + random() % 13;  // around one block
+    const std::int64_t stride_bytes = row_bytes + random() % 5;
+    std::vector<unsigned char> data(lanes * stride_bytes, 0xAA);
+    for (int l = 0; l < lanes; ++l) {
+      std::fill_n(data.begin() + l * stride_bytes, row_bytes, static_cast<unsigned char>(l));
+    }
+    State state(lanes);
+    Ints left(lanes, 0);
+    for (int layer = 1; layer <= 13; ++layer) {
+      Mask mask(state.n);
+      const unsigned share = random() % 5;
+      for (int r = 0; r < state.n; ++r) {
+        mask[r] = random() % 4 < share && random() % 2;
+        if (mask[r]) left[state.lane[r]] = layer;
+      }
+      const Ints swaps = state.leave(mask, layer);
+      adadiff::swap_rows(data.data(), row_bytes, stride_bytes, lanes, swaps.data(), swaps.size() / 2);
+      CHECK(state.exit_layer == left);
+      for (int r = state.n; r + 1 < lanes; ++r) CHECK(left[state.lane[r]] >= left[state.lane[r + 1]]);
+      for (int l = 0; l < lanes; ++l) {
+        const auto row = data.begin() + state.row[l] * stride_bytes;
+        CHECK(state.lane[state.row[l]] == l);
+        CHECK((state.row[l] < state.n) == (left[l] == 0));
+        CHECK(std::all_of(row, row + row_bytes, [l](unsigned char byte) { return byte == l; }));
+        CHECK(std::all_of(row + row_bytes, row + stride_bytes, [](unsigned char byte) { return byte == 0xAA; }));
+      }
+    }
+  }
+}
+
+void test_leave_errors() {
+  const Mask mask{1, 0, 0, 1};
+  Ints swaps(4, -1);
+  const auto refuses = [&](State state, std::int32_t n, std::int32_t layer, const std::string& part) {
+    const State before = state;
+    const bool raised = raises(
+        [&] {
+          adadiff::leave(mask.data(), state.lane.data(), state.row.data(), state.exit_layer.data(),
+                         swaps.data(), n, static_cast<std::int32_t>(state.lane.size()), layer);
+        },
+        part);
+    return raised && state == before && swaps == Ints(4, -1);
+  };
+  const State good(4);
+  CHECK(refuses(good, -1, 1, "n must be 0 or more"));
+  CHECK(refuses(good, 5, 1, "at most lanes"));
+  CHECK(refuses(good, 4, 0, "layer must be 1 or more"));
+  for (std::int32_t lane : {-1, 2, 4}) {
+    State bad(4);
+    bad.lane[3] = lane;
+    CHECK(refuses(bad, 4, 1, "not each other's inverse"));
+    CHECK(refuses(bad, 3, 1, "not each other's inverse"));
+  }
+  State twice(4);
+  twice.exit_layer[2] = 1;
+  CHECK(refuses(twice, 4, 2, "already left"));
+  State later(4);
+  later.exit_layer[3] = 5;
+  CHECK(refuses(later, 3, 4, "later layer"));
+
+  State null(4);
+  const auto refuses_null = [&](int which, const std::string& part) {
+    return raises(
+        [&] {
+          adadiff::leave(which == 0 ? nullptr : mask.data(), which == 1 ? nullptr : null.lane.data(),
+                         which == 2 ? nullptr : null.row.data(), which == 3 ? nullptr : null.exit_layer.data(),
+                         which == 4 ? nullptr : swaps.data(), 4, 4, 1);
+        },
+        part);
+  };
+  const char* names[] = {"mask", "lane", "row", "exit_layer", "swaps"};
+  for (int which = 0; which < 5; ++which) CHECK(refuses_null(which, names[which]));
+  CHECK(null == State(4));
+}
+
+void test_swap_errors() {
+  const std::vector<unsigned char> before{0, 1, 2, 3, 4, 5};
+  auto data = before;
+  const auto refuses = [&](const Ints& pairs, std::int64_t row_bytes, std::int64_t stride_bytes,
+                           std::int64_t rows, const std::string& part) {
+    return raises(
+               [&] {
+                 adadiff::swap_rows(data.data(), row_bytes, stride_bytes, rows, pairs.data(), pairs.size() / 2);
+               },
+               part) &&
+           data == before;
+  };
+  CHECK(refuses({0, 1}, -1, 2, 3, "0 or more"));
+  CHECK(refuses({0, 1}, 2, 2, -1, "0 or more"));
+  CHECK(refuses({0, 1}, 3, 2, 3, "overlap"));
+  CHECK(refuses({0, 1}, 2, std::numeric_limits<std::int64_t>::max() / 2, 3, "overflow"));
+  CHECK(refuses({0, 3}, 2, 2, 3, "outside"));
+  CHECK(refuses({0, 1, -1, 2}, 2, 2, 3, "outside"));
+  CHECK(refuses({0, 1}, 2, 2, 0, "outside"));
+  CHECK(refuses({0, 1, 2, 0}, 2, 2, 3, "twice"));
+  CHECK(refuses({1, 1}, 2, 2, 3, "twice"));
+  const Ints pair{0, 1};
+  CHECK(raises([&] { adadiff::swap_rows(data.data(), 2, 2, 3, pair.data(), -1); }, "0 or more"));
+  CHECK(raises([&] { adadiff::swap_rows(nullptr, 2, 2, 3, pair.data(), 1); }, "data is null"));
+  CHECK(raises([&] { adadiff::swap_rows(data.data(), 2, 2, 3, nullptr, 1); }, "pairs is null"));
+  adadiff::swap_rows(nullptr, 0, 0, 0, nullptr, 0);
+  adadiff::swap_rows(nullptr, 0, 0, 3, pair.data(), 1);
+  CHECK(data == before);
+}
+
+}  // namespace
+
+int main() {
+  test_patterns();
+  test_random_runs();
+  test_leave_errors();
+  test_swap_errors();
+  std::puts("core: all tests passed");
+}

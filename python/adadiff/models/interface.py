@@ -1,0 +1,69 @@
+"""What the engine asks of a network: blocks made of branches, and a way in and out.
+
+A branch is one residual update, `y = x + gate * branch(norm(x))`. The engine owns the residual stream, so that it can
+fuse the sum with the uncertainty score and drop the rows that have left; a network owns everything else.
+Everything per sample (time, label, modulation) is computed once per evaluation in `begin`, stays by lane, and is
+gathered through `lanes` (i32[n], row -> lane) when a row needs it.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from adadiff_kernels import Norm
+
+
+class Conditioning(Protocol):
+    """What `begin` knows about each lane. `time` is the network's own time embedding, float [B, Dt]."""
+
+    time: Tensor
+
+
+class Branch(Protocol):
+    def norm(self, cond: Any) -> Norm: ...
+
+    def gate(self, cond: Any) -> Tensor | None:
+        """[B, D] by lane, or None for a plain residual."""
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """h: normalised rows [n, T, D]. Returns [n, T, D]."""
+
+
+class Block(Protocol):
+    branches: Sequence[Branch]
+    skip_from: int | None  # index of the block whose output joins this one's input
+
+    def join(self, x: Tensor, skip: Tensor) -> Tensor:
+        """x, skip: [n, T, D] -> [n, T, D]. Only called where `skip_from` is set."""
+
+    def macs(self, tokens: int) -> int:
+        """Multiply-adds for one lane."""
+
+
+class Backbone(Protocol):
+    blocks: Sequence[Block]
+    dim: int  # D, channels of a row
+    time_dim: int  # Dt, channels of Conditioning.time
+    extras: int  # leading tokens that are not patches
+    tokens: int  # T, patches and extras
+    patch_outputs: int  # p * p * C, numbers predicted per patch
+    sample_shape: tuple[int, int, int]  # C, H, W
+
+    def begin(self, x: Tensor, t: Tensor, context: Tensor | None) -> tuple[Tensor, Conditioning]:
+        """x [B, C, H, W], t float [B], context (labels i64 [B], text [B, N, E] or None) -> rows [B, T, D], cond."""
+
+    def head(self, patches: Tensor) -> Tensor:
+        """patches [n, T - extras, D] -> prediction [n, C, H, W]."""
+
+    def new_head(self) -> nn.Module:
+        """A fresh module with the head's shape, for exits with a head of their own."""
+
+    def unpatchify(self, values: Tensor) -> Tensor:
+        """values [n, T - extras, p * p * C] -> [n, C, H, W]."""
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """The inverse of `unpatchify`."""
+
+    def fixed_macs(self) -> tuple[int, int]:
+        """Multiply-adds for one lane before the blocks and in the head."""

@@ -1,0 +1,30 @@
+"""The noise of a sample: a function of its seed, its own step index and the purpose, never of its batch."""
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from adadiff_kernels import philox_normal
+
+INITIAL = 0  # where sampling starts
+SOLVER_STEP = 1  # what a stochastic solver adds
+
+
+def initial_noise(seeds: Tensor, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
+    """seeds: int64[n] in [0, 2^63). Returns N(0, 1), float32[n, *shape], on `device` (default: as seeds)."""
+    return _noise(seeds, torch.zeros_like(seeds), INITIAL, shape, device)
+
+
+def step_noise(
+    seeds: Tensor, step: Tensor, shape: Sequence[int], device: torch.device | str | None = None
+) -> Tensor:
+    """seeds, step: int64[n], step being each sample's own index. Returns N(0, 1), float32[n, *shape]."""
+    return _noise(seeds, step, SOLVER_STEP, shape, device)
+
+
+def _noise(
+    seeds: Tensor, step: Tensor, stream: int, shape: Sequence[int], device: torch.device | str | None
+) -> Tensor:
+    return philox_normal(seeds, step, stream, prod(shape), device).view(len(seeds), *shape)

@@ -1,0 +1,96 @@
+"""Noise schedules: x = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps, and the time that the network is told.
+
+name               alpha_bar                                                   t of the network
+linear             1000 betas from 1e-4 to 0.02 (DDPM)                         0..999
+cosine             1000 betas of cos^2, at most 0.999 (Nichol and Dhariwal)    0..999
+stable_diffusion   1000 betas, linear in their root (U-ViT, discrete)          1..1000
+vp                 exp(-0.1 t - 9.95 t^2), t in [0, 1] (U-ViT, sde.py)         999 t
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+T = 1000
+VP_END = 1e-3  # the last evaluation; the step from there lands at t = 0, as in U-ViT's Euler-Maruyama
+NAMES = ("linear", "cosine", "stable_diffusion", "vp")
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """One of NAMES; all values are float64 on the CPU. ValueError for another name."""
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.name not in NAMES:
+            raise ValueError(f"no noise schedule {self.name!r}; there are {', '.join(NAMES)}")
+
+    @property
+    def spacings(self) -> tuple[str, ...]:
+        return ("uniform",) if self.name == "vp" else ("leading", "trailing", "linspace")
+
+    def training_times(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """u: float64 in [0, 1), any shape, drawn uniformly. Returns (t_net, alpha_bar), float64, shaped as u.
+
+        Discrete schedules take index floor(1000 u), vp takes t = u. ValueError for another dtype or range.
+        """
+        if u.dtype != torch.float64 or not bool(((u >= 0) & (u < 1)).all()):
+            raise ValueError(f"u must be float64 in [0, 1), as torch.rand gives it, got {u.dtype} {u}")
+        if self.name == "vp":
+            return 999 * u, _vp_alpha_bar(u)
+        return self._at((T * u).long())
+
+    def grid(self, steps: int, spacing: str) -> tuple[Tensor, Tensor]:
+        """The evaluations of a run, noisiest first: (t_net float64[steps], alpha_bar float64[steps + 1]).
+
+        alpha_bar[i] belongs to evaluation i; alpha_bar[steps] = 1 is where the last step lands (no noise).
+        With N steps, the discrete spacings are those of diffusers' set_timesteps:
+            leading   k * (1000 // N), k = N-1..0                     (DDPMScheduler, DDIMScheduler)
+            trailing  round(1000 - k * 1000 / N) - 1, k = 0..N-1      (the same)
+            linspace  round(linspace(0, 999, N + 1)) without its 0    (DPMSolverMultistepScheduler); N <= 999
+        vp knows "uniform" only: t = linspace(1, 1e-3, N), then 0.
+        ValueError for steps outside 1..1000 and for a spacing the schedule does not have.
+        """
+        if type(steps) is not int or not 1 <= steps <= T:
+            raise ValueError(f"steps must be an int from 1 to {T}, got {steps!r}")
+        if spacing not in self.spacings:
+            raise ValueError(f"schedule {self.name!r} has spacings {self.spacings}, got {spacing!r}")
+        k = torch.arange(steps, dtype=torch.float64)
+        if spacing == "uniform":
+            t = torch.linspace(1, VP_END, steps, dtype=torch.float64)
+            t_net, alpha_bar = 999 * t, _vp_alpha_bar(t)
+        elif spacing == "leading":
+            t_net, alpha_bar = self._at((k * (T // steps)).long().flip(0))
+        elif spacing == "trailing":
+            # as numpy.arange, which rounds its stride to the grid of its start: ties of round() depend on it
+            stride = T - (T - T / steps)
+            t_net, alpha_bar = self._at((T - k * stride).round().long() - 1)
+        else:
+            if steps == T:
+                raise ValueError(f"spacing 'linspace' repeats a timestep at {T} steps; take {T - 1} or fewer")
+            t_net, alpha_bar = self._at(((k + 1) * ((T - 1) / steps)).round().long().flip(0))
+        return t_net, torch.cat([alpha_bar, torch.ones(1, dtype=torch.float64)])
+
+    def _at(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        first = 1 if self.name == "stable_diffusion" else 0
+        return (index + first).double(), _alpha_bar(self.name)[index]
+
+
+def _vp_alpha_bar(t: Tensor) -> Tensor:
+    return torch.exp(-0.1 * t - 9.95 * t * t)
+
+
+@lru_cache
+def _alpha_bar(name: str) -> Tensor:
+    if name == "linear":
+        beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+    elif name == "stable_diffusion":
+        beta = torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float64) ** 2
+    else:
+        f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
+        beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    return torch.cumprod(1 - beta, 0)

@@ -1,0 +1,56 @@
+"""What every test runs under: fixed seeds, NaN in fresh memory, few threads, Triton's interpreter."""
+
+import os
+import random
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Read by Triton when a kernel is decorated, hence set before any import of the package.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# An element nobody writes shows: fresh floats are NaN, fresh integers the largest.
+torch.use_deterministic_algorithms(True, warn_only=True)
+torch.utils.deterministic.fill_uninitialized_memory = True
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+# Fixtures choose an implementation or a seed and keep nothing from example to example.
+settings.register_profile(
+    "adadiff",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("adadiff")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The price of the flag above: operators without a deterministic form say so.
+    config.addinivalue_line("filterwarnings", "ignore:.*use_deterministic_algorithms:UserWarning")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(params=["extension", "pytorch"])
+def core(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType | None:
+    """Runs a test twice: compaction by the compiled core, then by PyTorch alone."""
+    if request.param == "pytorch":
+        monkeypatch.setattr("adadiff_kernels.compaction._C", None)
+        return None
+    return pytest.importorskip("adadiff_kernels._C", reason="the extension is not built")
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  libraries under test draw from the global generator
+    torch.manual_seed(0)
