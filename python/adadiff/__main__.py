@@ -1,0 +1,8 @@
+"""`python -m adadiff` is the command `adadiff`."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

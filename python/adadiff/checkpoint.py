@@ -1,0 +1,92 @@
+"""Models on disk: one safetensors file, weights with the whole configuration in its header."""
+
+import json
+import os
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import ModelConfig
+from .model import Model
+
+FORMAT_VERSION = 1
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
+    """Writes to a temporary name and renames, so that a reader never sees half a file. Values of metadata become JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    header = {key: json.dumps(value) for key, value in {"format_version": FORMAT_VERSION, **metadata}.items()}
+    temporary.touch()
+    mode = temporary.stat().st_mode  # what the umask asks for; save_file writes for the owner alone
+    save_file({key: value.detach().contiguous() for key, value in tensors.items()}, temporary, metadata=header)
+    temporary.chmod(mode)
+    os.replace(temporary, path)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Raises ValueError for a file that is truncated, not safetensors, or of another format version."""
+    if not path.is_file():
+        raise ValueError(f"no such file: {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        metadata = {key: json.loads(value) for key, value in header.items()}
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file (truncated, or another format): {error}") from error
+    version = metadata.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {version!r}; this release reads version {FORMAT_VERSION}")
+    return tensors, metadata
+
+
+def load_strictly(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """load_state_dict that names every missing, unexpected or mis-shaped key, and changes nothing where it raises."""
+    own = module.state_dict()
+    problems = [f"missing {key}" for key in own if key not in tensors]
+    problems += [f"unexpected {key}" for key in tensors if key not in own]
+    problems += [
+        f"{key} is {tuple(tensors[key].shape)}, expected {tuple(own[key].shape)}"
+        for key in own
+        if key in tensors and tensors[key].shape != own[key].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"{source} does not fit this model: {'; '.join(problems[:8])}{more}")
+    module.load_state_dict(tensors)
+
+
+def save(model: Model, path: str | Path, notes: Mapping[str, object] | None = None) -> None:
+    """Writes weights and configuration. `notes` (how it was trained) is kept in the header."""
+    metadata = {"config": model.config.to_dict(), "notes": dict(notes or {})}
+    write_tensors(Path(path), model.state_dict(), metadata)
+
+
+def load(name_or_file: str | Path) -> Model:
+    """Opens a model with its exits: a name that ships with the package ("digits"), or a file that `save` wrote.
+
+    Raises ValueError where there is neither, or where the file does not fit the configuration it carries.
+    """
+    path = find(name_or_file)
+    tensors, metadata = read_tensors(path)
+    if "config" not in metadata:
+        raise ValueError(f"{path} holds tensors but no model configuration")
+    model = Model(ModelConfig.from_dict(metadata["config"]))
+    load_strictly(model, tensors, str(path))
+    return model.eval()
+
+
+def find(name_or_file: str | Path) -> Path:
+    """The file behind a shipped name or a path."""
+    shipped = {Path(file.name).stem: file for file in resources.files("adadiff").joinpath("checkpoints").iterdir()}
+    if str(name_or_file) in shipped:
+        return Path(str(shipped[str(name_or_file)]))
+    if not Path(name_or_file).is_file():
+        raise ValueError(f"no model {str(name_or_file)!r}: neither a file nor one of {', '.join(sorted(shipped))}")
+    return Path(name_or_file)

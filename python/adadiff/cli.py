@@ -1,0 +1,157 @@
+"""The command line.
+
+Exit codes: 0; 2 for unusable input, with a line saying why; 130 after Ctrl-C, with one on what is on disk.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import __version__, commands
+from .training import TrainConfig
+
+EXAMPLES = {
+    "sample": """examples:
+  adadiff sample digits --out samples --n 40 --labels 0,1,2,3,4,5,6,7,8,9
+  adadiff sample digits --out samples --rule full --steps 20,50 --solver dpm++2m --guidance 1.5
+after Ctrl-C the same command draws what is missing""",
+    "train": """examples:
+  adadiff train --out runs/digits
+  adadiff train --out runs/plain --plain
+  adadiff train runs/digits/config.json --out runs/longer --steps 20000
+after Ctrl-C the same command goes on where it stopped""",
+    "evaluate": """examples:
+  adadiff evaluate digits
+  adadiff evaluate runs/digits/model.safetensors --n 5000 --steps 20 --rule depth:8 --json quality.json""",
+    "inspect": """examples:
+  adadiff inspect digits
+  adadiff inspect runs/digits/model.safetensors --json""",
+}
+
+TRAIN_HELP = {
+    "preset": "the network, and the data it is trained on",
+    "exits": "train the network together with its exits, or alone",
+    "steps": "optimizer updates",
+    "batch": "images per update",
+    "lr": "learning rate after the warm-up; from there a cosine to zero",
+    "warmup": "updates until the learning rate is reached",
+    "weight_decay": "AdamW's",
+    "ema": "decay of the averaged weights, which are the result",
+    "uem_weight": "lambda, the weight of the uncertainty loss",
+    "ual_weight": "beta, the weight of the uncertainty-aware layer loss",
+    "label_drop": "share of labels replaced by the null class",
+    "seed": "of the weights, batches and noises",
+    "save_every": "updates between checkpoints",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command, that of sys.argv by default. Returns the exit code (argparse may raise SystemExit)."""
+    options = parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except KeyboardInterrupt as interrupt:
+        print(f"adadiff: interrupted; {str(interrupt) or 'no results are on disk'}", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        print(f"adadiff: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="adadiff", description="Diffusion transformers whose samples leave early."
+    )
+    top.add_argument("--version", action="version", version=f"adadiff {__version__}")
+    known = top.add_subparsers(required=True, metavar="COMMAND")
+
+    one = _command(known, "sample", commands.sample, "draw pictures: a PNG per sample, grid.png, report.json")
+    _add_model(one)
+    one.add_argument("--out", type=Path, required=True, help="folder for the pictures, made if it is missing")
+    _add_sampling(one, n=16)
+    one.add_argument("--labels", type=whole_numbers, help="classes, cycled over the samples (default: none)")
+    one.add_argument("--guidance", type=float, default=0.0, help="classifier-free scale (default: 0, none)")
+    one.add_argument("--tied", action="store_true", help="both lanes of a guided sample leave together")
+
+    one = _command(known, "train", commands.train, "train a model; options override the file")
+    one.add_argument(
+        "config", nargs="?", type=Path, metavar="CONFIG.json", help="values of the options below"
+    )
+    one.add_argument(
+        "--out", type=Path, required=True, help="folder for checkpoints; the run that it holds goes on"
+    )
+    one.add_argument(
+        "--plain",
+        dest="exits",
+        action="store_false",
+        default=argparse.SUPPRESS,
+        help="the same as --no-exits",
+    )
+    for field in dataclasses.fields(TrainConfig):
+        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
+        one.add_argument(
+            "--" + field.name.replace("_", "-"),
+            dest=field.name,
+            default=argparse.SUPPRESS,
+            help=f"{TRAIN_HELP[field.name]} (default: {field.default})",
+            **kind,
+        )
+
+    one = _command(known, "evaluate", commands.evaluate, "quality and speed on the digits, early exit or not")
+    _add_model(one)
+    _add_sampling(one, n=1000)
+    one.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+
+    one = _command(known, "inspect", commands.inspect, "what a model is, what it costs, how it was trained")
+    _add_model(one)
+    one.add_argument("--json", action="store_true", help="print JSON")
+    return top
+
+
+def whole_numbers(text: str) -> list[int]:
+    """The list behind "20,30"."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes whole numbers separated by commas, got {text!r}") from None
+
+
+def _command(
+    known: Any, name: str, run: Callable[[argparse.Namespace], None], text: str
+) -> argparse.ArgumentParser:
+    one = known.add_parser(
+        name,
+        help=text,
+        description=text,
+        epilog=EXAMPLES[name],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    one.set_defaults(run=run)
+    return one
+
+
+def _add_model(one: argparse.ArgumentParser) -> None:
+    one.add_argument("model", metavar="MODEL", help='a name that ships with the package ("digits") or a file')
+
+
+def _add_sampling(one: argparse.ArgumentParser, n: int) -> None:
+    one.add_argument("--n", type=int, default=n, help=f"samples (default: {n})")
+    one.add_argument(
+        "--steps",
+        type=whole_numbers,
+        default=[50],
+        help="solver steps; several, as in 20,30, are cycled over the samples (default: 50)",
+    )
+    one.add_argument("--solver", default="ddim", help="ddim, ddim:ETA, ddpm or dpm++2m (default: ddim)")
+    one.add_argument(
+        "--rule",
+        help="who leaves: full, threshold:U, patience:U or depth:K "
+        f"(default: {commands.DEFAULT_RULE}, or full where the model has no exits)",
+    )
+    one.add_argument("--seed", type=int, default=0, help="sample i has seed SEED + i (default: 0)")
+    one.add_argument("--batch", type=int, default=64, help="samples at a time (default: 64)")

@@ -1,0 +1,255 @@
+"""What the commands do: print the resolved configuration, make one call, print or write what came of it."""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from . import checkpoint, sampler
+from .config import from_dict
+from .evaluation import Quality, evaluate_samples
+from .model import Model
+from .pictures import PictureFolder, write_json
+from .training import TrainConfig, Trainer
+
+DEFAULT_RULE = "threshold:0.1"
+
+
+def sample(options: argparse.Namespace) -> None:
+    model, n = checkpoint.load(options.model), options.n
+    channels = model.backbone.sample_shape[0]
+    if channels not in (1, 3):
+        raise ValueError(
+            f"{options.model} draws latents with {channels} channels; decoding them is not supported yet: "
+            "use adadiff.sample from Python"
+        )
+    if n < 0:
+        raise ValueError(f"n must be an integer >= 0, got {n}")
+    configuration = {
+        **_configuration(options, model),
+        "labels": options.labels,
+        "guidance": options.guidance,
+        "tied": options.tied,
+    }
+
+    def sampling(slots: Sequence[int]) -> sampler.Sampling:
+        return sampler.Sampling(
+            model,
+            len(slots),
+            steps=_cycled("steps", options.steps, n, slots),
+            solver=options.solver,
+            rule=configuration["rule"],
+            seeds=[options.seed + slot for slot in slots],
+            labels=None if options.labels is None else _cycled("labels", options.labels, n, slots),
+            guidance=options.guidance,
+            tied=options.tied,
+            batch=options.batch,
+            progress=True,
+        )
+
+    sampling(range(n))  # for its checks, before the folder is touched
+    folder = PictureFolder(options.out, configuration, model.layers)
+    _show({**configuration, "out": options.out})
+    missing = folder.missing(n)
+    if len(missing) < n:
+        print(f"{n - len(missing)} of {n} pictures are in {options.out} already; drawing {len(missing)}")
+    run, drawn = sampling(missing), 0
+    try:
+        for places, images in run:
+            for place, image in zip(places.tolist(), images, strict=True):
+                folder.add(missing[place], image)
+                drawn += 1
+    except KeyboardInterrupt:
+        there = f"{n - len(folder.missing(n))} of {n} pictures are in {options.out}"
+        raise KeyboardInterrupt(f"{there}; the same command draws the others") from None
+    finally:
+        folder.record(run.report, drawn)
+    if missing:
+        print(run.report)
+    if n:
+        print(f"wrote {options.out}; on one page: {folder.write_grid(n)}")
+
+
+def train(options: argparse.Namespace) -> None:
+    config = train_config(options)
+    _show({**dataclasses.asdict(config), "out": options.out})
+    trainer = Trainer(config, options.out)
+    if trainer.step:
+        print(f"{options.out} holds step {trainer.step} of {config.steps}; going on from there")
+    try:
+        file = trainer.run()
+    except KeyboardInterrupt:
+        there = f"step {trainer.step} of {config.steps} is in {options.out}"
+        raise KeyboardInterrupt(f"{there}; the same command goes on from there") from None
+    print(f"wrote {file}")
+
+
+def train_config(options: argparse.Namespace) -> TrainConfig:
+    """The file's values, if there is one, under those of the command line. ValueError for what cannot be."""
+    fields = dataclasses.fields(TrainConfig)
+    config = TrainConfig()
+    if options.config is not None:
+        try:
+            values = json.loads(options.config.read_text())
+        except ValueError as error:
+            raise ValueError(f"{options.config} is not JSON: {error}") from None
+        for field in fields:
+            value = values.get(field.name, field.default) if isinstance(values, dict) else field.default
+            if type(value) is not field.type and (type(value), field.type) != (int, float):
+                what = f"{field.name} in {options.config}"
+                raise ValueError(f"{what} must be of type {field.type.__name__}, got {value!r}")
+        config = from_dict(TrainConfig, values, str(options.config))
+    given = {field.name: getattr(options, field.name) for field in fields if hasattr(options, field.name)}
+    return dataclasses.replace(config, **given)
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    model, n = checkpoint.load(options.model), options.n
+    shape, classes = model.backbone.sample_shape, model.config.classes
+    if shape != (1, 8, 8) or classes != 10:
+        raise ValueError(
+            "evaluation compares with the digits, 1x8x8 in 10 classes; "
+            f"{options.model} draws {'x'.join(map(str, shape))} in {classes} classes"
+        )
+    if n < 2:
+        raise ValueError(f"evaluation takes n >= 2 samples, better thousands, got {n}")
+    if options.json and (options.json.is_dir() or not os.access(options.json.parent, os.W_OK)):
+        raise ValueError(f"cannot write {options.json}")
+    configuration = _configuration(options, model)
+    labels = [slot % 10 for slot in range(n)]
+    settings = {
+        "steps": _cycled("steps", options.steps, n, range(n)),
+        "solver": options.solver,
+        "seeds": list(range(options.seed, options.seed + n)),
+        "labels": labels,
+        "batch": options.batch,
+    }
+    rules = list(dict.fromkeys(["full", configuration["rule"]]))
+    for rule in rules:
+        sampler.Sampling(model, n, rule=rule, **settings)  # for its checks
+    _show({**configuration, "labels": "0 to 9 in turn"})
+    first = min(n, options.batch)
+    sampler.sample(model, first, steps=1, labels=labels[:first])  # else the first rule pays for the start
+    results, full = {}, None
+    for rule in rules:
+        images, report = sampler.sample(model, n, rule=rule, progress=True, **settings)
+        results[rule] = _numbers(evaluate_samples(images, torch.tensor(labels), paired=full), report)
+        full = images if full is None else full
+    _print_table(results)
+    print(
+        f"Fréchet distances at {n} samples with 95 % intervals; PSNR: to full from the same noise, median and"
+    )
+    print("5th percentile; images/s: of one run, `make bench` measures with care")
+    if options.json:
+        write_json(options.json, {"configuration": configuration, "results": results})
+        print(f"wrote {options.json}")
+
+
+def _numbers(quality: Quality, report: sampler.Report) -> dict[str, float | int | None]:
+    """JSON has no infinity, the PSNR of equal images: it becomes None, beside a max_difference of 0."""
+    values = {
+        **dataclasses.asdict(quality),
+        "mean_exit_layer": report.mean_exit_layer,
+        "layers": report.layers,
+        "images_per_second": quality.count / report.seconds,
+    }
+    return {
+        name: value if value is not None and math.isfinite(value) else None for name, value in values.items()
+    }
+
+
+def _print_table(results: dict[str, dict[str, Any]]) -> None:
+    head = ("rule", "Fréchet distance", "accuracy", "PSNR in dB", "exit layer", "images/s")
+    rows = [head]
+    for rule, r in results.items():
+        psnr = "" if r["max_difference"] is None else "equal"
+        if r["psnr_median"] is not None:
+            psnr = f"{r['psnr_median']:.1f}, {r['psnr_p5'] or math.inf:.1f}"
+        rows.append(
+            (
+                rule,
+                f"{r['frechet']:.2f} [{r['frechet_low']:.2f}, {r['frechet_high']:.2f}]",
+                f"{r['accuracy']:.1%}",
+                psnr,
+                f"{r['mean_exit_layer']:.2f} of {r['layers']}",
+                f"{r['images_per_second']:.1f}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print()
+    for row in rows:
+        print("  ".join(f"{text:{width}}" for text, width in zip(row, widths, strict=True)).rstrip())
+    print()
+
+
+def inspect(options: argparse.Namespace) -> None:
+    model, path = checkpoint.load(options.model), checkpoint.find(options.model)
+    network, exits = model.backbone, model.exits
+    stem, head = network.fixed_macs()
+    blocks = [(block.skip_from is not None, block.macs(network.tokens)) for block in network.blocks]
+    macs = {
+        "full evaluation": stem + sum(cost for _, cost in blocks) + head,
+        "stem": stem,
+        **{"block with skip" if skip else "block": cost for skip, cost in blocks},
+        "head": head,
+    }
+    if exits is not None:
+        macs["score after a block"] = exits.macs(network.tokens - network.extras)
+    content = {
+        "file": str(path),
+        "file_bytes": path.stat().st_size,
+        **model.config.to_dict(),
+        "classes": model.config.classes,
+        "blocks": model.layers,
+        "tokens": network.tokens,
+        "parameters": {"network": _parameters(network), "exits": _parameters(exits)},
+        "macs": macs,
+        "notes": checkpoint.read_tensors(path)[1].get("notes", {}),
+    }
+    if options.json:
+        print(json.dumps(content, indent=2))
+        return
+    for name in ("parameters", "macs"):
+        content[name] = {key: f"{value:,}" for key, value in content[name].items()}
+    _show(content)
+
+
+def _parameters(module: torch.nn.Module | None) -> int:
+    return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
+
+
+def _configuration(options: argparse.Namespace, model: Model) -> dict[str, Any]:
+    with checkpoint.find(options.model).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        "model": options.model,
+        "model_sha256": digest,
+        "n": options.n,
+        "steps": options.steps,
+        "solver": options.solver,
+        "rule": options.rule or (DEFAULT_RULE if model.exits is not None else "full"),
+        "seed": options.seed,
+        "batch": options.batch,
+    }
+
+
+def _cycled(name: str, values: list[int], n: int, slots: Sequence[int]) -> list[int]:
+    if n and len(values) > n:
+        raise ValueError(f"{len(values)} {name} for {n} samples; give at most one each")
+    return [values[slot % len(values)] for slot in slots]
+
+
+def _show(values: dict[str, Any], prefix: str = "") -> None:
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            _show(value, f"{prefix}{name}.")
+            continue
+        if isinstance(value, list):
+            value = ",".join(map(str, value)) + (", cycled over the samples" if len(value) > 1 else "")
+        print(f"{prefix + name:25} {'none' if value in (None, {}) else value}")

@@ -1,0 +1,41 @@
+"""A network together with its exits and its configuration: what is built, trained, saved and sampled from."""
+
+import dataclasses
+
+from torch import nn
+
+from .config import PRESETS, ModelConfig
+from .exits import ExitConfig, Exits
+from .models.uvit import UViT
+from .schedules import NoiseSchedule
+
+
+class Model(nn.Module):
+    """`backbone` keeps the published state-dict keys; `exits` is None for a plain network."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.backbone = UViT(config.network)
+        self.exits = Exits(self.backbone, config.exits) if config.exits is not None else None
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return NoiseSchedule(self.config.schedule)
+
+    @property
+    def layers(self) -> int:
+        return len(self.backbone.blocks)
+
+
+def build(name: str, exits: ExitConfig | None = None) -> Model:
+    """A freshly initialised model of a preset. `exits` adds UEMs and heads to a preset that has none, or replaces them.
+
+    Raises ValueError for a name that is not a preset.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}, known: {', '.join(PRESETS)}")
+    config = PRESETS[name]
+    if exits is not None:
+        config = dataclasses.replace(config, exits=exits)
+    return Model(config).eval()
