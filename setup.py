@@ -26,9 +26,10 @@ def find_compiler() -> str | None:
 def find_tool(name: str, folder: str) -> str:
     """Path of a build tool: from its wheel (attribute `folder` of its module), else from PATH."""
     try:
-        path = shutil.which(name, path=getattr(importlib.import_module(name), folder))
+        folder_path = getattr(importlib.import_module(name), folder)  # "" in some builds of the wheel
     except ImportError:
-        path = shutil.which(name)
+        folder_path = ""
+    path = shutil.which(name, path=folder_path or None)
     if path is None:
         raise FileNotFoundError(f"{name} is needed to build adadiff_kernels._C: pip install {name}")
     return path

@@ -23,10 +23,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     temporary = path.with_name(path.name + ".part")
     header = {key: json.dumps(value) for key, value in {"format_version": FORMAT_VERSION, **metadata}.items()}
     temporary.touch()
-    mode = temporary.stat().st_mode  # what the umask asks for; save_file writes for the owner alone
-    save_file({key: value.detach().contiguous() for key, value in tensors.items()}, temporary, metadata=header)
-    temporary.chmod(mode)
-    os.replace(temporary, path)
+    try:
+        mode = temporary.stat().st_mode  # what the umask asks for; save_file writes for the owner alone
+        save_file({key: value.detach().contiguous() for key, value in tensors.items()}, temporary, metadata=header)
+        temporary.chmod(mode)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:

@@ -16,7 +16,7 @@ from .config import from_dict
 from .evaluation import Quality, evaluate_samples
 from .model import Model
 from .pictures import PictureFolder, write_json
-from .training import TrainConfig, Trainer
+from .training import STATE, TrainConfig, Trainer
 
 DEFAULT_RULE = "threshold:0.1"
 
@@ -85,7 +85,9 @@ def train(options: argparse.Namespace) -> None:
     try:
         file = trainer.run()
     except KeyboardInterrupt:
-        there = f"step {trainer.step} of {config.steps} is in {options.out}"
+        state = options.out / STATE  # may lag behind: nothing is saved in the middle of an update
+        step = checkpoint.read_tensors(state)[1]["step"] if state.exists() else 0
+        there = f"step {step} of {config.steps} is in {options.out}"
         raise KeyboardInterrupt(f"{there}; the same command goes on from there") from None
     print(f"wrote {file}")
 

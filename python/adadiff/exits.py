@@ -73,18 +73,22 @@ class Exits(nn.Module):
     def load_official(self, state: Mapping[str, Tensor]) -> None:
         """Takes the UEMs of an official checkpoint, keys `lte_classifer.{i}.lte.{weight,bias}` (their spelling).
 
-        Raises ValueError where a key is missing or has another shape.
+        Raises ValueError where a key is missing or has another shape, with nothing changed.
         """
         if self.time_weight is not None or self.heads is not None or not self.config.map:
             raise ValueError("official UEMs need exits built with adadiff.exits.OFFICIAL")
-        for i in range(len(self.weight)):
-            for name, own in (("weight", self.weight[i]), ("bias", self.bias[i])):
-                key = f"lte_classifer.{i}.lte.{name}"
-                if key not in state:
-                    raise ValueError(f"official UEM {key} is missing")
-                if state[key].shape != own.shape:
-                    raise ValueError(f"{key} is {tuple(state[key].shape)}, this network needs {tuple(own.shape)}")
-                own.copy_(-state[key])
+        own = {
+            f"lte_classifer.{i}.lte.{name}": value[i]
+            for i in range(len(self.weight))
+            for name, value in (("weight", self.weight), ("bias", self.bias))
+        }
+        for key, value in own.items():
+            if key not in state:
+                raise ValueError(f"official UEM {key} is missing")
+            if state[key].shape != value.shape:
+                raise ValueError(f"{key} is {tuple(state[key].shape)}, this network needs {tuple(value.shape)}")
+        for key, value in own.items():
+            value.copy_(-state[key])
 
 
 def all_layers(

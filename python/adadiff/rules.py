@@ -39,16 +39,23 @@ def _check_uncertainties(thresholds: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Threshold:
-    """AdaDiff's rule: leave at the first layer with u < threshold, every lane on its own."""
+    """AdaDiff's rule: leave at the first layer with u < threshold, every lane on its own.
+
+    `first` is the first layer asked. The UEM learns how far a layer is from the true noise; how far it is from the
+    full network it cannot tell, and the shallowest heads are often the ones to avoid.
+    """
 
     threshold: float
+    first: int = 1
     scored = True
 
     def __post_init__(self) -> None:
         self.check(torch.tensor([float(self.threshold)]))
+        if type(self.first) is not int or self.first < 1:
+            raise ValueError(f"the first layer asked is a whole number of 1 or more, got {self.first!r}")
 
     def asks(self, layers: int) -> Sequence[int]:
-        return range(1, layers)
+        return range(self.first, layers)
 
     def check(self, thresholds: Tensor) -> None:
         _check_uncertainties(thresholds)
@@ -158,7 +165,10 @@ RULES = {"threshold": Threshold, "patience": Patience, "batch-mean": BatchMean, 
 
 
 def rule_from(rule: Rule | str) -> Rule:
-    """A rule, or its spelling: "full", "threshold:0.07", "patience:0.08", "batch-mean:0.07", "depth:7.5"."""
+    """A rule, or its spelling: "full", "threshold:0.07", "patience:0.08", "batch-mean:0.07", "depth:7.5".
+
+    Rules that read the uncertainty take the first layer asked, too: "threshold:0.13,first=3".
+    """
     if not isinstance(rule, str):
         return rule
     name, _, value = rule.partition(":")
@@ -166,8 +176,11 @@ def rule_from(rule: Rule | str) -> Rule:
         return Full()
     if name not in RULES:
         raise ValueError(f"unknown rule {rule!r}, known: full, " + ", ".join(f"{known}:NUMBER" for known in RULES))
+    number, comma, first = value.partition(",first=")
     try:
-        number = float(value)
-    except ValueError:
-        raise ValueError(f"rule {rule!r} needs a number, as in '{name}:{0.07 if name != 'depth' else 8}'") from None
-    return RULES[name](number)
+        if comma:
+            return RULES[name](float(number), first=int(first))
+        return RULES[name](float(number))
+    except (ValueError, TypeError) as error:
+        example = "depth:8" if name == "depth" else f"{name}:0.07 or {name}:0.07,first=3"
+        raise ValueError(f"cannot use rule {rule!r} ({error}); write it as {example}") from None

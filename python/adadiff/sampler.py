@@ -107,6 +107,8 @@ class Sampling:
         if model.exits is None and self.rule.asks(model.layers):
             raise ValueError("this model has no exits; sample it with rule='full'")
         self.thresholds = None
+        if thresholds is None and self.rule.threshold is None and self.rule.asks(model.layers):
+            raise ValueError(f"{self.rule} has no threshold of its own; give one per sample")
         if thresholds is not None:
             self.thresholds = _per_sample("thresholds", thresholds, n, torch.float32)
             self.rule.check(self.thresholds)
@@ -119,21 +121,28 @@ class Sampling:
             raise ValueError("guidance needs a model with a null class")
         counts = _per_sample("steps", steps, n, torch.int64).tolist()
         solver = solver_from(solver) if isinstance(solver, str) else solver
+        if not hasattr(solver, "table"):
+            raise ValueError(f"a solver is a Solver or a spelling such as 'ddim', got {solver!r}")
         distinct = sorted(set(counts)) or [1]
         self._tables = pack([solver.table(model.schedule, count) for count in distinct])
         self._steps = torch.tensor(counts, dtype=torch.int64)
         self._table = torch.tensor([distinct.index(count) for count in counts], dtype=torch.int64)
         self._exit_layer = torch.zeros(max(counts, default=0), n, 2, dtype=torch.uint8)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._exit_layer.zero_()
         self._macs = self._macs_full = self._moved = 0
         self._seconds = 0.0
 
     @property
     def report(self) -> Report:
         return Report(
-            self._exit_layer, self.model.layers, self._macs, self._macs_full, self._moved, self._seconds
+            self._exit_layer.clone(), self.model.layers, self._macs, self._macs_full, self._moved, self._seconds
         )
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self._clear()
         shape = self.model.backbone.sample_shape
         slot = torch.arange(self.batch)  # place -> sample
         step = torch.zeros(self.batch, dtype=torch.int64)  # by place

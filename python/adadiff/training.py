@@ -77,6 +77,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, folder: Path):
         self.config, self.folder, self.step, self.seconds = config, folder, 0, 0.0
+        self._whole = True  # False while an update has changed some of the weights and not yet all
         torch.manual_seed(config.seed)
         self.model = Model(config.model)
         self.average = Model(config.model).requires_grad_(False)
@@ -134,11 +135,13 @@ class Trainer:
             raise FloatingPointError(f"the loss is {loss.item()} at step {self.step}; the last checkpoint is kept")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self._whole = False
         self.optimizer.step()
         self.step += 1
         decay = min(self.config.ema, (1 + self.step) / (10 + self.step))  # follow quickly while everything moves
         for mean, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
             mean.lerp_(value.detach(), 1 - decay)
+        self._whole = True
         return logged
 
     def run(self, progress: bool = True) -> Path:
@@ -157,7 +160,8 @@ class Trainer:
                     if self.step % self.config.save_every == 0:
                         self.save()
         except KeyboardInterrupt:
-            self.save()
+            if self._whole:  # else the last checkpoint stands
+                self.save()
             raise
         self.save()
         return self.folder / MODEL

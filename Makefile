@@ -1,0 +1,36 @@
+VENV ?= .venv
+PYTHON ?= python3
+ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SOURCES := adadiff_kernels benchmarks python tests setup.py
+
+.DEFAULT_GOAL := help
+.PHONY: help install bench test lint sanitize
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+install: $(INSTALLED) ## make the virtual environment .venv (VENV=...) and install into it
+$(INSTALLED): setup.py pyproject.toml $(wildcard csrc/*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -e '.[test,train,bench]'
+	touch $@
+
+bench: install ## run the main job; ARGS=--quick for its short form
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+test: install ## run the tests; ARGS="-k rules" for some
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: install ## check style and format
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+sanitize: install ## test the C++ core under AddressSanitizer and UndefinedBehaviourSanitizer
+	$(BIN)/python -m pip install --quiet 'cmake>=3.24' 'ninja>=1.11'
+	$(BIN)/cmake -S csrc -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+		-DCMAKE_BUILD_TYPE=Debug -DADADIFF_BUILD_TESTS=ON -DADADIFF_SANITIZE=ON
+	$(BIN)/cmake --build build/sanitize
+	build/sanitize/core_tests

@@ -1,0 +1,132 @@
+"""What an exit pattern could cost at best: the plain network's fastest pieces on just those rows.
+
+    share of attainable = [T_stem + sum over layers of t_l(n_l) + T_head] / measured seconds
+    share of FLOP ideal = measured speed-up / (multiply-adds of the full run / multiply-adds run)
+
+n_l rows run block l; t_l(n) is the time of the fastest plain block on exactly n rows, measured in turns with
+the pattern itself. U-ViT has two kinds of block: "in" (in-blocks, the middle) and "out" (with the skip
+product).
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from harness import Comparison
+from torch import Tensor
+
+from adadiff.models.uvit import Block, UViT
+
+Call = Callable[[], object]
+
+
+def rows_per_layer(exit_layer: Tensor, layers: int) -> list[int]:
+    """exit_layer: integers [B], 1..layers; 0 (nothing evaluated) runs nothing. Returns n_1..n_layers."""
+    return [int((exit_layer >= layer).sum()) for layer in range(1, layers + 1)]
+
+
+def kinds(backbone: UViT) -> list[str]:
+    return ["out" if block.skip_from is not None else "in" for block in backbone.blocks]
+
+
+def share_of_flop_ideal(speedup: float, macs: int, macs_full: int) -> float:
+    return speedup / (macs_full / macs)
+
+
+class PlainPieces:
+    """Stem, head and single blocks of a plain network: variants of a comparison, and their times afterwards.
+
+    counts: the numbers of rows at which each kind of block is timed. sizes: micro-batches tried beside one
+    whole call. compiled: (block, *inputs) -> output through torch.compile, or None. Consecutive calls take
+    consecutive blocks, as a network does: the weights of one and the same block would stay in the cache.
+    """
+
+    def __init__(
+        self,
+        backbone: UViT,
+        inputs: tuple[Tensor, ...],
+        counts: Mapping[str, Iterable[int]],
+        sizes: Iterable[int] = (),
+        compiled: Callable[..., Tensor] | None = None,
+    ):
+        self.backbone, self._inputs, self._compiled = backbone, inputs, compiled
+        self._rows = torch.randn(
+            len(inputs[0]), backbone.tokens, backbone.dim, dtype=backbone.pos_embed.dtype
+        )
+        self._skip = torch.randn_like(self._rows)
+        self._sizes = tuple(sizes)
+        self._counts = {kind: sorted({n for n in ns if n}) for kind, ns in counts.items()}
+
+    def variants(self) -> dict[str, Call]:
+        patches = self._rows[:, self.backbone.extras :]
+        calls: dict[str, Call] = {
+            "stem": lambda: self.backbone.begin(*self._inputs),
+            "head": lambda: self.backbone.head(patches),
+        }
+        for kind, counts in self._counts.items():
+            for n in counts:
+                calls[f"{kind} {n} whole"] = self._block(kind, n, n)
+                for size in sorted({size for size in self._sizes if size < n}):
+                    calls[f"{kind} {n} by {size}"] = self._block(kind, n, size)
+                if self._compiled is not None:
+                    calls[f"{kind} {n} compiled"] = self._block(kind, n, n, self._compiled)
+        return calls
+
+    def _block(self, kind: str, n: int, size: int, through: Callable[..., Tensor] | None = None) -> Call:
+        blocks = self._cycle(kind)
+        pieces = -(-n // size)
+        parts = [
+            (rows,) if kind == "in" else (rows, skip)
+            for rows, skip in zip(
+                self._rows[:n].tensor_split(pieces), self._skip[:n].tensor_split(pieces), strict=True
+            )
+        ]
+
+        def call() -> None:
+            block = next(blocks)
+            for part in parts:
+                block(*part) if through is None else through(block, *part)
+
+        return call
+
+    def _cycle(self, kind: str) -> Iterator[Block]:
+        return itertools.cycle(
+            [
+                block
+                for block, own in zip(self.backbone.blocks, kinds(self.backbone), strict=True)
+                if own == kind
+            ]
+        )
+
+    def seconds(self, measured: Comparison, counts: Sequence[int]) -> float:
+        """Attainable seconds of one evaluation in which counts[l] rows run block l."""
+        ends = measured.median("stem") + measured.median("head")
+        return attainable_seconds(counts, kinds(self.backbone), self.block_seconds(measured), ends)
+
+    def block_seconds(self, measured: Comparison) -> dict[str, dict[int, float]]:
+        """kind -> rows -> seconds of the fastest way to run one plain block on so many rows."""
+        return {
+            kind: {
+                n: min(measured.median(name) for name in measured.times if name.startswith(f"{kind} {n} "))
+                for n in counts
+            }
+            for kind, counts in self._counts.items()
+        }
+
+
+def attainable_seconds(
+    counts: Sequence[int], kinds: Sequence[str], block_seconds: Mapping[str, Mapping[int, float]], ends: float
+) -> float:
+    """ends + the sum of t_l(n_l). Between measured numbers of rows t is linear, and t(0) = 0.
+
+    Raises ValueError for more rows than were measured.
+    """
+    total = ends
+    for n, kind in zip(counts, kinds, strict=True):
+        known = {0: 0.0, **block_seconds.get(kind, {})}
+        rows = sorted(known)
+        if n > rows[-1]:
+            raise ValueError(f"{n} rows of an {kind}-block; measured up to {rows[-1]}")
+        total += float(np.interp(n, rows, [known[row] for row in rows]))
+    return total

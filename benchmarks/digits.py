@@ -1,0 +1,208 @@
+"""The trained digits model: how fast each way of sampling is, and what scoring costs when nobody leaves.
+
+Every sampler is DDIM and all samples stand in lock step, so a tick is a step. Quality is in quality.py.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import quality
+import torch
+from attainable import Call, PlainPieces, rows_per_layer, share_of_flop_ideal
+from harness import Comparison, best_micro_batch, interleave
+from quality import STEPS, SUITE, lockstep, seeds_and_labels
+from rows import Rows, dtype_name, machine, say
+
+import adadiff
+from adadiff import Model, Report
+from adadiff.noise import initial_noise
+from adadiff.rules import Full, Rule, Threshold
+from adadiff.solvers import DDIM, pack
+from adadiff_kernels import solver_step
+
+MODEL = "digits"
+PLAIN_MODEL = "digits_plain"  # trained with the same budget, without exits
+THRESHOLDS = ("0.07", "0.115", "0.135,first=3", "0.18,first=3")  # of the rule "threshold"
+FEWER_STEPS = (12, 8)
+SAMPLES = 256  # of one timed run, all in one batch
+OVERHEAD_BATCH = 64  # what adadiff.sample takes by default
+NOBODY = 1e-6  # a threshold below every uncertainty
+GRID = 12  # parts of SAMPLES at which single blocks are timed
+
+
+@dataclass
+class Variants:
+    """Ways of sampling the same seeds and labels, by title; those of the engine have a report."""
+
+    model: Model
+    samples: int
+    steps: int
+    calls: dict[str, Call] = field(default_factory=dict)
+    settings: dict[str, tuple[str, str | int | None]] = field(default_factory=dict)  # title -> method, setting
+    reports: dict[str, Report] = field(default_factory=dict)
+
+    def plain(self, name: str, model: Model, batch: int, steps: int, setting: int | None = None) -> None:
+        seeds, labels = seeds_and_labels(0, self.samples)
+        self._add(
+            name, setting, lambda: lockstep(model.backbone, model.schedule, seeds, labels, steps, batch)
+        )
+
+    def engine(self, name: str, rule: str, setting: str | None = None) -> Report:
+        """Runs it once: for its report, and to warm up."""
+        seeds, labels = seeds_and_labels(0, self.samples)
+        settings = {
+            "steps": self.steps,
+            "rule": rule,
+            "seeds": seeds,
+            "labels": labels,
+            "batch": self.samples,
+        }
+        title = self._add(name, setting, lambda: adadiff.sample(self.model, self.samples, **settings))
+        _, self.reports[title] = self.calls[title]()
+        return self.reports[title]
+
+    def _add(self, name: str, setting: str | int | None, call: Callable[[], object]) -> str:
+        title = name if setting is None else f"{name} {setting}"
+        self.calls[title], self.settings[title] = call, (name, setting)
+        return title
+
+
+def speed(
+    rows: Rows,
+    thresholds: Sequence[str] = THRESHOLDS,
+    fewer: Sequence[int] = FEWER_STEPS,
+    *,
+    model: str = MODEL,
+    plain_model: str = PLAIN_MODEL,
+    samples: int = SAMPLES,
+    steps: int = STEPS,
+    repeats: int = 5,
+    limit: float = 100.0,
+    grid: int = GRID,
+) -> None:
+    """Images per second of every method, in turns with each other and with the plain network's pieces."""
+    say(f"digits: speed, {samples} samples of {steps} steps, {torch.get_num_threads()} thread(s)")
+    joint = quality.load(model)
+    seeds, labels = seeds_and_labels(0, samples)
+    x, t = initial_noise(seeds, joint.backbone.sample_shape), torch.full((samples,), 500.0)
+    best = best_micro_batch(lambda m: joint.backbone(x[:m], t[:m], labels[:m]), samples)
+
+    variants = Variants(joint, samples, steps)
+    variants.plain("full", joint, samples, steps)
+    if best < samples:
+        variants.plain("full, batches of", joint, best, steps, setting=best)
+    baselines = list(variants.calls)
+    for count in fewer:
+        variants.plain("fewer steps", joint, best, count, setting=count)
+    variants.plain("plain, equal budget", quality.load(plain_model), best, steps)
+    variants.engine("engine, no exits", "full")
+    variants.engine("engine, nobody leaves", f"threshold:{NOBODY}")
+    for threshold in thresholds:
+        mean = variants.engine("early exit", f"threshold:{threshold}", threshold).mean_exit_layer
+        variants.engine("fixed depth", f"depth:{mean:.4f}", threshold)
+
+    counts = {max(1, samples * i // grid) for i in range(grid + 1)}
+    pieces = PlainPieces(joint.backbone, (x, t, labels), {"in": counts, "out": counts}, {best})
+    tables = pack([DDIM().table(joint.schedule, steps)])
+    state = tables.start(x)
+
+    def solver() -> None:
+        _, coefficients = tables.rows(
+            torch.zeros(samples, dtype=torch.int64), torch.zeros(samples, dtype=torch.int64)
+        )
+        solver_step(state, torch.zeros_like(x), coefficients)
+
+    measured = interleave(
+        {**variants.calls, **pieces.variants(), "solver": solver},
+        repeats,
+        warmup=0,
+        turn=0.02,
+        limit=limit,
+        label="digits, speed",
+    )
+    write(rows, variants, measured, baselines, pieces)
+
+
+def write(
+    rows: Rows, variants: Variants, measured: Comparison, baselines: Sequence[str], pieces: PlainPieces
+) -> None:
+    n, L = variants.samples, variants.model.layers
+    fastest = min(baselines, key=measured.median)
+    for title, (name, setting) in variants.settings.items():
+        seconds = measured.median(title)
+        speedup = measured.median(fastest) / seconds
+        results: dict[str, object] = {}
+        if title in variants.reports:
+            report = variants.reports[title]
+            counts = [rows_per_layer(step, L) for step in report.exit_layer[..., 0]]
+            attainable = sum(pieces.seconds(measured, count) + measured.median("solver") for count in counts)
+            results = {
+                "mean_exit_layer": report.mean_exit_layer,
+                "blocks": report.blocks,
+                "blocks_full": report.blocks_full,
+                "macs": report.macs,
+                "macs_full": report.macs_full,
+                "share_of_attainable": attainable / seconds,
+                "share_of_flop_ideal": share_of_flop_ideal(speedup, report.macs, report.macs_full),
+                "rows_moved": report.rows_moved,
+            }
+        rows.write(
+            SUITE,
+            "speed",
+            name,
+            {"setting": setting, "steps": setting if name == "fewer steps" else variants.steps, "samples": n},
+            dtype="float32",
+            **measured.row(title),
+            images_per_second=n / seconds,
+            speedup=speedup,
+            fastest_plain=fastest,
+            **results,
+        )
+
+
+def overhead(
+    rows: Rows,
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
+    *,
+    model: str = MODEL,
+    batch: int = OVERHEAD_BATCH,
+    repeats: int = 15,
+    limit: float = 15.0,
+) -> None:
+    """What an evaluation costs in which nobody leaves, unscored and scored."""
+    for dtype in dtypes:
+        emulated = dtype == torch.bfloat16 and not machine()["bfloat16"]
+        say(f"digits: cost of scoring, {dtype_name(dtype)}{' (emulated on this CPU)' if emulated else ''}")
+        _overhead(rows, adadiff.load(model).to(dtype), dtype, batch, repeats, limit)
+
+
+def _overhead(rows: Rows, model: Model, dtype: torch.dtype, batch: int, repeats: int, limit: float) -> None:
+    backbone = model.backbone
+    seeds, labels = seeds_and_labels(0, batch)
+    x, t = initial_noise(seeds, backbone.sample_shape), torch.linspace(0, 999, batch)
+
+    def engine(rule: Rule) -> Call:
+        return lambda: adadiff.evaluate(backbone, model.exits, rule, x, t, labels)
+
+    calls: dict[str, Call] = {"plain, one batch": lambda: backbone(x, t, labels)}
+    best = best_micro_batch(lambda m: backbone(x[:m], t[:m], labels[:m]), batch)
+    if best < batch:
+        parts = list(zip(x.split(best), t.split(best), labels.split(best), strict=True))
+        calls[f"plain, batches of {best}"] = lambda: torch.cat([backbone(*part) for part in parts])
+    baselines = list(calls)
+    calls |= {"engine, no exits": engine(Full()), "engine, nobody leaves": engine(Threshold(NOBODY))}
+    measured = interleave(
+        calls, repeats, turn=0.05, limit=limit, label=f"cost of scoring, {dtype_name(dtype)}"
+    )
+    fastest = min(baselines, key=measured.median)
+    for name in calls:
+        rows.write(
+            SUITE,
+            "overhead",
+            name,
+            {"batch": batch},
+            dtype=dtype_name(dtype),
+            **measured.row(name),
+            fastest_plain=fastest,
+            overhead=measured.median(name) / measured.median(fastest) - 1,
+        )

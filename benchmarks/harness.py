@@ -1,0 +1,194 @@
+"""Timing: the variants of a comparison take turns, the first under two names, which shows the noise."""
+
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+AA_TOLERANCE = 0.03  # two measurements of the same thing may differ by this much
+MIN_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of a call, one number for each round."""
+
+    samples: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.samples or not all(0 <= seconds < float("inf") for seconds in self.samples):
+            raise ValueError(f"times are one or more finite numbers of seconds, got {self.samples}")
+
+    def quantile(self, level: float) -> float:
+        """Linear between neighbours, as numpy's default."""
+        return float(np.quantile(self.samples, level))
+
+    @property
+    def median(self) -> float:
+        return self.quantile(0.5)
+
+    @property
+    def n(self) -> int:
+        return len(self.samples)
+
+    def row(self) -> dict[str, float]:
+        return {
+            "median": self.median,
+            "p20": self.quantile(0.2),
+            "p80": self.quantile(0.8),
+            "min": min(self.samples),
+            "n": self.n,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Variants measured in turns. `again` is the first of them, measured a second time under another name."""
+
+    times: Mapping[str, Times]
+    again: Times
+
+    @property
+    def baseline(self) -> str:
+        return next(iter(self.times))
+
+    @property
+    def aa_ratio(self) -> float:
+        return self.again.median / self.times[self.baseline].median
+
+    @property
+    def usable(self) -> bool:
+        return abs(self.aa_ratio - 1) <= AA_TOLERANCE
+
+    def median(self, name: str) -> float:
+        return self.times[name].median
+
+    def row(self, name: str) -> dict[str, object]:
+        """The timing part of a row."""
+        return {"seconds": self.times[name].row(), "aa_ratio": self.aa_ratio, "usable": self.usable}
+
+
+def interleave(
+    variants: Mapping[str, Callable[[], object]],
+    repeats: int,
+    warmup: int = 1,
+    *,
+    turn: float = 0.0,
+    limit: float = float("inf"),
+    label: str = "",
+    clock: Callable[[], float] = time.perf_counter,
+) -> Comparison:
+    """Runs every variant once a round, in another order each time, so that drift favours none.
+
+    repeats: rounds. warmup: rounds that are thrown away. turn: a shorter call is repeated within its turn
+    until this many seconds have passed, and its mean taken. limit: after MIN_ROUNDS rounds, no further one
+    starts that would end later than this many seconds after the first one started.
+    """
+    if not variants or repeats < 1 or warmup < 0:
+        raise ValueError(
+            f"a comparison takes variants, repeats >= 1 and warmup >= 0, got {repeats=}, {warmup=}"
+        )
+    names = list(variants)
+    calls = list(variants.items())
+    calls.append(("", variants[names[0]]))
+    samples: dict[str, list[float]] = {name: [] for name, _ in calls}
+    with (
+        torch.inference_mode(),
+        tqdm(total=len(calls) * (warmup + repeats), desc=label, leave=False, disable=None) as bar,
+    ):
+        for number in range(warmup + repeats):
+            started = clock()
+            if number == warmup:
+                first = started
+            elif number - warmup >= MIN_ROUNDS and (started - first) * (number - warmup + 1) > limit * (
+                number - warmup
+            ):
+                break
+            for index in np.random.default_rng(number).permutation(len(calls)):
+                name, call = calls[index]
+                seconds = _turn(call, turn, clock)
+                if number >= warmup:
+                    samples[name].append(seconds)
+                bar.update()
+    return Comparison({name: Times(tuple(samples[name])) for name in names}, Times(tuple(samples[""])))
+
+
+def _turn(call: Callable[[], object], least: float, clock: Callable[[], float]) -> float:
+    """Mean seconds of a call: a median of many short ones would not see what else the machine did."""
+    calls, started = 0, clock()
+    while True:
+        call()
+        calls += 1
+        taken = clock() - started
+        if taken >= least:
+            return taken / calls
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """PyTorch's threads inside one operator."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def best_micro_batch(run: Callable[[int], object], batch: int, seconds: float = 0.2) -> int:
+    """The m of 1, 2, 4, ..., batch whose single call run(m) takes the least time per lane."""
+    sizes = [1 << i for i in range(batch.bit_length()) if 1 << i < batch] + [batch]
+    per_lane = {}
+    with torch.inference_mode():
+        run(1)
+        for size in tqdm(sizes, desc="best micro-batch", leave=False, disable=None):
+            per_lane[size] = _turn(lambda m=size: run(m), seconds, time.perf_counter) / size
+    return min(per_lane, key=per_lane.__getitem__)
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Follows the storages that operators return until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self._see((args, kwargs), ours=False)
+        out = func(*args, **(kwargs or {}))
+        self._see(out, ours=True)
+        return out
+
+    def _see(self, values: object, ours: bool) -> None:
+        """A storage that is taken before any operator returned it was there beforehand: weights, inputs."""
+        for value in tree_leaves(values):
+            if isinstance(value, Tensor):
+                storage = value.untyped_storage()
+                key = storage._cdata
+                if key not in self._known:
+                    size = storage.nbytes() if ours else 0
+                    self._known[key] = weakref.ref(
+                        storage, lambda _, key=key, size=size: self._free(key, size)
+                    )
+                    self.live += size
+                    self.peak = max(self.peak, self.live)
+
+    def _free(self, key: int, size: int) -> None:
+        del self._known[key]
+        self.live -= size
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most bytes of tensors alive at once that operators returned during `call`."""
+    with torch.inference_mode(), _LiveBytes() as mode:
+        call()
+    return mode.peak

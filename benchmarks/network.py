@@ -1,0 +1,196 @@
+"""U-ViT-S/2 at its CIFAR-10 shape, random weights: what replayed exit patterns cost beside the plain one."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from attainable import Call, PlainPieces, kinds, rows_per_layer, share_of_flop_ideal
+from harness import Comparison, best_micro_batch, interleave, peak_bytes, threads
+from rows import Rows, dtype_name, say
+from torch import Tensor
+
+import adadiff
+from adadiff import Evaluation, Model
+from adadiff.engine import CPU_GROUP_BYTES
+from adadiff.exits import PAPER
+from adadiff.rules import Full, Replay, Rule
+
+SUITE = "network"
+PRESET = "cifar10_uvit_small"
+PLAIN = "plain, one batch"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One comparison. limit: seconds, see `interleave`; compiled: also through torch.compile."""
+
+    batch: int
+    dtype: torch.dtype
+    threads: int
+    repeats: int = 5
+    limit: float = 120.0
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}, {dtype_name(self.dtype)}, {self.threads} thread(s)"
+
+
+def patterns(batch: int, layers: int) -> dict[str, Tensor]:
+    """Exit layer of each lane, float [batch], as thresholds of the rule `Replay`."""
+    lane = torch.arange(batch)
+    spread = torch.linspace(3, layers, batch).round()
+    shuffled = torch.randperm(batch, generator=torch.Generator().manual_seed(0))
+    deep = torch.tensor(float(layers))
+    return {
+        "nobody leaves": deep.expand(batch),
+        "same": torch.full((batch,), 7.0),
+        "spread": spread[shuffled],
+        "two-phase": torch.where(lane % 2 == 0, 2.0, deep),  # every other lane: the most swaps
+        "two-phase, ordered": torch.where(lane < batch // 2, deep, 2.0),  # by expected depth: no swaps
+    }
+
+
+def run(rows: Rows, settings: Sequence[Setting]) -> None:
+    for setting in settings:
+        say(f"network: {setting}")
+        with threads(setting.threads):
+            measure(rows, setting)
+
+
+def measure(rows: Rows, setting: Setting) -> None:
+    """One comparison: baselines, patterns and the plain pieces in turns. Writes rows for the first two."""
+    B = setting.batch
+    torch.manual_seed(0)
+    model = adadiff.build(PRESET, exits=PAPER).to(setting.dtype)
+    x, t = torch.randn(B, *model.backbone.sample_shape), torch.rand(B) * 999
+    baselines = {PLAIN: lambda: model.backbone(x, t)}
+    best = best_micro_batch(lambda m: model.backbone(x[:m], t[:m]), B)
+    compiled_block = None
+    if setting.compiled:
+        compiled, compiled_block = compile_network(model, x, t)
+        if compiled is not None:
+            baselines["plain, compiled"] = lambda: compiled(x, t)
+    if best < B:
+        baselines[f"plain, batches of {best}"] = in_batches(model.backbone, x, t, best)
+        if "plain, compiled" in baselines:
+            baselines[f"plain, compiled, batches of {best}"] = in_batches(compiled, x, t, best)
+
+    runs = {"engine, no exits": evaluation(model, Full(), x, t, None)}
+    replayed = patterns(B, model.layers)
+    for name, exit_layer in replayed.items():
+        runs[name] = evaluation(model, Replay(), x, t, exit_layer)
+    # one run of each before the clock starts: it counts bytes, and warms up
+    results: dict[str, Evaluation] = {}
+    peaks = {PLAIN: peak_bytes(baselines[PLAIN])}
+    for name, call in runs.items():
+        peaks[name] = peak_bytes(lambda name=name, call=call: results.update({name: call()}))
+
+    counts = [rows_per_layer(result.exit_layer, model.layers) for result in results.values()]
+    sizes = {best, group_size(model)}
+    pieces = PlainPieces(model.backbone, (x, t, None), counts_by_kind(model, counts), sizes, compiled_block)
+    variants = {**baselines, **runs, **pieces.variants()}
+    with torch.inference_mode():
+        for name in variants:
+            if "compiled" in name:
+                variants[name]()  # which compiles
+    measured = interleave(
+        variants, setting.repeats, warmup=0, turn=0.02, limit=setting.limit, label=str(setting)
+    )
+    write(rows, setting, model, measured, list(baselines), results, peaks, pieces)
+
+
+def write(
+    rows: Rows,
+    setting: Setting,
+    model: Model,
+    measured: Comparison,
+    baselines: Sequence[str],
+    results: dict[str, Evaluation],
+    peaks: dict[str, int],
+    pieces: PlainPieces,
+) -> None:
+    B, L = setting.batch, model.layers
+    parameters = {"preset": PRESET, "batch": B}
+    fastest = min(baselines, key=measured.median)
+    for name in baselines:
+        rows.write(
+            SUITE,
+            "baseline",
+            name,
+            parameters,
+            dtype=dtype_name(setting.dtype),
+            **measured.row(name),
+            evaluations_per_second=B / measured.median(name),
+            speedup=measured.median(fastest) / measured.median(name),
+            fastest_plain=fastest,
+        )
+    for name, result in results.items():
+        seconds = measured.median(name)
+        speedup = measured.median(fastest) / seconds
+        counts = rows_per_layer(result.exit_layer, L)
+        rows.write(
+            SUITE,
+            "pattern",
+            name,
+            parameters,
+            dtype=dtype_name(setting.dtype),
+            **measured.row(name),
+            evaluations_per_second=B / seconds,
+            speedup=speedup,
+            fastest_plain=fastest,
+            mean_exit_layer=sum(counts) / B,
+            blocks=sum(counts),
+            blocks_full=B * L,
+            macs=result.macs,
+            macs_full=result.macs_full,
+            share_of_attainable=pieces.seconds(measured, counts) / seconds,
+            share_of_flop_ideal=share_of_flop_ideal(speedup, result.macs, result.macs_full),
+            rows_moved=result.moved,
+            peak_bytes=peaks[name],
+            peak_bytes_plain=peaks[PLAIN],
+        )
+
+
+def evaluation(
+    model: Model, rule: Rule, x: Tensor, t: Tensor, exit_layer: Tensor | None
+) -> Callable[[], Evaluation]:
+    return lambda: adadiff.evaluate(model.backbone, model.exits, rule, x, t, threshold=exit_layer)
+
+
+def in_batches(network: Callable[..., Tensor], x: Tensor, t: Tensor, size: int) -> Call:
+    return lambda: torch.cat([network(*part) for part in zip(x.split(size), t.split(size), strict=True)])
+
+
+def counts_by_kind(model: Model, counts: Sequence[Sequence[int]]) -> dict[str, set[int]]:
+    """kind of block -> every number of rows on which some pattern runs it."""
+    by_kind: dict[str, set[int]] = {}
+    for rows in counts:
+        for kind, n in zip(kinds(model.backbone), rows, strict=True):
+            by_kind.setdefault(kind, set()).add(n)
+    return by_kind
+
+
+def group_size(model: Model) -> int:
+    """Lanes whose widest activation is as large as the engine likes it; plain blocks may use it too."""
+    bytes_a_number = model.backbone.pos_embed.element_size()
+    return max(1, CPU_GROUP_BYTES // (model.backbone.tokens * 4 * model.backbone.dim * bytes_a_number))
+
+
+def compile_network(
+    model: Model, x: Tensor, t: Tensor
+) -> tuple[Callable[..., Tensor] | None, Callable[..., Tensor] | None]:
+    """The network for fixed batch sizes and its blocks for any, compiled; None where that fails."""
+    torch.compiler.reset()
+    network = torch.compile(model.backbone, dynamic=False)
+    block = torch.compile(run_block, dynamic=True)
+    try:
+        with torch.inference_mode():
+            network(x, t)
+            return network, block
+    except (RuntimeError, OSError) as error:  # Inductor and a missing compiler raise both
+        say(f"torch.compile fails here; the compiled baseline is left out: {str(error).splitlines()[0]}")
+        return None, None
+
+
+def run_block(block: torch.nn.Module, *inputs: Tensor) -> Tensor:
+    return block(*inputs)

@@ -1,0 +1,152 @@
+"""Pictures from rows, and for the grid of images from the few samples that the quality run kept."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from rows import Row
+from safetensors.torch import load_file
+from tables import latest, qualities, select, title
+
+METHODS = {
+    "early exit": "tab:blue",
+    "fixed depth": "tab:orange",
+    "fewer steps": "tab:green",
+    "plain, equal budget": "tab:red",
+}
+COLUMNS = 10  # of the grid: one digit of each class
+
+
+def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Every picture that the rows are enough for, as PNG files in `folder`."""
+    rows = latest(rows)
+    pictures = {
+        "images.png": images(folder / "cache"),
+        "exit-layers.png": exit_layers(rows),
+        "quality.png": quality(rows),
+        "network.png": network(rows),
+    }
+    written = []
+    for name, figure in pictures.items():
+        if figure is not None:
+            figure.savefig(folder / name, dpi=150, bbox_inches="tight")
+            plt.close(figure)
+            written.append(folder / name)
+    return written
+
+
+def images(cache: Path) -> Figure | None:
+    """Rows of digits in pairs: the full network above, early exit from the same noise below."""
+    files = sorted(
+        cache.glob("early-exit-*.safetensors"), key=lambda path: float(path.stem.rsplit("-", 1)[1])
+    )
+    if not files:
+        return None
+    kept = [load_file(path) for path in files]
+    strips = [("full", kept[0]["full"][:COLUMNS])]
+    for path, tensors in zip(files, kept, strict=True):
+        depth = tensors["exit_layer"].float().mean()
+        strips.append((f"θ = {path.stem.rsplit('-', 1)[1]}\n{depth:.1f} blocks", tensors["early"][:COLUMNS]))
+    figure, axes = plt.subplots(len(strips), 1, figsize=(7, 0.85 * len(strips)), squeeze=False)
+    for axis, (name, strip) in zip(axes[:, 0], strips, strict=True):
+        padded = np.pad(strip[:, 0].numpy(), ((0, 0), (0, 0), (0, 1)), constant_values=1)  # [n, 8, 9]
+        axis.imshow(np.concatenate(list(padded), axis=1), cmap="gray", vmin=-1, vmax=1)
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    axes[0, 0].set_title("Same noise and label in each column", fontsize=9)
+    return figure
+
+
+def exit_layers(rows: Sequence[Row]) -> Figure | None:
+    """Heat maps, one for each threshold: which share of the samples left after which block, step by step."""
+    measured = {
+        title(row): np.array(row["exit_histogram"])
+        for row in select(rows, "digits", "quality")
+        if row["variant"] == "early exit" and row["parameters"]["run"] == 0
+    }
+    if not measured:
+        return None
+    figure, axes = plt.subplots(
+        1, len(measured), figsize=(3.2 * len(measured), 3), squeeze=False, sharey=True
+    )
+    for axis, (name, histogram) in zip(axes[0], measured.items(), strict=True):
+        steps, layers = histogram.shape
+        share = histogram / histogram.sum(axis=1, keepdims=True)
+        map_ = axis.imshow(
+            share.T,
+            origin="lower",
+            aspect="auto",
+            vmin=0,
+            vmax=1,
+            extent=(0.5, steps + 0.5, 0.5, layers + 0.5),
+        )
+        mean = share @ np.arange(1, layers + 1)
+        axis.plot(np.arange(1, steps + 1), mean, color="white", linewidth=1.2, label="mean")
+        axis.set(title=name, xlabel="step (noise to image)")
+    axes[0, 0].set_ylabel("exit layer")
+    axes[0, 0].legend(loc="lower left", fontsize=7, framealpha=0.4)
+    figure.colorbar(map_, ax=axes[0].tolist(), label="share of samples")
+    return figure
+
+
+def quality(rows: Sequence[Row]) -> Figure | None:
+    """Fréchet distance against images per second; bars are 95 % intervals."""
+    speed = {title(row): row for row in select(rows, "digits", "speed")}
+    good = {name: value for name, value in qualities(rows).items() if name in speed}
+    if not good:
+        return None
+    figure, axis = plt.subplots(figsize=(6, 4))
+    by_method: dict[str, list[str]] = {}
+    for name in good:
+        by_method.setdefault(speed[name]["variant"], []).append(name)
+    for method, names in by_method.items():
+        names.sort(key=lambda name: speed[name]["images_per_second"])
+        x = [speed[name]["images_per_second"] for name in names]
+        y = np.array([good[name].frechet for name in names])
+        ends = np.array([[good[name].low for name in names], [good[name].high for name in names]])
+        # a bootstrap interval is not centred, but always holds its estimate up to rounding
+        bars = np.maximum(np.abs(ends - y), 0)
+        axis.errorbar(x, y, bars, fmt="o-", capsize=3, color=METHODS.get(method, "black"), label=method)
+    axis.set(xlabel="images per second", ylabel="Fréchet distance to held-out digits (lower is better)")
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def network(rows: Sequence[Row]) -> Figure | None:
+    """Share of attainable and speed-up of each exit pattern, one panel for each comparison."""
+    groups: dict[str, list[Row]] = {}
+    for row in select(rows, "network", "pattern"):
+        name = f"batch {row['parameters']['batch']}, {row['dtype']}, {row['threads']} thread(s)"
+        groups.setdefault(name, []).append(row)
+    if not groups:
+        return None
+    figure, axes = plt.subplots(
+        2, len(groups), figsize=(3.6 * len(groups), 5), squeeze=False, sharey="row", sharex="col"
+    )
+    for column, (name, group) in zip(axes.T, groups.items(), strict=True):
+        labels = [row["variant"] + ("" if row["usable"] else " (!)") for row in group]
+        column[0].bar(labels, [row["share_of_attainable"] for row in group], color="tab:blue")
+        column[1].bar(labels, [row["speedup"] for row in group], color="tab:orange")
+        column[1].plot(
+            labels,
+            [row["macs_full"] / row["macs"] for row in group],
+            "k_",
+            markersize=14,
+            label="by multiply-adds",
+        )
+        column[0].set_title(name, fontsize=9)
+        plt.setp(column[1].get_xticklabels(), rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
+        for axis in column:
+            axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    axes[0, 0].set_ylabel("share of attainable")
+    axes[1, 0].set_ylabel("speed-up over the fastest plain")
+    axes[1, 0].legend(fontsize=7)
+    return figure

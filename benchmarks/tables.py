@@ -1,0 +1,251 @@
+"""Rows as tables: for the terminal (`plain`) and for the README (`markdown`)."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from rows import Row, key
+
+from adadiff.frechet import seed_interval
+
+
+@dataclass(frozen=True)
+class Table:
+    """`note` says in plain language how to read it."""
+
+    title: str
+    header: Sequence[str]
+    body: Sequence[Sequence[str]]
+    note: str
+
+
+def plain(table: Table) -> str:
+    lines = [table.header, *table.body]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(table.header))]
+
+    def text(line: Sequence[str]) -> str:
+        first, *rest = (
+            cell.ljust(w) if not i else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        return "  ".join([first, *rest]).rstrip()
+
+    return "\n".join([table.title, *map(text, lines), table.note])
+
+
+def markdown(table: Table) -> str:
+    lines = [table.header, ["---", *["---:"] * (len(table.header) - 1)], *table.body]
+    return "\n".join(
+        [f"**{table.title}**", "", *("| " + " | ".join(line) + " |" for line in lines), "", table.note]
+    )
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """One row for each thing measured, the last, in the order in which they first came."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        found[repr((key(row), row["dtype"], row["threads"] if "seconds" in row else None))] = row
+    return list(found.values())
+
+
+def select(rows: Iterable[Row], suite: str, kind: str) -> list[Row]:
+    return [row for row in rows if row["suite"] == suite and row["kind"] == kind]
+
+
+def all_tables(rows: Iterable[Row]) -> list[Table]:
+    rows = latest(rows)
+    return [table for make in (digits, overhead, network) for table in make(rows) if table.body]
+
+
+def title(row: Row) -> str:
+    """The method and its setting, as tables and pictures name it."""
+    setting = row["parameters"]["setting"]
+    if setting is None:
+        return row["variant"]
+    if row["variant"] in ("early exit", "fixed depth"):
+        theta, _, first = setting.partition(",first=")
+        from_block = f" from block {first}" if first else ""
+        return f"{row['variant']}, {'θ' if row['variant'] == 'early exit' else 'as θ'} = {theta}{from_block}"
+    return (
+        f"{row['variant']}, {setting}"
+        if row["variant"] == "fewer steps"
+        else f"{row['variant']} {setting}"
+    )
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Quality over runs. `low`, `high`: over runs (Student t) where there are two, else bootstrap."""
+
+    samples: int
+    runs: int
+    frechet: float
+    low: float
+    high: float
+    mean: dict[str, float]  # of the other columns
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> "Quality":
+        values = [row["frechet"] for row in rows]
+        if len(rows) > 1:
+            interval = seed_interval(values)
+            low, high = interval.low, interval.high
+        else:
+            low, high = rows[0]["frechet_low"], rows[0]["frechet_high"]
+        mean = {
+            name: sum(float(row[name]) for row in rows) / len(rows)
+            for name in ("mean_exit_layer", "blocks_share", "macs_share", "accuracy", "psnr_median")
+            if rows[0][name] is not None
+        }
+        return cls(rows[0]["parameters"]["samples"], len(rows), sum(values) / len(rows), low, high, mean)
+
+
+def qualities(rows: Iterable[Row]) -> dict[str, Quality]:
+    """title -> quality, of the largest number of samples there is for the latest checkpoints."""
+    measured = select(rows, "digits", "quality")
+    if not measured:
+        return {}
+    checkpoints = measured[-1]["parameters"]["checkpoints"]
+    measured = [row for row in measured if row["parameters"]["checkpoints"] == checkpoints]
+    most = max(row["parameters"]["samples"] for row in measured)
+    by_title: dict[str, list[Row]] = {}
+    for row in measured:
+        if row["parameters"]["samples"] == most:
+            by_title.setdefault(title(row), []).append(row)
+    return {name: Quality.of(group) for name, group in by_title.items()}
+
+
+def digits(rows: Sequence[Row]) -> list[Table]:
+    good = qualities(rows)
+    measured = select(rows, "digits", "speed")
+    by_threads = [
+        [row for row in measured if row["threads"] == n]
+        for n in dict.fromkeys(row["threads"] for row in measured)
+    ]
+    return [_digits(group, good) for group in by_threads or [[]] if group or good]
+
+
+def _digits(rows: Sequence[Row], good: dict[str, Quality]) -> Table:
+    speed = {title(row): row for row in rows}
+    header = (
+        "digits, trained", "images/s", "speed-up", "exit layer", "blocks", "of attainable", "of FLOP ideal",
+        "Fréchet", "95 % interval", "PSNR", "accuracy",
+    )  # fmt: skip
+    body = []
+    for name in dict.fromkeys([*speed, *good]):
+        row, quality = speed.get(name, {}), good.get(name)
+        known = quality.mean if quality else {}
+        blocks = row["blocks"] / row["blocks_full"] if "blocks" in row else known.get("blocks_share")
+        body.append(
+            (
+                name,
+                number(row.get("images_per_second"), 1) + ("" if row.get("usable", True) else " (!)"),
+                number(row.get("speedup"), 2),
+                number(row.get("mean_exit_layer", known.get("mean_exit_layer")), 2),
+                number(blocks, 0, percent=True),
+                number(row.get("share_of_attainable"), 2),
+                number(row.get("share_of_flop_ideal"), 2),
+                number(quality and quality.frechet, 3),
+                f"{quality.low:.3f} to {quality.high:.3f}" if quality else "",
+                number(known.get("psnr_median"), 1),
+                number(known.get("accuracy"), 1, percent=True),
+            )
+        )
+    note = "Speed-up: over the fastest plain full network. Both shares: the higher the better, up to 1. "
+    quality = next(iter(good.values()), None)
+    if quality:
+        runs = f"{quality.runs} runs of " if quality.runs > 1 else ""
+        note += (
+            f"Fréchet distance to held-out scans, {runs}{quality.samples} samples: lower is better. "
+            "PSNR (dB): median, to the full network's image of the same noise. "
+            "Accuracy is only a check: it rises as images lose variety. "
+        )
+    return Table(_where(rows), header, body, note + _warning(rows))
+
+
+def overhead(rows: Sequence[Row]) -> list[Table]:
+    measured = select(rows, "digits", "overhead")
+    body = [
+        (
+            row["variant"],
+            row["dtype"]
+            + (" (emulated)" if row["dtype"] == "bfloat16" and not row["machine"]["bfloat16"] else ""),
+            f"{row['seconds']['median'] * 1e3:.2f}" + ("" if row["usable"] else " (!)"),
+            f"{row['overhead']:+.1%}",
+        )
+        for row in measured
+    ]
+    note = (
+        "What the engine, then scores and decisions, add to the fastest plain network while nobody leaves. "
+    )
+    return [
+        Table(
+            _where(measured),
+            ("digits, one evaluation", "dtype", "ms", "cost"),
+            body,
+            note + _warning(measured),
+        )
+    ]
+
+
+def network(rows: Sequence[Row]) -> list[Table]:
+    groups: dict[tuple, list[Row]] = {}
+    for row in select(rows, "network", "baseline") + select(rows, "network", "pattern"):
+        groups.setdefault((row["parameters"]["batch"], row["dtype"], row["threads"]), []).append(row)
+    header = (
+        "U-ViT-S/2, CIFAR-10 shape", "seconds", "p20 to p80", "evaluations/s", "exit layer", "speed-up",
+        "of attainable", "of FLOP ideal", "rows moved", "bytes",
+    )  # fmt: skip
+    tables = []
+    for (batch, _, _), group in groups.items():
+        body = [
+            (
+                row["variant"],
+                f"{row['seconds']['median']:.3f}" + ("" if row["usable"] else " (!)"),
+                f"{row['seconds']['p20']:.3f} to {row['seconds']['p80']:.3f}",
+                number(row["evaluations_per_second"], 2),
+                number(row.get("mean_exit_layer"), 2),
+                number(row["speedup"], 2),
+                number(row.get("share_of_attainable"), 3),
+                number(row.get("share_of_flop_ideal"), 3),
+                number(row.get("rows_moved"), 0),
+                number(
+                    row.get("peak_bytes") and row["peak_bytes"] / row["peak_bytes_plain"], 0, percent=True
+                ),
+            )
+            for row in group
+        ]
+        note = (
+            "Of attainable: the plain network's fastest pieces on exactly the rows that still ran, over the "
+            "measured time; 1 means that leaving early costs nothing. "
+            "Bytes: tensors above the weights, against the plain run. "
+        )
+        tables.append(Table(f"batch {batch}, {_where(group)}", header, body, note + _warning(group)))
+    return tables
+
+
+def _where(rows: Sequence[Row]) -> str:
+    if not rows:
+        return "quality"
+    row = rows[0]
+    torch = f"torch {row['versions']['torch']}"
+    return ", ".join([row["machine"]["cpu"], f"{row['threads']} thread(s)", row["dtype"], torch])
+
+
+def _warning(rows: Iterable[Row]) -> str:
+    bad = [row["aa_ratio"] for row in rows if not row["usable"]]
+    if not bad:
+        return ""
+    worst = abs(max(bad, key=_off) - 1)
+    return f"(!) not usable: the machine was busy, the same call measured twice differed by {worst:.0%}."
+
+
+def _off(ratio: float) -> float:
+    return abs(math.log(ratio))
+
+
+def number(value: float | None, digits: int, percent: bool = False) -> str:
+    """Empty where there is no value."""
+    if value is None:
+        return ""
+    return f"{value:.{digits}%}" if percent else f"{value:.{digits}f}"

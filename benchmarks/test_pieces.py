@@ -1,0 +1,78 @@
+"""The pieces by themselves, for pytest-benchmark: `pytest benchmarks`. Nothing is asserted on time."""
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+import adadiff
+from adadiff.rules import Full, Replay
+from adadiff.solvers import DDIM, DPMSolverPP2M, pack
+from adadiff_kernels import ActiveSet, Score, philox_normal, residual_uem, solver_step, swap_rows
+
+LANES = 64
+T, D = 257, 512  # U-ViT-S/2 at its CIFAR-10 shape
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+@torch.inference_mode()
+def test_plan(benchmark: BenchmarkFixture) -> None:
+    """Every other of 64 lanes leaves: the most swaps that one decision can take."""
+    mask = torch.arange(LANES) % 2 == 0
+    swaps = benchmark.pedantic(
+        lambda active: active.leave(mask, 1), setup=lambda: ((ActiveSet(LANES),), {}), rounds=300
+    )
+    assert (swaps.after, len(swaps.pairs)) == (LANES // 2, LANES // 4)
+
+
+@torch.inference_mode()
+def test_moves(benchmark: BenchmarkFixture) -> None:
+    """16 pairs of rows of half a megabyte each change places."""
+    swaps = ActiveSet(LANES).leave(torch.arange(LANES) % 2 == 0, 1)
+    rows = torch.randn(LANES, T, D)
+    benchmark(swap_rows, swaps, rows)
+
+
+@pytest.mark.parametrize("scored", [False, True], ids=["sum", "sum and score"])
+@torch.inference_mode()
+def test_fused_pass(benchmark: BenchmarkFixture, scored: bool) -> None:
+    n = 7  # as many lanes as the engine takes at a time
+    x, branch, lanes = torch.randn(n, T, D), torch.randn(n, T, D), torch.arange(n, dtype=torch.int32)
+    score = Score(torch.randn(1, D) / D**0.5, torch.zeros(n, 1), extras=1) if scored else None
+    benchmark(residual_uem, x, branch, lanes=lanes, score=score, out=torch.empty_like(x))
+
+
+@pytest.mark.parametrize("solver", [DDIM(), DPMSolverPP2M()], ids=["ddim", "dpm++2m"])
+@torch.inference_mode()
+def test_solver_step(benchmark: BenchmarkFixture, solver: DDIM | DPMSolverPP2M) -> None:
+    """64 samples of 3 x 32 x 32, each at its own step."""
+    tables = pack([solver.table(adadiff.build("digits").schedule, 50)])
+    x, eps = torch.randn(2, LANES, 3, 32, 32)
+    state = tables.start(x)
+    _, rows = tables.rows(torch.zeros(LANES, dtype=torch.int64), torch.arange(LANES) % 50)
+    benchmark(solver_step, state, eps, rows)
+
+
+@torch.inference_mode()
+def test_philox(benchmark: BenchmarkFixture) -> None:
+    """Initial noise of 64 samples of 3 x 32 x 32."""
+    benchmark(philox_normal, torch.arange(LANES), torch.zeros(LANES, dtype=torch.int64), 0, 3 * 32 * 32)
+
+
+@pytest.mark.parametrize("case", ["plain", "engine", "nobody leaves", "spread"])
+@torch.inference_mode()
+def test_evaluate(benchmark: BenchmarkFixture, case: str) -> None:
+    """One evaluation of the digits network, 64 lanes at different timesteps, random weights."""
+    model = adadiff.build("digits")
+    x, t, labels = torch.randn(LANES, 1, 8, 8), torch.linspace(0, 999, LANES), torch.arange(LANES) % 10
+    lane = torch.arange(LANES)
+    depth = {"nobody leaves": torch.full((LANES,), 13.0), "spread": (3 + lane * 7 % 11).float()}.get(case)
+    if case == "plain":
+        benchmark(model.backbone, x, t, labels)
+    else:
+        rule = Full() if depth is None else Replay()
+        benchmark(adadiff.evaluate, model.backbone, model.exits, rule, x, t, labels, threshold=depth)

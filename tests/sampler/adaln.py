@@ -1,0 +1,143 @@
+"""A tiny adaLN network, as DiT is one: gates, modulated norms, no skips, no extra tokens. Only tests use it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adadiff_kernels import Norm
+
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Modulation:
+    time: Tensor  # [B, Dt]
+    values: Tensor  # [B, L, 2 branches, (shift, scale, gate), D]
+
+
+@dataclass(frozen=True)
+class GatedBranch:
+    body: nn.Module
+    block: int
+    branch: int
+
+    def _of(self, cond: Modulation, which: int) -> Tensor:
+        return cond.values[:, self.block, self.branch, which]
+
+    def norm(self, cond: Modulation) -> Norm:
+        return Norm(eps=EPS, shift=self._of(cond, 0), scale=self._of(cond, 1))
+
+    def gate(self, cond: Modulation) -> Tensor:
+        return self._of(cond, 2)
+
+    def __call__(self, h: Tensor) -> Tensor:
+        return self.body(h)
+
+
+class Mix(nn.Module):
+    """Attention with one head."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.qkv = nn.Linear(dim, 3 * dim)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*self.qkv(h).chunk(3, dim=-1))
+
+
+class Mlp(nn.Sequential):
+    def __init__(self, dim: int):
+        super().__init__(nn.Linear(dim, 3 * dim), nn.GELU(), nn.Linear(3 * dim, dim))
+
+
+class Block(nn.Module):
+    skip_from = None
+
+    def __init__(self, dim: int, index: int):
+        super().__init__()
+        self.mix = Mix(dim)
+        self.mlp = Mlp(dim)
+        self.dim, self.index = dim, index
+
+    @property
+    def branches(self) -> Sequence[GatedBranch]:
+        return GatedBranch(self.mix, self.index, 0), GatedBranch(self.mlp, self.index, 1)
+
+    def join(self, x: Tensor, skip: Tensor) -> Tensor:
+        raise AssertionError("this network has no skips")
+
+    def macs(self, tokens: int) -> int:
+        return 9 * self.dim**2 * tokens + 2 * tokens**2 * self.dim
+
+
+class Head(nn.Module):
+    def __init__(self, dim: int, outputs: int, unpatchify: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, EPS, elementwise_affine=False)
+        self.linear = nn.Linear(dim, outputs)
+        self._unpatchify = unpatchify
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return self._unpatchify(self.linear(self.norm(patches)))
+
+
+class AdaLN(nn.Module):
+    """D is no multiple of a vector, Dt is not D, and T is odd, so that no two sizes can be confused."""
+
+    extras = 0
+    dim, time_dim, depth, classes = 20, 12, 5, 4
+    patch, side, channels = 2, 3, 3
+    tokens = side**2
+    patch_outputs = patch**2 * channels
+    sample_shape = (channels, side * patch, side * patch)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(self.patch_outputs, self.dim)
+        self.position = nn.Parameter(torch.zeros(self.tokens, self.dim))
+        self.time = nn.Linear(2, self.time_dim)
+        self.label = nn.Embedding(self.classes, self.time_dim)
+        self.modulate = nn.Linear(self.time_dim, self.depth * 6 * self.dim)
+        self.blocks = nn.ModuleList(Block(self.dim, i) for i in range(self.depth))
+        self.head = self.new_head()
+
+    def begin(self, x: Tensor, t: Tensor, context: Tensor | None) -> tuple[Tensor, Modulation]:
+        dtype = self.position.dtype
+        angle = t.float()[:, None] / 1000
+        time = F.silu(self.time(torch.cat([angle.cos(), angle.sin()], 1).to(dtype)) + self.label(context))
+        rows = self.embed(self.patchify(x.to(dtype))) + self.position
+        return rows, Modulation(time, self.modulate(time).view(len(x), self.depth, 2, 3, self.dim))
+
+    def new_head(self) -> Head:
+        return Head(self.dim, self.patch_outputs, self.unpatchify)
+
+    def patchify(self, images: Tensor) -> Tensor:
+        return F.unfold(images, self.patch, stride=self.patch).transpose(1, 2)
+
+    def unpatchify(self, values: Tensor) -> Tensor:
+        return F.fold(values.transpose(1, 2), self.sample_shape[1:], self.patch, stride=self.patch)
+
+    def fixed_macs(self) -> tuple[int, int]:
+        ends = self.tokens * self.dim * self.patch_outputs
+        return ends + 2 * self.time_dim + self.time_dim * self.depth * 6 * self.dim, ends
+
+    def layers(self, x: Tensor, t: Tensor, context: Tensor | None) -> list[Tensor]:
+        """Rows after every block, by the formulas of DiT and not through branches."""
+        rows, cond = self.begin(x, t, context)
+        outputs = []
+        for block, values in zip(self.blocks, cond.values.unbind(1), strict=True):
+            for body, (shift, scale, gate) in zip(
+                (block.mix, block.mlp), (branch.unbind(1) for branch in values.unbind(1)), strict=True
+            ):
+                mean = rows.mean(-1, keepdim=True)
+                variance = (rows - mean).square().mean(-1, keepdim=True)
+                h = (rows - mean) / torch.sqrt(variance + EPS)
+                rows = rows + gate[:, None] * body(h * (1 + scale[:, None]) + shift[:, None])
+            outputs.append(rows)
+        return outputs
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
+        return self.head(self.layers(x, t, context)[-1])

@@ -1,0 +1,56 @@
+"""Products whose rounding cannot depend on the batch, because every lane is computed on its own."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+
+import pytest
+import torch
+from torch import Tensor
+
+from adadiff.exits import Exits
+from adadiff.models import uvit
+
+from sampler import adaln
+
+fused = import_module("adadiff_kernels.residual_uem")  # the package has a function of this name
+
+
+def lane_by_lane(function: Callable) -> Callable:
+    """The same function of tensors by lane, called for one lane at a time."""
+
+    def join(parts: list) -> object:
+        if isinstance(parts[0], Tensor):
+            return torch.cat(parts)
+        if isinstance(parts[0], tuple):
+            return tuple(join(list(column)) for column in zip(*parts, strict=True))
+        names = [field.name for field in dataclasses.fields(parts[0])]
+        return dataclasses.replace(parts[0], **{k: join([getattr(part, k) for part in parts]) for k in names})
+
+    def wrapped(*by_lane: Tensor | None) -> object:
+        n = len(by_lane[0])
+        return join([function(*(v if v is None else v[i : i + 1] for v in by_lane)) for i in range(n)])
+
+    return wrapped
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def patch(kind: type, name: str) -> None:
+        method = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda self, *by_lane: lane_by_lane(partial(method, self))(*by_lane))
+
+    for kind in (uvit.Head, uvit.Attention, uvit.Mlp, adaln.Head, adaln.Mix, adaln.Mlp):
+        patch(kind, "forward")
+    for kind, name in ((uvit.UViT, "begin"), (uvit.UViT, "head"), (uvit.Block, "join"), (adaln.AdaLN, "begin")):
+        patch(kind, name)
+    offsets, score = Exits.offsets, fused.uem_score
+    monkeypatch.setattr(
+        Exits, "offsets", lambda self, time: torch.cat([offsets(self, one[None]) for one in time], dim=1)
+    )
+    monkeypatch.setattr(
+        fused,
+        "uem_score",
+        lambda y, weights, lanes: lane_by_lane(lambda y, lane: score(y, weights, lane))(y, lanes),
+    )

@@ -1,0 +1,328 @@
+"""One evaluation with exits, against blocks and heads run one sample at a time by the network's plain modules."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import assert_as_accurate
+from torch import Tensor
+
+from adadiff import engine
+from adadiff.exits import OFFICIAL, PAPER
+from adadiff.rules import BatchMean, Depth, Full, Patience, Replay, Threshold
+
+from sampler.tiny import BATCH, case, inputs
+
+F32, BF16 = torch.float32, torch.bfloat16
+CASES = [
+    pytest.param(kind, config, dtype, id=f"{kind}-{name}-{dtype_name}")
+    for kind in ("uvit", "adaln")
+    for name, config in (("paper", PAPER), ("official", OFFICIAL))  # a head per layer, or one for all
+    for dtype_name, dtype in (("float32", F32), ("bfloat16", BF16))
+]
+FLOAT32 = [param for param in CASES if param.values[2] is F32]
+
+
+def evaluate(c, rule, **options) -> engine.Evaluation:
+    return engine.evaluate(c.backbone, c.exits, rule, *options.pop("given", c.given).all, **options)
+
+
+@pytest.mark.parametrize("rule", [Full(), Threshold(1e-6), Patience(1e-6), Depth(7)], ids=str)
+@pytest.mark.parametrize(("kind", "config", "dtype"), CASES)
+def test_never_exiting_is_the_plain_network(kind, config, dtype, rule) -> None:
+    c, exact = case(kind, config, dtype), case(kind, config, dtype, exact=True)
+    plain = c.backbone(*c.given.all)
+    result = evaluate(c, rule)
+    assert result.exit_layer.tolist() == [c.layers] * BATCH
+    if kind == "uvit":  # the same operators on the same shapes
+        assert torch.equal(result.eps, plain)
+    else:  # the sum with a gate may be one fused multiply-add
+        assert_as_accurate(result.eps, plain, exact.predictions[-1])
+    assert result.macs >= result.macs_full if rule.scored else result.macs == result.macs_full
+
+
+@pytest.mark.parametrize("group", [1, 4, 5, 12, 13, 50])
+@pytest.mark.parametrize(("kind", "config", "dtype"), CASES)
+def test_groups_change_rounding_only(kind, config, dtype, group) -> None:
+    """Not bit for bit: a product over fewer rows may sum in another order."""
+    c, exact = case(kind, config, dtype), case(kind, config, dtype, exact=True)
+    result = evaluate(c, Full(), group=group)
+    assert_as_accurate(result.eps, c.predictions[-1], exact.predictions[-1])
+
+
+def patterns(layers: int) -> dict[str, list[int]]:
+    return {
+        "nobody": [layers] * BATCH,
+        "everybody": [1] * BATCH,
+        "first lane": [1] + [layers] * (BATCH - 1),
+        "last lane": [layers] * (BATCH - 1) + [1],
+        "alternating": [1 + b % 2 for b in range(BATCH)],
+        "one stays": [2] * 6 + [layers] + [2] * 6,
+        "deeper and deeper": [1 + b * (layers - 1) // (BATCH - 1) for b in range(BATCH)],
+        "shallower and shallower": [layers - b * (layers - 1) // (BATCH - 1) for b in range(BATCH)],
+    }
+
+
+def check_pattern(kind, config, dtype, exit_layer: list[int], group: int | None) -> None:
+    c, exact = case(kind, config, dtype), case(kind, config, dtype, exact=True)
+    wanted = torch.tensor(exit_layer)
+    result = evaluate(c, Replay(), threshold=wanted.float(), group=group)
+    assert result.exit_layer.tolist() == exit_layer
+    assert_as_accurate(result.eps, c.leaving(wanted), exact.leaving(wanted))
+
+
+@pytest.mark.parametrize("pattern", patterns(7))
+@pytest.mark.parametrize(("kind", "config", "dtype"), CASES)
+def test_exit_at_k_is_k_blocks_and_that_head(kind, config, dtype, pattern) -> None:
+    check_pattern(kind, config, dtype, patterns(case(kind, config, dtype).layers)[pattern], None)
+
+
+@pytest.mark.parametrize(("kind", "config"), [("uvit", PAPER), ("uvit", OFFICIAL), ("adaln", PAPER)])
+@settings(max_examples=20)
+@given(data=st.data(), group=st.sampled_from([None, 1, 4, 5]))
+def test_exit_at_k_for_random_patterns(kind, config, data, group) -> None:
+    layers = case(kind, config, F32).layers
+    exit_layer = data.draw(st.lists(st.integers(1, layers), min_size=BATCH, max_size=BATCH))
+    check_pattern(kind, config, F32, exit_layer, group)
+
+
+def between(u: Tensor, quantile: float) -> Tensor:
+    """A threshold near this quantile of u, in the middle of the widest gap there: no decision hangs on rounding."""
+    values = u.flatten().sort().values
+    start = min(int(quantile * len(values)), len(values) - 9)
+    gaps = values[start : start + 9].diff()
+    return (values[start:][gaps.argmax()] + gaps.max() / 2).float()
+
+
+def first_below(u: Tensor, threshold: Tensor) -> list[int]:
+    """u: [L, B]. The first layer of 1..L-1 with u < threshold, else L."""
+    layers = len(u)
+    assert float((u - threshold).abs().min()) > 1e-5
+    return [
+        next((layer for layer in range(1, layers) if u[layer - 1, b] < threshold[b]), layers)
+        for b in range(u.shape[1])
+    ]
+
+
+@pytest.mark.parametrize("quantile", [0.05, 0.2, 0.4])
+@pytest.mark.parametrize(("kind", "config", "dtype"), FLOAT32)
+def test_leaves_at_the_first_layer_below_the_threshold(kind, config, dtype, quantile) -> None:
+    c, exact = case(kind, config, dtype), case(kind, config, dtype, exact=True)
+    threshold = between(exact.uncertainties[:-1], quantile).expand(BATCH)
+    wanted = first_below(exact.uncertainties, threshold)
+    result = evaluate(c, Threshold(float(threshold[0])))
+    assert result.exit_layer.tolist() == wanted
+    assert len(set(wanted)) > 1
+    exit_layer = torch.tensor(wanted)
+    assert_as_accurate(result.eps, c.leaving(exit_layer), exact.leaving(exit_layer))
+
+
+def test_thresholds_by_lane_replace_the_rules_own() -> None:
+    c, exact = case("uvit", PAPER, F32), case("uvit", PAPER, F32, exact=True)
+    threshold = torch.linspace(0.05, 0.9, BATCH)
+    wanted = first_below(exact.uncertainties, threshold)
+    assert evaluate(c, Threshold(0.5), threshold=threshold).exit_layer.tolist() == wanted
+
+
+@pytest.mark.parametrize(("kind", "config", "dtype"), CASES)
+def test_recorded_scores_are_the_uncertainties_of_who_was_asked(kind, config, dtype) -> None:
+    c, exact = case(kind, config, dtype), case(kind, config, dtype, exact=True)
+    layers = torch.arange(1, c.layers + 1)[:, None]
+    exit_layer = torch.tensor(patterns(c.layers)["deeper and deeper"])
+    scores = evaluate(c, Replay(), threshold=exit_layer.float(), record=True).scores
+    asked = (layers <= exit_layer) & (layers < c.layers)
+    assert torch.equal(scores.isnan(), ~asked)
+    assert_as_accurate(scores[asked], c.uncertainties[asked], exact.uncertainties[asked])
+    assert evaluate(c, Replay(scored=False), threshold=exit_layer.float(), record=True).scores.isnan().all()
+    assert evaluate(c, Full()).scores is None
+
+
+@pytest.mark.parametrize(("kind", "config", "dtype"), FLOAT32)
+def test_patience_equals_the_official_loop(kind, config, dtype) -> None:
+    """The official loop over in-blocks counts triggers and returns at the second; the others return at once."""
+    c, exact = case(kind, config, dtype), case(kind, config, dtype, exact=True)
+    threshold = float(between(exact.uncertainties, 0.4))
+    wanted = []
+    for u in exact.uncertainties.T.tolist():
+        triggers, left = 0, c.layers
+        for layer, value in enumerate(u[:-1], start=1):
+            if layer <= c.layers // 2:
+                triggers += value < threshold
+                if triggers < 2:
+                    continue
+            if value < threshold:
+                left = layer
+                break
+        wanted.append(left)
+    assert evaluate(c, Patience(threshold)).exit_layer.tolist() == wanted
+    assert wanted != first_below(exact.uncertainties, torch.full((BATCH,), threshold))
+
+
+def test_batch_mean_is_one_decision_for_all() -> None:
+    c, exact = case("uvit", PAPER, F32), case("uvit", PAPER, F32, exact=True)
+    means = exact.uncertainties.mean(1)  # falls under 0.5 at block 5 first
+    assert means[:4].min() > 0.5 > means[4]
+    assert evaluate(c, BatchMean(0.5)).exit_layer.tolist() == [5] * BATCH
+
+
+def test_tied_lanes_leave_together_by_the_larger_uncertainty() -> None:
+    c, exact = case("uvit", PAPER, F32), case("uvit", PAPER, F32, exact=True)
+    pairs = torch.tensor([9, 1, 5, 12, 4, 2, 8, 7, 6, 0, 11, 10, 3])  # 1, 4 and 7 have no partner
+    together = torch.maximum(exact.uncertainties, exact.uncertainties[:, pairs])
+    threshold = torch.full((BATCH,), 0.48)
+    wanted = first_below(together, threshold)
+    result = evaluate(c, Threshold(0.48), pairs=pairs, record=True)
+    assert result.exit_layer.tolist() == wanted
+    assert wanted != first_below(exact.uncertainties, threshold)
+    ran = ~result.scores.isnan()  # the record holds each lane's own
+    torch.testing.assert_close(result.scores[ran].double(), exact.uncertainties[ran], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "pairs", [[1, 0], [1, 2, 0, *range(3, 13)], [13, *range(1, 13)], [-1, *range(1, 13)]], ids=str
+)
+def test_pairs_that_are_none_are_refused(pairs: list[int]) -> None:
+    with pytest.raises(ValueError, match="pairs"):
+        evaluate(case("uvit", PAPER, F32), Threshold(0.5), pairs=torch.tensor(pairs))
+
+
+def test_tied_lanes_share_a_threshold() -> None:
+    pairs, threshold = torch.arange(BATCH), torch.full((BATCH,), 0.5)
+    pairs[:2] = torch.tensor([1, 0])
+    threshold[1] = 0.4
+    with pytest.raises(ValueError, match="tied"):
+        evaluate(case("uvit", PAPER, F32), Threshold(0.5), pairs=pairs, threshold=threshold)
+
+
+@pytest.mark.parametrize(("kind", "config", "dtype"), CASES)
+def test_nan_in_a_sample_never_leaves_and_never_spreads(kind, config, dtype) -> None:
+    c = case(kind, config, dtype)
+    hurt = c.given[torch.arange(BATCH)]
+    hurt.x[4, 0, 1, 1] = math.nan
+    others = torch.arange(BATCH) != 4
+    threshold = float(between(c.uncertainties[:-1], 0.3))
+    result = evaluate(c, Threshold(threshold), given=hurt)
+    assert result.exit_layer[4] == c.layers
+    assert result.eps[4].isnan().any()
+    # the same rows in the same places, so the same bits for the others
+    clean = evaluate(c, Replay(), threshold=result.exit_layer.float())
+    assert torch.equal(result.eps[others], clean.eps[others])
+    assert not result.eps[others].isnan().any()
+    assert len(result.exit_layer[others].unique()) > 1
+
+
+@pytest.mark.parametrize("rule", [Threshold(0.99), Patience(0.99), BatchMean(0.99)], ids=str)
+def test_nan_uncertainty_never_leaves(rule) -> None:
+    c = case("uvit", PAPER, F32)
+    exits = copy.deepcopy(c.exits)
+    exits.weight[:2] = math.nan
+    result = engine.evaluate(c.backbone, exits, rule, *c.given.all)
+    first = 3 if not isinstance(rule, Patience) else 4
+    # blocks 1 and 2 are blind; at 3 everybody is under 0.99
+    assert result.exit_layer.tolist() == [first] * BATCH
+    exits.weight[:] = math.nan
+    result = engine.evaluate(c.backbone, exits, rule, *c.given.all)
+    assert result.exit_layer.tolist() == [c.layers] * BATCH
+    assert torch.equal(result.eps, c.backbone(*c.given.all))
+
+
+def test_nan_in_one_lane_keeps_its_partner() -> None:
+    c = case("uvit", PAPER, F32)
+    hurt = c.given[torch.arange(BATCH)]
+    hurt.x[4] = math.nan
+    pairs = torch.arange(BATCH)
+    pairs[[4, 11]] = torch.tensor([11, 4])
+    exit_layer = evaluate(c, Threshold(0.99), given=hurt, pairs=pairs).exit_layer
+    assert exit_layer.tolist() == [c.layers if b in (4, 11) else 1 for b in range(BATCH)]
+
+
+@pytest.mark.parametrize(
+    "rule", [Full(), Threshold(0.5), Patience(0.5), BatchMean(0.5), Depth(2.5), Replay()], ids=str
+)
+@pytest.mark.parametrize(("kind", "config", "dtype"), CASES)
+def test_no_lanes_is_no_error(kind, config, dtype, rule) -> None:
+    c = case(kind, config, dtype)
+    nothing = c.given[slice(0, 0)]
+    threshold = torch.empty(0) if isinstance(rule, Replay) else None
+    result = evaluate(c, rule, given=nothing, threshold=threshold, record=True, pairs=torch.empty(0).long())
+    assert result.eps.shape == (0, *c.backbone.sample_shape)
+    assert result.eps.dtype == dtype
+    assert (result.macs, result.macs_full, result.moved, result.exit_layer.tolist()) == (0, 0, 0, [])
+    assert result.scores.shape == (c.layers, 0)
+
+
+@pytest.mark.parametrize(("kind", "config", "dtype"), FLOAT32)
+def test_one_lane_moves_nothing(kind, config, dtype) -> None:
+    c = case(kind, config, dtype)
+    result = evaluate(c, Replay(), given=c.given[slice(3, 4)], threshold=torch.tensor([2.0]))
+    assert result.moved == 0
+    torch.testing.assert_close(result.eps, c.predictions[1, 3:4], rtol=1e-5, atol=1e-5)
+
+
+def test_macs_by_hand() -> None:
+    """Lanes that leave after blocks 1, 3, 4 (the mid block), 6 and 7 of the tiny U-ViT: D = 48, T = 18."""
+    DD, TD = 18 * 48 * 48, 18 * 18 * 48
+    plain = 3 * DD + DD + 4 * DD + 4 * DD + 2 * TD  # qkv, projection, two MLP products, attention
+    skip = 2 * DD + plain
+    ends = 16 * 12 * 48 + 16 * 48 * 12 + 9 * 3 * 3 * 64  # patches in, patches out, convolution
+    after = {1: plain, 3: 3 * plain, 4: 4 * plain, 6: 4 * plain + 2 * skip, 7: 4 * plain + 3 * skip}
+    wanted = torch.tensor([1, 7, 3, 4, 6])
+    for config, outputs in ((PAPER, 1), (OFFICIAL, 12)):
+        c = case("uvit", config, F32)
+        few = c.given[slice(0, 5)]
+        for scored in (True, False):
+            result = evaluate(c, Replay(scored=scored), given=few, threshold=wanted.float())
+            # nobody is asked after the last block
+            scores = 16 * outputs * 48 * sum(min(k, 6) for k in after) if scored else 0
+            assert result.macs == sum(after.values()) + 5 * ends + scores
+            assert result.macs_full == 5 * (after[7] + ends)
+
+
+def test_depth_without_scores_computes_none(monkeypatch) -> None:
+    c = case("uvit", PAPER, F32)
+    monkeypatch.setattr(type(c.exits), "score", lambda *_: pytest.fail("a score was asked for"))
+    monkeypatch.setattr(type(c.exits), "offsets", lambda *_: pytest.fail("offsets were asked for"))
+    for rule in (Depth(3), Full(), Replay(scored=False)):
+        threshold = torch.full((BATCH,), 3.0) if isinstance(rule, Replay) else None
+        wanted = 7 if rule == Full() else 3
+        assert evaluate(c, rule, threshold=threshold).exit_layer.tolist() == [wanted] * BATCH
+
+
+def test_inputs_and_weights_are_left_as_they_were() -> None:
+    c = case("uvit", PAPER, F32)
+    before = [value.clone() for value in (*c.given.all, *c.backbone.state_dict().values())]
+    evaluate(c, Threshold(0.5), group=4)
+    after = [*c.given.all, *c.backbone.state_dict().values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threshold": torch.full((BATCH - 1,), 0.5)}, "one number per lane"),
+        ({"threshold": torch.full((BATCH,), 1.0)}, "strictly between 0 and 1"),
+        ({"threshold": torch.full((BATCH,), math.nan)}, "strictly between 0 and 1"),
+        ({"group": 0}, "group"),
+        ({"group": -3}, "group"),
+    ],
+)
+def test_bad_input_is_named(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate(case("uvit", PAPER, F32), Threshold(0.5), **options)
+
+
+def test_what_cannot_be_evaluated_is_refused() -> None:
+    c = case("uvit", PAPER, F32)
+    given = inputs(c.backbone)
+    with pytest.raises(ValueError, match="no exits"):
+        engine.evaluate(c.backbone, None, Threshold(0.5), *given.all)
+    with pytest.raises(ValueError, match="'full' takes no thresholds"):
+        evaluate(c, Full(), threshold=torch.full((BATCH,), 0.5))
+    with pytest.raises(ValueError, match="threshold"):
+        evaluate(c, Replay())
+    given.x.requires_grad_()
+    with pytest.raises(ValueError, match="require grad"):
+        evaluate(c, Full(), given=given)

@@ -1,0 +1,185 @@
+"""Exits in both published readings, against the modules they are described by."""
+
+import pytest
+import torch
+from numerics import assert_as_accurate
+from torch import Tensor, nn
+
+from adadiff.config import PRESETS
+from adadiff.engine import evaluate
+from adadiff.exits import OFFICIAL, PAPER, ExitConfig, Exits, all_layers
+from adadiff.models.uvit import UViT
+from adadiff.rules import Full, Patience, Threshold
+
+from sampler.adaln import AdaLN
+from sampler.tiny import BATCH, UVIT, case, inputs, plain_layers, scramble
+
+F32 = torch.float32
+CONFIGS = [ExitConfig(m, t, s) for m in (False, True) for t in (False, True) for s in (False, True)]
+
+
+class LTE(nn.Module):
+    """The official module: a linear map of patch tokens to certainties of every pixel and channel."""
+
+    def __init__(self, dim: int, outputs: int):
+        super().__init__()
+        self.lte = nn.Linear(dim, outputs)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return torch.sigmoid(self.lte(patches))
+
+
+class OfficialUViT(UViT):
+    """The published network and the official UEMs under one state dict, as their checkpoints are."""
+
+    def __init__(self) -> None:
+        super().__init__(UVIT)
+        self.lte_classifer = nn.ModuleList(LTE(self.dim, self.patch_outputs) for _ in self.blocks)
+        scramble(self, 0.15, seed=3)
+
+    def certainties(self, given) -> Tensor:
+        """[L, B]: what the official sampler compares, for each sample."""
+        rows = plain_layers(self, given)
+        maps = [lte(layer[:, self.extras :]) for lte, layer in zip(self.lte_classifer, rows, strict=True)]
+        return torch.stack([self.unpatchify(values).flatten(1).mean(1) for values in maps])
+
+
+def official() -> tuple[OfficialUViT, UViT, Exits]:
+    theirs = OfficialUViT().requires_grad_(False)
+    state = theirs.state_dict()
+    backbone = UViT(UVIT)
+    backbone.load_state_dict({k: v for k, v in state.items() if not k.startswith("lte_classifer.")})
+    exits = Exits(backbone, OFFICIAL)
+    exits.load_official(state)
+    return theirs, backbone.requires_grad_(False), exits
+
+
+def test_official_certainties_become_uncertainties() -> None:
+    theirs, backbone, exits = official()
+    given = inputs(backbone)
+    certainty, exact = theirs.certainties(given), theirs.double().certainties(given)
+    result = evaluate(backbone, exits, Threshold(1e-6), *given.all, record=True)
+    assert_as_accurate(result.scores[:-1], 1 - certainty[:-1], 1 - exact[:-1])
+    assert certainty.std() > 0.02
+
+
+@pytest.mark.parametrize("quantile", [0.5, 0.7, 0.85])
+def test_official_exits_are_those_of_their_loop(quantile: float) -> None:
+    """Their loop for a batch of one: leave when the mean certainty exceeds it; of in-blocks, at the second time."""
+    theirs, backbone, exits = official()
+    given = inputs(backbone)
+    certainty = theirs.certainties(given)
+    values = certainty.flatten().sort().values
+    start = int(quantile * len(values))
+    gap = values[start : start + 10].diff().argmax()
+    least = float(values[start:][gap : gap + 2].mean())  # in the widest gap nearby, so that rounding decides nothing
+    wanted = []
+    for b in range(BATCH):
+        counter, left = 0, len(certainty)
+        for i, c in enumerate(certainty[:-1, b].tolist()):
+            if c > least:
+                counter += 1
+                if i >= len(backbone.in_blocks) or counter > 1:
+                    left = i + 1
+                    break
+        wanted.append(left)
+    result = evaluate(backbone, exits, Patience(1 - least), *given.all)
+    assert result.exit_layer.tolist() == wanted
+    assert len(set(wanted)) > 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("lte_classifer.5.lte.weight", None, "lte_classifer.5.lte.weight is missing"),
+        ("lte_classifer.0.lte.bias", torch.zeros(3), r"lte_classifer.0.lte.bias is \(3,\), .* \(12,\)"),
+        ("lte_classifer.6.lte.weight", torch.zeros(12, 47), r"\(12, 47\)"),
+    ],
+)
+def test_official_keys_that_do_not_fit_change_nothing(key: str, value: Tensor | None, message: str) -> None:
+    theirs, _, exits = official()
+    before = {name: tensor.clone() for name, tensor in exits.state_dict().items()}
+    state = {name: tensor + 1 for name, tensor in theirs.state_dict().items()}
+    state.pop(key)
+    if value is not None:
+        state[key] = value
+    with pytest.raises(ValueError, match=message):
+        exits.load_official(state)
+    assert all(torch.equal(before[name], tensor) for name, tensor in exits.state_dict().items())
+
+
+@pytest.mark.parametrize("config", [config for config in CONFIGS if config != OFFICIAL], ids=str)
+def test_other_exits_take_no_official_keys(config: ExitConfig) -> None:
+    theirs = OfficialUViT()
+    with pytest.raises(ValueError, match="OFFICIAL"):
+        Exits(theirs, config).load_official(theirs.state_dict())
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("kind", ["uvit", "adaln"])
+def test_training_sees_what_inference_decides_by(kind: str, config: ExitConfig) -> None:
+    c, exact = case(kind, config, F32), case(kind, config, F32, exact=True)
+    predictions, scores = all_layers(c.backbone, c.exits, *c.given.all)
+    assert_as_accurate(torch.stack(predictions), c.predictions, exact.predictions)
+    outputs = c.backbone.patch_outputs if config.map else 1
+    assert {score.shape for score in scores} == {(BATCH, c.backbone.tokens - c.backbone.extras, outputs)}
+    u = torch.stack([score.flatten(1).mean(1) for score in scores])
+    assert_as_accurate(u, c.uncertainties, exact.uncertainties)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_parameters_are_those_the_readings_have(config: ExitConfig) -> None:
+    backbone = UViT(UVIT)
+    exits = Exits(backbone, config)
+    P = 12 if config.map else 1
+    wanted = {"weight": (7, P, 48), "bias": (7, P)}
+    if config.time:
+        wanted["time_weight"] = (7, P, 48)
+    if not config.shared_head:  # the last layer has the network's own
+        head = {f"{k}.{n}" for k in ("norm", "decoder_pred", "final_layer") for n in ("weight", "bias")}
+        shapes = {key: tuple(backbone.state_dict()[key].shape) for key in head}
+        wanted |= {f"heads.{i}.{key}": shape for i in range(6) for key, shape in shapes.items()}
+    assert {key: tuple(value.shape) for key, value in exits.state_dict().items()} == wanted
+    assert exits.macs(16) == P * 48 * 16
+
+
+def test_official_parameter_count_of_cifar10() -> None:
+    """80,028 in the official code: 13 layers of D = 512 and 2 x 2 x 3 outputs."""
+    with torch.device("meta"):
+        exits = Exits(UViT(PRESETS["cifar10_uvit_small"].network), OFFICIAL)
+    assert sum(parameter.numel() for parameter in exits.parameters()) == 80_028
+
+
+def test_heads_are_used_where_they_belong() -> None:
+    c = case("uvit", PAPER, F32)
+    heads = [c.exits.head(c.backbone, layer) for layer in range(1, 8)]
+    assert heads[:6] == list(c.exits.heads)
+    assert heads[6] == c.backbone.head
+    shared = case("uvit", OFFICIAL, F32)
+    assert {shared.exits.head(shared.backbone, layer) for layer in range(1, 8)} == {shared.backbone.head}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_offsets_are_the_time_part_in_float32(config: ExitConfig) -> None:
+    exits = case("adaln", config, torch.bfloat16).exits
+    time = torch.randn(5, AdaLN.time_dim).bfloat16()
+    offsets = exits.offsets(time)
+    assert offsets.dtype == F32
+    for layer in range(AdaLN.depth):
+        for lane in range(5):
+            want = exits.bias[layer].double()
+            if config.time:
+                want = want + exits.time_weight[layer].double() @ time[lane].double()
+            torch.testing.assert_close(offsets[layer, lane].double(), want, rtol=1e-6, atol=1e-6)
+
+
+def test_a_network_without_exits_is_evaluated_in_full() -> None:
+    c = case("uvit", PAPER, F32)
+    assert torch.equal(evaluate(c.backbone, None, Full(), *c.given.all).eps, c.backbone(*c.given.all))
+
+
+@pytest.mark.parametrize("name", ["map", "time", "shared_head"])
+@pytest.mark.parametrize("value", [1, "yes", None])
+def test_settings_that_are_no_truth_values_are_refused(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"exits.{name}"):
+        ExitConfig(**{name: value})

@@ -1,0 +1,139 @@
+"""AdaDiff's loss against its formulas element by element in float64, and where its gradients go."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from adadiff.exits import ExitConfig, Exits, all_layers
+from adadiff.losses import adadiff_loss
+from adadiff.models.uvit import UViT, patchify
+
+from sampler.tiny import UVIT, inputs, scramble
+
+L, B, C, SIDE, PATCH = 3, 5, 3, 8, 2
+N = (SIDE // PATCH) ** 2
+
+
+def problem(outputs: int, dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    predictions = [torch.randn(B, C, SIDE, SIDE, dtype=dtype) for _ in range(L)]
+    scores = [torch.rand(B, N, outputs, dtype=dtype) for _ in range(L)]
+    return predictions, scores, torch.randn(B, C, SIDE, SIDE, dtype=dtype)
+
+
+def to_patches(images: Tensor) -> Tensor:
+    return patchify(images, UVIT)
+
+
+def by_element(predictions, scores, noise) -> tuple[float, float, float]:
+    """L_simple, L_u, L_UAL, one pixel at a time; channels lie last inside a patch."""
+    simple = uem = ual = 0.0
+    for i, (prediction, score) in enumerate(zip(predictions, scores, strict=True)):
+        outputs = score.shape[-1]
+        for b in range(B):
+            squares, targets = [], [[] for _ in range(N)]
+            for y in range(SIDE):
+                for x in range(SIDE):
+                    for c in range(C):
+                        error = float(prediction[b, c, y, x] - noise[b, c, y, x])
+                        squares.append(error**2)
+                        targets[(y // PATCH) * (SIDE // PATCH) + x // PATCH].append(math.tanh(abs(error)))
+            square = sum(squares) / len(squares)
+            u = score[b].tolist()
+            for patch, target in zip(u, targets, strict=True):
+                if outputs == 1:
+                    target = [sum(target) / len(target)]
+                uem += sum((p - q) ** 2 for p, q in zip(patch, target, strict=True)) / (N * outputs * B)
+            mean_u = sum(map(sum, u)) / (N * outputs)
+            ual += (1 - mean_u) * square / B
+            simple += square / B if i == L - 1 else 0
+    return simple, uem, ual
+
+
+@pytest.mark.parametrize("outputs", [1, PATCH**2 * C])
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.3, 2.5), (0.0, 0.0)])
+def test_states_the_formulas(outputs: int, weights: tuple[float, float]) -> None:
+    given = problem(outputs)
+    simple, uem, ual = by_element(*given)
+    terms = adadiff_loss(*given, to_patches, *weights)
+    assert float(terms.simple) == pytest.approx(simple, rel=1e-12)
+    assert float(terms.uem) == pytest.approx(uem, rel=1e-12)
+    assert float(terms.ual) == pytest.approx(ual, rel=1e-12)
+    assert float(terms.total) == pytest.approx(simple + weights[0] * uem + weights[1] * ual, rel=1e-12)
+    errors = [float((p - given[2]).square().mean()) for p in given[0]]
+    assert terms.errors.tolist() == pytest.approx(errors, rel=1e-12)
+
+
+def test_twice_the_batch_is_the_same_loss() -> None:
+    predictions, scores, noise = problem(1)
+    once = adadiff_loss(predictions, scores, noise, to_patches)
+    twice = adadiff_loss(*([torch.cat([v, v]) for v in part] for part in (predictions, scores)), noise.repeat(2, 1, 1, 1), to_patches)
+    for name in ("total", "simple", "uem", "ual"):
+        assert float(getattr(twice, name)) == pytest.approx(float(getattr(once, name)), rel=1e-12)
+
+
+def test_a_samples_uncertainty_weighs_its_own_error_only() -> None:
+    """A mean over the batch as weight, as in the official code, would change every sample's term."""
+    predictions, scores, noise = problem(1)
+    before = adadiff_loss(predictions, scores, noise, to_patches)
+    scores[1][3] += 0.25
+    after = adadiff_loss(predictions, scores, noise, to_patches)
+    square = float((predictions[1][3] - noise[3]).square().mean())
+    assert float(after.ual - before.ual) == pytest.approx(-0.25 * square / B, rel=1e-9)
+    assert float(after.simple) == float(before.simple)
+
+
+def test_target_and_weight_carry_no_gradient() -> None:
+    for outputs in (1, 12):
+        predictions, scores, noise = problem(outputs)
+        for value in (*predictions, *scores):
+            value.requires_grad_()
+        adadiff_loss(predictions, scores, noise, to_patches).total.backward()
+        for i, (prediction, score) in enumerate(zip(predictions, scores, strict=True)):
+            error = (prediction - noise).detach()
+            weight = (1 - score.detach().flatten(1).mean(1))[:, None, None, None] + (i == L - 1)
+            want = 2 * weight * error / error.numel()  # of (1 - u) e^2, and of e^2 for the last layer
+            torch.testing.assert_close(prediction.grad, want, rtol=1e-10, atol=1e-14)
+            target = to_patches(torch.tanh(error.abs()))
+            target = target.mean(-1, keepdim=True) if outputs == 1 else target
+            want = 2 * (score.detach() - target) / score.numel()
+            torch.testing.assert_close(score.grad, want, rtol=1e-10, atol=1e-14)
+
+
+def gradients(config: ExitConfig, uem: float, ual: float) -> dict[str, Tensor | None]:
+    backbone = UViT(UVIT)
+    exits = Exits(backbone, config)
+    scramble(backbone, 0.15, seed=1)
+    scramble(exits, 0.15, seed=2)
+    given = inputs(backbone, 4)
+    predictions, scores = all_layers(backbone, exits, *given.all)
+    adadiff_loss(predictions, scores, torch.ones_like(given.x), backbone.patchify, uem, ual).total.backward()
+    return {
+        f"{part}.{name}": parameter.grad
+        for part, module in (("backbone", backbone), ("exits", exits))
+        for name, parameter in module.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("config", [ExitConfig(), ExitConfig(map=True, time=True, shared_head=True)], ids=str)
+def test_each_loss_reaches_its_own_weights_only(config: ExitConfig) -> None:
+    """L_u moves the UEMs and nothing else; L_UAL moves network and heads, and no UEM."""
+    uems = {"exits.weight", "exits.bias", "exits.time_weight"}
+    neither, uem, ual = (gradients(config, *weights) for weights in ((0, 0), (1, 0), (0, 1)))
+    for name, before in neither.items():
+        if name in uems:
+            assert before is None or not before.any()
+            assert uem[name].flatten(1).any(1).all()  # every layer's
+            assert ual[name] is None or not ual[name].any()
+        else:
+            assert (before is None) == (uem[name] is None)
+            # 0 times a UEM's error adds zeros, so not even rounding differs
+            assert before is None or torch.equal(before, uem[name])
+            assert before is None or not torch.equal(before, ual[name])
+
+
+def test_layers_must_match() -> None:
+    predictions, scores, noise = problem(1)
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        adadiff_loss(predictions, scores[:-1], noise, to_patches)
