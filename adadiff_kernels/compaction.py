@@ -119,11 +119,7 @@ class ActiveSet:
         """
         if snapshot is self._snapshot:
             return None
-        if (
-            snapshot.dtype != torch.int32
-            or snapshot.shape != (self.lanes,)
-            or snapshot.device != self.row.device
-        ):
+        if snapshot.dtype != torch.int32 or snapshot.shape != (self.lanes,) or snapshot.device != self.row.device:
             raise ValueError(f"snapshot must be int32 [{self.lanes}] of this set, got {_describe(snapshot)}")
         index = snapshot.index_select(0, self.running).long()
         return None if torch.equal(index, torch.arange(self.count, device=index.device)) else index
@@ -212,6 +208,4 @@ def _check_rows(tensor: Tensor, swaps: Swaps, name: str) -> None:
     if tensor.requires_grad:
         raise ValueError(f"{name} must not require grad: rows move in place, unseen by autograd")
     if len(tensor) > 1 and not (tensor[0].is_contiguous() and tensor.stride(0) >= tensor[0].numel()):
-        raise ValueError(
-            f"{name} must have contiguous rows that do not overlap, got strides {tensor.stride()}"
-        )
+        raise ValueError(f"{name} must have contiguous rows that do not overlap, got strides {tensor.stride()}")

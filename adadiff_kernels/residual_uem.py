@@ -3,7 +3,7 @@
     y = x + gate[lane] * branch                                    (gate = 1 where there is none)
     s = W y_token + offset[lane]                                   for every patch token
     u = mean over patch tokens and outputs of sigmoid(s)
-    h = LayerNorm(y)                                               affine, or (1 + scale[lane]) * LayerNorm(y) + shift[lane]
+    h = LayerNorm(y)                                               affine, or (1 + scale[lane]) * it + shift[lane]
 
 n rows, T tokens, D channels, P outputs, B lanes; `lanes` (i32[n]) tells which lane a row carries. The score is the
 UEM of AdaDiff (Tang et al., ECCV 2024, Eq. 8) with its time part, one number per lane and output, folded into `offset`.
@@ -74,10 +74,7 @@ def residual_uem(
     Raises ValueError where shapes or dtypes do not fit.
     """
     _check(x, branch, lanes, gate, score, out)
-    if gate is None:
-        y = torch.add(x, branch, out=out)
-    else:
-        y = torch.addcmul(x, gate[lanes, None], branch, out=out)
+    y = torch.add(x, branch, out=out) if gate is None else torch.addcmul(x, gate[lanes, None], branch, out=out)
     u = uem_score(y, score, lanes) if score is not None else None
     return y, layer_norm(y, norm, lanes) if norm is not None else None, u
 

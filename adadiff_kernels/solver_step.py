@@ -159,13 +159,9 @@ def solver_step(
                 whole.index_copy_(0, slots, part.view(n, *whole.shape[1:]))
 
 
-def _check(
-    state: SolverState, n: int, eps: Tensor, rows: StepRows, z: Tensor | None, variance: Tensor | None
-) -> None:
+def _check(state: SolverState, n: int, eps: Tensor, rows: StepRows, z: Tensor | None, variance: Tensor | None) -> None:
     if state.x.dtype != torch.float32 or rows.coefficients.dtype != torch.float32:
-        raise ValueError(
-            f"state and coefficients must be float32, got {state.x.dtype} and {rows.coefficients.dtype}"
-        )
+        raise ValueError(f"state and coefficients must be float32, got {state.x.dtype} and {rows.coefficients.dtype}")
     if len(rows.slot) != n:
         raise ValueError(f"{len(rows.slot)} rows of coefficients for {n} samples")
     if rows.noise and z is None:

@@ -51,9 +51,7 @@ class PlainPieces:
         compiled: Callable[..., Tensor] | None = None,
     ):
         self.backbone, self._inputs, self._compiled = backbone, inputs, compiled
-        self._rows = torch.randn(
-            len(inputs[0]), backbone.tokens, backbone.dim, dtype=backbone.pos_embed.dtype
-        )
+        self._rows = torch.randn(len(inputs[0]), backbone.tokens, backbone.dim, dtype=backbone.pos_embed.dtype)
         self._skip = torch.randn_like(self._rows)
         self._sizes = tuple(sizes)
         self._counts = {kind: sorted({n for n in ns if n}) for kind, ns in counts.items()}
@@ -78,9 +76,7 @@ class PlainPieces:
         pieces = -(-n // size)
         parts = [
             (rows,) if kind == "in" else (rows, skip)
-            for rows, skip in zip(
-                self._rows[:n].tensor_split(pieces), self._skip[:n].tensor_split(pieces), strict=True
-            )
+            for rows, skip in zip(self._rows[:n].tensor_split(pieces), self._skip[:n].tensor_split(pieces), strict=True)
         ]
 
         def call() -> None:
@@ -92,11 +88,7 @@ class PlainPieces:
 
     def _cycle(self, kind: str) -> Iterator[Block]:
         return itertools.cycle(
-            [
-                block
-                for block, own in zip(self.backbone.blocks, kinds(self.backbone), strict=True)
-                if own == kind
-            ]
+            [block for block, own in zip(self.backbone.blocks, kinds(self.backbone), strict=True) if own == kind]
         )
 
     def seconds(self, measured: Comparison, counts: Sequence[int]) -> float:

@@ -43,9 +43,7 @@ class Variants:
 
     def plain(self, name: str, model: Model, batch: int, steps: int, setting: int | None = None) -> None:
         seeds, labels = seeds_and_labels(0, self.samples)
-        self._add(
-            name, setting, lambda: lockstep(model.backbone, model.schedule, seeds, labels, steps, batch)
-        )
+        self._add(name, setting, lambda: lockstep(model.backbone, model.schedule, seeds, labels, steps, batch))
 
     def engine(self, name: str, rule: str, setting: str | None = None) -> Report:
         """Runs it once: for its report, and to warm up."""
@@ -77,7 +75,7 @@ def speed(
     samples: int = SAMPLES,
     steps: int = STEPS,
     repeats: int = 5,
-    limit: float = 100.0,
+    limit: float = 60.0,
     grid: int = GRID,
 ) -> None:
     """Images per second of every method, in turns with each other and with the plain network's pieces."""
@@ -107,9 +105,7 @@ def speed(
     state = tables.start(x)
 
     def solver() -> None:
-        _, coefficients = tables.rows(
-            torch.zeros(samples, dtype=torch.int64), torch.zeros(samples, dtype=torch.int64)
-        )
+        _, coefficients = tables.rows(torch.zeros(samples, dtype=torch.int64), torch.zeros(samples, dtype=torch.int64))
         solver_step(state, torch.zeros_like(x), coefficients)
 
     measured = interleave(
@@ -123,9 +119,7 @@ def speed(
     write(rows, variants, measured, baselines, pieces)
 
 
-def write(
-    rows: Rows, variants: Variants, measured: Comparison, baselines: Sequence[str], pieces: PlainPieces
-) -> None:
+def write(rows: Rows, variants: Variants, measured: Comparison, baselines: Sequence[str], pieces: PlainPieces) -> None:
     n, L = variants.samples, variants.model.layers
     fastest = min(baselines, key=measured.median)
     for title, (name, setting) in variants.settings.items():
@@ -191,9 +185,7 @@ def _overhead(rows: Rows, model: Model, dtype: torch.dtype, batch: int, repeats:
         calls[f"plain, batches of {best}"] = lambda: torch.cat([backbone(*part) for part in parts])
     baselines = list(calls)
     calls |= {"engine, no exits": engine(Full()), "engine, nobody leaves": engine(Threshold(NOBODY))}
-    measured = interleave(
-        calls, repeats, turn=0.05, limit=limit, label=f"cost of scoring, {dtype_name(dtype)}"
-    )
+    measured = interleave(calls, repeats, turn=0.05, limit=limit, label=f"cost of scoring, {dtype_name(dtype)}")
     fastest = min(baselines, key=measured.median)
     for name in calls:
         rows.write(

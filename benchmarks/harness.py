@@ -93,9 +93,7 @@ def interleave(
     starts that would end later than this many seconds after the first one started.
     """
     if not variants or repeats < 1 or warmup < 0:
-        raise ValueError(
-            f"a comparison takes variants, repeats >= 1 and warmup >= 0, got {repeats=}, {warmup=}"
-        )
+        raise ValueError(f"a comparison takes variants, repeats >= 1 and warmup >= 0, got {repeats=}, {warmup=}")
     names = list(variants)
     calls = list(variants.items())
     calls.append(("", variants[names[0]]))
@@ -176,9 +174,7 @@ class _LiveBytes(TorchDispatchMode):
                 key = storage._cdata
                 if key not in self._known:
                     size = storage.nbytes() if ours else 0
-                    self._known[key] = weakref.ref(
-                        storage, lambda _, key=key, size=size: self._free(key, size)
-                    )
+                    self._known[key] = weakref.ref(storage, lambda _, key=key, size=size: self._free(key, size))
                     self.live += size
                     self.peak = max(self.peak, self.live)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import adadiff
 from adadiff import Evaluation, Model
-from adadiff.engine import CPU_GROUP_BYTES
+from adadiff.engine import group_size
 from adadiff.exits import PAPER
 from adadiff.rules import Full, Replay, Rule
 
@@ -86,16 +86,14 @@ def measure(rows: Rows, setting: Setting) -> None:
         peaks[name] = peak_bytes(lambda name=name, call=call: results.update({name: call()}))
 
     counts = [rows_per_layer(result.exit_layer, model.layers) for result in results.values()]
-    sizes = {best, group_size(model)}
+    sizes = {best, group_size(model.backbone)}
     pieces = PlainPieces(model.backbone, (x, t, None), counts_by_kind(model, counts), sizes, compiled_block)
     variants = {**baselines, **runs, **pieces.variants()}
     with torch.inference_mode():
         for name in variants:
             if "compiled" in name:
                 variants[name]()  # which compiles
-    measured = interleave(
-        variants, setting.repeats, warmup=0, turn=0.02, limit=setting.limit, label=str(setting)
-    )
+    measured = interleave(variants, setting.repeats, warmup=0, turn=0.02, limit=setting.limit, label=str(setting))
     write(rows, setting, model, measured, list(baselines), results, peaks, pieces)
 
 
@@ -151,9 +149,7 @@ def write(
         )
 
 
-def evaluation(
-    model: Model, rule: Rule, x: Tensor, t: Tensor, exit_layer: Tensor | None
-) -> Callable[[], Evaluation]:
+def evaluation(model: Model, rule: Rule, x: Tensor, t: Tensor, exit_layer: Tensor | None) -> Callable[[], Evaluation]:
     return lambda: adadiff.evaluate(model.backbone, model.exits, rule, x, t, threshold=exit_layer)
 
 
@@ -168,12 +164,6 @@ def counts_by_kind(model: Model, counts: Sequence[Sequence[int]]) -> dict[str, s
         for kind, n in zip(kinds(model.backbone), rows, strict=True):
             by_kind.setdefault(kind, set()).add(n)
     return by_kind
-
-
-def group_size(model: Model) -> int:
-    """Lanes whose widest activation is as large as the engine likes it; plain blocks may use it too."""
-    bytes_a_number = model.backbone.pos_embed.element_size()
-    return max(1, CPU_GROUP_BYTES // (model.backbone.tokens * 4 * model.backbone.dim * bytes_a_number))
 
 
 def compile_network(

@@ -43,16 +43,14 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 def images(cache: Path) -> Figure | None:
     """Rows of digits in pairs: the full network above, early exit from the same noise below."""
-    files = sorted(
-        cache.glob("early-exit-*.safetensors"), key=lambda path: float(path.stem.rsplit("-", 1)[1])
-    )
-    if not files:
+    prefix = "early-exit-"
+    kept = {path.stem.removeprefix(prefix): load_file(path) for path in cache.glob(f"{prefix}*.safetensors")}
+    if not kept:
         return None
-    kept = [load_file(path) for path in files]
-    strips = [("full", kept[0]["full"][:COLUMNS])]
-    for path, tensors in zip(files, kept, strict=True):
-        depth = tensors["exit_layer"].float().mean()
-        strips.append((f"θ = {path.stem.rsplit('-', 1)[1]}\n{depth:.1f} blocks", tensors["early"][:COLUMNS]))
+    depths = {setting: float(tensors["exit_layer"].float().mean()) for setting, tensors in kept.items()}
+    strips = [("full", next(iter(kept.values()))["full"][:COLUMNS])]
+    for setting in sorted(depths, key=depths.__getitem__, reverse=True):
+        strips.append((f"θ = {setting}\n{depths[setting]:.1f} blocks", kept[setting]["early"][:COLUMNS]))
     figure, axes = plt.subplots(len(strips), 1, figsize=(7, 0.85 * len(strips)), squeeze=False)
     for axis, (name, strip) in zip(axes[:, 0], strips, strict=True):
         padded = np.pad(strip[:, 0].numpy(), ((0, 0), (0, 0), (0, 1)), constant_values=1)  # [n, 8, 9]
@@ -73,9 +71,7 @@ def exit_layers(rows: Sequence[Row]) -> Figure | None:
     }
     if not measured:
         return None
-    figure, axes = plt.subplots(
-        1, len(measured), figsize=(3.2 * len(measured), 3), squeeze=False, sharey=True
-    )
+    figure, axes = plt.subplots(1, len(measured), figsize=(3.2 * len(measured), 3), squeeze=False, sharey=True)
     for axis, (name, histogram) in zip(axes[0], measured.items(), strict=True):
         steps, layers = histogram.shape
         share = histogram / histogram.sum(axis=1, keepdims=True)

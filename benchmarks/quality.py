@@ -64,9 +64,7 @@ def seeds_and_labels(run: int, n: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.inference_mode()
-def lockstep(
-    backbone: UViT, schedule: NoiseSchedule, seeds: Tensor, labels: Tensor, steps: int, batch: int
-) -> Tensor:
+def lockstep(backbone: UViT, schedule: NoiseSchedule, seeds: Tensor, labels: Tensor, steps: int, batch: int) -> Tensor:
     """The ordinary sampling loop around a plain network, `batch` samples at a time, with our solver step."""
     tables = pack([DDIM().table(schedule, steps)])
     images = []
@@ -125,9 +123,7 @@ class Artist:
         ]
         results = (self._pool.map if self._pool else map)(_draw_arrays, chunks)
         title = f"{method.name} {'' if method.setting is None else method.setting}"
-        images, exits, macs = zip(
-            *tqdm(results, desc=title, total=len(chunks), leave=False, disable=None), strict=True
-        )
+        images, exits, macs = zip(*tqdm(results, desc=title, total=len(chunks), leave=False, disable=None), strict=True)
         if exits[0] is None:
             return Drawn(torch.from_numpy(np.concatenate(images)))
         return Drawn(
@@ -165,9 +161,7 @@ def measure(
 class Run:
     """One set of seeds, drawn by every method. The images that others are compared with are kept on disk."""
 
-    def __init__(
-        self, rows: Rows, artist: Artist, model: str, plain: str, samples: int, run: int, steps: int = STEPS
-    ):
+    def __init__(self, rows: Rows, artist: Artist, model: str, plain: str, samples: int, run: int, steps: int = STEPS):
         self._rows, self._artist = rows, artist
         self.full = Method("full", model, steps=steps)
         self.plain = Method("plain, equal budget", plain, steps=steps)
@@ -176,15 +170,11 @@ class Run:
 
     def measure(self, thresholds: Sequence[str], fewer: Sequence[int]) -> None:
         methods = [self.full, self.plain]
-        methods += [
-            dataclasses.replace(self.full, name="fewer steps", steps=steps, setting=steps) for steps in fewer
-        ]
+        methods += [dataclasses.replace(self.full, name="fewer steps", steps=steps, setting=steps) for steps in fewer]
         for method in methods:
             self.row(method)
         for threshold in thresholds:
-            early = dataclasses.replace(
-                self.full, name="early exit", rule=f"threshold:{threshold}", setting=threshold
-            )
+            early = dataclasses.replace(self.full, name="early exit", rule=f"threshold:{threshold}", setting=threshold)
             mean = self.row(early)["mean_exit_layer"]
             self.row(dataclasses.replace(early, name="fixed depth", rule=f"depth:{mean:.4f}"))
 
@@ -243,9 +233,7 @@ class Run:
             "exit_layer": drawn.exit_layer[:, :number],
         }
         if self._run == 0:
-            write_tensors(
-                self._rows.folder / "cache" / f"early-exit-{method.setting}.safetensors", tensors, {}
-            )
+            write_tensors(self._rows.folder / "cache" / f"early-exit-{method.setting}.safetensors", tensors, {})
 
 
 def depth(drawn: Drawn, layers: int) -> dict[str, object]:
@@ -264,6 +252,4 @@ def depth(drawn: Drawn, layers: int) -> dict[str, object]:
 
 def finite(values: dict[str, object]) -> dict[str, object]:
     """JSON knows no infinity: the PSNR of images that are equal is written as "inf"."""
-    return {
-        key: str(value) if value in (float("inf"), float("-inf")) else value for key, value in values.items()
-    }
+    return {key: str(value) if value in (float("inf"), float("-inf")) else value for key, value in values.items()}

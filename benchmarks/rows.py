@@ -83,9 +83,7 @@ class Rows:
             with self.path.open("a"):
                 pass
         except OSError as error:
-            raise ValueError(
-                f"cannot write to {folder}: {error.strerror}; choose another folder with --out"
-            ) from None
+            raise ValueError(f"cannot write to {folder}: {error.strerror}; choose another folder with --out") from None
         self.rows = read(self.path)
         text = self.path.read_bytes()
         whole = text.rfind(b"\n") + 1
@@ -93,9 +91,7 @@ class Rows:
             print(f"{self.path}: dropped an unfinished last line", file=sys.stderr)
             os.truncate(self.path, whole)
 
-    def write(
-        self, suite: str, kind: str, variant: str, parameters: Mapping[str, object], **results: object
-    ) -> Row:
+    def write(self, suite: str, kind: str, variant: str, parameters: Mapping[str, object], **results: object) -> Row:
         """suite, kind, variant and parameters say what the row is; results are what was measured."""
         row = {
             "suite": suite,

@@ -24,30 +24,20 @@ OUT = ROOT / "benchmarks" / "out"
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=("default", "digits", "network"), default="default")
     parser.add_argument("--quick", action="store_true", help="few repeats, few samples: shows that it works")
-    parser.add_argument(
-        "--out", type=Path, help="folder for rows and pictures (default: benchmarks/out/DATE)"
-    )
-    parser.add_argument(
-        "--samples", type=_positive, help="digits drawn by each method (default: 2000; quick: 500)"
-    )
-    parser.add_argument(
-        "--seeds", type=_positive, default=1, help="independent runs of so many samples (default: 1)"
-    )
-    parser.add_argument(
-        "--processes", type=_positive, default=cores(), help="that draw digits, one thread each"
-    )
+    parser.add_argument("--out", type=Path, help="folder for rows and pictures (default: benchmarks/out/DATE)")
+    parser.add_argument("--samples", type=_positive, help="digits drawn by each method (default: 1000; quick: 500)")
+    parser.add_argument("--seeds", type=_positive, default=1, help="independent runs of so many samples (default: 1)")
+    parser.add_argument("--processes", type=_positive, default=cores(), help="that draw digits, one thread each")
     parser.add_argument(
         "--quality-only", action="store_true", help="no timing; rows that --out has are not drawn again"
     )
     chosen = parser.parse_args(argv)
     if chosen.quality_only and chosen.suite == "network":
         parser.error("the network has random weights, so there is no quality to measure; use --suite digits")
-    chosen.samples = chosen.samples or (500 if chosen.quick else 2000)
+    chosen.samples = chosen.samples or (500 if chosen.quick else 1000)
     chosen.out = chosen.out or OUT / datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
     return chosen
 
@@ -120,10 +110,10 @@ def network_settings(chosen: argparse.Namespace) -> list[Setting]:
         if not native:
             say("bfloat16 is emulated on this CPU and is left out")
         dtypes = (torch.float32, torch.bfloat16) if native else (torch.float32,)
-        settings = [Setting(batch, d, every, 9, 600, compiled=True) for d in dtypes for batch in (8, 64)]
-        return settings + [Setting(8, d, 1, 5, 600) for d in dtypes if every > 1]
-    settings = [Setting(8, dtype, every, 5, 50), Setting(32, dtype, every, 3)]
-    return settings + [Setting(8, dtype, 1, 3, 60)] * (every > 1)
+        settings = [Setting(batch, d, every, 9, 60 + 6 * batch, compiled=True) for d in dtypes for batch in (8, 64)]
+        return settings + [Setting(8, d, 1, 5, 120) for d in dtypes if every > 1]
+    settings = [Setting(8, dtype, every, 5, 40), Setting(32, dtype, every, 2)]
+    return settings + [Setting(8, dtype, 1, 2)] * (every > 1)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Rows as tables: for the terminal (`plain`) and for the README (`markdown`)."""
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rows import Row, key
 
-from adadiff.frechet import seed_interval
+from adadiff.frechet import Interval, seed_interval
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,7 @@ def plain(table: Table) -> str:
 
     def text(line: Sequence[str]) -> str:
         first, *rest = (
-            cell.ljust(w) if not i else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            cell.ljust(w) if not i else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
         )
         return "  ".join([first, *rest]).rstrip()
 
@@ -35,9 +35,7 @@ def plain(table: Table) -> str:
 
 def markdown(table: Table) -> str:
     lines = [table.header, ["---", *["---:"] * (len(table.header) - 1)], *table.body]
-    return "\n".join(
-        [f"**{table.title}**", "", *("| " + " | ".join(line) + " |" for line in lines), "", table.note]
-    )
+    return "\n".join([f"**{table.title}**", "", *("| " + " | ".join(line) + " |" for line in lines), "", table.note])
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
@@ -57,6 +55,23 @@ def all_tables(rows: Iterable[Row]) -> list[Table]:
     return [table for make in (digits, overhead, network) for table in make(rows) if table.body]
 
 
+def compact(rows: Iterable[Row]) -> list[Table]:
+    """What fits on a page: the digits on all threads without their minor columns, and the network's patterns side by
+    side."""
+    rows = latest(rows)
+    columns = ("digits, trained", "images/s", "speed-up", "exit layer", "of attainable", "Fréchet", "over full")
+    return [
+        *(pick(table, columns) for table in digits(rows)[:1] if table.body),
+        *(table for table in network_side_by_side(rows) if table.body),
+    ]
+
+
+def pick(table: Table, columns: Sequence[str]) -> Table:
+    """The table with these of its columns."""
+    places = [table.header.index(name) for name in columns]
+    return dataclasses.replace(table, header=columns, body=[[line[i] for i in places] for line in table.body])
+
+
 def title(row: Row) -> str:
     """The method and its setting, as tables and pictures name it."""
     setting = row["parameters"]["setting"]
@@ -66,11 +81,7 @@ def title(row: Row) -> str:
         theta, _, first = setting.partition(",first=")
         from_block = f" from block {first}" if first else ""
         return f"{row['variant']}, {'θ' if row['variant'] == 'early exit' else 'as θ'} = {theta}{from_block}"
-    return (
-        f"{row['variant']}, {setting}"
-        if row["variant"] == "fewer steps"
-        else f"{row['variant']} {setting}"
-    )
+    return f"{row['variant']}, {setting}" if row["variant"] == "fewer steps" else f"{row['variant']} {setting}"
 
 
 @dataclass(frozen=True)
@@ -83,21 +94,24 @@ class Quality:
     low: float
     high: float
     mean: dict[str, float]  # of the other columns
+    over_full: Interval | None  # ratio to the full network's distance on the same noises
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> "Quality":
-        values = [row["frechet"] for row in rows]
-        if len(rows) > 1:
-            interval = seed_interval(values)
-            low, high = interval.low, interval.high
-        else:
-            low, high = rows[0]["frechet_low"], rows[0]["frechet_high"]
+        frechet = over([Interval(row["frechet"], row["frechet_low"], row["frechet_high"]) for row in rows])
+        ratios = [Interval(**row["frechet_over_full"]) for row in rows if "frechet_over_full" in row]
         mean = {
             name: sum(float(row[name]) for row in rows) / len(rows)
             for name in ("mean_exit_layer", "blocks_share", "macs_share", "accuracy", "psnr_median")
             if rows[0][name] is not None
         }
-        return cls(rows[0]["parameters"]["samples"], len(rows), sum(values) / len(rows), low, high, mean)
+        samples = rows[0]["parameters"]["samples"]
+        return cls(samples, len(rows), frechet.value, frechet.low, frechet.high, mean, over(ratios) if ratios else None)
+
+
+def over(runs: Sequence[Interval]) -> Interval:
+    """Mean over runs and its interval, by Student's t; the interval of the run itself where there is only one."""
+    return seed_interval([run.value for run in runs]) if len(runs) > 1 else runs[0]
 
 
 def qualities(rows: Iterable[Row]) -> dict[str, Quality]:
@@ -119,8 +133,7 @@ def digits(rows: Sequence[Row]) -> list[Table]:
     good = qualities(rows)
     measured = select(rows, "digits", "speed")
     by_threads = [
-        [row for row in measured if row["threads"] == n]
-        for n in dict.fromkeys(row["threads"] for row in measured)
+        [row for row in measured if row["threads"] == n] for n in dict.fromkeys(row["threads"] for row in measured)
     ]
     return [_digits(group, good) for group in by_threads or [[]] if group or good]
 
@@ -129,12 +142,13 @@ def _digits(rows: Sequence[Row], good: dict[str, Quality]) -> Table:
     speed = {title(row): row for row in rows}
     header = (
         "digits, trained", "images/s", "speed-up", "exit layer", "blocks", "of attainable", "of FLOP ideal",
-        "Fréchet", "95 % interval", "PSNR", "accuracy",
+        "Fréchet", "95 % interval", "over full", "PSNR", "accuracy",
     )  # fmt: skip
     body = []
     for name in dict.fromkeys([*speed, *good]):
         row, quality = speed.get(name, {}), good.get(name)
         known = quality.mean if quality else {}
+        ratio = quality.over_full if quality else None
         blocks = row["blocks"] / row["blocks_full"] if "blocks" in row else known.get("blocks_share")
         body.append(
             (
@@ -147,6 +161,7 @@ def _digits(rows: Sequence[Row], good: dict[str, Quality]) -> Table:
                 number(row.get("share_of_flop_ideal"), 2),
                 number(quality and quality.frechet, 3),
                 f"{quality.low:.3f} to {quality.high:.3f}" if quality else "",
+                f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})" if ratio else "",
                 number(known.get("psnr_median"), 1),
                 number(known.get("accuracy"), 1, percent=True),
             )
@@ -157,6 +172,7 @@ def _digits(rows: Sequence[Row], good: dict[str, Quality]) -> Table:
         runs = f"{quality.runs} runs of " if quality.runs > 1 else ""
         note += (
             f"Fréchet distance to held-out scans, {runs}{quality.samples} samples: lower is better. "
+            "Over full: its ratio to the full network's from the same noises, with its 95 % interval. "
             "PSNR (dB): median, to the full network's image of the same noise. "
             "Accuracy is only a check: it rises as images lose variety. "
         )
@@ -168,16 +184,13 @@ def overhead(rows: Sequence[Row]) -> list[Table]:
     body = [
         (
             row["variant"],
-            row["dtype"]
-            + (" (emulated)" if row["dtype"] == "bfloat16" and not row["machine"]["bfloat16"] else ""),
+            row["dtype"] + (" (emulated)" if row["dtype"] == "bfloat16" and not row["machine"]["bfloat16"] else ""),
             f"{row['seconds']['median'] * 1e3:.2f}" + ("" if row["usable"] else " (!)"),
             f"{row['overhead']:+.1%}",
         )
         for row in measured
     ]
-    note = (
-        "What the engine, then scores and decisions, add to the fastest plain network while nobody leaves. "
-    )
+    note = "What the engine, then scores and decisions, add to the fastest plain network while nobody leaves. "
     return [
         Table(
             _where(measured),
@@ -209,9 +222,7 @@ def network(rows: Sequence[Row]) -> list[Table]:
                 number(row.get("share_of_attainable"), 3),
                 number(row.get("share_of_flop_ideal"), 3),
                 number(row.get("rows_moved"), 0),
-                number(
-                    row.get("peak_bytes") and row["peak_bytes"] / row["peak_bytes_plain"], 0, percent=True
-                ),
+                number(row.get("peak_bytes") and row["peak_bytes"] / row["peak_bytes_plain"], 0, percent=True),
             )
             for row in group
         ]
@@ -222,6 +233,38 @@ def network(rows: Sequence[Row]) -> list[Table]:
         )
         tables.append(Table(f"batch {batch}, {_where(group)}", header, body, note + _warning(group)))
     return tables
+
+
+def network_side_by_side(rows: Sequence[Row]) -> list[Table]:
+    """One line for each exit pattern, the comparisons on all threads beside each other."""
+    measured = select(rows, "network", "pattern")
+    if not measured:
+        return []
+    threads = max(row["threads"] for row in measured)
+    measured = [row for row in measured if row["threads"] == threads and row["parameters"]["batch"] in (8, 64)]
+    batches = sorted({row["parameters"]["batch"] for row in measured})
+    cells = {(row["variant"], row["parameters"]["batch"]): row for row in measured}
+    header = ["U-ViT-S/2, CIFAR-10 shape", "blocks"]
+    for batch in batches:
+        header += [f"speed-up, batch {batch}", "of attainable"]
+    body = []
+    for name in dict.fromkeys(row["variant"] for row in measured):
+        line = [name]
+        for batch in batches:
+            row = cells[name, batch]
+            if len(line) == 1:
+                line.append(number(row["blocks"] / row["blocks_full"], 0, percent=True))
+            line += [
+                number(row["speedup"], 2) + ("" if row["usable"] else " (!)"),
+                number(row["share_of_attainable"], 3),
+            ]
+        body.append(line)
+    note = (
+        "Replayed exits, random weights. Speed-up: over the fastest of the plain network eager, compiled and in "
+        "micro-batches. Of attainable: the plain network's fastest pieces on exactly the rows that still ran, over the "
+        "measured time. "
+    )
+    return [Table(_where(measured), header, body, note + _warning(measured))]
 
 
 def _where(rows: Sequence[Row]) -> str:

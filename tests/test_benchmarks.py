@@ -87,9 +87,7 @@ def test_every_round_runs_every_variant_and_the_baseline_twice() -> None:
     rounds = [clock.calls[i : i + 4] for i in range(0, 28, 4)]
     assert len(clock.calls) == 28
     assert all(sorted(calls) == ["a", "a", "b", "c"] for calls in rounds)
-    assert (
-        len({tuple(calls) for calls in rounds}) > 3
-    )  # neither the first nor the neighbours are always the same
+    assert len({tuple(calls) for calls in rounds}) > 3  # neither the first nor the neighbours are always the same
     assert {name: times.samples for name, times in measured.times.items()} == {
         "a": (1.0,) * 5,
         "b": (2.0,) * 5,
@@ -99,9 +97,7 @@ def test_every_round_runs_every_variant_and_the_baseline_twice() -> None:
     assert measured.usable
 
 
-@pytest.mark.parametrize(
-    ("again", "usable"), [(1.0, True), (1.029, True), (0.971, True), (1.04, False), (0.96, False)]
-)
+@pytest.mark.parametrize(("again", "usable"), [(1.0, True), (1.029, True), (0.971, True), (1.04, False), (0.96, False)])
 def test_a_row_is_unusable_where_the_same_call_differs(again: float, usable: bool) -> None:
     measured = harness.Comparison(
         {"plain": harness.Times((1.0, 1.0, 9.0)), "other": harness.Times((3.0,))}, harness.Times((again,))
@@ -148,9 +144,7 @@ def test_comparisons_that_are_none(arguments: tuple) -> None:
         (1, lambda m: 1.0, 1),
     ],
 )
-def test_best_micro_batch(
-    batch: int, cost: Callable[[int], float], best: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_best_micro_batch(batch: int, cost: Callable[[int], float], best: int, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr("harness.time.perf_counter", clock)
 
@@ -182,9 +176,7 @@ def test_attainable_by_hand() -> None:
     seconds = {"in": {4: 1.0, 2: 0.6}, "out": {2: 0.8, 4: 1.5}}
     kinds = ["in", "in", "out", "out"]
     # 0.5 at the ends; 4 and 3 (between 2 and 4) rows of in-blocks; 2 and no rows of out-blocks
-    assert attainable.attainable_seconds([4, 3, 2, 0], kinds, seconds, 0.5) == pytest.approx(
-        0.5 + 1.0 + 0.8 + 0.8
-    )
+    assert attainable.attainable_seconds([4, 3, 2, 0], kinds, seconds, 0.5) == pytest.approx(0.5 + 1.0 + 0.8 + 0.8)
     # below the smallest measured number, on the line to nothing
     assert attainable.attainable_seconds([1, 0, 0, 0], kinds, seconds, 0.0) == pytest.approx(0.3)
     with pytest.raises(ValueError, match="measured up to 4"):
@@ -272,9 +264,7 @@ def test_an_unfinished_line_is_dropped_and_any_other_bad_one_named(tmp_path: Pat
         rows.Rows(tmp_path)
 
 
-def test_an_unwritable_folder_stops_the_run_before_any_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unwritable_folder_stops_the_run_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="--out"):
         rows.Rows(tmp_path / "file" / "below")
@@ -306,9 +296,7 @@ def test_patterns_are_the_stated_ones() -> None:
     assert patterns["two-phase, ordered"].tolist() == [13.0] * 11 + [2.0] * 11
 
 
-def test_a_network_comparison_writes_what_the_engine_did(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_network_comparison_writes_what_the_engine_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("network.adadiff.build", lambda name, exits: tiny(classes=0))
     file = rows.Rows(tmp_path)
     network.run(file, [network.Setting(6, torch.float32, threads=1, repeats=1)])
@@ -325,9 +313,7 @@ def test_a_network_comparison_writes_what_the_engine_did(
     # rows 0, 2 and 4 leave: 3 and 5 change places with 0 and 2, which lie below the new count of 3
     assert (written["two-phase"]["rows_moved"], written["two-phase, ordered"]["rows_moved"]) == (4, 0)
     assert written["engine, no exits"]["macs"] == written["same"]["macs_full"] > 1.8 * written["same"]["macs"]
-    fastest = min(
-        (row for row in file.rows if row["kind"] == "baseline"), key=lambda row: row["seconds"]["median"]
-    )
+    fastest = min((row for row in file.rows if row["kind"] == "baseline"), key=lambda row: row["seconds"]["median"])
     for row in written.values():
         assert row["fastest_plain"] == fastest["variant"]
         speedup = fastest["seconds"]["median"] / row["seconds"]["median"]
@@ -366,19 +352,17 @@ def test_quality_rows_are_drawn_once_and_the_missing_ones_again(
     def measure() -> list[rows.Row]:
         file = rows.Rows(out)
         quality.measure(
-            file, *checkpoints, thresholds=["0.5001"], fewer=[1], samples=40, runs=2, processes=1, steps=2
+            file, *checkpoints, thresholds=["0.5001,first=3"], fewer=[1], samples=40, runs=2, processes=1, steps=2
         )
         return file.rows
 
     first = measure()
     names = ["full", "plain, equal budget", "fewer steps", "early exit", "fixed depth"]
-    assert [(row["variant"], row["parameters"]["run"]) for row in first] == [
-        (n, r) for r in (0, 1) for n in names
-    ]
+    assert [(row["variant"], row["parameters"]["run"]) for row in first] == [(n, r) for r in (0, 1) for n in names]
     early, fixed = first[3], first[4]
-    # fresh UEMs say 0.5 everywhere, below the threshold: everybody leaves after the first block
-    assert early["exit_histogram"] == [[40] + [0] * 12] * 2
-    assert early["mean_exit_layer"] == fixed["mean_exit_layer"] == 1
+    # fresh UEMs say 0.5 everywhere, below the threshold: everybody leaves after the first block that asks
+    assert early["exit_histogram"] == [[0, 0, 40] + [0] * 10] * 2
+    assert early["mean_exit_layer"] == fixed["mean_exit_layer"] == 3
     assert fixed["frechet"] == early["frechet"]
     assert first[0]["mean_exit_layer"] == 13
     assert "frechet_over_full" not in first[0]
@@ -485,6 +469,7 @@ def test_the_readme_tables_replace_what_lies_between_the_marks() -> None:
             readme.replace(broken, "new")
 
 
-def test_the_readme_shows_the_committed_rows() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert readme.replace(text, readme.render()) == text, "run python benchmarks/readme.py"
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: str(page.relative_to(rows.ROOT)))
+def test_the_pages_show_the_committed_rows(page: Path) -> None:
+    text = page.read_text()
+    assert readme.replace(text, readme.render(readme.PAGES[page])) == text, "run python benchmarks/readme.py"

@@ -18,7 +18,7 @@ FORMAT_VERSION = 1
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
-    """Writes to a temporary name and renames, so that a reader never sees half a file. Values of metadata become JSON."""
+    """Writes to a temporary name and renames: a reader never sees half a file. Values of metadata become JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
     header = {key: json.dumps(value) for key, value in {"format_version": FORMAT_VERSION, **metadata}.items()}
@@ -43,7 +43,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
         metadata = {key: json.loads(value) for key, value in header.items()}
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file (truncated, or another format): {error}") from error
+        raise ValueError(
+            f"{path} is not a readable safetensors file (truncated, or another format): {error}"
+        ) from error
     version = metadata.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has format version {version!r}; this release reads version {FORMAT_VERSION}")

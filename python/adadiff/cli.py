@@ -63,9 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="adadiff", description="Diffusion transformers whose samples leave early."
-    )
+    top = argparse.ArgumentParser(prog="adadiff", description="Diffusion transformers whose samples leave early.")
     top.add_argument("--version", action="version", version=f"adadiff {__version__}")
     known = top.add_subparsers(required=True, metavar="COMMAND")
 
@@ -78,12 +76,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--tied", action="store_true", help="both lanes of a guided sample leave together")
 
     one = _command(known, "train", commands.train, "train a model; options override the file")
-    one.add_argument(
-        "config", nargs="?", type=Path, metavar="CONFIG.json", help="values of the options below"
-    )
-    one.add_argument(
-        "--out", type=Path, required=True, help="folder for checkpoints; the run that it holds goes on"
-    )
+    one.add_argument("config", nargs="?", type=Path, metavar="CONFIG.json", help="values of the options below")
+    one.add_argument("--out", type=Path, required=True, help="folder for checkpoints; the run that it holds goes on")
     one.add_argument(
         "--plain",
         dest="exits",
@@ -120,9 +114,7 @@ def whole_numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"takes whole numbers separated by commas, got {text!r}") from None
 
 
-def _command(
-    known: Any, name: str, run: Callable[[argparse.Namespace], None], text: str
-) -> argparse.ArgumentParser:
+def _command(known: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
     one = known.add_parser(
         name,
         help=text,

@@ -1,5 +1,6 @@
 """One evaluation of a network with exits: block, score, decide, leave, head."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,9 +13,9 @@ from .exits import Exits
 from .models.interface import Backbone, Block, Conditioning
 from .rules import Rule
 
-# A block runs over groups of lanes whose widest activation stays about this large, so that what one product writes is
-# still in the cache when the next one reads it. Rows do not see each other inside a block, so grouping is free.
-CPU_GROUP_BYTES = 16 << 20
+# On a CPU a block runs over groups of lanes with about this many tokens: enough for products at their full rate, few
+# enough that what one writes is still in the cache when the next reads it. Rows do not see each other inside a block.
+CPU_GROUP_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ def evaluate(
 
     x: [B, C, H, W]; t: float [B], the network's time; context: labels int64 [B], text [B, N, E] or None.
     threshold: float [B], overrides the rule's; pairs: int64 [B], each lane's tied partner (itself if it has none),
-    tied lanes leave together by the larger u; group: lanes per block call (default: by cache size on the CPU).
+    tied lanes leave together by the larger u; group: lanes per block call (default: `group_size` on a CPU,
+    else all).
     Raises ValueError for inputs that require grad, thresholds the rule refuses, pairs that are none or whose two lanes
     have two thresholds, or a rule that needs missing exits.
     """
@@ -68,7 +70,8 @@ def evaluate(
     needed = {block.skip_from for block in backbone.blocks} - {None}
     skips: dict[int, tuple[Tensor, Tensor]] = {}
     left: list[tuple[int, Tensor]] = []
-    group = _group(rows) if group is None else group
+    if group is None:
+        group = group_size(backbone) if x.device.type == "cpu" else max(1, B)
     macs = 0
 
     for layer, block in enumerate(backbone.blocks, start=1):
@@ -153,15 +156,11 @@ def advance(
         b = branch(layer_norm(rows, branch.norm(cond), lanes))
         rows, _, _ = residual_uem(rows, b, lanes=lanes, gate=branch.gate(cond), out=b)  # b is ours to overwrite
     b = last(layer_norm(rows, last.norm(cond), lanes))
-    y, _, u = residual_uem(
-        rows, b, lanes=lanes, gate=last.gate(cond), score=score, out=b if out is None else out
-    )
+    y, _, u = residual_uem(rows, b, lanes=lanes, gate=last.gate(cond), score=score, out=b if out is None else out)
     return y, u
 
 
-def _heads(
-    backbone: Backbone, exits: Exits | None, left: list[tuple[int, Tensor]], lane: Tensor
-) -> Tensor:
+def _heads(backbone: Backbone, exits: Exits | None, left: list[tuple[int, Tensor]], lane: Tensor) -> Tensor:
     """One head call per tick where it is shared, one per exit layer where each has its own."""
     left = left[::-1]  # the last to leave lie first
     if exits is None or exits.heads is None:
@@ -193,15 +192,13 @@ def _check_pairs(pairs: Tensor, threshold: Tensor) -> None:
         raise ValueError("tied lanes leave together, so they need one threshold")
 
 
-def _group(rows: Tensor) -> int:
-    if rows.device.type != "cpu":
-        return max(1, len(rows))
-    _, T, D = rows.shape
-    return max(1, CPU_GROUP_BYTES // (T * 4 * D * rows.element_size()))
+def group_size(backbone: Backbone) -> int:
+    """Lanes per block call on a CPU."""
+    return max(1, round(CPU_GROUP_TOKENS / backbone.tokens))
 
 
 def _groups(n: int, group: int) -> Iterator[slice]:
     """n rows in as few groups as fit, of nearly equal size: a small last group would run at a worse rate."""
     parts = -(-n // group)
     bounds = [n * i // parts for i in range(parts + 1)]
-    return (slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False))
+    return (slice(a, b) for a, b in itertools.pairwise(bounds))

@@ -42,9 +42,7 @@ class Quality:
 def class_accuracy(logits: Tensor, labels: Tensor) -> float:
     """Share of rows whose largest logit is that of the label. logits: [N, classes]; labels: integers [N]."""
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or len(labels) == 0:
-        raise ValueError(
-            f"logits [N, classes] need labels [N], got {list(logits.shape)} and {list(labels.shape)}"
-        )
+        raise ValueError(f"logits [N, classes] need labels [N], got {list(logits.shape)} and {list(labels.shape)}")
     if labels.dtype.is_floating_point or labels.min() < 0 or labels.max() >= logits.shape[1]:
         raise ValueError(
             f"labels must be integers in 0..{logits.shape[1] - 1}, got {labels.dtype} {labels.tolist()[:5]}"
@@ -72,9 +70,7 @@ def paired_max_difference(images: Tensor, reference: Tensor) -> float:
 
 def check_pair(images: Tensor, reference: Tensor) -> None:
     if images.shape != reference.shape or images.ndim < 2 or images.numel() == 0:
-        raise ValueError(
-            f"a pair takes equal shapes [N, ...], got {list(images.shape)} and {list(reference.shape)}"
-        )
+        raise ValueError(f"a pair takes equal shapes [N, ...], got {list(images.shape)} and {list(reference.shape)}")
     if not (images.isfinite().all() and reference.isfinite().all()):
         raise ValueError("the images hold NaN or infinity; a sampler that makes them is broken")
 
@@ -172,7 +168,5 @@ def real_floor() -> float:
 
     The extractor was fitted to the train split, so fresh scans would score a little differently.
     """
-    train, held_out = (
-        FeatureStatistics.of(digits_network().features(digits(split)[0])) for split in ("train", "test")
-    )
+    train, held_out = (FeatureStatistics.of(digits_network().features(digits(split)[0])) for split in ("train", "test"))
     return frechet_distance(train, held_out)

@@ -36,7 +36,7 @@ OFFICIAL = ExitConfig(map=True, time=False, shared_head=True)
 
 
 class Exits(nn.Module):
-    """Parameters of the UEMs, stacked over L layers, and the heads of layers 1..L-1 (layer L always uses the network's)."""
+    """Parameters of the UEMs, stacked over L layers, and the heads of layers 1..L-1 (layer L uses the network's)."""
 
     def __init__(self, backbone: Backbone, config: ExitConfig):
         super().__init__()

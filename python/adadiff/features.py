@@ -46,9 +46,7 @@ class DigitsNet(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """images: float32 [N, 1, 8, 8] in [-1, 1]. Returns float32 [N, 32]."""
         if images.shape[1:] != (1, 8, 8) or images.dtype != torch.float32:
-            raise ValueError(
-                f"the digits features take float32 [N, 1, 8, 8], got {images.dtype} {list(images.shape)}"
-            )
+            raise ValueError(f"the digits features take float32 [N, 1, 8, 8], got {images.dtype} {list(images.shape)}")
         return F.silu(self.penultimate(self.convolutions(images).flatten(1)))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -117,9 +115,7 @@ def digits_network() -> DigitsNet:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m adadiff.features", description=__doc__)
-    parser.add_argument(
-        "--out", type=Path, default=CHECKPOINT, help="file to write (default: the shipped one)"
-    )
+    parser.add_argument("--out", type=Path, default=CHECKPOINT, help="file to write (default: the shipped one)")
     out = parser.parse_args().out
     torch.set_num_threads(1)  # sums in one order, whatever the machine
     images, labels = digits("train")

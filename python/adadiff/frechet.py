@@ -36,9 +36,7 @@ class FeatureStatistics:
     def of(cls, features: Tensor) -> "FeatureStatistics":
         """features: [N, F], any floating dtype; sums are taken in float64."""
         if features.ndim != 2 or len(features) < 2:
-            raise ValueError(
-                f"statistics take features [N, F] of at least 2 samples, got {list(features.shape)}"
-            )
+            raise ValueError(f"statistics take features [N, F] of at least 2 samples, got {list(features.shape)}")
         features = features.double()
         mean = features.mean(0)
         centred = features - mean
@@ -61,17 +59,13 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     negative; rounding may give them a small imaginary part, which is dropped, as torchmetrics does.
     """
     if a.mean.shape != b.mean.shape:
-        raise ValueError(
-            f"statistics of {len(a.mean)} and of {len(b.mean)} features: use one extractor for both"
-        )
+        raise ValueError(f"statistics of {len(a.mean)} and of {len(b.mean)} features: use one extractor for both")
     roots = torch.linalg.eigvals(a.covariance @ b.covariance).sqrt().real
     traces = a.covariance.trace() + b.covariance.trace()
     return float((a.mean - b.mean).square().sum() + traces - 2 * roots.sum())
 
 
-def bootstrap_frechet(
-    features: Tensor, reference: FeatureStatistics, *, resamples: int = 200, seed: int = 0
-) -> Tensor:
+def bootstrap_frechet(features: Tensor, reference: FeatureStatistics, *, resamples: int = 200, seed: int = 0) -> Tensor:
     """Distances of N features drawn with replacement from features [N, F]. Returns float64 [resamples].
 
     The draws depend on (N, seed) only, so two samplers that started from the same noises are resampled in

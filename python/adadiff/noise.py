@@ -17,14 +17,10 @@ def initial_noise(seeds: Tensor, shape: Sequence[int], device: torch.device | st
     return _noise(seeds, torch.zeros_like(seeds), INITIAL, shape, device)
 
 
-def step_noise(
-    seeds: Tensor, step: Tensor, shape: Sequence[int], device: torch.device | str | None = None
-) -> Tensor:
+def step_noise(seeds: Tensor, step: Tensor, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
     """seeds, step: int64[n], step being each sample's own index. Returns N(0, 1), float32[n, *shape]."""
     return _noise(seeds, step, SOLVER_STEP, shape, device)
 
 
-def _noise(
-    seeds: Tensor, step: Tensor, stream: int, shape: Sequence[int], device: torch.device | str | None
-) -> Tensor:
+def _noise(seeds: Tensor, step: Tensor, stream: int, shape: Sequence[int], device: torch.device | str | None) -> Tensor:
     return philox_normal(seeds, step, stream, prod(shape), device).view(len(seeds), *shape)

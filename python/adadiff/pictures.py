@@ -94,13 +94,9 @@ class PictureFolder:
             theirs = content["configuration"]
             differing = [k for k in {**theirs, **configuration} if theirs.get(k) != configuration.get(k)]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{self._report} is not a report of `adadiff sample`: {error}; {advice}"
-            ) from None
+            raise ValueError(f"{self._report} is not a report of `adadiff sample`: {error}; {advice}") from None
         if differing:
-            raise ValueError(
-                f"{self.folder} holds pictures drawn with another {', '.join(differing)}; {advice}"
-            )
+            raise ValueError(f"{self.folder} holds pictures drawn with another {', '.join(differing)}; {advice}")
         return content
 
     def path(self, slot: int) -> Path:

@@ -26,9 +26,7 @@ class Rule(Protocol):
     def check(self, thresholds: Tensor) -> None:
         """Raises ValueError where `thresholds` (one per lane) cannot be used."""
 
-    def leave(
-        self, u: Tensor | None, layer: int, layers: int, t: Tensor, threshold: Tensor, state: Tensor
-    ) -> Tensor:
+    def leave(self, u: Tensor | None, layer: int, layers: int, t: Tensor, threshold: Tensor, state: Tensor) -> Tensor:
         """bool [n]."""
 
 
@@ -60,9 +58,7 @@ class Threshold:
     def check(self, thresholds: Tensor) -> None:
         _check_uncertainties(thresholds)
 
-    def leave(
-        self, u: Tensor, layer: int, layers: int, t: Tensor, threshold: Tensor, state: Tensor
-    ) -> Tensor:
+    def leave(self, u: Tensor, layer: int, layers: int, t: Tensor, threshold: Tensor, state: Tensor) -> Tensor:
         return u < threshold
 
 
@@ -70,9 +66,7 @@ class Threshold:
 class Patience(Threshold):
     """The official code's rule (libs/uvit.py, forward): among the in-blocks the first u < threshold is ignored."""
 
-    def leave(
-        self, u: Tensor, layer: int, layers: int, t: Tensor, threshold: Tensor, state: Tensor
-    ) -> Tensor:
+    def leave(self, u: Tensor, layer: int, layers: int, t: Tensor, threshold: Tensor, state: Tensor) -> Tensor:
         triggered = u < threshold
         if layer > layers // 2:  # the mid block and the out-blocks exit at once
             return triggered
@@ -83,11 +77,9 @@ class Patience(Threshold):
 
 @dataclass(frozen=True)
 class BatchMean(Threshold):
-    """A baseline, not for use: one decision for the batch, by its mean uncertainty, as the official sampler takes it."""
+    """A baseline, not for use: one decision for the batch, by its mean uncertainty, as in the official sampler."""
 
-    def leave(
-        self, u: Tensor, layer: int, layers: int, t: Tensor, threshold: Tensor, state: Tensor
-    ) -> Tensor:
+    def leave(self, u: Tensor, layer: int, layers: int, t: Tensor, threshold: Tensor, state: Tensor) -> Tensor:
         return u.mean() < threshold
 
 
@@ -104,9 +96,7 @@ class Full:
     def check(self, thresholds: Tensor) -> None:
         raise ValueError("the rule 'full' takes no thresholds")
 
-    def leave(
-        self, u: None, layer: int, layers: int, t: Tensor, threshold: Tensor, state: Tensor
-    ) -> Tensor:
+    def leave(self, u: None, layer: int, layers: int, t: Tensor, threshold: Tensor, state: Tensor) -> Tensor:
         return torch.zeros(len(t), dtype=torch.bool, device=t.device)
 
 
@@ -131,9 +121,7 @@ class Depth:
         if not bool((torch.isfinite(thresholds) & (thresholds >= 1)).all()):
             raise ValueError(f"a depth is at least 1 block, got {thresholds.flatten().tolist()[:8]}")
 
-    def leave(
-        self, u: None, layer: int, layers: int, t: Tensor, threshold: Tensor, state: Tensor
-    ) -> Tensor:
+    def leave(self, u: None, layer: int, layers: int, t: Tensor, threshold: Tensor, state: Tensor) -> Tensor:
         deeper = torch.frac(t.double() * GOLDEN) < torch.frac(threshold.double())
         return layer >= torch.floor(threshold) + deeper
 
@@ -155,9 +143,7 @@ class Replay:
         if not bool((thresholds >= 1).all()):
             raise ValueError(f"a replayed exit layer is at least 1, got {thresholds.flatten().tolist()[:8]}")
 
-    def leave(
-        self, u: Tensor | None, layer: int, layers: int, t: Tensor, threshold: Tensor, state: Tensor
-    ) -> Tensor:
+    def leave(self, u: Tensor | None, layer: int, layers: int, t: Tensor, threshold: Tensor, state: Tensor) -> Tensor:
         return layer >= threshold
 
 
@@ -170,6 +156,8 @@ def rule_from(rule: Rule | str) -> Rule:
     Rules that read the uncertainty take the first layer asked, too: "threshold:0.13,first=3".
     """
     if not isinstance(rule, str):
+        if not hasattr(rule, "asks"):
+            raise ValueError(f"a rule is a Rule or a spelling such as 'threshold:0.07', got {rule!r}")
         return rule
     name, _, value = rule.partition(":")
     if name == "full" and not value:

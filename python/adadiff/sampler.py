@@ -71,8 +71,8 @@ def sample(model: Model, n: int, **settings: object) -> tuple[Tensor, Report]:
 
 
 class Sampling:
-    """A run of n samples, `batch` of them at a time. Iterating draws them: yields (slots int64 [k], images [k, C, H, W])
-    as samples finish; when one finishes, the next takes its place. `report` tells what was done so far.
+    """A run of n samples, `batch` of them at a time. Iterating draws them: yields (slots int64 [k], images
+    [k, C, H, W]) as samples finish; when one finishes, the next takes its place. `report` tells what was done so far.
 
     steps: an int, or one per sample. solver: "ddim", "ddim:ETA", "ddpm", "dpm++2m" or a Solver.
     rule: "full", "threshold:0.07", "patience:0.08", "depth:8", "batch-mean:0.07" or a Rule.

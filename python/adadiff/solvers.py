@@ -197,15 +197,11 @@ def pack(tables: Sequence[SolverTable], device: torch.device | str = "cpu") -> P
         end=end.to(device),
         first=steps.cumsum(0) - steps,
         steps=steps,
-        needs=torch.stack(
-            [(px != 0) | (pe != 1), (m0 != 0) | (m1 != 0) | (slot != NOT_STORED), ~end, noise != 0], 1
-        ),
+        needs=torch.stack([(px != 0) | (pe != 1), (m0 != 0) | (m1 != 0) | (slot != NOT_STORED), ~end, noise != 0], 1),
     )
 
 
-def _grid(
-    schedule: NoiseSchedule, steps: int, spacing: str | None, default: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def _grid(schedule: NoiseSchedule, steps: int, spacing: str | None, default: str) -> tuple[Tensor, Tensor, Tensor]:
     """Net time, alpha_bar and the alpha_bar that follows, float64[steps] each."""
     if spacing is None:
         spacing = default if default in schedule.spacings else "uniform"

@@ -98,7 +98,9 @@ class Trainer:
                 raise ValueError(f"{file} is not readable: {error}") from error
             if theirs != self.config:
                 differing = [k for k, v in vars(self.config).items() if getattr(theirs, k) != v]
-                raise ValueError(f"{self.folder} holds a run with another {', '.join(differing)}; choose another folder")
+                raise ValueError(
+                    f"{self.folder} holds a run with another {', '.join(differing)}; choose another folder"
+                )
         file.write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
         if (self.folder / STATE).exists():
             self._resume()
@@ -119,9 +121,7 @@ class Trainer:
             loss = F.mse_loss(model.backbone(x, t.float(), labels), noise)
             return loss, {"simple": loss.item()}
         predictions, scores = all_layers(model.backbone, model.exits, x, t.float(), labels)
-        terms = adadiff_loss(
-            predictions, scores, noise, model.backbone.patchify, config.uem_weight, config.ual_weight
-        )
+        terms = adadiff_loss(predictions, scores, noise, model.backbone.patchify, config.uem_weight, config.ual_weight)
         logged = {name: getattr(terms, name).item() for name in ("simple", "uem", "ual")}
         return terms.total, {**logged, "errors": terms.errors.tolist()}
 

@@ -76,9 +76,7 @@ def test_integers_equal_unbounded_integers(counter: list[int], key: list[int]) -
     st.integers(0, 2**32 - 1),
     st.integers(0, 23),
 )
-def test_values_are_box_muller_of_the_integers(
-    samples: list[tuple[int, int]], stream: int, count: int
-) -> None:
+def test_values_are_box_muller_of_the_integers(samples: list[tuple[int, int]], stream: int, count: int) -> None:
     seeds, step = torch.tensor(samples, dtype=torch.int64).reshape(-1, 2).unbind(1)
     values = philox_normal(seeds, step, stream, count)
     assert values.dtype == torch.float32

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from numerics import assert_as_accurate
 from torch import Tensor
 
 from adadiff_kernels import Norm, Score, layer_norm, residual_uem, uem_score
+from numerics import assert_as_accurate
 
 SIZES = [  # n rows, T tokens, D channels, P outputs, extras, B lanes
     pytest.param((5, 18, 48, 1, 2, 13), id="classes"),

@@ -61,11 +61,7 @@ def by_element(
         h = state.history[i].flatten(1).tolist()
         m = [px * p + pe * q for p, q in zip(x, e, strict=True)]
         new = [
-            base * b[j]
-            + m0 * h[0][j]
-            + m1 * h[1][j]
-            + cur * m[j]
-            + noise * math.exp(spread * (v[j] + 1) / 2) * zs[j]
+            base * b[j] + m0 * h[0][j] + m1 * h[1][j] + cur * m[j] + noise * math.exp(spread * (v[j] + 1) / 2) * zs[j]
             for j in range(len(x))
         ]
         slot = int(rows.slot[i])
@@ -223,9 +219,7 @@ def test_the_row_format_carries_a_third_order_singlestep_solver() -> None:
     )
     state = SolverState.start(x.float())
     for i, (slot, end) in enumerate([(0, False), (1, False), (2, True)]):
-        rows = StepRows(
-            table[i].expand(2, -1), torch.tensor([slot] * 2), torch.tensor([end] * 2), noise=False
-        )
+        rows = StepRows(table[i].expand(2, -1), torch.tensor([slot] * 2), torch.tensor([end] * 2), noise=False)
         solver_step(state, eps_at(state.x, i), rows)
         if not end:
             assert torch.equal(state.base, x.float())

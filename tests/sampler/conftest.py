@@ -11,7 +11,6 @@ from torch import Tensor
 
 from adadiff.exits import Exits
 from adadiff.models import uvit
-
 from sampler import adaln
 
 fused = import_module("adadiff_kernels.residual_uem")  # the package has a function of this name

@@ -15,7 +15,6 @@ from adadiff.checkpoint import load, read_tensors, save, write_tensors
 from adadiff.config import PRESETS, ModelConfig
 from adadiff.exits import OFFICIAL, PAPER
 from adadiff.model import Model, build
-
 from sampler.tiny import UVIT, inputs, scramble
 
 CONFIG = ModelConfig(dataclasses.replace(UVIT, depth=2), "cosine", null_label=4, exits=PAPER)
@@ -108,7 +107,7 @@ QKV = "backbone.in_blocks.0.attn.qkv.weight"
         (lambda t, h: t.update({QKV: torch.zeros(3, 48)}), rf"{QKV} is \(3, 48\), expected \(144, 48\)"),
         (lambda t, h: (t.pop(QKV), t.update(surplus=torch.zeros(1))), f"missing {QKV}; unexpected surplus"),
         (lambda t, h: t.clear(), r"missing backbone\.pos_embed;.* and \d+ more"),
-        (lambda t, h: config_with(h, exits=None), r"unexpected exits\.weight"),
+        (lambda t, h: config_with(h, exits=None), r"unexpected exits\.bias"),
         (lambda t, h: config_with(h, network={**NETWORK, "depth": 4}), r"missing backbone\.in_blocks\.1"),
         (lambda t, h: config_with(h, network={**NETWORK, "width": 4}), "unknown key width in network"),
         (lambda t, h: config_with(h, colour="red"), "unknown key colour in model"),

@@ -290,9 +290,7 @@ def test_bad_files_and_folders_end_in_one_line(tiny, tmp_path, capsys):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_pixels_keep_every_level(channels):
     levels = torch.arange(256.0)[torch.randperm(256)].view(1, 16, 16).repeat(channels, 1, 1)
-    levels[-1] = levels[
-        -1
-    ].T.clone()  # channels that cannot be mistaken for each other, or for transposed ones
+    levels[-1] = levels[-1].T.clone()  # channels that cannot be mistaken for each other, or for transposed ones
     expected = levels.numpy().astype(np.uint8)
     result = pictures.to_pixels(levels / 127.5 - 1)
     np.testing.assert_array_equal(result, expected[0] if channels == 1 else expected.transpose(1, 2, 0))
@@ -418,9 +416,7 @@ def test_evaluate_measures_both_runs(tiny, tmp_path, capsys):
     assert list(results) == ["full", "depth:2"]
     model, labels, full = adadiff.load(tiny), [slot % 10 for slot in range(23)], None
     for rule, depth in (("full", 3), ("depth:2", 2)):
-        images, _ = adadiff.sample(
-            model, 23, steps=2, rule=rule, seeds=list(range(4, 27)), labels=labels, batch=8
-        )
+        images, _ = adadiff.sample(model, 23, steps=2, rule=rule, seeds=list(range(4, 27)), labels=labels, batch=8)
         quality = evaluate_samples(images, torch.tensor(labels), paired=full)
         full = images
         for name, value in dataclasses.asdict(quality).items():

@@ -7,13 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import assert_as_accurate
 from torch import Tensor
 
 from adadiff import engine
 from adadiff.exits import OFFICIAL, PAPER
 from adadiff.rules import BatchMean, Depth, Full, Patience, Replay, Threshold
-
+from numerics import assert_as_accurate
 from sampler.tiny import BATCH, case, inputs
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -102,8 +101,7 @@ def first_below(u: Tensor, threshold: Tensor) -> list[int]:
     layers = len(u)
     assert float((u - threshold).abs().min()) > 1e-5
     return [
-        next((layer for layer in range(1, layers) if u[layer - 1, b] < threshold[b]), layers)
-        for b in range(u.shape[1])
+        next((layer for layer in range(1, layers) if u[layer - 1, b] < threshold[b]), layers) for b in range(u.shape[1])
     ]
 
 
@@ -181,9 +179,7 @@ def test_tied_lanes_leave_together_by_the_larger_uncertainty() -> None:
     torch.testing.assert_close(result.scores[ran].double(), exact.uncertainties[ran], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "pairs", [[1, 0], [1, 2, 0, *range(3, 13)], [13, *range(1, 13)], [-1, *range(1, 13)]], ids=str
-)
+@pytest.mark.parametrize("pairs", [[1, 0], [1, 2, 0, *range(3, 13)], [13, *range(1, 13)], [-1, *range(1, 13)]], ids=str)
 def test_pairs_that_are_none_are_refused(pairs: list[int]) -> None:
     with pytest.raises(ValueError, match="pairs"):
         evaluate(case("uvit", PAPER, F32), Threshold(0.5), pairs=torch.tensor(pairs))
@@ -239,9 +235,7 @@ def test_nan_in_one_lane_keeps_its_partner() -> None:
     assert exit_layer.tolist() == [c.layers if b in (4, 11) else 1 for b in range(BATCH)]
 
 
-@pytest.mark.parametrize(
-    "rule", [Full(), Threshold(0.5), Patience(0.5), BatchMean(0.5), Depth(2.5), Replay()], ids=str
-)
+@pytest.mark.parametrize("rule", [Full(), Threshold(0.5), Patience(0.5), BatchMean(0.5), Depth(2.5), Replay()], ids=str)
 @pytest.mark.parametrize(("kind", "config", "dtype"), CASES)
 def test_no_lanes_is_no_error(kind, config, dtype, rule) -> None:
     c = case(kind, config, dtype)

@@ -81,8 +81,7 @@ def test_frechet_distance_of_commuting_gaussians(axes: list[tuple[float, ...]], 
     s1, s2, m1, m2 = torch.tensor(axes, dtype=torch.float64).T
     rotation = torch.linalg.qr(normal(len(axes), len(axes), seed=seed)).Q
     a, b = (
-        FeatureStatistics(rotation @ m, rotation @ torch.diag(s**2) @ rotation.T, 100)
-        for m, s in ((m1, s1), (m2, s2))
+        FeatureStatistics(rotation @ m, rotation @ torch.diag(s**2) @ rotation.T, 100) for m, s in ((m1, s1), (m2, s2))
     )
     truth = float((m1 - m2).square().sum() + (s1 - s2).square().sum())
     assert frechet_distance(a, b) == pytest.approx(truth, rel=1e-9, abs=1e-9)
@@ -90,9 +89,7 @@ def test_frechet_distance_of_commuting_gaussians(axes: list[tuple[float, ...]], 
 
 
 def test_statistics_agree_with_numpy_and_sum_in_float64() -> None:
-    features = normal(
-        67, 5, seed=2, shift=1000.0
-    ).float()  # a mean far from zero loses digits in float32 sums
+    features = normal(67, 5, seed=2, shift=1000.0).float()  # a mean far from zero loses digits in float32 sums
     ours = FeatureStatistics.of(features)
     torch.testing.assert_close(ours.covariance, torch.cov(features.double().T), rtol=1e-12, atol=0)
     torch.testing.assert_close(ours.mean, features.double().mean(0), rtol=0, atol=0)

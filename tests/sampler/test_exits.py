@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from numerics import assert_as_accurate
 from torch import Tensor, nn
 
 from adadiff.config import PRESETS
@@ -10,7 +9,7 @@ from adadiff.engine import evaluate
 from adadiff.exits import OFFICIAL, PAPER, ExitConfig, Exits, all_layers
 from adadiff.models.uvit import UViT
 from adadiff.rules import Full, Patience, Threshold
-
+from numerics import assert_as_accurate
 from sampler.adaln import AdaLN
 from sampler.tiny import BATCH, UVIT, case, inputs, plain_layers, scramble
 

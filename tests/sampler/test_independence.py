@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from adadiff.engine import Evaluation, evaluate
 from adadiff.exits import OFFICIAL, PAPER, ExitConfig
 from adadiff.rules import Patience, Replay, Rule, Threshold
-
 from sampler.tiny import BATCH, case
 
 NETWORKS = [
@@ -84,7 +83,12 @@ def test_bit_for_bit_whatever_the_mates_do(kind, config) -> None:
         x, t = torch.randn(c.given.x.shape, generator=draw), torch.rand(BATCH, generator=draw) * 999
         context, thresholds = torch.randint(4, (BATCH,), generator=draw), torch.rand(BATCH, generator=draw)
         place = [0, 5, 12][seed]
-        for mine, theirs in ((x, c.given.x), (t, c.given.t), (context, c.given.context), (thresholds, spread(kind, config))):
+        for mine, theirs in (
+            (x, c.given.x),
+            (t, c.given.t),
+            (context, c.given.context),
+            (thresholds, spread(kind, config)),
+        ):
             mine[place] = theirs[6]
         result = evaluate(c.backbone, c.exits, Threshold(0.5), x, t, context, threshold=thresholds)
         assert result.exit_layer[place] == alone.exit_layer[0]

@@ -9,7 +9,6 @@ from torch import Tensor
 from adadiff.exits import ExitConfig, Exits, all_layers
 from adadiff.losses import adadiff_loss
 from adadiff.models.uvit import UViT, patchify
-
 from sampler.tiny import UVIT, inputs, scramble
 
 L, B, C, SIDE, PATCH = 3, 5, 3, 8, 2
@@ -68,7 +67,9 @@ def test_states_the_formulas(outputs: int, weights: tuple[float, float]) -> None
 def test_twice_the_batch_is_the_same_loss() -> None:
     predictions, scores, noise = problem(1)
     once = adadiff_loss(predictions, scores, noise, to_patches)
-    twice = adadiff_loss(*([torch.cat([v, v]) for v in part] for part in (predictions, scores)), noise.repeat(2, 1, 1, 1), to_patches)
+    twice = adadiff_loss(
+        *([torch.cat([v, v]) for v in part] for part in (predictions, scores)), noise.repeat(2, 1, 1, 1), to_patches
+    )
     for name in ("total", "simple", "uem", "ual"):
         assert float(getattr(twice, name)) == pytest.approx(float(getattr(once, name)), rel=1e-12)
 

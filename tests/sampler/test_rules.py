@@ -95,6 +95,24 @@ def test_batch_mean_is_the_mean_of_those_who_run() -> None:
     assert depths(BatchMean(0.3), u, torch.full((3,), 0.3)) == [3, 3, 3]
 
 
+def test_the_first_layer_asked_may_come_later() -> None:
+    half = torch.tensor([0.5])
+    for picture, first, threshold, patience in (
+        ("vvvvvvv", 3, 3, 4),  # one in-block is left to be asked, so the mid block decides
+        ("v-v-v--", 2, 3, 5),
+        ("v------", 2, 7, 7),
+        ("vvvvvvv", 6, 6, 6),
+    ):
+        assert depths(Threshold(0.5, first=first), sequence(picture), half) == [threshold]
+        assert depths(Patience(0.5, first=first), sequence(picture), half) == [patience]
+
+
+@pytest.mark.parametrize("first", [0, -1, 2.0, True, None])
+def test_a_first_layer_that_is_none_is_refused(first: object) -> None:
+    with pytest.raises(ValueError, match="whole number of 1 or more"):
+        Threshold(0.5, first=first)
+
+
 def test_full_asks_nobody() -> None:
     assert list(Full().asks(L)) == []
     assert not Full().leave(None, 3, L, torch.zeros(4), torch.full((4,), math.nan), torch.zeros(4)).any()
@@ -160,6 +178,8 @@ def test_replayed_layers_below_one_are_refused(value: float) -> None:
         ("full", Full()),
         ("threshold:0.07", Threshold(0.07)),
         ("patience:.08", Patience(0.08)),
+        ("threshold:0.13,first=3", Threshold(0.13, first=3)),
+        ("patience:0.13,first=2", Patience(0.13, first=2)),
         ("batch-mean:7e-2", BatchMean(0.07)),
         ("depth:7.5", Depth(7.5)),
         ("depth:3", Depth(3)),
@@ -178,10 +198,15 @@ def test_spellings(text: str, rule: Rule) -> None:
         ("none", "known: full, threshold:NUMBER"),
         ("full:3", "unknown rule 'full:3'"),
         ("replay:3", "unknown rule"),
-        ("threshold", "needs a number, as in 'threshold:0.07'"),
-        ("threshold:", "needs a number"),
-        ("threshold:seven", "needs a number"),
-        ("depth:x", "as in 'depth:8'"),
+        ("threshold", "cannot use rule 'threshold'.* write it as threshold:0.07"),
+        ("threshold:", "write it as threshold:0.07"),
+        ("threshold:seven", "'seven'"),
+        ("threshold:0.07,first=0", "whole number of 1 or more, got 0"),
+        ("threshold:0.07,first=2.5", "'2.5'"),
+        ("threshold:0.07,first=", "threshold:0.07,first=3"),
+        ("threshold:0.07,last=3", "'0.07,last=3'"),
+        ("depth:x", "write it as depth:8"),
+        ("depth:3,first=2", "write it as depth:8"),
         ("threshold:1.2", "strictly between 0 and 1"),
         ("patience:nan", "strictly between 0 and 1"),
         ("depth:0", "at least 1 block"),

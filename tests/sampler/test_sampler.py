@@ -18,7 +18,6 @@ from adadiff.noise import initial_noise, step_noise
 from adadiff.rules import Depth, Replay, Threshold
 from adadiff.sampler import Sampling, sample
 from adadiff.solvers import DDIM, DPMSolverPP2M
-
 from sampler.tiny import UVIT, Inputs, plain_layers, plain_predictions, plain_uncertainties, scramble
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
@@ -170,6 +169,21 @@ def test_an_image_is_the_same_bits_in_any_batch(solver: str) -> None:
             assert torch.equal(exits[: STEPS[i], place], alone[i][1][:, 0])
 
 
+@pytest.mark.usefixtures("alone")
+def test_nan_in_a_sample_reaches_neither_its_mates_nor_who_takes_its_place(monkeypatch) -> None:
+    def hurt(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return initial_noise(seeds, shape).masked_fill((seeds == 5)[:, None, None, None], math.nan)
+
+    settings = {"steps": [2, 4, 3, 4, 2], "solver": "dpm++2m", "rule": "threshold:0.45", "labels": [0] * 5, "batch": 2}
+    clean, before = sample(model(), 5, seeds=[5, 6, 7, 8, 9], **settings)
+    monkeypatch.setattr(sampler, "initial_noise", hurt)
+    images, after = sample(model(), 5, seeds=[5, 6, 7, 8, 9], **settings)
+    assert images[0].isnan().all()
+    assert after.exit_layer[:2, 0, 0].tolist() == [7, 7]
+    assert torch.equal(images[1:], clean[1:])
+    assert torch.equal(after.exit_layer[:, 1:], before.exit_layer[:, 1:])
+
+
 def test_streaming_yields_each_slot_once_and_fills_the_places(monkeypatch) -> None:
     steps = [2, 5, 1, 1, 3, 2, 4]
     calls = []
@@ -195,7 +209,8 @@ def test_streaming_yields_each_slot_once_and_fills_the_places(monkeypatch) -> No
         ended = [i for i in running if running[i] == 1]
         running = {i: left - 1 for i, left in running.items() if left > 1}
         for _ in ended[: len(waiting)]:
-            running[waiting[0]] = steps[waiting.pop(0)]
+            new = waiting.pop(0)
+            running[new] = steps[new]
     assert calls == lanes
     whole, _ = sample(model(), 7, batch=7, **settings)
     torch.testing.assert_close(images, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
@@ -226,7 +241,12 @@ def test_report_by_hand() -> None:
     assert report.macs_full == 5 * (7 * block + 3 * skip + ends)
     _, scored = sample(model(), 2, steps=[1, 2], rule=Replay(), thresholds=[2, 2], labels=[0, 1], guidance=[0, 1.0])
     assert scored.macs - report.macs == 5 * 2 * 16 * 48  # two scores a lane
-    for part in ("2 samples", "mean exit layer 2.00 of 7", "28.6% of the blocks", f"{report.macs / report.macs_full:.1%}"):
+    for part in (
+        "2 samples",
+        "mean exit layer 2.00 of 7",
+        "28.6% of the blocks",
+        f"{report.macs / report.macs_full:.1%}",
+    ):
         assert part in str(report)
 
 

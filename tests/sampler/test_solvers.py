@@ -69,9 +69,7 @@ def test_ddim_rows_are_the_scheduler_s_responses(eta: float, spacing: str, steps
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 @pytest.mark.parametrize("steps", [1, 2, 7, 48, 250])
-def test_ddpm_rows_are_the_scheduler_s_responses(
-    spacing: str, steps: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ddpm_rows_are_the_scheduler_s_responses(spacing: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = exact(DDPMScheduler(clip_sample=False, timestep_spacing=spacing, **COMMON))
     scheduler.set_timesteps(steps)
     table = DDPM(spacing).table(NoiseSchedule("linear"), steps)

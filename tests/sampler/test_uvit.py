@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from adadiff.config import PRESETS
 from adadiff.models.uvit import UViT, UViTConfig, patchify, timestep_embedding, unpatchify
-
 from sampler.tiny import scramble
 
 BASE = UViTConfig(image_size=8, channels=3, patch=2, dim=48, depth=6, heads=3)
@@ -52,9 +51,9 @@ def published(state: dict[str, Tensor], heads: int, x: Tensor, t: Tensor, contex
     kernel = state["patch_embed.proj.weight"]
     D, C, p, _ = kernel.shape
     B, _, H, W = x.shape
-    time = torch.stack(
-        [f(t * 10000 ** (-i / (D // 2))) for f in (torch.cos, torch.sin) for i in range(D // 2)], 1
-    ).to(kernel.dtype)
+    time = torch.stack([f(t * 10000 ** (-i / (D // 2))) for f in (torch.cos, torch.sin) for i in range(D // 2)], 1).to(
+        kernel.dtype
+    )
     if "time_embed.0.weight" in state:
         time = linear(F.silu(linear(time, "time_embed.0")), "time_embed.2")
     tokens = [time[:, None]]

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from adadiff.exits import ExitConfig, Exits
 from adadiff.models.uvit import UViT, UViTConfig
-
 from sampler.adaln import AdaLN
 
 # T = 2 + 16 tokens, 7 blocks, heads of 16 channels: few powers of two

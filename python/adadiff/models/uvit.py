@@ -151,7 +151,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """LayerNorm, linear map to the pixels of a patch, unpatchify, optional 3x3 convolution: [n, N, D] -> [n, C, H, W]."""
+    """LayerNorm, linear map to a patch's pixels, unpatchify, optional 3x3 convolution: [n, N, D] -> [n, C, H, W]."""
 
     def __init__(self, config: UViTConfig):
         super().__init__()
@@ -187,7 +187,9 @@ class UViT(nn.Module):
         self.config = config
         self.patch_embed = PatchEmbed(config)
         self.time_embed = (
-            nn.Sequential(nn.Linear(D, 4 * D), nn.SiLU(), nn.Linear(4 * D, D)) if config.mlp_time_embed else nn.Identity()
+            nn.Sequential(nn.Linear(D, 4 * D), nn.SiLU(), nn.Linear(4 * D, D))
+            if config.mlp_time_embed
+            else nn.Identity()
         )
         if config.num_classes:
             self.label_emb = nn.Embedding(config.num_classes, D)
