@@ -73,6 +73,7 @@ def evaluate(
     if group is None:
         group = group_size(backbone) if x.device.type == "cpu" else max(1, B)
     macs = 0
+    known: tuple[Tensor, Tensor, Tensor] | None = None  # t, threshold and state by row, until somebody leaves
 
     for layer, block in enumerate(backbone.blocks, start=1):
         lanes = active.running
@@ -92,11 +93,14 @@ def evaluate(
                 by_lane = torch.empty(B, device=u.device).index_copy_(0, lanes.long(), u)
                 u = torch.maximum(u, by_lane[pairs[lanes]])
         if layer in asked:
-            rows_state = state[lanes]
-            mask = rule.leave(u, layer, L, t[lanes], threshold[lanes], rows_state)
-            state[lanes] = rows_state
+            if known is None:
+                known = t[lanes], threshold[lanes], state[lanes]
+            mask = rule.leave(u, layer, L, *known)
+            if rule.stateful:
+                state[lanes] = known[2]
             swaps = active.leave(mask, layer)
             if swaps.after < swaps.before:
+                known = None
                 swap_rows(swaps, rows)
                 left.append((layer, rows[swaps.after :, backbone.extras :].clone()))
                 rows = rows[: swaps.after]

@@ -18,6 +18,7 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 class Rule(Protocol):
     scored: bool  # reads u, so the engine must compute it where it asks
+    stateful: bool  # writes to state
     threshold: float | None  # for every lane that is given none of its own
 
     def asks(self, layers: int) -> Sequence[int]:
@@ -46,6 +47,7 @@ class Threshold:
     threshold: float
     first: int = 1
     scored = True
+    stateful = False
 
     def __post_init__(self) -> None:
         self.check(torch.tensor([float(self.threshold)]))
@@ -65,6 +67,8 @@ class Threshold:
 @dataclass(frozen=True)
 class Patience(Threshold):
     """The official code's rule (libs/uvit.py, forward): among the in-blocks the first u < threshold is ignored."""
+
+    stateful = True
 
     def leave(self, u: Tensor, layer: int, layers: int, t: Tensor, threshold: Tensor, state: Tensor) -> Tensor:
         triggered = u < threshold
@@ -88,6 +92,7 @@ class Full:
     """Nobody leaves, and nothing is scored: the plain network."""
 
     scored = False
+    stateful = False
     threshold = None
 
     def asks(self, layers: int) -> Sequence[int]:
@@ -110,6 +115,7 @@ class Depth:
 
     threshold: float
     scored = False
+    stateful = False
 
     def __post_init__(self) -> None:
         self.check(torch.tensor([float(self.threshold)]))
@@ -134,6 +140,7 @@ class Replay:
     """
 
     scored: bool = True
+    stateful = False
     threshold = None
 
     def asks(self, layers: int) -> Sequence[int]:
