@@ -1,0 +1,29 @@
+"""Block calls go through torch.compile whole, and one graph serves any number of rows."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from adadiff.engine import advance
+from adadiff.exits import PAPER
+from sampler.tiny import BATCH, case
+
+
+@pytest.mark.parametrize("kind", ["uvit", "adaln"])
+@torch.no_grad()
+def test_one_graph_for_any_number_of_rows(kind: str) -> None:
+    c = case(kind, PAPER, torch.float32)
+    rows, cond = c.backbone.begin(*c.given.all)
+    score = c.exits.score(1, c.exits.offsets(cond.time))
+    block = c.backbone.blocks[0]
+    torch.compiler.reset()
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(advance, backend=backend, dynamic=True, fullgraph=True)
+    graphs = []
+    for n in (BATCH - 1, 7, 4, 2):
+        lanes = torch.arange(BATCH, dtype=torch.int32).flip(0)[:n]
+        found = compiled(block, rows[:n], None, cond, lanes, score)
+        wanted = advance(block, rows[:n], None, cond, lanes, score)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        graphs.append(backend.frame_count)
+    assert graphs[1:] == graphs[:1] * 3
