@@ -54,12 +54,11 @@ def saved(path: Path, config: ModelConfig) -> str:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Thousands of small products: where the cores are busy, a second thread costs far more than its use."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def ctrl_c() -> Iterator[None]:
+    """Jobs that a shell starts in the background are born deaf to Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")
