@@ -18,7 +18,7 @@ from .model import Model
 from .pictures import PictureFolder, write_json
 from .training import STATE, TrainConfig, Trainer
 
-DEFAULT_RULE = "threshold:0.135,first=3"  # on the digits: 40 % fewer blocks
+DEFAULT_RULE = "threshold:0.1"
 
 
 def sample(options: argparse.Namespace) -> None:

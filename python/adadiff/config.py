@@ -23,8 +23,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         NoiseSchedule(self.schedule)
-        if self.null_label is not None and not 0 <= self.null_label < self.network.num_classes:
-            raise ValueError(f"null_label {self.null_label} is not one of {self.network.num_classes} classes")
+        if self.null_label is not None and self.null_label != self.network.num_classes - 1:
+            raise ValueError(
+                f"null_label must be the last of {self.network.num_classes} classes, got {self.null_label}"
+            )
 
     @property
     def classes(self) -> int:

@@ -11,7 +11,7 @@ from adadiff_kernels import ActiveSet, Score, layer_norm, residual_uem, swap_row
 
 from .exits import Exits
 from .models.interface import Backbone, Block, Conditioning
-from .rules import Rule
+from .rules import Rule, layers_asked
 
 # On a CPU a block runs over groups of lanes with about this many tokens: enough for products at their full rate, few
 # enough that what one writes is still in the cache when the next reads it. Rows do not see each other inside a block.
@@ -54,7 +54,7 @@ def evaluate(
     B, L = len(x), len(backbone.blocks)
     if x.requires_grad:
         raise ValueError("evaluate is for inference; x must not require grad")
-    asked = frozenset(rule.asks(L))
+    asked = layers_asked(rule, L)
     if exits is None and asked:
         raise ValueError("this network has no exits; only the rule 'full' can run it")
     if group is not None and group < 1:
@@ -115,7 +115,7 @@ def evaluate(
     stem, head = backbone.fixed_macs()
     ends = B * (stem + head)
     full = B * sum(block.macs(backbone.tokens) for block in backbone.blocks) + ends
-    eps = _heads(backbone, exits, left, active.lane) if left else rows.new_empty(x.shape)
+    eps = _heads(backbone, exits, left, cond, active.lane) if left else rows.new_empty(x.shape)
     return Evaluation(eps, active.exit_layer, macs + ends, full, active.moved, scores)
 
 
@@ -164,14 +164,18 @@ def advance(
     return y, u
 
 
-def _heads(backbone: Backbone, exits: Exits | None, left: list[tuple[int, Tensor]], lane: Tensor) -> Tensor:
-    """One head call per tick where it is shared, one per exit layer where each has its own."""
+def _heads(
+    backbone: Backbone, exits: Exits | None, left: list[tuple[int, Tensor]], cond: Conditioning, lane: Tensor
+) -> Tensor:
+    """One head call per tick where it is shared, one per exit layer where each has its own. lane: i32 [B] by row."""
     left = left[::-1]  # the last to leave lie first
     if exits is None or exits.heads is None:
         patches = left[0][1] if len(left) == 1 else torch.cat([rows for _, rows in left])
-        eps = backbone.head(patches)
+        eps = backbone.head(patches, cond, lane)
     else:
-        eps = torch.cat([exits.head(backbone, layer)(rows) for layer, rows in left])
+        lanes = lane.split([len(rows) for _, rows in left])
+        heads = [exits.head(backbone, layer) for layer, _ in left]
+        eps = torch.cat([head(rows, cond, own) for head, (_, rows), own in zip(heads, left, lanes, strict=True)])
     return torch.empty_like(eps).index_copy_(0, lane.long(), eps)
 
 

@@ -60,7 +60,7 @@ class Exits(nn.Module):
         return Score(self.weight[layer - 1], offsets[layer - 1], self.extras)
 
     def head(self, backbone: Backbone, layer: int) -> nn.Module:
-        """The map [n, T - extras, D] -> [n, C, H, W] that a sample leaving after block `layer` takes."""
+        """What a sample leaving after block `layer` takes, called like the network's own `head`."""
         if self.heads is None or layer == len(self.weight):
             return backbone.head
         return self.heads[layer - 1]
@@ -110,7 +110,7 @@ def all_layers(
             rows, _, _ = residual_uem(rows, branch(h), lanes=lanes, gate=branch.gate(cond))
         outputs.append(rows)
         patches = rows[:, backbone.extras :]
-        predictions.append(exits.head(backbone, layer)(patches))
+        predictions.append(exits.head(backbone, layer)(patches, cond, lanes))
         s = F.linear(patches.detach().float(), exits.weight[layer - 1].float()) + offsets[layer - 1][:, None]
         scores.append(torch.sigmoid(s))
     return predictions, scores

@@ -31,6 +31,14 @@ class Rule(Protocol):
         """bool [n]."""
 
 
+def layers_asked(rule: Rule, layers: int) -> frozenset[int]:
+    """The layers after which `rule` asks in a network of so many. Raises ValueError where a scored rule asks at none."""
+    asked = frozenset(rule.asks(layers))
+    if rule.scored and not asked:
+        raise ValueError(f"{rule} asks after no block of a network that has {layers}")
+    return asked
+
+
 def _check_uncertainties(thresholds: Tensor) -> None:
     if not bool(((thresholds > 0) & (thresholds < 1)).all()):
         raise ValueError(f"thresholds must lie strictly between 0 and 1, got {thresholds.flatten().tolist()[:8]}")

@@ -14,7 +14,7 @@ from adadiff_kernels import SolverState, guide, solver_step
 from .engine import evaluate
 from .model import Model
 from .noise import initial_noise, step_noise
-from .rules import Rule, rule_from
+from .rules import Rule, layers_asked, rule_from
 from .solvers import Solver, pack, solver_from
 
 
@@ -104,10 +104,11 @@ class Sampling:
         self.model, self.n, self.tied, self.progress = model, n, tied, progress
         self.batch = min(batch, n)
         self.rule = rule_from(rule)
-        if model.exits is None and self.rule.asks(model.layers):
+        asked = layers_asked(self.rule, model.layers)
+        if model.exits is None and asked:
             raise ValueError("this model has no exits; sample it with rule='full'")
         self.thresholds = None
-        if thresholds is None and self.rule.threshold is None and self.rule.asks(model.layers):
+        if thresholds is None and self.rule.threshold is None and asked:
             raise ValueError(f"{self.rule} has no threshold of its own; give one per sample")
         if thresholds is not None:
             self.thresholds = _per_sample("thresholds", thresholds, n, torch.float32)

@@ -51,6 +51,11 @@ class TrainConfig:
                 raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
         if not isinstance(self.warmup, int) or self.warmup < 0 or not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"warmup and seed must be integers >= 0, got {self.warmup!r} and {self.seed!r}")
+        for name in ("lr", "weight_decay", "uem_weight", "ual_weight", "ema", "label_drop"):
+            if not isinstance(getattr(self, name), (int, float)) or isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be a number, got {getattr(self, name)!r}")
+        if not isinstance(self.exits, bool):
+            raise ValueError(f"exits must be true or false, got {self.exits!r}")
         for name in ("ema", "label_drop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
@@ -126,7 +131,7 @@ class Trainer:
         return terms.total, {**logged, "errors": terms.errors.tolist()}
 
     def update(self) -> dict[str, float | list[float]]:
-        """One optimizer step. Raises FloatingPointError on a loss that is not finite; the weights stay as they were."""
+        """One optimizer step. Raises FloatingPointError on a loss or gradient that is not finite; the weights stay."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -134,7 +139,9 @@ class Trainer:
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at step {self.step}; the last checkpoint is kept")
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"the gradient's norm is {norm.item()} at step {self.step}; nothing was changed")
         self._whole = False
         self.optimizer.step()
         self.step += 1

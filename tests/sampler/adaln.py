@@ -16,6 +16,7 @@ EPS = 1e-6
 class Modulation:
     time: Tensor  # [B, Dt]
     values: Tensor  # [B, L, 2 branches, (shift, scale, gate), D]
+    final: Tensor  # [B, (shift, scale), D], of the head's norm
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,9 @@ class Head(nn.Module):
         self.linear = nn.Linear(dim, outputs)
         self._unpatchify = unpatchify
 
-    def forward(self, patches: Tensor) -> Tensor:
-        return self._unpatchify(self.linear(self.norm(patches)))
+    def forward(self, patches: Tensor, cond: Modulation, lanes: Tensor) -> Tensor:
+        shift, scale = cond.final[lanes.long(), :, None].unbind(1)
+        return self._unpatchify(self.linear(self.norm(patches) * (1 + scale) + shift))
 
 
 class AdaLN(nn.Module):
@@ -103,13 +105,15 @@ class AdaLN(nn.Module):
         self.modulate = nn.Linear(self.time_dim, self.depth * 6 * self.dim)
         self.blocks = nn.ModuleList(Block(self.dim, i) for i in range(self.depth))
         self.head = self.new_head()
+        self.finish = nn.Linear(self.time_dim, 2 * self.dim)
 
     def begin(self, x: Tensor, t: Tensor, context: Tensor | None) -> tuple[Tensor, Modulation]:
         dtype = self.position.dtype
         angle = t.float()[:, None] / 1000
         time = F.silu(self.time(torch.cat([angle.cos(), angle.sin()], 1).to(dtype)) + self.label(context))
         rows = self.embed(self.patchify(x.to(dtype))) + self.position
-        return rows, Modulation(time, self.modulate(time).view(len(x), self.depth, 2, 3, self.dim))
+        values = self.modulate(time).view(len(x), self.depth, 2, 3, self.dim)
+        return rows, Modulation(time, values, self.finish(time).view(len(x), 2, self.dim))
 
     def new_head(self) -> Head:
         return Head(self.dim, self.patch_outputs, self.unpatchify)
@@ -122,7 +126,7 @@ class AdaLN(nn.Module):
 
     def fixed_macs(self) -> tuple[int, int]:
         ends = self.tokens * self.dim * self.patch_outputs
-        return ends + 2 * self.time_dim + self.time_dim * self.depth * 6 * self.dim, ends
+        return ends + 2 * self.time_dim + self.time_dim * (self.depth * 6 + 2) * self.dim, ends
 
     def layers(self, x: Tensor, t: Tensor, context: Tensor | None) -> list[Tensor]:
         """Rows after every block, by the formulas of DiT and not through branches."""
@@ -140,4 +144,5 @@ class AdaLN(nn.Module):
         return outputs
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
-        return self.head(self.layers(x, t, context)[-1])
+        _, cond = self.begin(x, t, context)
+        return self.head(self.layers(x, t, context)[-1], cond, torch.arange(len(x)))

@@ -17,7 +17,7 @@ fused = import_module("adadiff_kernels.residual_uem")  # the package has a funct
 
 
 def lane_by_lane(function: Callable) -> Callable:
-    """The same function of tensors by lane, called for one lane at a time."""
+    """The same function, called for one lane at a time; all its tensors are by lane, other values are passed on."""
 
     def join(parts: list) -> object:
         if isinstance(parts[0], Tensor):
@@ -27,9 +27,9 @@ def lane_by_lane(function: Callable) -> Callable:
         names = [field.name for field in dataclasses.fields(parts[0])]
         return dataclasses.replace(parts[0], **{k: join([getattr(part, k) for part in parts]) for k in names})
 
-    def wrapped(*by_lane: Tensor | None) -> object:
-        n = len(by_lane[0])
-        return join([function(*(v if v is None else v[i : i + 1] for v in by_lane)) for i in range(n)])
+    def wrapped(*values: object) -> object:
+        n = len(values[0])
+        return join([function(*(v[i : i + 1] if isinstance(v, Tensor) else v for v in values)) for i in range(n)])
 
     return wrapped
 

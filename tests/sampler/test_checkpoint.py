@@ -116,7 +116,7 @@ QKV = "backbone.in_blocks.0.attn.qkv.weight"
         (lambda t, h: config_with(h, exits={"map": 1}), "exits.map must be true or false"),
         (lambda t, h: config_with(h, family="unet"), "unknown network family 'unet'"),
         (lambda t, h: config_with(h, schedule="none"), "no noise schedule 'none'"),
-        (lambda t, h: config_with(h, null_label=5), "null_label 5"),
+        (lambda t, h: config_with(h, null_label=3), "null_label must be the last of 5 classes, got 3"),
         (lambda t, h: h.pop("config"), "no model configuration"),
         (lambda t, h: h.update(config="{"), "not a readable safetensors file"),
         (lambda t, h: h.update(format_version="2"), "format version 2; this release reads version 1"),

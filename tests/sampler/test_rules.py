@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adadiff.rules import BatchMean, Depth, Full, Patience, Replay, Rule, Threshold, rule_from
+from adadiff.rules import BatchMean, Depth, Full, Patience, Replay, Rule, Threshold, layers_asked, rule_from
 from adadiff.schedules import NoiseSchedule
 
 L = 7  # three in-blocks, one mid block, three out-blocks
@@ -218,3 +218,10 @@ def test_spellings(text: str, rule: Rule) -> None:
 def test_what_is_no_rule_is_named(text: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         rule_from(text)
+
+
+def test_a_scored_rule_that_asks_nobody_is_refused() -> None:
+    assert layers_asked(Threshold(0.5, first=L - 1), L) == {L - 1}
+    assert layers_asked(Full(), L) == frozenset()
+    with pytest.raises(ValueError, match=f"network that has {L}"):
+        layers_asked(Threshold(0.5, first=L), L)

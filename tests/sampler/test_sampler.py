@@ -45,7 +45,7 @@ def lane(t: int, x: Tensor, label: int, threshold: float | None) -> tuple[Tensor
     if threshold is not None:
         u = plain_uncertainties(backbone, exits, given, rows)[:-1, 0]
         layer = next((k for k, value in enumerate(u.tolist(), start=1) if value < threshold), layer)
-    return plain_predictions(backbone, exits, rows)[layer - 1, 0].double(), layer
+    return plain_predictions(backbone, exits, given, rows)[layer - 1, 0].double(), layer
 
 
 def by_hand(

@@ -60,7 +60,7 @@ def case(kind: str, config: ExitConfig, dtype: torch.dtype, exact: bool = False)
         backbone,
         exits,
         given,
-        plain_predictions(backbone, exits, rows),
+        plain_predictions(backbone, exits, given, rows),
         plain_uncertainties(backbone, exits, given, rows),
     )
 
@@ -109,11 +109,13 @@ def _layers(backbone: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> list[
     return outputs
 
 
-def plain_predictions(backbone: nn.Module, exits: Exits, rows: Tensor) -> Tensor:
+def plain_predictions(backbone: nn.Module, exits: Exits, given: Inputs, rows: Tensor) -> Tensor:
+    _, cond = backbone.begin(*given.all)
+    lanes = torch.arange(len(given.x))
     heads = [backbone.head] * len(rows) if exits.heads is None else [*exits.heads, backbone.head]
     return torch.stack(
         [
-            torch.cat([head(row[None, backbone.extras :]) for row in layer])
+            torch.cat([head(layer[b : b + 1, backbone.extras :], cond, lanes[b : b + 1]) for b in lanes])
             for head, layer in zip(heads, rows, strict=True)
         ]
     )

@@ -27,7 +27,7 @@ class Branch(Protocol):
         """[B, D] by lane, or None for a plain residual."""
 
     def __call__(self, h: Tensor) -> Tensor:
-        """h: normalised rows [n, T, D]. Returns [n, T, D]."""
+        """h: normalised rows [n, T, D]. Returns fresh rows [n, T, D]; the engine writes its sum over them."""
 
 
 class Block(Protocol):
@@ -53,11 +53,11 @@ class Backbone(Protocol):
     def begin(self, x: Tensor, t: Tensor, context: Tensor | None) -> tuple[Tensor, Conditioning]:
         """x [B, C, H, W], t float [B], context (labels i64 [B], text [B, N, E] or None) -> rows [B, T, D], cond."""
 
-    def head(self, patches: Tensor) -> Tensor:
-        """patches [n, T - extras, D] -> prediction [n, C, H, W]."""
+    def head(self, patches: Tensor, cond: Any, lanes: Tensor) -> Tensor:
+        """patches [n, T - extras, D] of the lanes i32 [n] -> prediction [n, C, H, W]."""
 
     def new_head(self) -> nn.Module:
-        """A fresh module with the head's shape, for exits with a head of their own."""
+        """A fresh module, called like `head`, for exits with a head of their own."""
 
     def unpatchify(self, values: Tensor) -> Tensor:
         """values [n, T - extras, p * p * C] -> [n, C, H, W]."""

@@ -160,7 +160,7 @@ class Head(nn.Module):
         self.decoder_pred = nn.Linear(config.dim, config.patch**2 * config.channels)
         self.final_layer = nn.Conv2d(config.channels, config.channels, 3, padding=1) if config.conv else nn.Identity()
 
-    def forward(self, patches: Tensor) -> Tensor:
+    def forward(self, patches: Tensor, cond: object = None, lanes: Tensor | None = None) -> Tensor:
         return self.final_layer(unpatchify(self.decoder_pred(self.norm(patches)), self._config))
 
 
@@ -244,7 +244,7 @@ class UViT(nn.Module):
         parts.append(self.patch_embed(x.to(dtype)))
         return torch.cat(parts, dim=1) + self.pos_embed, UViTConditioning(time)
 
-    def head(self, patches: Tensor) -> Tensor:
+    def head(self, patches: Tensor, cond: object = None, lanes: Tensor | None = None) -> Tensor:
         return self.final_layer(unpatchify(self.decoder_pred(self.norm(patches)), self.config))
 
     def new_head(self) -> Head:
