@@ -15,7 +15,7 @@ from .training import TrainConfig
 
 EXAMPLES = {
     "sample": """examples:
-  adadiff sample digits --out samples --n 40 --labels 0,1,2,3,4,5,6,7,8,9
+  adadiff sample digits --out samples --n 40 --labels 0,1,2,3,4,5,6,7,8,9 --rule threshold:0.135,first=3
   adadiff sample digits --out samples --rule full --steps 20,50 --solver dpm++2m --guidance 1.5
 after Ctrl-C the same command draws what is missing""",
     "train": """examples:

@@ -32,7 +32,7 @@ class Rule(Protocol):
 
 
 def layers_asked(rule: Rule, layers: int) -> frozenset[int]:
-    """The layers after which `rule` asks in a network of so many. Raises ValueError where a scored rule asks at none."""
+    """The layers after which `rule` asks in a network of so many. ValueError where a scored rule asks at none."""
     asked = frozenset(rule.asks(layers))
     if rule.scored and not asked:
         raise ValueError(f"{rule} asks after no block of a network that has {layers}")
