@@ -41,12 +41,17 @@ class Score:
     extras: int
 
 
+def _by_row(values: Tensor, lanes: Tensor) -> Tensor:
+    """values: [B, D]; lanes: i32 [n]. Returns [n, 1, D], to go with rows [n, T, D]."""
+    return values.index_select(0, lanes)[:, None]
+
+
 def layer_norm(x: Tensor, norm: Norm, lanes: Tensor) -> Tensor:
     """x: [n, T, D]; lanes: i32 [n]. Returns [n, T, D] in x's dtype."""
     h = F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
     if norm.scale is None:
         return h
-    return torch.addcmul(norm.shift[lanes, None], h, 1 + norm.scale[lanes, None])
+    return torch.addcmul(_by_row(norm.shift, lanes), h, 1 + _by_row(norm.scale, lanes))
 
 
 def uem_score(y: Tensor, score: Score, lanes: Tensor) -> Tensor:
@@ -54,7 +59,7 @@ def uem_score(y: Tensor, score: Score, lanes: Tensor) -> Tensor:
     n, T, D = y.shape
     # all tokens go through one product: slicing the extras off first would copy y
     s = F.linear(y.float().reshape(n * T, D), score.weight.float()).view(n, T, len(score.weight))[:, score.extras :]
-    return torch.sigmoid(s + score.offset[lanes, None]).mean(dim=(1, 2))
+    return torch.sigmoid(s + _by_row(score.offset, lanes)).mean(dim=(1, 2))
 
 
 def residual_uem(
@@ -74,7 +79,7 @@ def residual_uem(
     Raises ValueError where shapes or dtypes do not fit.
     """
     _check(x, branch, lanes, gate, score, out)
-    y = torch.add(x, branch, out=out) if gate is None else torch.addcmul(x, gate[lanes, None], branch, out=out)
+    y = torch.add(x, branch, out=out) if gate is None else torch.addcmul(x, _by_row(gate, lanes), branch, out=out)
     u = uem_score(y, score, lanes) if score is not None else None
     return y, layer_norm(y, norm, lanes) if norm is not None else None, u
 
