@@ -28,7 +28,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--suite", choices=("default", "digits", "network"), default="default")
     parser.add_argument("--quick", action="store_true", help="few repeats, few samples: shows that it works")
     parser.add_argument("--out", type=Path, help="folder for rows and pictures (default: benchmarks/out/DATE)")
-    parser.add_argument("--samples", type=_positive, help="digits drawn by each method (default: 1000; quick: 500)")
+    parser.add_argument("--samples", type=_positive, help="digits drawn by each method (default: 1000; quick: 200)")
     parser.add_argument("--seeds", type=_positive, default=1, help="independent runs of so many samples (default: 1)")
     parser.add_argument("--processes", type=_positive, default=cores(), help="that draw digits, one thread each")
     parser.add_argument(
@@ -37,7 +37,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     chosen = parser.parse_args(argv)
     if chosen.quality_only and chosen.suite == "network":
         parser.error("the network has random weights, so there is no quality to measure; use --suite digits")
-    chosen.samples = chosen.samples or (500 if chosen.quick else 1000)
+    chosen.samples = chosen.samples or (200 if chosen.quick else 1000)
     chosen.out = chosen.out or OUT / datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
     return chosen
 
@@ -78,7 +78,7 @@ def measure_digits(rows: Rows, chosen: argparse.Namespace) -> None:
     thresholds = digits.THRESHOLDS[middle : middle + 1] if chosen.quick else digits.THRESHOLDS
     if not chosen.quality_only:
         if chosen.quick:
-            digits.speed(rows, thresholds, samples=64, repeats=3, limit=10, grid=4)
+            digits.speed(rows, thresholds, samples=64, repeats=3, limit=5, grid=3)
             digits.overhead(rows, [torch.float32], repeats=5, limit=3)
         else:
             digits.speed(rows, thresholds)
