@@ -105,7 +105,7 @@ def network_settings(chosen: argparse.Namespace) -> list[Setting]:
     every = torch.get_num_threads()
     dtype = torch.bfloat16 if native else torch.float32
     if chosen.quick:
-        return [Setting(8, dtype, every, repeats=2)]
+        return [Setting(4, dtype, every, repeats=2)]
     if chosen.suite == "network":
         if not native:
             say("bfloat16 is emulated on this CPU and is left out")
