@@ -2,7 +2,7 @@
 
 from adadiff_kernels.compaction import ActiveSet, Swaps, leave_reference, swap_rows, take_rows
 from adadiff_kernels.philox import philox4x32, philox_normal
-from adadiff_kernels.residual_uem import Norm, Score, layer_norm, residual_uem, uem_score
+from adadiff_kernels.residual_uem import Norm, Score, layer_norm, residual_uem, uem_score, uem_score_reference
 from adadiff_kernels.solver_step import (
     COLUMNS,
     SolverState,
@@ -31,4 +31,5 @@ __all__ = [
     "swap_rows",
     "take_rows",
     "uem_score",
+    "uem_score_reference",
 ]

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "active_set.h"
+#include "uem_score.h"
 
 namespace py = pybind11;
 
@@ -34,12 +35,31 @@ void swap_rows(std::uintptr_t data, std::int64_t row_bytes, std::int64_t stride_
                      pointer<const std::int32_t>(pairs), k);
 }
 
+template <typename Element>
+void uem_score(std::uintptr_t y, std::int64_t n, std::int64_t tokens, std::int64_t channels, std::int64_t extras,
+               std::uintptr_t weight, std::uintptr_t offset, std::int64_t offset_stride, std::int32_t B,
+               std::uintptr_t lanes, std::uintptr_t u) {
+  py::gil_scoped_release released;
+  adadiff::uem_score(pointer<const Element>(y), n, tokens, channels, extras, pointer<const float>(weight),
+                     pointer<const float>(offset), offset_stride, B, pointer<const std::int32_t>(lanes),
+                     pointer<float>(u));
+}
+
+template <typename Element>
+void def_uem_score(py::module_& m, const char* name) {
+  m.def(name, &uem_score<Element>, py::arg("y"), py::arg("n"), py::arg("tokens"), py::arg("channels"),
+        py::arg("extras"), py::arg("weight"), py::arg("offset"), py::arg("offset_stride"), py::arg("B"),
+        py::arg("lanes"), py::arg("u"));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compaction of the lanes that still run; see csrc/active_set.h.";
+  m.doc() = "Compaction and score; see csrc/active_set.h and csrc/uem_score.h.";
   m.def("leave", &leave, py::arg("mask"), py::arg("lane"), py::arg("row"), py::arg("exit_layer"),
         py::arg("swaps"), py::arg("n"), py::arg("lanes"), py::arg("layer"));
   m.def("swap_rows", &swap_rows, py::arg("data"), py::arg("row_bytes"), py::arg("stride_bytes"),
         py::arg("rows"), py::arg("pairs"), py::arg("k"));
+  def_uem_score<float>(m, "uem_score_float32");
+  def_uem_score<adadiff::bfloat16>(m, "uem_score_bfloat16");
 }

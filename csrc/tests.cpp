@@ -1,9 +1,11 @@
 // Tests of the core against loops that are too simple to be wrong. No framework: the first failure
 // prints its line and ends the program. Run under the sanitizers by `make sanitize`.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <limits>
 #include <numeric>
@@ -13,6 +15,7 @@
 #include <vector>
 
 #include "active_set.h"
+#include "uem_score.h"
 
 #define CHECK(condition)                                              \
   do {                                                                \
@@ -210,6 +213,79 @@ void test_swap_errors() {
   CHECK(data == before);
 }
 
+// The score against its formula in double; channels around every width that the dot product steps by.
+template <typename Element>
+void test_scores() {
+  std::mt19937 random(11);
+  std::normal_distribution<float> normal;
+  for (int channels : {1, 7, 8, 9, 31, 32, 33, 64, 100, 256}) {
+    const int n = 3, tokens = 6, extras = channels % 3, B = 5;
+    std::vector<Element> y(n * tokens * channels);
+    std::vector<double> exact(y.size());
+    for (std::size_t i = 0; i < y.size(); ++i) {
+      float value = normal(random);
+      std::uint32_t word;
+      std::memcpy(&word, &value, sizeof word);
+      word &= 0xFFFF0000u;  // a bfloat16 holds it exactly
+      std::memcpy(&value, &word, sizeof value);
+      exact[i] = value;
+      if constexpr (sizeof(Element) == 2) {
+        y[i].bits = static_cast<std::uint16_t>(word >> 16);
+      } else {
+        y[i] = value;
+      }
+    }
+    std::vector<float> weight(channels), offset(2 * B), u(n, NAN);
+    for (float& value : weight) value = normal(random) / std::sqrt(static_cast<float>(channels));
+    for (float& value : offset) value = normal(random);
+    const Ints lanes{4, 0, 2};
+    for (std::int64_t stride : {0, 1, 2}) {
+      adadiff::uem_score(y.data(), n, tokens, channels, extras, weight.data(), offset.data(), stride, B,
+                         lanes.data(), u.data());
+      for (int r = 0; r < n; ++r) {
+        double mean = 0;
+        for (int t = extras; t < tokens; ++t) {
+          double score = offset[lanes[r] * stride];
+          for (int d = 0; d < channels; ++d) score += exact[(r * tokens + t) * channels + d] * weight[d];
+          mean += 1 / (1 + std::exp(-score)) / (tokens - extras);
+        }
+        CHECK(std::abs(u[r] - mean) < 1e-6);
+        float alone = NAN;  // bit for bit: a row does not see its neighbours
+        adadiff::uem_score(y.data() + r * tokens * channels, 1, tokens, channels, extras, weight.data(),
+                           offset.data(), stride, B, lanes.data() + r, &alone);
+        CHECK(std::memcmp(&alone, &u[r], sizeof alone) == 0);
+      }
+    }
+  }
+}
+
+void test_score_errors() {
+  const std::vector<float> y(2 * 3 * 4), weight(4), offset(5);
+  std::vector<float> u{7, 7};
+  const auto refuses = [&](std::int64_t n, std::int64_t tokens, std::int64_t channels, std::int64_t extras,
+                           std::int64_t stride, std::int32_t B, const Ints& lanes, const std::string& part) {
+    return raises(
+               [&] {
+                 adadiff::uem_score(y.data(), n, tokens, channels, extras, weight.data(), offset.data(), stride, B,
+                                    lanes.data(), u.data());
+               },
+               part) &&
+           u == std::vector<float>{7, 7};
+  };
+  const Ints good{4, 0};
+  CHECK(refuses(-1, 3, 4, 1, 1, 5, good, "n must be 0 or more"));
+  CHECK(refuses(2, 3, 0, 1, 1, 5, good, "channels must be 1 or more"));
+  CHECK(refuses(2, 3, 4, 3, 1, 5, good, "at least one token"));
+  CHECK(refuses(2, 3, 4, -1, 1, 5, good, "at least one token"));
+  CHECK(refuses(2, 3, 4, 1, -1, 5, good, "offset_stride"));
+  CHECK(refuses(2, 3, 4, 1, 1, -1, good, "B must be 0 or more"));
+  CHECK(refuses(2, 3, 4, 1, 1, 4, good, "outside [0, B)"));
+  CHECK(refuses(2, 3, 4, 1, 1, 5, {0, -1}, "outside [0, B)"));
+  const float* none = nullptr;
+  CHECK(raises([&] { adadiff::uem_score(none, 2, 3, 4, 1, none, none, 1, 5, nullptr, nullptr); }, "null"));
+  adadiff::uem_score(none, 0, 3, 4, 1, none, none, 1, 0, nullptr, nullptr);
+}
+
 }  // namespace
 
 int main() {
@@ -217,5 +293,8 @@ int main() {
   test_random_runs();
   test_leave_errors();
   test_swap_errors();
+  test_scores<float>();
+  test_scores<adadiff::bfloat16>();
+  test_score_errors();
   std::puts("core: all tests passed");
 }

@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 from types import ModuleType
 
 import numpy as np
@@ -43,9 +44,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(params=["extension", "pytorch"])
 def core(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType | None:
-    """Runs a test twice: compaction by the compiled core, then by PyTorch alone."""
+    """Runs a test twice: compaction and score by the compiled core, then by PyTorch alone."""
     if request.param == "pytorch":
-        monkeypatch.setattr("adadiff_kernels.compaction._C", None)
+        for name in ("compaction", "residual_uem"):  # by module: the package has a function of the second name
+            monkeypatch.setattr(sys.modules[f"adadiff_kernels.{name}"], "_C", None)
         return None
     return pytest.importorskip("adadiff_kernels._C", reason="the extension is not built")
 

@@ -72,6 +72,7 @@ def evaluate(
     left: list[tuple[int, Tensor]] = []
     if group is None:
         group = group_size(backbone) if x.device.type == "cpu" else max(1, B)
+    costs = [block.macs(backbone.tokens) for block in backbone.blocks]
     macs = 0
     known: tuple[Tensor, Tensor, Tensor] | None = None  # t, threshold and state by row, until somebody leaves
 
@@ -84,7 +85,7 @@ def evaluate(
             skip, snapshot = skips.pop(block.skip_from)
             index = active.locate(snapshot)
         rows, u = _run_block(block, rows, skip, index, cond, lanes, score, group)
-        macs += n * block.macs(backbone.tokens)
+        macs += n * costs[layer - 1]
         if score is not None:
             macs += n * exits.macs(backbone.tokens - backbone.extras)
             if scores is not None:
@@ -114,7 +115,7 @@ def evaluate(
         active.finish(L)
     stem, head = backbone.fixed_macs()
     ends = B * (stem + head)
-    full = B * sum(block.macs(backbone.tokens) for block in backbone.blocks) + ends
+    full = B * sum(costs) + ends
     eps = _heads(backbone, exits, left, cond, active.lane) if left else rows.new_empty(x.shape)
     return Evaluation(eps, active.exit_layer, macs + ends, full, active.moved, scores)
 
@@ -137,7 +138,7 @@ def _run_block(
     for part in _groups(n, group):
         here = None
         if skip is not None:
-            here = skip[part] if index is None else skip[index[part]]
+            here = skip[part] if index is None else skip.index_select(0, index[part])
         _, u = advance(block, rows[part], here, cond, lanes[part], score, out=out[part])
         us.append(u)
     return out, torch.cat(us) if score is not None else None

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adadiff_kernels import Norm, Score, layer_norm, residual_uem, uem_score
+from adadiff_kernels import Norm, Score, layer_norm, residual_uem, uem_score, uem_score_reference
 from numerics import assert_as_accurate
 
 SIZES = [  # n rows, T tokens, D channels, P outputs, extras, B lanes
@@ -49,6 +49,7 @@ class Problem:
         return (1 / (1 + torch.exp(-logits))).sum() / ((self.T - self.extras) * self.P), h
 
 
+@pytest.mark.usefixtures("core")
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("norm", ["affine", "modulated", "plain"])
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
@@ -90,13 +91,39 @@ def test_out_receives_the_sum_and_its_neighbours_stay(target: str) -> None:
     assert bool((whole[7:] == 7).all())
 
 
-def test_extra_tokens_have_no_say() -> None:
-    p = Problem((4, 80, 16, 4, 78, 9), torch.float32)
+@pytest.mark.usefixtures("core")
+@pytest.mark.parametrize("outputs", [1, 4])
+def test_extra_tokens_have_no_say(outputs: int) -> None:
+    p = Problem((4, 80, 16, outputs, 78, 9), torch.float32)
     u = uem_score(p.x, p.score, p.lanes)
     p.x[:, :78] = math.nan
     assert torch.equal(uem_score(p.x, p.score, p.lanes), u)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("time", [True, False], ids=["offset by lane", "one offset"])
+def test_compiled_scores_do_not_see_other_rows(dtype: torch.dtype, time: bool) -> None:
+    """Bit for bit, also where the offset is one row expanded over the lanes, as for exits blind to time."""
+    pytest.importorskip("adadiff_kernels._C", reason="the extension is not built")
+    p = Problem((5, 18, 50, 1, 2, 13), dtype)
+    if not time:
+        p.score = Score(p.score.weight, p.score.offset[:1].expand(p.B, -1), p.score.extras)
+    u = uem_score(p.x, p.score, p.lanes)
+    torch.testing.assert_close(u, uem_score_reference(p.x, p.score, p.lanes), rtol=0, atol=1e-6)
+    for i in range(p.n):
+        assert torch.equal(uem_score(p.x[i : i + 1], p.score, p.lanes[i : i + 1]), u[i : i + 1])
+
+
+def test_rows_with_gaps_are_scored() -> None:
+    p = Problem((5, 18, 48, 1, 2, 13), torch.float32)
+    apart = torch.full((5, 18, 60), math.nan)
+    apart[..., :48] = p.x
+    u = uem_score(apart[..., :48], p.score, p.lanes)
+    torch.testing.assert_close(u, uem_score(p.x, p.score, p.lanes), rtol=0, atol=1e-6)
+    torch.testing.assert_close(uem_score(p.x, p.score, torch.stack([p.lanes, p.lanes]).t()[:, 0]), u, rtol=0, atol=1e-6)
+
+
+@pytest.mark.usefixtures("core")
 @pytest.mark.parametrize(("row", "token", "channel"), [(0, 2, 0), (4, 17, 47), (2, 9, 31)])
 def test_nan_stays_in_its_row(row: int, token: int, channel: int) -> None:
     p = Problem((5, 18, 48, 1, 2, 13), torch.float32)
@@ -151,14 +178,25 @@ X, LANES = torch.zeros(3, 5, 8), torch.arange(3, dtype=torch.int32)
         ({"out": X[:, :4]}, r"\(3, 4, 8\)"),
         ({"score": Score(torch.zeros(1, 7), torch.zeros(3, 1), 0)}, r"weight \[P, 8\]"),
         ({"score": Score(torch.zeros(2, 8), torch.zeros(3, 1), 0)}, r"offset \[B, P\]"),
+        ({"score": Score(torch.zeros(8), torch.zeros(3, 1), 0)}, r"weight \[P, 8\]"),
+        ({"score": Score(torch.zeros(1, 8), torch.zeros(3, 1).double(), 0)}, "offset must be float32"),
+        ({"lanes": LANES.long(), "score": Score(torch.zeros(1, 8), torch.zeros(3, 1), 0)}, r"lanes must be int32"),
         ({"score": Score(torch.zeros(1, 8), torch.zeros(3, 1), 5)}, "at least one of 5 tokens"),
         ({"score": Score(torch.zeros(1, 8), torch.zeros(3, 1), -1)}, "at least one of 5 tokens"),
     ],
 )
 def test_bad_input_is_named(change: dict, message: str) -> None:
-    given = {"x": X, "branch": X, "lanes": LANES, **change}
+    given = {"x": X, "branch": X, "lanes": LANES, "out": torch.ones_like(X), **change}
     with pytest.raises(ValueError, match=message):
-        residual_uem(given.pop("x"), given.pop("branch"), **given)
+        residual_uem(given["x"], given["branch"], **{k: v for k, v in given.items() if k not in ("x", "branch")})
+    if "out" not in change:
+        assert bool((given["out"] == 1).all())  # refused before anything is written
+
+
+def test_lanes_outside_are_refused_by_the_core() -> None:
+    pytest.importorskip("adadiff_kernels._C", reason="the extension is not built")
+    with pytest.raises(ValueError, match="outside"):
+        uem_score(X, Score(torch.zeros(1, 8), torch.zeros(2, 1), 0), LANES)
 
 
 @pytest.mark.parametrize("halves", [{"weight": X}, {"bias": X}, {"scale": X}, {"shift": X}])

@@ -44,12 +44,12 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
         patch(kind, "forward")
     for kind, name in ((uvit.UViT, "begin"), (uvit.UViT, "head"), (uvit.Block, "join"), (adaln.AdaLN, "begin")):
         patch(kind, name)
-    offsets, score = Exits.offsets, fused.uem_score
+    offsets, score = Exits.offsets, fused._score
     monkeypatch.setattr(
         Exits, "offsets", lambda self, time: torch.cat([offsets(self, one[None]) for one in time], dim=1)
     )
     monkeypatch.setattr(
         fused,
-        "uem_score",
+        "_score",
         lambda y, weights, lanes: lane_by_lane(lambda y, lane: score(y, weights, lane))(y, lanes),
     )

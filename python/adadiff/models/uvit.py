@@ -129,11 +129,8 @@ class Block(nn.Module):
         self.attn = Attention(D, config.heads, config.qkv_bias)
         self.norm2 = nn.LayerNorm(D)
         self.mlp = Mlp(D, config.mlp_ratio * D)
+        self.branches = (AffineBranch(self.norm1, self.attn), AffineBranch(self.norm2, self.mlp))
         self._config = config
-
-    @property
-    def branches(self) -> tuple[AffineBranch, AffineBranch]:
-        return AffineBranch(self.norm1, self.attn), AffineBranch(self.norm2, self.mlp)
 
     def join(self, x: Tensor, skip: Tensor) -> Tensor:
         return self.skip_linear(torch.cat([x, skip], dim=-1))
@@ -199,14 +196,11 @@ class UViT(nn.Module):
         self.in_blocks = nn.ModuleList(Block(config) for _ in range(half))
         self.mid_block = Block(config)
         self.out_blocks = nn.ModuleList(Block(config, skip_from=half - 1 - i) for i in range(half))
+        self.blocks = [*self.in_blocks, self.mid_block, *self.out_blocks]
         head = Head(config)
         self.norm, self.decoder_pred, self.final_layer = head.norm, head.decoder_pred, head.final_layer
         self.apply(_initialise)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-
-    @property
-    def blocks(self) -> list[Block]:
-        return [*self.in_blocks, self.mid_block, *self.out_blocks]
 
     @property
     def dim(self) -> int:
