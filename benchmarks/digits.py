@@ -10,6 +10,7 @@ import quality
 import torch
 from attainable import Call, PlainPieces, rows_per_layer, share_of_flop_ideal
 from harness import Comparison, best_micro_batch, interleave
+from network import in_batches
 from quality import STEPS, SUITE, lockstep, seeds_and_labels
 from rows import Rows, dtype_name, machine, say
 
@@ -181,8 +182,7 @@ def _overhead(rows: Rows, model: Model, dtype: torch.dtype, batch: int, repeats:
     calls: dict[str, Call] = {"plain, one batch": lambda: backbone(x, t, labels)}
     best = best_micro_batch(lambda m: backbone(x[:m], t[:m], labels[:m]), batch)
     if best < batch:
-        parts = list(zip(x.split(best), t.split(best), labels.split(best), strict=True))
-        calls[f"plain, batches of {best}"] = lambda: torch.cat([backbone(*part) for part in parts])
+        calls[f"plain, batches of {best}"] = in_batches(backbone, (x, t, labels), best)
     baselines = list(calls)
     calls |= {"engine, no exits": engine(Full()), "engine, nobody leaves": engine(Threshold(NOBODY))}
     measured = interleave(calls, repeats, turn=0.05, limit=limit, label=f"cost of scoring, {dtype_name(dtype)}")

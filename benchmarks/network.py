@@ -71,9 +71,9 @@ def measure(rows: Rows, setting: Setting) -> None:
         if compiled is not None:
             baselines["plain, compiled"] = lambda: compiled(x, t)
     if best < B:
-        baselines[f"plain, batches of {best}"] = in_batches(model.backbone, x, t, best)
+        baselines[f"plain, batches of {best}"] = in_batches(model.backbone, (x, t), best)
         if "plain, compiled" in baselines:
-            baselines[f"plain, compiled, batches of {best}"] = in_batches(compiled, x, t, best)
+            baselines[f"plain, compiled, batches of {best}"] = in_batches(compiled, (x, t), best)
 
     runs = {"engine, no exits": evaluation(model, Full(), x, t, None)}
     replayed = patterns(B, model.layers)
@@ -153,8 +153,8 @@ def evaluation(model: Model, rule: Rule, x: Tensor, t: Tensor, exit_layer: Tenso
     return lambda: adadiff.evaluate(model.backbone, model.exits, rule, x, t, threshold=exit_layer)
 
 
-def in_batches(network: Callable[..., Tensor], x: Tensor, t: Tensor, size: int) -> Call:
-    return lambda: torch.cat([network(*part) for part in zip(x.split(size), t.split(size), strict=True)])
+def in_batches(network: Callable[..., Tensor], inputs: Sequence[Tensor], size: int) -> Call:
+    return lambda: torch.cat([network(*part) for part in zip(*(v.split(size) for v in inputs), strict=True)])
 
 
 def counts_by_kind(model: Model, counts: Sequence[Sequence[int]]) -> dict[str, set[int]]:
