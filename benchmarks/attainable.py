@@ -3,9 +3,10 @@
     share of attainable = [T_stem + sum over layers of t_l(n_l) + T_head] / measured seconds
     share of FLOP ideal = measured speed-up / (multiply-adds of the full run / multiply-adds run)
 
-n_l rows run block l; t_l(n) is the time of the fastest plain block on exactly n rows, measured in turns with
-the pattern itself. U-ViT has two kinds of block: "in" (in-blocks, the middle) and "out" (with the skip
-product).
+n_l rows run block l; t_l(n) is the time of the fastest plain block on exactly n rows. Which way is the fastest is
+found out beforehand, piece by piece. What the pieces of a pattern take together is measured in turns with it: as
+the sum of their own times where there are many patterns, or in one go right beside it (`replay`). U-ViT has two
+kinds of block: "in" (in-blocks, the middle) and "out" (with the skip product).
 """
 
 import itertools
@@ -90,6 +91,22 @@ class PlainPieces:
         return itertools.cycle(
             [block for block, own in zip(self.backbone.blocks, kinds(self.backbone), strict=True) if own == kind]
         )
+
+    def replay(self, measured: Comparison, counts: Sequence[int]) -> Call:
+        """Stem, counts[l] rows through block l in the fastest way measured, and head, one after the other."""
+        ways = self.variants()
+
+        def fastest(kind: str, n: int) -> Call:
+            return ways[min((name for name in ways if name.startswith(f"{kind} {n} ")), key=measured.median)]
+
+        calls = [fastest(kind, n) for kind, n in zip(kinds(self.backbone), counts, strict=True) if n]
+        calls = [ways["stem"], *calls, ways["head"]]
+
+        def call() -> None:
+            for piece in calls:
+                piece()
+
+        return call
 
     def seconds(self, measured: Comparison, counts: Sequence[int]) -> float:
         """Attainable seconds of one evaluation in which counts[l] rows run block l."""

@@ -125,7 +125,7 @@ def write(rows: Rows, variants: Variants, measured: Comparison, baselines: Seque
     fastest = min(baselines, key=measured.median)
     for title, (name, setting) in variants.settings.items():
         seconds = measured.median(title)
-        speedup = measured.median(fastest) / seconds
+        speedup = measured.ratio(fastest, title).median
         results: dict[str, object] = {}
         if title in variants.reports:
             report = variants.reports[title]
@@ -161,7 +161,7 @@ def overhead(
     *,
     model: str = MODEL,
     batch: int = OVERHEAD_BATCH,
-    repeats: int = 15,
+    repeats: int = 60,
     limit: float = 15.0,
 ) -> None:
     """What an evaluation costs in which nobody leaves, unscored and scored."""
@@ -196,5 +196,5 @@ def _overhead(rows: Rows, model: Model, dtype: torch.dtype, batch: int, repeats:
             dtype=dtype_name(dtype),
             **measured.row(name),
             fastest_plain=fastest,
-            overhead=measured.median(name) / measured.median(fastest) - 1,
+            overhead=measured.ratio(name, fastest).median - 1,
         )

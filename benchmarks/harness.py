@@ -19,7 +19,7 @@ MIN_ROUNDS = 3
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a call, one number for each round."""
+    """Seconds of a call, or ratios of two calls, one number for each round."""
 
     samples: tuple[float, ...]
 
@@ -62,7 +62,7 @@ class Comparison:
 
     @property
     def aa_ratio(self) -> float:
-        return self.again.median / self.times[self.baseline].median
+        return _ratio(self.again, self.times[self.baseline]).median
 
     @property
     def usable(self) -> bool:
@@ -71,9 +71,17 @@ class Comparison:
     def median(self, name: str) -> float:
         return self.times[name].median
 
+    def ratio(self, one: str, other: str) -> Times:
+        """Seconds of one over those of the other, round by round: drift from round to round cancels."""
+        return _ratio(self.times[one], self.times[other])
+
     def row(self, name: str) -> dict[str, object]:
         """The timing part of a row."""
         return {"seconds": self.times[name].row(), "aa_ratio": self.aa_ratio, "usable": self.usable}
+
+
+def _ratio(one: Times, other: Times) -> Times:
+    return Times(tuple(a / b for a, b in zip(one.samples, other.samples, strict=True)))
 
 
 def interleave(
@@ -81,6 +89,7 @@ def interleave(
     repeats: int,
     warmup: int = 1,
     *,
+    pairs: Mapping[str, str] | None = None,
     turn: float = 0.0,
     limit: float = float("inf"),
     label: str = "",
@@ -88,16 +97,18 @@ def interleave(
 ) -> Comparison:
     """Runs every variant once a round, in another order each time, so that drift favours none.
 
-    repeats: rounds. warmup: rounds that are thrown away. turn: a shorter call is repeated within its turn
-    until this many seconds have passed, and its mean taken. limit: after MIN_ROUNDS rounds, no further one
-    starts that would end later than this many seconds after the first one started.
+    repeats: rounds. warmup: rounds that are thrown away. pairs: variants that run right after one another, to be
+    compared by `Comparison.ratio`; which of the two is first alternates. turn: a shorter call is repeated within
+    its turn until this many seconds have passed, and its mean taken. limit: after MIN_ROUNDS rounds, no further
+    one starts that would end later than this many seconds after the first one started.
     """
     if not variants or repeats < 1 or warmup < 0:
         raise ValueError(f"a comparison takes variants, repeats >= 1 and warmup >= 0, got {repeats=}, {warmup=}")
     names = list(variants)
-    calls = list(variants.items())
-    calls.append(("", variants[names[0]]))
-    samples: dict[str, list[float]] = {name: [] for name, _ in calls}
+    calls = {**variants, "": variants[names[0]]}
+    pairs = pairs or {}
+    units = [[name, *([pairs[name]] if name in pairs else [])] for name in calls if name not in pairs.values()]
+    samples: dict[str, list[float]] = {name: [] for name in calls}
     with (
         torch.inference_mode(),
         tqdm(total=len(calls) * (warmup + repeats), desc=label, leave=False, disable=None) as bar,
@@ -110,12 +121,12 @@ def interleave(
                 number - warmup
             ):
                 break
-            for index in np.random.default_rng(number).permutation(len(calls)):
-                name, call = calls[index]
-                seconds = _turn(call, turn, clock)
-                if number >= warmup:
-                    samples[name].append(seconds)
-                bar.update()
+            for index in np.random.default_rng(number).permutation(len(units)):
+                for name in units[index][:: -1 if number % 2 else 1]:
+                    seconds = _turn(calls[name], turn, clock)
+                    if number >= warmup:
+                        samples[name].append(seconds)
+                    bar.update()
     return Comparison({name: Times(tuple(samples[name])) for name in names}, Times(tuple(samples[""])))
 
 

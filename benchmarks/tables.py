@@ -201,6 +201,14 @@ def overhead(rows: Sequence[Row]) -> list[Table]:
     ]
 
 
+def share(row: Row) -> str:
+    if row.get("share_of_attainable") is None:
+        return ""
+    spread = row.get("share_of_attainable_spread")
+    beside = f" ({spread[0]:.3f} to {spread[1]:.3f})" if spread else ""
+    return number(row["share_of_attainable"], 3) + beside
+
+
 def network(rows: Sequence[Row]) -> list[Table]:
     groups: dict[tuple, list[Row]] = {}
     for row in select(rows, "network", "baseline") + select(rows, "network", "pattern"):
@@ -219,7 +227,7 @@ def network(rows: Sequence[Row]) -> list[Table]:
                 number(row["evaluations_per_second"], 2),
                 number(row.get("mean_exit_layer"), 2),
                 number(row["speedup"], 2),
-                number(row.get("share_of_attainable"), 3),
+                share(row),
                 number(row.get("share_of_flop_ideal"), 3),
                 number(row.get("rows_moved"), 0),
                 number(row.get("peak_bytes") and row["peak_bytes"] / row["peak_bytes_plain"], 0, percent=True),
@@ -228,7 +236,7 @@ def network(rows: Sequence[Row]) -> list[Table]:
         ]
         note = (
             "Of attainable: the plain network's fastest pieces on exactly the rows that still ran, over the "
-            "measured time; 1 means that leaving early costs nothing. "
+            "measured time, pair by pair (median, 20 to 80 %); 1 means that leaving early costs nothing. "
             "Bytes: tensors above the weights, against the plain run. "
         )
         tables.append(Table(f"batch {batch}, {_where(group)}", header, body, note + _warning(group)))

@@ -100,7 +100,8 @@ def test_every_round_runs_every_variant_and_the_baseline_twice() -> None:
 @pytest.mark.parametrize(("again", "usable"), [(1.0, True), (1.029, True), (0.971, True), (1.04, False), (0.96, False)])
 def test_a_row_is_unusable_where_the_same_call_differs(again: float, usable: bool) -> None:
     measured = harness.Comparison(
-        {"plain": harness.Times((1.0, 1.0, 9.0)), "other": harness.Times((3.0,))}, harness.Times((again,))
+        {"plain": harness.Times((1.0, 2.0, 9.0)), "other": harness.Times((3.0,))},
+        harness.Times((again, 2 * again, 1.0)),  # round by round; the machine was at half its speed in the second
     )
     assert measured.row("other") == {
         "seconds": harness.Times((3.0,)).row(),
@@ -128,6 +129,17 @@ def test_no_round_starts_that_would_end_after_the_limit(limit: float, rounds: in
     clock = Clock()
     measured = harness.interleave({"a": clock.variant("a", 10.0)}, 9, 0, limit=limit, clock=clock)
     assert measured.times["a"].n == rounds  # a round is 20 seconds: the baseline twice
+
+
+def test_pairs_run_right_after_one_another_and_are_compared_round_by_round() -> None:
+    clock = Clock()
+    variants = {name: clock.variant(name, seconds) for name, seconds in (("a", 1.0), ("b", 2.0), ("c", 4.0))}
+    measured = harness.interleave(variants, 4, 0, pairs={"b": "c"}, clock=clock)
+    for start in range(0, 16, 4):  # the baseline twice and both of the pair
+        turn = clock.calls[start : start + 4]
+        assert sorted(turn) == ["a", "a", "b", "c"]
+        assert turn.index("c") - turn.index("b") == (-1 if start // 4 % 2 else 1)
+    assert measured.ratio("c", "b").samples == (2.0,) * 4
 
 
 @pytest.mark.parametrize("arguments", [({}, 1, 0), ({"a": int}, 0, 0), ({"a": int}, 1, -1)])
@@ -229,6 +241,9 @@ def test_plain_pieces_run_every_row_once_and_take_the_fastest_way() -> None:
     # stem 1, head 2, seven in-blocks on 5 rows (one of them the middle), an out-block on 7
     counts = [5] * 7 + [7] + [0] * 5
     assert pieces.seconds(measured, counts) == pytest.approx(1 + 2 + 7 * 3 + 5)
+    ran.clear()
+    pieces.replay(measured, counts)()
+    assert ran == {**{number: [5] for number in range(7)}, 7: [7]}
 
 
 def test_rows_are_complete_in_themselves(tmp_path: Path) -> None:
