@@ -11,7 +11,7 @@ All in float32.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +44,9 @@ class SolverState:
             if not value.is_contiguous():
                 raise ValueError(f"{name} must be contiguous, got strides {value.stride()}")
 
+    def _all(self) -> tuple[Tensor | None, ...]:
+        return self.x, self.base, self.history
+
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         named = (("x", self.x), ("base", self.base), ("history", self.history))
         return ((name, value) for name, value in named if value is not None)
@@ -54,6 +57,16 @@ class SolverState:
         x = x.clone(memory_format=torch.contiguous_format)
         zeros = x.new_zeros(len(x), 2, *x.shape[1:]) if history else None
         return SolverState(x, x.clone() if base else None, zeros)
+
+    def take(self, slots: Tensor) -> "SolverState":
+        """A copy of the samples at slots: int64[k]."""
+        return SolverState(self.x[slots], *(v if v is None else v[slots] for v in (self.base, self.history)))
+
+    def put(self, slots: Tensor, part: "SolverState") -> None:
+        """Writes back what `take` gave, after it has been advanced."""
+        for whole, own in zip(self._all(), part._all(), strict=True):
+            if whole is not None:
+                whole.index_copy_(0, slots, own)
 
     def restart(self, slots: Tensor, x: Tensor) -> None:
         """New samples x: [k, ...] begin in places slots: int64[k]."""
@@ -88,6 +101,11 @@ class StepRows:
                 f"rows must be coefficients [n, {len(COLUMNS)}], slot [n], end [n], got "
                 f"{[list(t.shape) for t in (self.coefficients, self.slot, self.end)]}"
             )
+
+    def take(self, samples: Tensor) -> "StepRows":
+        """The rows of samples: int64[k]."""
+        own = (v[samples] for v in (self.coefficients, self.slot, self.end))
+        return replace(self, **dict(zip(("coefficients", "slot", "end"), own, strict=True)))
 
 
 def solver_step_reference(

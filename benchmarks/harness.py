@@ -1,16 +1,12 @@
 """Timing: the variants of a comparison take turns, the first under two names, which shows the noise."""
 
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 AA_TOLERANCE = 0.03  # two measurements of the same thing may differ by this much
@@ -161,41 +157,3 @@ def best_micro_batch(run: Callable[[int], object], batch: int, seconds: float = 
         for size in tqdm(sizes, desc="best micro-batch", leave=False, disable=None):
             per_lane[size] = _turn(lambda m=size: run(m), seconds, time.perf_counter) / size
     return min(per_lane, key=per_lane.__getitem__)
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Follows the storages that operators return until they are freed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: dict[int, weakref.ref] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self._see((args, kwargs), ours=False)
-        out = func(*args, **(kwargs or {}))
-        self._see(out, ours=True)
-        return out
-
-    def _see(self, values: object, ours: bool) -> None:
-        """A storage that is taken before any operator returned it was there beforehand: weights, inputs."""
-        for value in tree_leaves(values):
-            if isinstance(value, Tensor):
-                storage = value.untyped_storage()
-                key = storage._cdata
-                if key not in self._known:
-                    size = storage.nbytes() if ours else 0
-                    self._known[key] = weakref.ref(storage, lambda _, key=key, size=size: self._free(key, size))
-                    self.live += size
-                    self.peak = max(self.peak, self.live)
-
-    def _free(self, key: int, size: int) -> None:
-        del self._known[key]
-        self.live -= size
-
-
-def peak_bytes(call: Callable[[], object]) -> int:
-    """The most bytes of tensors alive at once that operators returned during `call`."""
-    with torch.inference_mode(), _LiveBytes() as mode:
-        call()
-    return mode.peak

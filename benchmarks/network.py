@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from attainable import Call, PlainPieces, kinds, rows_per_layer, share_of_flop_ideal
-from harness import Comparison, best_micro_batch, interleave, peak_bytes, threads
+from harness import Comparison, best_micro_batch, interleave, threads
 from rows import Rows, dtype_name, say
 from torch import Tensor
 
@@ -13,6 +13,7 @@ import adadiff
 from adadiff import Evaluation, Model
 from adadiff.engine import group_size
 from adadiff.exits import PAPER
+from adadiff.memory import peak_bytes
 from adadiff.rules import Full, Replay, Rule
 
 SUITE = "network"

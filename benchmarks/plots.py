@@ -9,9 +9,12 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from policies import AGREE, LOCK_STEP, MEAN, OURS, PLAIN, STATIC
 from rows import Row
 from safetensors.torch import load_file
+from serving_tables import NAMES
 from tables import latest, qualities, select, title
 
 METHODS = {
@@ -20,6 +23,15 @@ METHODS = {
     "fewer steps": "tab:green",
     "plain, equal budget": "tab:red",
 }
+POLICIES = {
+    LOCK_STEP: "gray",
+    PLAIN: "black",
+    MEAN: "tab:green",
+    AGREE: "tab:red",
+    STATIC: "tab:orange",
+    OURS: "tab:blue",
+}
+CURVES = ("digits", "imagenet256_uvit_large")  # whose latencies are drawn
 COLUMNS = 10  # of the grid: one digit of each class
 
 
@@ -31,6 +43,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
         "exit-layers.png": exit_layers(rows),
         "quality.png": quality(rows),
         "network.png": network(rows),
+        "serving.png": serving(rows),
     }
     written = []
     for name, figure in pictures.items():
@@ -147,3 +160,38 @@ def network(rows: Sequence[Row]) -> Figure | None:
     axes[1, 0].set_ylabel("speed-up over the fastest plain")
     axes[1, 0].legend(fontsize=7)
     return figure
+
+
+def serving(rows: Sequence[Row]) -> Figure | None:
+    """Images a second of saturated servers, and latency against load: p50 solid, p95 dashed."""
+    throughput = select(rows, "serving", "throughput")
+    latency = [row for row in select(rows, "serving", "latency") if row["parameters"]["load"] != "burst"]
+    models = [name for name in CURVES if any(row["parameters"]["model"] == name for row in latency)]
+    if not throughput and not models:
+        return None
+    panels = bool(throughput) + len(models)
+    figure, axes = plt.subplots(1, panels, figsize=(4.2 * panels, 3.6), squeeze=False, layout="constrained")
+    for axis, model in zip(axes[0, bool(throughput) :], models, strict=True):
+        _curves(axis, [row for row in latency if row["parameters"]["model"] == model])
+        axis.set(xlabel="load, of what lock-step batches bear", ylabel="latency (s)", yscale="log")
+        axis.set_title(f"{NAMES[model]}, p50 and p95 (dashed)", fontsize=9)
+    if models:
+        axes[0, -1].legend(fontsize=7)
+    if throughput:
+        names = [row["variant"] + ("" if row["usable"] else " (!)") for row in throughput][::-1]
+        values = [row["images_per_second"] for row in throughput][::-1]
+        colours = [POLICIES.get(row["variant"], "lightgray") for row in throughput][::-1]
+        axes[0, 0].bar_label(axes[0, 0].barh(names, values, color=colours), fmt="%.2f", fontsize=7, padding=2)
+        axes[0, 0].tick_params(axis="y", labelsize=8)
+        axes[0, 0].set_xlabel("images per second")
+        axes[0, 0].set_title("U-ViT-S/2, mixed timesteps", fontsize=9)
+    return figure
+
+
+def _curves(axis: Axes, rows: Sequence[Row]) -> None:
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        own = sorted((row for row in rows if row["variant"] == name), key=lambda row: row["parameters"]["load"])
+        load = [row["parameters"]["load"] for row in own]
+        colour = POLICIES.get(name, "lightgray")
+        axis.plot(load, [row["seconds"]["median"] for row in own], "o-", color=colour, markersize=3, label=name)
+        axis.plot(load, [row["p95"] for row in own], "o--", color=colour, markersize=3)

@@ -2,6 +2,7 @@
 
 python benchmarks/run.py [--quick]            both suites, short: under 8 minutes (90 s) on 2 cores
 python benchmarks/run.py --suite network      U-ViT-S/2 at batch 8 and 64, both dtypes, compiled baseline
+python benchmarks/run.py --suite serving      throughput and latency of continuous batching: 25 minutes (--quick: 1)
 python benchmarks/run.py --suite digits --samples 10000 --seeds 3 --quality-only --out DIR
 """
 
@@ -14,6 +15,7 @@ import digits
 import network
 import plots
 import quality
+import serving
 import torch
 from harness import threads
 from network import Setting
@@ -25,7 +27,7 @@ OUT = ROOT / "benchmarks" / "out"
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=("default", "digits", "network"), default="default")
+    parser.add_argument("--suite", choices=("default", "digits", "network", "serving"), default="default")
     parser.add_argument("--quick", action="store_true", help="few repeats, few samples: shows that it works")
     parser.add_argument("--out", type=Path, help="folder for rows and pictures (default: benchmarks/out/DATE)")
     parser.add_argument("--samples", type=_positive, help="digits drawn by each method (default: 1000; quick: 200)")
@@ -35,8 +37,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--quality-only", action="store_true", help="no timing; rows that --out has are not drawn again"
     )
     chosen = parser.parse_args(argv)
-    if chosen.quality_only and chosen.suite == "network":
-        parser.error("the network has random weights, so there is no quality to measure; use --suite digits")
+    if chosen.quality_only and chosen.suite in ("network", "serving"):
+        parser.error(f"the suite {chosen.suite} measures no quality; use --suite digits")
     chosen.samples = chosen.samples or (200 if chosen.quick else 1000)
     chosen.out = chosen.out or OUT / datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
     return chosen
@@ -58,9 +60,11 @@ def main() -> None:
     before = len(rows.rows)
     interrupted = False
     try:
-        if chosen.suite != "network":
+        if chosen.suite == "serving":
+            serving.run(rows, serving.QUICK if chosen.quick else serving.FULL)
+        if chosen.suite in ("default", "digits"):
             measure_digits(rows, chosen)
-        if chosen.suite != "digits" and not chosen.quality_only:
+        if chosen.suite in ("default", "network") and not chosen.quality_only:
             network.run(rows, network_settings(chosen))
     except KeyboardInterrupt:
         interrupted = True

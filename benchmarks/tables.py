@@ -1,23 +1,14 @@
 """Rows as tables: for the terminal (`plain`) and for the README (`markdown`)."""
 
 import dataclasses
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import serving_tables
+from cells import Table, number, select, warning, where
 from rows import Row, key
 
 from adadiff.frechet import Interval, seed_interval
-
-
-@dataclass(frozen=True)
-class Table:
-    """`note` says in plain language how to read it."""
-
-    title: str
-    header: Sequence[str]
-    body: Sequence[Sequence[str]]
-    note: str
 
 
 def plain(table: Table) -> str:
@@ -46,13 +37,9 @@ def latest(rows: Iterable[Row]) -> list[Row]:
     return list(found.values())
 
 
-def select(rows: Iterable[Row], suite: str, kind: str) -> list[Row]:
-    return [row for row in rows if row["suite"] == suite and row["kind"] == kind]
-
-
 def all_tables(rows: Iterable[Row]) -> list[Table]:
     rows = latest(rows)
-    return [table for make in (digits, overhead, network) for table in make(rows) if table.body]
+    return [table for make in (digits, overhead, network, *serving_tables.ALL) for table in make(rows) if table.body]
 
 
 def compact(rows: Iterable[Row]) -> list[Table]:
@@ -63,6 +50,7 @@ def compact(rows: Iterable[Row]) -> list[Table]:
     return [
         *(pick(table, columns) for table in digits(rows)[:1] if table.body),
         *(table for table in network_side_by_side(rows) if table.body),
+        *(table for table in serving_tables.compact(rows) if table.body),
     ]
 
 
@@ -176,7 +164,7 @@ def _digits(rows: Sequence[Row], good: dict[str, Quality]) -> Table:
             "PSNR (dB): median, to the full network's image of the same noise. "
             "Accuracy is only a check: it rises as images lose variety. "
         )
-    return Table(_where(rows), header, body, note + _warning(rows))
+    return Table(where(rows), header, body, note + warning(rows))
 
 
 def overhead(rows: Sequence[Row]) -> list[Table]:
@@ -193,10 +181,10 @@ def overhead(rows: Sequence[Row]) -> list[Table]:
     note = "What the engine, then scores and decisions, add to the fastest plain network while nobody leaves. "
     return [
         Table(
-            _where(measured),
+            where(measured),
             ("digits, one evaluation", "dtype", "ms", "cost"),
             body,
-            note + _warning(measured),
+            note + warning(measured),
         )
     ]
 
@@ -239,7 +227,7 @@ def network(rows: Sequence[Row]) -> list[Table]:
             "measured time, pair by pair (median, 20 to 80 %); 1 means that leaving early costs nothing. "
             "Bytes: tensors above the weights, against the plain run. "
         )
-        tables.append(Table(f"batch {batch}, {_where(group)}", header, body, note + _warning(group)))
+        tables.append(Table(f"batch {batch}, {where(group)}", header, body, note + warning(group)))
     return tables
 
 
@@ -272,31 +260,4 @@ def network_side_by_side(rows: Sequence[Row]) -> list[Table]:
         "micro-batches. Of attainable: the plain network's fastest pieces on exactly the rows that still ran, over the "
         "measured time. "
     )
-    return [Table(_where(measured), header, body, note + _warning(measured))]
-
-
-def _where(rows: Sequence[Row]) -> str:
-    if not rows:
-        return "quality"
-    row = rows[0]
-    torch = f"torch {row['versions']['torch']}"
-    return ", ".join([row["machine"]["cpu"], f"{row['threads']} thread(s)", row["dtype"], torch])
-
-
-def _warning(rows: Iterable[Row]) -> str:
-    bad = [row["aa_ratio"] for row in rows if not row["usable"]]
-    if not bad:
-        return ""
-    worst = abs(max(bad, key=_off) - 1)
-    return f"(!) not usable: the machine was busy, the same call measured twice differed by {worst:.0%}."
-
-
-def _off(ratio: float) -> float:
-    return abs(math.log(ratio))
-
-
-def number(value: float | None, digits: int, percent: bool = False) -> str:
-    """Empty where there is no value."""
-    if value is None:
-        return ""
-    return f"{value:.{digits}%}" if percent else f"{value:.{digits}f}"
+    return [Table(where(measured), header, body, note + warning(measured))]

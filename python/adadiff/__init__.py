@@ -1,9 +1,27 @@
-"""Diffusion transformers whose samples leave early, and the sampler around them."""
+"""Diffusion transformers whose samples leave early, the sampler around them, and an engine that serves them."""
 
 from .checkpoint import load, save
 from .engine import Evaluation, evaluate
+from .handles import DeadlineExceeded, EngineClosed, EngineFull, Handle
 from .model import Model, build
-from .sampler import Report, Sampling, sample
+from .reports import Report
+from .sampler import Sampling, sample
+from .serving import Engine
 
 __version__ = "0.1.0"
-__all__ = ["Evaluation", "Model", "Report", "Sampling", "build", "evaluate", "load", "sample", "save"]
+__all__ = [
+    "DeadlineExceeded",
+    "Engine",
+    "EngineClosed",
+    "EngineFull",
+    "Evaluation",
+    "Handle",
+    "Model",
+    "Report",
+    "Sampling",
+    "build",
+    "evaluate",
+    "load",
+    "sample",
+    "save",
+]

@@ -17,7 +17,9 @@ EXAMPLES = {
     "sample": """examples:
   adadiff sample digits --out samples --n 40 --labels 0,1,2,3,4,5,6,7,8,9 --rule threshold:0.135,first=3
   adadiff sample digits --out samples --rule full --steps 20,50 --solver dpm++2m --guidance 1.5
-after Ctrl-C the same command draws what is missing""",
+  torchrun --nproc_per_node 2 -m adadiff sample digits --out many -n 50000
+after Ctrl-C, or a kill, the same command draws what is missing; `adadiff.shards.read` reads shards. Shards are
+the same bits on any number of processes, if each has as many threads: torchrun sets OMP_NUM_THREADS=1 unless you do""",
     "train": """examples:
   adadiff train --out runs/digits
   adadiff train --out runs/plain --plain
@@ -67,13 +69,22 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"adadiff {__version__}")
     known = top.add_subparsers(required=True, metavar="COMMAND")
 
-    one = _command(known, "sample", commands.sample, "draw pictures: a PNG per sample, grid.png, report.json")
+    one = _command(known, "sample", commands.sample, "draw samples: pictures, or arrays by the thousand")
     _add_model(one)
-    one.add_argument("--out", type=Path, required=True, help="folder for the pictures, made if it is missing")
+    one.add_argument("--out", type=Path, required=True, help="folder for the samples, made if it is missing")
     _add_sampling(one, n=16)
     one.add_argument("--labels", type=whole_numbers, help="classes, cycled over the samples (default: none)")
     one.add_argument("--guidance", type=float, default=0.0, help="classifier-free scale (default: 0, none)")
     one.add_argument("--tied", action="store_true", help="both lanes of a guided sample leave together")
+    one.add_argument("--batch-invariant", action="store_true", help="the same bits whatever BATCH and SHARD; slower")
+    one.add_argument(
+        "--format",
+        choices=("png", "npz"),
+        help="png: a picture per sample, by one process; npz: shards of arrays, manifest.json, any number of "
+        f"processes; both: grid.png, report.json (default: png up to {commands.PNG_MOST} samples, else npz; npz for "
+        "latents)",
+    )
+    one.add_argument("--shard", type=int, help=f"samples in a shard of npz (default: {commands.SHARD})")
 
     one = _command(known, "train", commands.train, "train a model; options override the file")
     one.add_argument("config", nargs="?", type=Path, metavar="CONFIG.json", help="values of the options below")
@@ -132,7 +143,13 @@ def _add_model(one: argparse.ArgumentParser) -> None:
 
 
 def _add_sampling(one: argparse.ArgumentParser, n: int) -> None:
-    one.add_argument("--n", type=int, default=n, help=f"samples (default: {n})")
+    one.add_argument(
+        "-n",
+        "--n",
+        type=int,
+        default=n,
+        help=f"samples (default: {n}); -n is for torchrun, which takes --n for its own",
+    )
     one.add_argument(
         "--steps",
         type=whole_numbers,

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,21 +14,20 @@ import torch
 from . import checkpoint, sampler
 from .config import from_dict
 from .evaluation import Quality, evaluate_samples
+from .filling import Process, ShardFolder
 from .model import Model
-from .pictures import PictureFolder, write_json
+from .pictures import CHANNELS, PictureFolder, write_json
+from .reports import Report
+from .shards import ADVICE, MANIFEST, Manifest
 from .training import STATE, TrainConfig, Trainer
 
 DEFAULT_RULE = "threshold:0.1"
+PNG_MOST = 1000  # samples that become a picture each where nothing else is asked for
+SHARD = 1000  # samples
 
 
 def sample(options: argparse.Namespace) -> None:
-    model, n = checkpoint.load(options.model), options.n
-    channels = model.backbone.sample_shape[0]
-    if channels not in (1, 3):
-        raise ValueError(
-            f"{options.model} draws latents with {channels} channels; decoding them is not supported yet: "
-            "use adadiff.sample from Python"
-        )
+    model, n, process = checkpoint.load(options.model), options.n, Process.of(os.environ)
     if n < 0:
         raise ValueError(f"n must be an integer >= 0, got {n}")
     configuration = {
@@ -36,9 +35,10 @@ def sample(options: argparse.Namespace) -> None:
         "labels": options.labels,
         "guidance": options.guidance,
         "tied": options.tied,
+        "batch_invariant": options.batch_invariant,
     }
 
-    def sampling(slots: Sequence[int]) -> sampler.Sampling:
+    def sampling(slots: Sequence[int], progress: bool = False) -> sampler.Sampling:
         return sampler.Sampling(
             model,
             len(slots),
@@ -50,30 +50,79 @@ def sample(options: argparse.Namespace) -> None:
             guidance=options.guidance,
             tied=options.tied,
             batch=options.batch,
-            progress=True,
+            batch_invariant=options.batch_invariant,
+            progress=progress,
         )
 
+    pictures = model.backbone.sample_shape[0] in CHANNELS
+    kind = options.format or ("png" if pictures and n <= PNG_MOST else "npz")
+    if kind == "png":
+        if not pictures:
+            channels = model.backbone.sample_shape[0]
+            raise ValueError(f"decoding latents, {channels} channels, is not supported yet; --format npz keeps them")
+        if process.world > 1:
+            raise ValueError("--format png takes one process; --format npz as many as you like")
+        if options.shard is not None:
+            raise ValueError("--shard is for --format npz")
+        if (options.out / MANIFEST).exists():
+            raise ValueError(f"{options.out} holds shards; {ADVICE}, or give --format npz")
+    else:
+        shard = SHARD if options.shard is None else options.shard
+        manifest = Manifest.of(model, {**configuration, "shard": shard})
     sampling(range(n))  # for its checks, before the folder is touched
-    folder = PictureFolder(options.out, configuration, model.layers)
-    _show({**configuration, "out": options.out})
+    if kind == "png":
+        _fill_with_pictures(PictureFolder(options.out, configuration, model.layers), configuration, sampling)
+    else:
+        _fill_with_shards(ShardFolder(options.out, manifest, process), sampling)
+
+
+def _fill_with_pictures(
+    folder: PictureFolder, configuration: dict[str, Any], sampling: Callable[..., sampler.Sampling]
+) -> None:
+    out, n = folder.folder, configuration["n"]
+    _show({**configuration, "out": out})
     missing = folder.missing(n)
     if len(missing) < n:
-        print(f"{n - len(missing)} of {n} pictures are in {options.out} already; drawing {len(missing)}")
-    run, drawn = sampling(missing), 0
+        print(f"{n - len(missing)} of {n} pictures are in {out} already; drawing {len(missing)}")
+    run, drawn = sampling(missing, progress=True), 0
     try:
         for places, images in run:
             for place, image in zip(places.tolist(), images, strict=True):
                 folder.add(missing[place], image)
                 drawn += 1
     except KeyboardInterrupt:
-        there = f"{n - len(folder.missing(n))} of {n} pictures are in {options.out}"
+        there = f"{n - len(folder.missing(n))} of {n} pictures are in {out}"
         raise KeyboardInterrupt(f"{there}; the same command draws the others") from None
     finally:
         folder.record(run.report, drawn)
     if missing:
         print(run.report)
     if n:
-        print(f"wrote {options.out}; on one page: {folder.write_grid(n)}")
+        print(f"wrote {out}; on one page: {folder.write_grid(n)}")
+
+
+def _fill_with_shards(folder: ShardFolder, sampling: Callable[..., sampler.Sampling]) -> None:
+    """Rank 0 speaks for all; others only of damage, and of the end where they are the last."""
+    out, n, first = folder.folder, folder.manifest.n, folder.process.rank == 0
+    if first:
+        _show({**folder.manifest.configuration, "out": out})
+    try:
+        for damage in folder.drop_damaged():
+            print(f"{damage}; drawing it again")
+        before = folder.count
+        if before and first:
+            print(f"{before} of {n} samples are in {out} already")
+        drew = folder.draw(sampling)
+        totals = folder.finish()
+    except KeyboardInterrupt:
+        if not first:
+            raise SystemExit(130) from None
+        raise KeyboardInterrupt(f"{folder.count} of {n} samples are in {out}; the same command goes on") from None
+    if totals is None and first:
+        print(f"{folder.count} of {n} samples are in {out}; the other processes draw the rest")
+    elif totals is not None and (first or drew):
+        depth = f"; mean exit layer {totals['mean_exit_layer']:.2f} of {totals['layers']}" if n else ""
+        print(f"wrote {out}: {n} samples{depth}")
 
 
 def train(options: argparse.Namespace) -> None:
@@ -151,7 +200,7 @@ def evaluate(options: argparse.Namespace) -> None:
         print(f"wrote {options.json}")
 
 
-def _numbers(quality: Quality, report: sampler.Report) -> dict[str, float | int | None]:
+def _numbers(quality: Quality, report: Report) -> dict[str, float | int | None]:
     """JSON has no infinity, the PSNR of equal images: it becomes None, beside a max_difference of 0."""
     values = {
         **dataclasses.asdict(quality),

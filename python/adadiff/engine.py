@@ -1,7 +1,7 @@
 """One evaluation of a network with exits: block, score, decide, leave, head."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from adadiff_kernels import ActiveSet, Score, layer_norm, residual_uem, swap_row
 
 from .exits import Exits
 from .models.interface import Backbone, Block, Conditioning
-from .rules import Rule, layers_asked
+from .rules import Decision, Rule
 
 # On a CPU a block runs over groups of lanes with about this many tokens: enough for products at their full rate, few
 # enough that what one writes is still in the cache when the next reads it. Rows do not see each other inside a block.
@@ -28,44 +28,57 @@ class Evaluation:
     scores: Tensor | None  # float32 [L, B], NaN where nobody was asked; None unless recorded
 
 
+@dataclass(frozen=True)
+class _Cohort:
+    """Lanes whose conditioning was computed together: by lane inside it."""
+
+    cond: Conditioning
+    offsets: Tensor | None  # of the scores, float32 [L, lanes, P]
+
+
 @torch.no_grad()
 def evaluate(
     backbone: Backbone,
     exits: Exits | None,
-    rule: Rule,
+    rule: Rule | Sequence[Rule],
     x: Tensor,
     t: Tensor,
     context: Tensor | None = None,
     *,
+    which: Tensor | None = None,
     threshold: Tensor | None = None,
     pairs: Tensor | None = None,
+    batch_invariant: bool = False,
     group: int | None = None,
     record: bool = False,
 ) -> Evaluation:
-    """The network's prediction for B lanes, each at its own timestep, each leaving when `rule` says so.
+    """The network's prediction for B lanes, each at its own timestep, each leaving when its rule says so.
 
     x: [B, C, H, W]; t: float [B], the network's time; context: labels int64 [B], text [B, N, E] or None.
+    rule: one for all, or several with which: int64 [B], the index of each lane's own.
     threshold: float [B], overrides the rule's; pairs: int64 [B], each lane's tied partner (itself if it has none),
-    tied lanes leave together by the larger u; group: lanes per block call (default: `group_size` on a CPU,
-    else all).
+    tied lanes leave together by the larger u.
+    batch_invariant: every product is computed lane by lane, so that a lane's prediction, score and exit are the same
+    bits in any batch (on one machine with one number of threads).
+    group: lanes per block call (default: `group_size` on a CPU, else all); without effect if batch_invariant.
     Raises ValueError for inputs that require grad, thresholds the rule refuses, pairs that are none or whose two lanes
     have two thresholds, or a rule that needs missing exits.
     """
     B, L = len(x), len(backbone.blocks)
     if x.requires_grad:
         raise ValueError("evaluate is for inference; x must not require grad")
-    asked = layers_asked(rule, L)
-    if exits is None and asked:
+    decision = Decision(rule if isinstance(rule, Sequence) else (rule,), which, L, t, threshold)
+    if exits is None and decision.asked:
         raise ValueError("this network has no exits; only the rule 'full' can run it")
     if group is not None and group < 1:
         raise ValueError(f"group must be at least 1 lane, got {group}")
-    threshold = _thresholds(rule, threshold, t)
     if pairs is not None:
-        _check_pairs(pairs, threshold)
-    rows, cond = backbone.begin(x, t, context)
+        _check_pairs(pairs, decision.threshold, which)
+    if batch_invariant and B:
+        rows, cohorts = _begin_each(backbone, exits, decision, x, t, context)
+    else:
+        rows, cohorts = _begin(backbone, exits, decision, x, t, context)
     active = ActiveSet(B)
-    offsets = exits.offsets(cond.time) if rule.scored else None
-    state = torch.zeros(B, device=t.device)
     scores = torch.full((L, B), torch.nan, device=x.device) if record else None
     needed = {block.skip_from for block in backbone.blocks} - {None}
     skips: dict[int, tuple[Tensor, Tensor]] = {}
@@ -74,34 +87,32 @@ def evaluate(
         group = group_size(backbone) if x.device.type == "cpu" else max(1, B)
     costs = [block.macs(backbone.tokens) for block in backbone.blocks]
     macs = 0
-    known: tuple[Tensor, Tensor, Tensor] | None = None  # t, threshold and state by row, until somebody leaves
 
     for layer, block in enumerate(backbone.blocks, start=1):
         lanes = active.running
         n = active.count
-        score = exits.score(layer, offsets) if rule.scored and layer in asked else None
+        scored = layer in decision.scored
         skip, index = None, None
         if block.skip_from is not None:
             skip, snapshot = skips.pop(block.skip_from)
             index = active.locate(snapshot)
-        rows, u = _run_block(block, rows, skip, index, cond, lanes, score, group)
+        layer_exits = exits if scored else None
+        if batch_invariant:
+            rows, u = _run_each(block, rows, skip, index, cohorts, lanes, layer_exits, layer)
+        else:
+            rows, u = _run_block(block, rows, skip, index, cohorts[0], lanes, layer_exits, layer, group)
         macs += n * costs[layer - 1]
-        if score is not None:
+        if scored:
             macs += n * exits.macs(backbone.tokens - backbone.extras)
             if scores is not None:
                 scores[layer - 1, lanes] = u
             if pairs is not None:
                 by_lane = torch.empty(B, device=u.device).index_copy_(0, lanes.long(), u)
                 u = torch.maximum(u, by_lane[pairs[lanes]])
-        if layer in asked:
-            if known is None:
-                known = t[lanes], threshold[lanes], state[lanes]
-            mask = rule.leave(u, layer, L, *known)
-            if rule.stateful:
-                state[lanes] = known[2]
-            swaps = active.leave(mask, layer)
+        if layer in decision.asked:
+            swaps = active.leave(decision.leave(u, layer, lanes), layer)
             if swaps.after < swaps.before:
-                known = None
+                decision.moved()
                 swap_rows(swaps, rows)
                 left.append((layer, rows[swaps.after :, backbone.extras :].clone()))
                 rows = rows[: swaps.after]
@@ -116,8 +127,20 @@ def evaluate(
     stem, head = backbone.fixed_macs()
     ends = B * (stem + head)
     full = B * sum(costs) + ends
-    eps = _heads(backbone, exits, left, cond, active.lane) if left else rows.new_empty(x.shape)
+    if not left:
+        eps = rows.new_empty(x.shape)
+    elif batch_invariant:
+        eps = _heads_each(backbone, exits, left, cohorts, active.lane)
+    else:
+        eps = _heads(backbone, exits, left, cohorts[0].cond, active.lane)
     return Evaluation(eps, active.exit_layer, macs + ends, full, active.moved, scores)
+
+
+def _begin(
+    backbone: Backbone, exits: Exits | None, decision: Decision, x: Tensor, t: Tensor, context: Tensor | None
+) -> tuple[Tensor, list[_Cohort]]:
+    rows, cond = backbone.begin(x, t, context)
+    return rows, [_Cohort(cond, exits.offsets(cond.time) if decision.scored else None)]
 
 
 def _run_block(
@@ -125,21 +148,24 @@ def _run_block(
     rows: Tensor,
     skip: Tensor | None,
     index: Tensor | None,
-    cond: Conditioning,
+    cohort: _Cohort,
     lanes: Tensor,
-    score: Score | None,
+    exits: Exits | None,
+    layer: int,
     group: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """One block over all running rows, a group of them at a time. Returns its output and u."""
+    """One block over all running rows, a group of them at a time. Returns its output and u (None without exits)."""
     n = len(rows)
+    score = exits.score(layer, cohort.offsets) if exits is not None else None
     if n <= group:
-        return advance(block, rows, take_rows(skip, index, n) if skip is not None else None, cond, lanes, score)
+        here = take_rows(skip, index, n) if skip is not None else None
+        return advance(block, rows, here, cohort.cond, lanes, score)
     out, us = torch.empty_like(rows), []
     for part in _groups(n, group):
         here = None
         if skip is not None:
             here = skip[part] if index is None else skip.index_select(0, index[part])
-        _, u = advance(block, rows[part], here, cond, lanes[part], score, out=out[part])
+        _, u = advance(block, rows[part], here, cohort.cond, lanes[part], score, out=out[part])
         us.append(u)
     return out, torch.cat(us) if score is not None else None
 
@@ -180,25 +206,69 @@ def _heads(
     return torch.empty_like(eps).index_copy_(0, lane.long(), eps)
 
 
-def _thresholds(rule: Rule, threshold: Tensor | None, t: Tensor) -> Tensor:
-    if threshold is None:
-        if rule.threshold is None and rule.asks(2):
-            raise ValueError(f"{rule} has no threshold of its own; give one per lane")
-        default = torch.nan if rule.threshold is None else float(rule.threshold)
-        return torch.full(t.shape, default, device=t.device)
-    if threshold.shape != t.shape:
-        raise ValueError(f"threshold must hold one number per lane, {tuple(t.shape)}, got {tuple(threshold.shape)}")
-    rule.check(threshold)
-    return threshold
+def _begin_each(
+    backbone: Backbone, exits: Exits | None, decision: Decision, x: Tensor, t: Tensor, context: Tensor | None
+) -> tuple[Tensor, list[_Cohort]]:
+    """`_begin` lane by lane. Inputs are copied to memory of their own: how a product rounds may depend on alignment."""
+    rows, cohorts = [], []
+    for lane in range(len(x)):
+        own = (v[lane : lane + 1].clone() if v is not None else None for v in (x, t, context))
+        row, cohort = _begin(backbone, exits, decision, *own)
+        rows.append(row)
+        cohorts += cohort
+    return torch.cat(rows), cohorts
 
 
-def _check_pairs(pairs: Tensor, threshold: Tensor) -> None:
+def _run_each(
+    block: Block,
+    rows: Tensor,
+    skip: Tensor | None,
+    index: Tensor | None,
+    cohorts: Sequence[_Cohort],
+    lanes: Tensor,
+    exits: Exits | None,
+    layer: int,
+) -> tuple[Tensor, Tensor | None]:
+    """`_run_block` lane by lane, on copies."""
+    out, us = torch.empty_like(rows), []
+    only = torch.zeros(1, dtype=torch.int32, device=rows.device)  # the one lane of a cohort
+    places = range(len(rows)) if index is None else index.tolist()
+    for row, (lane, place) in enumerate(zip(lanes.tolist(), places, strict=True)):
+        own = cohorts[lane]
+        here = None if skip is None else skip[place : place + 1].clone()
+        score = exits.score(layer, own.offsets) if exits is not None else None
+        y, u = advance(block, rows[row : row + 1].clone(), here, own.cond, only, score)
+        out[row] = y[0]
+        us.append(u)
+    return out, torch.cat(us) if exits is not None else None
+
+
+def _heads_each(
+    backbone: Backbone,
+    exits: Exits | None,
+    left: list[tuple[int, Tensor]],
+    cohorts: Sequence[_Cohort],
+    lane: Tensor,
+) -> Tensor:
+    """`_heads` lane by lane, on copies."""
+    only = torch.zeros(1, dtype=torch.int32, device=lane.device)
+    rows = ((layer, row) for layer, rows in left[::-1] for row in rows.split(1))
+    eps = []
+    for own, (layer, row) in zip(lane.tolist(), rows, strict=True):
+        head = backbone.head if exits is None else exits.head(backbone, layer)
+        eps.append(head(row.clone(), cohorts[own].cond, only))
+    return torch.empty_like(eps := torch.cat(eps)).index_copy_(0, lane.long(), eps)
+
+
+def _check_pairs(pairs: Tensor, threshold: Tensor, which: Tensor | None) -> None:
     lanes = torch.arange(len(threshold), device=pairs.device)
     fits = pairs.dtype == torch.int64 and pairs.shape == lanes.shape
     if not fits or bool(((pairs < 0) | (pairs >= len(lanes))).any()) or not torch.equal(pairs[pairs], lanes):
         raise ValueError("pairs must be int64 [B], each lane's partner, whose partner is that lane in turn")
     if not torch.equal(threshold[pairs].nan_to_num(), threshold.nan_to_num()):
         raise ValueError("tied lanes leave together, so they need one threshold")
+    if which is not None and not torch.equal(which[pairs], which):
+        raise ValueError("tied lanes leave together, so they need one rule")
 
 
 def group_size(backbone: Backbone) -> int:

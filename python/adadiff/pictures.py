@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .sampler import Report
+from .reports import Report
 
+CHANNELS = (1, 3)  # of a picture; anything else is a latent
 GRID_MOST = 100  # pictures in a grid
 GRID_CELL = 64  # pixels; smaller pictures are enlarged by a whole factor
 TOTALS = ("evaluations", "blocks", "blocks_full", "macs", "macs_full", "seconds")
@@ -24,7 +25,7 @@ def to_pixels(image: Tensor) -> np.ndarray:
 
     Returns uint8 [H, W] or [H, W, 3]. Raises ValueError for other channels and for NaN or infinity.
     """
-    if image.ndim != 3 or image.shape[0] not in (1, 3):
+    if image.ndim != 3 or image.shape[0] not in CHANNELS:
         raise ValueError(f"a picture has 1 or 3 channels, [C, H, W], got {list(image.shape)}")
     if not bool(image.isfinite().all()):
         raise ValueError("the sample holds NaN or infinity, so there is no picture of it")
@@ -44,20 +45,47 @@ def make_grid(pictures: list[np.ndarray]) -> np.ndarray:
     return grid.reshape(rows * height * scale, columns * width * scale, *pictures[0].shape[2:])
 
 
-def write_png(path: Path, pixels: np.ndarray) -> None:
+def write_png(path: Path, pixels: np.ndarray, rank: int = 0) -> None:
     """pixels: uint8 [H, W] or [H, W, 3]."""
-    _replace(path, lambda temporary: Image.fromarray(pixels).save(temporary, format="PNG"))
+    replace_file(path, lambda temporary: Image.fromarray(pixels).save(temporary, format="PNG"), rank)
 
 
-def write_json(path: Path, values: object) -> None:
-    _replace(path, lambda temporary: temporary.write_text(json.dumps(values, indent=2) + "\n"))
+def write_json(path: Path, values: object, rank: int = 0) -> None:
+    replace_file(path, lambda temporary: temporary.write_text(json.dumps(values, indent=2) + "\n"), rank)
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """A reader, or a later run, never sees half a file."""
-    temporary = path.with_name(path.name + ".part")
-    write(temporary)
-    os.replace(temporary, path)
+def replace_file(path: Path, write: Callable[[Path], object], rank: int = 0) -> None:
+    """A reader, or a later run, never sees half a file; nor do processes of other ranks that write the same one."""
+    temporary = path.with_name(f"{path.name}.{rank}.part")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def no_totals(layers: int) -> dict[str, Any]:
+    """What report.json tells of all runs together, before the first."""
+    return {
+        "layers": layers,
+        "samples": 0,
+        **dict.fromkeys(TOTALS, 0),
+        "mean_exit_layer": None,
+        "exit_layer_histogram": [0] * layers,  # evaluations that ended after block 1, 2, ...
+    }
+
+
+def add_totals(totals: dict[str, Any], report: Report, samples: int) -> None:
+    """A run that finished so many samples."""
+    totals["samples"] += samples
+    for name in TOTALS:
+        totals[name] += getattr(report, name)
+    ends = torch.bincount(report.exit_layer.flatten().long(), minlength=report.layers + 1)[1:].tolist()
+    earlier = totals["exit_layer_histogram"]
+    totals["exit_layer_histogram"] = [a + b for a, b in zip(earlier, ends, strict=True)]
+    if totals["evaluations"]:
+        totals["mean_exit_layer"] = totals["blocks"] / totals["evaluations"]
 
 
 class PictureFolder:
@@ -69,14 +97,7 @@ class PictureFolder:
 
     def __init__(self, folder: Path, configuration: dict[str, Any], layers: int):
         self.folder, self._report = folder, folder / "report.json"
-        self._content = {
-            "configuration": configuration,
-            "layers": layers,
-            "samples": 0,
-            **dict.fromkeys(TOTALS, 0),
-            "mean_exit_layer": None,
-            "exit_layer_histogram": [0] * layers,  # evaluations that ended after block 1, 2, ...
-        }
+        self._content = {"configuration": configuration, **no_totals(layers)}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if any(folder.glob("*.png")):
@@ -112,16 +133,8 @@ class PictureFolder:
 
     def record(self, report: Report, samples: int) -> None:
         """Adds a run, finished or not; evaluations repeated after an interruption count again."""
-        content = self._content
-        content["samples"] += samples
-        for name in TOTALS:
-            content[name] += getattr(report, name)
-        ends = torch.bincount(report.exit_layer.flatten().long(), minlength=report.layers + 1)[1:].tolist()
-        earlier = content["exit_layer_histogram"]
-        content["exit_layer_histogram"] = [a + b for a, b in zip(earlier, ends, strict=True)]
-        if content["evaluations"]:
-            content["mean_exit_layer"] = content["blocks"] / content["evaluations"]
-        write_json(self._report, content)
+        add_totals(self._content, report, samples)
+        write_json(self._report, self._content)
 
     def write_grid(self, n: int) -> Path:
         """grid.png of the first GRID_MOST of n >= 1 pictures."""

@@ -75,6 +75,13 @@ class NoiseSchedule:
             t_net, alpha_bar = self._at(((k + 1) * ((T - 1) / steps)).round().long().flip(0))
         return t_net, torch.cat([alpha_bar, torch.ones(1, dtype=torch.float64)])
 
+    def alpha_bar(self, t: Tensor) -> Tensor:
+        """alpha_bar at t: float64, any shape, times of the network as `grid` gives them."""
+        if self.name == "vp":
+            return _vp_alpha_bar(t / 999)
+        first = 1 if self.name == "stable_diffusion" else 0
+        return _alpha_bar(self.name)[t.round().long() - first]
+
     def _at(self, index: Tensor) -> tuple[Tensor, Tensor]:
         first = 1 if self.name == "stable_diffusion" else 0
         return (index + first).double(), _alpha_bar(self.name)[index]

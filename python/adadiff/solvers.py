@@ -6,7 +6,7 @@ share one gather.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -163,6 +163,16 @@ class PackedTables:
         _, history, inner, _ = self.needs.any(0).tolist()
         return SolverState.start(x, base=inner, history=history)
 
+    def widen(self, state: SolverState) -> SolverState:
+        """`state`, with base and history added where these tables need them and no earlier ones did."""
+        _, history, inner, _ = self.needs.any(0).tolist()
+        fresh = SolverState.start(state.x, inner and state.base is None, history and state.history is None)
+        return SolverState(
+            state.x,
+            fresh.base if state.base is None else state.base,
+            fresh.history if state.history is None else state.history,
+        )
+
     def rows(self, table: Tensor, step: Tensor) -> tuple[Tensor, StepRows]:
         """Times float32[n] and rows of n samples: row step[i] of table[i]. table, step: int64[n] on the CPU.
 
@@ -199,6 +209,56 @@ def pack(tables: Sequence[SolverTable], device: torch.device | str = "cpu") -> P
         steps=steps,
         needs=torch.stack([(px != 0) | (pe != 1), (m0 != 0) | (m1 != 0) | (slot != NOT_STORED), ~end, noise != 0], 1),
     )
+
+
+class TableSet:
+    """The tables that samples in flight share, one for each solver, number of steps and step to begin at."""
+
+    def __init__(self, schedule: NoiseSchedule):
+        self._schedule = schedule
+        self._tables: dict[tuple[Solver, int, int], SolverTable] = {}
+        self.packed: PackedTables | None = None
+
+    def __len__(self) -> int:
+        return len(self._tables)
+
+    def add(self, solver: Solver, steps: Tensor, first: Tensor | None = None) -> Tensor:
+        """steps, first: int64[n], of each sample how many there are and the one it begins at (default 0). Returns the
+        index of its table, int64[n]; those that are new are made."""
+        first = torch.zeros_like(steps) if first is None else first
+        keys = [(solver, *pair) for pair in zip(steps.tolist(), first.tolist(), strict=True)]
+        new = {key: _begin(solver.table(self._schedule, key[1]), key[2]) for key in keys if key not in self._tables}
+        if new:
+            self._tables.update(new)
+            self._pack()
+        index = {key: i for i, key in enumerate(self._tables)}
+        return torch.tensor([index[key] for key in keys], dtype=torch.int64)
+
+    def keep(self, used: Tensor) -> Tensor:
+        """Forgets all but the tables used: int64[n]. Returns their new indices, int64[n]."""
+        kept, index = used.unique(return_inverse=True)
+        items = list(self._tables.items())
+        self._tables = dict(items[i] for i in kept.tolist())
+        self._pack()
+        return index
+
+    def alpha_bar(self, table: Tensor, step: Tensor) -> Tensor:
+        """float64[n]: that of evaluation step[i] of table[i]. table, step: int64[n]."""
+        tables = list(self._tables.values())
+        t = torch.stack([tables[i].t[k] for i, k in zip(table.tolist(), step.tolist(), strict=True)])
+        return self._schedule.alpha_bar(t)
+
+    def _pack(self) -> None:
+        self.packed = pack(list(self._tables.values())) if self._tables else None
+
+
+def _begin(table: SolverTable, first: int) -> SolverTable:
+    """`table` for samples that begin at row `first`: there is no history yet, so m takes its place. The first step of a
+    multistep solver is then of first order, as in diffusers."""
+    coefficients, (m0, m1, cur) = table.coefficients.clone(), map(COLUMNS.index, ("m0", "m1", "cur"))
+    coefficients[first, cur] += coefficients[first, m0] + coefficients[first, m1]
+    coefficients[first, [m0, m1]] = 0
+    return replace(table, coefficients=coefficients)
 
 
 def _grid(schedule: NoiseSchedule, steps: int, spacing: str | None, default: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
-from adadiff import sampler
+from adadiff import engine
 from adadiff.config import ModelConfig
 from adadiff.exits import PAPER
 from adadiff.model import Model
@@ -176,7 +176,7 @@ def test_nan_in_a_sample_reaches_neither_its_mates_nor_who_takes_its_place(monke
 
     settings = {"steps": [4, 5, 5, 4, 3], "solver": "dpm++2m", "rule": "threshold:0.45", "labels": [0] * 5, "batch": 2}
     clean, before = sample(model(), 5, seeds=[5, 6, 7, 8, 9], **settings)
-    monkeypatch.setattr(sampler, "initial_noise", hurt)
+    monkeypatch.setattr("adadiff.batch.initial_noise", hurt)
     images, after = sample(model(), 5, seeds=[5, 6, 7, 8, 9], **settings)
     assert images[0].isnan().all()
     assert after.exit_layer[:4, 0, 0].tolist() == [7] * 4
@@ -187,9 +187,9 @@ def test_nan_in_a_sample_reaches_neither_its_mates_nor_who_takes_its_place(monke
 def test_streaming_yields_each_slot_once_and_fills_the_places(monkeypatch) -> None:
     steps = [2, 5, 1, 1, 3, 2, 4]
     calls = []
-    evaluate = sampler.evaluate
+    evaluate = engine.evaluate
     monkeypatch.setattr(
-        sampler, "evaluate", lambda *a, **k: calls.append(len(a[3])) or evaluate(*a, **k)
+        engine, "evaluate", lambda *a, **k: calls.append(len(a[3])) or evaluate(*a, **k)
     )  # the fourth argument is x
     settings = {"steps": steps, "labels": [0] * 7, "guidance": [0, 0, 1.5, 0, 0, 0, 0.5]}
     sampling = Sampling(model(), 7, batch=3, **settings)
@@ -287,7 +287,7 @@ TEXT = ModelConfig(UViTConfig(8, 3, 2, 48, 2, 3, context_tokens=7, context_dim=5
 
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler, "evaluate", lambda *_, **__: pytest.fail("the network was called"))
+    monkeypatch.setattr(engine, "evaluate", lambda *_, **__: pytest.fail("the network was called"))
 
 
 @pytest.mark.usefixtures("no_work")

@@ -1,13 +1,18 @@
 """Tiny networks with exits, inputs for them, and what plain modules make of those, one sample at a time."""
 
+import random
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-from adadiff.exits import ExitConfig, Exits
+from adadiff.config import ModelConfig
+from adadiff.exits import PAPER, ExitConfig, Exits
+from adadiff.model import Model
 from adadiff.models.uvit import UViT, UViTConfig
+from adadiff.sampler import sample
+from adadiff.serving import Engine, Handle
 from sampler.adaln import AdaLN
 
 # T = 2 + 16 tokens, 7 blocks, heads of 16 channels: few powers of two
@@ -134,3 +139,89 @@ def plain_uncertainties(backbone: nn.Module, exits: Exits, given: Inputs, rows: 
         s = tokens[:, backbone.extras :] @ weight.to(rows.dtype).T + exits.bias[layer].to(rows.dtype)
         uncertainties.append((1 / (1 + torch.exp(-s))).flatten(1).mean(1))
     return torch.stack(uncertainties)
+
+
+# T = 2 + 4 tokens, 5 blocks: thousands of requests take seconds. The time embedding is a product per sample.
+SERVED = ModelConfig(
+    UViTConfig(image_size=4, channels=1, patch=2, dim=16, depth=4, heads=2, num_classes=4, mlp_time_embed=True),
+    "linear",
+    null_label=3,
+    exits=PAPER,
+)
+SERVED_RULES = ("full", "threshold:0.4", "threshold:0.55,first=2", "patience:0.5", "depth:2", "depth:3.4")
+SERVED_SOLVERS = ("ddim", "ddim:0.6", "ddpm", "dpm++2m")
+
+
+@cache
+def served(config: ModelConfig = SERVED) -> Model:
+    made = Model(config).requires_grad_(False).eval()
+    scramble(made.backbone, 0.3, seed=1)
+    if made.exits is not None:
+        scramble(made.exits, 0.3, seed=5)  # exits after every block
+    return made
+
+
+def requests(n: int, seed: int = 0, most: int = 5) -> list[dict]:
+    """n requests to an engine of `served()`, of all kinds that there are; `most` steps each."""
+    draw = random.Random(seed)
+    made = []
+    for _ in range(n):
+        request = {
+            "seed": draw.randrange(2**63),
+            "steps": draw.randint(1, most),
+            "solver": draw.choice(SERVED_SOLVERS),
+            "rule": draw.choice(SERVED_RULES),
+            "label": draw.choice([None, 0, 1, 2]),
+        }
+        if draw.random() < 0.4:
+            request |= {"guidance": draw.uniform(0.5, 3), "tied": draw.random() < 0.5}
+        if draw.random() < 0.2:
+            image = torch.randn(1, 4, 4, generator=torch.Generator().manual_seed(draw.randrange(2**31)))
+            request |= {"start": image, "strength": draw.choice([0.2, 0.5, 1.0])}
+        made.append(request)
+    return made
+
+
+def as_samples(request: dict) -> dict:
+    """The same, as `sample` and `Samples.of` want it."""
+    given = dict(request)
+    seed, label, start = given.pop("seed"), given.pop("label", None), given.pop("start", None)
+    labels, starts = None if label is None else [label], None if start is None else start[None]
+    return {"seeds": [seed], "labels": labels, "start": starts, **given}
+
+
+def alone(request: dict, model: Model | None = None, batch_invariant: bool = True) -> tuple[Tensor, Tensor]:
+    """The image [C, H, W] of one request and the exit layers of its steps, uint8 [made, 2], by `sample` of nothing
+    else."""
+    given = as_samples(request)
+    images, report = sample(model or served(), 1, batch=1, batch_invariant=batch_invariant, **given)
+    exit_layer = report.exit_layer[:, 0]
+    return images[0], exit_layer[exit_layer[:, 0] > 0]
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def stepped(capacity: int = 4, **options: object) -> Engine:
+    """An engine of `served()` that makes a step when a test says so, with the same bits in any company."""
+    return Engine(served(), capacity, start=False, **{"batch_invariant": True, **options})
+
+
+def images_are_right(handles: list[Handle], wanted: list[dict]) -> None:
+    for handle, request in zip(handles, wanted, strict=True):
+        image, exit_layer = alone(request)
+        assert torch.equal(handle.result(0), image)
+        assert torch.equal(handle.report.exit_layer[:, 0], exit_layer)
+
+
+def is_empty(engine: Engine) -> bool:
+    """No place is lost, and nobody is waiting."""
+    report = engine.report
+    return (report.waiting, report.running, engine._batch.free, len(engine._heap)) == (0, 0, engine.capacity, 0)

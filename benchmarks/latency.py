@@ -1,0 +1,287 @@
+"""Latency of requests that arrive at any time, with 10 to 30 steps, at parts of what lock-step batches can bear.
+
+The digits in real time; U-ViT-S/2, L/2 and H/2 on a virtual clock that passes as their blocks were measured to take.
+Every policy gets the same requests at the same times. Lock step: up to `capacity` of those that wait begin together
+and the next ones when the last of them is done, each being answered as soon as it is finished itself.
+"""
+
+import dataclasses
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+import numpy as np
+import policies
+import quality
+import torch
+from attainable import PlainPieces, kinds
+from harness import AA_TOLERANCE, Comparison, Times, best_micro_batch, interleave
+from policies import DepthTable, Plain, Recorder
+from rows import Rows, cores, say
+from simulation import Clock, Costs, RealClock, Request, Served, SimulatedNetwork, VirtualClock, serve, workload
+from tqdm import tqdm
+
+import adadiff
+from adadiff import Engine, Model
+from adadiff.config import PRESETS, ModelConfig
+from adadiff.exits import PAPER
+from adadiff.models.uvit import UViT, UViTConfig
+from adadiff.rules import Rule
+
+SUITE = "serving"
+DIGITS = "digits"
+DIGITS_THETA = "0.135,first=3"
+DIGITS_RULE = f"threshold:{DIGITS_THETA}"
+CALIBRATION = 64  # digits drawn, in 50 steps, for the static table
+BURST = "burst"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """loads: parts of the images a second that lock step makes of a burst. block_rows: at which blocks are timed."""
+
+    requests: int = 512
+    loads: tuple[float, ...] = (0.5, 0.8, 0.95)
+    digits_capacity: int = 64
+    presets: tuple[str, ...] = ("cifar10_uvit_small", "imagenet256_uvit_large", "imagenet256_uvit_huge")
+    block_rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    block_repeats: int = 3
+
+    @property
+    def capacity(self) -> int:
+        """Of the simulated servers."""
+        return max(self.block_rows)
+
+
+FULL = Sizes()
+QUICK = Sizes(32, (0.8,), 64, ("cifar10_uvit_small",), (1, 2, 4), 2)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """rule: None is the plain network without our engine. jitter: samples differ from the rule's table."""
+
+    name: str
+    rule: Rule | str | None
+    together: int | None = None
+    jitter: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    served: Served
+    recorder: Recorder
+    bound: float | None = None  # see SimulatedNetwork.holding_bound
+
+    def results(self, layers: int) -> dict[str, object]:
+        latencies = Times(self.served.latencies)
+        found = {
+            "seconds": latencies.row(),
+            "p95": latencies.quantile(0.95),
+            "p99": latencies.quantile(0.99),
+            "images_per_second": len(self.served.latencies) / self.served.seconds,
+            "busy": self.served.busy / self.served.seconds,
+            "ticks": self.served.ticks,
+            "mean_exit_layer": self.recorder.mean_exit_layer,
+            "rows_per_layer": self.recorder.rows_per_layer(layers),
+        }
+        return found if self.bound is None else {**found, "holding_bound": self.bound}
+
+
+def digits(rows: Rows, sizes: Sizes) -> None:
+    model, capacity = quality.load(DIGITS), sizes.digits_capacity
+    say(f"serving: latency on the digits, capacity {capacity}, {sizes.requests} requests, in real time")
+    labels, t = torch.arange(capacity) % 10, torch.linspace(0, 999, capacity)
+    x = torch.randn(capacity, *model.backbone.sample_shape)
+    best = best_micro_batch(lambda m: model.backbone(x[:m], t[:m], labels[:m]), capacity)
+    seeds, labels = quality.seeds_and_labels(1, CALIBRATION)
+    _, report = adadiff.sample(model, CALIBRATION, steps=50, rule=DIGITS_RULE, seeds=seeds, labels=labels)
+    table = policies.calibrated(model, report.exit_layer[..., 0])
+    chosen = [
+        Policy(policies.LOCK_STEP, None, together=capacity),
+        Policy(policies.PLAIN, "full"),
+        Policy(policies.MEAN, f"batch-mean:{DIGITS_THETA}"),
+        Policy(policies.AGREE, policies.AllAgree(0.135, first=3)),
+        Policy(policies.STATIC, DepthTable(table, scored=False)),
+        Policy(policies.OURS, DIGITS_RULE),
+    ]
+
+    def run(policy: Policy, requests: Sequence[Request]) -> Run:
+        clock = RealClock()
+        if policy.rule is None:
+            recorder = Recorder(policies.plain_network(best))
+            server = Plain(model, capacity, recorder)
+        else:
+            recorder = Recorder(adadiff.evaluate)
+            server = engine(model, capacity, len(requests), clock, recorder)
+        return Run(serve(server, requests, clock, asking(policy, labelled=True), policy.together), recorder)
+
+    for policy in chosen:  # warms up
+        run(policy, workload(8, None))
+    parameters = {"model": DIGITS, "clock": "real", "capacity": capacity, "requests": sizes.requests}
+    lock_step = None
+    for load in (BURST, *sizes.loads):
+        requests = workload(sizes.requests, None if load == BURST else load * lock_step)
+        order = np.random.default_rng(0).permutation(len(chosen) + 1).tolist()  # the last is lock step once more
+        runs = {index: run(chosen[index % len(chosen)], requests) for index in order}
+        lock_step = lock_step or sizes.requests / runs[0].served.seconds
+        aa_ratio = runs[len(chosen)].served.busy / runs[0].served.busy
+        quality_of = {"aa_ratio": aa_ratio, "usable": abs(aa_ratio - 1) <= AA_TOLERANCE}
+        for index, policy in enumerate(chosen):
+            results = runs[index].results(model.layers)
+            write(rows, {**parameters, "load": load}, policy, results, lock_step, quality_of)
+
+
+def simulated(rows: Rows, sizes: Sizes, processes: int = cores()) -> None:
+    costs, quality_of = {}, {}
+    for preset in sizes.presets:
+        say(f"serving: the blocks of {preset} on {', '.join(map(str, sizes.block_rows))} rows")
+        costs[preset], measured = block_costs(rows, preset, sizes)
+        quality_of[preset] = {"aa_ratio": measured.aa_ratio, "usable": measured.usable}
+    say(f"serving: latency of {', '.join(sizes.presets)} on a virtual clock, {sizes.requests} requests")
+    tasks = [
+        Simulation(preset, policy, sizes.capacity, BURST, sizes.requests, None, costs[preset])
+        for preset in sizes.presets
+        for policy in simulated_policies(PRESETS[preset].network.depth + 1, sizes.capacity)
+    ]
+    rate: dict[str, float] = {}
+    with workers(processes) as pool:
+        for these in (tasks, [task.at(load) for task in tasks for load in sizes.loads]):
+            these = [dataclasses.replace(task, lock_step=rate.get(task.preset)) for task in these]
+            bar = tqdm(pool(Simulation.run, these), desc="virtual clock", total=len(these), leave=False, disable=None)
+            for task, results in zip(these, bar, strict=True):
+                rate.setdefault(task.preset, results["images_per_second"])  # of lock step, the first policy
+                parameters = {"model": task.preset, "clock": "virtual", "capacity": task.capacity}
+                parameters |= {"requests": task.requests, "load": task.load}
+                write(rows, parameters, task.policy, results, rate[task.preset], quality_of[task.preset])
+
+
+@contextmanager
+def workers(processes: int) -> Iterator[Callable]:
+    """A `map`, over processes of one thread each; the real one for a single process."""
+    if processes == 1:
+        yield map
+        return
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=_start_worker)
+    try:
+        yield pool.map
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+
+
+def block_costs(rows: Rows, preset: str, sizes: Sizes) -> tuple[Costs, Comparison]:
+    """Times the blocks of a preset on their own, of a network that has only four and the middle one."""
+    config = PRESETS[preset].network
+    short = UViT(dataclasses.replace(config, depth=4)).eval()
+    capacity = sizes.capacity
+    x, t = torch.randn(capacity, *short.sample_shape), torch.linspace(0, 999, capacity)
+    labels = torch.zeros(capacity, dtype=torch.int64) if config.num_classes else None
+    pieces = PlainPieces(short, (x, t, labels), {"in": sizes.block_rows, "out": sizes.block_rows})
+    measured = interleave(pieces.variants(), sizes.block_repeats, turn=0.02, label=f"blocks of {preset}")
+    for kind, calls in pieces.block_seconds(measured).items():
+        for n in calls:
+            name = f"{kind} {n} whole"
+            rows.write(SUITE, "block", kind, {"preset": preset, "rows": n}, dtype="float32", **measured.row(name))
+    for kind in ("stem", "head"):
+        rows.write(SUITE, "block", kind, {"preset": preset, "rows": capacity}, dtype="float32", **measured.row(kind))
+    return Costs.measured(pieces, measured, kinds_of(config.depth), capacity, capacity), measured
+
+
+def kinds_of(depth: int) -> list[str]:
+    """As `attainable.kinds`, of a U-ViT that is not there."""
+    return kinds(small(depth).backbone)
+
+
+def small(depth: int) -> Model:
+    """A U-ViT of so many blocks and one, and otherwise as small as can be: on the virtual clock it is never run."""
+    return Model(ModelConfig(UViTConfig(2, 1, 2, 2, depth, 1), "linear", None, PAPER)).eval()
+
+
+def simulated_policies(layers: int, capacity: int) -> list[Policy]:
+    depths = policies.two_phase(layers - 1)  # one block to spare, so that jitter changes no mean
+    return [
+        Policy(policies.LOCK_STEP, "full", together=capacity),
+        Policy(policies.PLAIN, "full"),
+        Policy(policies.MEAN, DepthTable(depths, together="mean"), jitter=True),
+        Policy(policies.AGREE, DepthTable(depths, together="all"), jitter=True),
+        Policy(policies.STATIC, DepthTable(depths, scored=False)),
+        Policy(policies.OURS, DepthTable(depths), jitter=True),
+    ]
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """One run on the virtual clock. lock_step: images a second, of which `load` is the part that arrives."""
+
+    preset: str
+    policy: Policy
+    capacity: int
+    load: str | float
+    requests: int
+    lock_step: float | None
+    costs: Costs
+
+    def at(self, load: float) -> "Simulation":
+        return dataclasses.replace(self, load=load)
+
+    def run(self) -> dict[str, object]:
+        model = small(PRESETS[self.preset].network.depth)
+        requests = workload(self.requests, None if self.load == BURST else self.load * self.lock_step)
+        return run_virtual(model, self.policy, requests, self.capacity, self.costs).results(model.layers)
+
+
+def run_virtual(model: Model, policy: Policy, requests: Sequence[Request], capacity: int, costs: Costs) -> Run:
+    clock = VirtualClock()
+    network = SimulatedNetwork(costs, clock)
+    recorder = Recorder(network)
+    server = engine(model, capacity, len(requests), clock, recorder)
+    served = serve(server, requests, clock, asking(policy, labelled=False), policy.together)
+    return Run(served, recorder, network.holding_bound)
+
+
+def engine(model: Model, capacity: int, queue: int, clock: Clock, evaluate: Recorder) -> Engine:
+    return Engine(model, capacity, queue=queue, start=False, clock=clock, evaluate=evaluate)
+
+
+def asking(policy: Policy, labelled: bool) -> Callable[[Request], dict[str, object]]:
+    """What a request asks of the server of this policy."""
+
+    def settings(request: Request) -> dict[str, object]:
+        asked: dict[str, object] = {"seed": request.seed, "steps": request.steps}
+        if labelled:
+            asked["label"] = request.label
+        if policy.rule is not None:
+            asked["rule"] = policy.rule
+        if policy.jitter:
+            asked["thresholds"] = [request.jitter]
+        return asked
+
+    return settings
+
+
+def write(
+    rows: Rows,
+    parameters: Mapping[str, object],
+    policy: Policy,
+    results: Mapping[str, object],
+    lock_step: float,
+    quality_of: Mapping[str, object],
+) -> None:
+    rows.write(
+        SUITE,
+        "latency",
+        policy.name,
+        parameters,
+        dtype="float32",
+        **results,
+        **quality_of,
+        lock_step_images_per_second=lock_step,
+    )

@@ -1,0 +1,227 @@
+"""Serving: throughput with mixed timesteps, here; latency of requests that arrive at any time, in latency.py.
+
+Throughput: U-ViT-S/2 at its CIFAR-10 shape, random weights, saturated servers. The noisy half of each sample's steps
+leaves after block 2, the other half runs every block, and the samples stand at evenly spread steps. A tick of each
+policy in turn.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import latency
+import numpy as np
+import policies
+import quality
+import torch
+from attainable import Call, PlainPieces, rows_per_layer
+from harness import Comparison, best_micro_batch, interleave
+from latency import DIGITS, DIGITS_RULE
+from network import PRESET, counts_by_kind
+from policies import DepthTable, Plain, Recorder, Saturated
+from rows import Rows, say
+
+import adadiff
+from adadiff import Engine, Model
+from adadiff.engine import group_size
+from adadiff.exits import PAPER
+from adadiff.rules import Rule
+from adadiff.solvers import DDIM, pack
+from adadiff_kernels import solver_step
+
+SUITE = "serving"
+STEPS = 50
+ATTAINABLE = "plain pieces"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """ticks: of the headline's policies; other_ticks: of the rest, which are dear; digits_ticks: of the overhead."""
+
+    capacity: int = 32
+    ticks: int = 48
+    other_ticks: int = 6
+    digits_ticks: int = 200
+    arrivals: latency.Sizes = latency.FULL
+
+
+FULL = Sizes()
+QUICK = Sizes(capacity=4, ticks=3, other_ticks=1, digits_ticks=20, arrivals=latency.QUICK)
+
+
+def run(rows: Rows, sizes: Sizes) -> None:
+    throughput(rows, sizes)
+    overhead(rows, sizes)
+    latency.digits(rows, sizes.arrivals)
+    latency.simulated(rows, sizes.arrivals)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A saturated server under measurement. call: one tick of it. engine: None for the plain network's own."""
+
+    call: Saturated
+    recorder: Recorder
+    layers: int
+    engine: Engine | None = None
+
+    @staticmethod
+    def plain(model: Model, capacity: int, best: int, spread: bool = True, **settings: object) -> "Policy":
+        recorder = Recorder(policies.plain_network(best))
+        server = Plain(model, capacity, recorder)
+        call = Saturated(server, model.backbone.sample_shape, capacity, STEPS, spread, **settings)
+        return Policy(call, recorder, model.layers)
+
+    @staticmethod
+    def of(
+        model: Model, capacity: int, rule: Rule | str, batch_invariant: bool = False, **settings: object
+    ) -> "Policy":
+        recorder = Recorder(adadiff.evaluate)
+        server = Engine(model, capacity, start=False, batch_invariant=batch_invariant, evaluate=recorder)
+        call = Saturated(server, model.backbone.sample_shape, capacity, STEPS, rule=rule, **settings)
+        return Policy(call, recorder, model.layers, server)
+
+    def results(self) -> dict[str, object]:
+        """outside_network: the share of a tick spent outside the evaluation, solver step included."""
+        ticks, network = np.array(self.call.seconds), np.array(self.recorder.seconds)
+        found = {
+            "mean_exit_layer": self.recorder.mean_exit_layer,
+            "rows_per_layer": self.recorder.rows_per_layer(self.layers),
+            "outside_network": float(np.median(ticks - network) / np.median(ticks)),
+        }
+        if self.engine is not None:
+            found["rows_moved_per_tick"] = self.engine.report.batch.rows_moved / len(ticks)
+            found["rows_moved_unordered"] = self.recorder.unordered_moves()
+        return found
+
+
+def throughput(rows: Rows, sizes: Sizes) -> None:
+    """Ours, the plain network, the static table and what is attainable; then, for fewer ticks, the other policies."""
+    say(f"serving: throughput, capacity {sizes.capacity}, {sizes.ticks} ticks, {torch.get_num_threads()} thread(s)")
+    torch.manual_seed(0)
+    model = adadiff.build(PRESET, exits=PAPER)
+    depths = policies.two_phase(model.layers)
+    B = sizes.capacity
+    x, t = torch.randn(B, *model.backbone.sample_shape), torch.rand(B) * 999
+    best = best_micro_batch(lambda m: model.backbone(x[:m], t[:m]), B)
+
+    headline = {
+        policies.OURS: Policy.of(model, B, DepthTable(depths)),
+        policies.PLAIN: Policy.plain(model, B, best),
+        policies.STATIC: Policy.of(model, B, DepthTable(depths, scored=False)),
+    }
+    ideal = attainable(model, (x, t, None), depths, best)
+    measured = measure(headline, sizes.ticks, {policies.OURS: ATTAINABLE}, {ATTAINABLE: ideal})
+    write(rows, sizes, headline, measured, headline, best)
+
+    others = {
+        policies.OURS: Policy.of(model, B, DepthTable(depths)),
+        policies.PLAIN: Policy.plain(model, B, best),
+        policies.LOCK_STEP: Policy.plain(model, B, best, spread=False),
+        policies.MEAN: Policy.of(model, B, DepthTable(depths, together="mean")),
+        policies.AGREE: Policy.of(model, B, DepthTable(depths, together="all")),
+        policies.INVARIANT: Policy.of(model, B, DepthTable(depths), batch_invariant=True),
+        policies.NO_EXITS: Policy.of(model, B, "full"),
+    }
+    pairs = {policies.INVARIANT: policies.OURS, policies.NO_EXITS: policies.PLAIN}
+    measured = measure(others, sizes.other_ticks, pairs)
+    write(rows, sizes, others, measured, [name for name in others if name not in headline], best)
+
+
+def measure(
+    every: Mapping[str, Policy], ticks: int, pairs: Mapping[str, str], more: Mapping[str, Call] | None = None
+) -> Comparison:
+    calls = {name: policy.call for name, policy in every.items()}
+    return interleave({**calls, **(more or {})}, ticks, pairs=pairs, label="serving, ticks")
+
+
+def attainable(model: Model, inputs: tuple[torch.Tensor | None, ...], depths: Sequence[int], best: int) -> Call:
+    """The plain network's fastest pieces on the rows that the blocks run in any tick of ours, and a solver step."""
+    lanes = len(inputs[0])
+    exit_layer = torch.tensor(depths).repeat(-(-lanes // len(depths)))[:lanes]
+    counts = rows_per_layer(exit_layer, model.layers)
+    sizes = {best, group_size(model.backbone)}
+    pieces = PlainPieces(model.backbone, inputs, counts_by_kind(model, [counts]), sizes)
+    replay = pieces.replay(interleave(pieces.variants(), 3, turn=0.02, label="pieces"), counts)
+    step = solver(model, inputs[0])
+
+    def call() -> None:
+        replay()
+        step()
+
+    return call
+
+
+def solver(model: Model, x: torch.Tensor) -> Call:
+    """One solver step for all of x."""
+    tables = pack([DDIM().table(model.schedule, STEPS)])
+    state, eps = tables.start(x), torch.zeros_like(x)
+    table = torch.zeros(len(x), dtype=torch.int64)
+
+    def call() -> None:
+        _, coefficients = tables.rows(table, table)
+        solver_step(state, eps, coefficients)
+
+    return call
+
+
+def write(
+    rows: Rows,
+    sizes: Sizes,
+    every: Mapping[str, Policy],
+    measured: Comparison,
+    written: Iterable[str],
+    best: int,
+) -> None:
+    """A row for each of `written`, beside the others of the same turns."""
+    parameters = {"preset": PRESET, "capacity": sizes.capacity, "steps": STEPS}
+    for name in written:
+        seconds = measured.median(name)
+        results = every[name].results()
+        for column, other in (("ours", policies.OURS), ("static", policies.STATIC), ("plain", policies.PLAIN)):
+            if other in every:
+                results[f"seconds_over_{column}"] = measured.ratio(name, other).median
+        if ATTAINABLE in measured.times and name != policies.PLAIN:
+            share = measured.ratio(ATTAINABLE, name)
+            results["share_of_attainable"] = share.median
+            results["share_of_attainable_spread"] = [share.quantile(0.2), share.quantile(0.8)]
+        rows.write(
+            SUITE,
+            "throughput",
+            name,
+            parameters,
+            dtype="float32",
+            **measured.row(name),
+            images_per_second=sizes.capacity / seconds / STEPS,
+            evaluations_per_second=sizes.capacity / seconds,
+            speedup=measured.ratio(policies.PLAIN, name).median,
+            micro_batch=best,
+            **results,
+        )
+
+
+def overhead(rows: Rows, sizes: Sizes) -> None:
+    """What the engine adds to the plain network and the solver on a network as small as the digits'."""
+    capacity = sizes.arrivals.digits_capacity
+    say(f"serving: overhead on the digits, capacity {capacity}, {sizes.digits_ticks} ticks")
+    model = quality.load(DIGITS)
+    labels, t = torch.arange(capacity) % 10, torch.linspace(0, 999, capacity)
+    x = torch.randn(capacity, *model.backbone.sample_shape)
+    best = best_micro_batch(lambda m: model.backbone(x[:m], t[:m], labels[:m]), capacity)
+    every = {
+        policies.PLAIN: Policy.plain(model, capacity, best, label=1),
+        policies.NO_EXITS: Policy.of(model, capacity, "full", label=1),
+        policies.OURS: Policy.of(model, capacity, DIGITS_RULE, label=1),
+    }
+    measured = measure(every, sizes.digits_ticks, {policies.NO_EXITS: policies.PLAIN})
+    for name, policy in every.items():
+        rows.write(
+            SUITE,
+            "overhead",
+            name,
+            {"model": DIGITS, "capacity": capacity, "steps": STEPS},
+            dtype="float32",
+            **measured.row(name),
+            seconds_over_plain=measured.ratio(name, policies.PLAIN).median,
+            micro_batch=best,
+            **policy.results(),
+        )

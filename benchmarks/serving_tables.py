@@ -1,0 +1,178 @@
+"""The rows of the serving suite as tables."""
+
+from collections.abc import Iterable, Sequence
+
+from cells import Table, number, select, warning, where
+from rows import Row
+
+SUITE = "serving"
+NAMES = {
+    "digits": "digits",
+    "cifar10_uvit_small": "U-ViT-S/2",
+    "imagenet256_uvit_large": "U-ViT-L/2",
+    "imagenet256_uvit_huge": "U-ViT-H/2",
+}
+COMPACT_LOAD = 0.8
+Key = tuple[object, ...]
+
+
+def throughput(rows: Sequence[Row]) -> list[Table]:
+    header = (
+        "saturated, mixed timesteps", "images/s", "speed-up", "s a tick", "ticks", "exit layer", "of attainable",
+        "over static", "over ours", "rows moved", "unordered", "outside network",
+    )  # fmt: skip
+    tables = []
+    for (preset, capacity, _), group in _groups(rows, "throughput", "preset", "capacity").items():
+        body = [
+            (
+                row["variant"],
+                number(row["images_per_second"], 3) + _mark(row),
+                number(row["speedup"], 3),
+                number(row["seconds"]["median"], 3),
+                str(row["seconds"]["n"]),
+                number(row["mean_exit_layer"], 2),
+                number(row.get("share_of_attainable"), 3),
+                _percent(row.get("seconds_over_static")),
+                _percent(row.get("seconds_over_ours")),
+                number(row.get("rows_moved_per_tick"), 1),
+                number(row.get("rows_moved_unordered"), 1),
+                number(row["outside_network"], 2, percent=True),
+            )
+            for row in group
+        ]
+        note = (
+            "The first half of each sample's steps leaves after block 2, the second runs all; random weights. "
+            "Speed-up: over continuous batching of the plain network at its best micro-batch. Over static, over ours: "
+            "time of a tick against theirs. One decision for a batch gives lanes other depths than their own (mean), "
+            "or hardly ever lets them leave (all). Unordered: rows that the same exits move where lanes lie at random. "
+            "Outside network: share of the tick, solver step included. "
+        )
+        title = f"{NAMES.get(preset, preset)}, capacity {capacity}, {where(group)}"
+        tables.append(Table(title, header, body, note + warning(group)))
+    return tables
+
+
+def overhead(rows: Sequence[Row]) -> list[Table]:
+    tables = []
+    for (model, capacity, _), group in _groups(rows, "overhead", "model", "capacity").items():
+        body = [
+            (
+                row["variant"],
+                f"{row['seconds']['median'] * 1e3:.2f}" + _mark(row),
+                _percent(row["seconds_over_plain"]),
+                number(row["mean_exit_layer"], 2),
+                number(row["outside_network"], 1, percent=True),
+            )
+            for row in group
+        ]
+        note = "Over plain: against the plain network, solver step and nothing else. Outside network: solver included. "
+        header = ("one tick, saturated", "ms", "over plain", "exit layer", "outside network")
+        title = f"{NAMES.get(model, model)}, capacity {capacity}, {where(group)}"
+        tables.append(Table(title, header, body, note + warning(group)))
+    return tables
+
+
+def latency(rows: Sequence[Row]) -> list[Table]:
+    header = (
+        "requests of 10 to 30 steps", "load", "images/s", "p50, s", "p95, s", "p99, s", "exit layer",
+        "rows, first block", "rows, all blocks", "holding could save",
+    )  # fmt: skip
+    tables = []
+    for (model, clock, capacity, n, _), group in _groups(
+        rows, "latency", "model", "clock", "capacity", "requests"
+    ).items():
+        body = [
+            (
+                row["variant"],
+                _load(row),
+                number(row["images_per_second"], 3) + _mark(row),
+                *(number(value, 3) for value in (row["seconds"]["median"], row["p95"], row["p99"])),
+                number(row["mean_exit_layer"], 2),
+                number(row["rows_per_layer"][0], 1),
+                number(sum(row["rows_per_layer"]) / len(row["rows_per_layer"]), 1),
+                number(row.get("holding_bound"), 1, percent=True),
+            )
+            for row in sorted(group, key=lambda row: (row["parameters"]["load"] == "burst", _load(row)))
+        ]
+        note = f"{n} requests; load: of the images a second that lock step makes of a burst; rows: mean over ticks. "
+        if clock == "virtual":
+            note += (
+                "Virtual clock, fed with the measured times of single blocks; the scheduler is the real one. Holding "
+                "could save: the most network time that any regrouping of rows between ticks could. "
+            )
+        title = f"{NAMES.get(model, model)}, {clock} clock, capacity {capacity}, {where(group)}"
+        tables.append(Table(title, header, body, note + warning(group)))
+    return tables
+
+
+def blocks(rows: Sequence[Row]) -> list[Table]:
+    tables = []
+    for (preset, _), group in _groups(rows, "block", "preset").items():
+        sizes = sorted({row["parameters"]["rows"] for row in group})
+        cells = {(row["variant"], row["parameters"]["rows"]): row for row in group}
+        body = [
+            [kind]
+            + [
+                f"{cells[kind, n]['seconds']['median'] * 1e3:.1f}" + _mark(cells[kind, n]) if (kind, n) in cells else ""
+                for n in sizes
+            ]
+            for kind in dict.fromkeys(row["variant"] for row in group)
+        ]
+        header = ["ms on so many rows", *map(str, sizes)]
+        note = "One call, eager; in: in-blocks and the middle, out: those with the long skip. "
+        tables.append(Table(f"{NAMES.get(preset, preset)}, {where(group)}", header, body, note + warning(group)))
+    return tables
+
+
+def compact(rows: Sequence[Row]) -> list[Table]:
+    """Throughput without its minor columns, and p95 at one load of all models side by side."""
+    tables = []
+    for table in throughput(rows)[:1]:
+        columns = (table.header[0], "images/s", "speed-up", "exit layer", "of attainable", "over static")
+        places = [table.header.index(name) for name in columns]
+        note = table.note.split("Unordered:")[0] + warning(select(rows, SUITE, "throughput"))
+        tables.append(Table(table.title, columns, [[line[i] for i in places] for line in table.body], note))
+    measured = [row for row in select(rows, SUITE, "latency") if row["parameters"]["load"] == COMPACT_LOAD]
+    if measured:
+        models = list(dict.fromkeys(row["parameters"]["model"] for row in measured))
+        cells = {(row["variant"], row["parameters"]["model"]): row for row in measured}
+        body = [
+            [name]
+            + [
+                number(cells[name, model]["p95"], 2) + _mark(cells[name, model]) if (name, model) in cells else ""
+                for model in models
+            ]
+            for name in dict.fromkeys(row["variant"] for row in measured)
+        ]
+        header = [f"p95 latency at {COMPACT_LOAD:.0%} load, s", *(NAMES.get(model, model) for model in models)]
+        note = (
+            "Poisson arrivals, requests of 10 to 30 steps; load: of what lock-step batches can bear. The digits in "
+            "real time, the others on a virtual clock fed with the measured times of their blocks. "
+        )
+        tables.append(Table(where(measured), header, body, note + warning(measured)))
+    return tables
+
+
+ALL = (throughput, overhead, latency, blocks)
+
+
+def _groups(rows: Iterable[Row], kind: str, *parameters: str) -> dict[Key, list[Row]]:
+    """Rows of a kind by those parameters and by threads."""
+    groups: dict[Key, list[Row]] = {}
+    for row in select(rows, SUITE, kind):
+        key = (*(row["parameters"][name] for name in parameters), row["threads"])
+        groups.setdefault(key, []).append(row)
+    return groups
+
+
+def _load(row: Row) -> str:
+    load = row["parameters"]["load"]
+    return load if isinstance(load, str) else f"{load:.0%}"
+
+
+def _mark(row: Row) -> str:
+    return "" if row["usable"] else " (!)"
+
+
+def _percent(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio - 1:+.1%}"

@@ -1,0 +1,187 @@
+"""Requests that arrive, and time: the real one, or a virtual one that passes as blocks are measured to take.
+
+On the virtual clock the engine, its scheduler and its rules are the real ones; only the network is replaced, by
+    T(n_1, ..., n_L) = n_1 t_ends + sum over layers of t_l(n_l)
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from attainable import PlainPieces
+from harness import Comparison
+from policies import DepthTable
+from torch import Tensor
+
+from adadiff import Evaluation
+
+STEPS = (10, 30)  # a request's number of steps lies between these
+
+
+class Clock(Protocol):
+    def __call__(self) -> float:
+        """Seconds since the clock was made."""
+
+    def sleep_until(self, when: float) -> None: ...
+
+
+class RealClock:
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __call__(self) -> float:
+        return time.perf_counter() - self._began
+
+    def sleep_until(self, when: float) -> None:
+        time.sleep(max(0.0, when - self()))
+
+
+class VirtualClock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+    def sleep_until(self, when: float) -> None:
+        self.now = max(self.now, when)
+
+
+@dataclass(frozen=True)
+class Request:
+    """jitter: blocks by which this sample differs from what is usual at its timestep."""
+
+    arrival: float  # seconds
+    seed: int
+    steps: int
+    label: int
+    jitter: int
+
+
+def workload(n: int, rate: float | None, seed: int = 0) -> list[Request]:
+    """n requests, Poisson arrivals at `rate` a second, or all at once (None). Their order, steps, labels and, but for
+    the unit of time, gaps depend on the seed alone."""
+    random = np.random.default_rng(seed)
+    gaps, steps = random.exponential(size=n), random.integers(STEPS[0], STEPS[1] + 1, n)
+    labels, jitter = random.integers(0, 10, n), random.integers(-1, 2, n)
+    arrivals = np.zeros(n) if rate is None else gaps.cumsum() / rate
+    return [Request(float(arrivals[i]), i, int(steps[i]), int(labels[i]), int(jitter[i])) for i in range(n)]
+
+
+@dataclass(frozen=True)
+class Served:
+    latencies: tuple[float, ...]  # seconds from arrival to image, by request
+    seconds: float  # from the first arrival to the last image
+    busy: float  # of these, inside ticks
+    ticks: int
+
+
+def serve(
+    server: object,
+    requests: Sequence[Request],
+    clock: Clock,
+    settings: Callable[[Request], Mapping[str, object]],
+    together: int | None = None,
+) -> Served:
+    """Submits each request when it has arrived and makes tick after tick until all are answered.
+
+    requests: by arrival. server: an `Engine` without a thread, or what is called like it. settings: of a request.
+    together: lock step; up to so many of those that wait begin together, and no other before the last of them is done.
+    Raises what a request failed with.
+    """
+    ended: dict[Future, float] = {}
+    futures: list[Future] = []
+    busy, ticks = 0.0, 0
+    while len(ended) < len(requests):
+        now, running = clock(), len(futures) - len(ended)
+        room = len(requests) if together is None else 0 if running else together
+        for request in requests[len(futures) : len(futures) + room]:
+            if request.arrival > now:
+                break
+            futures.append(server.submit(**settings(request)))
+            futures[-1].add_done_callback(lambda future: ended.setdefault(future, clock()))
+        if len(futures) == len(ended):
+            clock.sleep_until(requests[len(futures)].arrival)
+            continue
+        started = clock()
+        if not server.step() and len(ended) < len(futures):
+            raise RuntimeError("the server has nothing to do, but not all requests are answered")
+        busy += clock() - started
+        ticks += 1
+    for future in futures:
+        future.result()
+    latencies = tuple(ended[future] - asked.arrival for future, asked in zip(futures, requests, strict=True))
+    return Served(latencies, max(ended.values()) - requests[0].arrival, busy, ticks)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """blocks: float [L, capacity + 1], seconds of each block by rows, 0 of none; ends: of stem and head, a row."""
+
+    blocks: np.ndarray
+    ends: float
+
+    @staticmethod
+    def of(by_kind: Mapping[str, Mapping[int, float]], kinds: Sequence[str], capacity: int, ends: float) -> "Costs":
+        """by_kind: kind -> rows -> seconds of one call; n rows may go in equal pieces of a measured size, too.
+
+        Between measured numbers of rows t is linear, and t(0) = 0. ValueError unless measured up to the capacity.
+        """
+        curves = {}
+        for kind, calls in by_kind.items():
+            if max(calls) < capacity:
+                raise ValueError(f"{kind}-blocks were measured up to {max(calls)} rows, the capacity is {capacity}")
+            rows = sorted(calls)
+            best = [min(calls[m] * n / m for m in rows if n % m == 0) for n in rows]
+            curves[kind] = np.interp(np.arange(capacity + 1), [0, *rows], [0.0, *best])
+        return Costs(np.stack([curves[kind] for kind in kinds]), ends)
+
+    @staticmethod
+    def measured(pieces: PlainPieces, measured: Comparison, kinds: Sequence[str], capacity: int, lanes: int) -> "Costs":
+        """lanes: those that stem and head were timed on."""
+        ends = (measured.median("stem") + measured.median("head")) / lanes
+        return Costs.of(pieces.block_seconds(measured), kinds, capacity, ends)
+
+    def seconds(self, counts: np.ndarray) -> float:
+        """counts: int [L], the rows of each block."""
+        return float(self.blocks[np.arange(len(counts)), counts].sum() + self.ends * counts[0])
+
+    def least(self, counts: np.ndarray) -> float:
+        """The same rows, each block of them at its best number of rows: what any regrouping could reach."""
+        rows = np.arange(1, self.blocks.shape[1])
+        return float((counts * (self.blocks[:, 1:] / rows).min(axis=1)).sum() + self.ends * counts[0])
+
+
+class SimulatedNetwork:
+    """In place of `adadiff.evaluate`: exits as the rule's table says, a prediction of zero, and time passes."""
+
+    def __init__(self, costs: Costs, clock: VirtualClock):
+        self._costs, self._clock = costs, clock
+        self._seconds = self._least = 0.0
+
+    @property
+    def holding_bound(self) -> float:
+        """The share of all network time that holding samples back, to fill the deep layers, could save at most."""
+        return 1 - self._least / self._seconds
+
+    def __call__(
+        self, backbone, exits, rules, x: Tensor, t: Tensor, context=None, *, threshold=None, **_
+    ) -> Evaluation:
+        layers = len(self._costs.blocks)
+        (rule,) = rules
+        depth = torch.full((len(x),), layers)
+        if isinstance(rule, DepthTable):
+            depth = rule.depth(t, threshold).long().clamp(max=layers)
+        counts = np.bincount(depth.numpy(), minlength=layers + 1)[::-1].cumsum()[::-1][1:]
+        seconds = self._costs.seconds(counts)
+        self._clock.advance(seconds)
+        self._seconds += seconds
+        self._least += self._costs.least(counts)
+        return Evaluation(torch.zeros_like(x), depth.int(), 0, 0, 0, None)

@@ -1,0 +1,76 @@
+"""What runs did: exit layers, blocks, multiply-adds, seconds."""
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ExitRecord:
+    """exit_layer: uint8 [steps, n, 2], blocks run at each step by each sample's lanes (conditional, unconditional),
+    0 where there was no evaluation. layers: blocks of the network."""
+
+    exit_layer: Tensor
+    layers: int
+
+    @property
+    def evaluations(self) -> int:
+        return int((self.exit_layer > 0).sum())
+
+    @property
+    def blocks(self) -> int:
+        return int(self.exit_layer.sum())
+
+    @property
+    def blocks_full(self) -> int:
+        return self.evaluations * self.layers
+
+    @property
+    def mean_exit_layer(self) -> float:
+        return self.blocks / self.evaluations if self.evaluations else math.nan
+
+
+@dataclass(frozen=True)
+class Report(ExitRecord):
+    """A run of `adadiff.sample`. Multiply-adds count network and scores, not the solver."""
+
+    macs: int
+    macs_full: int
+    rows_moved: int
+    seconds: float
+
+    def __str__(self) -> str:
+        n = self.exit_layer.shape[1]
+        if not self.evaluations:
+            return f"{n} samples, nothing to evaluate"
+        return (
+            f"{n} samples in {self.seconds:.2f} s ({n / self.seconds:.1f}/s); mean exit layer "
+            f"{self.mean_exit_layer:.2f} of {self.layers}; {self.blocks / self.blocks_full:.1%} of the blocks, "
+            f"{self.macs / self.macs_full:.1%} of the multiply-adds of the full network"
+        )
+
+
+@dataclass(frozen=True)
+class RequestReport(ExitRecord):
+    """One request of an `adadiff.Engine`: exit_layer [steps, 1, 2]; seconds in the queue and from then on."""
+
+    waited: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a batch has done so far. A lane evaluated once is an evaluation."""
+
+    ticks: int = 0
+    evaluations: int = 0
+    blocks: int = 0
+    macs: int = 0
+    macs_full: int = 0
+    rows_moved: int = 0
+    halvings: int = 0  # ticks cut in two because memory ran out
+
+    @property
+    def mean_exit_layer(self) -> float:
+        return self.blocks / self.evaluations if self.evaluations else math.nan

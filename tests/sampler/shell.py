@@ -1,0 +1,87 @@
+"""Commands run as if typed, tiny models on disk, Ctrl-C at a chosen call, and what was written read back."""
+
+import shlex
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch import Tensor
+
+import adadiff
+from adadiff import cli
+from adadiff.config import ModelConfig
+from adadiff.exits import ExitConfig
+from adadiff.models.uvit import UViTConfig
+from sampler.tiny import scramble
+
+
+def config(**changes: int) -> ModelConfig:
+    """Three blocks, shaped like the digits."""
+    network = {
+        "image_size": 8,
+        "channels": 1,
+        "patch": 2,
+        "dim": 32,
+        "depth": 2,
+        "heads": 2,
+        "num_classes": 11,
+    }
+    return ModelConfig(UViTConfig(**{**network, **changes}), "linear", null_label=10, exits=ExitConfig())
+
+
+def saved(path: Path, config: ModelConfig) -> str:
+    model = adadiff.Model(config)
+    scramble(model, 0.15, seed=3)
+    adadiff.save(model, path, {"train": {"steps": 7}})
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """Jobs that a shell starts in the background are born deaf to Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return saved(tmp_path_factory.mktemp("model") / "tiny.safetensors", config())
+
+
+def run(line: str) -> int:
+    return cli.main(shlex.split(line))
+
+
+def interrupt_call(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, call: int) -> Callable[[], None]:
+    """Ctrl-C just before the given call (from 1) of a method. Returns what undoes it."""
+    original, calls = getattr(owner, name), []
+
+    def method(*arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGINT)
+        return original(*arguments)
+
+    monkeypatch.setattr(owner, name, method)
+    return lambda: monkeypatch.setattr(owner, name, original)
+
+
+def pixels(image: Tensor) -> np.ndarray:
+    values = np.rint((np.clip(image.double().numpy(), -1, 1) + 1) * 127.5).astype(np.uint8)
+    return values[0] if len(values) == 1 else np.moveaxis(values, 0, -1)
+
+
+def read(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def error_line(captured: str) -> str:
+    """The last line, which must be all there is beside progress bars."""
+    *others, last = captured.strip().splitlines()
+    assert not [line for line in others if "it/s" not in line and "image" not in line and "step" not in line]
+    assert last.startswith("adadiff: ")
+    return last

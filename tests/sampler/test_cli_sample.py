@@ -1,0 +1,210 @@
+"""`adadiff sample` writes the pictures that Python draws and loses none when interrupted. Shards: test_shards.py."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import adadiff
+from adadiff import commands, pictures
+from sampler import shell
+from sampler.shell import config, error_line, interrupt_call, pixels, read, run, saved
+
+ctrl_c, tiny = shell.ctrl_c, shell.tiny
+
+
+# Seven samples, three at a time, in runs of 3 and 4 steps: places are refilled at different times.
+def test_sample_writes_the_images_that_python_draws(tiny, tmp_path, capsys):
+    out = tmp_path / "deep" / "er"
+    line = (
+        f"sample {tiny} --out {out} --n 7 --steps 3,4 --solver ddim:0.5 --rule threshold:0.4 --seed 5 "
+        "--labels 0,7,2 --guidance 1.5 --tied --batch 3"
+    )
+    assert run(line) == 0
+    images, report = adadiff.sample(
+        adadiff.load(tiny),
+        7,
+        steps=[3, 4, 3, 4, 3, 4, 3],
+        solver="ddim:0.5",
+        rule="threshold:0.4",
+        seeds=[5, 6, 7, 8, 9, 10, 11],
+        labels=[0, 7, 2, 0, 7, 2, 0],
+        guidance=1.5,
+        tied=True,
+        batch=3,
+    )
+    for slot, image in enumerate(images):
+        np.testing.assert_array_equal(read(out / f"{slot:06d}.png"), pixels(image))
+    assert sorted(p.name for p in out.iterdir()) == [
+        *(f"{slot:06d}.png" for slot in range(7)),
+        "grid.png",
+        "report.json",
+    ]
+
+    written = json.loads((out / "report.json").read_text())
+    ends = [int(layer) for layer in report.exit_layer.flatten() if layer]
+    assert set(ends) == {1, 2, 3}, "without exits at every layer the counts below mean little"
+    assert bool((report.exit_layer[..., 0] == report.exit_layer[..., 1]).all()), "tied lanes leave together"
+    assert written["exit_layer_histogram"] == [ends.count(layer) for layer in (1, 2, 3)]
+    assert written["mean_exit_layer"] == pytest.approx(sum(ends) / len(ends), abs=1e-12)
+    assert (written["blocks"], written["blocks_full"]) == (sum(ends), 3 * len(ends))
+    assert (written["macs"], written["macs_full"]) == (report.macs, report.macs_full)
+    assert written["samples"] == 7
+    assert written["seconds"] > 0
+    assert written["configuration"]["labels"] == [0, 7, 2]
+    printed = capsys.readouterr().out
+    assert re.search(r"^labels +0,7,2, cycled over the samples$", printed, re.MULTILINE)
+    assert re.search(r"^rule +threshold:0\.4$", printed, re.MULTILINE)
+
+
+def test_grid_shows_the_pictures_in_order(tiny, tmp_path):
+    assert run(f"sample {tiny} --out {tmp_path} --n 7 --steps 2") == 0
+    grid = read(tmp_path / "grid.png")  # 3 columns, cells of 64 pixels, two of them empty
+    cells = grid.reshape(3, 64, 3, 64).transpose(0, 2, 1, 3).reshape(9, 64, 64)
+    for slot in range(7):
+        expected = np.kron(read(tmp_path / f"{slot:06d}.png"), np.ones((8, 8), np.uint8))
+        np.testing.assert_array_equal(cells[slot], expected)
+    assert (cells[7:] == 255).all()
+
+
+def test_default_rule_follows_the_model(tiny, tmp_path):
+    plain = saved(tmp_path / "plain.safetensors", dataclasses.replace(config(), exits=None))
+    for model, rule in ((tiny, commands.DEFAULT_RULE), (plain, "full")):
+        out = tmp_path / rule.partition(":")[0]
+        assert run(f"sample {model} --out {out} --n 2 --steps 1") == 0
+        assert json.loads((out / "report.json").read_text())["configuration"]["rule"] == rule
+
+
+def test_color_models_write_color(tmp_path):
+    model = saved(tmp_path / "rgb.safetensors", config(channels=3))
+    assert run(f"sample {model} --out {tmp_path / 'o'} --n 2 --steps 2 --rule full") == 0
+    images, _ = adadiff.sample(adadiff.load(model), 2, steps=2)
+    for slot, image in enumerate(images):
+        np.testing.assert_array_equal(read(tmp_path / "o" / f"{slot:06d}.png"), pixels(image))
+
+
+def test_interrupted_sampling_keeps_what_is_finished_and_draws_the_rest(tiny, tmp_path, monkeypatch, capsys):
+    line = f"sample {tiny} --n 9 --steps 3,2 --labels 0,7,2 --rule depth:2 --batch 4 --out "
+    assert run(line + str(tmp_path / "whole")) == 0
+    out = tmp_path / "parts"
+    undo = interrupt_call(monkeypatch, pictures.PictureFolder, "add", 5)
+    capsys.readouterr()
+    assert run(line + str(out)) == 130
+    undo()
+    last = error_line(capsys.readouterr().err)
+    assert last.startswith("adadiff: interrupted; ")
+    assert f"4 of 9 pictures are in {out}" in last
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("0*.png")}
+    assert len(before) == 4
+    assert json.loads((out / "report.json").read_text())["samples"] == 4
+
+    assert run(line + str(out)) == 0
+    assert f"4 of 9 pictures are in {out} already; drawing 5" in capsys.readouterr().out
+    after = {path.name: path.stat().st_mtime_ns for path in out.glob("0*.png")}
+    assert {name: after[name] for name in before} == before
+    for slot in range(9):  # other batch-mates, so the last bit of a float may differ
+        whole, parts = (read(tmp_path / name / f"{slot:06d}.png").astype(int) for name in ("whole", "parts"))
+        assert np.abs(whole - parts).max() <= 1
+    report = json.loads((out / "report.json").read_text())
+    assert report["samples"] == 9
+    assert report["mean_exit_layer"] == 2
+    assert 5 * 3 + 4 * 2 <= report["evaluations"] == sum(report["exit_layer_histogram"])
+
+    assert run(line + str(out)) == 0
+    assert "9 of 9 pictures are" in capsys.readouterr().out
+    assert json.loads((out / "report.json").read_text()) == report
+
+
+def test_no_pictures_of_two_configurations_in_one_folder(tiny, tmp_path, capsys):
+    other = saved(tmp_path / "other.safetensors", config(dim=48))
+    out = tmp_path / "o"
+    line = f"sample {tiny} --out {out} --n 2 --steps 1 "
+    assert run(line) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    capsys.readouterr()
+    changes = (("--seed 1", "seed"), ("--labels 1", "labels"), ("--n 3", "n"), ("--rule full", "rule"))
+    for change, name in changes:
+        assert run(line + change) == 2
+        assert f"holds pictures drawn with another {name};" in error_line(capsys.readouterr().err)
+    assert run(line.replace(tiny, other)) == 2
+    assert "model_sha256" in error_line(capsys.readouterr().err)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+    (out / "report.json").write_text("{")
+    assert run(line) == 2
+    assert "is not a report of" in error_line(capsys.readouterr().err)
+    (out / "report.json").unlink()
+    assert run(line) == 2
+    assert "no report.json" in error_line(capsys.readouterr().err)
+
+
+def test_no_samples_is_no_error(tiny, tmp_path, capsys):
+    assert run(f"sample {tiny} --out {tmp_path / 'o'} --n 0 --labels 1") == 0
+    assert [path.name for path in (tmp_path / "o").iterdir()] == ["report.json"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--rule threshold:1.5", "strictly between 0 and 1"),
+        ("--rule threshold:nan", "strictly between 0 and 1"),
+        ("--rule sometimes", "unknown rule 'sometimes'"),
+        ("--solver euler", "euler"),
+        ("--labels 0,10", "labels must be in 0..9"),
+        ("--labels 1,2,3,4", "4 labels for 3 samples"),
+        ("--steps 0", "steps must be at least 1"),
+        ("--steps 5,-2", "steps must be at least 1"),
+        ("--steps 1001", "1000"),
+        ("--n -1", "n must be an integer >= 0"),
+        ("--batch 0", "batch must be an integer >= 1"),
+        ("--seed -1", "seeds must be >= 0"),
+        ("--guidance nan", "guidance must be finite"),
+    ],
+)
+def test_bad_settings_end_in_one_line_before_work(options, words, tiny, tmp_path, capsys):
+    out = tmp_path / "o"
+    assert run(f"sample {tiny} --out {out} --n 3 {options}") == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("adadiff: error: ")
+    assert words in captured.err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixels_keep_every_level(channels):
+    levels = torch.arange(256.0)[torch.randperm(256)].view(1, 16, 16).repeat(channels, 1, 1)
+    levels[-1] = levels[-1].T.clone()  # channels that cannot be mistaken for each other, or for transposed ones
+    expected = levels.numpy().astype(np.uint8)
+    result = pictures.to_pixels(levels / 127.5 - 1)
+    np.testing.assert_array_equal(result, expected[0] if channels == 1 else expected.transpose(1, 2, 0))
+
+
+def test_pixels_beyond_the_range_are_clamped_and_nan_is_refused():
+    assert pictures.to_pixels(torch.tensor([[[-7.0, -1.001, 1.001, 7.0]]])).tolist() == [[0, 0, 255, 255]]
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            pictures.to_pixels(torch.tensor([[[0.0, bad]]]))
+    with pytest.raises(ValueError, match="1 or 3 channels"):
+        pictures.to_pixels(torch.zeros(2, 4, 4))
+
+
+def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "000000.png"
+    pictures.write_png(path, np.full((8, 8), 7, np.uint8))
+    before = path.read_bytes()
+
+    def crash(self: Image.Image, target: Path, **options: str) -> None:
+        target.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", crash)
+    with pytest.raises(OSError, match="disk full"):
+        pictures.write_png(path, np.zeros((8, 8), np.uint8))
+    assert path.read_bytes() == before

@@ -1,0 +1,371 @@
+"""Requests to an engine: what they are given, and that a fault in one of them ends that one alone, and once."""
+
+import asyncio
+import concurrent.futures
+import math
+import threading
+
+import pytest
+import torch
+
+from adadiff.engine import Evaluation, evaluate
+from adadiff.serving import Engine, EngineClosed, EngineFull, Handle
+from sampler.tiny import Clock, alone, images_are_right, is_empty, requests, served, stepped
+
+SHORT = {"steps": 1, "rule": "depth:1"}
+POISON = 2  # a label
+
+
+def test_a_request_from_its_submission_to_its_image() -> None:
+    clock, seen = Clock(), []
+    engine = stepped(1, clock=clock)
+    first = engine.submit(seed=1, steps=2, label=0, rule="threshold:0.5")
+    second = engine.submit(
+        seed=2, steps=3, label=1, guidance=0.0, on_step=lambda handle: seen.append((handle, handle.progress))
+    )
+    assert (first.progress, second.progress) == ((0, 2), (0, 3))
+    for _ in range(5):
+        clock.now += 10
+        assert not second.done()
+        assert engine.step()
+    assert not engine.step()
+    images_are_right(
+        [first, second],
+        [{"seed": 1, "steps": 2, "label": 0, "rule": "threshold:0.5"}, {"seed": 2, "steps": 3, "label": 1}],
+    )
+    assert seen == [(second, (k, 3)) for k in (1, 2, 3)]
+    assert (first.report.waited, first.report.seconds) == (10, 10)
+    assert (second.report.waited, second.report.seconds) == (30, 20)
+    assert second.report.exit_layer.tolist() == [[[5, 0]]] * 3
+    assert (second.report.evaluations, second.report.blocks, second.report.mean_exit_layer) == (3, 15, 5)
+    report = engine.report
+    assert (report.finished, report.failed, report.cancelled, report.batch.ticks) == (2, 0, 0, 5)
+    assert is_empty(engine)
+
+
+def test_a_report_before_the_first_step_is_empty() -> None:
+    engine = stepped()
+    report = engine.submit(seed=1, steps=2).report
+    assert (tuple(report.exit_layer.shape), report.evaluations) == ((0, 1, 2), 0)
+    assert math.isnan(report.waited)
+    assert math.isnan(report.seconds)
+    assert math.isnan(report.mean_exit_layer)
+
+
+def test_an_image_is_the_clients_own() -> None:
+    engine = stepped(2)
+    handles = [engine.submit(seed=seed, steps=1) for seed in (1, 2)]
+    engine.step()
+    handles[0].result().zero_()
+    assert torch.equal(handles[1].result(), alone({"seed": 2, "steps": 1})[0])
+
+
+def test_nan_fails_its_request_alone() -> None:
+    def hurt(*args: object, **options: object) -> Evaluation:
+        result = evaluate(*args, **options)
+        result.eps[args[5] == POISON] = math.nan
+        return result
+
+    wanted = [request for request in requests(40, seed=2) if request["label"] != POISON][:7]
+    engine = stepped(8, evaluate=hurt)
+    handles = [engine.submit(**request) for request in wanted]
+    poisoned = engine.submit(seed=0, steps=2, label=POISON)
+    while engine.step():
+        pass
+    with pytest.raises(FloatingPointError, match="NaN or infinity"):
+        poisoned.result(0)
+    images_are_right(handles, wanted)
+    assert (engine.report.failed, is_empty(engine)) == (1, True)
+
+
+def test_an_exception_in_the_evaluation_of_one_fails_it_alone() -> None:
+    def refuse(*args: object, **options: object) -> Evaluation:
+        if bool((args[5] == POISON).any()):
+            raise ArithmeticError("not this one")
+        return evaluate(*args, **options)
+
+    wanted = [request for request in requests(40, seed=1) if request["label"] != POISON][:7]
+    engine = stepped(16, evaluate=refuse)
+    handles = [engine.submit(**request) for request in wanted[:3]]
+    poisoned = engine.submit(seed=0, steps=2, label=POISON, guidance=1.0)
+    handles += [engine.submit(**request) for request in wanted[3:]]
+    while engine.step():
+        pass
+    with pytest.raises(ArithmeticError, match="not this one"):
+        poisoned.result(0)
+    images_are_right(handles, wanted)
+    assert (engine.report.failed, engine.report.batch.halvings, is_empty(engine)) == (1, 0, True)
+
+
+def test_out_of_memory_costs_nobody_his_image() -> None:
+    calls = []
+
+    def limited(*args: object, **options: object) -> Evaluation:
+        calls.append(len(args[3]))
+        if calls[-1] > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return evaluate(*args, **options)
+
+    wanted = requests(20, seed=7)
+    engine = stepped(10, evaluate=limited)
+    handles = [engine.submit(**request) for request in wanted]
+    while engine.step():
+        pass
+    images_are_right(handles, wanted)
+    assert engine.report.batch.halvings == sum(n > 3 for n in calls) > 0
+    assert is_empty(engine)
+
+
+class Broken:
+    """A solver that makes its table where the request is checked, and not when it begins."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def table(self, schedule: object, steps: int) -> object:
+        self.asked += 1
+        if self.asked > 1:
+            raise RuntimeError("no table today")
+
+
+def test_a_request_that_cannot_begin_fails_alone() -> None:
+    engine = stepped(2)
+    good = [engine.submit(seed=0, steps=2)]
+    bad = engine.submit(seed=1, steps=2, solver=Broken())
+    good.append(engine.submit(seed=2, steps=2))
+    while engine.step():
+        pass
+    with pytest.raises(RuntimeError, match="no table today"):
+        bad.result(0)
+    images_are_right(good, [{"seed": 0, "steps": 2}, {"seed": 2, "steps": 2}])
+    assert is_empty(engine)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_callback_that_raises_fails_its_request_alone(step: int) -> None:
+    def shout(handle: Handle) -> None:
+        if handle.progress[0] == step:
+            raise LookupError("callback")
+
+    engine = stepped(3)
+    wanted = [{"seed": 0, "steps": 3, "rule": "threshold:0.5"}, {"seed": 2, "steps": 5}]
+    handles = [engine.submit(**wanted[0])]
+    shouting = engine.submit(seed=1, steps=3, on_step=shout)
+    handles.append(engine.submit(**wanted[1]))
+    while engine.step():
+        pass
+    with pytest.raises(LookupError, match="callback"):
+        shouting.result(0)
+    assert shouting.progress == (step, 3)
+    images_are_right(handles, wanted)
+    assert (engine.report.failed, is_empty(engine)) == (1, True)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_callback_may_cancel(step: int) -> None:
+    engine = stepped(2)
+    stopped = engine.submit(seed=1, steps=3, on_step=lambda h: h.progress[0] == step and h.cancel())
+    other = engine.submit(seed=0, steps=4, on_step=lambda h: stopped.cancel())
+    while engine.step():
+        pass
+    assert stopped.cancelled()
+    assert stopped.progress[0] <= step
+    images_are_right([other], [{"seed": 0, "steps": 4}])
+    assert (engine.report.cancelled, is_empty(engine)) == (1, True)
+
+
+def test_callbacks_may_submit() -> None:
+    """One request after the other, each from the callback of the last; a full queue cannot be waited for there."""
+    engine, handles, full = stepped(1, queue=1), [], []
+
+    def more(_: object) -> None:
+        if len(handles) < 5:
+            handles.append(engine.submit(seed=len(handles), **SHORT))
+            handles[-1].add_done_callback(more)
+            try:
+                engine.submit(seed=9, wait=math.inf, **SHORT)
+            except EngineFull:
+                full.append(True)
+
+    handles.append(engine.submit(seed=0, **SHORT))
+    handles[0].add_done_callback(more)
+    while engine.step():
+        pass
+    assert len(handles) == 5
+    assert len(full) == 4
+    assert all(handle.result(0).isfinite().all() for handle in handles)
+    assert is_empty(engine)
+
+
+def test_a_step_within_a_step_is_refused() -> None:
+    engine = stepped(2)
+    inner = engine.submit(seed=1, steps=2, on_step=lambda _: engine.step())
+    other = engine.submit(seed=0, steps=2)
+    while engine.step():
+        pass
+    with pytest.raises(RuntimeError, match="from within a step"):
+        inner.result(0)
+    images_are_right([other], [{"seed": 0, "steps": 2}])
+
+
+def test_an_engine_with_a_thread_is_not_stepped() -> None:
+    with Engine(served(), 1) as engine, pytest.raises(RuntimeError, match="start=False"):
+        engine.step()
+
+
+def test_steps_from_many_threads_are_made_one_by_one() -> None:
+    wanted = requests(20, seed=12, most=3)
+    engine = stepped(4)
+    handles = [engine.submit(**request) for request in wanted]
+
+    def work() -> None:
+        while engine.step():
+            pass
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    images_are_right(handles, wanted)
+    assert is_empty(engine)
+
+
+def test_a_handle_can_be_cancelled_until_it_has_ended() -> None:
+    engine = stepped(1)
+    finished = engine.submit(seed=0, steps=1)
+    engine.step()
+    running, waiting = engine.submit(seed=1, steps=5), engine.submit(seed=2, steps=1)
+    engine.step()
+    assert not finished.cancel()
+    assert waiting.cancel()
+    assert running.cancel()
+    assert running.cancel()  # again is no harm
+    assert running.cancelled()
+    with pytest.raises(concurrent.futures.CancelledError):
+        waiting.result(0)
+    assert engine.report.waiting == 0
+    last = engine.submit(seed=3, steps=1)
+    engine.step()
+    assert last.done()  # the place was free at the next tick
+    assert running.progress == (1, 5)
+    assert (engine.report.finished, engine.report.cancelled, is_empty(engine)) == (2, 2, True)
+
+
+def test_cancelled_requests_leave_no_trace_while_the_engine_is_busy() -> None:
+    engine = stepped(1)
+    busy = engine.submit(seed=0, steps=300, priority=100)
+    engine.step()
+    longest = 0
+    for k in range(2000):
+        engine.submit(seed=k, steps=1, priority=k % 3).cancel()
+        longest = max(longest, len(engine._heap))
+        if k % 100 == 0:
+            engine.step()
+    assert longest <= 66
+    assert engine.report.waiting == 0
+    busy.cancel()
+    engine.step()
+    assert is_empty(engine)
+
+
+def test_handles_are_futures() -> None:
+    """`wait` and `as_completed` also see those that were cancelled, in the queue or running."""
+    engine = stepped(2)
+    handles = [engine.submit(seed=i, steps=2 + i % 2) for i in range(6)]
+    done, pending = concurrent.futures.wait(handles, timeout=0)
+    assert (len(done), len(pending)) == (0, 6)
+    engine.step()
+    handles[0].cancel()
+    handles[5].cancel()
+    done, _ = concurrent.futures.wait(handles, return_when="FIRST_COMPLETED")
+    assert done == {handles[0], handles[5]}
+    worker = threading.Thread(target=lambda: [None for _ in iter(engine.step, False)])
+    worker.start()
+    completed = list(concurrent.futures.as_completed(handles, timeout=60))
+    worker.join(60)
+    assert len(completed) == 6
+    assert [handle.cancelled() for handle in handles] == [True, False, False, False, False, True]
+    assert concurrent.futures.wait(handles, timeout=0).not_done == set()
+
+
+def test_handles_can_be_awaited() -> None:
+    async def ask(engine: Engine) -> list[object]:
+        good = asyncio.wrap_future(engine.submit(seed=1, steps=2))
+        bad = asyncio.wrap_future(engine.submit(seed=1, steps=2, on_step=lambda _: 1 / 0))
+        stopped = engine.submit(seed=1, steps=1000)
+        waiting = asyncio.wrap_future(stopped)
+        asyncio.get_running_loop().call_soon(waiting.cancel)
+        results = await asyncio.gather(good, bad, waiting, return_exceptions=True)
+        assert concurrent.futures.wait([stopped], 60).done == {stopped}
+        assert stopped.cancelled()  # cancelling the asyncio future cancels the request
+        return results
+
+    with Engine(served(), 4, batch_invariant=True) as engine:
+        image, error, cancelled = asyncio.run(ask(engine))
+    assert torch.equal(image, alone({"seed": 1, "steps": 2})[0])
+    assert isinstance(error, ZeroDivisionError)
+    assert isinstance(cancelled, asyncio.CancelledError)
+
+
+def test_ctrl_c_is_not_swallowed_and_costs_no_image() -> None:
+    calls = []
+
+    def interrupted(*args: object, **options: object) -> Evaluation:
+        calls.append(1)
+        if len(calls) in (2, 3, 5):
+            raise KeyboardInterrupt
+        return evaluate(*args, **options)
+
+    wanted = requests(6, seed=9)
+    engine = stepped(4, evaluate=interrupted)
+    handles, interrupts, alive = [engine.submit(**request) for request in wanted], 0, True
+    while alive:
+        try:
+            alive = engine.step()
+        except KeyboardInterrupt:
+            interrupts += 1
+    assert interrupts == 3
+    images_are_right(handles, wanted)
+    assert is_empty(engine)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_breaks_tells_everybody() -> None:
+    """What is no exception of a sample's ends the thread; nobody waits for ever, and it takes no more requests."""
+
+    ready, broken = threading.Event(), SystemExit("broken")
+
+    def exits(*_: object, **__: object) -> Evaluation:
+        assert ready.wait(60)
+        raise broken
+
+    engine = Engine(served(), 1, evaluate=exits)
+    handles = [engine.submit(seed=i, steps=1) for i in range(3)]
+    ready.set()
+    for handle in handles:
+        assert handle.exception(60) is broken
+    engine.close(timeout=60)
+    with pytest.raises(EngineClosed) as closed:
+        engine.submit(seed=0, steps=1)
+    assert closed.value.__cause__ is broken
+
+
+def test_clients_in_inference_mode_hurt_nobody() -> None:
+    """Tensors made in that mode cannot be written outside of it, and the engine's thread is outside."""
+    with torch.inference_mode():
+        engine = Engine(served(), 2, batch_invariant=True)
+        handles = [engine.submit(seed=0, steps=3, start=torch.ones(1, 4, 4), label=1)]
+    handles.append(engine.submit(seed=1, steps=2, solver="dpm++2m"))
+    with torch.inference_mode():
+        handles.append(engine.submit(seed=2, steps=4, solver="dpm++2m", guidance=1.0))
+        wanted = [
+            {"seed": 0, "steps": 3, "start": torch.ones(1, 4, 4), "label": 1},
+            {"seed": 1, "steps": 2, "solver": "dpm++2m"},
+            {"seed": 2, "steps": 4, "solver": "dpm++2m", "guidance": 1.0},
+        ]
+        for handle in handles:
+            handle.result(60)
+        assert handles[0].report.evaluations == 2
+    engine.close(timeout=60)
+    images_are_right(handles, wanted)

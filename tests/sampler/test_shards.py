@@ -1,0 +1,205 @@
+"""Shards hold what Python draws, the reader gives each sample once, and damage is seen and drawn again."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import adadiff
+from adadiff import commands, shards
+from sampler import sharded, shell
+from sampler.sharded import assert_equal, line, load, times
+from sampler.shell import config, error_line, pixels, run, saved
+
+ctrl_c, tiny, whole, copy = shell.ctrl_c, shell.tiny, sharded.whole, sharded.copy
+
+
+def drawn(model: str, slots: range) -> tuple[torch.Tensor, adadiff.Report]:
+    return adadiff.sample(
+        adadiff.load(model),
+        len(slots),
+        steps=[(3, 4)[slot % 2] for slot in slots],
+        solver="ddim:0.5",
+        rule="threshold:0.4",
+        seeds=[5 + slot for slot in slots],
+        labels=[(0, 7, 2)[slot % 3] for slot in slots],
+        guidance=1.5,
+        tied=True,
+        batch=3,
+    )
+
+
+def test_shards_hold_what_python_draws(tiny, whole):
+    assert sorted(path.name for path in whole.iterdir()) == [
+        "grid.png",
+        "manifest.json",
+        "report.json",
+        *(f"shard-{number:05d}.npz" for number in range(3)),
+    ]
+    reports = []
+    for number, slots in enumerate((range(4), range(4, 8), range(8, 11))):
+        images, report = drawn(tiny, slots)
+        reports.append(report)
+        shard = load(whole / f"shard-{number:05d}.npz")
+        np.testing.assert_array_equal(shard["images"], np.stack([pixels(image)[..., None] for image in images]))
+        np.testing.assert_array_equal(shard["slots"], slots)
+        np.testing.assert_array_equal(shard["seeds"], [5 + slot for slot in slots])
+        np.testing.assert_array_equal(shard["labels"], [(0, 7, 2)[slot % 3] for slot in slots])
+        np.testing.assert_array_equal(shard["exit_layer"], report.exit_layer)
+        assert (shard["macs"], shard["rows_moved"]) == (report.macs, report.rows_moved)
+
+    written = json.loads((whole / "report.json").read_text())
+    ends = [int(layer) for report in reports for layer in report.exit_layer.flatten() if layer]
+    assert set(ends) == {1, 2, 3}, "without exits at every layer the counts below mean little"
+    assert written["exit_layer_histogram"] == [ends.count(layer) for layer in (1, 2, 3)]
+    assert written["mean_exit_layer"] == pytest.approx(sum(ends) / len(ends), abs=1e-12)
+    assert (written["samples"], written["evaluations"], written["layers"]) == (11, len(ends), 3)
+    for name in ("macs", "macs_full", "blocks"):
+        assert written[name] == sum(getattr(report, name) for report in reports)
+    manifest = json.loads((whole / "manifest.json").read_text())
+    assert written["configuration"] == manifest["configuration"]
+    assert (manifest["array"], manifest["shape"]) == ("images", [8, 8, 1])
+
+
+def test_grid_shows_the_first_samples_over_shard_borders(whole):
+    cells = shell.read(whole / "grid.png").reshape(3, 64, 4, 64).transpose(0, 2, 1, 3).reshape(12, 64, 64)
+    images = np.concatenate([shard["images"] for shard in shards.read(whole)])[..., 0]
+    np.testing.assert_array_equal(cells[:11], np.kron(images, np.ones((1, 8, 8), np.uint8)))
+    assert (cells[11] == 255).all()
+
+
+def test_reader_gives_every_slot_once_or_refuses(whole, copy):
+    assert [slot for shard in shards.read(str(whole)) for slot in shard["slots"]] == list(range(11))
+    for number in (1, 2):
+        (copy / f"shard-{number:05d}.npz").unlink()
+    with pytest.raises(ValueError, match=r"lacks 2 of 3 shards, the first of them shard-00001\.npz"):
+        shards.read(copy)
+
+
+def test_latents_are_kept_as_they_are(tmp_path):
+    """Without labels, by default as shards, without a grid."""
+    model = saved(tmp_path / "latents.safetensors", config(channels=4))
+    assert run(f"sample {model} --out {tmp_path / 'o'} --n 5 --shard 3 --steps 2") == 0
+    assert {path.name for path in (tmp_path / "o").iterdir()} == {
+        "manifest.json",
+        "report.json",
+        "shard-00000.npz",
+        "shard-00001.npz",
+    }
+    for slots, shard in zip((range(3), range(3, 5)), shards.read(tmp_path / "o"), strict=True):
+        latents, _ = adadiff.sample(
+            adadiff.load(model), len(slots), steps=2, rule=commands.DEFAULT_RULE, seeds=list(slots)
+        )
+        assert shard["latents"].dtype == np.float32
+        np.testing.assert_array_equal(shard["latents"], latents)
+        assert "labels" not in shard
+
+
+def test_colours_come_last(tmp_path):
+    model = saved(tmp_path / "rgb.safetensors", config(channels=3))
+    assert run(f"sample {model} --out {tmp_path / 'o'} --n 2 --steps 2 --rule full --format npz") == 0
+    images, _ = adadiff.sample(adadiff.load(model), 2, steps=2)
+    (shard,) = shards.read(tmp_path / "o")
+    np.testing.assert_array_equal(shard["images"], np.stack([pixels(image) for image in images]))
+
+
+def test_batch_invariant_samples_are_the_same_bits_in_other_batches_and_shards(tmp_path):
+    """Latents, since pixels hide the last bits; so wide that products of a single lane differ from those of several."""
+    model, results = saved(tmp_path / "wide.safetensors", config(channels=4, dim=192, heads=6)), []
+    for i, sizes in enumerate(("--batch 3 --shard 4", "--batch 1 --shard 7")):
+        assert run(line(model, tmp_path / str(i), f"--guidance 0 --batch-invariant {sizes}")) == 0
+        parts = list(shards.read(tmp_path / str(i)))
+        latents = np.concatenate([part["latents"] for part in parts])
+        results.append((latents, np.concatenate([part["exit_layer"] for part in parts], 1)))
+    np.testing.assert_equal(*results)
+
+
+def test_no_samples_is_no_error(tiny, tmp_path):
+    assert run(line(tiny, tmp_path, "--n 0 --labels 1 --steps 3")) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", "report.json"}
+    assert json.loads((tmp_path / "report.json").read_text())["mean_exit_layer"] is None
+    assert list(shards.read(tmp_path)) == []
+
+
+def test_the_default_format_follows_n(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "PNG_MOST", 5)
+    for n, file in ((5, "000004.png"), (6, "shard-00000.npz")):
+        assert run(f"sample {tiny} --out {tmp_path / str(n)} --n {n} --steps 1") == 0
+        assert (tmp_path / str(n) / file).exists()
+
+
+def test_bar_shows_the_mean_exit_depth(tiny, whole, tmp_path, capsys):
+    assert run(line(tiny, tmp_path)) == 0
+    depth = json.loads((whole / "report.json").read_text())["mean_exit_layer"]
+    last = capsys.readouterr().err.strip().split("\r")[-1]
+    assert "11/11" in last
+    assert f"depth={depth:.2f}/3" in last
+
+
+DAMAGES = {
+    "cut": lambda data: data[:-30],
+    "half": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "a byte": lambda data: data[:300] + bytes([data[300] ^ 1]) + data[301:],
+    "no archive": lambda data: b"\x93NUMPY" + data[6:],
+}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES])
+def test_damaged_shards_are_seen_and_drawn_again(damage, tiny, whole, copy, capsys):
+    before = times(copy)
+    path = copy / "shard-00001.npz"
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    reader = shards.read(copy)
+    np.testing.assert_array_equal(next(reader)["slots"], range(4))
+    with pytest.raises(ValueError, match=r"shard-00001\.npz is damaged"):
+        next(reader)
+    assert run(line(tiny, copy)) == 0
+    assert "shard-00001.npz is damaged" in capsys.readouterr().out
+    assert before.items() - times(copy).items() == {("shard-00001.npz", before["shard-00001.npz"])}
+    assert_equal(copy, whole)
+
+
+def test_every_other_byte_is_damage_or_changes_nothing(copy):
+    manifest, path = shards.Manifest.read(copy), copy / "shard-00001.npz"
+    data, expected, damaged = path.read_bytes(), load(path), 0
+    for at in range(0, len(data), 5):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :])
+        try:
+            shard = shards.read_shard(copy, manifest, 1)
+        except ValueError:
+            damaged += 1
+        else:
+            np.testing.assert_equal(shard, expected)
+    assert damaged > len(data) / 5 / 2
+
+
+def test_shards_of_other_slots_are_damage(tiny, whole, copy):
+    (copy / "shard-00000.npz").write_bytes((copy / "shard-00001.npz").read_bytes())
+    with pytest.raises(ValueError, match="does not hold the slots 0 to 3"):
+        list(shards.read(copy))
+    assert run(line(tiny, copy)) == 0
+    assert_equal(copy, whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "words"),
+    [
+        ("--shard 0", {}, "shard must be an integer >= 1"),
+        ("--format png", {}, "--shard is for --format npz"),
+        ("--format png", {"RANK": "1", "WORLD_SIZE": "2"}, "--format png takes one process"),
+        ("", {"RANK": "2", "WORLD_SIZE": "2"}, "RANK must be a whole number below WORLD_SIZE, got 2 and 2"),
+        ("", {"RANK": "0"}, "RANK must be a whole number below WORLD_SIZE"),
+        ("--labels 0,10", {}, "labels must be in 0..9"),
+        ("--steps 0", {}, "steps must be at least 1"),
+    ],
+)
+def test_bad_settings_end_in_one_line_before_work(options, environment, words, tiny, tmp_path, monkeypatch, capsys):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert run(line(tiny, tmp_path / "o", options)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert words in error_line(captured.err)
+    assert not (tmp_path / "o").exists()
