@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from adadiff_kernels.extension import core as _C
+
 M0, M1 = 0xD2511F53, 0xCD9E8D57
 W0, W1 = 0x9E3779B9, 0xBB67AE85
 WORD = 0xFFFFFFFF
@@ -67,15 +69,25 @@ def philox_normal(
     if not 0 <= count <= 2**34:
         raise ValueError(f"count must lie in [0, 2^34], got {count}")
     device = seeds.device if device is None else torch.device(device)
-    seeds, step = seeds.to(device)[:, None], step.to(device)[:, None]
-    block = torch.arange((count + 3) // 4, device=device)[None]
-    rest = torch.tensor([[stream], [0]], device=device)
-    w0, w1, w2, w3 = _rounds(block, step, rest[0], rest[1], seeds & WORD, seeds >> 32)
-
-    radius = torch.stack([w0, w2], -1).add_(1).double().div_(2**32).log_().mul_(-2).sqrt_()  # [n, blocks, 2]
-    angle = torch.stack([w1, w3], -1).double().mul_(2 * math.pi / 2**32)
+    words = _words(seeds, step, stream, (count + 3) // 4, device)
+    radius = (words[..., 0] + 1).double().div_(2**32).log_().mul_(-2).sqrt_()  # [n, blocks, 2]
+    angle = words[..., 1].double().mul_(2 * math.pi / 2**32)
     normal = torch.stack([radius * angle.cos(), radius * angle.sin()], -1)
     return normal.flatten(1)[:, :count].float()
+
+
+def _words(seeds: Tensor, step: Tensor, stream: int, blocks: int, device: torch.device) -> Tensor:
+    """int64[n, blocks, 2, 2]: (w0, w1), (w2, w3) of each counter."""
+    n = len(seeds)
+    if _C is not None and device.type == "cpu" and seeds.is_cpu and step.is_cpu:
+        words = torch.empty(n, blocks, 2, 2, dtype=torch.int64, device="cpu")
+        seeds, step = seeds.contiguous(), step.contiguous()
+        _C.philox(seeds.data_ptr(), step.data_ptr(), n, stream, blocks, words.data_ptr())
+        return words
+    seeds, step = seeds.to(device)[:, None], step.to(device)[:, None]
+    block = torch.arange(blocks, device=device)[None]
+    rest = torch.tensor([[stream], [0]], device=device)
+    return torch.stack(_rounds(block, step, rest[0], rest[1], seeds & WORD, seeds >> 32), -1).view(n, blocks, 2, 2)
 
 
 def _check(name: str, value: Tensor, limit: int) -> None:

@@ -176,12 +176,13 @@ def serving(rows: Sequence[Row]) -> Figure | None:
         axis.set(xlabel="load, of what lock-step batches bear", ylabel="latency (s)", yscale="log")
         axis.set_title(f"{NAMES[model]}, p50 and p95 (dashed)", fontsize=9)
     if models:
-        axes[0, -1].legend(fontsize=7)
+        figure.legend(*axes[0, -1].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
     if throughput:
         names = [row["variant"] + ("" if row["usable"] else " (!)") for row in throughput][::-1]
         values = [row["images_per_second"] for row in throughput][::-1]
         colours = [POLICIES.get(row["variant"], "lightgray") for row in throughput][::-1]
         axes[0, 0].bar_label(axes[0, 0].barh(names, values, color=colours), fmt="%.2f", fontsize=7, padding=2)
+        axes[0, 0].margins(x=0.15)
         axes[0, 0].tick_params(axis="y", labelsize=8)
         axes[0, 0].set_xlabel("images per second")
         axes[0, 0].set_title("U-ViT-S/2, mixed timesteps", fontsize=9)

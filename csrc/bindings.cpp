@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "active_set.h"
+#include "philox.h"
 #include "uem_score.h"
 
 namespace py = pybind11;
@@ -35,6 +36,13 @@ void swap_rows(std::uintptr_t data, std::int64_t row_bytes, std::int64_t stride_
                      pointer<const std::int32_t>(pairs), k);
 }
 
+void philox(std::uintptr_t seeds, std::uintptr_t steps, std::int64_t n, std::int64_t stream, std::int64_t blocks,
+            std::uintptr_t words) {
+  py::gil_scoped_release released;
+  adadiff::philox(pointer<const std::int64_t>(seeds), pointer<const std::int64_t>(steps), n, stream, blocks,
+                  pointer<std::int64_t>(words));
+}
+
 template <typename Element>
 void uem_score(std::uintptr_t y, std::int64_t n, std::int64_t tokens, std::int64_t channels, std::int64_t extras,
                std::uintptr_t weight, std::uintptr_t offset, std::int64_t offset_stride, std::int32_t B,
@@ -55,11 +63,13 @@ void def_uem_score(py::module_& m, const char* name) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compaction and score; see csrc/active_set.h and csrc/uem_score.h.";
+  m.doc() = "Compaction, score and noise; see csrc/active_set.h, uem_score.h and philox.h.";
   m.def("leave", &leave, py::arg("mask"), py::arg("lane"), py::arg("row"), py::arg("exit_layer"),
         py::arg("swaps"), py::arg("n"), py::arg("lanes"), py::arg("layer"));
   m.def("swap_rows", &swap_rows, py::arg("data"), py::arg("row_bytes"), py::arg("stride_bytes"),
         py::arg("rows"), py::arg("pairs"), py::arg("k"));
+  m.def("philox", &philox, py::arg("seeds"), py::arg("steps"), py::arg("n"), py::arg("stream"), py::arg("blocks"),
+        py::arg("words"));
   def_uem_score<float>(m, "uem_score_float32");
   def_uem_score<adadiff::bfloat16>(m, "uem_score_bfloat16");
 }

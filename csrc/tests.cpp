@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "active_set.h"
+#include "philox.h"
 #include "uem_score.h"
 
 #define CHECK(condition)                                              \
@@ -286,6 +287,29 @@ void test_score_errors() {
   adadiff::uem_score(none, 0, 3, 4, 1, none, none, 1, 0, nullptr, nullptr);
 }
 
+// Random123's known answers have counters of four free words; those here end in 0, so all zeros is the one of them.
+// The others are in tests/kernels/test_philox.py, against the same formula in Python.
+void test_philox() {
+  const std::int64_t zero = 0;
+  std::vector<std::int64_t> words(4, -1);
+  adadiff::philox(&zero, &zero, 1, 0, 1, words.data());
+  CHECK((words == std::vector<std::int64_t>{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}));
+  adadiff::philox(nullptr, nullptr, 0, 0, 3, nullptr);
+  const std::int64_t top = std::int64_t{1} << 32, minus = -1;
+  const auto refuses = [&](const std::int64_t* seeds, const std::int64_t* steps, std::int64_t n, std::int64_t stream,
+                           std::int64_t blocks, const std::string& part) {
+    words.assign(4, -1);
+    return raises([&] { adadiff::philox(seeds, steps, n, stream, blocks, words.data()); }, part) &&
+           words == std::vector<std::int64_t>(4, -1);
+  };
+  CHECK(refuses(&zero, &zero, -1, 0, 1, "n must"));
+  CHECK(refuses(&zero, &zero, 1, 0, -1, "blocks"));
+  CHECK(refuses(&zero, &zero, 1, top, 1, "stream"));
+  CHECK(refuses(&minus, &zero, 1, 0, 1, "seeds"));
+  CHECK(refuses(&zero, &top, 1, 0, 1, "steps"));
+  CHECK(refuses(nullptr, &zero, 1, 0, 1, "null"));
+}
+
 }  // namespace
 
 int main() {
@@ -296,5 +320,6 @@ int main() {
   test_scores<float>();
   test_scores<adadiff::bfloat16>();
   test_score_errors();
+  test_philox();
   std::puts("core: all tests passed");
 }

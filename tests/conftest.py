@@ -44,9 +44,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(params=["extension", "pytorch"])
 def core(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType | None:
-    """Runs a test twice: compaction and score by the compiled core, then by PyTorch alone."""
+    """Runs a test twice: by the compiled core what it can do, then by PyTorch alone."""
     if request.param == "pytorch":
-        for name in ("compaction", "residual_uem"):  # by module: the package has a function of the second name
+        for name in ("compaction", "philox", "residual_uem"):  # by module: the package has functions of these names
             monkeypatch.setattr(sys.modules[f"adadiff_kernels.{name}"], "_C", None)
         return None
     return pytest.importorskip("adadiff_kernels._C", reason="the extension is not built")

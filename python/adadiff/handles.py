@@ -32,7 +32,7 @@ class Handle(Future):
     def __init__(self, samples: Samples, layers: int, submitted: float, deadline: float, on_step: Callable | None):
         super().__init__()
         self.samples, self.submitted, self.deadline = samples, submitted, deadline
-        self._on_step, self._layers = on_step, layers
+        self._on_step, self._layers, self._lanes = on_step, layers, samples.lanes
         self._exits: list[list[int]] = []  # of the steps made, by lane
         self._admitted: float | None = None
         self._ended: float | None = None

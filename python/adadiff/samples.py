@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from .model import Model
 from .rules import Rule, layers_asked, rule_from
+from .schedules import NoiseSchedule
 from .solvers import Solver, solver_from
 
 
@@ -92,9 +94,14 @@ class Samples:
         if not hasattr(solver, "table"):
             raise ValueError(f"a solver is a Solver or a spelling such as 'ddim', got {solver!r}")
         for count in set(counts.tolist()):
-            solver.table(model.schedule, count)  # for its checks
+            _check_steps(solver, model.schedule, count)
         start, first = _start(model, start, strength, counts, n)
         return Samples(n, rule, solver, seeds, counts, first, threshold, guidance, tied, given, null, start)
+
+
+@lru_cache(maxsize=1024)
+def _check_steps(solver: Solver, schedule: NoiseSchedule, steps: int) -> None:
+    solver.table(schedule, steps)
 
 
 def whole(name: str, value: int, least: int) -> None:

@@ -208,7 +208,7 @@ class Engine:
         """Frees the places of requests that were cancelled or are too late."""
         now = self._clock()
         for place, handle in list(self._at.items()):
-            if handle.done():
+            if handle._ended is not None:  # `done` takes a lock
                 self._give_up(place)
             elif now >= handle.deadline:
                 self._give_up(place)
@@ -222,11 +222,11 @@ class Engine:
                 waiting = [handle for _, _, handle in self._heap if not handle.done()]
                 failed = [(handle, _too_late(handle)) for handle in waiting if now >= handle.deadline]
                 self._soonest = min((h.deadline for h in waiting if now < h.deadline), default=math.inf)
-            lanes = sum(handle.samples.lanes for handle in self._at.values())
+            lanes = sum(handle._lanes for handle in self._at.values())
             while self._heap:
                 handle = self._heap[0][2]
                 if not handle.done() and now < handle.deadline:
-                    if lanes + handle.samples.lanes > self.capacity:
+                    if lanes + handle._lanes > self.capacity:
                         break
                     try:
                         place = int(self._batch.admit(handle.samples, _ONLY))
@@ -235,7 +235,7 @@ class Engine:
                     else:
                         self._at[place], handle._admitted = handle, now
                         self._waiting -= 1
-                        lanes += handle.samples.lanes
+                        lanes += handle._lanes
                 heapq.heappop(self._heap)
             self._changed.notify_all()  # there may be room in the queue
         for handle, error in failed:

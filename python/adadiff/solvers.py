@@ -166,6 +166,8 @@ class PackedTables:
     def widen(self, state: SolverState) -> SolverState:
         """`state`, with base and history added where these tables need them and no earlier ones did."""
         _, history, inner, _ = self.needs.any(0).tolist()
+        if (state.base is not None or not inner) and (state.history is not None or not history):
+            return state
         fresh = SolverState.start(state.x, inner and state.base is None, history and state.history is None)
         return SolverState(
             state.x,

@@ -70,6 +70,7 @@ def test_integers_equal_unbounded_integers(counter: list[int], key: list[int]) -
     assert philox4x32(torch.tensor(counter), torch.tensor(key)).tolist() == philox_in_python(counter, key)
 
 
+@pytest.mark.usefixtures("core")
 @settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 2**63 - 1), st.integers(0, 2**32 - 1)), max_size=5),
@@ -87,6 +88,7 @@ def test_values_are_box_muller_of_the_integers(samples: list[tuple[int, int]], s
         np.testing.assert_allclose(value.double().numpy(), expected, rtol=2.0**-24 * 1.0001, atol=1e-15)
 
 
+@pytest.mark.usefixtures("core")
 def test_a_sample_keeps_its_values_in_any_batch_order_and_count() -> None:
     seeds, step = torch.tensor([7, 0, 2**63 - 1, 7, 2**32]), torch.tensor([3, 0, 19, 4, 3])
     together = philox_normal(seeds, step, 1, 75)
@@ -98,6 +100,7 @@ def test_a_sample_keeps_its_values_in_any_batch_order_and_count() -> None:
             assert torch.equal(alone, together[i : i + 1, :count])
 
 
+@pytest.mark.usefixtures("core")
 def test_seed_step_stream_and_element_all_matter() -> None:
     def draw(seed: int, step: int, stream: int) -> Tensor:
         return philox_normal(torch.tensor([seed]), torch.tensor([step]), stream, 8)[0]
@@ -111,12 +114,21 @@ def test_the_extreme_integers_give_finite_values(monkeypatch: pytest.MonkeyPatch
     def extremes(*_: Tensor) -> tuple[Tensor, ...]:
         return tuple(torch.tensor([[w]]) for w in (0, 0, 2**32 - 1, 2**32 - 1))
 
+    monkeypatch.setattr(philox, "_C", None)
     monkeypatch.setattr(philox, "_rounds", extremes)
     zero = torch.zeros(1, dtype=torch.int64)
     largest, none, *last = philox_normal(zero, zero, 0, 4)[0].tolist()
     assert largest == pytest.approx(math.sqrt(64 * math.log(2)), rel=1e-7)  # u1 = 2^-32, the smallest
     assert none == 0
     assert [abs(value) for value in last] == [0, 0]  # u1 = 1
+
+
+def test_the_core_makes_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("adadiff_kernels._C", reason="the extension is not built")
+    seeds, step = torch.tensor([0, 2**63 - 1, 2**32, 77])[::2], torch.tensor([2**32 - 1, 5])
+    compiled = philox_normal(seeds, step, 2**32 - 1, 1023)
+    monkeypatch.setattr(philox, "_C", None)
+    assert torch.equal(philox_normal(seeds, step, 2**32 - 1, 1023), compiled)
 
 
 def test_bad_input() -> None:

@@ -52,7 +52,7 @@ def test_the_earliest_due_gets_in_and_nobody_starves(data: st.DataObject) -> Non
     mine = engine.submit(seed=0, **SHORT)
     most = data.draw(st.integers(0, 3))
     due, others, admitted = {0: patience}, [mine], []
-    for _ in range(80):
+    for _ in range(60):
         for _ in range(data.draw(st.integers(0, 3))):
             priority = data.draw(st.integers(0, most))
             due[len(others)] = clock.now + patience - priority * patience
@@ -75,7 +75,7 @@ def test_the_earliest_due_gets_in_and_nobody_starves(data: st.DataObject) -> Non
 @pytest.mark.parametrize("capacity", [2, 3, 5])
 def test_no_evaluation_has_more_lanes_than_the_capacity(capacity: int) -> None:
     """Guided requests take two, and do not wait for ever for two free ones beside those that take one."""
-    calls, wanted = [], requests(30, seed=4)
+    calls, wanted = [], requests(20, seed=4, most=4)
     engine = stepped(capacity, evaluate=lanes_of_calls(calls))
     handles = [engine.submit(**request) for request in wanted]
     order = order_of_admission(engine, handles)

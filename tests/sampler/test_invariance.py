@@ -6,7 +6,6 @@ which there is one per sample (time embedding, UEM time part), and the mode must
 
 import math
 import random
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adadiff import batch
 from adadiff.engine import Evaluation, evaluate
 from adadiff.exits import OFFICIAL, PAPER, ExitConfig
 from adadiff.rules import Depth, Full, Patience, Replay, Rule, Threshold
@@ -142,11 +142,21 @@ def test_the_mode_changes_rounding_only(kind, config) -> None:
         torch.testing.assert_close(invariant.scores, usual.scores, rtol=0, atol=5e-6, equal_nan=True)
 
 
-def serve(
-    capacity: int, draw: random.Random, call: Callable[..., Evaluation] = evaluate, batch_invariant: bool = True
-) -> list[Handle]:
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arithmetic between two evaluations, too, is off by how many samples it is done for."""
+    step, noise, first, guide = batch.solver_step, batch.step_noise, batch.initial_noise, batch.guide
+    monkeypatch.setattr(
+        batch, "solver_step", lambda state, eps, *rest, **z: step(state, eps * off(len(eps)), *rest, **z)
+    )
+    monkeypatch.setattr(batch, "step_noise", lambda seeds, *rest: noise(seeds, *rest) * off(len(seeds)))
+    monkeypatch.setattr(batch, "initial_noise", lambda seeds, shape: first(seeds, shape) * off(len(seeds)))
+    monkeypatch.setattr(batch, "guide", lambda cond, *rest: guide(cond, *rest) * off(len(cond)))
+
+
+def serve(capacity: int, draw: random.Random, batch_invariant: bool = True) -> list[Handle]:
     """All requests in some order, with ticks between their arrivals, and others who come and go at any tick."""
-    engine = Engine(served(), capacity, start=False, batch_invariant=batch_invariant, evaluate=call)
+    engine = Engine(served(), capacity, start=False, batch_invariant=batch_invariant)
     handles: list[Handle | None] = [None] * len(REQUESTS)
     passing: list[Handle] = []
     for i in draw.sample(range(len(REQUESTS)), len(REQUESTS)):
@@ -172,9 +182,7 @@ def compare(handles: list[Handle], wanted: list[tuple[Tensor, Tensor]]) -> tuple
     return exits, sum(torch.equal(handle.result(0), own[0]) for handle, own in pairs)
 
 
-@disturbed
-@pytest.mark.usefixtures("products")
-def test_requests_are_the_same_bits_in_any_company(products) -> None:
+def the_same_bits_in_any_company() -> None:
     wanted = [alone(request) for request in REQUESTS]
     assert len(torch.cat([exit_layer for _, exit_layer in wanted]).unique()) == 6  # none, and all five
     for capacity, seed in ((1, 0), (3, 1), (64, 2)):
@@ -186,7 +194,18 @@ def test_requests_are_the_same_bits_in_any_company(products) -> None:
 
 @disturbed
 @pytest.mark.usefixtures("products")
-def test_without_the_mode_requests_are_not(products) -> None:
+def test_requests_are_the_same_bits_in_any_company() -> None:
+    the_same_bits_in_any_company()
+
+
+@pytest.mark.usefixtures("steps")
+def test_requests_are_the_same_bits_whatever_is_done_between_evaluations() -> None:
+    the_same_bits_in_any_company()
+
+
+@disturbed
+@pytest.mark.usefixtures("products")
+def test_without_the_mode_requests_are_not() -> None:
     wanted = [alone(request, batch_invariant=False) for request in REQUESTS]
     _, images = compare(serve(64, random.Random(3), batch_invariant=False), wanted)
     assert images < len(REQUESTS) / 2
@@ -217,8 +236,8 @@ def test_a_run_of_many_samples_is_the_same_bits_in_any_batch() -> None:
         "guidance": [0.0, 1.0, 0.0, 2.0, 0.5],
     }
     whole, report = sample(served(), 5, batch=5, batch_invariant=True, **settings)
-    for batch in (1, 2, 3):
-        images, other = sample(served(), 5, batch=batch, batch_invariant=True, **settings)
+    for size in (1, 2, 3):
+        images, other = sample(served(), 5, batch=size, batch_invariant=True, **settings)
         assert torch.equal(images, whole)
         assert torch.equal(other.exit_layer, report.exit_layer)
     image, _ = alone({"seed": 8, "label": 0, "guidance": 2.0, "steps": 2, "solver": "dpm++2m", "rule": "threshold:0.5"})

@@ -27,7 +27,7 @@ from sampler.tiny import SERVED, Clock, alone, requests, served
 CONFIG = dataclasses.replace(SERVED, network=dataclasses.replace(SERVED.network, dim=8, depth=2))
 NAN, BROKEN = 1, 2  # labels of samples that turn to NaN, or break their evaluation
 QUEUE = 20
-POOL = [request for request in requests(200, seed=50, most=4) if request["label"] in (None, 0)][:40]
+POOL = [request for request in requests(200, seed=50, most=4) if request["label"] in (None, 0)][:25]
 
 
 @cache
@@ -153,7 +153,7 @@ def nothing_is_left(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seed", "capacity", "n", "batch_invariant"), [(1, 7, 500, True), (2, 4, 250, True), (3, 16, 1300, False)]
+    ("seed", "capacity", "n", "batch_invariant"), [(1, 7, 500, True), (2, 4, 250, True), (3, 16, 1200, False)]
 )
 def test_everything_at_once_step_by_step(seed: int, capacity: int, n: int, batch_invariant: bool) -> None:
     draw, clock = random.Random(seed), Clock()
@@ -169,7 +169,7 @@ def test_everything_at_once_step_by_step(seed: int, capacity: int, n: int, batch
     )
     crowd, refused, live = Crowd(engine, batch_invariant), 0, []
     while len(crowd.may) < n:
-        for _ in range(draw.choice([0, 1, capacity // 2, capacity])):
+        for _ in range(draw.choice([0, 1, capacity, 2 * capacity])):
             handle = crowd.submit(draw)
             refused += handle is None
             live += [handle] if handle is not None else []
@@ -192,7 +192,7 @@ def test_everything_at_once_step_by_step(seed: int, capacity: int, n: int, batch
     assert refused > 0
     assert engine.report.batch.halvings > 0
     assert set(fates) >= {"image", "cancelled", "DeadlineExceeded", "LookupError", "FloatingPointError"}
-    assert fates["image"] > len(crowd.may) / 4
+    assert fates["image"] > len(crowd.may) / 5
     gone = weakref.WeakSet(crowd.may)
     del crowd, live, handle
     gc.collect()
@@ -216,7 +216,7 @@ def test_everything_at_once_from_many_threads() -> None:
 
     def client(seed: int) -> None:
         draw, mine = random.Random(seed), []
-        for _ in range(50):
+        for _ in range(40):
             handle = crowd.submit(draw, wait=draw.choice([0, 60, 60]))
             if handle is not None:
                 mine.append(handle)
