@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := adadiff_kernels benchmarks python tests setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install bench test lint sanitize
+.PHONY: help install bench test lint resources sanitize
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -27,6 +27,10 @@ test: install ## run the tests; ARGS="-k rules" for some
 lint: install ## check style and format
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+
+resources: install ## write what the GPU kernels take: registers, memory, loads (needs no GPU)
+	$(BIN)/python -m pip install --quiet triton==3.9.0
+	$(BIN)/python benchmarks/resources.py
 
 sanitize: install ## test the C++ core under AddressSanitizer and UndefinedBehaviourSanitizer
 	$(BIN)/python -m pip install --quiet 'cmake>=3.24' 'ninja>=1.11'

@@ -1,31 +1,46 @@
 """Row-wise kernels for early exit at batch > 1. Rows and integers; knows nothing of diffusion."""
 
-from adadiff_kernels.compaction import ActiveSet, Swaps, leave_reference, swap_rows, take_rows
+from adadiff_kernels.compaction import ActiveSet, Swaps, leave_reference, take_rows
+from adadiff_kernels.join_skip import join_skip_reference
+from adadiff_kernels.ops import join_skip, residual_uem, solver_step, swap_rows
 from adadiff_kernels.philox import philox4x32, philox_normal
-from adadiff_kernels.residual_uem import Norm, Score, layer_norm, residual_uem, uem_score, uem_score_reference
+from adadiff_kernels.residual_uem import (
+    Norm,
+    Score,
+    layer_norm,
+    residual_uem_reference,
+    uem_score,
+    uem_score_reference,
+)
 from adadiff_kernels.solver_step import (
     COLUMNS,
+    Guidance,
+    Noise,
     SolverState,
     StepRows,
     guide,
-    solver_step,
     solver_step_reference,
 )
 
 __all__ = [
     "COLUMNS",
     "ActiveSet",
+    "Guidance",
+    "Noise",
     "Norm",
     "Score",
     "SolverState",
     "StepRows",
     "Swaps",
     "guide",
+    "join_skip",
+    "join_skip_reference",
     "layer_norm",
     "leave_reference",
     "philox4x32",
     "philox_normal",
     "residual_uem",
+    "residual_uem_reference",
     "solver_step",
     "solver_step_reference",
     "swap_rows",

@@ -149,30 +149,29 @@ def leave_reference(
     return after, pairs.int()
 
 
-def swap_rows(swaps: Swaps, *rows: Tensor) -> None:
-    """Exchanges the rows of `swaps` in place along dim 0, in each tensor.
+def swap_rows_core(swaps: Swaps, *rows: Tensor) -> None:
+    """`swap_rows` by the compiled core."""
+    for tensor in rows:
+        size = tensor.element_size()
+        _C.swap_rows(
+            *(tensor.data_ptr(), math.prod(tensor.shape[1:]) * size, tensor.stride(0) * size),
+            *(swaps.before, swaps.pairs.data_ptr(), len(swaps.pairs)),
+        )
 
-    rows: any dtype, [before or more, ...] on the device of `swaps.pairs`; every row contiguous, rows
-    any distance apart. Raises ValueError, with nothing moved, for other tensors or overlapping pairs.
-    """
-    for position, tensor in enumerate(rows):
-        _check_rows(tensor, swaps, f"rows[{position}]")
-    if not len(swaps.pairs):
-        return
-    if swaps.pairs.is_cpu and _C is not None:
-        for tensor in rows:
-            size = tensor.element_size()
-            _C.swap_rows(
-                *(tensor.data_ptr(), math.prod(tensor.shape[1:]) * size, tensor.stride(0) * size),
-                *(swaps.before, swaps.pairs.data_ptr(), len(swaps.pairs)),
-            )
-        return
+
+def swap_rows_reference(swaps: Swaps, *rows: Tensor) -> None:
+    """`swap_rows` in PyTorch, on any device; waits for the device to check the pairs."""
     here = swaps.pairs.flatten().long()
     there = swaps.pairs.flip(1).flatten().long()
-    if here.min() < 0 or here.max() >= swaps.before or len(here.unique()) < len(here):
+    if len(here) and (here.min() < 0 or here.max() >= swaps.before or len(here.unique()) < len(here)):
         raise ValueError(f"pairs must name rows of [0, {swaps.before}), each at most once")
     for tensor in rows:
         tensor.index_copy_(0, here, tensor.index_select(0, there))
+
+
+def core_swaps(swaps: Swaps) -> bool:
+    """Whether the compiled core can reach the pairs."""
+    return swaps.pairs.is_cpu and _C is not None
 
 
 def take_rows(rows: Tensor, index: Tensor | None, n: int) -> Tensor:
@@ -198,6 +197,12 @@ def _check_layer(layer: int, lane: Tensor, exit_layer: Tensor, n: int) -> None:
         raise ValueError(f"layer must be an int of 1 or more, got {layer!r}")
     if n < len(lane) and (last := int(exit_layer[lane[n]])) > layer:
         raise ValueError(f"layer must be {last} or more, where lanes have left already, got {layer}")
+
+
+def check_rows(swaps: Swaps, *rows: Tensor) -> None:
+    """ValueError unless every tensor has rows that can be exchanged in place."""
+    for position, tensor in enumerate(rows):
+        _check_rows(tensor, swaps, f"rows[{position}]")
 
 
 def _check_rows(tensor: Tensor, swaps: Swaps, name: str) -> None:

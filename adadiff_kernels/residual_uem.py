@@ -1,22 +1,26 @@
 """The fused pass: residual sum, uncertainty score of the layer, and the LayerNorm that follows.
 
-    y = x + gate[lane] * branch                                    (gate = 1 where there is none)
+    y = x + gate[lane] * (branch + bias)                           (gate = 1, bias = 0 where there is none)
     s = W y_token + offset[lane]                                   for every patch token
     u = mean over patch tokens and outputs of sigmoid(s)
     h = LayerNorm(y)                                               affine, or (1 + scale[lane]) * it + shift[lane]
 
 n rows, T tokens, D channels, P outputs, B lanes; `lanes` (i32[n]) tells which lane a row carries. The score is the
 UEM of AdaDiff (Tang et al., ECCV 2024, Eq. 8) with its time part, one number per lane and output, folded into `offset`.
-Score and norm read y as it is stored; they accumulate in float32.
+Score and norm read y as it is stored; they accumulate in float32. The bias is that of the branch's last product,
+which then need not add it.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from adadiff_kernels.extension import core as _C
+
+PARAMETERS = ("weight", "bias", "scale", "shift")
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,12 @@ def _by_row(values: Tensor, lanes: Tensor) -> Tensor:
 
 
 def layer_norm(x: Tensor, norm: Norm, lanes: Tensor) -> Tensor:
-    """x: [n, T, D]; lanes: i32 [n]. Returns [n, T, D] in x's dtype."""
+    """x: [n, T, D]; lanes: i32 [n]. Returns [n, T, D] in x's dtype. Parameters of another dtype: in float32."""
+    given = {name: value for name in PARAMETERS if (value := getattr(norm, name)) is not None}
+    if any(value.dtype != x.dtype for value in given.values()):
+        work = torch.promote_types(x.dtype, torch.float32)
+        wide = replace(norm, **{name: value.to(work) for name, value in given.items()})
+        return layer_norm(x.to(work), wide, lanes).to(x.dtype)
     h = F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
     if norm.scale is None:
         return h
@@ -58,13 +67,17 @@ def layer_norm(x: Tensor, norm: Norm, lanes: Tensor) -> Tensor:
 
 def uem_score(y: Tensor, score: Score, lanes: Tensor) -> Tensor:
     """y: [n, T, D]; lanes: i32 [n]. Returns u, float32 [n]. Raises ValueError where shapes or dtypes do not fit."""
-    _check_score(y, score, lanes)
-    return _score(y, score, lanes)
+    check_score(y, score, lanes)
+    return score_rows(y, score, lanes)
 
 
-def _score(y: Tensor, score: Score, lanes: Tensor) -> Tensor:
-    if not _core_scores(y, score):
-        return uem_score_reference(y, score, lanes)
+def score_rows(y: Tensor, score: Score, lanes: Tensor) -> Tensor:
+    """By the compiled core where it can, else as the reference."""
+    return uem_score_core(y, score, lanes) if core_scores(y, score) else uem_score_reference(y, score, lanes)
+
+
+def uem_score_core(y: Tensor, score: Score, lanes: Tensor) -> Tensor:
+    """By the compiled core; see `core_scores`."""
     n, T, D = y.shape
     u = torch.empty(n, dtype=torch.float32, device="cpu")
     weight, offset, lanes = score.weight.float().contiguous(), score.offset, lanes.contiguous()
@@ -83,7 +96,7 @@ def uem_score_reference(y: Tensor, score: Score, lanes: Tensor) -> Tensor:
     return torch.sigmoid(s + _by_row(score.offset, lanes)).mean(dim=(1, 2))
 
 
-def _core_scores(y: Tensor, score: Score) -> bool:
+def core_scores(y: Tensor, score: Score) -> bool:
     """The compiled core takes one output a token; a map is a matrix product, which PyTorch does at full rate."""
     return (
         _C is not None
@@ -95,31 +108,38 @@ def _core_scores(y: Tensor, score: Score) -> bool:
     )
 
 
-def residual_uem(
+def residual_uem_reference(
     x: Tensor,
     branch: Tensor,
     *,
     lanes: Tensor,
     gate: Tensor | None = None,
+    bias: Tensor | None = None,
     score: Score | None = None,
     norm: Norm | None = None,
     out: Tensor | None = None,
+    scorer: Callable[[Tensor, Score, Tensor], Tensor] = uem_score_reference,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """One pass over the residual stream.
+    """`residual_uem` in PyTorch, for any device, dtype, D and P."""
+    mixed = any(part is not None and part.dtype != x.dtype for part in (branch, gate, bias))
+    rounds = bias is not None and x.dtype.itemsize == 2  # branch + bias would be rounded on the way
+    work = torch.promote_types(x.dtype, torch.float32) if mixed or rounds else x.dtype
+    added = branch.to(work) if bias is None else branch.to(work) + bias.to(work)
+    target = out if work == x.dtype else None
+    if gate is None:
+        y = torch.add(x.to(work), added, out=target)
+    else:
+        y = torch.addcmul(x.to(work), _by_row(gate, lanes).to(work), added, out=target)
+    if work != x.dtype:
+        y = y.to(x.dtype) if out is None else out.copy_(y)
+    u = None if score is None else scorer(y, score, lanes)
+    return y, None if norm is None else layer_norm(y, norm, lanes).to(branch.dtype), u
 
-    x, branch: [n, T, D]; lanes: i32 [n], row -> lane; gate: [B, D] by lane; out: [n, T, D], may be x or branch.
-    Returns y in x's dtype, the normalised rows (None without `norm`) and u, float32 [n] (None without `score`).
-    Raises ValueError where shapes or dtypes do not fit.
-    """
-    _check(x, branch, lanes, gate, out)
-    if score is not None:
-        _check_score(x, score, lanes)
-    y = torch.add(x, branch, out=out) if gate is None else torch.addcmul(x, _by_row(gate, lanes), branch, out=out)
-    u = _score(y, score, lanes) if score is not None else None
-    return y, layer_norm(y, norm, lanes) if norm is not None else None, u
 
-
-def _check(x: Tensor, branch: Tensor, lanes: Tensor, gate: Tensor | None, out: Tensor | None) -> None:
+def check_sum(
+    x: Tensor, branch: Tensor, lanes: Tensor, gate: Tensor | None, bias: Tensor | None, out: Tensor | None
+) -> None:
+    """ValueError where the shapes or dtypes of a sum do not fit."""
     if x.ndim != 3 or branch.shape != x.shape:
         raise ValueError(f"x and branch must both be [n, T, D], got {tuple(x.shape)} and {tuple(branch.shape)}")
     n, _, D = x.shape
@@ -127,11 +147,14 @@ def _check(x: Tensor, branch: Tensor, lanes: Tensor, gate: Tensor | None, out: T
         raise ValueError(f"lanes must be [{n}], one lane per row, got {tuple(lanes.shape)}")
     if gate is not None and (gate.ndim != 2 or gate.shape[1] != D):
         raise ValueError(f"gate must be [B, {D}], got {tuple(gate.shape)}")
+    if bias is not None and bias.shape != (D,):
+        raise ValueError(f"bias must be [{D}], got {tuple(bias.shape)}")
     if out is not None and (out.shape != x.shape or out.dtype != x.dtype):
         raise ValueError(f"out must be {tuple(x.shape)} {x.dtype}, got {tuple(out.shape)} {out.dtype}")
 
 
-def _check_score(y: Tensor, score: Score, lanes: Tensor) -> None:
+def check_score(y: Tensor, score: Score, lanes: Tensor) -> None:
+    """ValueError where the shapes or dtypes of a score do not fit."""
     n, T, D = y.shape
     weight, offset = score.weight, score.offset
     if lanes.dtype != torch.int32 or lanes.shape != (n,):

@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from adadiff_kernels.philox import philox_normal
+
 COLUMNS = ("px", "pe", "base", "m0", "m1", "cur", "noise", "spread")
 
 
@@ -78,6 +80,55 @@ class SolverState:
 
 
 @dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance of some samples: eps + scale (eps - uncond[row]); row -1 leaves eps as it is.
+
+    uncond: [g, ...]; row: int64 [n] in [-1, g); scale: float32 [n].
+    """
+
+    uncond: Tensor
+    row: Tensor
+    scale: Tensor
+
+    def __post_init__(self) -> None:
+        if self.row.dtype != torch.int64 or self.row.dim() != 1 or self.scale.shape != self.row.shape:
+            raise ValueError(
+                f"guidance must be row int64 [n] and scale [n], got {self.row.dtype} {list(self.row.shape)} and "
+                f"{list(self.scale.shape)}"
+            )
+        if self.scale.dtype != torch.float32 or not self.uncond.is_floating_point():
+            raise ValueError(
+                f"scale must be float32 and uncond floating point, got {self.scale.dtype} and {self.uncond.dtype}"
+            )
+
+    def apply(self, eps: Tensor) -> Tensor:
+        """eps: [n, ...]. Returns float32 [n, ...]."""
+        eps, chosen = eps.float().clone(), (self.row >= 0).nonzero().squeeze(1)
+        eps[chosen] = guide(eps[chosen], self.uncond[self.row[chosen]], self.scale[chosen])
+        return eps
+
+
+@dataclass(frozen=True)
+class Noise:
+    """z of each sample as `philox_normal` makes it: seeds, step: int64 [n]; stream: in [0, 2^32)."""
+
+    seeds: Tensor
+    step: Tensor
+    stream: int
+
+    def __post_init__(self) -> None:
+        for name, value in (("seeds", self.seeds), ("step", self.step)):
+            if value.dtype != torch.int64 or value.shape != (len(self.seeds),):
+                raise ValueError(f"{name} must be int64 [{len(self.seeds)}], got {value.dtype} {list(value.shape)}")
+        if not 0 <= self.stream < 2**32:
+            raise ValueError(f"stream must lie in [0, 2^32), got {self.stream}")
+
+    def draw(self, count: int, device: torch.device) -> Tensor:
+        """float32 [n, count]."""
+        return philox_normal(self.seeds, self.step, self.stream, count, device)
+
+
+@dataclass(frozen=True)
 class StepRows:
     """coefficients: [n, 8] in the order of COLUMNS; slot: int64[n] in {0, 1, 2}; end: bool[n].
 
@@ -129,26 +180,25 @@ def solver_step_reference(
     )
 
 
-def solver_step(
+def solver_step_pytorch(
     state: SolverState,
     eps: Tensor,
     rows: StepRows,
     slots: Tensor | None = None,
     z: Tensor | None = None,
     variance: Tensor | None = None,
+    guidance: Guidance | None = None,
+    noise: Noise | None = None,
 ) -> None:
-    """Advance samples in place: all of the state, or those at slots: int64[n], all different.
-
-    eps, z, variance: [n, ...] in the order of slots; eps and variance of any floating dtype, converted up.
-    z: float32 noise, needed where rows.noise; a sample whose noise coefficient is 0 brings zeros.
-    ValueError for a state that is not float32, other shapes, missing noise, or a state without the base or
-    history that the rows need.
-    """
-    n = len(state.x) if slots is None else len(slots)
-    _check(state, n, eps, rows, z, variance)
+    """`solver_step` in PyTorch, on any device."""
+    n = len(eps)
     if n == 0:
         return
-    px, pe, base, m0, m1, cur, noise, spread = rows.coefficients[:, :, None].unbind(1)  # [n, 1] each
+    if guidance is not None:
+        eps = guidance.apply(eps)
+    if noise is not None and rows.noise:
+        z = noise.draw(state.x[:1].numel(), state.x.device)
+    px, pe, base, m0, m1, cur, amount, spread = rows.coefficients[:, :, None].unbind(1)  # [n, 1] each
 
     def mine(tensor: Tensor | None, *shape: int) -> Tensor | None:
         if tensor is None:
@@ -164,8 +214,8 @@ def solver_step(
     x.addcmul_(cur, m)
     if rows.noise:
         if variance is not None:
-            noise = noise * torch.exp(spread * (variance.float().reshape(n, -1) + 1) / 2)
-        x.addcmul_(noise, z.reshape(n, -1))
+            amount = amount * torch.exp(spread * (variance.float().reshape(n, -1) + 1) / 2)
+        x.addcmul_(amount, z.reshape(n, -1))
     if rows.history:
         for k in (0, 1):
             torch.where((rows.slot == k)[:, None], m, h[:, k], out=h[:, k])
@@ -177,13 +227,33 @@ def solver_step(
                 whole.index_copy_(0, slots, part.view(n, *whole.shape[1:]))
 
 
-def _check(state: SolverState, n: int, eps: Tensor, rows: StepRows, z: Tensor | None, variance: Tensor | None) -> None:
+def check_step(
+    state: SolverState,
+    eps: Tensor,
+    rows: StepRows,
+    slots: Tensor | None,
+    z: Tensor | None,
+    variance: Tensor | None,
+    guidance: Guidance | None,
+    noise: Noise | None,
+) -> None:
+    """ValueError where shapes or dtypes do not fit, or where the rows need what is not given."""
+    n = len(state.x) if slots is None else len(slots)
     if state.x.dtype != torch.float32 or rows.coefficients.dtype != torch.float32:
         raise ValueError(f"state and coefficients must be float32, got {state.x.dtype} and {rows.coefficients.dtype}")
     if len(rows.slot) != n:
         raise ValueError(f"{len(rows.slot)} rows of coefficients for {n} samples")
-    if rows.noise and z is None:
+    if z is not None and noise is not None:
+        raise ValueError("z and noise are two ways to give the same values; give one of them")
+    if rows.noise and z is None and noise is None:
         raise ValueError("a row adds noise, but z is None; draw it where the noise coefficient is not 0")
+    if noise is not None and len(noise.seeds) != n:
+        raise ValueError(f"noise must have a seed and a step for each of {n} samples, got {len(noise.seeds)}")
+    if guidance is not None and (len(guidance.row) != n or guidance.uncond.shape[1:] != state.x.shape[1:]):
+        raise ValueError(
+            f"guidance must have {n} rows and uncond {['g', *state.x.shape[1:]]}, got {len(guidance.row)} and "
+            f"{list(guidance.uncond.shape)}"
+        )
     if rows.history and state.history is None:
         raise ValueError("a row reads or stores history, but the state has none; start it with history=True")
     if rows.inner and state.base is None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adadiff_kernels.solver_step import (
+from adadiff_kernels import (
     COLUMNS,
     SolverState,
     StepRows,

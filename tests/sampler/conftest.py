@@ -13,7 +13,7 @@ from adadiff.exits import Exits
 from adadiff.models import uvit
 from sampler import adaln
 
-fused = import_module("adadiff_kernels.residual_uem")  # the package has a function of this name
+fused = import_module("adadiff_kernels.ops")  # the package has a function of this name
 
 
 def lane_by_lane(function: Callable) -> Callable:
@@ -44,12 +44,12 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
         patch(kind, "forward")
     for kind, name in ((uvit.UViT, "begin"), (uvit.UViT, "head"), (uvit.Block, "join"), (adaln.AdaLN, "begin")):
         patch(kind, name)
-    offsets, score = Exits.offsets, fused._score
+    offsets, score = Exits.offsets, fused.score_rows
     monkeypatch.setattr(
         Exits, "offsets", lambda self, time: torch.cat([offsets(self, one[None]) for one in time], dim=1)
     )
     monkeypatch.setattr(
         fused,
-        "_score",
+        "score_rows",
         lambda y, weights, lanes: lane_by_lane(lambda y, lane: score(y, weights, lane))(y, lanes),
     )

@@ -1,0 +1,57 @@
+"""What every Triton launcher checks before it launches, and whether Triton can serve at all."""
+
+import functools
+import importlib.metadata
+import os
+
+import torch
+from torch import Tensor
+
+OLDEST = (3, 6)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def triton_missing() -> str | None:
+    """Why Triton cannot serve on this machine, or None."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "Triton is not installed; pip install 'adadiff_kernels[gpu]'"
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        return f"Triton {'.'.join(map(str, OLDEST))} or newer is needed, got {version}"
+    return None
+
+
+def interpreted() -> bool:
+    """Kernels run in Triton's interpreter, on tensors of the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def need(
+    name: str,
+    tensor: Tensor | None,
+    shape: tuple[int | str, ...],
+    like: Tensor,
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+    rows_apart: bool = False,
+) -> None:
+    """ValueError unless `tensor` (None passes) has that shape, one of the dtypes, and the device of `like`.
+
+    shape: a letter stands for any size. It must be contiguous, or with `rows_apart` its rows must be.
+    """
+    if tensor is None:
+        return
+    fits = tensor.dim() == len(shape) and all(
+        isinstance(want, str) or want == got for want, got in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{name} must be [{', '.join(map(str, shape))}], got {list(tensor.shape)}")
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{name} must be {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, got {tensor.device}")
+    if not (tensor.is_contiguous() or (rows_apart and len(tensor) and tensor[0].is_contiguous())):
+        what = "have contiguous rows" if rows_apart else "be contiguous"
+        raise ValueError(f"{name} must {what}, got strides {tensor.stride()}")

@@ -1,0 +1,154 @@
+"""One solver step on a GPU, guidance and noise included. Formula, letters and reference: solver_step.py, philox.py.
+
+One program takes BLOCK consecutive elements of one sample. Noise is drawn where it is used: the Philox integers are the
+CPU's, bit for bit, and so are the normal values, but for float64 functions that differ in the last bit.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from adadiff_kernels.launch import FLOATS, need
+from adadiff_kernels.solver_step import COLUMNS, Guidance, Noise, SolverState, StepRows
+
+
+@triton.jit
+def _normal_pair(first, second):
+    """Two normal values, float64, of two random words (Box and Muller)."""
+    u1 = (first.to(tl.float64) + 1) * 2.3283064365386963e-10  # 2^-32
+    radius = tl.sqrt(tl.log(u1) * -2)
+    angle = second.to(tl.float64) * 1.4629180792671596e-09  # 2 pi / 2^32
+    return radius * tl.cos(angle), radius * tl.sin(angle)
+
+
+@triton.jit
+def _normal(seed, step, stream, start, BLOCK: tl.constexpr):
+    """float32 [BLOCK]: elements [start, start + BLOCK) of a sample's noise; start a multiple of 4."""
+    counter = start // 4 + tl.arange(0, BLOCK // 4)
+    zero = counter * 0
+    w0, w1, w2, w3 = tl.philox(seed, counter, zero + step.to(tl.int32), zero + stream, zero)
+    z0, z1 = _normal_pair(w0, w1)
+    z2, z3 = _normal_pair(w2, w3)
+    return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3)).to(tl.float32)
+
+
+@triton.jit
+def _solver_step_kernel(
+    x_ptr,  # f32 [places, E]
+    base_ptr,  # f32 [places, E] or None
+    history_ptr,  # f32 [places, 2, E] or None
+    eps_ptr,  # [n, E]
+    uncond_ptr,  # [g, E] or None
+    uncond_row_ptr,  # i64 [n]
+    scale_ptr,  # f32 [n]
+    coefficients_ptr,  # f32 [n, 8]
+    slot_ptr,  # i64 [n]
+    end_ptr,  # bool [n]
+    places_ptr,  # i64 [n] or None
+    z_ptr,  # f32 [n, E] or None
+    seeds_ptr,  # i64 [n] or None
+    step_ptr,  # i64 [n]
+    variance_ptr,  # [n, E] or None
+    stream,
+    E,
+    DATA: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    blocks = tl.cdiv(E, BLOCK)
+    i = (tl.program_id(0) // blocks).to(tl.int64)
+    start = tl.program_id(0) % blocks * BLOCK
+    element = start + tl.arange(0, BLOCK)
+    inside = element < E
+    own = i * E + element
+    place = i
+    if places_ptr is not None:
+        place = tl.load(places_ptr + i)
+    kept = place * E + element
+    row = coefficients_ptr + i * 8
+
+    x = tl.load(x_ptr + kept, mask=inside, other=0.0)
+    m = tl.load(eps_ptr + own, mask=inside, other=0.0).to(tl.float32)
+    if uncond_ptr is not None:
+        other = tl.load(uncond_row_ptr + i)
+        if other >= 0:
+            uncond = tl.load(uncond_ptr + other * E + element, mask=inside, other=0.0).to(tl.float32)
+            m += tl.load(scale_ptr + i) * (m - uncond)
+    if DATA:
+        m = tl.load(row) * x + tl.load(row + 1) * m
+    base = x
+    if base_ptr is not None:
+        base = tl.load(base_ptr + kept, mask=inside, other=0.0)
+    new = tl.load(row + 2) * base + tl.load(row + 5) * m
+    if history_ptr is not None:
+        older = history_ptr + place * 2 * E + element
+        new += tl.load(row + 3) * tl.load(older, mask=inside, other=0.0)
+        new += tl.load(row + 4) * tl.load(older + E, mask=inside, other=0.0)
+        slot = tl.load(slot_ptr + i)
+        if slot < 2:
+            tl.store(older + slot * E, m, mask=inside)
+    if (z_ptr is not None) or (seeds_ptr is not None):
+        amount = tl.load(row + 6)
+        if variance_ptr is not None:
+            v = tl.load(variance_ptr + own, mask=inside, other=0.0).to(tl.float32)
+            spread = tl.exp(tl.load(row + 7) * (v + 1) / 2) * amount
+        else:
+            spread = tl.zeros([BLOCK], tl.float32) + amount
+        if z_ptr is not None:
+            new += spread * tl.load(z_ptr + own, mask=inside, other=0.0)
+        else:
+            new += spread * _normal(tl.load(seeds_ptr + i), tl.load(step_ptr + i), stream, start, BLOCK)
+    tl.store(x_ptr + kept, new, mask=inside)
+    if base_ptr is not None:
+        ends = tl.load(end_ptr + i).to(tl.int32)  # all of it or nothing
+        tl.store(base_ptr + kept, new, mask=element < ends * E)
+
+
+def launch_solver_step(
+    state: SolverState,
+    eps: Tensor,
+    rows: StepRows,
+    slots: Tensor | None = None,
+    z: Tensor | None = None,
+    variance: Tensor | None = None,
+    guidance: Guidance | None = None,
+    noise: Noise | None = None,
+) -> None:
+    """As `solver_step`, in place. Everything contiguous and on the state's device; places and steps are not checked
+    against their ranges."""
+    x, n = state.x, len(eps)
+    shape = tuple(eps.shape)
+    need("eps", eps, shape, x)
+    need("slots", slots, (n,), x, (torch.int64,))
+    need("coefficients", rows.coefficients, (n, len(COLUMNS)), x, (torch.float32,))
+    need("slot", rows.slot, (n,), x, (torch.int64,))
+    need("end", rows.end, (n,), x, (torch.bool,))
+    need("z", z, shape, x, (torch.float32,))
+    need("variance", variance, shape, x)
+    if guidance is not None:
+        need("uncond", guidance.uncond, ("g", *shape[1:]), x, FLOATS)
+        need("guidance row", guidance.row, (n,), x, (torch.int64,))
+        need("guidance scale", guidance.scale, (n,), x, (torch.float32,))
+    if noise is not None:
+        need("seeds", noise.seeds, (n,), x, (torch.int64,))
+        need("step", noise.step, (n,), x, (torch.int64,))
+    E = x[0].numel() if len(x) else 0
+    if n * E == 0:
+        return
+    noisy, BLOCK = rows.noise, 512  # one Philox counter a thread: float64 takes registers
+    _solver_step_kernel[(n * triton.cdiv(E, BLOCK),)](
+        *(x, state.base, state.history if rows.history else None, eps),
+        *((None, None, None) if guidance is None else (guidance.uncond, guidance.row, guidance.scale)),
+        *(rows.coefficients, rows.slot, rows.end, slots, z if noisy else None),
+        *((noise.seeds, noise.step) if noise is not None and noisy else (None, None)),
+        *(variance if noisy else None, 0 if noise is None else _signed(noise.stream), E),
+        DATA=rows.data,
+        BLOCK=BLOCK,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+
+
+def _signed(word: int) -> int:
+    """The int32 of the same bits."""
+    return word - 2**32 if word >= 2**31 else word

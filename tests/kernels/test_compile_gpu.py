@@ -1,0 +1,66 @@
+"""Every kernel compiles for the GPUs it is for, without one: no spills, shared memory that fits, 16-byte accesses."""
+
+import importlib.metadata
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+# ruff: noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import resources
+from resources import CASES, FUSED, PINNED, SHARED, TABLE, Resources, Variant
+
+# float32 rows beside bfloat16 ones: four elements a thread, so the narrower ones move 8 bytes
+MIXED = {case for case in CASES if "mixed" in case or case.startswith("step")}
+
+
+# no spill: the array in which float64's sine would reduce an angle of 100,000 and more
+LOCAL = {"step, 32x32 latents, everything": 40}
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[Variant, Resources]:
+    return resources.compile_all(resources.variants())
+
+
+def test_the_table_is_no_longer_than_it_may_be() -> None:
+    assert len(resources.variants()) <= 60
+    assert {chip for _, chip in ((v.case, v.chip) for v in resources.variants())} == {80, 90, 100}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", SHARED)
+def test_nothing_spills_and_everything_fits(found: dict[Variant, Resources], chip: int) -> None:
+    for case in CASES:
+        got = found[Variant(case, chip)]
+        assert got.local == LOCAL.get(case, 0), case
+        assert got.shared <= SHARED[chip], case
+        assert 0 < got.registers <= 255, case
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_rows_move_in_16_bytes(found: dict[Variant, Resources], case: str) -> None:
+    kernel = CASES[case][0]
+    for chip in SHARED:
+        got = found[Variant(case, chip)]
+        if kernel == "_mean_kernel":
+            continue  # one short row of floats
+        assert got.wide_loads > 0, case
+        assert got.wide_stores > 0, case
+        if case not in MIXED:
+            # what is narrow is one number: the lane, the offset, pairs and indices; the partial score
+            assert got.narrow_loads <= 3, case
+            assert got.narrow_stores <= (1 if kernel == FUSED else 0), case
+
+
+@pytest.mark.slow
+def test_nothing_has_changed_since_the_table_was_written(found: dict[Variant, Resources]) -> None:
+    if importlib.metadata.version("triton") != PINNED:
+        pytest.skip(f"the table is that of Triton {PINNED}")
+    assert resources.table(found) == TABLE.read_text(), "make resources, and look at the difference"

@@ -1,0 +1,90 @@
+"""Which implementation serves, and what is said where a choice cannot be honoured."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from adadiff_kernels import Score, extension, launch, ops
+
+X, LANES = torch.zeros(2, 3, 8), torch.zeros(2, dtype=torch.int32)
+SCORE = Score(torch.zeros(1, 8), torch.zeros(2, 1), 0)
+
+
+def run(backend: str | None, score: Score | None = SCORE) -> None:
+    ops.residual_uem(X, X, lanes=LANES, score=score, backend=backend)
+
+
+def test_a_name_nobody_has_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"backend must be one of \('reference', 'cpu', 'triton'\) or None, got 'cuda'"
+    ):
+        run("cuda")
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [(None, r"pip install 'adadiff_kernels\[gpu\]'"), ("3.5.1", "3.6 or newer is needed, got 3.5.1")],
+)
+def test_triton_missing_or_old_is_said(monkeypatch, version: str | None, message: str) -> None:
+    monkeypatch.setattr(launch.importlib.metadata, "version", lambda name: _version(version))
+    launch.triton_missing.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match=message):
+            run("triton")
+        run(None)
+    finally:
+        launch.triton_missing.cache_clear()
+
+
+def _version(version: str | None) -> str:
+    if version is None:
+        raise launch.importlib.metadata.PackageNotFoundError("triton")
+    return version
+
+
+def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(RuntimeError, match="needs tensors on a CUDA device, got cpu"):
+        run("triton")
+
+
+def test_the_core_is_asked_only_for_what_it_has(monkeypatch) -> None:
+    pytest.importorskip("adadiff_kernels._C", reason="the extension is not built")
+    run("cpu")
+    with pytest.raises(RuntimeError, match=r"one output a token .* got 2 of torch.float32"):
+        run("cpu", Score(torch.zeros(2, 8), torch.zeros(2, 2), 0))
+    with pytest.raises(RuntimeError, match="does not have this function"):
+        ops.join_skip(X, X, backend="cpu")
+    monkeypatch.setattr(extension, "core", None)
+    with pytest.raises(RuntimeError, match="the extension is not built"):
+        run("cpu")
+
+
+def test_the_core_needs_tensors_of_the_cpu() -> None:
+    pytest.importorskip("adadiff_kernels._C", reason="the extension is not built")
+    x = X.to("meta")
+    with pytest.raises(RuntimeError, match="needs tensors on the CPU, got meta"):
+        ops.residual_uem(x, x, lanes=LANES.to("meta"), backend="cpu")
+
+
+def test_importing_does_not_import_triton() -> None:
+    code = "import sys, adadiff_kernels; assert not any('adadiff_kernels.triton' in name for name in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_the_bias_joins_the_branch() -> None:
+    """One rounding: in bfloat16, 256 + 1 + 1 passes through 257, which is not a bfloat16."""
+    one = torch.ones(8, dtype=torch.bfloat16)
+    x, branch = (torch.full((2, 3, 8), value, dtype=torch.bfloat16) for value in (1, 256))
+    y, _, _ = ops.residual_uem(x, branch, lanes=LANES, bias=one)
+    assert bool((y == 258).all())
+    mixed, _, _ = ops.residual_uem(x.float(), branch, lanes=LANES, bias=one)
+    assert mixed.dtype == torch.float32
+    assert bool((mixed == 258).all())
+    with pytest.raises(ValueError, match=r"bias must be \[8\], got \(3,\)"):
+        ops.residual_uem(X, X, lanes=LANES, bias=one[:3])

@@ -1,0 +1,243 @@
+"""The Triton kernel of the fused pass: against float64, and what its launcher refuses. Interpreted without a GPU."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from adadiff_kernels import Norm, Score, residual_uem
+from numerics import assert_as_accurate
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SINGLE, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
+SHAPES = [  # n rows, T tokens, D channels, P outputs, extras, B lanes; most tiles do not end where a row ends
+    pytest.param((2, 17, 384, 1, 1, 5), id="one-token-over"),
+    pytest.param((2, 65, 128, 1, 1, 3), id="one-chunk"),
+    pytest.param((2, 17, 1152, 16, 1, 4), id="no-power-of-two"),
+    pytest.param((3, 7, 33, 3, 1, 3), id="odd"),  # masked channels, tokens and outputs
+    pytest.param((1, 1, 1, 1, 0, 1), id="one-element"),
+    pytest.param((0, 9, 20, 1, 0, 6), id="no-rows"),
+]
+LARGE = [
+    pytest.param((1, 257, 128, 12, 1, 2), id="map-of-12"),
+    pytest.param((1, 258, 128, 1, 2, 2), id="classes"),
+    pytest.param((1, 334, 128, 1, 78, 2), id="text"),  # whole tiles of extras
+    pytest.param((1, 1024, 128, 64, 0, 1), id="map-of-64"),
+    pytest.param((1, 17, 1536, 1, 0, 2), id="widest"),
+]
+DTYPES = [
+    pytest.param((SINGLE, SINGLE), id="float32"),
+    pytest.param((BRAIN, BRAIN), id="bfloat16"),
+    pytest.param((HALF, HALF), id="float16"),
+    pytest.param((SINGLE, BRAIN), id="mixed"),
+]
+
+
+def inside_nan(value: Tensor) -> Tensor:
+    """The same values, contiguous, with NaN in the memory before and behind them."""
+    parent = value.new_full((value.numel() + 512,), math.nan)
+    parent[256:-256] = value.flatten()
+    return parent[256:-256].view(value.shape)
+
+
+class Problem:
+    """Every input, of unlike rows; parameters by lane are columns of wider rows filled with NaN."""
+
+    def __init__(self, shape: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype], weights: torch.dtype = SINGLE):
+        self.n, self.T, self.D, self.P, self.extras, self.B = shape
+        self.draw = torch.Generator().manual_seed(0)
+        self.x = inside_nan(self.normal(self.n, self.T, self.D, dtype=dtypes[0]) + 0.5)
+        self.branch = inside_nan(self.normal(self.n, self.T, self.D, dtype=dtypes[1]))
+        self.lanes = torch.randperm(self.B, generator=self.draw)[: self.n].int().to(DEVICE)
+        self.gate, scale, shift = (self.by_lane(dtypes[1]) for _ in range(3))
+        self.bias = inside_nan(self.normal(self.D, dtype=dtypes[1]))
+        weight = inside_nan(self.normal(self.P, self.D, dtype=weights) / math.sqrt(self.D))
+        offset = self.normal(self.B, self.P, dtype=SINGLE)
+        self.score = Score(weight, offset, self.extras)
+        affine = inside_nan(self.normal(self.D, dtype=SINGLE) + 1), inside_nan(self.normal(self.D, dtype=SINGLE))
+        self.norms = {
+            "plain": Norm(1e-6),
+            "affine": Norm(1e-5, *affine),
+            "modulated": Norm(1e-6, None, None, scale, shift),
+        }
+
+    def normal(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=self.draw).to(DEVICE, dtype)
+
+    def by_lane(self, dtype: torch.dtype) -> Tensor:
+        wide = torch.full((self.B, 3 * self.D), math.nan, dtype=dtype, device=DEVICE)
+        wide[:, self.D : 2 * self.D] = self.normal(self.B, self.D, dtype=dtype)
+        return wide[:, self.D : 2 * self.D]
+
+    def run(self, norm: str | None = "affine", backend: str = "triton", **change: object) -> tuple[Tensor, ...]:
+        given = {"lanes": self.lanes, "gate": self.gate, "bias": self.bias, "score": self.score, **change}
+        chosen = None if norm is None else self.norms[norm]
+        return residual_uem(self.x, self.branch, norm=chosen, backend=backend, **given)
+
+    def exact_sum(self) -> Tensor:
+        own = self.gate[self.lanes.long()].double()[:, None]
+        return self.x.double() + own * (self.branch.double() + self.bias.double())
+
+    def exact_score(self, y: Tensor) -> Tensor:
+        s = y.double()[:, self.extras :] @ self.score.weight.double().T
+        return torch.sigmoid(s + self.score.offset.double()[self.lanes.long()][:, None]).mean((1, 2))
+
+    def exact_norm(self, y: Tensor, norm: str, dtype: torch.dtype = torch.float64) -> Tensor:
+        chosen = self.norms[norm]
+        weight, bias = (None if value is None else value.to(dtype) for value in (chosen.weight, chosen.bias))
+        h = F.layer_norm(y.to(dtype), (self.D,), weight, bias, chosen.eps)
+        if chosen.scale is None:
+            return h
+        scale, shift = (value.to(dtype)[self.lanes.long()][:, None] for value in (chosen.scale, chosen.shift))
+        return h * (1 + scale) + shift
+
+
+def check(p: Problem, norm: str) -> None:
+    y, h, u = p.run(norm)
+    assert (y.dtype, h.dtype, u.dtype, u.shape) == (p.x.dtype, p.branch.dtype, SINGLE, (p.n,))
+    gate = p.gate[p.lanes.long()][:, None]
+    same = (p.x + (gate * (p.branch + p.bias)).to(p.x.dtype)).to(p.x.dtype)
+    assert_as_accurate(y, same, p.exact_sum())
+    # score and norm read y as it is stored, so their references start from the stored y
+    assert_as_accurate(h, p.exact_norm(y, norm, h.dtype), p.exact_norm(y, norm))
+    assert (u.double() - p.exact_score(y)).abs().max() <= 1e-6 if p.n else u.numel() == 0
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_states_the_formula(shape: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    check(Problem(shape, dtypes), "affine")
+
+
+@pytest.mark.parametrize("shape", LARGE)
+def test_states_the_formula_at_real_lengths(shape: tuple[int, ...]) -> None:
+    check(Problem(shape, (BRAIN, BRAIN)), "affine")
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("norm", ["plain", "modulated"])
+def test_other_norms(norm: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    check(Problem((3, 19, 160, 1, 2, 7), dtypes), norm)
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, BRAIN, HALF])
+def test_weights_in_the_dtype_of_the_rows(dtype: torch.dtype) -> None:
+    for outputs in (1, 4):
+        check(Problem((2, 19, 160, outputs, 2, 3), (dtype, dtype), dtype), "affine")
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_a_norm_of_rows_far_from_zero_keeps_its_digits(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """The mean goes first: sums of squares would leave nothing of a deviation of 1 around 200."""
+    p = Problem((1, 5, 130, 1, 0, 1), dtypes)
+    p.x += 200
+    check(p, "plain")
+
+
+@pytest.mark.parametrize("outputs", [1, 12])
+def test_a_row_has_the_same_bits_in_any_batch(outputs: int) -> None:
+    p = Problem((5, 35, 96, outputs, 1, 9), (BRAIN, BRAIN))
+    together = p.run("modulated")
+    order = [3, 0, 4, 1, 2]
+    for rows in (order, [2], [4, 1]):
+        part = Problem((5, 35, 96, outputs, 1, 9), (BRAIN, BRAIN))
+        part.x, part.branch, part.lanes = (value[rows].clone() for value in (p.x, p.branch, p.lanes))
+        for mine, whole in zip(part.run("modulated"), together, strict=True):
+            assert torch.equal(mine, whole[rows])
+
+
+@pytest.mark.parametrize("outputs", [1, 4])
+def test_extra_tokens_are_summed_and_normalised_but_have_no_say(outputs: int) -> None:
+    p = Problem((2, 40, 64, outputs, 18, 3), (SINGLE, SINGLE))
+    y, h, u = p.run()
+    p.x[:, :18] = math.nan
+    hurt_y, hurt_h, hurt_u = p.run()
+    assert torch.equal(hurt_u, u)
+    assert hurt_y[:, :18].isnan().all()
+    assert hurt_h[:, :18].isnan().all()
+    assert torch.equal(hurt_y[:, 18:], y[:, 18:])
+    assert torch.equal(hurt_h[:, 18:], h[:, 18:])
+
+
+@pytest.mark.parametrize("outputs", [1, 4])
+def test_nan_stays_in_its_row(outputs: int) -> None:
+    p = Problem((3, 35, 64, outputs, 1, 3), (SINGLE, SINGLE))
+    clean = p.run()
+    p.branch[1, 34, 63] = math.nan
+    hurt = p.run()
+    assert hurt[2].isnan().tolist() == [False, True, False]
+    for before, after in zip(clean, hurt, strict=True):
+        assert torch.equal(before[[0, 2]], after[[0, 2]])
+
+
+@pytest.mark.parametrize("target", ["x", "branch", "part"])
+def test_out_receives_the_sum_and_its_neighbours_stay(target: str) -> None:
+    p = Problem((2, 18, 200, 1, 2, 3), (SINGLE, SINGLE))
+    want = p.run()
+    whole = torch.full((5, 18, 200), 7.0, device=DEVICE)
+    out = {"x": p.x, "branch": p.branch, "part": whole[2:4]}[target]
+    got = p.run(out=out)
+    assert got[0].data_ptr() == out.data_ptr()
+    for mine, theirs in zip(got, want, strict=True):
+        assert torch.equal(mine, theirs)
+    assert bool((whole[[0, 1, 4]] == 7).all())
+
+
+def test_what_is_not_asked_for_is_not_made() -> None:
+    p = Problem((2, 18, 96, 1, 2, 3), (SINGLE, SINGLE))
+    y, h, u = p.run(None, gate=None, bias=None, score=None)
+    assert torch.equal(y, p.x + p.branch)
+    assert h is None
+    assert u is None
+    whole = p.run("affine")
+    assert torch.equal(p.run(None)[2], whole[2])
+    assert torch.equal(p.run("affine", score=None)[1], whole[1])
+
+
+def test_an_offset_for_all_lanes_may_be_expanded() -> None:
+    p = Problem((2, 18, 96, 3, 2, 3), (SINGLE, SINGLE))
+    row = p.score.offset[:1]
+    expanded = Score(p.score.weight, row.expand(3, 3), 2)
+    copied = Score(p.score.weight, row.repeat(3, 1), 2)
+    assert torch.equal(p.run(score=expanded)[2], p.run(score=copied)[2])
+
+
+def other_device(value: Tensor) -> Tensor:
+    return value.to("meta")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: {"x": p.x.double(), "out": None}, "x must be float32 or bfloat16 or float16, got float64"),
+        (lambda p: {"x": p.x.mT.contiguous().mT}, "x must be contiguous, got strides"),
+        (lambda p: {"branch": p.branch.mT.contiguous().mT}, "branch must be contiguous"),
+        (lambda p: {"branch": other_device(p.branch)}, "branch must be on (cpu|cuda:0), got meta"),
+        (lambda p: {"lanes": p.lanes.long(), "score": None}, "lanes must be int32, got int64"),
+        (lambda p: {"gate": p.gate.T.contiguous().T}, "gate must have contiguous rows"),
+        (lambda p: {"gate": other_device(p.gate)}, "gate must be on (cpu|cuda:0), got meta"),
+        (lambda p: {"bias": p.bias.double()}, "bias must be float32 or .* got float64"),
+        (lambda p: {"out": torch.ones(2, 16, 5, device=DEVICE).mT}, "out must be contiguous"),
+        (lambda p: {"norm": Norm(1e-6, p.bias[:3], p.bias)}, r"norm.weight must be \[16\], got \[3\]"),
+        (lambda p: {"norm": Norm(1e-6, None, None, p.gate, p.gate[:, :3])}, r"norm.shift must be \[B, 16\]"),
+        (lambda p: {"score": Score(p.x.new_zeros(65, 16), p.x.new_zeros(3, 65), 0)}, "1 to 64 outputs a token, got 65"),
+        (lambda p: {"score": Score(p.x.new_zeros(16, 2).T, p.x.new_zeros(3, 2), 0)}, "score.weight must be contiguous"),
+    ],
+)
+def test_bad_input_is_named_before_anything_is_written(change, message: str) -> None:
+    p = Problem((2, 5, 16, 1, 0, 3), (SINGLE, SINGLE))
+    given = {"x": p.x, "branch": p.branch, "lanes": p.lanes, "out": torch.ones_like(p.x)}
+    given |= change(p)
+    with pytest.raises(ValueError, match=message):
+        residual_uem(given.pop("x"), given.pop("branch"), **given, backend="triton")
+    assert given["out"] is None or bool((given["out"] == 1).all())
+
+
+def test_rows_too_wide_for_registers_are_refused() -> None:
+    x = torch.zeros(1, 2, 1537, device=DEVICE)
+    with pytest.raises(ValueError, match="1 to 1536 channels fit in registers, got 1537"):
+        residual_uem(x, x, lanes=torch.zeros(1, dtype=torch.int32, device=DEVICE), backend="triton")
