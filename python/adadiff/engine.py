@@ -10,6 +10,7 @@ from torch import Tensor
 from adadiff_kernels import ActiveSet, Score, layer_norm, residual_uem, swap_rows, take_rows
 
 from .exits import Exits
+from .lane_by_lane import lane_by_lane
 from .models.interface import Backbone, Block, Conditioning
 from .rules import Decision, Rule
 
@@ -58,8 +59,8 @@ def evaluate(
     rule: one for all, or several with which: int64 [B], the index of each lane's own.
     threshold: float [B], overrides the rule's; pairs: int64 [B], each lane's tied partner (itself if it has none),
     tied lanes leave together by the larger u.
-    batch_invariant: every product is computed lane by lane, so that a lane's prediction, score and exit are the same
-    bits in any batch (on one machine with one number of threads).
+    batch_invariant: every product is computed lane by lane, on a CPU each on one thread, so that a lane's prediction,
+    score and exit are the same bits in any batch (on one machine).
     group: lanes per block call (default: `group_size` on a CPU, else all); without effect if batch_invariant.
     Raises ValueError for inputs that require grad, thresholds the rule refuses, pairs that are none or whose two lanes
     have two thresholds, or a rule that needs missing exits.
@@ -210,13 +211,13 @@ def _begin_each(
     backbone: Backbone, exits: Exits | None, decision: Decision, x: Tensor, t: Tensor, context: Tensor | None
 ) -> tuple[Tensor, list[_Cohort]]:
     """`_begin` lane by lane. Inputs are copied to memory of their own: how a product rounds may depend on alignment."""
-    rows, cohorts = [], []
-    for lane in range(len(x)):
+
+    def one(lane: int) -> tuple[Tensor, list[_Cohort]]:
         own = (v[lane : lane + 1].clone() if v is not None else None for v in (x, t, context))
-        row, cohort = _begin(backbone, exits, decision, *own)
-        rows.append(row)
-        cohorts += cohort
-    return torch.cat(rows), cohorts
+        return _begin(backbone, exits, decision, *own)
+
+    begun = lane_by_lane(one, len(x), x.device)
+    return torch.cat([rows for rows, _ in begun]), [cohort for _, (cohort,) in begun]
 
 
 def _run_each(
@@ -230,16 +231,19 @@ def _run_each(
     layer: int,
 ) -> tuple[Tensor, Tensor | None]:
     """`_run_block` lane by lane, on copies."""
-    out, us = torch.empty_like(rows), []
+    n, out = len(rows), torch.empty_like(rows)
     only = torch.zeros(1, dtype=torch.int32, device=rows.device)  # the one lane of a cohort
-    places = range(len(rows)) if index is None else index.tolist()
-    for row, (lane, place) in enumerate(zip(lanes.tolist(), places, strict=True)):
-        own = cohorts[lane]
+    lanes, places = lanes.tolist(), range(n) if index is None else index.tolist()
+
+    def one(row: int) -> Tensor | None:
+        own, place = cohorts[lanes[row]], places[row]
         here = None if skip is None else skip[place : place + 1].clone()
         score = exits.score(layer, own.offsets) if exits is not None else None
         y, u = advance(block, rows[row : row + 1].clone(), here, own.cond, only, score)
         out[row] = y[0]
-        us.append(u)
+        return u
+
+    us = lane_by_lane(one, n, rows.device)
     return out, torch.cat(us) if exits is not None else None
 
 
@@ -252,12 +256,16 @@ def _heads_each(
 ) -> Tensor:
     """`_heads` lane by lane, on copies."""
     only = torch.zeros(1, dtype=torch.int32, device=lane.device)
-    rows = ((layer, row) for layer, rows in left[::-1] for row in rows.split(1))
-    eps = []
-    for own, (layer, row) in zip(lane.tolist(), rows, strict=True):
+    rows = [(layer, row) for layer, rows in left[::-1] for row in rows.split(1)]
+    lanes = lane.tolist()
+
+    def one(i: int) -> Tensor:
+        layer, row = rows[i]
         head = backbone.head if exits is None else exits.head(backbone, layer)
-        eps.append(head(row.clone(), cohorts[own].cond, only))
-    return torch.empty_like(eps := torch.cat(eps)).index_copy_(0, lane.long(), eps)
+        return head(row.clone(), cohorts[lanes[i]].cond, only)
+
+    eps = torch.cat(lane_by_lane(one, len(rows), lane.device))
+    return torch.empty_like(eps).index_copy_(0, lane.long(), eps)
 
 
 def _check_pairs(pairs: Tensor, threshold: Tensor, which: Tensor | None) -> None:

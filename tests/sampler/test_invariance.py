@@ -6,6 +6,9 @@ which there is one per sample (time embedding, UEM time part), and the mode must
 
 import math
 import random
+import threading
+import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from torch.nn import functional as F
 from adadiff import batch
 from adadiff.engine import Evaluation, evaluate
 from adadiff.exits import OFFICIAL, PAPER, ExitConfig
+from adadiff.lane_by_lane import lane_by_lane
 from adadiff.rules import Depth, Full, Patience, Replay, Rule, Threshold
 from adadiff.sampler import sample
 from adadiff.serving import Engine, Handle
@@ -152,6 +156,59 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "step_noise", lambda seeds, *rest: noise(seeds, *rest) * off(len(seeds)))
     monkeypatch.setattr(batch, "initial_noise", lambda seeds, shape: first(seeds, shape) * off(len(seeds)))
     monkeypatch.setattr(batch, "guide", lambda cond, *rest: guide(cond, *rest) * off(len(cond)))
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Two threads, where tests have one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("kind", "config"), NETWORKS)
+def test_threads_change_no_bit(kind, config, request) -> None:
+    for setting in (torch.no_grad(), torch.inference_mode()):
+        with setting:
+            torch.set_num_threads(1)
+            alone = run(kind, config, torch.arange(BATCH))
+            request.getfixturevalue("threads")
+            torch.set_num_threads(2)
+            assert same(run(kind, config, torch.arange(BATCH)), alone, torch.arange(BATCH))
+
+
+@pytest.mark.usefixtures("threads")
+def test_lanes_run_beside_each_other_on_threads_of_their_own() -> None:
+    both, before = threading.Barrier(2, timeout=20), torch.get_num_threads()
+
+    def work(lane: int) -> tuple[int, int, bool]:
+        if lane < 2:
+            both.wait()  # passed only if another lane runs
+        return lane, torch.get_num_threads(), torch.is_grad_enabled()
+
+    assert lane_by_lane(work, 7, torch.device("cpu")) == [(lane, 1, False) for lane in range(7)]
+    newcomer = []
+    thread = threading.Thread(target=lambda: newcomer.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert [torch.get_num_threads(), *newcomer] == [before, before]
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_lane_that_fails_stops_the_others() -> None:
+    done = []
+
+    def work(lane: int) -> None:
+        done.append(lane)
+        if lane == 3:
+            raise LookupError("lane 3")
+        time.sleep(0.001)
+
+    with pytest.raises(LookupError, match="lane 3"):
+        lane_by_lane(work, 1000, torch.device("cpu"))
+    assert len(done) < 100
+    assert lane_by_lane(lambda lane: lane, 3, torch.device("cpu")) == [0, 1, 2]
 
 
 def serve(capacity: int, draw: random.Random, batch_invariant: bool = True) -> list[Handle]:
