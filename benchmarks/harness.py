@@ -103,6 +103,8 @@ def interleave(
     names = list(variants)
     calls = {**variants, "": variants[names[0]]}
     pairs = pairs or {}
+    if set(pairs) & set(pairs.values()):
+        raise ValueError(f"a variant belongs to one pair at most, got {pairs}")
     units = [[name, *([pairs[name]] if name in pairs else [])] for name in calls if name not in pairs.values()]
     samples: dict[str, list[float]] = {name: [] for name in calls}
     with (

@@ -2,7 +2,7 @@
 
 python benchmarks/run.py [--quick]            both suites, short: under 8 minutes (90 s) on 2 cores
 python benchmarks/run.py --suite network      U-ViT-S/2 at batch 8 and 64, both dtypes, compiled baseline
-python benchmarks/run.py --suite serving      throughput and latency of continuous batching: 25 minutes (--quick: 1)
+python benchmarks/run.py --suite serving      throughput and latency of continuous batching: 50 minutes (--quick: 1)
 python benchmarks/run.py --suite digits --samples 10000 --seeds 3 --quality-only --out DIR
 """
 

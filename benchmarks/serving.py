@@ -5,7 +5,7 @@ leaves after block 2, the other half runs every block, and the samples stand at 
 policy in turn.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import latency
@@ -35,17 +35,16 @@ ATTAINABLE = "plain pieces"
 
 @dataclass(frozen=True)
 class Sizes:
-    """ticks: of the headline's policies; other_ticks: of the rest, which are dear; digits_ticks: of the overhead."""
+    """ticks: of each saturated server; digits_ticks: of the overhead."""
 
     capacity: int = 32
     ticks: int = 48
-    other_ticks: int = 6
     digits_ticks: int = 200
     arrivals: latency.Sizes = latency.FULL
 
 
 FULL = Sizes()
-QUICK = Sizes(capacity=4, ticks=3, other_ticks=1, digits_ticks=20, arrivals=latency.QUICK)
+QUICK = Sizes(capacity=4, ticks=3, digits_ticks=20, arrivals=latency.QUICK)
 
 
 def run(rows: Rows, sizes: Sizes) -> None:
@@ -104,27 +103,20 @@ def throughput(rows: Rows, sizes: Sizes) -> None:
     x, t = torch.randn(B, *model.backbone.sample_shape), torch.rand(B) * 999
     best = best_micro_batch(lambda m: model.backbone(x[:m], t[:m]), B)
 
-    headline = {
+    every = {
         policies.OURS: Policy.of(model, B, DepthTable(depths)),
         policies.PLAIN: Policy.plain(model, B, best),
         policies.STATIC: Policy.of(model, B, DepthTable(depths, scored=False)),
-    }
-    ideal = attainable(model, (x, t, None), depths, best)
-    measured = measure(headline, sizes.ticks, {policies.OURS: ATTAINABLE}, {ATTAINABLE: ideal})
-    write(rows, sizes, headline, measured, headline, best)
-
-    others = {
-        policies.OURS: Policy.of(model, B, DepthTable(depths)),
-        policies.PLAIN: Policy.plain(model, B, best),
         policies.LOCK_STEP: Policy.plain(model, B, best, spread=False),
         policies.MEAN: Policy.of(model, B, DepthTable(depths, together="mean")),
         policies.AGREE: Policy.of(model, B, DepthTable(depths, together="all")),
         policies.INVARIANT: Policy.of(model, B, DepthTable(depths), batch_invariant=True),
         policies.NO_EXITS: Policy.of(model, B, "full"),
     }
-    pairs = {policies.INVARIANT: policies.OURS, policies.NO_EXITS: policies.PLAIN}
-    measured = measure(others, sizes.other_ticks, pairs)
-    write(rows, sizes, others, measured, [name for name in others if name not in headline], best)
+    ideal = attainable(model, (x, t, None), depths, best)
+    pairs = {policies.OURS: ATTAINABLE, policies.NO_EXITS: policies.PLAIN}
+    measured = measure(every, sizes.ticks, pairs, {ATTAINABLE: ideal})
+    write(rows, sizes, every, measured, best)
 
 
 def measure(
@@ -164,17 +156,10 @@ def solver(model: Model, x: torch.Tensor) -> Call:
     return call
 
 
-def write(
-    rows: Rows,
-    sizes: Sizes,
-    every: Mapping[str, Policy],
-    measured: Comparison,
-    written: Iterable[str],
-    best: int,
-) -> None:
-    """A row for each of `written`, beside the others of the same turns."""
+def write(rows: Rows, sizes: Sizes, every: Mapping[str, Policy], measured: Comparison, best: int) -> None:
+    """A row for each policy, beside the others of the same turns."""
     parameters = {"preset": PRESET, "capacity": sizes.capacity, "steps": STEPS}
-    for name in written:
+    for name in every:
         seconds = measured.median(name)
         results = every[name].results()
         for column, other in (("ours", policies.OURS), ("static", policies.STATIC), ("plain", policies.PLAIN)):

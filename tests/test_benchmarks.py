@@ -140,6 +140,8 @@ def test_pairs_run_right_after_one_another_and_are_compared_round_by_round() -> 
         assert sorted(turn) == ["a", "a", "b", "c"]
         assert turn.index("c") - turn.index("b") == (-1 if start // 4 % 2 else 1)
     assert measured.ratio("c", "b").samples == (2.0,) * 4
+    with pytest.raises(ValueError, match="one pair"):
+        harness.interleave(variants, 4, 0, pairs={"a": "b", "b": "c"}, clock=clock)
 
 
 @pytest.mark.parametrize("arguments", [({}, 1, 0), ({"a": int}, 0, 0), ({"a": int}, 1, -1)])

@@ -263,7 +263,7 @@ def test_a_saturated_server_raises_what_a_request_failed_with() -> None:
 def test_throughput_and_overhead_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.adadiff.build", lambda name, exits: tiny(classes=0))
     monkeypatch.setattr("serving.quality.load", lambda name: tiny())
-    sizes = serving.Sizes(capacity=4, ticks=3, other_ticks=1, digits_ticks=1, arrivals=latency.QUICK)
+    sizes = serving.Sizes(capacity=4, ticks=3, digits_ticks=1, arrivals=latency.QUICK)
     file = rows.Rows(tmp_path)
     serving.throughput(file, sizes)
     serving.overhead(file, sizes)

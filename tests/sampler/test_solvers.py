@@ -13,8 +13,8 @@ from torch import Tensor
 from adadiff.noise import INITIAL, SOLVER_STEP, initial_noise, step_noise
 from adadiff.schedules import NoiseSchedule
 from adadiff.solvers import DDIM, DDPM, DPMSolverPP2M, PackedTables, Solver, SolverTable, pack, solver_from
+from adadiff_kernels import COLUMNS, SolverState, solver_step, solver_step_reference
 from adadiff_kernels.philox import philox_normal
-from adadiff_kernels.solver_step import COLUMNS, SolverState, solver_step, solver_step_reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
 
