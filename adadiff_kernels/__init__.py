@@ -1,6 +1,7 @@
 """Row-wise kernels for early exit at batch > 1. Rows and integers; knows nothing of diffusion."""
 
 from adadiff_kernels.compaction import ActiveSet, Swaps, leave_reference, take_rows
+from adadiff_kernels.device_set import DeviceSet, Seen
 from adadiff_kernels.join_skip import join_skip_reference
 from adadiff_kernels.ops import join_skip, residual_uem, solver_step, swap_rows
 from adadiff_kernels.philox import philox4x32, philox_normal
@@ -25,10 +26,12 @@ from adadiff_kernels.solver_step import (
 __all__ = [
     "COLUMNS",
     "ActiveSet",
+    "DeviceSet",
     "Guidance",
     "Noise",
     "Norm",
     "Score",
+    "Seen",
     "SolverState",
     "StepRows",
     "Swaps",

@@ -5,6 +5,7 @@ or in Triton's interpreter. A choice that cannot be honoured raises RuntimeError
 Triton on a CUDA device and the core on the CPU, each where it is there, and else PyTorch.
 """
 
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -67,15 +68,21 @@ def residual_uem(
     return residual_uem_reference(x, branch, **given, scorer=scorer)
 
 
-def swap_rows(swaps: Swaps, *rows: Tensor, backend: Backend | None = None) -> None:
+def swap_rows(swaps: Swaps | Tensor, *rows: Tensor, backend: Backend | None = None) -> None:
     """Exchanges the rows of `swaps` in place along dim 0, in each tensor.
 
-    rows: any dtype, [before or more, ...] on the device of `swaps.pairs`; every row contiguous, rows
+    swaps: of `ActiveSet.leave`; or the pairs of `DeviceSet.leave`, int32 [k, 2], of which (-1, -1) stands for none.
+    rows: any dtype, [before or more, ...] on the device of the pairs; every row contiguous, rows
     any distance apart. Raises ValueError, with nothing moved, for other tensors or overlapping pairs (on a GPU
-    the pairs are taken as `ActiveSet.leave` makes them).
+    the pairs are taken as they are made there; only "triton" does not wait for it).
     """
+    padded = isinstance(swaps, Tensor)
+    if padded:  # how many rows ran, only the device knows
+        swaps = Swaps(swaps, min((tensor.shape[0] for tensor in rows if tensor.dim()), default=0), 0)
     check_rows(swaps, *rows)
     chosen = choose(backend, swaps.pairs)
+    if padded and chosen != "triton":
+        swaps = replace(swaps, pairs=swaps.pairs[swaps.pairs[:, 0] >= 0])
     if not len(swaps.pairs):
         return
     if chosen == "triton":
