@@ -1,6 +1,7 @@
 """What a model is, as frozen dataclasses, and the table of presets. Unknown keys are errors."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,12 +15,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """`exits` is None for a plain network; `null_label` is the class that stands for "no class" in guidance."""
+    """`exits` is None for a plain network; `null_label` is the class that stands for "no class" in guidance, which
+    touches the first `guided_channels` only (None: all); `latent_scale`: latents are the autoencoder's times this
+    (None: samples are images)."""
 
     network: UViTConfig
     schedule: str
     null_label: int | None = None
     exits: ExitConfig | None = None
+    guided_channels: int | None = None
+    latent_scale: float | None = None
 
     def __post_init__(self) -> None:
         NoiseSchedule(self.schedule)
@@ -27,6 +32,10 @@ class ModelConfig:
             raise ValueError(
                 f"null_label must be the last of {self.network.num_classes} classes, got {self.null_label}"
             )
+        if self.guided_channels is not None and not 1 <= self.guided_channels <= self.network.channels:
+            raise ValueError(f"guided_channels must lie in 1..{self.network.channels}, got {self.guided_channels}")
+        if self.latent_scale is not None and not 0 < self.latent_scale < math.inf:
+            raise ValueError(f"latent_scale must be a positive number, got {self.latent_scale}")
 
     @property
     def classes(self) -> int:
@@ -68,11 +77,12 @@ def _pixels(size: int, patch: int, dim: int, depth: int, heads: int, classes: in
 
 def _latents(size: int, patch: int, dim: int, depth: int, heads: int, schedule: str, conv: bool) -> ModelConfig:
     network = UViTConfig(size, 4, patch, dim, depth, heads, num_classes=1001, conv=conv)
-    return ModelConfig(network, schedule, null_label=1000)
+    return ModelConfig(network, schedule, null_label=1000, latent_scale=0.18215)
 
 
 def _text(depth: int) -> ModelConfig:
-    return ModelConfig(UViTConfig(32, 4, 2, 512, depth, 8, context_tokens=77), "stable_diffusion")
+    network = UViTConfig(32, 4, 2, 512, depth, 8, context_tokens=77)
+    return ModelConfig(network, "stable_diffusion", latent_scale=0.23010)  # U-ViT, issue 17
 
 
 # baofff/U-ViT configs/*.py; sizes of the latents, not of the images, for the latent models

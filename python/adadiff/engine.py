@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adadiff_kernels import ActiveSet, Score, layer_norm, residual_uem, swap_rows, take_rows
+from adadiff_kernels import ActiveSet, Score, layer_norm, residual_uem, swap_rows, take_rows, uem_score
 
 from .exits import Exits
-from .models.interface import Backbone, Block, Conditioning
+from .models.interface import Backbone, Block, Conditioning, WholeBlock
 from .rules import Decision, Rule
 
 # On a CPU a block runs over groups of lanes with about this many tokens: enough for products at their full rate, few
@@ -26,6 +26,7 @@ class Evaluation:
     macs_full: int  # the same lanes through the plain network
     moved: int  # rows moved to keep the running ones together
     scores: Tensor | None  # float32 [L, B], NaN where nobody was asked; None unless recorded
+    variance: Tensor | None = None  # [B, C, H, W], v of a learned range (solver_step); None where none was learned
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,9 @@ def advance(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One block: rows, skip, out [n, T, D]; lanes i32 [n]. Returns the block's output and u, float32 [n] or None."""
+    if isinstance(block, WholeBlock):
+        y = block.whole(rows, cond, lanes)
+        return (y if out is None else out.copy_(y)), None if score is None else uem_score(y, score, lanes)
     if skip is not None:
         rows = block.join(rows, skip)
     *first, last = block.branches
