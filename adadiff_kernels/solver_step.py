@@ -83,12 +83,14 @@ class SolverState:
 class Guidance:
     """Classifier-free guidance of some samples: eps + scale (eps - uncond[row]); row -1 leaves eps as it is.
 
-    uncond: [g, ...]; row: int64 [n] in [-1, g); scale: float32 [n].
+    uncond: [g, C, ...]; row: int64 [n] in [-1, g); scale: float32 [n]; channels: int64 [n], how many of the C are
+    guided, from the first on (None: all).
     """
 
     uncond: Tensor
     row: Tensor
     scale: Tensor
+    channels: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.row.dtype != torch.int64 or self.row.dim() != 1 or self.scale.shape != self.row.shape:
@@ -100,11 +102,13 @@ class Guidance:
             raise ValueError(
                 f"scale must be float32 and uncond floating point, got {self.scale.dtype} and {self.uncond.dtype}"
             )
+        _check_channels(self.channels, self.row)
 
     def apply(self, eps: Tensor) -> Tensor:
         """eps: [n, ...]. Returns float32 [n, ...]."""
         eps, chosen = eps.float().clone(), (self.row >= 0).nonzero().squeeze(1)
-        eps[chosen] = guide(eps[chosen], self.uncond[self.row[chosen]], self.scale[chosen])
+        channels = None if self.channels is None else self.channels[chosen]
+        eps[chosen] = guide(eps[chosen], self.uncond[self.row[chosen]], self.scale[chosen], channels)
         return eps
 
 
@@ -269,15 +273,26 @@ def check_step(
         raise ValueError(f"z must be float32, got {z.dtype}")
 
 
-def guide(cond: Tensor, uncond: Tensor, scale: Tensor) -> Tensor:
+def guide(cond: Tensor, uncond: Tensor, scale: Tensor, channels: Tensor | None = None) -> Tensor:
     """Classifier-free guidance, cond + scale (cond - uncond): scale 0 is none (U-ViT, eval_ldm_discrete.py).
 
-    cond, uncond: [n, ...], scale: [n]. Returns float32[n, ...].
+    cond, uncond: [n, C, ...], scale: [n]; channels: int64 [n], how many of the C are guided, from the first on; the
+    others are cond's (DiT, models.py, guides three). Returns float32 [n, C, ...].
     """
     if cond.shape != uncond.shape or scale.shape != cond.shape[:1]:
         raise ValueError(
             f"cond and uncond must be [n, ...] and scale [n], got {list(cond.shape)}, {list(uncond.shape)}, "
             f"{list(scale.shape)}"
         )
-    cond = cond.float()
-    return torch.addcmul(cond, scale.float().view(-1, *[1] * (cond.dim() - 1)), cond - uncond.float())
+    _check_channels(channels, scale)
+    cond, one = cond.float(), [1] * (cond.dim() - 1)
+    guided = torch.addcmul(cond, scale.float().view(-1, *one), cond - uncond.float())
+    if channels is None:
+        return guided
+    chosen = torch.arange(cond.shape[1], device=cond.device) < channels[:, None]
+    return torch.where(chosen.view(*chosen.shape, *one[1:]), guided, cond)
+
+
+def _check_channels(channels: Tensor | None, like: Tensor) -> None:
+    if channels is not None and (channels.dtype != torch.int64 or channels.shape != like.shape):
+        raise ValueError(f"channels must be int64 {list(like.shape)}, got {channels.dtype} {list(channels.shape)}")

@@ -4,6 +4,8 @@ One program takes BLOCK consecutive elements of one sample. Noise is drawn where
 CPU's, bit for bit, and so are the normal values, but for float64 functions that differ in the last bit.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -42,6 +44,7 @@ def _solver_step_kernel(
     uncond_ptr,  # [g, E] or None
     uncond_row_ptr,  # i64 [n]
     scale_ptr,  # f32 [n]
+    channels_ptr,  # i64 [n] or None
     coefficients_ptr,  # f32 [n, 8]
     slot_ptr,  # i64 [n]
     end_ptr,  # bool [n]
@@ -52,6 +55,7 @@ def _solver_step_kernel(
     variance_ptr,  # [n, E] or None
     stream,
     E,
+    per_channel,  # elements of a channel
     DATA: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -72,8 +76,14 @@ def _solver_step_kernel(
     if uncond_ptr is not None:
         other = tl.load(uncond_row_ptr + i)
         if other >= 0:
-            uncond = tl.load(uncond_ptr + other * E + element, mask=inside, other=0.0).to(tl.float32)
-            m += tl.load(scale_ptr + i) * (m - uncond)
+            guided = inside
+            if channels_ptr is not None:
+                guided &= element < tl.load(channels_ptr + i) * per_channel
+            uncond = tl.load(uncond_ptr + other * E + element, mask=guided, other=0.0).to(tl.float32)
+            change = tl.load(scale_ptr + i) * (m - uncond)
+            if channels_ptr is not None:
+                change = tl.where(guided, change, 0.0)
+            m += change
     if DATA:
         m = tl.load(row) * x + tl.load(row + 1) * m
     base = x
@@ -129,6 +139,7 @@ def launch_solver_step(
         need("uncond", guidance.uncond, ("g", *shape[1:]), x, FLOATS)
         need("guidance row", guidance.row, (n,), x, (torch.int64,))
         need("guidance scale", guidance.scale, (n,), x, (torch.float32,))
+        need("guidance channels", guidance.channels, (n,), x, (torch.int64,))
     if noise is not None:
         need("seeds", noise.seeds, (n,), x, (torch.int64,))
         need("step", noise.step, (n,), x, (torch.int64,))
@@ -138,10 +149,10 @@ def launch_solver_step(
     noisy, BLOCK = rows.noise, 512  # one Philox counter a thread: float64 takes registers
     _solver_step_kernel[(n * triton.cdiv(E, BLOCK),)](
         *(x, state.base, state.history if rows.history else None, eps),
-        *((None, None, None) if guidance is None else (guidance.uncond, guidance.row, guidance.scale)),
+        *((None,) * 4 if guidance is None else (guidance.uncond, guidance.row, guidance.scale, guidance.channels)),
         *(rows.coefficients, rows.slot, rows.end, slots, z if noisy else None),
         *((noise.seeds, noise.step) if noise is not None and noisy else (None, None)),
-        *(variance if noisy else None, 0 if noise is None else _signed(noise.stream), E),
+        *(variance if noisy else None, 0 if noise is None else _signed(noise.stream), E, math.prod(shape[2:])),
         DATA=rows.data,
         BLOCK=BLOCK,
         num_warps=4,

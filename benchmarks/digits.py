@@ -18,7 +18,8 @@ import adadiff
 from adadiff import Model, Report
 from adadiff.noise import initial_noise
 from adadiff.rules import Full, Rule, Threshold
-from adadiff.solvers import DDIM, pack
+from adadiff.solvers import DDIM
+from adadiff.tables import pack
 from adadiff_kernels import solver_step
 
 MODEL = "digits"

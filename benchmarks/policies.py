@@ -14,7 +14,8 @@ from torch import Tensor
 from adadiff import Evaluation, Model
 from adadiff.noise import initial_noise
 from adadiff.rules import Threshold
-from adadiff.solvers import DDIM, TableSet
+from adadiff.solvers import DDIM
+from adadiff.tables import TableSet
 from adadiff_kernels import ActiveSet, SolverState, solver_step
 
 LOCK_STEP = "lock step, plain"

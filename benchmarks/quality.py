@@ -23,7 +23,8 @@ from adadiff.evaluation import evaluate_samples, frechet_ratio
 from adadiff.models.uvit import UViT
 from adadiff.noise import initial_noise
 from adadiff.schedules import NoiseSchedule
-from adadiff.solvers import DDIM, pack
+from adadiff.solvers import DDIM
+from adadiff.tables import pack
 from adadiff_kernels import solver_step
 
 SUITE = "digits"

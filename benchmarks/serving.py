@@ -25,7 +25,8 @@ from adadiff import Engine, Model
 from adadiff.engine import group_size
 from adadiff.exits import PAPER
 from adadiff.rules import Rule
-from adadiff.solvers import DDIM, pack
+from adadiff.solvers import DDIM
+from adadiff.tables import pack
 from adadiff_kernels import solver_step
 
 SUITE = "serving"

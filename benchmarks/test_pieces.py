@@ -6,7 +6,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import adadiff
 from adadiff.rules import Full, Replay
-from adadiff.solvers import DDIM, DPMSolverPP2M, pack
+from adadiff.solvers import DDIM, DPMSolverPP2M
+from adadiff.tables import pack
 from adadiff_kernels import ActiveSet, Score, philox_normal, residual_uem, solver_step, swap_rows
 
 LANES = 64

@@ -23,7 +23,7 @@ from .ordering import ExpectedDepth
 from .reports import Totals
 from .rules import Rule
 from .samples import Samples
-from .solvers import TableSet
+from .tables import TableSet
 
 SPARE = 64  # tables and rules that nobody uses any more are dropped once there are so many
 
@@ -64,9 +64,10 @@ class Batch:
         self._free = list(range(capacity))[::-1]
         self._running = torch.zeros(capacity, dtype=torch.bool)
         self._tables, self._rules = TableSet(model.schedule), _Kinds()
-        integers = torch.zeros(6, capacity, dtype=torch.int64)
-        self._seed, self._step, self._steps, self._table, self._rule, self._tied = integers
+        integers = torch.zeros(7, capacity, dtype=torch.int64)
+        self._seed, self._step, self._steps, self._table, self._rule, self._tied, self._channels = integers
         self._threshold, self._guidance = torch.zeros(2, capacity)
+        self._interval = torch.zeros(capacity, 2)
         self._context: Tensor | None = None
         self._null: Tensor | None = None
         self._state = SolverState.start(torch.zeros(capacity, *model.backbone.sample_shape), base=False, history=False)
@@ -100,6 +101,7 @@ class Batch:
         self._seed[places], self._step[places], self._steps[places] = seeds, first, steps
         self._table[places], self._rule[places] = table, rule
         self._threshold[places], self._guidance[places] = samples.threshold[index], samples.guidance[index]
+        self._interval[places], self._channels[places] = samples.interval[index], samples.channels[index]
         self._tied[places] = int(samples.tied)
         if samples.context is not None:
             self._context[places] = samples.context[index]
@@ -151,6 +153,18 @@ class Batch:
         self.release(places)
         return images
 
+    def peek(self, places: Tensor) -> Tensor:
+        """What the samples at places are now, float32 [k, C, H, W], a copy."""
+        return self._state.x[places]
+
+    def replace(self, places: Tensor, x: Tensor) -> None:
+        """They go on from x: [k, C, H, W] instead. Only between whole steps of their solvers."""
+        if x.shape != (len(places), *self._state.x.shape[1:]):
+            raise ValueError(f"x must be {[len(places), *self._state.x.shape[1:]]}, got {list(x.shape)}")
+        for value in (self._state.x, self._state.base):
+            if value is not None:
+                value[places] = x.to(value.dtype)
+
     def release(self, places: Tensor) -> None:
         """Their samples are given up, wherever they stand."""
         self._running[places] = False
@@ -170,16 +184,17 @@ class Batch:
         k, step = len(places), self._step[places]
         t, rows = self._tables.packed.rows(self._table[places], step)
         state = self._state.take(places)
-        eps, exit_layer, result = self._predict(places, state.x, t)
+        eps, variance, exit_layer, result = self._predict(places, state.x, t)
         z = None
         if rows.noise:
             z = self._each(lambda s, i: step_noise(s, i, self.model.backbone.sample_shape), self._seed[places], step)
         if self.batch_invariant:
             for i in range(k):
                 one = torch.tensor([i])
-                solver_step(state, eps[one], rows.take(one), one, None if z is None else z[one])
+                own = (None if value is None else value[one] for value in (z, variance))
+                solver_step(state, eps[one], rows.take(one), one, *own)
         else:
-            solver_step(state, eps, rows, z=z)
+            solver_step(state, eps, rows, z=z, variance=variance)
         self._count(
             evaluations=len(result.exit_layer),
             blocks=int(result.exit_layer.sum()),
@@ -189,11 +204,12 @@ class Batch:
         )
         return places, step, exit_layer, state
 
-    def _predict(self, places: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Evaluation]:
-        """The guided prediction for places, float32 [k, C, H, W], and the exit layers of their lanes, uint8 [k, 2]."""
+    def _predict(self, places: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Evaluation]:
+        """For places: the guided prediction, float32 [k, C, H, W], the variance that the conditional lanes predict,
+        float [k, C, H, W] or None, and the exit layers of the lanes, uint8 [k, 2]."""
         k = len(places)
-        scale = self._guidance[places]
-        guided = scale.nonzero().squeeze(1)
+        scale, (low, high) = self._guidance[places], self._interval[places].unbind(1)
+        guided = ((scale != 0) & (low <= t) & (t <= high)).nonzero().squeeze(1)
         sample = torch.cat([torch.arange(k), guided])  # lane -> position in places; the unconditional ones last
         half = torch.zeros(len(sample), dtype=torch.int64)
         half[k:] = 1
@@ -238,8 +254,10 @@ class Batch:
         exit_layer[:, 0] = result.exit_layer[lane[:k]]
         if len(guided):
             exit_layer[guided, 1] = result.exit_layer[lane[k:]].to(torch.uint8)
-            eps[guided] = self._each(guide, eps[guided], result.eps[lane[k:]], scale[guided])
-        return eps, exit_layer, result
+            channels = self._channels[places[guided]]
+            eps[guided] = self._each(guide, eps[guided], result.eps[lane[k:]], scale[guided], channels)
+        variance = None if result.variance is None else result.variance[lane[:k]]
+        return eps, variance, exit_layer, result
 
     def _each(self, function: Callable[..., Tensor], *by_sample: Tensor) -> Tensor:
         """function of all samples, or, where it must not matter who the others are, sample by sample."""

@@ -39,6 +39,10 @@ no weights are run and nothing but tensors is read from a pickle""",
   adadiff inspect runs/digits/model.safetensors --json""",
 }
 
+SOLVER_HELP = (
+    "ddim, ddim:ETA, ddpm, dpm++2m, dpm-fast, dpm++fast or euler-maruyama; where a solver can choose its timesteps, "
+    "as in ddpm:spacing=respaced (default: ddim)"
+)
 TRAIN_HELP = {
     "preset": "the network, and the data it is trained on",
     "exits": "train the network together with its exits, or alone",
@@ -90,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
         f"processes; both: grid.png, report.json (default: png up to {commands.PNG_MOST} samples, else npz; npz for "
         "latents)",
     )
+    one.add_argument("--decoder", type=Path, help="folder of the AutoencoderKL that makes pictures of latents")
     one.add_argument("--shard", type=int, help=f"samples in a shard of npz (default: {commands.SHARD})")
 
     one = _command(known, "train", commands.train, "train a model; options override the file")
@@ -176,7 +181,7 @@ def _add_sampling(one: argparse.ArgumentParser, n: int) -> None:
         default=[50],
         help="solver steps; several, as in 20,30, are cycled over the samples (default: 50)",
     )
-    one.add_argument("--solver", default="ddim", help="ddim, ddim:ETA, ddpm or dpm++2m (default: ddim)")
+    one.add_argument("--solver", default="ddim", help=SOLVER_HELP)
     one.add_argument(
         "--rule",
         help="who leaves: full, threshold:U, patience:U or depth:K "

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from . import checkpoint, conversion, sampler
+from . import checkpoint, conversion, latents, sampler
 from .config import from_dict
 from .evaluation import Quality, evaluate_samples
 from .filling import Process, ShardFolder
@@ -36,6 +37,7 @@ def sample(options: argparse.Namespace) -> None:
         "guidance": options.guidance,
         "tied": options.tied,
         "batch_invariant": options.batch_invariant,
+        **({} if options.decoder is None else {"decoder": str(options.decoder)}),
     }
 
     def sampling(slots: Sequence[int], progress: bool = False) -> sampler.Sampling:
@@ -54,12 +56,15 @@ def sample(options: argparse.Namespace) -> None:
             progress=progress,
         )
 
-    pictures = model.backbone.sample_shape[0] in CHANNELS
+    decoded = _decoder(options, model)
+    pictures = decoded is not None or model.backbone.sample_shape[0] in CHANNELS
     kind = options.format or ("png" if pictures and n <= PNG_MOST else "npz")
     if kind == "png":
         if not pictures:
             channels = model.backbone.sample_shape[0]
-            raise ValueError(f"decoding latents, {channels} channels, is not supported yet; --format npz keeps them")
+            raise ValueError(
+                f"these are latents, {channels} channels: --decoder FOLDER makes pictures, --format npz keeps them"
+            )
         if process.world > 1:
             raise ValueError("--format png takes one process; --format npz as many as you like")
         if options.shard is not None:
@@ -71,13 +76,28 @@ def sample(options: argparse.Namespace) -> None:
         manifest = Manifest.of(model, {**configuration, "shard": shard})
     sampling(range(n))  # for its checks, before the folder is touched
     if kind == "png":
-        _fill_with_pictures(PictureFolder(options.out, configuration, model.layers), configuration, sampling)
+        _fill_with_pictures(PictureFolder(options.out, configuration, model.layers), configuration, sampling, decoded)
     else:
         _fill_with_shards(ShardFolder(options.out, manifest, process), sampling)
 
 
+def _decoder(options: argparse.Namespace, model: Model) -> Callable[[Tensor], Tensor] | None:
+    """What makes images of samples, where --decoder asks for it."""
+    if options.decoder is None:
+        return None
+    if model.config.latent_scale is None:
+        raise ValueError("this model makes images, not latents; leave --decoder out")
+    if options.format == "npz":
+        raise ValueError("--format npz keeps latents; leave --decoder out")
+    autoencoder = latents.load_autoencoder(options.decoder)
+    return lambda samples: latents.decode(samples, autoencoder, model.config.latent_scale)
+
+
 def _fill_with_pictures(
-    folder: PictureFolder, configuration: dict[str, Any], sampling: Callable[..., sampler.Sampling]
+    folder: PictureFolder,
+    configuration: dict[str, Any],
+    sampling: Callable[..., sampler.Sampling],
+    decoded: Callable[[Tensor], Tensor] | None,
 ) -> None:
     out, n = folder.folder, configuration["n"]
     _show({**configuration, "out": out})
@@ -87,6 +107,7 @@ def _fill_with_pictures(
     run, drawn = sampling(missing, progress=True), 0
     try:
         for places, images in run:
+            images = images if decoded is None else decoded(images)
             for place, image in zip(places.tolist(), images, strict=True):
                 folder.add(missing[place], image)
                 drawn += 1

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adadiff_kernels import ActiveSet, Score, layer_norm, residual_uem, swap_rows, take_rows
+from adadiff_kernels import ActiveSet, Score, layer_norm, residual_uem, swap_rows, take_rows, uem_score
 
 from .exits import Exits
 from .lane_by_lane import lane_by_lane
-from .models.interface import Backbone, Block, Conditioning
+from .models.interface import Backbone, Block, Conditioning, WholeBlock
 from .rules import Decision, Rule
 
 # On a CPU a block runs over groups of lanes with about this many tokens: enough for products at their full rate, few
@@ -183,6 +183,9 @@ def advance(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One block: rows, skip, out [n, T, D]; lanes i32 [n]. Returns the block's output and u, float32 [n] or None."""
+    if isinstance(block, WholeBlock):
+        y = block.whole(rows, cond, lanes)
+        return (y if out is None else out.copy_(y)), None if score is None else uem_score(y, score, lanes)
     if skip is not None:
         rows = block.join(rows, skip)
     *first, last = block.branches

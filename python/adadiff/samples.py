@@ -10,7 +10,8 @@ from torch import Tensor
 from .model import Model
 from .rules import Rule, layers_asked, rule_from
 from .schedules import NoiseSchedule
-from .solvers import Solver, solver_from
+from .solvers import solver_from
+from .tables import Solver
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Samples:
     first: Tensor  # int64 [n], the step each begins at; more than 0 where it starts from an image
     threshold: Tensor  # float32 [n], NaN where the rule has none
     guidance: Tensor  # float32 [n]
+    interval: Tensor  # float32 [n, 2], first and last of the network's times at which there is guidance
+    channels: Tensor  # int64 [n], how many are guided, from the first on
     tied: bool
     context: Tensor | None  # labels int64 [n], text [n, N, E]
     null: Tensor | None  # context of the unconditional lanes, [n] or [n, N, E]; None without guidance
@@ -32,7 +35,7 @@ class Samples:
 
     @property
     def lanes(self) -> int:
-        """Sequences that the network evaluates: two for a guided sample."""
+        """Sequences that the network evaluates, at most: two for a guided sample."""
         return self.n + int(self.guidance.count_nonzero())
 
     @staticmethod
@@ -47,21 +50,28 @@ class Samples:
         seeds: Sequence[int] | Tensor | None = None,
         labels: Sequence[int] | Tensor | None = None,
         guidance: float | Sequence[float] | Tensor = 0.0,
+        guidance_interval: Sequence[float] | Tensor | None = None,
+        guided_channels: int | Sequence[int] | Tensor | None = None,
         tied: bool = False,
         context: Tensor | None = None,
         null_context: Tensor | None = None,
         start: Tensor | None = None,
         strength: float | Sequence[float] | Tensor | None = None,
     ) -> "Samples":
-        """steps: an int, or one per sample. solver: "ddim", "ddim:ETA", "ddpm", "dpm++2m" or a Solver.
+        """steps: evaluations, an int or one per sample. solver: "ddim", "ddim:ETA", "ddpm", "dpm++2m", "dpm-fast",
+        "dpm++fast", "euler-maruyama" (settings: see `solver_from`) or a Solver.
         rule: "full", "threshold:0.07", "patience:0.08", "depth:8", "batch-mean:0.07" or a Rule.
         thresholds: one per sample, instead of the rule's. seeds: one int in [0, 2^63) per sample (default 0..n-1); a
         sample is a function of its seed, not of its batch. labels: one class per sample, None for none (the null
         class). guidance: scale s of cond + s (cond - uncond), a number or one per sample; 0 is none.
+        guidance_interval: (low, high), for all or [n, 2], in the network's time: at other times there is no guidance
+        and no unconditional lane is run. guided_channels: how many are guided, from the first on, for all or one per
+        sample (default: what the model was published with); the others are those of cond.
         tied: the two lanes of a guided sample leave together, by the larger uncertainty.
         context: [n, N, E] for text models, null_context: [N, E], that of the empty prompt, which guidance needs.
         start: float [n, C, H, W], images to begin from; strength: in (0, 1], the share of the steps that are run
-        from there, a number or one per sample (default 0.8; SDEdit, as diffusers' image-to-image).
+        from there, a number or one per sample (default 0.8; SDEdit, as diffusers' image-to-image). A singlestep
+        solver begins with a whole step, so it may run an evaluation or two more.
         Raises ValueError for anything that does not fit.
         """
         whole("n", n, 0)
@@ -81,6 +91,8 @@ class Samples:
             raise ValueError(f"seeds must be >= 0, got {int(seeds.min())}")
         guidance = _per_sample("guidance", guidance, n, torch.float32)
         guided = bool(guidance.ne(0).any())
+        interval = _interval(guidance_interval, n)
+        channels = _channels(model, guided_channels, n)
         if model.config.network.context_tokens:
             if labels is not None:
                 raise ValueError("this model takes text; leave labels out")
@@ -94,14 +106,32 @@ class Samples:
         if not hasattr(solver, "table"):
             raise ValueError(f"a solver is a Solver or a spelling such as 'ddim', got {solver!r}")
         for count in set(counts.tolist()):
-            _check_steps(solver, model.schedule, count)
+            _starts(solver, model.schedule, count)
         start, first = _start(model, start, strength, counts, n)
-        return Samples(n, rule, solver, seeds, counts, first, threshold, guidance, tied, given, null, start)
+        for i in first.nonzero().squeeze(1).tolist():
+            first[i] = _starts(solver, model.schedule, int(counts[i]))[: first[i] + 1].nonzero().max()
+        return Samples(
+            n=n,
+            rule=rule,
+            solver=solver,
+            seeds=seeds,
+            steps=counts,
+            first=first,
+            threshold=threshold,
+            guidance=guidance,
+            interval=interval,
+            channels=channels,
+            tied=tied,
+            context=given,
+            null=null,
+            start=start,
+        )
 
 
 @lru_cache(maxsize=1024)
-def _check_steps(solver: Solver, schedule: NoiseSchedule, steps: int) -> None:
-    solver.table(schedule, steps)
+def _starts(solver: Solver, schedule: NoiseSchedule, steps: int) -> Tensor:
+    """bool [steps]: where a sample may begin. ValueError for steps or a spacing that do not fit."""
+    return solver.table(schedule, steps).starts
 
 
 def whole(name: str, value: int, least: int) -> None:
@@ -132,6 +162,30 @@ def _per_sample(name: str, value: object, n: int, dtype: torch.dtype) -> Tensor:
     if name == "steps" and n and int(given.min()) < 1:
         raise ValueError(f"steps must be at least 1, got {int(given.min())}")
     return given
+
+
+def _interval(given: Sequence[float] | Tensor | None, n: int) -> Tensor:
+    if given is None:
+        return torch.tensor([-torch.inf, torch.inf]).repeat(n, 1)
+    try:
+        interval = torch.as_tensor(given, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"guidance_interval must be (low, high), got {given!r}: {error}") from None
+    if interval.shape not in ((2,), (n, 2)):
+        raise ValueError(f"guidance_interval must be (low, high) or [{n}, 2], got shape {list(interval.shape)}")
+    interval = interval.expand(n, 2)
+    if not bool((interval[:, 0] <= interval[:, 1]).all()):
+        raise ValueError(f"guidance_interval must have low <= high, got {given!r}")
+    return interval
+
+
+def _channels(model: Model, given: int | Sequence[int] | Tensor | None, n: int) -> Tensor:
+    most = model.backbone.sample_shape[0]
+    published = most if model.config.guided_channels is None else model.config.guided_channels
+    channels = _per_sample("guided_channels", published if given is None else given, n, torch.int64)
+    if n and not 1 <= int(channels.min()) <= int(channels.max()) <= most:
+        raise ValueError(f"guided_channels must lie in 1..{most}, got {sorted(set(channels.tolist()))[:8]}")
+    return channels
 
 
 def _labels(

@@ -7,6 +7,7 @@ stable_diffusion   1000 betas, linear in their root (U-ViT, discrete)          1
 vp                 exp(-0.1 t - 9.95 t^2), t in [0, 1] (U-ViT, sde.py)         999 t
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +17,7 @@ from torch import Tensor
 
 T = 1000
 VP_END = 1e-3  # the last evaluation; the step from there lands at t = 0, as in U-ViT's Euler-Maruyama
+BETA_0, BETA_1 = 0.1, 20.0  # of vp: beta(t) = BETA_0 + (BETA_1 - BETA_0) t
 NAMES = ("linear", "cosine", "stable_diffusion", "vp")
 
 
@@ -31,7 +33,14 @@ class NoiseSchedule:
 
     @property
     def spacings(self) -> tuple[str, ...]:
-        return ("uniform",) if self.name == "vp" else ("leading", "trailing", "linspace")
+        return ("uniform",) if self.name == "vp" else ("leading", "trailing", "linspace", "respaced")
+
+    @property
+    def times(self) -> tuple[float, float]:
+        """Where U-ViT's DPM-Solvers begin and end, in the network's time: the noisiest and the last timestep."""
+        if self.name == "vp":
+            return 999.0, 999 * 1e-4
+        return float(T - 1 + self._first), float(self._first)
 
     def training_times(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """u: float64 in [0, 1), any shape, drawn uniformly. Returns (t_net, alpha_bar), float64, shaped as u.
@@ -41,7 +50,7 @@ class NoiseSchedule:
         if u.dtype != torch.float64 or not bool(((u >= 0) & (u < 1)).all()):
             raise ValueError(f"u must be float64 in [0, 1), as torch.rand gives it, got {u.dtype} {u}")
         if self.name == "vp":
-            return 999 * u, _vp_alpha_bar(u)
+            return 999 * u, _vp_log_alpha_bar(u).exp()
         return self._at((T * u).long())
 
     def grid(self, steps: int, spacing: str) -> tuple[Tensor, Tensor]:
@@ -52,6 +61,8 @@ class NoiseSchedule:
             leading   k * (1000 // N), k = N-1..0                     (DDPMScheduler, DDIMScheduler)
             trailing  round(1000 - k * 1000 / N) - 1, k = 0..N-1      (the same)
             linspace  round(linspace(0, 999, N + 1)) without its 0    (DPMSolverMultistepScheduler); N <= 999
+        and that of improved diffusion, which DiT samples with:
+            respaced  round(k * 999 / (N - 1)), k = N-1..0            (space_timesteps); N >= 2
         vp knows "uniform" only: t = linspace(1, 1e-3, N), then 0.
         ValueError for steps outside 1..1000 and for a spacing the schedule does not have.
         """
@@ -62,33 +73,69 @@ class NoiseSchedule:
         k = torch.arange(steps, dtype=torch.float64)
         if spacing == "uniform":
             t = torch.linspace(1, VP_END, steps, dtype=torch.float64)
-            t_net, alpha_bar = 999 * t, _vp_alpha_bar(t)
+            t_net, alpha_bar = 999 * t, _vp_log_alpha_bar(t).exp()
         elif spacing == "leading":
             t_net, alpha_bar = self._at((k * (T // steps)).long().flip(0))
         elif spacing == "trailing":
             # as numpy.arange, which rounds its stride to the grid of its start: ties of round() depend on it
             stride = T - (T - T / steps)
             t_net, alpha_bar = self._at((T - k * stride).round().long() - 1)
+        elif spacing == "respaced":
+            if steps == 1:
+                raise ValueError("spacing 'respaced' begins at timestep 0 with 1 step; take 2 or more")
+            # summed up as its authors do: ties of round() depend on it
+            index = list(itertools.accumulate(itertools.repeat((T - 1) / (steps - 1), steps - 1), initial=0.0))
+            t_net, alpha_bar = self._at(torch.tensor([round(i) for i in index[::-1]]))
         else:
             if steps == T:
                 raise ValueError(f"spacing 'linspace' repeats a timestep at {T} steps; take {T - 1} or fewer")
             t_net, alpha_bar = self._at(((k + 1) * ((T - 1) / steps)).round().long().flip(0))
         return t_net, torch.cat([alpha_bar, torch.ones(1, dtype=torch.float64)])
 
-    def alpha_bar(self, t: Tensor) -> Tensor:
-        """alpha_bar at t: float64, any shape, times of the network as `grid` gives them."""
+    def log_alpha_bar(self, t: Tensor) -> Tensor:
+        """ln(alpha_bar) at t: float64, any shape, the network's times: 0..999, or 1..1000 with stable_diffusion.
+
+        Between two timesteps of a discrete schedule it is linear in t (DPM-Solver). ValueError for other times.
+        """
+        place = t - self._first
+        if not bool(((place >= 0) & (place <= 999)).all()):
+            raise ValueError(f"times of schedule {self.name!r} are {self._first}..{self._first + 999}, got {t}")
         if self.name == "vp":
-            return _vp_alpha_bar(t / 999)
-        first = 1 if self.name == "stable_diffusion" else 0
-        return _alpha_bar(self.name)[t.round().long() - first]
+            return _vp_log_alpha_bar(t / 999)
+        logs, low = _alpha_bar(self.name).log(), place.floor().long()
+        return torch.lerp(logs[low], logs[(low + 1).clamp(max=T - 1)], place - low)
+
+    def time(self, log_alpha_bar: Tensor) -> Tensor:
+        """The inverse: the network's time at log_alpha_bar, float64, any shape. ValueError outside the schedule."""
+        if self.name == "vp":  # the positive root of (BETA_1 - BETA_0) t^2 / 2 + BETA_0 t + log_alpha_bar = 0
+            rate = 2 * (BETA_1 - BETA_0) * -log_alpha_bar
+            t = rate / ((BETA_0**2 + rate).sqrt() + BETA_0) / (BETA_1 - BETA_0)
+            low, high = 0.0, 1 + 1e-9
+        else:
+            logs = -_alpha_bar(self.name).log()  # ascending
+            above = torch.searchsorted(logs, -log_alpha_bar.contiguous()).clamp(1, T - 1)
+            t = above - 1 + (-log_alpha_bar - logs[above - 1]) / (logs[above] - logs[above - 1])
+            low, high = -1e-9, T - 1 + 1e-9
+        if not bool(((t >= low) & (t <= high)).all()):
+            raise ValueError(f"schedule {self.name!r} has no such log alpha_bar: {log_alpha_bar}")
+        return 999 * t.clamp(max=1) if self.name == "vp" else t.clamp(0, T - 1) + self._first
+
+    @property
+    def _first(self) -> int:
+        """The network's time at index 0."""
+        return 1 if self.name == "stable_diffusion" else 0
 
     def _at(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        first = 1 if self.name == "stable_diffusion" else 0
-        return (index + first).double(), _alpha_bar(self.name)[index]
+        return (index + self._first).double(), _alpha_bar(self.name)[index]
 
 
-def _vp_alpha_bar(t: Tensor) -> Tensor:
-    return torch.exp(-0.1 * t - 9.95 * t * t)
+def vp_beta(t: Tensor) -> Tensor:
+    """beta of the SDE dx = -beta x / 2 dt + sqrt(beta) dw that vp is. t: float64, any shape, the network's time."""
+    return BETA_0 + (BETA_1 - BETA_0) * t / 999
+
+
+def _vp_log_alpha_bar(t: Tensor) -> Tensor:
+    return -BETA_0 * t - (BETA_1 - BETA_0) / 2 * t * t
 
 
 @lru_cache

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from adadiff_kernels import (
     COLUMNS,
+    Guidance,
     SolverState,
     StepRows,
     guide,
@@ -274,3 +275,27 @@ def test_guidance_follows_each_sample_s_own_scale() -> None:
         guide(cond, uncond, torch.ones(2))
     with pytest.raises(ValueError, match="cond and uncond"):
         guide(cond, uncond[:1], torch.ones(3))
+
+
+def test_only_the_first_channels_are_guided() -> None:
+    """DiT guides three of four; the others are the conditional ones to the bit, whatever the unconditional are."""
+    draw = torch.Generator().manual_seed(0)
+    cond, uncond = torch.randn(4, 4, 3, 5, generator=draw), torch.randn(4, 4, 3, 5, generator=draw)
+    scale, channels = torch.tensor([0.5, 3.0, -1.0, 2.0]), torch.tensor([3, 1, 4, 2])
+    for i, count in enumerate(channels.tolist()):
+        uncond[i, count:] = math.nan
+    got = guide(cond, uncond, scale, channels)
+    row = torch.tensor([1, -1, 0, 3])
+    by_row = Guidance(uncond, row, scale, channels).apply(cond)
+    for i, count in enumerate(channels.tolist()):
+        wanted = cond[i, :count] + scale[i] * (cond[i, :count] - uncond[i, :count])
+        torch.testing.assert_close(got[i, :count], wanted)
+        assert torch.equal(got[i, count:], cond[i, count:])
+    assert torch.equal(by_row[1], cond[1])
+    assert torch.equal(by_row[3], got[3])
+    assert torch.equal(by_row[0, 3:], cond[0, 3:])
+    for wrong in (channels[:3], channels.int(), channels.float()):
+        with pytest.raises(ValueError, match=r"channels must be int64 \[4\]"):
+            guide(cond, uncond, scale, wrong)
+        with pytest.raises(ValueError, match=r"channels must be int64 \[4\]"):
+            Guidance(uncond, row, scale, wrong)

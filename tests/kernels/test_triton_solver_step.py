@@ -1,5 +1,6 @@
 """The Triton kernel of the solver step: against its formula in float64, and its noise against Philox on the CPU."""
 
+import dataclasses
 import math
 
 import pytest
@@ -140,6 +141,26 @@ def test_unguided_samples_read_no_other_prediction() -> None:
     solver_step(plain, p.eps, p.rows, z=p.z, backend="triton")
     for got, want in zip(tensors(guided), tensors(plain), strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 3, 5), (2, 3, 20, 20), (3, 70)], ids=["odd", "across-blocks", "flat"])
+def test_only_the_first_channels_are_guided(shape: tuple[int, ...]) -> None:
+    p = Problem(shape)
+    channels = (torch.arange(p.n) % shape[1] + 1).to(DEVICE)
+    for i, row in enumerate(p.guidance.row.tolist()):
+        if row >= 0:
+            p.guidance.uncond[row, int(channels[i]) :] = math.nan
+    p.guidance = dataclasses.replace(p.guidance, channels=channels)
+    stepped, same = copy(p.state), copy(p.state)
+    for state, backend in ((stepped, "triton"), (same, "reference")):
+        solver_step(state, p.eps, p.rows, z=p.z, guidance=p.guidance, backend=backend)
+    wanted = p.eps.double()
+    for i, (row, scale) in enumerate(zip(p.guidance.row.tolist(), p.guidance.scale.tolist(), strict=True)):
+        for c in range(int(channels[i]) if row >= 0 else 0):
+            wanted[i, c] += scale * (wanted[i, c] - p.guidance.uncond[row, c].double())
+    exact = solver_step_reference(copy(p.state, torch.float64), wanted, p.rows, p.z.double())
+    for got, plain, want in zip(tensors(stepped), tensors(same), tensors(exact), strict=True):
+        assert_as_accurate(got, plain, want)
 
 
 def test_bad_input_changes_nothing() -> None:

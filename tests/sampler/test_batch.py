@@ -15,7 +15,8 @@ from adadiff.batch import Batch
 from adadiff.engine import Evaluation, evaluate
 from adadiff.rules import Threshold
 from adadiff.samples import Samples
-from adadiff.solvers import DDIM, SolverTable
+from adadiff.solvers import DDIM
+from adadiff.tables import SolverTable
 from sampler.tiny import alone, as_samples, requests, served
 
 ONLY = torch.zeros(1, dtype=torch.int64)

@@ -79,6 +79,46 @@ def test_grids_are_those_of_diffusers_for_every_step_count(name: str, spacing: s
         assert alpha_bar[-1] == 1
 
 
+@pytest.mark.parametrize("steps", [2, 3, 10, 28, 50, 75, 250, 334, 999, 1000])
+def test_respacing_is_that_of_improved_diffusion(steps: int) -> None:
+    """respace.py, space_timesteps: fractional strides summed up, each sum rounded (half to even: 499.5 at 3 steps)."""
+    taken, place = [], 0.0
+    for _ in range(steps):
+        taken.append(round(place))
+        place += 999 / (steps - 1)
+    t, alpha_bar = NoiseSchedule("linear").grid(steps, "respaced")
+    assert t.tolist() == taken[::-1]
+    np.testing.assert_allclose(alpha_bar[:-1].numpy(), alpha_bar_in_numpy("linear")[taken[::-1]], rtol=1e-11)
+    assert alpha_bar[-1] == 1
+
+
+def test_dit_is_published_with_these_timesteps() -> None:
+    t = NoiseSchedule("linear").grid(250, "respaced")[0].tolist()
+    assert (t[:2], t[-4:]) == ([999, 995], [12, 8, 4, 0])
+    theirs = DDPMScheduler(timestep_spacing="linspace", **DIFFUSERS["linear"])  # another way to the same numbers
+    theirs.set_timesteps(250)
+    assert t == theirs.timesteps.tolist()
+
+
+@pytest.mark.parametrize("name", DISCRETE)
+def test_between_timesteps_the_logarithm_is_linear(name: str) -> None:
+    schedule, first = NoiseSchedule(name), 1 if name == "stable_diffusion" else 0
+    knots = np.arange(1000) + first
+    t = np.concatenate([knots, np.linspace(first, 999 + first, 777)])
+    expected = np.interp(t, knots, np.log(alpha_bar_in_numpy(name)))
+    np.testing.assert_allclose(schedule.log_alpha_bar(torch.from_numpy(t)).numpy(), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_time_is_the_inverse(name: str) -> None:
+    schedule = NoiseSchedule(name)
+    begin, end = schedule.times
+    t = torch.linspace(begin, end, 4001, dtype=torch.float64)
+    torch.testing.assert_close(schedule.time(schedule.log_alpha_bar(t)), t, rtol=1e-10, atol=1e-9)
+    knots = torch.arange(1000).double() + end if name != "vp" else 999 * torch.rand(1000, dtype=torch.float64)
+    torch.testing.assert_close(schedule.time(schedule.log_alpha_bar(knots)), knots, rtol=1e-10, atol=1e-9)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 50, 1000])
 def test_vp_grid_is_that_of_u_vit(steps: int) -> None:
     """sde.py, Euler-Maruyama: {0} and linspace(1e-3, 1, N), walked down."""
@@ -100,6 +140,14 @@ def test_bad_input() -> None:
             schedule.grid(10, spacing)
     with pytest.raises(ValueError, match="repeats a timestep at 1000 steps; take 999"):
         linear.grid(1000, "linspace")
+    with pytest.raises(ValueError, match="begins at timestep 0 with 1 step; take 2"):
+        linear.grid(1, "respaced")
+    for schedule, t in ((linear, 999.5), (NoiseSchedule("stable_diffusion"), 0.5), (vp, -1e-9), (linear, math.nan)):
+        with pytest.raises(ValueError, match="times of schedule"):
+            schedule.log_alpha_bar(torch.tensor([t], dtype=torch.float64))
+    for schedule, value in ((linear, -11.0), (linear, -1e-6), (vp, -10.1), (vp, 1e-3)):
+        with pytest.raises(ValueError, match="no such log alpha_bar"):
+            schedule.time(torch.tensor([value], dtype=torch.float64))
     for u in ([-0.1], [1.0], [math.nan]):
         for schedule in (linear, vp):
             with pytest.raises(ValueError, match=r"float64 in \[0, 1\)"):

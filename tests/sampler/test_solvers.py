@@ -12,9 +12,10 @@ from torch import Tensor
 
 from adadiff.noise import INITIAL, SOLVER_STEP, initial_noise, step_noise
 from adadiff.schedules import NoiseSchedule
-from adadiff.solvers import DDIM, DDPM, DPMSolverPP2M, PackedTables, Solver, SolverTable, pack, solver_from
-from adadiff_kernels import COLUMNS, SolverState, solver_step, solver_step_reference
-from adadiff_kernels.philox import philox_normal
+from adadiff.singlestep import DPMSolverFast, DPMSolverPPFast
+from adadiff.solvers import DDIM, DDPM, DPMSolverPP2M, EulerMaruyama, solver_from
+from adadiff.tables import PackedTables, Solver, SolverTable, pack
+from adadiff_kernels import COLUMNS, SolverState, philox_normal, solver_step, solver_step_reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
 
@@ -364,21 +365,36 @@ def test_solver_names() -> None:
     assert solver_from("ddpm") == DDPM()
     assert solver_from("ddim") == DDIM(0.0)
     assert solver_from("ddim:0.5") == DDIM(0.5)
+    assert solver_from("ddim:0.5,spacing=leading") == DDIM(0.5, "leading")
+    assert solver_from("ddim:spacing=leading,eta=0.5") == DDIM(0.5, "leading")
+    assert solver_from("ddpm:spacing=respaced,variance=large") == DDPM("respaced", "large")
     assert solver_from("dpm++2m") == DPMSolverPP2M()
+    assert solver_from("dpm++2m:spacing=trailing") == DPMSolverPP2M("trailing")
+    assert solver_from("dpm-fast") == DPMSolverFast()
+    assert solver_from("dpm++fast") == DPMSolverPPFast()
+    assert solver_from("euler-maruyama") == EulerMaruyama()
 
 
 def test_bad_input() -> None:
     for text in ("euler", "", "DDIM", "ddim 0.5", ":0.5"):
-        with pytest.raises(ValueError, match=r"there are ddpm, ddim, dpm\+\+2m and ddim:ETA"):
+        with pytest.raises(ValueError, match=r"there are ddpm, ddim, dpm\+\+2m, .* and ddim:ETA"):
             solver_from(text)
-    for text in ("ddim:", "ddim:half"):
+    for text in ("ddim:", "ddim:half", "ddim:eta=half", "ddim:,spacing=leading"):
         with pytest.raises(ValueError, match="eta must be a number"):
             solver_from(text)
     for text in ("ddim:-0.1", "ddim:1.5", "ddim:nan"):
         with pytest.raises(ValueError, match=r"eta must lie in \[0, 1\]"):
             solver_from(text)
-    with pytest.raises(ValueError, match="takes no setting"):
-        solver_from("ddpm:0.5")
+    for text in ("dpm-fast:0.5", "euler-maruyama:spacing=uniform", "dpm++fast:"):
+        with pytest.raises(ValueError, match="takes no setting"):
+            solver_from(text)
+    for text in ("ddpm:0.5", "ddpm:size=large", "ddpm:spacing=leading,spacing=leading", "dpm++2m:variance=small"):
+        with pytest.raises(ValueError, match=r"takes (spacing and variance|spacing), once each"):
+            solver_from(text)
+    with pytest.raises(ValueError, match="variance must be 'small', 'large' or None, got 'learned'"):
+        solver_from("ddpm:variance=learned")
+    with pytest.raises(ValueError, match="Euler-Maruyama integrates an SDE"):
+        EulerMaruyama().table(NoiseSchedule("linear"), 10)
     with pytest.raises(ValueError, match="has spacings"):
         DDIM(spacing="trailing").table(NoiseSchedule("vp"), 10)
     with pytest.raises(ValueError, match="steps must be"):

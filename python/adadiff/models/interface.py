@@ -42,8 +42,22 @@ class Block(Protocol):
         """Multiply-adds for one lane."""
 
 
+class WholeBlock:
+    """To inherit from: a block that is not ours. It makes its sums itself, and the engine scores what it returns."""
+
+    skip_from = None
+
+    def whole(self, x: Tensor, cond: Any, lanes: Tensor) -> Tensor:
+        """x: [n, T, D] -> fresh rows [n, T, D]."""
+        raise NotImplementedError
+
+    def macs(self, tokens: int) -> int:
+        """Multiply-adds for one lane."""
+        raise NotImplementedError
+
+
 class Backbone(Protocol):
-    blocks: Sequence[Block]
+    blocks: Sequence[Block | WholeBlock]
     dim: int  # D, channels of a row
     time_dim: int  # Dt, channels of Conditioning.time
     extras: int  # leading tokens that are not patches

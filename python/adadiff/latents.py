@@ -1,0 +1,79 @@
+"""Latents to images and back: the autoencoder that latent models were trained behind. Needs diffusers only here."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+
+def load_autoencoder(folder: str | Path, device: torch.device | str = "cpu") -> "AutoencoderKL":
+    """The `AutoencoderKL` that diffusers saved in `folder`, or under its name on the hub. Float32, ready to decode.
+
+    ValueError where there is none, ImportError (with the remedy) without diffusers.
+    """
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise ImportError("decoding latents takes diffusers: pip install 'adadiff_kernels[latents]'") from error
+    if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
+        raise ValueError(
+            f"{folder} holds no autoencoder: expected config.json and diffusion_pytorch_model.safetensors, "
+            "as in the folder vae/ of a diffusers pipeline"
+        )
+    try:
+        loaded = AutoencoderKL.from_pretrained(folder)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"cannot open an autoencoder at {folder}: {error}") from error
+    return loaded.requires_grad_(False).eval().to(device)
+
+
+@torch.no_grad()
+def decode(
+    latents: Tensor, autoencoder: "AutoencoderKL", scale: float, *, batch: int = 8, progress: bool = False
+) -> Tensor:
+    """Images of latents that were multiplied by `scale` (`ModelConfig.latent_scale`), `batch` at a time.
+
+    latents: float [n, C, h, w] on any device. autoencoder: C latent channels, without a shift of its own.
+    Returns float32 [n, 3, H, W] on the CPU, nominally in [-1, 1]. ValueError for anything that does not fit.
+    """
+    config = autoencoder.config
+    if latents.dim() != 4 or not latents.is_floating_point() or latents.shape[1] != config.latent_channels:
+        raise ValueError(
+            f"latents must be float [n, {config.latent_channels}, h, w] for this autoencoder, got {latents.dtype} "
+            f"{list(latents.shape)}"
+        )
+    if not bool(latents.isfinite().all()):
+        raise ValueError("the latents hold NaN or infinity, so there is no picture of them")
+    if config.shift_factor or config.latents_mean is not None:
+        raise ValueError("this autoencoder shifts its latents, which those of U-ViT and DiT do not")
+    if not 0 < scale < torch.inf or batch < 1:
+        raise ValueError(f"scale must be a positive number and batch at least 1, got {scale} and {batch}")
+    like, size, images = next(autoencoder.parameters()), latents.shape[2:], []
+    with tqdm(total=len(latents), disable=not progress, unit="image", desc="decoding", dynamic_ncols=True) as bar:
+        for part in latents.split(batch) if len(latents) else ():
+            part = part.to(like.device, like.dtype) / scale
+            images.append(autoencoder.decode(part).sample.float().cpu())
+            bar.update(len(part))
+    if not images:
+        return torch.zeros(0, config.out_channels, *(v * 2 ** (len(config.block_out_channels) - 1) for v in size))
+    return torch.cat(images)
+
+
+def draw_latents(moments: Tensor, noise: Tensor, scale: float) -> Tensor:
+    """scale (mean + deviation noise), the deviation from a logarithm of the variance clamped to [-30, 20].
+
+    moments: float [n, 2C, h, w], mean and log variance as the encoder gives them and U-ViT's extracted features hold
+    them; noise: [n, C, h, w]. Returns float [n, C, h, w] (U-ViT, libs/autoencoder.py).
+    """
+    n, channels, *size = moments.shape
+    if moments.dim() != 4 or channels % 2 or noise.shape != (n, channels // 2, *size):
+        raise ValueError(
+            f"moments must be [n, 2C, h, w] and noise [n, C, h, w], got {list(moments.shape)} and {list(noise.shape)}"
+        )
+    mean, log_variance = moments.chunk(2, dim=1)
+    return scale * (mean + torch.exp(log_variance.clamp(-30, 20) / 2) * noise)

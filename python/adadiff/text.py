@@ -1,0 +1,65 @@
+"""Prompts to contexts for text models: CLIP's text encoder, as U-ViT uses it. Needs transformers only here."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+CLIP = "openai/clip-vit-large-patch14"  # what U-ViT's MS-COCO models were trained with: 77 tokens of 768 channels
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """Call it with prompts. Made by `load`."""
+
+    tokenizer: "CLIPTokenizer"
+    model: "CLIPTextModel"
+
+    @staticmethod
+    def load(folder: str | Path = CLIP, device: torch.device | str = "cpu") -> "TextEncoder":
+        """What transformers saved in `folder` (tokenizer and text model), or under its name on the hub.
+
+        ValueError where there is none, ImportError (with the remedy) without transformers.
+        """
+        try:
+            from transformers import CLIPTextModel, CLIPTokenizer
+        except ImportError as error:
+            raise ImportError("prompts take transformers: pip install 'adadiff_kernels[text]'") from error
+        try:
+            tokenizer, model = CLIPTokenizer.from_pretrained(folder), CLIPTextModel.from_pretrained(folder)
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"cannot open a CLIP tokenizer and text model at {folder}: {error}") from error
+        return TextEncoder(tokenizer, model.requires_grad_(False).eval().to(device))
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str], batch: int = 64) -> Tensor:
+        """Contexts of prompts, float32 [n, N, E] on the CPU: the last hidden states, normalised, of prompts padded to
+        N tokens. The context of no prompt, which guidance needs, is that of "".
+
+        Longer prompts are cut, with a warning. ValueError for anything but a list of strings.
+        """
+        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts) or batch < 1:
+            raise ValueError(f"prompts must be a list of strings and batch at least 1, got {prompts!r} and {batch}")
+        most = self.model.config.max_position_embeddings
+        for prompt in prompts:
+            if (count := len(self.tokenizer(prompt).input_ids)) > most:
+                warnings.warn(f"the text encoder reads {most} of the {count} tokens of {prompt!r}", stacklevel=2)
+        contexts = []
+        for i in range(0, len(prompts), batch):
+            tokens = self.tokenizer(
+                list(prompts[i : i + batch]),
+                truncation=True,
+                max_length=most,
+                padding="max_length",
+                return_tensors="pt",
+            )
+            # without the mask of the padding, as U-ViT's authors call it
+            contexts.append(self.model(tokens.input_ids.to(self.model.device)).last_hidden_state.float().cpu())
+        return torch.cat(contexts) if contexts else torch.zeros(0, most, self.model.config.hidden_size)

@@ -1,0 +1,165 @@
+"""Early exit in a DiTPipeline of diffusers, through its own blocks."""
+
+from functools import cache
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from torch import Tensor
+from torch.nn import functional as F
+
+import adadiff
+from adadiff.early_exit import TheirDiT
+from adadiff.exits import ExitConfig, Exits
+from sampler.tiny import scramble
+
+LAYERS = 5
+SHARED = ExitConfig(shared_head=True)
+
+
+@cache
+def parts(seed: int = 0) -> tuple[DiTTransformer2DModel, AutoencoderKL]:
+    torch.manual_seed(seed)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=8,
+        num_layers=LAYERS,
+        sample_size=6,
+        patch_size=2,
+        num_embeds_ada_norm=1000,
+    )
+    scramble(transformer, 0.15)
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=6)
+    return transformer.eval().requires_grad_(False), vae.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def pipe() -> DiTPipeline:
+    made = DiTPipeline(*parts(), DDIMScheduler(clip_sample=False))
+    made.set_progress_bar_config(disable=True)
+    yield made
+    registry = getattr(made.transformer, "_diffusers_hook", None)
+    if registry is not None and registry.hooks:
+        adadiff.disable_early_exit(made)
+
+
+def exits() -> Exits:
+    made = Exits(TheirDiT(parts()[0]), SHARED).requires_grad_(False)
+    scramble(made, 0.3, seed=2)
+    return made
+
+
+def draw(pipe: DiTPipeline, guidance: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    labels = [7, 1, 999]
+    return pipe(labels, guidance, generator, num_inference_steps=4, output_type="pt").images
+
+
+def lanes(n: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 4, 6, 6, generator=generator)
+    return x, torch.linspace(3, 990, n).long(), torch.randint(1001, (n,), generator=generator)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("rule", ["full", "threshold:0.000001"])
+def test_where_nobody_leaves_images_are_the_same_bits(rule: str, guidance: float, pipe: DiTPipeline) -> None:
+    plain = draw(pipe, guidance)
+    record = adadiff.enable_early_exit(pipe, exits(), rule)
+    assert torch.equal(draw(pipe, guidance), plain)
+    evaluations = 4 * (6 if guidance > 1 else 3)
+    assert (record.totals.evaluations, record.totals.blocks) == (evaluations, evaluations * LAYERS)
+
+
+def by_hand(x: Tensor, t: Tensor, label: Tensor, weights: Exits, threshold: float) -> tuple[Tensor, int]:
+    """One lane through the transformer's modules: it leaves at the first block below the threshold."""
+    own = parts()[0]
+    rows, t, label = own.pos_embed(x[None]), t[None], label[None]
+    time = own.transformer_blocks[0].norm1.emb.timestep_embedder(
+        own.transformer_blocks[0].norm1.emb.time_proj(t).to(rows.dtype)
+    )
+    for layer, block in enumerate(own.transformer_blocks, start=1):
+        rows = block(rows, timestep=t, class_labels=label)
+        offset = time[0] @ weights.time_weight[layer - 1, 0] + weights.bias[layer - 1]
+        if layer < LAYERS and float(torch.sigmoid(rows[0] @ weights.weight[layer - 1, 0] + offset).mean()) < threshold:
+            break
+    both = own.transformer_blocks[0].norm1.emb(t, label, hidden_dtype=rows.dtype)
+    shift, scale = own.proj_out_1(F.silu(both)).chunk(2, dim=1)
+    patches = own.proj_out_2(own.norm_out(rows) * (1 + scale[:, None]) + shift[:, None])[0]
+    image = torch.empty(8, 6, 6)
+    for k, patch in enumerate(patches.view(9, 2, 2, 8)):
+        row, column = divmod(k, 3)
+        image[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2] = patch.permute(2, 0, 1)
+    return image, layer
+
+
+def test_every_lane_leaves_on_its_own(pipe: DiTPipeline) -> None:
+    x, t, labels = lanes()
+    record = adadiff.enable_early_exit(pipe, exits(), "threshold:0.17")
+    got = pipe.transformer(x, timestep=t, class_labels=labels).sample
+    wanted = [by_hand(*lane, exits(), 0.17) for lane in zip(x, t, labels, strict=True)]
+    torch.testing.assert_close(got, torch.stack([image for image, _ in wanted]), rtol=1e-4, atol=1e-5)
+    assert record.exit_layer.tolist() == [layer for _, layer in wanted]
+    assert len(set(record.exit_layer.tolist())) > 2
+    assert record.totals.macs < record.totals.macs_full
+    assert torch.equal(pipe.transformer(x, timestep=t, class_labels=labels, return_dict=False)[0], got)
+
+
+def test_a_fixed_depth_is_a_shorter_transformer(pipe: DiTPipeline) -> None:
+    x, t, labels = lanes()
+    adadiff.enable_early_exit(pipe, rule="depth:2")
+    got = pipe.transformer(x, timestep=t, class_labels=labels).sample
+    adadiff.disable_early_exit(pipe)
+    blocks = pipe.transformer.transformer_blocks
+    pipe.transformer.transformer_blocks = blocks[:2]
+    try:
+        wanted = pipe.transformer(x, timestep=t, class_labels=labels).sample
+    finally:
+        pipe.transformer.transformer_blocks = blocks
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_disabled_it_is_as_it_was(pipe: DiTPipeline) -> None:
+    plain, forward = draw(pipe), type(pipe.transformer).forward
+    adadiff.enable_early_exit(pipe, exits(), "threshold:0.5")
+    assert not torch.equal(draw(pipe), plain)
+    adadiff.disable_early_exit(pipe)
+    assert torch.equal(draw(pipe), plain)
+    assert pipe.transformer.forward.__func__ is forward
+    adadiff.enable_early_exit(pipe, exits(), "full")  # and once more
+
+
+def test_the_plain_pipeline_s_report_is_kept_call_by_call(pipe: DiTPipeline) -> None:
+    record = adadiff.enable_early_exit(pipe, exits(), "depth:3")
+    for _ in range(2):
+        draw(pipe)
+    assert (record.totals.ticks, record.totals.evaluations, record.totals.blocks) == (8, 24, 72)
+    assert record.exit_layer.tolist() == [3, 3, 3]
+
+
+def test_bad_input(pipe: DiTPipeline) -> None:
+    with pytest.raises(ValueError, match="early exit is for a DiTPipeline, got object"):
+        adadiff.enable_early_exit(object())
+    with pytest.raises(ValueError, match="reads scores; give the exits"):
+        adadiff.enable_early_exit(pipe, None, "threshold:0.5")
+    theirs = TheirDiT(pipe.transformer)
+    theirs.new_head = torch.nn.Identity
+    own_heads = Exits(theirs, ExitConfig())
+    with pytest.raises(ValueError, match="have heads of their own"):
+        adadiff.enable_early_exit(pipe, own_heads, "threshold:0.5")
+    theirs.blocks = theirs.blocks[:4]
+    shallow = Exits(theirs, SHARED)
+    with pytest.raises(ValueError, match="these exits are for 4 blocks of 24 channels, the transformer has 5"):
+        adadiff.enable_early_exit(pipe, shallow, "threshold:0.5")
+    with pytest.raises(ValueError, match="is not enabled"):
+        adadiff.disable_early_exit(pipe)
+    with pytest.raises(ValueError, match="is not enabled"):
+        adadiff.disable_early_exit(object())
+    adadiff.enable_early_exit(pipe, rule="full")
+    with pytest.raises(ValueError, match="enabled already"):
+        adadiff.enable_early_exit(pipe, rule="full")
+    x, t, _ = lanes()
+    with pytest.raises(ValueError, match="takes timestep and class_labels"):
+        pipe.transformer(x, timestep=t)

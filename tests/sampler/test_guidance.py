@@ -1,0 +1,267 @@
+"""Guidance as each family does it, and a variance that the network predicts, against loops in float64."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from adadiff.batch import Batch
+from adadiff.config import PRESETS, ModelConfig
+from adadiff.engine import Evaluation, evaluate
+from adadiff.exits import PAPER
+from adadiff.model import Model
+from adadiff.models.uvit import UViTConfig
+from adadiff.noise import initial_noise, step_noise
+from adadiff.rules import Full
+from adadiff.sampler import sample
+from adadiff.samples import Samples
+from adadiff.serving import Engine
+from sampler.tiny import SERVED, served
+
+# four channels, as latents have; guidance touches three unless told otherwise
+LATENT = ModelConfig(
+    UViTConfig(image_size=4, channels=4, patch=2, dim=16, depth=4, heads=2, num_classes=4),
+    "linear",
+    null_label=3,
+    exits=PAPER,
+    guided_channels=3,
+)
+STEPS = 6
+
+
+def eps_of(model: Model, x: Tensor, t: float, label: int) -> Tensor:
+    """The full network's prediction for one lane, float64 [C, H, W]."""
+    given = x[None].float(), torch.tensor([t]).float(), torch.tensor([label])
+    return evaluate(model.backbone, None, Full(), *given).eps[0].double()
+
+
+def grid(steps: int) -> tuple[list[float], list[float]]:
+    """Trailing timesteps of the linear schedule, and alpha_bar there; it ends with 1."""
+    beta = torch.tensor([1e-4 + k * (0.02 - 1e-4) / 999 for k in range(1000)], dtype=torch.float64)
+    table = (1 - beta).cumprod(0).tolist()
+    index = [round(1000 - k * 1000 / steps) - 1 for k in range(steps)]
+    return [float(i) for i in index], [*(table[i] for i in index), 1.0]
+
+
+def by_hand(
+    model: Model, seed: int, label: int, scale: float, channels: int, interval: tuple[float, float]
+) -> tuple[Tensor, list[bool]]:
+    """DDIM: the image in float64, and at which steps there was guidance."""
+    times, alpha_bar = grid(STEPS)
+    x = initial_noise(torch.tensor([seed]), model.backbone.sample_shape)[0].double()
+    guided = []
+    for k, t in enumerate(times):
+        eps = eps_of(model, x, t, label)
+        guided.append(interval[0] <= t <= interval[1])
+        if guided[-1]:
+            uncond = eps_of(model, x, t, 3)
+            for c in range(channels):
+                eps[c] = (1 + scale) * eps[c] - scale * uncond[c]
+        x0 = (x - math.sqrt(1 - alpha_bar[k]) * eps) / math.sqrt(alpha_bar[k])
+        x = math.sqrt(alpha_bar[k + 1]) * x0 + math.sqrt(1 - alpha_bar[k + 1]) * eps
+    return x, guided
+
+
+def assert_close(image: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(image.double(), wanted, rtol=0, atol=2e-4 * float(wanted.abs().max()))
+
+
+EVER = (-math.inf, math.inf)
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_guidance_by_hand(batch_invariant: bool) -> None:
+    """Samples of one batch that guide other channels at other times, one of them nowhere, one not at all."""
+    model = served(LATENT)
+    channels = [3, 4, 1, 3, 2]
+    intervals = [EVER, (200.0, 700.0), (999.0, 999.0), (300.0, 301.0), (0.0, 500.0)]  # 999 is a timestep, 300 is none
+    scales, labels = [1.5, 0.7, 2.0, 1.0, 0.0], [0, 1, 2, 0, 1]
+    images, report = sample(
+        model,
+        5,
+        steps=STEPS,
+        labels=labels,
+        guidance=scales,
+        guidance_interval=torch.tensor(intervals),
+        guided_channels=channels,
+        batch=3,
+        batch_invariant=batch_invariant,
+    )
+    for i in range(5):
+        wanted, guided = by_hand(model, i, labels[i], scales[i], channels[i], intervals[i])
+        assert_close(images[i], wanted)
+        runs = [scales[i] != 0 and on for on in guided]
+        assert (report.exit_layer[:, i, 1] > 0).tolist() == runs
+    assert (report.exit_layer[:, :, 0] == model.layers).all()
+
+
+def test_each_family_guides_what_it_was_published_with() -> None:
+    """U-ViT all channels (eval_ldm_discrete.py), DiT the first three (models.py): config.guided_channels."""
+    assert PRESETS["imagenet256_uvit_huge"].guided_channels is None
+    settings = {"steps": 3, "labels": [1], "guidance": 1.5}
+    three = sample(served(LATENT), 1, **settings)[0]
+    every = sample(served(replace(LATENT, guided_channels=None)), 1, **settings)[0]
+    assert torch.equal(three, sample(served(LATENT), 1, guided_channels=3, **settings)[0])
+    assert torch.equal(every, sample(served(LATENT), 1, guided_channels=4, **settings)[0])
+    assert not torch.equal(three, every)
+
+
+def lanes_of(call: Callable[[Callable[..., Evaluation]], object]) -> list[int]:
+    """The lanes of every evaluation that `call` makes with the function it is given."""
+    calls = []
+
+    def counted(*args: object, **options: object) -> Evaluation:
+        calls.append(len(args[3]))
+        return evaluate(*args, **options)
+
+    call(counted)
+    return calls
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_no_lane_is_run_for_guidance_that_is_not_there(tied: bool) -> None:
+    """Three samples; the first is guided at 999 and 832, the second from 499 on, the third never."""
+    intervals = torch.tensor([[700.0, 1000.0], [-1.0, 499.0], [-5.0, -4.0]])
+
+    def run(counted: Callable[..., Evaluation]) -> None:
+        batch = Batch(served(LATENT), 3, evaluate=counted)
+        samples = Samples.of(
+            served(LATENT),
+            3,
+            steps=STEPS,
+            labels=[0, 1, 2],
+            guidance=1.0,
+            guidance_interval=intervals,
+            tied=tied,
+            rule="threshold:0.5",
+        )
+        batch.admit(samples, torch.arange(3))
+        while batch.count:
+            batch.take(batch.tick().done)
+
+    times = grid(STEPS)[0]
+    assert lanes_of(run) == [3 + (t >= 700) + (t <= 499) for t in times] == [4, 4, 3, 4, 4, 4]
+
+
+def test_an_engine_takes_these_settings_by_request() -> None:
+    model = served(LATENT)
+    asked = [
+        {"guidance_interval": (200.0, 900.0), "guided_channels": 2},
+        {"guidance_interval": (-math.inf, 400.0)},
+        {},
+    ]
+    with Engine(model, 5, start=False) as engine:
+        handles = [engine.submit(seed=i, steps=STEPS, label=i, guidance=1.2, **own) for i, own in enumerate(asked)]
+    for i, (handle, own) in enumerate(zip(handles, asked, strict=True)):
+        wanted, _ = by_hand(model, i, i, 1.2, own.get("guided_channels", 3), own.get("guidance_interval", EVER))
+        assert_close(handle.result(0), wanted)
+
+
+# ---- learned variance ----
+
+
+def learned(t: Tensor) -> Tensor:
+    """A variance for every lane that follows its time, [B, 1, 1, 1]."""
+    return torch.sin(t / 100).view(-1, 1, 1, 1)
+
+
+def with_variance(*args: object, **options: object) -> Evaluation:
+    """As a network with 2C outputs: some lanes' variance is NaN, those of the null class, which nobody may read."""
+    result = evaluate(*args, **options)
+    variance = learned(args[4]).expand_as(result.eps).clone()
+    variance[args[5] == 3] = math.nan
+    return replace(result, variance=variance)
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("variance", [None, "small", "large"])
+def test_ancestral_steps_take_the_variance_of_the_conditional_lane(variance: str | None, batch_invariant: bool) -> None:
+    """Improved diffusion: ln of the variance is f ln beta + (1 - f) ln of the posterior's, f = (v + 1) / 2."""
+    model, times, alpha_bar = served(LATENT), *grid(STEPS)
+    solver = "ddpm" if variance is None else f"ddpm:variance={variance}"
+    batch = Batch(model, 3, batch_invariant=batch_invariant, evaluate=with_variance)
+    samples = Samples.of(model, 3, steps=STEPS, solver=solver, labels=[0, 1, 2], guidance=[0.0, 1.5, 0.5])
+    places = batch.admit(samples, torch.arange(3))
+    for _ in range(STEPS):
+        tick = batch.tick()
+        assert not tick.failed
+    images = batch.take(places)
+    for i, scale in enumerate((0.0, 1.5, 0.5)):
+        seed = torch.tensor([i])
+        x = initial_noise(seed, model.backbone.sample_shape)[0].double()
+        for k, t in enumerate(times):
+            a, after = alpha_bar[k], alpha_bar[k + 1]
+            eps, uncond = eps_of(model, x, t, i), eps_of(model, x, t, 3)
+            eps[:3] += scale * (eps[:3] - uncond[:3])
+            beta = 1 - a / after
+            x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
+            mean = (math.sqrt(after) * beta * x0 + math.sqrt(1 - beta) * (1 - after) * x) / (1 - a)
+            if after < 1:
+                posterior = beta * (1 - after) / (1 - a)
+                f = {"small": 0.0, "large": 1.0, None: (math.sin(t / 100) + 1) / 2}[variance]
+                z = step_noise(seed, torch.tensor([k]), model.backbone.sample_shape)[0].double()
+                mean = mean + math.sqrt(beta**f * posterior ** (1 - f)) * z
+            x = mean
+        assert_close(images[i], x)
+
+
+def test_deterministic_steps_do_not_read_it() -> None:
+    def nan(*args: object, **options: object) -> Evaluation:
+        result = evaluate(*args, **options)
+        return replace(result, variance=torch.full_like(result.eps, math.nan))
+
+    images = []
+    for call in (evaluate, nan):
+        batch = Batch(served(LATENT), 2, evaluate=call)
+        places = batch.admit(Samples.of(served(LATENT), 2, steps=3, solver="dpm++2m", labels=[0, 1]), torch.arange(2))
+        for _ in range(3):
+            batch.tick()
+        images.append(batch.take(places))
+    assert torch.equal(*images)
+
+
+# ---- singlestep solvers in the sampler ----
+
+
+@pytest.mark.parametrize("solver", ["dpm-fast", "dpm++fast"])
+def test_start_images_begin_with_a_whole_step(solver: str) -> None:
+    """Orders 3, 3, 2 at 8 evaluations: strength 0.5 asks for row 4, which lies within the step that begins at 3."""
+    start = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    settings = {"steps": 8, "solver": solver, "labels": [0, 1], "start": start}
+    images, report = sample(served(), 2, strength=[0.5, 0.25], **settings)
+    assert (report.exit_layer[:, :, 0] > 0).tolist() == [[False, False]] * 3 + [[True, False]] * 3 + [[True, True]] * 2
+    same = sample(served(), 2, strength=[5 / 8, 2 / 8], **settings)[0]
+    assert torch.equal(images, same)
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "message"),
+    [
+        (LATENT, {"guidance_interval": 3.0}, r"guidance_interval must be \(low, high\) or \[2, 2\], got shape \[\]"),
+        (LATENT, {"guidance_interval": [1, 2, 3]}, r"or \[2, 2\], got shape \[3\]"),
+        (LATENT, {"guidance_interval": (5, 4)}, "low <= high"),
+        (LATENT, {"guidance_interval": (0, math.nan)}, "low <= high"),
+        (LATENT, {"guidance_interval": "often"}, r"must be \(low, high\), got 'often'"),
+        (LATENT, {"guided_channels": 0}, r"guided_channels must lie in 1\.\.4, got \[0\]"),
+        (LATENT, {"guided_channels": [3, 5]}, r"guided_channels must lie in 1\.\.4"),
+        (LATENT, {"guided_channels": 1.5}, "guided_channels must be whole numbers"),
+        (SERVED, {"guided_channels": 3}, r"guided_channels must lie in 1\.\.1"),
+        (SERVED, {"solver": "euler-maruyama"}, "Euler-Maruyama integrates an SDE"),
+        (SERVED, {"solver": "ddpm:variance=learned"}, "variance must be"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_named_before_any_work(config: ModelConfig, settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sample(served(config), 2, labels=[0, 1], guidance=1.0, **settings)
+
+
+def test_bad_configurations() -> None:
+    with pytest.raises(ValueError, match=r"guided_channels must lie in 1\.\.4, got 5"):
+        replace(LATENT, guided_channels=5)
+    for scale in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="latent_scale must be a positive number"):
+            replace(LATENT, latent_scale=scale)

@@ -1,0 +1,211 @@
+"""The diffusers pipeline: what it saves and loads, what it returns, and its callbacks."""
+
+import json
+import sys
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+import adadiff
+from adadiff.config import ModelConfig
+from adadiff.exits import PAPER
+from adadiff.latents import decode
+from adadiff.models.uvit import UViTConfig
+from adadiff.pipeline import AdaDiffPipeline, AdaDiffTransformer
+from adadiff.sampler import sample
+from sampler.tiny import SERVED, served
+
+LATENT = ModelConfig(
+    UViTConfig(4, 4, 2, 16, 4, 2, num_classes=4), "linear", null_label=3, exits=PAPER, latent_scale=0.18215
+)
+TEXT = ModelConfig(UViTConfig(4, 1, 2, 16, 4, 2, context_tokens=3, context_dim=5), "stable_diffusion")
+
+
+@cache
+def vae() -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=4).eval().requires_grad_(False)
+
+
+def pipeline(config: ModelConfig = SERVED, **components: object) -> AdaDiffPipeline:
+    pipe = AdaDiffPipeline(AdaDiffTransformer.of(served(config)), **components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_images_are_those_of_sample() -> None:
+    """Seeds are drawn from the generator; diffusers' guidance scale is ours and 1."""
+    out = pipeline()(
+        class_labels=[0, 2, 1],
+        num_inference_steps=4,
+        guidance_scale=1.5,
+        rule="threshold:0.5",
+        tied=True,
+        generator=seeded(),
+        output_type="latent",
+    )
+    seeds = torch.randint(2**63 - 1, (3,), generator=seeded())
+    settings = {"steps": 4, "labels": [0, 2, 1], "guidance": 0.5, "rule": "threshold:0.5", "tied": True}
+    images, report = sample(served(), 3, seeds=seeds, **settings)
+    assert torch.equal(out.images, images)
+    assert torch.equal(out.report.exit_layer, report.exit_layer)
+    assert (out.report.macs, out.report.macs_full) == (report.macs, report.macs_full)
+    assert out.report.seconds > 0
+
+
+def test_a_generator_for_each_image() -> None:
+    one = pipeline()(num_images=3, generator=[seeded(i) for i in (5, 6, 7)], num_inference_steps=2, output_type="pt")
+    other = pipeline()(num_images=2, generator=[seeded(i) for i in (7, 5)], num_inference_steps=2, output_type="pt")
+    torch.testing.assert_close(one.images[[2, 0]], other.images, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(one.images[0], one.images[1])
+    torch.manual_seed(1)
+    free = [pipeline()(num_inference_steps=2, output_type="pt").images for _ in range(2)]
+    assert not torch.equal(*free)
+
+
+def test_output_types() -> None:
+    given = {"class_labels": [0, 1], "num_inference_steps": 2, "solver": "dpm++2m"}
+    outputs = {
+        kind: pipeline()(generator=seeded(), output_type=kind, **given).images for kind in ("latent", "pt", "np", "pil")
+    }
+    wanted = (outputs["latent"] / 2 + 0.5).clamp(0, 1)
+    assert torch.equal(outputs["pt"], wanted)
+    assert np.array_equal(outputs["np"], wanted.permute(0, 2, 3, 1).numpy())
+    for picture, image in zip(outputs["pil"], wanted, strict=True):
+        assert np.array_equal(np.asarray(picture), (image[0] * 255).round().byte().numpy())
+    images, report = pipeline()(generator=seeded(), output_type="pt", return_dict=False, **given)
+    assert torch.equal(images, wanted)
+    assert report.evaluations == 4
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    pipe = pipeline(LATENT, vae=vae())
+    given = {"class_labels": [1], "num_inference_steps": 3, "rule": "threshold:0.5", "output_type": "pt"}
+    before = pipe(generator=seeded(), **given)
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["transformer"] == ["adadiff.pipeline", "AdaDiffTransformer"]
+    assert json.loads((tmp_path / "transformer" / "config.json").read_text())["model_config"] == LATENT.to_dict()
+    loaded = AdaDiffPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    after = loaded(generator=seeded(), **given)
+    assert torch.equal(after.images, before.images)
+    assert torch.equal(after.report.exit_layer, before.report.exit_layer)
+    assert (loaded.tokenizer, loaded.text_encoder) == (None, None)
+
+
+def test_latents_are_decoded_with_the_scale_of_the_model() -> None:
+    given = {"class_labels": [1, 2], "num_inference_steps": 2}
+    latents = pipeline(LATENT)(generator=seeded(), output_type="latent", **given).images
+    images = pipeline(LATENT, vae=vae())(generator=seeded(), output_type="pt", **given).images
+    torch.testing.assert_close(images, (decode(latents, vae(), 0.18215) / 2 + 0.5).clamp(0, 1))
+
+
+@pytest.mark.parametrize(("solver", "ends"), [("ddim", [0, 1, 2, 3, 4]), ("dpm-fast", [2, 4])])
+def test_a_callback_after_every_step(solver: str, ends: list[int]) -> None:
+    """dpm-fast at 5 evaluations: a step of three and one of two."""
+    met = []
+
+    def callback(pipe: AdaDiffPipeline, step: int, t: float, values: dict) -> None:
+        met.append((step, t, values["latents"]))
+
+    given = {"class_labels": [0, 1], "num_inference_steps": 5, "solver": solver, "output_type": "latent"}
+    out = pipeline()(generator=seeded(), callback_on_step_end=callback, **given)
+    assert [step for step, _, _ in met] == ends
+    assert [t for _, t, _ in met] == sorted((t for _, t, _ in met), reverse=True)
+    assert torch.equal(met[-1][2], out.images)
+    assert torch.equal(out.images, pipeline()(generator=seeded(), **given).images)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpm-fast"])
+def test_a_callback_may_change_latents_and_stop(solver: str) -> None:
+    given = {"class_labels": [0, 1], "num_inference_steps": 8, "solver": solver, "output_type": "latent"}
+    plain = pipeline()(generator=seeded(), **given).images
+
+    def once(pipe: AdaDiffPipeline, step: int, t: float, values: dict) -> dict:
+        return {"latents": values["latents"] * torch.tensor([1.0, 0.9]).view(2, 1, 1, 1)} if step == 2 else {}
+
+    changed = pipeline()(generator=seeded(), callback_on_step_end=once, **given).images
+    torch.testing.assert_close(changed[0], plain[0])
+    assert not torch.allclose(changed[1], plain[1], atol=1e-3)
+
+    def stop(pipe: AdaDiffPipeline, step: int, t: float, values: dict) -> None:
+        pipe._interrupt = step == 2
+
+    stopped = pipeline()(generator=seeded(), callback_on_step_end=stop, **given)
+    assert (stopped.report.exit_layer[:, :, 0] > 0).all(1).tolist() == [True] * 3 + [False] * 5
+
+    def put_back(pipe: AdaDiffPipeline, step: int, t: float, values: dict) -> dict:
+        return {"latents": stopped.images} if step == 2 else {}
+
+    assert torch.equal(pipeline()(generator=seeded(), callback_on_step_end=put_back, **given).images, plain)
+
+
+def test_prompts_reach_the_network() -> None:
+    """An encoder whose contexts count letters stands for CLIP, behind the interface of transformers."""
+
+    def tokenizer(prompts: str | list[str], **_: object) -> SimpleNamespace:
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        ids = torch.tensor([[len(text), text.count("a"), 1] for text in texts])
+        return SimpleNamespace(input_ids=ids[0].tolist() if isinstance(prompts, str) else ids)
+
+    def hidden(ids: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=(ids[..., None] * torch.arange(1.0, 6.0)).sin())
+
+    hidden.config = SimpleNamespace(max_position_embeddings=3, hidden_size=5)
+    hidden.device = "cpu"
+    pipe = pipeline(TEXT)
+    object.__setattr__(pipe, "tokenizer", tokenizer)
+    object.__setattr__(pipe, "text_encoder", hidden)
+    given = {"num_inference_steps": 3, "output_type": "latent"}
+    prompts = ["a cat", "banana"]
+    images = pipe(prompt=prompts, negative_prompt="aa", guidance_scale=2.0, generator=seeded(), **given).images
+
+    def contexts(texts: list[str]) -> torch.Tensor:
+        return hidden(tokenizer(texts).input_ids).last_hidden_state
+
+    seeds = torch.randint(2**63 - 1, (2,), generator=seeded())
+    settings = {"context": contexts(prompts), "null_context": contexts(["aa"])[0], "guidance": 1.0}
+    assert torch.equal(images, sample(served(TEXT), 2, steps=3, seeds=seeds, **settings)[0])
+    assert pipe(prompt="a cat", **given).images.shape == (1, 1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "message"),
+    [
+        (SERVED, {"output_type": "jpeg"}, "output_type must be one of pil, np, pt, latent"),
+        (SERVED, {"num_inference_steps": 0}, "num_inference_steps must be an integer >= 1"),
+        (SERVED, {"class_labels": [0, 1], "num_images": 3}, r"disagree on how many images: \[2, 3\]"),
+        (SERVED, {"class_labels": []}, "num_images must be an integer >= 1"),
+        (SERVED, {"class_labels": [3]}, r"labels must be in 0\.\.2"),
+        (SERVED, {"generator": [seeded()] * 2}, "one or a list of 1"),
+        (SERVED, {"solver": "euler"}, "no solver 'euler'"),
+        (SERVED, {"prompt": "a cat"}, "prompts take a tokenizer and a text_encoder"),
+        (SERVED, {"callback_on_step_end_tensor_inputs": ["noise"]}, "callbacks may ask for latents"),
+        (LATENT, {}, "give the pipeline a vae, or ask for output_type='latent'"),
+        (TEXT, {}, "takes text"),
+    ],
+    ids=str,
+)
+def test_bad_input(config: ModelConfig, settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipeline(config)(**settings)
+
+
+def test_diffusers_is_needed_only_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert adadiff.AdaDiffPipeline is AdaDiffPipeline
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.delitem(sys.modules, "adadiff.early_exit", raising=False)
+    with pytest.raises(ImportError, match=r"takes diffusers: pip install 'adadiff_kernels\[latents\]'"):
+        adadiff.enable_early_exit  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'EarlyExit'"):
+        adadiff.EarlyExit  # noqa: B018
