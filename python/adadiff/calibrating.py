@@ -253,6 +253,6 @@ def reliability_picture(recording: Recording, path: Path, noised: tuple[Tensor, 
             axis.set_yscale("log")
             axis.set_title(f"after block {k + 1}", fontsize=9)
         line[0].set_ylabel(f"squared error {name}", fontsize=9)
-    figure.colorbar(dots, ax=axes.tolist(), label="timestep").solids.set_alpha(1)
+    figure.colorbar(dots, ax=axes, label="timestep").solids.set_alpha(1)
     figure.supxlabel("uncertainty")
     replace_file(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, commands
+from .calibrating import AIMS, CALIBRATION_SEED
 from .train_config import CHOICES, TrainConfig, shipped
 
 EXAMPLES = {
@@ -31,7 +32,7 @@ after Ctrl-C, or a kill, the same command goes on where it stopped, or at the la
     "calibrate": """examples:
   adadiff calibrate digits --budget 0.55 --out digits-calibrated.safetensors
   adadiff calibrate digits --budget 0.4,0.55,0.7,0.85 --aim distribution --out d.safetensors --picture d.png
-  adadiff sample digits-calibrated.safetensors --out samples --rule budget:0.55""",
+the file is a model like any other: sample it with --rule budget:0.55, or, by timestep alone, --rule table:0.55""",
     "evaluate": """examples:
   adadiff evaluate digits
   adadiff evaluate runs/digits/model.safetensors --n 5000 --steps 20 --rule depth:8 --json quality.json""",
@@ -165,11 +166,11 @@ def _add_calibrate(known: Any) -> None:
     )
     one.add_argument(
         "--aim",
-        choices=commands.AIMS,
-        default=commands.AIMS[0],
+        choices=AIMS,
+        default=AIMS[0],
         help="faithful: the full network's images; distribution: images as good, perhaps others (default: faithful)",
     )
-    _add_sampling(one, n=256, rule=False, seed=commands.CALIBRATION_SEED)
+    _add_sampling(one, n=256, rule=False, seed=CALIBRATION_SEED)
     one.add_argument("--guidance", type=float, default=0.0, help="classifier-free scale (default: 0, none)")
     one.add_argument("--picture", type=Path, metavar="FILE.png", help="draw uncertainties against true errors")
     one.add_argument(

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 EVERYBODY = 2.0  # above every uncertainty
-SWEEPS = 3
-HALVINGS = 60
+SWEEPS = 2
+HALVINGS = 28  # of a price known to 24 decades
 FEW = 0.01  # of the exits; a layer that gets fewer is not worth asking at
 
 
@@ -35,13 +35,20 @@ class Work:
         return float(self.leaving[-1])
 
 
-def best_thresholds(u: Tensor, error: Tensor, work: Work, price: float, closed: Tensor | None = None) -> Tensor:
+def best_thresholds(
+    u: Tensor,
+    error: Tensor,
+    work: Work,
+    price: float,
+    closed: Tensor | None = None,
+    ranks: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """u, error: [S, K, n], what the UEM said after each layer and what leaving there would cost. closed: bool [K],
-    layers that nobody may leave after. Returns theta [S, K], float32: 0 where nobody leaves."""
+    layers that nobody may leave after. ranks: u.sort(-1), where it is at hand. Returns theta [S, K], float32: 0 where
+    nobody leaves."""
     S, K, n = u.shape
     error = error.double()
-    order = u.argsort(-1)
-    ranked = u.gather(-1, order)
+    ranked, order = u.sort(-1) if ranks is None else ranks
     # theta = edges[m] lets the m least uncertain leave
     edges = torch.cat(
         [torch.zeros(S, K, 1), (ranked[..., 1:] + ranked[..., :-1]) / 2, torch.full((S, K, 1), EVERYBODY)], -1
@@ -85,9 +92,11 @@ def adaptive_table(u: Tensor, error: Tensor, work: Work, share: float) -> Tensor
     """The best thresholds [S, K] whose work, on these samples, is at most `share` of the full network's and near it.
     Layers that hardly anybody leaves after are left out. Raises ValueError for a share below one block's."""
 
+    error, ranks = error.double(), u.sort(-1)
+
     def solve(closed: Tensor | None) -> Tensor:
         def spend(price: float) -> tuple[float, Tensor]:
-            theta = best_thresholds(u, error, work, price, closed)
+            theta = best_thresholds(u, error, work, price, closed, ranks)
             return total(exit_layers(u, theta), error, work, theta.amax(0) > 0)[1], theta
 
         return cheapest(spend, share, error, work)

@@ -19,8 +19,9 @@ from adadiff.run_folder import CONFIG, LOG, MODEL, SAMPLES, STATE
 from adadiff.train_config import TrainConfig
 from adadiff.training import Trainer, fingerprint
 
-SHORT = TrainConfig(steps=5, batch=3, warmup=2, save_every=2, seed=4)
 TINY = {"dim": 16, "depth": 2, "heads": 2}
+SHORT = TrainConfig(steps=5, batch=3, warmup=2, save_every=2, seed=4, network=TINY)
+DIGITS = dataclasses.replace(SHORT, network={})  # fits the checkpoints in the package
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -155,7 +156,7 @@ def test_an_unwritable_folder_is_refused_before_any_step(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("exits", [True, False])
 def test_the_loss_falls_on_a_few_images(tmp_path: Path, exits: bool) -> None:
-    config = TrainConfig(steps=25, batch=16, warmup=5, lr=3e-3, exits=exits, save_every=100)
+    config = TrainConfig(steps=25, batch=16, warmup=5, lr=1e-2, exits=exits, network={**TINY, "dim": 32})
     trainer = Trainer(config, tmp_path)
     trainer.images, trainer.labels = trainer.images[:4], trainer.labels[:4]
     simple = [float(trainer.update()["simple"]) for _ in range(25)]
@@ -194,7 +195,7 @@ def test_inputs_are_noised_by_the_schedule(tmp_path: Path) -> None:
 )
 def test_the_loss_is_the_one_asked_for(tmp_path: Path, loss: str, weights: tuple[float, float]) -> None:
     """What is minimised is L_simple and the two weighted sums of what is logged per layer."""
-    config = dataclasses.replace(SHORT, loss=loss, uem_weight=weights[0], ual_weight=weights[1], network=TINY)
+    config = dataclasses.replace(SHORT, loss=loss, uem_weight=weights[0], ual_weight=weights[1])
     trainer = Trainer(config, tmp_path)
     loss_value, terms = trainer.objective(*trainer.inputs(0))
     assert {name: len(terms[name]) for name in ("uem", "ual", "errors", "relative")} == dict.fromkeys(
@@ -209,7 +210,7 @@ def test_the_loss_is_the_one_asked_for(tmp_path: Path, loss: str, weights: tuple
 
 def test_parts_of_a_batch_are_the_batch(tmp_path: Path) -> None:
     """Gradients gathered over parts are those of the whole batch, up to the order of sums."""
-    base = dataclasses.replace(SHORT, batch=12, network=TINY)
+    base = dataclasses.replace(SHORT, batch=12)
     whole, parts = (Trainer(dataclasses.replace(base, accumulate=k), tmp_path / str(k)) for k in (1, 3))
     shares = [torch.cat(column) for column in zip(*(parts.inputs(0, part) for part in range(3)), strict=True)]
     assert all(torch.equal(a, b) for a, b in zip(shares, whole.inputs(0), strict=True))
@@ -220,17 +221,17 @@ def test_parts_of_a_batch_are_the_batch(tmp_path: Path) -> None:
 
 
 def test_half_precision_learns_much_the_same(tmp_path: Path) -> None:
-    base = dataclasses.replace(SHORT, batch=8, network=TINY)
+    base = dataclasses.replace(SHORT, batch=8)
     full, half = (Trainer(dataclasses.replace(base, precision=p), tmp_path / p) for p in ("float32", "bfloat16"))
     given = full.inputs(0)
     (a, _), (b, terms) = full.objective(*given), half.objective(*given)
     assert a != b
-    assert abs(float(a) - float(b)) < 0.02 * float(a)
+    assert abs(float(a.detach()) - float(b.detach())) < 0.02 * float(a.detach())
     assert {value.dtype for value in (b, *terms.values(), *half.model.parameters())} == {torch.float32}
 
 
 def test_frozen_leaves_the_network_as_it_is(tmp_path: Path) -> None:
-    config = dataclasses.replace(SHORT, recipe="frozen", init="digits_plain", loss="relative", batch=16, lr=1e-2)
+    config = dataclasses.replace(DIGITS, recipe="frozen", init="digits_plain", loss="relative", batch=16, lr=1e-2)
     before = load("digits_plain")
     trainer = Trainer(config, tmp_path)
     own = before.backbone.state_dict()
@@ -251,7 +252,7 @@ def test_frozen_leaves_the_network_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize("head", ["linear", "mlp"])
 def test_a_frozen_run_resumes_bit_for_bit(tmp_path: Path, head: str) -> None:
     config = dataclasses.replace(
-        SHORT, recipe="frozen", init="digits_plain", loss="relative", exit_options={"head": head}, steps=3, save_every=1
+        DIGITS, recipe="frozen", init="digits_plain", loss="relative", exit_options={"head": head}, steps=3, save_every=1
     )
     file = Trainer(config, tmp_path / "whole").run(progress=False)
     trainer = Trainer(config, tmp_path / "parts")
@@ -267,12 +268,12 @@ def test_a_frozen_run_resumes_bit_for_bit(tmp_path: Path, head: str) -> None:
 def test_fine_tuning_starts_from_the_whole_checkpoint(tmp_path: Path) -> None:
     """Exits of the same kind are kept; of another kind they are made anew."""
     start = load("digits").state_dict()
-    trainer = Trainer(dataclasses.replace(SHORT, init="digits"), tmp_path / "same")
+    trainer = Trainer(dataclasses.replace(DIGITS, init="digits"), tmp_path / "same")
     assert all(torch.equal(value, start[key]) for key, value in trainer.model.state_dict().items())
     assert all(parameter.requires_grad for parameter in trainer.model.parameters())
     trainer.update()
     assert not torch.equal(trainer.model.backbone.pos_embed, start["backbone.pos_embed"])
-    other = Trainer(dataclasses.replace(SHORT, init="digits", exit_options={"time": False}), tmp_path / "other")
+    other = Trainer(dataclasses.replace(DIGITS, init="digits", exit_options={"time": False}), tmp_path / "other")
     assert torch.equal(other.model.backbone.pos_embed, start["backbone.pos_embed"])
     assert not other.model.exits.weight.any()
     head = other.model.exits.heads[0].decoder_pred.weight
@@ -280,7 +281,7 @@ def test_fine_tuning_starts_from_the_whole_checkpoint(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
-    trainer = Trainer(dataclasses.replace(SHORT, network=TINY), tmp_path)
+    trainer = Trainer(SHORT, tmp_path)
     trainer.update()
     trainer.save()
     before = [(tmp_path / name).read_bytes() for name in (STATE, MODEL)]
@@ -322,7 +323,7 @@ def rows(folder: Path) -> list[dict]:
 
 def test_the_log_goes_on_where_the_weights_do(tmp_path: Path) -> None:
     """Rows of updates that a kill undid are dropped, and so is a row it cut short."""
-    config = dataclasses.replace(SHORT, network=TINY, steps=6, log_every=1, save_every=3)
+    config = dataclasses.replace(SHORT, steps=6, log_every=1, save_every=3)
     Trainer(config, tmp_path / "whole").run(progress=False)
     trainer = Trainer(config, tmp_path / "killed")
     trainer.update = raising(5, MemoryError(), before=False)(trainer.update)  # as a kill: nothing is saved any more
@@ -343,7 +344,7 @@ def test_the_log_goes_on_where_the_weights_do(tmp_path: Path) -> None:
 
 
 def test_pictures_are_drawn_along_the_way(tmp_path: Path) -> None:
-    config = dataclasses.replace(SHORT, network=TINY, steps=4, sample_every=2)
+    config = dataclasses.replace(SHORT, steps=4, sample_every=2)
     Trainer(config, tmp_path).run(progress=False)
     assert sorted(path.name for path in (tmp_path / SAMPLES).iterdir()) == ["00000002.png", "00000004.png"]
     shown = np.asarray(Image.open(tmp_path / SAMPLES / "00000004.png"))
@@ -356,7 +357,7 @@ def test_pictures_are_drawn_along_the_way(tmp_path: Path) -> None:
 
 def test_tensorboard_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    trainer = Trainer(dataclasses.replace(SHORT, network=TINY, tensorboard=True), tmp_path)
+    trainer = Trainer(dataclasses.replace(SHORT, tensorboard=True), tmp_path)
     with pytest.raises(ImportError, match=r"adadiff_kernels\[tensorboard\]"):
         trainer.run(progress=False)
     assert trainer.step == 0
