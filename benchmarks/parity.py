@@ -207,7 +207,9 @@ def ours(model: adadiff.Model, x: Tensor, t: Tensor, context: Tensor | None) -> 
 def inputs(model: adadiff.Model) -> tuple[Tensor, Tensor, Tensor | None]:
     draw, network = torch.Generator().manual_seed(1), model.config.network
     x = torch.randn(len(TIMES), *model.backbone.sample_shape, generator=draw).bfloat16().float()
-    context = torch.tensor([network.num_classes - 1, 207 % max(1, network.num_classes)]) if network.num_classes else None
+    context = (
+        torch.tensor([network.num_classes - 1, 207 % max(1, network.num_classes)]) if network.num_classes else None
+    )
     if network.context_tokens:
         shape = (len(TIMES), network.context_tokens, network.context_dim)
         context = torch.randn(shape, generator=draw).bfloat16().float()

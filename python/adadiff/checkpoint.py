@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .calibration import Calibration
 from .config import ModelConfig
 from .model import Model
 
@@ -90,8 +91,10 @@ def load_strictly(module: torch.nn.Module, tensors: Mapping[str, Tensor], source
 
 
 def save(model: Model, path: str | Path, notes: Mapping[str, object] | None = None) -> None:
-    """Writes weights and configuration. `notes` (how it was trained) is kept in the header."""
+    """Writes weights, configuration and calibration. `notes` (how it was trained) is kept in the header."""
     metadata = {"config": model.config.to_dict(), "notes": dict(notes or {})}
+    if model.calibration is not None:
+        metadata["calibration"] = model.calibration.to_dict()
     write_tensors(Path(path), model.state_dict(), metadata)
 
 
@@ -106,6 +109,8 @@ def load(name_or_file: str | Path) -> Model:
         raise ValueError(f"{path} holds tensors but no model configuration")
     model = Model(ModelConfig.from_dict(metadata["config"]))
     load_strictly(model, tensors, str(path))
+    if "calibration" in metadata:
+        model.calibration = Calibration.from_dict(metadata["calibration"])
     return model.eval()
 
 

@@ -6,12 +6,14 @@ Exit codes: 0; 2 for unusable input, with a line saying why; 130 after Ctrl-C, w
 import argparse
 import dataclasses
 import sys
+import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import __version__, commands, conversion
-from .training import TrainConfig
+from .calibrating import AIMS, CALIBRATION_SEED
+from .train_config import CHOICES, TrainConfig, shipped
 
 EXAMPLES = {
     "sample": """examples:
@@ -23,8 +25,14 @@ the same bits on any number of processes, if each has as many threads: torchrun 
     "train": """examples:
   adadiff train --out runs/digits
   adadiff train --out runs/plain --plain
+  adadiff train digits_frozen --exit-options head=mlp
   adadiff train runs/digits/config.json --out runs/longer --steps 20000
-after Ctrl-C the same command goes on where it stopped""",
+  accelerate launch --num_processes 2 -m adadiff train canvases --precision bfloat16
+after Ctrl-C, or a kill, the same command goes on where it stopped, or at the last checkpoint""",
+    "calibrate": """examples:
+  adadiff calibrate digits --budget 0.55 --out digits-calibrated.safetensors
+  adadiff calibrate digits --budget 0.4,0.55,0.7,0.85 --aim distribution --out d.safetensors --picture d.png
+the file is a model like any other: sample it with --rule budget:0.55, or, by timestep alone, --rule table:0.55""",
     "evaluate": """examples:
   adadiff evaluate digits
   adadiff evaluate runs/digits/model.safetensors --n 5000 --steps 20 --rule depth:8 --json quality.json""",
@@ -44,10 +52,17 @@ SOLVER_HELP = (
     "as in ddpm:spacing=respaced (default: ddim)"
 )
 TRAIN_HELP = {
-    "preset": "the network, and the data it is trained on",
+    "preset": "the network",
+    "data": "what it is trained on: digits, or canvases, also as in canvases:side=3,hard=0.75,n=50000",
+    "network": "settings of the preset's network to change, as in depth=2 dim=96",
     "exits": "train the network together with its exits, or alone",
+    "exit_options": "settings of the exits to change, as in head=mlp shared_head=false",
+    "recipe": "joint: everything; frozen: only the exits, on the network of INIT",
+    "init": "checkpoint to start from: a name that ships with the package, or a file",
+    "loss": "of the exits: paper, official, or relative, to the full network's prediction",
     "steps": "optimizer updates",
-    "batch": "images per update",
+    "batch": "images per update, of all processes together",
+    "accumulate": "parts in which each process takes its share of a batch, to save memory",
     "lr": "learning rate after the warm-up; from there a cosine to zero",
     "warmup": "updates until the learning rate is reached",
     "weight_decay": "AdamW's",
@@ -55,8 +70,12 @@ TRAIN_HELP = {
     "uem_weight": "lambda, the weight of the uncertainty loss",
     "ual_weight": "beta, the weight of the uncertainty-aware layer loss",
     "label_drop": "share of labels replaced by the null class",
+    "precision": "of the network's products: float32, or bfloat16 by autocast",
     "seed": "of the weights, batches and noises",
     "save_every": "updates between checkpoints",
+    "log_every": "updates between rows of log.jsonl",
+    "sample_every": "updates between grids of pictures; 0 for none",
+    "tensorboard": "log for TensorBoard, too",
 }
 
 
@@ -97,25 +116,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--decoder", type=Path, help="folder of the AutoencoderKL that makes pictures of latents")
     one.add_argument("--shard", type=int, help=f"samples in a shard of npz (default: {commands.SHARD})")
 
-    one = _command(known, "train", commands.train, "train a model; options override the file")
-    one.add_argument("config", nargs="?", type=Path, metavar="CONFIG.json", help="values of the options below")
-    one.add_argument("--out", type=Path, required=True, help="folder for checkpoints; the run that it holds goes on")
-    one.add_argument(
-        "--plain",
-        dest="exits",
-        action="store_false",
-        default=argparse.SUPPRESS,
-        help="the same as --no-exits",
-    )
-    for field in dataclasses.fields(TrainConfig):
-        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
-        one.add_argument(
-            "--" + field.name.replace("_", "-"),
-            dest=field.name,
-            default=argparse.SUPPRESS,
-            help=f"{TRAIN_HELP[field.name]} (default: {field.default})",
-            **kind,
-        )
+    _add_train(known)
+    _add_calibrate(known)
 
     one = _command(known, "evaluate", commands.evaluate, "quality and speed on the digits, early exit or not")
     _add_model(one)
@@ -123,7 +125,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
 
     one = _command(known, "convert", commands.convert, "read a checkpoint of U-ViT, DiT, AdaDiff, DuoDiff or diffusers")
-    one.add_argument("source", type=Path, metavar="SOURCE", help="a released file, or a folder of training or diffusers")
+    one.add_argument(
+        "source", type=Path, metavar="SOURCE", help="a released file, or a folder of training or diffusers"
+    )
     one.add_argument("dest", type=Path, metavar="DEST", help="the safetensors file to write")
     one.add_argument(
         "--preset",
@@ -140,6 +144,91 @@ def parser() -> argparse.ArgumentParser:
     _add_model(one)
     one.add_argument("--json", action="store_true", help="print JSON")
     return top
+
+
+def _add_train(known: Any) -> None:
+    one = _command(known, "train", commands.train, "train a model; options override the configuration")
+    one.add_argument(
+        "config",
+        nargs="?",
+        metavar="CONFIG",
+        help=f"a TOML or JSON file with values of the options below, or one that ships: {', '.join(shipped())}",
+    )
+    one.add_argument(
+        "--out", type=Path, help="folder for checkpoints; the run that it holds goes on (default: runs/NAME of CONFIG)"
+    )
+    one.add_argument(
+        "--plain",
+        dest="exits",
+        action="store_false",
+        default=argparse.SUPPRESS,
+        help="the same as --no-exits",
+    )
+    for field in dataclasses.fields(TrainConfig):
+        kind = {"type": field.type}
+        if field.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif field.type is dict:
+            kind = {"nargs": "+", "type": setting, "action": Settings, "metavar": "KEY=VALUE"}
+        elif field.name in CHOICES:
+            kind = {"choices": CHOICES[field.name]}
+        default = "none" if field.type is dict else field.default
+        one.add_argument(
+            "--" + field.name.replace("_", "-"),
+            dest=field.name,
+            default=argparse.SUPPRESS,
+            help=f"{TRAIN_HELP[field.name]} (default: {default if default != '' else 'none'})",
+            **kind,
+        )
+
+
+def _add_calibrate(known: Any) -> None:
+    one = _command(
+        known, "calibrate", commands.calibrate, "choose when to leave, for shares of the full network's work"
+    )
+    _add_model(one)
+    one.add_argument("--out", type=Path, required=True, help="file for the model with its calibration")
+    one.add_argument(
+        "--budget", type=shares, required=True, help="share of the multiply-adds, in (0, 1]; several as in 0.4,0.55"
+    )
+    one.add_argument(
+        "--aim",
+        choices=AIMS,
+        default=AIMS[0],
+        help="faithful: the full network's images; distribution: images as good, perhaps others (default: faithful)",
+    )
+    _add_sampling(one, n=256, rule=False, seed=CALIBRATION_SEED)
+    one.add_argument("--guidance", type=float, default=0.0, help="classifier-free scale (default: 0, none)")
+    one.add_argument("--picture", type=Path, metavar="FILE.png", help="draw uncertainties against true errors")
+    one.add_argument(
+        "--data", help="show errors to the true noise in it, too, on held-out images of this training data"
+    )
+
+
+class Settings(argparse.Action):
+    """Gathers KEY=VALUE pairs in a dictionary."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        setattr(namespace, self.dest, dict(values))
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """The pair behind "depth=2", "time=false" or "head=mlp"."""
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise argparse.ArgumentTypeError(f"takes KEY=VALUE, got {text!r}")
+    try:
+        return key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, value
+
+
+def shares(text: str) -> list[float]:
+    """The list behind "0.4,0.55"."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes numbers separated by commas, got {text!r}") from None
 
 
 def whole_numbers(text: str) -> list[int]:
@@ -167,7 +256,7 @@ def _add_model(one: argparse.ArgumentParser) -> None:
     one.add_argument("model", metavar="MODEL", help='a name that ships with the package ("digits") or a file')
 
 
-def _add_sampling(one: argparse.ArgumentParser, n: int) -> None:
+def _add_sampling(one: argparse.ArgumentParser, n: int, rule: bool = True, seed: int = 0) -> None:
     one.add_argument(
         "-n",
         "--n",
@@ -182,10 +271,11 @@ def _add_sampling(one: argparse.ArgumentParser, n: int) -> None:
         help="solver steps; several, as in 20,30, are cycled over the samples (default: 50)",
     )
     one.add_argument("--solver", default="ddim", help=SOLVER_HELP)
-    one.add_argument(
-        "--rule",
-        help="who leaves: full, threshold:U, patience:U or depth:K "
-        f"(default: {commands.DEFAULT_RULE}, or full where the model has no exits)",
-    )
-    one.add_argument("--seed", type=int, default=0, help="sample i has seed SEED + i (default: 0)")
+    if rule:
+        one.add_argument(
+            "--rule",
+            help="who leaves: full, threshold:U, patience:U, depth:K, or budget:B of a calibrated model "
+            f"(default: {commands.DEFAULT_RULE}, or full where the model has no exits)",
+        )
+    one.add_argument("--seed", type=int, default=seed, help=f"sample i has seed SEED + i (default: {seed})")
     one.add_argument("--batch", type=int, default=64, help="samples at a time (default: 64)")

@@ -7,20 +7,24 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checkpoint, conversion, latents, sampler
-from .config import from_dict
+from . import checkpoint, conversion, latents, sampler, sources
+from .calibrating import Calibrating, reliability_picture
 from .evaluation import Quality, evaluate_samples
 from .filling import Process, ShardFolder
 from .model import Model
 from .pictures import CHANNELS, PictureFolder, write_json
+from .recording import noised_errors
 from .reports import Report
+from .run_folder import STATE
 from .shards import ADVICE, MANIFEST, Manifest
-from .training import STATE, TrainConfig, Trainer
+from .train_config import TrainConfig, load_config
+from .training import Trainer
 
 DEFAULT_RULE = "threshold:0.1"
 PNG_MOST = 1000  # samples that become a picture each where nothing else is asked for
@@ -148,37 +152,69 @@ def _fill_with_shards(folder: ShardFolder, sampling: Callable[..., sampler.Sampl
 
 def train(options: argparse.Namespace) -> None:
     config = train_config(options)
-    _show({**dataclasses.asdict(config), "out": options.out})
-    trainer = Trainer(config, options.out)
-    if trainer.step:
-        print(f"{options.out} holds step {trainer.step} of {config.steps}; going on from there")
+    out = options.out or Path("runs") / Path(options.config or config.preset).stem
+    main = Process.of(os.environ).rank == 0
+    if main:
+        _show({**dataclasses.asdict(config), "out": out})
+    trainer = Trainer(config, out)
+    if trainer.step and main:
+        print(f"{out} holds step {trainer.step} of {config.steps}; going on from there")
     try:
         file = trainer.run()
     except KeyboardInterrupt:
-        state = options.out / STATE  # may lag behind: nothing is saved in the middle of an update
+        state = out / STATE  # may lag behind: nothing is saved in the middle of an update
         step = checkpoint.read_tensors(state)[1]["step"] if state.exists() else 0
-        there = f"step {step} of {config.steps} is in {options.out}"
+        there = f"step {step} of {config.steps} is in {out}"
         raise KeyboardInterrupt(f"{there}; the same command goes on from there") from None
-    print(f"wrote {file}")
+    if main:
+        print(f"wrote {file}")
 
 
 def train_config(options: argparse.Namespace) -> TrainConfig:
-    """The file's values, if there is one, under those of the command line. ValueError for what cannot be."""
-    fields = dataclasses.fields(TrainConfig)
-    config = TrainConfig()
-    if options.config is not None:
-        try:
-            values = json.loads(options.config.read_text())
-        except ValueError as error:
-            raise ValueError(f"{options.config} is not JSON: {error}") from None
-        for field in fields:
-            value = values.get(field.name, field.default) if isinstance(values, dict) else field.default
-            if type(value) is not field.type and (type(value), field.type) != (int, float):
-                what = f"{field.name} in {options.config}"
-                raise ValueError(f"{what} must be of type {field.type.__name__}, got {value!r}")
-        config = from_dict(TrainConfig, values, str(options.config))
-    given = {field.name: getattr(options, field.name) for field in fields if hasattr(options, field.name)}
-    return dataclasses.replace(config, **given)
+    """The configuration's values, if there is one, under those of the command line. ValueError for what cannot be."""
+    names = (field.name for field in dataclasses.fields(TrainConfig))
+    return load_config(options.config, {name: getattr(options, name) for name in names if hasattr(options, name)})
+
+
+def calibrate(options: argparse.Namespace) -> None:
+    model = checkpoint.load(options.model)
+    if len(options.steps) != 1:
+        raise ValueError(f"a calibration is for one number of steps, got {len(options.steps)}")
+    if options.data is not None:
+        sources.parse(options.data)
+        if options.picture is None:
+            raise ValueError("--data is for the picture; give --picture FILE.png, too")
+    for path in filter(None, (options.out, options.picture)):
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise ValueError(f"cannot write {path}")
+    settings = {
+        "aim": options.aim,
+        "n": options.n,
+        "steps": options.steps[0],
+        "solver": options.solver,
+        "guidance": options.guidance,
+        "seed": options.seed,
+        "batch": options.batch,
+    }
+    calibration = Calibrating(model, options.budget, **settings)  # for its checks
+    _show({"model": options.model, "budget": options.budget, **settings, "out": options.out})
+    model.calibration = calibration.run(progress=True)
+    notes = checkpoint.read_tensors(checkpoint.find(options.model))[1].get("notes", {})
+    checkpoint.save(model, options.out, notes)
+    print(f"\n{model.calibration}\n")
+    if options.picture is not None:
+        noised = None if options.data is None else _noised(model, options, calibration.recording.t)
+        reliability_picture(calibration.recording, options.picture, noised)
+        print(f"wrote {options.picture}")
+    print(f"wrote {options.out}; sample it with --rule budget:{model.calibration.budgets[0].share:g}")
+
+
+def _noised(model: Model, options: argparse.Namespace, t: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Ten of the times t [S], with uncertainties and errors to the noise on held-out images."""
+    images, labels = (values[: options.n] for values in sources.load(options.data, "test"))
+    t = t[torch.linspace(0, len(t) - 1, min(10, len(t))).round().long()]
+    given = labels if model.config.network.num_classes else None
+    return t, *noised_errors(model, images, given, t.tolist(), options.seed)
 
 
 def evaluate(options: argparse.Namespace) -> None:

@@ -71,17 +71,21 @@ def from_dict(kind: type[T], values: Any, what: str) -> T:
     unknown = sorted(set(values) - set(fields))
     if unknown:
         raise ValueError(f"unknown key {', '.join(unknown)} in {what}; known: {', '.join(fields)}")
-    missing = [f.name for f in fields.values() if f.default is dataclasses.MISSING and f.name not in values]
+    needed = (
+        f for f in fields.values() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    )
+    missing = [f.name for f in needed if f.name not in values]
     if missing:
         raise ValueError(f"{what} lacks {', '.join(missing)}")
     return kind(**values)
 
 
 PRESETS: dict[str, ModelConfig] = {
-    name: ModelConfig(**vars(preset))
-    for family in FAMILIES.values()
-    for name, preset in family.presets.items()
+    name: ModelConfig(**vars(preset)) for family in FAMILIES.values() for name, preset in family.presets.items()
 }
 PRESETS["digits"] = ModelConfig(
     UViTConfig(8, 1, 2, 64, 12, 4, num_classes=11), "stable_diffusion", null_label=10, exits=ExitConfig()
+)
+PRESETS["canvases"] = ModelConfig(
+    UViTConfig(16, 1, 4, 64, 12, 4, num_classes=15), "stable_diffusion", null_label=14, exits=ExitConfig()
 )

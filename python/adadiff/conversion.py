@@ -139,7 +139,9 @@ def _served(found: Source, preset: str | None, served_by: str | None) -> tuple[M
     theirs = found.network
     for name, value in REQUIRED.items():
         if theirs.get(name) != value:
-            raise ValueError(f"{name} must be {value!r} in the config.json beside {found.file}, got {theirs.get(name)!r}")
+            raise ValueError(
+                f"{name} must be {value!r} in the config.json beside {found.file}, got {theirs.get(name)!r}"
+            )
     sizes = ("sample_size", "in_channels", "patch_size", "attention_head_dim", "num_attention_heads", "num_layers")
     needed = [name for name in (*sizes, "num_embeds_ada_norm", "norm_eps") if theirs.get(name) is None]
     if needed:

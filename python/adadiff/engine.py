@@ -123,6 +123,8 @@ def evaluate(
         if layer - 1 in needed:
             skips[layer - 1] = (rows, active.snapshot())
     skips.clear()
+    if exits is not None:
+        macs += (B - active.count) * exits.head_macs(backbone.tokens - backbone.extras)
     if active.count:
         left.append((L, rows[:, backbone.extras :]))
         active.finish(L)

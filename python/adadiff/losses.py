@@ -1,29 +1,52 @@
-"""AdaDiff's training loss: L_simple + uem * L_u + ual * L_UAL (Tang et al., ECCV 2024, Eqs. 10 and 12).
+"""What exits are trained by. With error e_i = g_i(L_i) - eps of layer i, u_i the UEM's output and r_i = g_i - g_L:
 
-With error e_i = g_i(L_i) - eps of layer i and u_i the UEM's output:
+paper (Tang et al., ECCV 2024, Eqs. 10 and 12)
     L_simple = mean e_L^2
     L_u      = sum_i mean (u_i - tanh|e_i|)^2           target detached; P = 1: its mean over the patch
     L_UAL    = sum_i mean_b (1 - u_ib) * mean e_ib^2    weight detached, one per sample: the mean of its u
-The sums run over all L layers, as the paper prints them; the official code averages L_u and normalises L_UAL.
+official (Tangshengku/AdaDiff sde.py, mos_lte and mos_layer_wise)
+    L_u      = the same, divided by L
+    L_UAL    = sum_i W_i mean e_i^2,  W_i = m_i / sum_j m_j,  m_i = 1 - mean u_i over the whole batch, not detached
+relative (ours)
+    L_u      = sum_(i<L) mean (u_i - log_error(r_i^2))^2    target detached; P = 1: r_i^2 averaged over the patch first
+    L_UAL    = sum_(i<L) mean r_i^2                         the teacher g_L detached
+
+All: L_simple + uem_weight * L_u + ual_weight * L_UAL. The noise cannot be known at low noise levels, so |e_i| tells
+little about a layer; r_i is what leaving there costs, and a function of what the layer sees.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+ERROR_FLOOR = 1e-6  # squared errors below are as good as none
+DECADES = 6  # from there to 1, the mean square of the noise itself
 
 
 @dataclass(frozen=True)
 class LossTerms:
+    """`total` carries the gradient, the others are detached; entry i of [L] is layer i + 1's share of its sum."""
+
     total: Tensor
     simple: Tensor
-    uem: Tensor
-    ual: Tensor
-    errors: Tensor  # [L], mean squared error of every layer, detached
+    uem: Tensor  # [L]
+    ual: Tensor  # [L]
+    errors: Tensor  # [L], mean squared error of every layer, to the noise
+    relative: Tensor  # [L], the same, to the last layer's prediction
 
 
-def adadiff_loss(
+Loss = Callable[..., LossTerms]
+
+
+def log_error(squared: Tensor) -> Tensor:
+    """A mean squared error on a logarithmic scale, the uncertainty of `relative`: 0 at 1e-6 or below, 1 at 1 or above."""
+    return 1 + torch.log10(squared.clamp(ERROR_FLOOR, 1)) / DECADES
+
+
+def paper_loss(
     predictions: Sequence[Tensor],
     scores: Sequence[Tensor],
     noise: Tensor,
@@ -32,17 +55,85 @@ def adadiff_loss(
     ual_weight: float = 1.0,
 ) -> LossTerms:
     """predictions: L of [B, C, H, W]; scores: L of [B, N, P]; noise: [B, C, H, W]; patchify: -> [B, N, p * p * C]."""
-    uem = ual = noise.new_zeros(())
-    errors = []
+    squared = _squared(predictions, noise)  # [L, B]
+    uem = _uem_to_noise(predictions, scores, noise, patchify)
+    certainty = torch.stack([1 - score.detach().flatten(1).mean(1) for score in scores])
+    ual = (certainty * squared).mean(1)
+    return _terms(predictions, squared, uem, ual, uem_weight, ual_weight)
+
+
+def official_loss(
+    predictions: Sequence[Tensor],
+    scores: Sequence[Tensor],
+    noise: Tensor,
+    patchify: Callable[[Tensor], Tensor],
+    uem_weight: float = 1.0,
+    ual_weight: float = 1.0,
+) -> LossTerms:
+    """Arguments as `paper_loss`. The batch that m_i is taken over is the one given."""
+    squared = _squared(predictions, noise)
+    uem = _uem_to_noise(predictions, scores, noise, patchify) / len(predictions)
+    certainty = torch.stack([1 - score.mean() for score in scores])
+    ual = certainty / certainty.sum() * squared.mean(1)
+    return _terms(predictions, squared, uem, ual, uem_weight, ual_weight)
+
+
+def relative_loss(
+    predictions: Sequence[Tensor],
+    scores: Sequence[Tensor],
+    noise: Tensor,
+    patchify: Callable[[Tensor], Tensor],
+    uem_weight: float = 1.0,
+    ual_weight: float = 1.0,
+) -> LossTerms:
+    """Arguments as `paper_loss`. The shares of the last layer, which is the teacher, are 0."""
+    teacher = predictions[-1].detach()
+    uem, ual = [], []
+    for prediction, score in zip(predictions[:-1], scores[:-1], strict=True):
+        square = (prediction - teacher).square()
+        patches = patchify(square.detach())
+        if score.shape[-1] == 1:
+            patches = patches.mean(-1, keepdim=True)
+        uem.append((score - log_error(patches)).square().mean())
+        ual.append(square.mean())
+    nothing = noise.new_zeros(())
+    uem, ual = torch.stack([*uem, nothing]), torch.stack([*ual, nothing])
+    return _terms(predictions, _squared(predictions, noise), uem, ual, uem_weight, ual_weight)
+
+
+LOSSES: Mapping[str, Loss] = {"paper": paper_loss, "official": official_loss, "relative": relative_loss}
+
+
+def loss_named(name: str) -> Loss:
+    """One of LOSSES. Raises ValueError for another name."""
+    if name not in LOSSES:
+        raise ValueError(f"no loss {name!r}; there are {', '.join(LOSSES)}")
+    return LOSSES[name]
+
+
+def _squared(predictions: Sequence[Tensor], noise: Tensor) -> Tensor:
+    """[L, B], mean squared errors."""
+    return torch.stack([(prediction - noise).square().flatten(1).mean(1) for prediction in predictions])
+
+
+def _uem_to_noise(
+    predictions: Sequence[Tensor], scores: Sequence[Tensor], noise: Tensor, patchify: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """[L]: mean (u - tanh|e|)^2, the target detached."""
+    terms = []
     for prediction, score in zip(predictions, scores, strict=True):
-        error = prediction - noise
-        squared = error.square().flatten(1).mean(1)  # [B]
-        target = patchify(torch.tanh(error.detach().abs()))  # [B, N, p * p * C]
+        target = patchify(torch.tanh((prediction.detach() - noise).abs()))  # [B, N, p * p * C]
         if score.shape[-1] == 1:
             target = target.mean(-1, keepdim=True)
-        uem = uem + (score - target).square().mean()
-        ual = ual + ((1 - score.detach().flatten(1).mean(1)) * squared).mean()
-        errors.append(squared.mean())
-    simple = errors[-1]
-    total = simple + uem_weight * uem + ual_weight * ual
-    return LossTerms(total, simple.detach(), uem.detach(), ual.detach(), torch.stack(errors).detach())
+        terms.append(F.mse_loss(score, target))
+    return torch.stack(terms)
+
+
+def _terms(
+    predictions: Sequence[Tensor], squared: Tensor, uem: Tensor, ual: Tensor, uem_weight: float, ual_weight: float
+) -> LossTerms:
+    errors = squared.mean(1)
+    total = errors[-1] + uem_weight * uem.sum() + ual_weight * ual.sum()
+    relative = _squared([p.detach() for p in predictions], predictions[-1].detach()).mean(1)
+    kept = (value.detach() for value in (errors[-1], uem, ual, errors))
+    return LossTerms(total, *kept, relative)

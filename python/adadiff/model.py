@@ -4,6 +4,7 @@ import dataclasses
 
 from torch import nn
 
+from .calibration import Calibration
 from .config import PRESETS, ModelConfig
 from .exits import ExitConfig, Exits
 from .models import FAMILIES
@@ -11,13 +12,15 @@ from .schedules import NoiseSchedule
 
 
 class Model(nn.Module):
-    """`backbone` keeps the published state-dict keys; `exits` is None for a plain network."""
+    """`backbone` keeps the published state-dict keys; `exits` is None for a plain network, and `calibration` where
+    nobody has made one (see `adadiff calibrate`)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.backbone = FAMILIES[config.family].network(config.network)
         self.exits = Exits(self.backbone, config.exits) if config.exits is not None else None
+        self.calibration: Calibration | None = None
 
     @property
     def schedule(self) -> NoiseSchedule:

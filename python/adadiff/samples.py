@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .calibration import calibrated_rule
 from .model import Model
 from .rules import Rule, layers_asked, rule_from
 from .schedules import NoiseSchedule
@@ -60,7 +61,8 @@ class Samples:
     ) -> "Samples":
         """steps: evaluations, an int or one per sample. solver: "ddim", "ddim:ETA", "ddpm", "dpm++2m", "dpm-fast",
         "dpm++fast", "euler-maruyama" (settings: see `solver_from`) or a Solver.
-        rule: "full", "threshold:0.07", "patience:0.08", "depth:8", "batch-mean:0.07" or a Rule.
+        rule: "full", "threshold:0.07", "patience:0.08", "depth:8", "batch-mean:0.07" or a Rule; of a calibrated model
+        "budget:0.55" or "table:0.55", too, with budgets as thresholds.
         thresholds: one per sample, instead of the rule's. seeds: one int in [0, 2^63) per sample (default 0..n-1); a
         sample is a function of its seed, not of its batch. labels: one class per sample, None for none (the null
         class). guidance: scale s of cond + s (cond - uncond), a number or one per sample; 0 is none.
@@ -75,7 +77,8 @@ class Samples:
         Raises ValueError for anything that does not fit.
         """
         whole("n", n, 0)
-        rule = rule_from(rule)
+        calibrated = calibrated_rule(rule, model.calibration) if isinstance(rule, str) else None
+        rule = calibrated or rule_from(rule)
         asked = layers_asked(rule, model.layers)
         if model.exits is None and asked:
             raise ValueError("this model has no exits; sample it with rule='full'")

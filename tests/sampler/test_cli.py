@@ -19,7 +19,8 @@ from adadiff import cli, commands
 from adadiff.batch import Batch
 from adadiff.config import ModelConfig
 from adadiff.evaluation import evaluate_samples
-from adadiff.training import TrainConfig, Trainer
+from adadiff.train_config import TrainConfig
+from adadiff.training import Trainer
 from sampler import shell
 from sampler.shell import config, error_line, interrupt_call, run, saved
 
@@ -45,6 +46,9 @@ def test_bad_files_and_folders_end_in_one_line(tiny, tmp_path, capsys):
         (f"inspect {file}", "truncated"),
         (f"train --out {file}/below", str(file)),
         (f"train {tmp_path}/none.json --out {tmp_path}", "none.json"),
+        (f"train digits_plan --out {tmp_path}", "neither a file nor one of"),
+        (f"train --out {tmp_path} --init {file}", "truncated"),
+        (f"train --out {tmp_path} --data canvases", "choose data, preset and network that agree"),
     )
     for line, words in cases:
         assert run(line) == 2, line
@@ -96,43 +100,49 @@ def resolved(line: str) -> TrainConfig:
     return commands.train_config(cli.parser().parse_args(["train", "--out", "x", *shlex.split(line)]))
 
 
+OTHER = {"preset": "canvases", "data": "canvases", "recipe": "frozen", "init": "digits", "loss": "relative"}
+
+
 def test_every_training_setting_is_an_option(tmp_path):
     file = tmp_path / "c.json"
     values = {}
     for field in dataclasses.fields(TrainConfig):
+        option = f"--{field.name.replace('_', '-')}"
         if field.type is bool:
-            values[field.name], text = False, f"--no-{field.name}"
-        elif field.name == "preset":
-            values[field.name], text = "digits", "--preset digits"
+            values[field.name], text = not field.default, f"{option}" if not field.default else f"--no-{option[2:]}"
+        elif field.type is dict:
+            given = {"network": {"depth": 2, "conv": False}, "exit_options": {"head": "mlp", "time": False}}
+            values[field.name] = given[field.name]
+            pairs = (f"{key}={str(value).lower()}" for key, value in given[field.name].items())
+            text = f"{option} {' '.join(pairs)}"
+        elif field.type is str:
+            values[field.name] = OTHER.get(field.name, "bfloat16")
+            text = f"{option} {values[field.name]}"
         else:
-            values[field.name] = 3 if field.type is int else 0.375
-            text = f"--{field.name.replace('_', '-')} {values[field.name]}"
-        assert getattr(resolved(text), field.name) == values[field.name]
-        assert resolved(text) == dataclasses.replace(TrainConfig(), **{field.name: values[field.name]})
+            values[field.name] = {int: 3, float: 0.375}[field.type] if field.name != "accumulate" else 1
+            text = f"{option} {values[field.name]}"
+        extra = {"init": "digits"} if field.name == "recipe" else {}
+        extra_text = " --init digits" if extra else ""
+        assert resolved(text + extra_text) == TrainConfig(**{field.name: values[field.name]}, **extra)
+    values |= {"exits": True, "accumulate": 3}
     file.write_text(json.dumps(values))
     assert dataclasses.asdict(resolved(str(file))) == values
-    assert dataclasses.asdict(resolved(f"{file} --exits --lr 2")) == {**values, "exits": True, "lr": 2.0}
-    assert resolved("--plain") == resolved("--no-exits")
+    assert dataclasses.asdict(resolved(f"{file} --lr 2 --tensorboard")) == {**values, "lr": 2.0}
+    assert resolved("--plain") == resolved("--no-exits") == resolved("digits_plain")
+    assert resolved("canvases --network depth=2").model.network.depth == 2
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ('{"leraning_rate": 1}', "unknown key leraning_rate"),
-        ('{"exits": "no"}', "exits in .* must be of type bool, got 'no'"),
-        ('{"steps": true}', "steps in .* must be of type int, got True"),
-        ('{"steps": 2.5}', "steps in .* must be of type int, got 2.5"),
-        ('{"ema": "0.9"}', "ema in .* must be of type float, got '0.9'"),
-        ('{"ema": 1}', "ema must be in"),
-        ("[3]", "table of values"),
-        ("{", "is not JSON"),
-    ],
-)
-def test_bad_training_files_are_errors(text, words, tmp_path):
-    file = tmp_path / "c.json"
-    file.write_text(text)
-    with pytest.raises(ValueError, match=words):
-        resolved(str(file))
+def test_a_folder_is_named_after_the_configuration(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(f"train digits {QUICK} --steps 1 --network dim=16 depth=2") == 0
+    assert (tmp_path / "runs/digits/model.safetensors").is_file()
+    assert re.search(r"^network.depth +2$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_a_loss_that_is_nan_ends_in_one_line(tmp_path, capsys):
+    assert run(f"train --out {tmp_path} {QUICK} --steps 20 --lr 1e30 --network dim=16 depth=2") == 2
+    assert "the last checkpoint is kept" in error_line(capsys.readouterr().err)
+    assert all(bool(v.isfinite().all()) for v in load_file(tmp_path / "model.safetensors").values())
 
 
 def strict_json(text: str) -> dict:
@@ -236,6 +246,8 @@ def test_unknown_options_are_errors(tiny, tmp_path, capsys):
         f"sample {tiny}",
         f"sample {tiny} --out x --see 3",
         "train --out x --steps many",
+        "train --out x --network depth",
+        "calibrate digits --out x --budget lots",
     ):
         with pytest.raises(SystemExit) as leave:
             run(line)
@@ -260,7 +272,7 @@ def test_readme_commands_exist():
     assert {"bench", "test"} <= set(named) <= set(targets)
     lines = re.findall(r"^adadiff (.*)$", README, re.MULTILINE)
     runs = {cli.parser().parse_args(shlex.split(line)).run for line in lines}
-    assert runs == {commands.sample, commands.train, commands.evaluate, commands.inspect}
+    assert runs == {commands.sample, commands.train, commands.evaluate, commands.inspect, commands.calibrate}
 
 
 def test_readme_names_files_that_exist():

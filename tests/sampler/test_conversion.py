@@ -94,7 +94,10 @@ def training_folder(tmp_path: Path) -> Path:
 
 SOURCES: dict[str, Callable[[Path], tuple[Path, str]]] = {
     "released": lambda path: (saved(path / "a.pth", uvit_state()), "tiny_uvit"),
-    "safetensors": lambda path: (save_file(uvit_state(), path / "a.safetensors") or path / "a.safetensors", "tiny_uvit"),
+    "safetensors": lambda path: (
+        save_file(uvit_state(), path / "a.safetensors") or path / "a.safetensors",
+        "tiny_uvit",
+    ),
     "step": lambda path: (training_folder(path) / "50000.ckpt", "tiny_uvit"),
     "steps": lambda path: (training_folder(path), "tiny_uvit"),
     "old file": lambda path: (path / "old.pth", "tiny_uvit"),
@@ -167,7 +170,9 @@ def test_duodiff_probes_and_heads_are_those_of_the_next_block(tmp_path: Path) ->
         weight, bias = (state[f"matrix.{i}.classifier.0.{name}"] for name in ("weight", "bias"))
         u = torch.sigmoid(rows @ weight.T + bias).mean(1).squeeze(1)  # over all tokens
         torch.testing.assert_close(scores[i - 1], u, rtol=1e-5, atol=1e-5)
-        head = network_of({k.removeprefix(f"{HEADS[i]}."): v for k, v in state.items() if k.startswith(HEADS[i])}, Head, UVIT)
+        head = network_of(
+            {k.removeprefix(f"{HEADS[i]}."): v for k, v in state.items() if k.startswith(HEADS[i])}, Head, UVIT
+        )
         at = torch.full((BATCH,), float(i))
         eps = adadiff.evaluate(model.backbone, model.exits, Replay(), *given.all, threshold=at).eps
         torch.testing.assert_close(eps, head(rows[:, 2:]), rtol=1e-4, atol=1e-5)
@@ -345,7 +350,10 @@ def edit(path: Path, **changes: object) -> None:
 def test_diffusers_folders_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "folder"
     diffusers_folder(folder, pipeline=True)
-    config, weights = folder / "transformer" / "config.json", folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    config, weights = (
+        folder / "transformer" / "config.json",
+        folder / "transformer" / "diffusion_pytorch_model.safetensors",
+    )
     before, tensors = config.read_text(), load_file(weights)
 
     def refused(message: str, served_by: str | None = "dit", preset: str | None = None) -> None:
@@ -380,7 +388,11 @@ def test_diffusers_folders_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.M
     refused("tells the schedule; name a preset")
     write_scheduler(folder)
     for key, value, message in (
-        ("transformer_blocks.3.norm1.emb.class_embedder.embedding_table.weight", torch.zeros(5, 36), "differs from that of block 0"),
+        (
+            "transformer_blocks.3.norm1.emb.class_embedder.embedding_table.weight",
+            torch.zeros(5, 36),
+            "differs from that of block 0",
+        ),
         ("transformer_blocks.1.attn1.to_v.bias", None, r"missing transformer_blocks\.1\.attn1\.to_v\.bias$"),
         ("proj_out_2.weight", torch.zeros(24, 35), r"proj_out_2\.weight is \(24, 35\), expected \(24, 36\)"),
         ("norm_out.weight", torch.zeros(36), r"unexpected norm_out\.weight$"),

@@ -12,7 +12,7 @@ from adadiff.engine import evaluate
 from adadiff.exits import DUODIFF, OFFICIAL, PAPER, ExitConfig, Exits, all_layers
 from adadiff.model import Model
 from adadiff.models.uvit import UViT
-from adadiff.rules import Full, Patience, Threshold
+from adadiff.rules import Depth, Full, Patience, Threshold
 from numerics import assert_as_accurate
 from sampler.adaln import AdaLN
 from sampler.tiny import BATCH, UVIT, case, inputs, plain_layers, scramble
@@ -173,3 +173,57 @@ def test_exits_that_score_every_token_are_not_trained() -> None:
 def test_settings_that_are_no_truth_values_are_refused(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"exits.{name}"):
         ExitConfig(**{name: value})
+
+
+@pytest.mark.parametrize("kind", ["uvit", "adaln"])
+@pytest.mark.parametrize("config", [ExitConfig(), ExitConfig(head="mlp")], ids=str)
+def test_copied_heads_say_what_the_networks_own_says(kind: str, config: ExitConfig) -> None:
+    """An MLP starts as nothing, so that a head behind it is the copy, too."""
+    backbone = case(kind, PAPER, F32).backbone
+    exits = Exits(backbone, config)
+    exits.copy_heads(backbone)
+    given = inputs(backbone, 5)
+    rows, cond = backbone.begin(*given.all)
+    lanes = torch.arange(5, dtype=torch.int32)
+    patches = rows[:, backbone.extras :]
+    wanted = backbone.head(patches, cond, lanes)
+    for layer in range(1, len(backbone.blocks)):
+        assert torch.equal(exits.head(backbone, layer)(patches, cond, lanes), wanted)
+
+
+def test_an_mlp_head_by_its_formula() -> None:
+    backbone = case("uvit", PAPER, F32).backbone
+    exits = Exits(backbone, ExitConfig(head="mlp"))
+    scramble(exits, 0.15, seed=4)
+    head, patches = exits.heads[2], torch.randn(3, 16, 48)
+    hidden = torch.nn.functional.layer_norm(patches, (48,), head.norm.weight, head.norm.bias) @ head.fc1.weight.T
+    hidden = torch.nn.functional.gelu(hidden + head.fc1.bias) @ head.fc2.weight.T + head.fc2.bias
+    torch.testing.assert_close(head(patches), head.out(patches + hidden), rtol=1e-4, atol=1e-5)
+    assert exits.head_macs(16) == 2 * 48 * 48 * 16
+    assert Exits(backbone, PAPER).head_macs(16) == 0
+
+
+def test_work_counts_the_heads_that_were_taken() -> None:
+    backbone = case("uvit", PAPER, F32).backbone
+    given = inputs(backbone)
+    plain, mlp = (Exits(backbone, ExitConfig(head=head)) for head in ("linear", "mlp"))
+    for depth, early in ((7.0, 0), (4.0, BATCH)):
+        a, b = (evaluate(backbone, exits, Depth(depth), *given.all) for exits in (plain, mlp))
+        assert b.macs - a.macs == early * mlp.head_macs(16)
+
+
+def test_heads_without_a_counterpart_are_refused() -> None:
+    backbone = UViT(UVIT)
+    exits = Exits(backbone, PAPER)
+    before = {key: value.clone() for key, value in exits.state_dict().items()}
+    with pytest.raises(ValueError, match="has no norm.weight of shape"):
+        exits.copy_heads(UViT(dataclasses.replace(UVIT, dim=24)))
+    assert all(torch.equal(before[key], value) for key, value in exits.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"head": "conv"}, "got 'conv'"), ({"shared_head": True, "head": "mlp"}, "shared_head")]
+)
+def test_heads_that_cannot_be_are_refused(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ExitConfig(**change)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from adadiff.exits import ExitConfig, Exits, all_layers
-from adadiff.losses import adadiff_loss
+from adadiff.losses import LOSSES, log_error, loss_named, official_loss, paper_loss, relative_loss
 from adadiff.models.layers import patchify
 from adadiff.models.uvit import UViT
 from sampler.tiny import UVIT, inputs, scramble
@@ -56,33 +56,39 @@ def by_element(predictions, scores, noise) -> tuple[float, float, float]:
 def test_states_the_formulas(outputs: int, weights: tuple[float, float]) -> None:
     given = problem(outputs)
     simple, uem, ual = by_element(*given)
-    terms = adadiff_loss(*given, to_patches, *weights)
+    terms = paper_loss(*given, to_patches, *weights)
     assert float(terms.simple) == pytest.approx(simple, rel=1e-12)
-    assert float(terms.uem) == pytest.approx(uem, rel=1e-12)
-    assert float(terms.ual) == pytest.approx(ual, rel=1e-12)
+    assert float(terms.uem.sum()) == pytest.approx(uem, rel=1e-12)
+    assert float(terms.ual.sum()) == pytest.approx(ual, rel=1e-12)
     assert float(terms.total) == pytest.approx(simple + weights[0] * uem + weights[1] * ual, rel=1e-12)
     errors = [float((p - given[2]).square().mean()) for p in given[0]]
     assert terms.errors.tolist() == pytest.approx(errors, rel=1e-12)
+    relative = [float((p - given[0][-1]).square().mean()) for p in given[0]]
+    assert terms.relative.tolist() == pytest.approx(relative, rel=1e-12)
+    for i in range(L):  # a layer's share is what the sum has without the others
+        alone = paper_loss([given[0][i]], [given[1][i]], given[2], to_patches)
+        assert float(terms.uem[i]) == pytest.approx(float(alone.uem), rel=1e-12)
+        assert float(terms.ual[i]) == pytest.approx(float(alone.ual), rel=1e-12)
 
 
 def test_twice_the_batch_is_the_same_loss() -> None:
     predictions, scores, noise = problem(1)
-    once = adadiff_loss(predictions, scores, noise, to_patches)
-    twice = adadiff_loss(
+    once = paper_loss(predictions, scores, noise, to_patches)
+    twice = paper_loss(
         *([torch.cat([v, v]) for v in part] for part in (predictions, scores)), noise.repeat(2, 1, 1, 1), to_patches
     )
     for name in ("total", "simple", "uem", "ual"):
-        assert float(getattr(twice, name)) == pytest.approx(float(getattr(once, name)), rel=1e-12)
+        torch.testing.assert_close(getattr(twice, name), getattr(once, name), rtol=1e-12, atol=0)
 
 
 def test_a_samples_uncertainty_weighs_its_own_error_only() -> None:
     """A mean over the batch as weight, as in the official code, would change every sample's term."""
     predictions, scores, noise = problem(1)
-    before = adadiff_loss(predictions, scores, noise, to_patches)
+    before = paper_loss(predictions, scores, noise, to_patches)
     scores[1][3] += 0.25
-    after = adadiff_loss(predictions, scores, noise, to_patches)
+    after = paper_loss(predictions, scores, noise, to_patches)
     square = float((predictions[1][3] - noise[3]).square().mean())
-    assert float(after.ual - before.ual) == pytest.approx(-0.25 * square / B, rel=1e-9)
+    assert float((after.ual - before.ual).sum()) == pytest.approx(-0.25 * square / B, rel=1e-9)
     assert float(after.simple) == float(before.simple)
 
 
@@ -91,7 +97,7 @@ def test_target_and_weight_carry_no_gradient() -> None:
         predictions, scores, noise = problem(outputs)
         for value in (*predictions, *scores):
             value.requires_grad_()
-        adadiff_loss(predictions, scores, noise, to_patches).total.backward()
+        paper_loss(predictions, scores, noise, to_patches).total.backward()
         for i, (prediction, score) in enumerate(zip(predictions, scores, strict=True)):
             error = (prediction - noise).detach()
             weight = (1 - score.detach().flatten(1).mean(1))[:, None, None, None] + (i == L - 1)
@@ -103,14 +109,14 @@ def test_target_and_weight_carry_no_gradient() -> None:
             torch.testing.assert_close(score.grad, want, rtol=1e-10, atol=1e-14)
 
 
-def gradients(config: ExitConfig, uem: float, ual: float) -> dict[str, Tensor | None]:
+def gradients(config: ExitConfig, uem: float, ual: float, loss=paper_loss) -> dict[str, Tensor | None]:
     backbone = UViT(UVIT)
     exits = Exits(backbone, config)
     scramble(backbone, 0.15, seed=1)
     scramble(exits, 0.15, seed=2)
     given = inputs(backbone, 4)
     predictions, scores = all_layers(backbone, exits, *given.all)
-    adadiff_loss(predictions, scores, torch.ones_like(given.x), backbone.patchify, uem, ual).total.backward()
+    loss(predictions, scores, torch.ones_like(given.x), backbone.patchify, uem, ual).total.backward()
     return {
         f"{part}.{name}": parameter.grad
         for part, module in (("backbone", backbone), ("exits", exits))
@@ -137,5 +143,103 @@ def test_each_loss_reaches_its_own_weights_only(config: ExitConfig) -> None:
 
 def test_layers_must_match() -> None:
     predictions, scores, noise = problem(1)
-    with pytest.raises(ValueError, match="argument 2 is shorter"):
-        adadiff_loss(predictions, scores[:-1], noise, to_patches)
+    for loss in LOSSES.values():
+        with pytest.raises(ValueError, match="argument 2 is shorter"):
+            loss(predictions, scores[:-1], noise, to_patches)
+
+
+def test_losses_have_names() -> None:
+    assert [loss_named(name) for name in ("paper", "official", "relative")] == [
+        paper_loss,
+        official_loss,
+        relative_loss,
+    ]
+    with pytest.raises(ValueError, match="no loss 'ours'; there are paper, official, relative"):
+        loss_named("ours")
+
+
+@pytest.mark.parametrize("outputs", [1, PATCH**2 * C])
+def test_official_states_its_code(outputs: int) -> None:
+    """sde.py there: the mean over all layers of certainty's squared error, and errors weighted by the batch's mean
+    certainty, normalised to 1, both in terms of certainty = 1 - uncertainty."""
+    predictions, scores, noise = problem(outputs)
+    terms = official_loss(predictions, scores, noise, to_patches, 0.7, 1.9)
+    certainty = [1 - score for score in scores]
+    lte, weights, errors = 0.0, [], []
+    for prediction, c in zip(predictions, certainty, strict=True):
+        target = to_patches(1 - torch.tanh((prediction - noise).abs()))
+        target = target.mean(-1, keepdim=True) if outputs == 1 else target
+        lte += float((c - target).square().mean()) / L
+        weights.append(float(c.mean()))
+        errors.append(float((prediction - noise).square().mean()))
+    ual = sum(w / sum(weights) * e for w, e in zip(weights, errors, strict=True))
+    assert float(terms.uem.sum()) == pytest.approx(lte, rel=1e-12)
+    assert float(terms.ual.sum()) == pytest.approx(ual, rel=1e-12)
+    assert float(terms.total) == pytest.approx(errors[-1] + 0.7 * lte + 1.9 * ual, rel=1e-12)
+
+
+def test_official_weights_carry_a_gradient() -> None:
+    """Theirs are not detached, which lowers the certainty of layers worse than the rest."""
+    predictions, scores, noise = problem(1)
+    predictions[1] = noise + 3  # by far the worst
+    predictions[0], predictions[2] = noise + 0.01, noise + 0.01
+    for score in scores:
+        score.requires_grad_()
+    official_loss(predictions, scores, noise, to_patches, 0.0, 1.0).total.backward()
+    assert bool((scores[1].grad < 0).all())  # more uncertainty lowers the loss
+    assert bool((scores[0].grad > 0).all())
+
+
+@pytest.mark.parametrize("outputs", [1, PATCH**2 * C])
+def test_relative_measures_against_the_last_layer(outputs: int) -> None:
+    predictions, scores, noise = problem(outputs)
+    predictions[0] = predictions[2] + 1e-2 * predictions[0]  # errors of every size
+    terms = relative_loss(predictions, scores, noise, to_patches, 0.3, 2.5)
+    uem, ual = [], []
+    for prediction, score in zip(predictions[:-1], scores[:-1], strict=True):
+        squares = to_patches((prediction - predictions[-1]) ** 2)
+        squares = squares.mean(-1, keepdim=True) if outputs == 1 else squares
+        wanted = [
+            (math.log(min(max(v, 1e-6), 1.0)) - math.log(1e-6)) / -math.log(1e-6) for v in squares.flatten().tolist()
+        ]
+        uem.append(sum((u - w) ** 2 for u, w in zip(score.flatten().tolist(), wanted, strict=True)) / len(wanted))
+        ual.append(float(squares.mean()))
+    assert terms.uem.tolist() == pytest.approx([*uem, 0.0], rel=1e-9)
+    assert terms.ual.tolist() == pytest.approx([*ual, 0.0], rel=1e-12)
+    simple = float((predictions[-1] - noise).square().mean())
+    assert float(terms.total) == pytest.approx(simple + 0.3 * sum(uem) + 2.5 * sum(ual), rel=1e-9)
+
+
+def test_log_error_by_hand() -> None:
+    squares = torch.tensor([0.0, 1e-9, 1e-6, 1e-3, 0.1, 1.0, 50.0], dtype=torch.float64)
+    torch.testing.assert_close(log_error(squares), torch.tensor([0, 0, 0, 3 / 6, 5 / 6, 1, 1], dtype=torch.float64))
+
+
+def test_the_teacher_learns_nothing_from_its_pupils() -> None:
+    """The last layer's prediction is only as good as L_simple makes it; early heads are pulled towards it."""
+    predictions, scores, noise = problem(1)
+    for value in (*predictions, *scores):
+        value.requires_grad_()
+    relative_loss(predictions, scores, noise, to_patches).total.backward()
+    with torch.no_grad():
+        torch.testing.assert_close(predictions[-1].grad, 2 * (predictions[-1] - noise) / noise.numel())
+        for prediction in predictions[:-1]:
+            torch.testing.assert_close(prediction.grad, 2 * (prediction - predictions[-1]) / noise.numel())
+    assert scores[-1].grad is None
+
+
+@pytest.mark.parametrize("config", [ExitConfig(), ExitConfig(head="mlp")], ids=str)
+def test_relative_reaches_what_it_should(config: ExitConfig) -> None:
+    uems = {"exits.weight", "exits.bias", "exits.time_weight"}
+    neither, uem, ual = (gradients(config, *weights, relative_loss) for weights in ((0, 0), (1, 0), (0, 1)))
+    for name, before in neither.items():
+        if name in uems:
+            assert uem[name][:-1].flatten(1).any(1).all()
+            assert not uem[name][-1].any()
+            assert ual[name] is None or not ual[name].any()
+        elif name.startswith("exits.heads"):
+            assert ual[name].any()
+            assert before is None or not before.any()
+        else:
+            assert (before is None) == (uem[name] is None)
+            assert before is None or torch.equal(before, uem[name])

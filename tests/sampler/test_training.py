@@ -3,17 +3,25 @@
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
-from adadiff import training
+import adadiff
 from adadiff.checkpoint import load, read_tensors
-from adadiff.training import CONFIG, LOG, MODEL, STATE, TrainConfig, Trainer, learning_rate
+from adadiff.pictures import make_grid, to_pixels
+from adadiff.run_folder import CONFIG, LOG, MODEL, SAMPLES, STATE
+from adadiff.train_config import TrainConfig
+from adadiff.training import Trainer, fingerprint
 
-SHORT = TrainConfig(steps=5, batch=3, warmup=2, save_every=2, seed=4)
+TINY = {"dim": 16, "depth": 2, "heads": 2}
+SHORT = TrainConfig(steps=5, batch=3, warmup=2, save_every=2, seed=4, network=TINY)
+DIGITS = dataclasses.replace(SHORT, network={})  # fits the checkpoints in the package
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -63,7 +71,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(uninterrupted, tmp_path: Path, p
     trainer = Trainer(SHORT, tmp_path)
     stop = KeyboardInterrupt()
     if place == "before the loss":
-        trainer.loss = raising(3, stop)(trainer.loss)
+        trainer.inputs = raising(3, stop)(trainer.inputs)
     elif place == "between two updates":
         trainer.update = raising(2, stop, before=False)(trainer.update)
     elif place == "before the weights change":
@@ -97,9 +105,14 @@ def test_the_file_holds_the_average_and_how_it_was_made(uninterrupted, tmp_path:
 
 def test_a_loss_that_is_nan_stops_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     trainer = Trainer(SHORT, tmp_path)
-    loss = trainer.loss
-    trainer.loss = lambda step: (loss(step)[0] * (math.nan if step == 3 else 1), {"simple": 0.0})
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 3"):
+    inputs = trainer.inputs
+
+    def broken(step: int, part: int) -> tuple[Tensor, ...]:
+        x, *others = inputs(step, part)
+        return x * (math.nan if step == 3 else 1), *others
+
+    trainer.inputs = broken
+    with pytest.raises(FloatingPointError, match="the loss is nan .* at step 3"):
         trainer.run(progress=False)
     state, metadata = read_tensors(tmp_path / STATE)
     assert metadata["step"] == 2
@@ -143,34 +156,21 @@ def test_an_unwritable_folder_is_refused_before_any_step(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("exits", [True, False])
 def test_the_loss_falls_on_a_few_images(tmp_path: Path, exits: bool) -> None:
-    config = TrainConfig(steps=25, batch=16, warmup=5, lr=3e-3, exits=exits, save_every=100)
+    config = TrainConfig(steps=25, batch=16, warmup=5, lr=1e-2, exits=exits, network={**TINY, "dim": 32})
     trainer = Trainer(config, tmp_path)
     trainer.images, trainer.labels = trainer.images[:4], trainer.labels[:4]
-    simple = [trainer.update()["simple"] for _ in range(25)]
+    simple = [float(trainer.update()["simple"]) for _ in range(25)]
     assert sum(simple[-5:]) < 0.8 * sum(simple[:5])
 
 
-def test_inputs_are_noised_by_the_schedule(tmp_path: Path, monkeypatch) -> None:
+def test_inputs_are_noised_by_the_schedule(tmp_path: Path) -> None:
     """With every image the constant 0.5 the noise can be read off x, and must be the one that the loss is given."""
     trainer = Trainer(dataclasses.replace(SHORT, batch=400, label_drop=0.25), tmp_path)
     trainer.images = torch.full((50, 1, 8, 8), 0.5)
     trainer.labels = torch.arange(50) % 10
-    seen = {}
-
-    def layers(backbone, exits, x, t, context):
-        seen.update(x=x, t=t, context=context)
-        return [torch.zeros_like(x, requires_grad=True)], [torch.full((len(x), 16, 1), 0.5)]
-
-    def loss(predictions, scores, noise, patchify, uem_weight, ual_weight):
-        seen.update(noise=noise, weights=(uem_weight, ual_weight))
-        return training.adadiff_loss.original(predictions, scores, noise, patchify, uem_weight, ual_weight)
-
-    loss.original = training.adadiff_loss
-    monkeypatch.setattr(training, "all_layers", layers)
-    monkeypatch.setattr(training, "adadiff_loss", loss)
-    total, _ = trainer.loss(0)
-    t = seen["t"].long()
-    assert torch.equal(t.float(), seen["t"])
+    x, time, labels, given = trainer.inputs(0)
+    t = time.long()
+    assert torch.equal(t.float(), time)
     first, beta = {
         "linear": (0, torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)),
         "stable_diffusion": (1, torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2),
@@ -178,15 +178,139 @@ def test_inputs_are_noised_by_the_schedule(tmp_path: Path, monkeypatch) -> None:
     assert first <= int(t.min()) < first + 20
     assert first + 980 <= int(t.max()) < first + 1000
     alpha_bar = torch.cumprod(1 - beta, 0)[t - first, None, None, None]
-    noise = (seen["x"].double() - alpha_bar.sqrt() * 0.5) / (1 - alpha_bar).sqrt()
-    torch.testing.assert_close(noise, seen["noise"].double(), rtol=0, atol=1e-4)
+    noise = (x.double() - alpha_bar.sqrt() * 0.5) / (1 - alpha_bar).sqrt()
+    torch.testing.assert_close(noise, given.double(), rtol=0, atol=1e-4)
     assert abs(float(noise.mean())) < 0.03
     assert abs(float(noise.std()) - 1) < 0.03
-    dropped = (seen["context"] == 10).float().mean()
+    dropped = (labels == 10).float().mean()
     assert 0.18 < float(dropped) < 0.32
-    assert set(seen["context"].tolist()) == set(range(11))
-    assert torch.equal(total, trainer.loss(0)[0])  # a function of the seed and the step
-    assert not torch.equal(total, trainer.loss(1)[0])
+    assert set(labels.tolist()) == set(range(11))
+    again, other = trainer.inputs(0), trainer.inputs(1)  # a function of the seed and the step
+    assert all(torch.equal(a, b) for a, b in zip(again, (x, time, labels, given), strict=True))
+    assert not torch.equal(other[0], x)
+
+
+@pytest.mark.parametrize(
+    ("loss", "weights"), [("paper", (0.25, 3.0)), ("official", (1.0, 1.0)), ("relative", (2.0, 0.5))]
+)
+def test_the_loss_is_the_one_asked_for(tmp_path: Path, loss: str, weights: tuple[float, float]) -> None:
+    """What is minimised is L_simple and the two weighted sums of what is logged per layer."""
+    config = dataclasses.replace(SHORT, loss=loss, uem_weight=weights[0], ual_weight=weights[1])
+    trainer = Trainer(config, tmp_path)
+    loss_value, terms = trainer.objective(*trainer.inputs(0))
+    assert {name: len(terms[name]) for name in ("uem", "ual", "errors", "relative")} == dict.fromkeys(
+        ("uem", "ual", "errors", "relative"), 3
+    )
+    total = terms["simple"] + weights[0] * terms["uem"].sum() + weights[1] * terms["ual"].sum()
+    torch.testing.assert_close(loss_value.detach(), total)
+    assert terms["errors"][-1] == terms["simple"]
+    assert terms["relative"][-1] == 0
+    assert (terms["uem"][-1] == 0) == (loss == "relative")
+
+
+def test_parts_of_a_batch_are_the_batch(tmp_path: Path) -> None:
+    """Gradients gathered over parts are those of the whole batch, up to the order of sums."""
+    base = dataclasses.replace(SHORT, batch=12)
+    whole, parts = (Trainer(dataclasses.replace(base, accumulate=k), tmp_path / str(k)) for k in (1, 3))
+    shares = [torch.cat(column) for column in zip(*(parts.inputs(0, part) for part in range(3)), strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(shares, whole.inputs(0), strict=True))
+    one, three = whole.update(), parts.update()
+    torch.testing.assert_close(three["uem"], one["uem"], rtol=1e-4, atol=1e-6)
+    for a, b in zip(parts.trained, whole.trained, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_half_precision_learns_much_the_same(tmp_path: Path) -> None:
+    base = dataclasses.replace(SHORT, batch=8)
+    full, half = (Trainer(dataclasses.replace(base, precision=p), tmp_path / p) for p in ("float32", "bfloat16"))
+    given = full.inputs(0)
+    (a, _), (b, terms) = full.objective(*given), half.objective(*given)
+    assert a != b
+    assert abs(float(a.detach()) - float(b.detach())) < 0.02 * float(a.detach())
+    assert {value.dtype for value in (b, *terms.values(), *half.model.parameters())} == {torch.float32}
+
+
+def test_frozen_leaves_the_network_as_it_is(tmp_path: Path) -> None:
+    config = dataclasses.replace(DIGITS, recipe="frozen", init="digits_plain", loss="relative", batch=16, lr=1e-2)
+    before = load("digits_plain")
+    trainer = Trainer(config, tmp_path)
+    own = before.backbone.state_dict()
+    for head in trainer.model.exits.heads:  # copies of the network's own
+        assert all(torch.equal(value, own[key]) for key, value in head.state_dict().items())
+    first = float(trainer.objective(*trainer.inputs(0))[1]["relative"].sum())
+    file = trainer.run(progress=False)
+    after = load(file)
+    assert fingerprint(after.backbone) == fingerprint(before.backbone) == fingerprint(trainer.model.backbone)
+    assert read_tensors(file)[1]["notes"]["network_sha256"] == fingerprint(before.backbone)
+    assert not any(parameter.requires_grad for parameter in trainer.model.backbone.parameters())
+    assert not torch.equal(after.exits.weight, torch.zeros_like(after.exits.weight))
+    assert float(trainer.objective(*trainer.inputs(0))[1]["relative"].sum()) < first
+    with pytest.raises(ValueError, match="holds another network"):
+        Trainer(dataclasses.replace(config, network=TINY), tmp_path / "other")
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_a_frozen_run_resumes_bit_for_bit(tmp_path: Path, head: str) -> None:
+    config = dataclasses.replace(
+        DIGITS,
+        recipe="frozen",
+        init="digits_plain",
+        loss="relative",
+        exit_options={"head": head},
+        steps=3,
+        save_every=1,
+    )
+    file = Trainer(config, tmp_path / "whole").run(progress=False)
+    trainer = Trainer(config, tmp_path / "parts")
+    trainer.inputs = raising(2, KeyboardInterrupt())(trainer.inputs)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(progress=False)
+    again = Trainer(config, tmp_path / "parts")
+    assert again.step == 2
+    own, whole = (load(path).state_dict() for path in (again.run(progress=False), file))
+    assert all(torch.equal(own[key], value) for key, value in whole.items())
+
+
+def test_fine_tuning_starts_from_the_whole_checkpoint(tmp_path: Path) -> None:
+    """Exits of the same kind are kept; of another kind they are made anew."""
+    start = load("digits").state_dict()
+    trainer = Trainer(dataclasses.replace(DIGITS, init="digits"), tmp_path / "same")
+    assert all(torch.equal(value, start[key]) for key, value in trainer.model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+    trainer.update()
+    assert not torch.equal(trainer.model.backbone.pos_embed, start["backbone.pos_embed"])
+    other = Trainer(dataclasses.replace(DIGITS, init="digits", exit_options={"time": False}), tmp_path / "other")
+    assert torch.equal(other.model.backbone.pos_embed, start["backbone.pos_embed"])
+    assert not other.model.exits.weight.any()
+    head = other.model.exits.heads[0].decoder_pred.weight
+    assert torch.equal(head, start["backbone.decoder_pred.weight"])
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    trainer = Trainer(SHORT, tmp_path)
+    trainer.update()
+    trainer.save()
+    before = [(tmp_path / name).read_bytes() for name in (STATE, MODEL)]
+    with torch.no_grad():
+        trainer.model.backbone.pos_embed[0, 0, 0] = math.inf
+    with pytest.raises(FloatingPointError, match="model.backbone.pos_embed hold NaN or infinity at step 1"):
+        trainer.save()
+    assert [(tmp_path / name).read_bytes() for name in (STATE, MODEL)] == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": "canvases:n=5"}, "'canvases:n=5' is 1x16x16 .* draws 1x8x8 in 10"),
+        ({"network": {**TINY, "num_classes": 6}, "preset": "cifar10_uvit_small", "label_drop": 0.0}, "draws 3x32x32"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused_before_the_folder_is_touched(
+    tmp_path: Path, change: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Trainer(dataclasses.replace(SHORT, **change), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_average_follows_quickly_at_first(tmp_path: Path) -> None:
@@ -199,48 +323,47 @@ def test_the_average_follows_quickly_at_first(tmp_path: Path) -> None:
         assert trainer.step == step
 
 
-def test_learning_rate_by_hand() -> None:
-    config = TrainConfig(lr=8.0, warmup=4, steps=12)
-    rates = [learning_rate(config, step) for step in range(12)]
-    cosine = [4 * (1 + math.cos(math.pi * k / 8)) for k in range(8)]
-    assert rates == pytest.approx([2, 4, 6, 8, *cosine])
-    assert learning_rate(TrainConfig(lr=1.0, warmup=0, steps=1), 0) == 1
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
 
 
-def test_every_hundredth_step_is_logged(tmp_path: Path, monkeypatch) -> None:
-    trainer = Trainer(dataclasses.replace(SHORT, steps=201), tmp_path)
-    trainer.save = lambda: None
+def test_the_log_goes_on_where_the_weights_do(tmp_path: Path) -> None:
+    """Rows of updates that a kill undid are dropped, and so is a row it cut short."""
+    config = dataclasses.replace(SHORT, steps=6, log_every=1, save_every=3)
+    Trainer(config, tmp_path / "whole").run(progress=False)
+    trainer = Trainer(config, tmp_path / "killed")
+    trainer.update = raising(5, MemoryError(), before=False)(trainer.update)  # as a kill: nothing is saved any more
+    with pytest.raises(MemoryError):
+        trainer.run(progress=False)
+    assert [row["step"] for row in rows(tmp_path / "killed")] == [1, 2, 3, 4, 5]
+    with open(tmp_path / "killed" / LOG, "a") as file:
+        file.write('{"step": 6, "sec')
+    again = Trainer(config, tmp_path / "killed")
+    assert again.step == 3
+    again.run(progress=False)
+    whole, killed = rows(tmp_path / "whole"), rows(tmp_path / "killed")
+    for row in (*whole, *killed):
+        row.pop("seconds")
+    assert killed == whole
+    assert [row["step"] for row in whole] == [1, 2, 3, 4, 5, 6]
+    assert {len(whole[0][name]) for name in ("uem", "ual", "errors", "relative")} == {3}
 
-    def update() -> dict:
-        trainer.step += 1
-        return {"simple": 1.5, "errors": [2.0]}
 
-    trainer.update = update
-    trainer.run(progress=False)
-    rows = [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()]
-    assert [(row["step"], row["simple"], row["errors"]) for row in rows] == [(100, 1.5, [2.0]), (200, 1.5, [2.0])]
+def test_pictures_are_drawn_along_the_way(tmp_path: Path) -> None:
+    config = dataclasses.replace(SHORT, steps=4, sample_every=2)
+    Trainer(config, tmp_path).run(progress=False)
+    assert sorted(path.name for path in (tmp_path / SAMPLES).iterdir()) == ["00000002.png", "00000004.png"]
+    shown = np.asarray(Image.open(tmp_path / SAMPLES / "00000004.png"))
+    model = load(tmp_path / MODEL)
+    images, _ = adadiff.sample(model, 36, steps=20, labels=[i % 10 for i in range(36)])
+    wanted = make_grid([to_pixels(image) for image in images])
+    assert np.array_equal(shown, wanted)
+    assert shown.std() > 0
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"preset": "cifar10_uvit_small"}, "digits"),
-        ({"steps": 0}, "steps must be a positive integer"),
-        ({"batch": -1}, "batch must be a positive integer"),
-        ({"batch": 2.0}, "batch must be a positive integer"),
-        ({"save_every": 0}, "save_every must be a positive integer"),
-        ({"warmup": -1}, "warmup and seed"),
-        ({"seed": 0.5}, "warmup and seed"),
-        ({"ema": 1.0}, "ema must be in"),
-        ({"ema": math.nan}, "ema must be in"),
-        ({"label_drop": -0.1}, "label_drop must be in"),
-        ({"lr": math.inf}, "lr must be a finite number"),
-        ({"lr": -1e-3}, "lr must be a finite number"),
-        ({"weight_decay": math.nan}, "weight_decay must be a finite number"),
-        ({"uem_weight": -1.0}, "uem_weight must be a finite number"),
-        ({"ual_weight": math.nan}, "ual_weight must be a finite number"),
-    ],
-)
-def test_impossible_configurations_are_refused(change: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        TrainConfig(**change)
+def test_tensorboard_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    trainer = Trainer(dataclasses.replace(SHORT, tensorboard=True), tmp_path)
+    with pytest.raises(ImportError, match=r"adadiff_kernels\[tensorboard\]"):
+        trainer.run(progress=False)
+    assert trainer.step == 0

@@ -1,0 +1,163 @@
+"""Does depth matter on the canvases, and do samples differ in what they need? Two small trainings and a look at exits.
+
+python benchmarks/pilots.py [--out DIR] [--steps N] [--data SPEC] [--set KEY=VALUE ...]
+python benchmarks/pilots.py --picture FILE.png
+
+Trains the full network and one of three blocks alike, then exits on the full one, whose weights stay; draws samples of
+each and lets the machine judge them. After a kill the same command goes on. One thread.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import adadiff
+from adadiff import sources
+from adadiff.calibrating import CALIBRATION_SEED, work_of
+from adadiff.canvases import CLASSES, DIGITS, NAMES, Canvases, canvas_features, follow_rules
+from adadiff.cli import setting
+from adadiff.evaluation import evaluate_samples
+from adadiff.frechet import FeatureStatistics
+from adadiff.pictures import make_grid, to_pixels, write_json, write_png
+from adadiff.recording import measure_weights, record
+from adadiff.samples import Samples
+from adadiff.train_config import TrainConfig, load_config
+from adadiff.training import Trainer
+
+SAMPLES, SAMPLE_STEPS = 700, 20  # fifty of each class
+REFERENCE = 5000  # held-out canvases
+RECORDED = 140
+
+
+def train(config: TrainConfig, folder: Path) -> tuple[Path, float]:
+    """Returns the model's file and the seconds its updates took."""
+    trainer = Trainer(config, folder)
+    file = trainer.run()
+    return file, trainer.seconds
+
+
+def judge(file: Path, data: Canvases) -> dict[str, Any]:
+    """Rule accuracy with the standard error of a share, and Fréchet distance to held-out canvases."""
+    labels = torch.arange(SAMPLES) % CLASSES
+    images, _ = adadiff.sample(adadiff.load(file), SAMPLES, steps=SAMPLE_STEPS, labels=labels)
+    real, _ = data.draw(REFERENCE, "test", labels=torch.arange(REFERENCE) % CLASSES)
+    reference = FeatureStatistics.of(canvas_features(real))
+    quality = evaluate_samples(images, reference=reference, extractor=canvas_features)
+    return {**accuracies(images, labels), "frechet": [quality.frechet, quality.frechet_low, quality.frechet_high]}
+
+
+def accuracies(images: Tensor, labels: Tensor) -> dict[str, list[float]]:
+    right = follow_rules(images, labels).double()
+    groups = {"easy": labels < DIGITS, "hard": labels >= DIGITS}
+    groups |= {NAMES[label]: labels == label for label in range(DIGITS, CLASSES)}
+    shares = {name: (float(right[own].mean()), int(own.sum())) for name, own in groups.items()}
+    return {name: [p, (p * (1 - p) / n) ** 0.5] for name, (p, n) in shares.items()}
+
+
+def ceiling(data: Canvases) -> dict[str, list[float]]:
+    """What the judge says of real canvases."""
+    labels = torch.arange(REFERENCE) % CLASSES
+    return accuracies(*data.draw(REFERENCE, "test", labels=labels))
+
+
+def needs(file: Path) -> dict[str, Any]:
+    """How many blocks samples need, and how much of that the timestep tells.
+
+    A sample needs as many blocks at a step as it takes to bring its error, weighed by what it does to the image, below
+    one level for all; the level is such that half the blocks are needed on average.
+    """
+    model = adadiff.load(file)
+    labels = torch.arange(RECORDED) % CLASSES
+    samples = Samples.of(
+        model, RECORDED, steps=SAMPLE_STEPS, labels=labels, seeds=range(CALIBRATION_SEED, CALIBRATION_SEED + RECORDED)
+    )
+    recording = record(model, samples, RECORDED)
+    weights = measure_weights(
+        model, samples, recording, lambda a, b: float((a - b).double().square().mean()), batch=RECORDED
+    )
+    error = recording.relative.double() * weights[:, None, None]  # [S, K, n]
+    levels = error.flatten().sort().values
+    low, high = 0, len(levels) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if float(depth_needed(error, levels[middle]).mean()) > model.layers / 2:
+            low = middle + 1
+        else:
+            high = middle
+    need = depth_needed(error, levels[low])  # [S, n]
+    total = need.var(unbiased=False)
+    return {
+        "mean_depth": float(need.mean()),
+        "explained_by_timestep": float(need.mean(1).var(unbiased=False) / total),
+        "explained_by_timestep_and_class": float(1 - residual(need, labels) / total),
+        "deviation_within_timestep": need.std(1).tolist(),
+        "mean_by_timestep": need.mean(1).tolist(),
+        "easy": float(need[:, labels < DIGITS].mean()),
+        "hard": float(need[:, labels >= DIGITS].mean()),
+        "timesteps": recording.t.tolist(),
+        "work_of_first_block": float(work_of(model).leaving[0]) / work_of(model).full,
+    }
+
+
+def depth_needed(error: Tensor, level: Tensor) -> Tensor:
+    """error: [S, K, n]. Blocks until the error stays below the level, float64 [S, n], 1..K + 1."""
+    above = (error > level).flip(1).int().cumsum(1).flip(1) > 0  # here or later
+    return above.double().sum(1) + 1
+
+
+def residual(need: Tensor, labels: Tensor) -> Tensor:
+    """Variance that is left once the mean of every timestep and class is taken off."""
+    left = need.clone()
+    for label in labels.unique():
+        own = labels == label
+        left[:, own] -= need[:, own].mean(1, keepdim=True)
+    return left.square().mean()
+
+
+def examples(path: Path, side: int) -> None:
+    """Five canvases of each rule and one of each digit alone."""
+    labels = torch.cat([torch.arange(DIGITS), torch.arange(DIGITS, CLASSES).repeat_interleave(5)])
+    images, _ = Canvases(side).draw(len(labels), labels=labels)
+    write_png(path, make_grid([to_pixels(image) for image in images]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out/pilots"), help="folder for the runs")
+    parser.add_argument("--steps", type=int, default=6000, help="updates of each network")
+    parser.add_argument("--shallow-steps", type=int, help="updates of the shallow one (default: as many)")
+    parser.add_argument("--data", default="canvases", help="as in canvases:side=2,hard=0.75")
+    parser.add_argument("--set", type=setting, nargs="+", default=[], metavar="KEY=VALUE", help="of both networks")
+    parser.add_argument("--picture", type=Path, help="only draw examples of the data there")
+    options = parser.parse_args()
+    name, settings = sources.parse(options.data)
+    if name != "canvases":
+        parser.error(f"pilots are for canvases, got {options.data!r}")
+    data = Canvases(**{key: value for key, value in settings.items() if key in ("side", "hard")})
+    if options.picture is not None:
+        examples(options.picture, data.side)
+        return
+    torch.set_num_threads(1)
+    network = {"image_size": data.shape[1], **dict(options.set)}
+    common = {"data": options.data, "steps": options.steps, "sample_every": 0, "network": network}
+    full = load_config("canvases_plain", common)
+    shallow = replace(full, network={**network, "depth": 2}, steps=options.shallow_steps or options.steps)
+    results: dict[str, Any] = {"ceiling": ceiling(data)}
+    files = {}
+    for title, config in (("full", full), ("shallow", shallow)):
+        files[title], seconds = train(config, options.out / title)
+        results[title] = {"seconds": seconds, "steps": config.steps, **judge(files[title], data)}
+    frozen = load_config("canvases_frozen", {**common, "init": str(files["full"]), "steps": max(1, options.steps // 5)})
+    file, seconds = train(frozen, options.out / "frozen")
+    results["needs"] = {"seconds": seconds, **needs(file)}
+    write_json(options.out / "pilots.json", {"data": options.data, "network": network, **results})
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Choosing thresholds: when the next block is not worth its price. Pure functions of what was recorded.
+
+At one timestep a sample that leaves after block k costs error_k + price * macs_k. Among all rules "leave at the first
+layer with u_k < theta_k" the best thetas for the recorded samples are found layer by layer from the last one back: with
+those behind it fixed, the sum of costs is piecewise constant in theta_k, and one sort shows every piece. Timesteps do
+not interact, so one price for all makes the sum over timesteps the least for the work it takes.
+
+So a block is run where the gain that the rule itself expects of going on is above its price; no model of how u and the
+error are related is needed.
+
+S timesteps, L layers, K = L - 1 that can be left after, n samples.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EVERYBODY = 2.0  # above every uncertainty
+SWEEPS = 2
+HALVINGS = 28  # of a price known to 24 decades
+FEW = 0.01  # of the exits; a layer that gets fewer is not worth asking at
+
+
+@dataclass(frozen=True)
+class Work:
+    """Multiply-adds of one lane: `leaving` float64 [L], to leave after each layer; `score`, to ask once."""
+
+    leaving: Tensor
+    score: float
+
+    @property
+    def full(self) -> float:
+        return float(self.leaving[-1])
+
+
+def best_thresholds(
+    u: Tensor,
+    error: Tensor,
+    work: Work,
+    price: float,
+    closed: Tensor | None = None,
+    ranks: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """u, error: [S, K, n], what the UEM said after each layer and what leaving there would cost. closed: bool [K],
+    layers that nobody may leave after. ranks: u.sort(-1), where it is at hand. Returns theta [S, K], float32: 0 where
+    nobody leaves."""
+    S, K, n = u.shape
+    error = error.double()
+    ranked, order = u.sort(-1) if ranks is None else ranks
+    # theta = edges[m] lets the m least uncertain leave
+    edges = torch.cat(
+        [torch.zeros(S, K, 1), (ranked[..., 1:] + ranked[..., :-1]) / 2, torch.full((S, K, 1), EVERYBODY)], -1
+    )
+    theta = torch.zeros(S, K)
+    for _ in range(SWEEPS):
+        value = torch.full((S, n), price * work.full, dtype=torch.float64)
+        arrives = _arrivals(u, theta)
+        for k in reversed(range(K)):
+            leave = error[:, k] + price * float(work.leaving[k])
+            asking = price * work.score * arrives[:, k].sum(-1, keepdim=True)
+            gain = torch.where(arrives[:, k], leave - value, 0).gather(-1, order[:, k]).cumsum(-1) + asking
+            best = torch.cat([torch.zeros(S, 1, dtype=torch.float64), gain], -1).argmin(-1)
+            if closed is not None and bool(closed[k]):
+                best = torch.zeros_like(best)
+            theta[:, k] = edges[:, k].gather(-1, best[:, None])[:, 0]
+            value = leave.where(u[:, k] < theta[:, k, None], value)
+            value = value + (best > 0)[:, None] * price * work.score
+    return theta
+
+
+def exit_layers(u: Tensor, theta: Tensor) -> Tensor:
+    """u: [S, K, n]; theta: [S, K]. Returns int64 [S, n], blocks run, 1..L."""
+    leaves = torch.cat([u < theta[..., None], torch.ones(len(u), 1, u.shape[-1], dtype=torch.bool)], 1)
+    return leaves.int().argmax(1) + 1
+
+
+def total(exit_layer: Tensor, error: Tensor, work: Work, asked: Tensor | None = None) -> tuple[float, float]:
+    """exit_layer: [S, n]; error: [S, K, n]; asked: bool [K], layers at which everybody passing is scored. Returns the
+    error summed over timesteps and the share of the full network's work, both as means over samples."""
+    padded = torch.cat([error.double(), torch.zeros(len(error), 1, error.shape[-1], dtype=torch.float64)], 1)
+    lost = padded.gather(1, exit_layer[:, None] - 1)[:, 0]
+    macs = work.leaving[exit_layer - 1]
+    if asked is not None:
+        passed = torch.cat([asked.double().cumsum(0), asked.double().sum(0, keepdim=True)])
+        macs = macs + work.score * passed[exit_layer - 1]
+    return float(lost.sum(0).mean()), float(macs.mean()) / work.full
+
+
+def adaptive_table(u: Tensor, error: Tensor, work: Work, share: float) -> Tensor:
+    """The best thresholds [S, K] whose work, on these samples, is at most `share` of the full network's and near it.
+    Layers that hardly anybody leaves after are left out. Raises ValueError for a share below one block's."""
+
+    error, ranks = error.double(), u.sort(-1)
+
+    def solve(closed: Tensor | None) -> Tensor:
+        def spend(price: float) -> tuple[float, Tensor]:
+            theta = best_thresholds(u, error, work, price, closed, ranks)
+            return total(exit_layers(u, theta), error, work, theta.amax(0) > 0)[1], theta
+
+        return cheapest(spend, share, error, work)
+
+    theta = solve(None)
+    counts = torch.bincount(exit_layers(u, theta).flatten(), minlength=u.shape[1] + 2)[1:-1]
+    closed = counts < FEW * counts.sum()
+    return theta if not bool(closed.any()) or bool(closed.all()) else solve(closed)
+
+
+def static_table(error: Tensor, work: Work, share: float) -> Tensor:
+    """The depths, int64 [S], of the best table by timestep alone, with the least work that is not below `share`."""
+    S, K, n = error.shape
+    mean = torch.cat([error.double().mean(-1), torch.zeros(S, 1, dtype=torch.float64)], 1)  # [S, L]
+
+    def spend(price: float) -> tuple[float, Tensor]:
+        depth = (mean + price * work.leaving).argmin(1) + 1
+        return float(work.leaving[depth - 1].mean()) / work.full, depth
+
+    return cheapest(spend, share, error, work, above=True)
+
+
+def cheapest(
+    spend: Callable[[float], tuple[float, Tensor]], share: float, error: Tensor, work: Work, above: bool = False
+) -> Tensor:
+    """What `spend` makes of the price whose work is nearest to `share` from below, or from above: a bisection, as work
+    falls with the price."""
+    unit = max(float(error.double().mean()), 1e-30) / work.full
+    low, high = unit * 1e-12, unit * 1e12  # of the price: everything is run, next to nothing is
+    generous, frugal = spend(0.0), spend(high)
+    if share < frugal[0] * (1 - 1e-9):
+        raise ValueError(f"the least that this network can run is {frugal[0]:.3f} of its work, got a budget of {share}")
+    if share >= generous[0]:
+        return generous[1]
+    for _ in range(HALVINGS):
+        middle = (low * high) ** 0.5
+        candidate = spend(middle)
+        if candidate[0] > share:
+            low, generous = middle, candidate
+        else:
+            high, frugal = middle, candidate
+    return generous[1] if above else frugal[1]
+
+
+def _arrivals(u: Tensor, theta: Tensor) -> Tensor:
+    """bool [S, K, n]: who is still running when layer k asks."""
+    stays = ~(u < theta[..., None])
+    first = torch.ones_like(stays[:, :1])
+    return torch.cat([first, stays[:, :-1]], 1).int().cumprod(1).bool()

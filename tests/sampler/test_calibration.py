@@ -1,0 +1,318 @@
+"""Calibration end to end on a tiny network, its file, and the rules that read it."""
+
+import dataclasses
+import json
+import math
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import adadiff
+from adadiff.calibrating import Calibrating, reliability_picture, work_of
+from adadiff.calibration import Budget, Budgeted, Calibration, Measured, Tables
+from adadiff.checkpoint import load, save
+from adadiff.engine import evaluate
+from adadiff.exits import ExitConfig, all_layers
+from adadiff.recording import noised_errors, record, run
+from adadiff.rules import Depth
+from adadiff.samples import Samples
+from sampler.shell import run as command
+from sampler.tiny import SERVED, inputs, scramble, served
+
+MEASURED = Measured(0.5, 2.0, 0.01, 0.005, 0.02, 30.0, None)
+T = (900.0, 500.0, 100.0)
+
+
+def made(*budgets: tuple[float, list, list]) -> Calibration:
+    own = tuple(
+        Budget(share, tuple(map(tuple, rows)), tuple(depths), MEASURED, MEASURED, (0.5, 0.4, 0.6))
+        for share, rows, depths in budgets
+    )
+    return Calibration("faithful", "ddim", 3, 0.0, 8, 0, 5, T, (3.0, 2.0, 1.0), own)
+
+
+HALF = (0.5, [[0, 0.3, 0, 2], [0, 0.6, 0, 0], [0, 0, 0, 0.45]], [2, 3, 5])
+MOST = (0.9, [[0, 0, 0, 0.5]] * 3, [4, 4, 5])
+
+
+def test_a_lane_is_asked_at_its_own_time_and_budget() -> None:
+    rule = made(HALF, MOST).rule("budget", 0.5)
+    assert rule.asks(5) == [2, 4]
+    t = torch.tensor([999.0, 701.0, 699.0, 301.0, 299.0, 1.0, 1.0])
+    share = torch.tensor([0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.9])
+    u = torch.full((7,), 0.47)
+    state = torch.zeros(7)
+    assert rule.leave(u, 2, 5, t, share, state).tolist() == [False, False, True, True, False, False, False]
+    assert rule.leave(u, 4, 5, t, share, state).tolist() == [True, True, False, False, False, False, True]
+    assert not bool(rule.leave(u * torch.nan, 4, 5, t, share, state).any())
+    table = made(HALF, MOST).rule("table", 0.9)
+    assert table.asks(5) == [2, 3, 4]
+    depth = [
+        next(k for k in range(1, 6) if k == 5 or bool(table.leave(None, k, 5, t, share, state)[i])) for i in range(7)
+    ]
+    assert depth == [2, 2, 3, 3, 5, 5, 5]
+
+
+def test_rules_of_one_calibration_are_one_kind() -> None:
+    """Samples that differ in their budget share every evaluation of a batch."""
+    calibration = made(HALF, MOST)
+    a, b = calibration.rule("budget", 0.5), calibration.rule("budget", 0.9)
+    assert a.tables is b.tables
+    assert a != b
+    assert (a.threshold, b.threshold) == (0.5, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("budget:0.6", "calibrated for budgets 0.5, 0.9, got"),
+        ("budget:half", "write it as budget:0.55"),
+        ("table:0", "write it as table:0.55"),
+        ("budget:1.5", "write it as budget:0.55"),
+        ("budget:nan", "write it as budget:0.55"),
+    ],
+)
+def test_budgets_it_lacks_are_refused(text: str, message: str) -> None:
+    model = adadiff.Model(SERVED).eval()
+    model.calibration = made(HALF, MOST)
+    with pytest.raises(ValueError, match=message):
+        Samples.of(model, 2, rule=text)
+    with pytest.raises(ValueError, match="calibrated for budgets"):
+        Samples.of(model, 2, rule="budget:0.5", thresholds=[0.5, 0.7])
+
+
+def test_a_model_without_calibration_says_how_to_get_one() -> None:
+    with pytest.raises(ValueError, match=r"adadiff calibrate MODEL --budget 0\.5"):
+        Samples.of(served(), 1, rule="budget:0.5")
+
+
+def test_a_calibration_is_for_its_own_number_of_blocks() -> None:
+    small = adadiff.Model(dataclasses.replace(SERVED, network=dataclasses.replace(SERVED.network, depth=2)))
+    small.calibration = made(HALF)
+    with pytest.raises(ValueError, match="a network of 5 blocks, this one has 3"):
+        Samples.of(small, 1, rule="budget:0.5")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"t": T[:2]},
+        {"layers": 4},
+        {"weights": (1.0,)},
+        {"budgets": ()},
+        {"t": ()},
+    ],
+)
+def test_tables_of_another_shape_are_refused(change: dict) -> None:
+    with pytest.raises(ValueError, match="a calibration has tables of"):
+        dataclasses.replace(made(HALF), **change)
+
+
+def test_numbers_that_cannot_be_are_refused() -> None:
+    for rows, depths in (
+        ([[0, math.nan, 0, 0]] * 3, [1, 2, 3]),
+        ([[0, 3, 0, 0]] * 3, [1, 2, 3]),
+        ([[0] * 4] * 3, [0, 1, 2]),
+    ):
+        with pytest.raises(ValueError, match="thresholds lie in"):
+            made((0.5, rows, depths))
+    with pytest.raises(ValueError, match="no calibration"):
+        Calibration.from_dict({"aim": "faithful"})
+    with pytest.raises(ValueError, match="no calibration"):
+        Calibration.from_dict({**made(HALF).to_dict(), "colour": 1})
+
+
+def test_it_travels_in_the_model_file(tmp_path: Path) -> None:
+    model = adadiff.Model(SERVED)
+    model.calibration = made(HALF, MOST)
+    save(model, tmp_path / "m.safetensors")
+    again = load(tmp_path / "m.safetensors")
+    assert again.calibration == model.calibration
+    assert Calibration.from_dict(json.loads(json.dumps(model.calibration.to_dict()))) == model.calibration
+    save(adadiff.Model(SERVED), tmp_path / "n.safetensors")
+    assert load(tmp_path / "n.safetensors").calibration is None
+
+
+def test_work_is_what_the_engine_counts() -> None:
+    for config in (ExitConfig(), ExitConfig(map=True), ExitConfig(head="mlp")):
+        model = adadiff.Model(dataclasses.replace(SERVED, exits=config)).requires_grad_(False).eval()
+        work = work_of(model)
+        given = inputs(model.backbone, 4)
+        context = given.context.clamp(max=2)
+        for layer in range(1, 6):
+            plain = evaluate(model.backbone, model.exits, Depth(layer), given.x, given.t, context)
+            assert plain.macs == 4 * float(work.leaving[layer - 1])
+        assert plain.macs_full == 4 * work.full
+        rows = torch.zeros(1, 1, 4)
+        rows[..., 1] = 2.0
+        rule = Budgeted(0.5, Tables(5, [500.0], [0.5], rows, torch.full((1, 1), 5)))
+        asked = evaluate(model.backbone, model.exits, rule, given.x, given.t, context)
+        assert asked.macs == 4 * (float(work.leaving[1]) + work.score)
+
+
+def test_recording_is_what_every_layer_says() -> None:
+    """By the sampler's own way: the last image, and each evaluation's x rebuilt from it, are those of `sample`."""
+    model, labels = served(), [0, 1, 2, 0, 1]
+    samples = Samples.of(model, 5, steps=4, seeds=list(range(9, 14)), labels=labels)
+    seen = []
+
+    def spy():
+        def call(backbone, exits, rule, x, t, context=None, **_):
+            seen.append((x.clone(), t.clone(), context.clone()))
+            return evaluate(backbone, exits, rule, x, t, context)
+
+        return call
+
+    plain = run(model, samples, 8, spy)
+    images, _ = adadiff.sample(model, 5, steps=4, seeds=list(range(9, 14)), labels=labels)
+    torch.testing.assert_close(plain, images, rtol=1e-4, atol=1e-4)
+    recording = record(model, samples, 8)
+    torch.testing.assert_close(recording.images, images, rtol=1e-4, atol=1e-4)
+    assert recording.u.shape == recording.relative.shape == (4, 4, 5)
+    for i, (x, t, context) in enumerate(seen):
+        predictions, scores = all_layers(model.backbone, model.exits, x, t, context)
+        assert float(recording.t[i]) == float(t[0])
+        for k in range(4):
+            square = (predictions[k] - predictions[-1]).square().flatten(1).mean(1)
+            torch.testing.assert_close(recording.relative[i, k], square, rtol=2e-2, atol=1e-5)
+            torch.testing.assert_close(recording.u[i, k], scores[k].mean((1, 2)), rtol=1e-3, atol=1e-4)
+    parts = record(model, samples, 2)
+    torch.testing.assert_close(parts.u, recording.u, rtol=1e-3, atol=1e-4)
+
+
+def test_noised_errors_are_to_the_noise_put_in() -> None:
+    model = served()
+    images, labels = torch.rand(6, 1, 4, 4) * 2 - 1, torch.tensor([0, 1, 2, 0, 1, 2])
+    u, errors = noised_errors(model, images, labels, [10.0, 700.0], seed=3)
+    draw = torch.Generator().manual_seed(3)
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    for i, t in enumerate((10, 700)):
+        noise = torch.randn(6, 1, 4, 4, generator=draw)
+        a = torch.cumprod(1 - beta, 0)[t]
+        x = (a.sqrt() * images + (1 - a).sqrt() * noise).float()
+        predictions, scores = all_layers(model.backbone, model.exits, x, torch.full((6,), float(t)), labels)
+        for k in range(4):
+            torch.testing.assert_close(errors[i, k], (predictions[k] - noise).square().mean((1, 2, 3)))
+            torch.testing.assert_close(u[i, k], scores[k].mean((1, 2)))
+
+
+@cache
+def calibrated(aim: str = "faithful") -> tuple[Calibrating, Calibration]:
+    model = adadiff.Model(SERVED).requires_grad_(False).eval()
+    scramble(model.backbone, 0.25, seed=1)
+    scramble(model.exits, 0.3, seed=5)
+    model.exits.copy_heads(model.backbone)
+    features = None if aim == "faithful" else (lambda images: images.flatten(1)[:, ::3])
+    budgets = [0.8, 0.5] if aim == "faithful" else [0.5]
+    calibrating = Calibrating(model, budgets, aim=aim, n=48, steps=6, batch=48, features=features)
+    return calibrating, calibrating.run()
+
+
+@pytest.mark.parametrize("aim", ["faithful", "distribution"])
+def test_budgets_are_met_on_samples_never_seen(aim: str) -> None:
+    calibrating, calibration = calibrated(aim)
+    assert [b.share for b in calibration.budgets] == ([0.5, 0.8] if aim == "faithful" else [0.5])
+    model = calibrating.model
+    model.calibration = calibration
+    seeds = list(range(5000, 5096))
+    settings = {"steps": 6, "seeds": seeds, "labels": [i % 3 for i in range(96)], "batch": 96}
+    full, _ = adadiff.sample(model, 96, **settings)
+    for b in calibration.budgets:
+        images, report = adadiff.sample(model, 96, rule=f"budget:{b.share}", **settings)
+        assert abs(report.macs / report.macs_full / b.share - 1) < 0.06
+        error = float((images - full).square().mean())
+        assert b.adaptive.low / 2 < error < 2 * b.adaptive.high
+        assert b.adaptive.low <= b.adaptive.error <= b.adaptive.high
+        assert b.static.share >= b.adaptive.share - 0.02
+        assert (b.adaptive.frechet is None) == (aim == "faithful")
+    assert calibration.budgets[-1].adaptive.error <= calibration.budgets[0].adaptive.error
+    assert str(calibration).count("\n") == len(calibration.budgets)
+
+
+def test_budgets_may_differ_between_the_samples_of_a_batch() -> None:
+    calibrating, calibration = calibrated()
+    model = calibrating.model
+    model.calibration = calibration
+    both = {"steps": 6, "labels": [0] * 8, "batch_invariant": True}
+    mixed, _ = adadiff.sample(model, 8, rule="budget:0.5", thresholds=[0.5, 0.8] * 4, **both)
+    for share, own in ((0.5, mixed[::2]), (0.8, mixed[1::2])):
+        alone, _ = adadiff.sample(model, 8, rule=f"budget:{share}", **both)
+        assert torch.equal(alone[::2] if share == 0.5 else alone[1::2], own)
+    table, report = adadiff.sample(model, 8, rule="table:0.5", **both)
+    assert report.exit_layer[:, :, 0].tolist() == [[d] * 8 for d in calibration.budgets[0].depths]
+
+
+def test_it_is_deterministic() -> None:
+    calibrating, calibration = calibrated()
+    again = Calibrating(calibrating.model, [0.8], n=48, steps=6, batch=48).run()
+    assert again.weights == calibration.weights
+    assert again.budgets[0] == calibration.budgets[1]
+
+
+def test_weights_are_what_the_perturbed_runs_did() -> None:
+    """At the last evaluation the solver's step is linear, so a unit of error costs what its coefficient says."""
+    calibrating, calibration = calibrated()
+    model = calibrating.model
+    alpha_bar = model.schedule.alpha_bar(torch.tensor(calibration.t, dtype=torch.float64))
+    assert calibration.weights[-1] == pytest.approx(float((1 - alpha_bar[-1]) / alpha_bar[-1]), rel=1e-3)
+
+
+def test_reliability_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    calibrating, calibration = calibrated()
+    t, u, relative = calibrating.recording.t, calibrating.recording.u, calibrating.recording.relative
+    reliability_picture(calibrating.recording, tmp_path / "one.png")
+    reliability_picture(calibrating.recording, tmp_path / "two.png", (t, u, relative + 1))
+    one, two = (Image.open(tmp_path / name) for name in ("one.png", "two.png"))
+    assert (one.width, 2 * one.height) == (two.width, two.height)
+    assert len(np.unique(np.asarray(one).reshape(-1, 4), axis=0)) > 100
+
+
+@pytest.mark.parametrize(
+    ("budgets", "change", "message"),
+    [
+        ([], {}, r"in \(0, 1\], got \[\]"),
+        ([0.5, 1.2], {}, r"in \(0, 1\], got \[0.5, 1.2\]"),
+        ([0.0], {}, r"in \(0, 1\]"),
+        ([math.nan], {}, r"in \(0, 1\]"),
+        ([0.5, 0.5], {}, "budgets must differ"),
+        ([0.01], {}, "the least that this network can run"),
+        ([0.5], {"aim": "quality"}, "aim must be one of faithful, distribution"),
+        ([0.5], {"aim": "distribution"}, "no features are known"),
+        ([0.5], {"n": 3}, "n must be an integer >= 8"),
+        ([0.5], {"steps": 0}, "steps must be at least 1"),
+        ([0.5], {"solver": "euler"}, "no solver 'euler'"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(budgets: list[float], change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Calibrating(served(), budgets, **change)
+
+
+def test_a_plain_network_has_nothing_to_calibrate() -> None:
+    plain = adadiff.Model(dataclasses.replace(SERVED, exits=None))
+    with pytest.raises(ValueError, match="no exits to calibrate"):
+        Calibrating(plain, [0.5])
+
+
+def test_by_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = adadiff.Model(SERVED)
+    scramble(model, 0.25, seed=3)
+    save(model, tmp_path / "m.safetensors", {"train": {"steps": 7}})
+    line = f"calibrate {tmp_path}/m.safetensors --budget 0.6 --out {tmp_path}/c.safetensors --n 16 --steps 3 --batch 16"
+    assert command(line) == 0
+    printed = capsys.readouterr().out
+    assert "over static table" in printed
+    assert (
+        command(f"sample {tmp_path}/c.safetensors --out {tmp_path}/s --n 4 --steps 3 --rule budget:0.6 --labels 1") == 0
+    )
+    assert command(f"sample {tmp_path}/c.safetensors --out {tmp_path}/r --n 4 --rule budget:0.5 --labels 1") == 2
+    assert "calibrated for budgets 0.6" in capsys.readouterr().err
+    assert command(line.replace("0.6", "1.6")) == 2
+    assert command(line + " --data digits") == 2
+    assert "give --picture" in capsys.readouterr().err
+    assert command(line.replace("c.safetensors", "none/c.safetensors")) == 2

@@ -1,0 +1,180 @@
+"""Canvases: every rule spelled out in plain Python, scans that never cross the split, and a judge that is right."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adadiff.canvases import BLANK, CLASSES, DIGITS, NAMES, Canvases, canvas_features, follow_rules, follows, read
+from adadiff.data import digits
+from adadiff.features import digits_network
+from adadiff.sources import load, parse
+
+EACH = torch.arange(CLASSES)
+
+
+def obeys(digits: list[int], label: int) -> bool:
+    name, rest = NAMES[label], digits[1:]
+    if name.isdecimal():
+        return digits[0] == int(name) and all(d == BLANK for d in rest)
+    if BLANK in digits:
+        return False
+    pairs = list(zip(digits, rest, strict=False))
+    if name == "same":
+        return len(set(digits)) == 1
+    if name == "count":
+        return all(b == (a + 1) % 10 for a, b in pairs)
+    if name == "rising":
+        return all(a < b for a, b in pairs)
+    *terms, tens, units = digits
+    return sum(terms) == 10 * tens + units
+
+
+def tiles(image: torch.Tensor) -> list[torch.Tensor]:
+    side = image.shape[-1] // 8
+    return [image[0, 8 * r : 8 * r + 8, 8 * c : 8 * c + 8] for r in range(side) for c in range(side)]
+
+
+@pytest.mark.parametrize("side", [2, 3])
+def test_contents_obey_their_rule_and_vary(side: int) -> None:
+    labels = EACH.repeat(150)
+    contents = Canvases(side).contents(labels, torch.Generator().manual_seed(3))
+    assert contents.shape == (len(labels), side**2)
+    assert all(obeys(c, label) for c, label in zip(contents.tolist(), labels.tolist(), strict=True))
+    seen = {NAMES[label]: {tuple(c) for c in contents[labels == label].tolist()} for label in range(CLASSES)}
+    assert [len(seen[str(d)]) for d in range(DIGITS)] == [1] * DIGITS
+    assert (len(seen["same"]), len(seen["count"])) == (10, 10)
+    assert len(seen["rising"]) == 10 if side == 3 else len(seen["rising"]) > 80  # of 210 choices of 4 out of 10
+    assert len(seen["sum"]) > (75 if side == 2 else 140)
+    assert {0, 9} <= {d for c in seen["rising"] for d in c}
+
+
+@given(st.lists(st.integers(BLANK, 9), min_size=4, max_size=4), st.integers(0, CLASSES - 1))
+def test_the_rule_is_judged_as_it_is_stated(cells: list[int], label: int) -> None:
+    assert bool(follows(torch.tensor([cells]), torch.tensor([label]))) == obeys(cells, label)
+
+
+@pytest.mark.parametrize("side", [2, 3])
+def test_what_was_drawn_is_judged_right(side: int) -> None:
+    """Contents that obey pass; with one cell changed to another digit, or darkened, they fail."""
+    labels = EACH.repeat(20)
+    generator = torch.Generator().manual_seed(1)
+    contents = Canvases(side).contents(labels, generator)
+    assert bool(follows(contents, labels).all())
+    cell = torch.randint(side**2, (len(labels),), generator=generator)
+    for broken in ((contents.gather(1, cell[:, None]) + 2) % 10, torch.full((len(labels), 1), BLANK)):
+        changed = contents.scatter(1, cell[:, None], broken)
+        differs = (changed != contents).any(1)
+        fails = ~follows(changed, labels)
+        assert torch.equal(
+            fails, torch.tensor([not obeys(*pair) for pair in zip(changed.tolist(), labels.tolist(), strict=True)])
+        )
+        assert float(fails[differs].float().mean()) > 0.8  # a rising row may bear a change
+
+
+@pytest.mark.parametrize("side", [2, 3])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_cells_are_scans_of_their_own_split(side: int, split: str) -> None:
+    canvases = Canvases(side)
+    images, labels = canvases.draw(60, split, seed=5)
+    assert images.shape == (60, 1, 8 * side, 8 * side)
+    assert images.dtype == torch.float32
+    scans, classes = digits(split)
+    known = {scan.numpy().tobytes(): int(label) for scan, label in zip(scans[:, 0], classes, strict=True)}
+    assert len(known) > 0.99 * len(scans)
+    found = []
+    for image in images:
+        own = [tile.contiguous() for tile in tiles(image)]
+        found.append([BLANK if bool((tile == -1).all()) else known[tile.numpy().tobytes()] for tile in own])
+    assert all(obeys(cells, label) for cells, label in zip(found, labels.tolist(), strict=True))
+
+
+def test_every_scan_of_a_class_is_used() -> None:
+    images, _ = Canvases(3).draw(4000, labels=torch.full((4000,), 10))
+    used = {tile.contiguous().numpy().tobytes() for image in images for tile in tiles(image)}
+    assert used == {scan.numpy().tobytes() for scan in digits("train")[0][:, 0]}
+
+
+def test_a_canvas_is_a_function_of_its_arguments() -> None:
+    first, labels = Canvases().draw(20, seed=2)
+    again, same = Canvases().draw(20, seed=2)
+    assert torch.equal(first, again)
+    assert torch.equal(labels, same)
+    assert not torch.equal(first, Canvases().draw(20, seed=3)[0])
+    assert not torch.equal(labels, Canvases().draw(20, "test", seed=2)[1])
+    own = torch.tensor([13, 4, 10])
+    images, given_labels = Canvases().draw(3, labels=own)
+    assert torch.equal(given_labels, own)
+    assert torch.equal(images, Canvases().draw(3, labels=own)[0])
+
+
+@pytest.mark.parametrize("hard", [0.0, 0.3, 1.0])
+def test_hard_is_the_share_of_rules(hard: float) -> None:
+    labels = Canvases(hard=hard).labels(6000, torch.Generator().manual_seed(0))
+    rules = labels >= DIGITS
+    assert abs(float(rules.float().mean()) - hard) < 0.02
+    for group, kinds in ((labels[~rules], range(10)), (labels[rules] - DIGITS, range(4))):
+        if len(group):
+            counts = torch.bincount(group, minlength=len(kinds)).float() / len(group)
+            assert float((counts - 1 / len(kinds)).abs().max()) < 0.03
+
+
+def test_the_judge_reads_scans_it_has_never_seen() -> None:
+    """The ceiling of rule accuracy: all cells of a canvas must be read right. Easy ones have one, the others four."""
+    images, labels = Canvases().draw(1500, "test")
+    right = follow_rules(images, labels)
+    assert float(right[labels < DIGITS].float().mean()) > 0.95
+    assert float(right[labels >= DIGITS].float().mean()) > 0.85
+    assert float(follow_rules(images, labels.roll(1)).float().mean()) < 0.25
+    noise = torch.randn(200, 1, 16, 16)
+    assert float(follow_rules(noise, labels[:200]).float().mean()) < 0.1
+    assert bool((read(torch.full((2, 1, 24, 24), -1.0)) == BLANK).all())
+
+
+def test_reading_and_features_are_by_cell() -> None:
+    images, _ = Canvases(3).draw(7, "test")
+    cells = torch.stack([torch.stack(tiles(image))[:, None] for image in images])  # [7, 9, 1, 8, 8]
+    network = digits_network()
+    features = torch.cat([network.features(own).flatten()[None] for own in cells])
+    torch.testing.assert_close(canvas_features(images), features, rtol=1e-5, atol=1e-6)
+    digit = torch.stack([network(own).argmax(1) for own in cells])
+    dark = cells.flatten(2).mean(2) < -0.999
+    assert torch.equal(read(images), digit.masked_fill(dark, BLANK))
+    assert torch.equal(read(images * 3), read((images * 3).clamp(-1, 1)))
+
+
+def test_no_scan_is_mistaken_for_an_empty_cell() -> None:
+    assert float(digits("all")[0].flatten(1).mean(1).min()) > -0.7
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Canvases(4), "side must be 2 or 3 cells, got 4"),
+        (lambda: Canvases(hard=1.5), "hard must be a number in"),
+        (lambda: Canvases().draw(-1), "n and seed must be integers >= 0, got -1"),
+        (lambda: Canvases().draw(2, "dev"), "split must be"),
+        (lambda: Canvases().draw(2, labels=torch.tensor([1])), r"labels must be int64 \[2\]"),
+        (lambda: Canvases().draw(1, labels=torch.tensor([14])), r"labels must be in 0..13, got \[14\]"),
+        (lambda: read(torch.zeros(1, 1, 12, 12)), "H a multiple of 8"),
+        (lambda: read(torch.zeros(1, 3, 16, 16)), "H a multiple of 8"),
+        (lambda: parse("canvases:hard=2,hard=1"), "each once; got 'hard=1'"),
+        (lambda: parse("canvases:colour=2"), "canvases takes side=NUMBER, hard=NUMBER, .*; got 'colour=2'"),
+        (lambda: parse("canvases:side=two"), "side of canvases is a number of type int, got 'two'"),
+        (lambda: parse("digits:n=3"), "digits takes no settings; got 'n=3'"),
+        (lambda: parse("canvas"), "no training data 'canvas'; there are digits, canvases"),
+        (lambda: load("canvases:n=0"), "n of canvases must be at least 1"),
+    ],
+)
+def test_bad_input_is_refused(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_sources_by_name() -> None:
+    images, labels = load("canvases:side=3,hard=1,n=40,seed=7", "test")
+    wanted, own = Canvases(3, 1.0).draw(40, "test", 7)
+    assert torch.equal(images, wanted)
+    assert torch.equal(labels, own)
+    assert all(torch.equal(a, b) for a, b in zip(load("digits"), digits("train"), strict=True))
+    assert len(load("canvases")[0]) == 20000
