@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import adadiff
 from adadiff import sources
@@ -120,9 +121,10 @@ def residual(need: Tensor, labels: Tensor) -> Tensor:
 
 
 def examples(path: Path, side: int) -> None:
-    """Five canvases of each rule and one of each digit alone."""
-    labels = torch.cat([torch.arange(DIGITS), torch.arange(DIGITS, CLASSES).repeat_interleave(5)])
+    """Two rows of digits alone, then a row of each rule."""
+    labels = torch.cat([torch.arange(12) % DIGITS, torch.arange(DIGITS, CLASSES).repeat_interleave(6)])
     images, _ = Canvases(side).draw(len(labels), labels=labels)
+    images = F.pad(images, (2, 2, 2, 2), value=0.2)
     write_png(path, make_grid([to_pixels(image) for image in images]))
 
 

@@ -28,6 +28,8 @@ the same bits on any number of processes, if each has as many threads: torchrun 
   adadiff train digits_frozen --exit-options head=mlp
   adadiff train runs/digits/config.json --out runs/longer --steps 20000
   accelerate launch --num_processes 2 -m adadiff train canvases --precision bfloat16
+  torchrun --nproc_per_node 2 -m adadiff train canvases
+accelerate starts a process for every GPU, torchrun as many as are asked for on a CPU, too;
 after Ctrl-C, or a kill, the same command goes on where it stopped, or at the last checkpoint""",
     "calibrate": """examples:
   adadiff calibrate digits --budget 0.55 --out digits-calibrated.safetensors

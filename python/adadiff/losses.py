@@ -42,7 +42,7 @@ Loss = Callable[..., LossTerms]
 
 
 def log_error(squared: Tensor) -> Tensor:
-    """A mean squared error on a logarithmic scale, the uncertainty of `relative`: 0 at 1e-6 or below, 1 at 1 or above."""
+    """Mean squared errors on a logarithmic scale, what u means in `relative`: 0 at 1e-6 or below, 1 at 1 or above."""
     return 1 + torch.log10(squared.clamp(ERROR_FLOOR, 1)) / DECADES
 
 

@@ -109,8 +109,7 @@ def adaptive_table(u: Tensor, error: Tensor, work: Work, share: float) -> Tensor
 
 def static_table(error: Tensor, work: Work, share: float) -> Tensor:
     """The depths, int64 [S], of the best table by timestep alone, with the least work that is not below `share`."""
-    S, K, n = error.shape
-    mean = torch.cat([error.double().mean(-1), torch.zeros(S, 1, dtype=torch.float64)], 1)  # [S, L]
+    mean = torch.cat([error.double().mean(-1), torch.zeros(len(error), 1, dtype=torch.float64)], 1)  # [S, L]
 
     def spend(price: float) -> tuple[float, Tensor]:
         depth = (mean + price * work.leaving).argmin(1) + 1

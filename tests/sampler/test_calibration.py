@@ -242,7 +242,7 @@ def test_budgets_may_differ_between_the_samples_of_a_batch() -> None:
     for share, own in ((0.5, mixed[::2]), (0.8, mixed[1::2])):
         alone, _ = adadiff.sample(model, 8, rule=f"budget:{share}", **both)
         assert torch.equal(alone[::2] if share == 0.5 else alone[1::2], own)
-    table, report = adadiff.sample(model, 8, rule="table:0.5", **both)
+    _, report = adadiff.sample(model, 8, rule="table:0.5", **both)
     assert report.exit_layer[:, :, 0].tolist() == [[d] * 8 for d in calibration.budgets[0].depths]
 
 
@@ -263,7 +263,7 @@ def test_weights_are_what_the_perturbed_runs_did() -> None:
 
 def test_reliability_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    calibrating, calibration = calibrated()
+    calibrating, _ = calibrated()
     t, u, relative = calibrating.recording.t, calibrating.recording.u, calibrating.recording.relative
     reliability_picture(calibrating.recording, tmp_path / "one.png")
     reliability_picture(calibrating.recording, tmp_path / "two.png", (t, u, relative + 1))

@@ -216,7 +216,7 @@ def test_heads_without_a_counterpart_are_refused() -> None:
     backbone = UViT(UVIT)
     exits = Exits(backbone, PAPER)
     before = {key: value.clone() for key, value in exits.state_dict().items()}
-    with pytest.raises(ValueError, match="has no norm.weight of shape"):
+    with pytest.raises(ValueError, match=r"has no norm\.weight of shape"):
         exits.copy_heads(UViT(dataclasses.replace(UVIT, dim=24)))
     assert all(torch.equal(before[key], value) for key, value in exits.state_dict().items())
 

@@ -169,5 +169,5 @@ def test_layers_hardly_anybody_leaves_after_are_not_asked() -> None:
 def test_budgets_below_one_block_are_refused() -> None:
     u, error, work = informative()
     for table in (lambda: adaptive_table(u, error, work, 0.1), lambda: static_table(error, work, 0.1)):
-        with pytest.raises(ValueError, match="the least that this network can run is 0.20"):
+        with pytest.raises(ValueError, match=r"the least that this network can run is 0\.20"):
             table()

@@ -112,7 +112,7 @@ def test_a_loss_that_is_nan_stops_and_keeps_the_last_checkpoint(tmp_path: Path) 
         return x * (math.nan if step == 3 else 1), *others
 
     trainer.inputs = broken
-    with pytest.raises(FloatingPointError, match="the loss is nan .* at step 3"):
+    with pytest.raises(FloatingPointError, match=r"the loss is nan .* at step 3"):
         trainer.run(progress=False)
     state, metadata = read_tensors(tmp_path / STATE)
     assert metadata["step"] == 2
@@ -293,7 +293,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     before = [(tmp_path / name).read_bytes() for name in (STATE, MODEL)]
     with torch.no_grad():
         trainer.model.backbone.pos_embed[0, 0, 0] = math.inf
-    with pytest.raises(FloatingPointError, match="model.backbone.pos_embed hold NaN or infinity at step 1"):
+    with pytest.raises(FloatingPointError, match=r"model\.backbone\.pos_embed hold NaN or infinity at step 1"):
         trainer.save()
     assert [(tmp_path / name).read_bytes() for name in (STATE, MODEL)] == before
 
