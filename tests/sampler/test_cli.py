@@ -36,7 +36,7 @@ def test_bad_files_and_folders_end_in_one_line(tiny, tmp_path, capsys):
     cases = (
         (f"sample nowhere --out {tmp_path}", "no model 'nowhere'"),
         (f"sample {file} --out {tmp_path}", "truncated"),
-        (f"sample {latents} --out {tmp_path} --format png", "decoding latents, 4 channels, is not supported"),
+        (f"sample {latents} --out {tmp_path} --format png", "these are latents, 4 channels: --decoder FOLDER"),
         (f"sample {tiny} --out {file}/below", f"cannot write to {file}/below"),
         (f"sample {tiny} --out {file}", f"cannot write to {file}"),
         (f"evaluate {latents}", "draws 4x8x8"),

@@ -1,16 +1,21 @@
 """Decoding through a tiny autoencoder with random weights, and drawing latents from moments."""
 
+import json
 import math
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
 
+import adadiff
 from adadiff.config import PRESETS
 from adadiff.latents import decode, draw_latents, load_autoencoder
+from sampler import shell
 
 
 @cache
@@ -72,6 +77,30 @@ def test_an_autoencoder_from_a_folder(tmp_path: Path) -> None:
     loaded = load_autoencoder(tmp_path / "vae")
     assert not any(p.requires_grad for p in loaded.parameters())
     assert torch.equal(decode(latents(2), loaded, 0.18215), decode(latents(2), tiny(), 0.18215))
+
+
+def test_sample_decodes_with_the_scale_of_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny().save_pretrained(tmp_path / "vae")
+    config = replace(shell.config(channels=4), latent_scale=0.3)
+    model = shell.saved(tmp_path / "model.safetensors", config)
+    line = f"sample {model} --n 3 --steps 2 --rule full --batch 2 --decoder {tmp_path / 'vae'}"
+    assert shell.run(f"{line} --out {tmp_path / 'out'}") == 0
+    drawn, _ = adadiff.sample(adadiff.load(model), 3, steps=2)
+    for slot, image in enumerate(decode(drawn, tiny(), 0.3)):
+        picture = shell.read(tmp_path / "out" / f"{slot:06d}.png").astype(int)
+        assert np.abs(picture - shell.pixels(image)).max() <= 1  # other batch-mates move the last bit of a float
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["configuration"]["decoder"] == str(tmp_path / "vae")
+    capsys.readouterr()
+    images = shell.saved(tmp_path / "images.safetensors", shell.config())
+    for wrong, words in (
+        (f"{line} --format npz", "--format npz keeps latents; leave --decoder out"),
+        (f"sample {images} --decoder {tmp_path}", "this model makes images, not latents; leave --decoder out"),
+        (line.replace("/vae", "/none"), "cannot open an autoencoder"),
+    ):
+        assert shell.run(f"{wrong} --out {tmp_path / 'wrong'}") == 2
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "wrong").exists()
 
 
 def test_moments_are_a_mean_and_a_clamped_log_variance() -> None:

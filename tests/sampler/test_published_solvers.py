@@ -203,7 +203,7 @@ def test_singlestep_rows_state_the_papers(solver: Solver, steps: int, schedule: 
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10 * float(wanted.abs().max()))
 
 
-@pytest.mark.parametrize("steps", [1, 2, 50, 1000])
+@pytest.mark.parametrize("steps", [1, 2, 50, 250])
 def test_euler_maruyama_rows_state_the_sde(steps: int) -> None:
     wanted = run_sde(network, start(), steps)
     got = run_rows(EulerMaruyama(), "vp", steps)
