@@ -118,7 +118,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
 
     one = _command(known, "convert", commands.convert, "read a checkpoint of U-ViT, DiT, AdaDiff, DuoDiff or diffusers")
-    one.add_argument("source", type=Path, metavar="SOURCE", help="a released file, or a folder of training or diffusers")
+    one.add_argument(
+        "source", type=Path, metavar="SOURCE", help="a released file, or a folder of training or diffusers"
+    )
     one.add_argument("dest", type=Path, metavar="DEST", help="the safetensors file to write")
     one.add_argument(
         "--preset",

@@ -78,9 +78,7 @@ def from_dict(kind: type[T], values: Any, what: str) -> T:
 
 
 PRESETS: dict[str, ModelConfig] = {
-    name: ModelConfig(**vars(preset))
-    for family in FAMILIES.values()
-    for name, preset in family.presets.items()
+    name: ModelConfig(**vars(preset)) for family in FAMILIES.values() for name, preset in family.presets.items()
 }
 PRESETS["digits"] = ModelConfig(
     UViTConfig(8, 1, 2, 64, 12, 4, num_classes=11), "stable_diffusion", null_label=10, exits=ExitConfig()

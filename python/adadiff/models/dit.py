@@ -1,4 +1,4 @@
-"""DiT (Peebles and Xie, ICCV 2023), written from the paper and the shapes of its released state dicts, whose keys it has.
+"""DiT (Peebles and Xie, ICCV 2023), written from the paper and the names and shapes in its released state dicts.
 
 All conditioning enters by lane: the sum c of time and label embedding gives every branch shift, scale and gate
 (adaLN-Zero), and the head shift and scale. Those of all blocks are one product, made once per evaluation.
@@ -291,7 +291,10 @@ def _presets() -> dict[str, Preset]:
         for patch in (2, 4, 8)
     }
     configs["dit_xl_2_512"] = DiTConfig(64, 4, 2, *sizes["xl"], num_classes=1001)
-    return {name: Preset(config, "linear", 1000, guided_channels=3, latent_scale=0.18215) for name, config in configs.items()}
+    return {
+        name: Preset(config, "linear", 1000, guided_channels=3, latent_scale=0.18215)
+        for name, config in configs.items()
+    }
 
 
 FAMILY = Family(DiTConfig, DiT, _presets())
