@@ -3,10 +3,11 @@
 python benchmarks/parity.py --reference CLONE [--reference CLONE ...] [--only NAME,NAME] [--out FILE]
 
 CLONE is a folder with a checkout of baofff/U-ViT, facebookresearch/DiT (needs timm), Tangshengku/AdaDiff or
-razvanmatisan/duodiff (need einops); which, is seen from its files. Its module is imported from there, filled with random
-weights and saved as its authors save it; `adadiff.conversion` reads the file, and what comes out is compared on the same
-inputs: in float32 to 1e-5 of the largest value, in bfloat16 by the rule of tests/numerics.py (error at most twice theirs
-and four roundings). Writes a table, keeping the rows of models that were not run. Ends with 1 if anything fails.
+razvanmatisan/duodiff (need einops); which, is seen from its files. Its module is imported from there, filled with
+random weights and saved as its authors save it; `adadiff.conversion` reads the file, and what comes out is compared on
+the same inputs: in float32 to 1e-5 of the largest value, in bfloat16 by the rule of tests/numerics.py (error at most
+twice theirs and four roundings). Writes a table, keeping the rows of models that were not run. Ends with 1 if any
+fails.
 """
 
 import argparse
@@ -70,6 +71,9 @@ class Case:
 
 class Settings(dict):
     """Stands in for ml_collections.ConfigDict, with which U-ViT's configurations are written."""
+
+    def __init__(self, initial_dictionary: dict[str, Any] | None = None):
+        super().__init__(initial_dictionary or {})
 
     __getattr__ = dict.__getitem__
     __setattr__ = dict.__setitem__

@@ -1,4 +1,4 @@
-"""Checkpoints of others become ours. What their shapes do not tell is taken from a preset, and agrees with what they do.
+"""Checkpoints of others become ours. What their shapes do not tell is taken from a preset, which must fit them.
 
 Which files there are says foreign.py; whose names mean what, layouts.py.
 """
@@ -46,8 +46,8 @@ def convert(
     preset: the name of one, or a JSON file with a configuration as in our own files' headers. It says what cannot be
     seen from shapes (heads, schedule, time) and must agree with all that can. It may be left out where the source says
     it, as diffusers' folders do, or where only one preset has these shapes.
-    served_by: "diffusers" or "dit", needed for a diffusers folder: which sinusoid of time and epsilon the weights are to
-    be run with. diffusers runs every DiT with its own, those that facebookresearch trained with others, too.
+    served_by: "diffusers" or "dit", needed for a diffusers folder: which sinusoid of time and epsilon the weights are
+    to be run with. diffusers runs every DiT with its own, also those that facebookresearch trained with others.
     Raises ValueError for what cannot be read safely or does not fit, naming the keys, and where `dest` exists.
     """
     source, dest = Path(source), Path(dest)

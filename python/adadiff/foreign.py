@@ -66,7 +66,7 @@ def _read_folder(folder: Path) -> Source:
     if steps:  # as U-ViT itself goes on training
         return _read_folder(steps[max(steps)])
     raise ValueError(
-        f"{folder} holds none of nnet_ema.pth, <step>.ckpt (U-ViT's training), config.json, model_index.json (diffusers)"
+        f"{folder} holds no nnet_ema.pth or <step>.ckpt (U-ViT's training), config.json or model_index.json (diffusers)"
     )
 
 

@@ -1,4 +1,4 @@
-"""DiT (Peebles and Xie, ICCV 2023), written from the paper and the shapes of its released state dicts, whose keys it has.
+"""DiT (Peebles and Xie, ICCV 2023), written from the paper and the names and shapes in its released state dicts.
 
 All conditioning enters by lane: the sum c of time and label embedding gives every branch shift, scale and gate
 (adaLN-Zero), and the head shift and scale. Those of all blocks are one product, made once per evaluation.
