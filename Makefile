@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := adadiff_kernels benchmarks python tests setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install bench test lint resources sanitize
+.PHONY: help install bench test lint resources sanitize gpu-check gpu-bench gpu-python
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -38,3 +38,13 @@ sanitize: install ## test the C++ core under AddressSanitizer and UndefinedBehav
 		-DCMAKE_BUILD_TYPE=Debug -DADADIFF_BUILD_TESTS=ON -DADADIFF_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/core_tests
+
+# With PYTHON and its packages as they are: a machine with a GPU often has an image of its own, and no network.
+gpu-python:
+	@$(PYTHON) -c 'import torch' 2>/dev/null || { echo "$(PYTHON) has no PyTorch; name one that has it: PYTHON=..."; exit 1; }
+
+gpu-check: gpu-python ## build in place and test everything on this machine's GPU, in 9 minutes; installs nothing
+	@PYTHONPATH=.:python:benchmarks $(PYTHON) -m gpu.check
+
+gpu-bench: gpu-python ## measure on this machine's GPU: SUITE=ceilings|passes|decision|gemm|network|all
+	@PYTHONPATH=.:python:benchmarks $(PYTHON) -m gpu.run --suite $(or $(SUITE),all) $(ARGS)

@@ -34,8 +34,8 @@ def check_join(x: Tensor, skip: Tensor, lanes: Tensor | None, index: Tensor | No
     for name, value, length in (("lanes", lanes, n), ("index", index, n if lanes is None else None)):
         if value is None:
             continue
-        wanted = "[B]" if length is None else f"[{length}]"
         if value.dtype not in (torch.int32, torch.int64) or value.dim() != 1 or length not in (None, len(value)):
+            wanted = "[B]" if length is None else f"[{length}]"  # made earlier, it would fix n where this is compiled
             raise ValueError(f"{name} must be int32 or int64 {wanted}, got {value.dtype} {list(value.shape)}")
     if index is None and len(skip) < n:
         raise ValueError(f"skip must have a row for each of {n} rows of x, got {len(skip)}")

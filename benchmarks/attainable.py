@@ -52,7 +52,8 @@ class PlainPieces:
         compiled: Callable[..., Tensor] | None = None,
     ):
         self.backbone, self._inputs, self._compiled = backbone, inputs, compiled
-        self._rows = torch.randn(len(inputs[0]), backbone.tokens, backbone.dim, dtype=backbone.pos_embed.dtype)
+        like = {"dtype": backbone.pos_embed.dtype, "device": backbone.pos_embed.device}
+        self._rows = torch.randn(len(inputs[0]), backbone.tokens, backbone.dim, **like)
         self._skip = torch.randn_like(self._rows)
         self._sizes = tuple(sizes)
         self._counts = {kind: sorted({n for n in ns if n}) for kind, ns in counts.items()}

@@ -90,13 +90,15 @@ def interleave(
     limit: float = float("inf"),
     label: str = "",
     clock: Callable[[], float] = time.perf_counter,
+    timer: Callable[[Callable[[], object]], float] | None = None,
 ) -> Comparison:
     """Runs every variant once a round, in another order each time, so that drift favours none.
 
     repeats: rounds. warmup: rounds that are thrown away. pairs: variants that run right after one another, to be
     compared by `Comparison.ratio`; which of the two is first alternates. turn: a shorter call is repeated within
     its turn until this many seconds have passed, and its mean taken. limit: after MIN_ROUNDS rounds, no further
-    one starts that would end later than this many seconds after the first one started.
+    one starts that would end later than this many seconds after the first one started. timer: takes a call's turn and
+    returns the seconds of one call, where the host's clock cannot: on a device that is still at work.
     """
     if not variants or repeats < 1 or warmup < 0:
         raise ValueError(f"a comparison takes variants, repeats >= 1 and warmup >= 0, got {repeats=}, {warmup=}")
@@ -105,6 +107,7 @@ def interleave(
     pairs = pairs or {}
     if set(pairs) & set(pairs.values()):
         raise ValueError(f"a variant belongs to one pair at most, got {pairs}")
+    timer = timer or (lambda call: _turn(call, turn, clock))
     units = [[name, *([pairs[name]] if name in pairs else [])] for name in calls if name not in pairs.values()]
     samples: dict[str, list[float]] = {name: [] for name in calls}
     with (
@@ -121,7 +124,7 @@ def interleave(
                 break
             for index in np.random.default_rng(number).permutation(len(units)):
                 for name in units[index][:: -1 if number % 2 else 1]:
-                    seconds = _turn(calls[name], turn, clock)
+                    seconds = timer(calls[name])
                     if number >= warmup:
                         samples[name].append(seconds)
                     bar.update()

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from functools import cache
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +56,7 @@ def versions() -> Row:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "adadiff": adadiff.__version__,
+        **{name: metadata.version(name) for name in ("triton",) if find_spec(name)},
     }
 
 
@@ -75,9 +78,11 @@ def _git(*arguments: str) -> str:
 class Rows:
     """The rows of a folder, written as they are measured, so that an interrupted run keeps what it has."""
 
-    def __init__(self, folder: Path):
-        """Opens or creates folder/rows.jsonl. Raises ValueError where it cannot be written."""
+    def __init__(self, folder: Path, device: Mapping[str, object] | None = None, at: str | None = None):
+        """Opens or creates folder/rows.jsonl. device: what the rows say of the machine beside its CPU; at: the commit,
+        where git cannot tell. Raises ValueError where it cannot be written."""
         self.folder, self.path = folder, folder / "rows.jsonl"
+        self.machine, self.commit = {**machine(), **(device or {})}, at or commit()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with self.path.open("a"):
@@ -100,9 +105,9 @@ class Rows:
             "parameters": dict(parameters),
             **results,
             "threads": torch.get_num_threads(),
-            "machine": machine(),
+            "machine": self.machine,
             "versions": versions(),
-            "commit": commit(),
+            "commit": self.commit,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
         line = json.dumps(row, allow_nan=False)

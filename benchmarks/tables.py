@@ -9,6 +9,7 @@ from cells import Table, number, select, warning, where
 from rows import Row, key
 
 from adadiff.frechet import Interval, seed_interval
+from gpu import tables as gpu_tables
 
 # About 40 % fewer blocks, as the paper's rule reaches them and asked from block 3 on, and what else does that work.
 COMPACT_DIGITS = (
@@ -51,7 +52,8 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 
 def all_tables(rows: Iterable[Row]) -> list[Table]:
     rows = latest(rows)
-    return [table for make in (digits, overhead, network, *serving_tables.ALL) for table in make(rows) if table.body]
+    makers = (digits, overhead, network, *serving_tables.ALL, *gpu_tables.ALL)
+    return [table for make in makers for table in make(rows) if table.body]
 
 
 def compact(rows: Iterable[Row]) -> list[Table]:
@@ -63,6 +65,7 @@ def compact(rows: Iterable[Row]) -> list[Table]:
         *(pick(table, columns, COMPACT_DIGITS) for table in digits(rows)[:1] if table.body),
         *(table for table in network_side_by_side(rows) if table.body),
         *(table for table in serving_tables.compact(rows) if table.body),
+        *gpu_tables.network_side_by_side(rows),
     ]
 
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from adadiff_kernels import Score, extension, launch, ops
 
@@ -88,3 +89,14 @@ def test_the_bias_joins_the_branch() -> None:
     assert bool((mixed == 258).all())
     with pytest.raises(ValueError, match=r"bias must be \[8\], got \(3,\)"):
         ops.residual_uem(X, X, lanes=LANES, bias=one[:3])
+
+
+def test_one_graph_joins_any_number_of_rows() -> None:
+    torch.compiler.reset()
+    backend = CompileCounterWithBackend("eager")
+    join = torch.compile(ops.join_skip, backend=backend, dynamic=True, fullgraph=True)
+    skip, index = torch.randn(7, 3, 8), torch.arange(7, dtype=torch.int32).flip(0)
+    for n in (6, 5, 3, 2):
+        x, lanes = torch.randn(n, 3, 8), torch.arange(n, dtype=torch.int32)
+        assert torch.equal(join(x, skip, lanes, index), torch.cat([x, skip.flip(0)[:n]], -1))
+    assert backend.frame_count == 1

@@ -1,0 +1,31 @@
+"""What the device can do at best: bytes copied and bfloat16 products."""
+
+from collections.abc import Iterator
+
+import torch
+
+from gpu.session import Session, Task, copy_of, gigabytes, teraflops
+
+SUITE = "gpu-ceilings"
+
+
+def tasks(session: Session) -> Iterator[Task]:
+    size, side = (2**12, 64) if session.dry else (2**31, 8192)
+    yield Task("copy", {"bytes": size}, lambda: copy(session, size))
+    yield Task("product", {"side": side}, lambda: product(session, side))
+
+
+def copy(session: Session, size: int) -> None:
+    call, moved = copy_of(session, size)
+    measured = session.compare({"copy": call}, turn=0.1)
+    rate = gigabytes(measured.median("copy"), moved)
+    session.write(SUITE, "copy", {"bytes": size}, measured, {"copy": {"gb_per_second": rate}}, torch.int8)
+
+
+def product(session: Session, side: int) -> None:
+    """Of normal values: zeros would run faster."""
+    a, b = (session.normal(side, side, dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(a)
+    measured = session.compare({"product": lambda: torch.mm(a, b, out=out)}, turn=0.1)
+    rate = teraflops(measured.median("product"), side**3)
+    session.write(SUITE, "product", {"side": side}, measured, {"product": {"tflops": rate}}, torch.bfloat16)

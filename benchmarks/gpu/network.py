@@ -1,0 +1,201 @@
+"""One evaluation of U-ViT-S/2, L/2 and H/2 with replayed exits, by each way of keeping the count of rows, beside the
+plain network eager, compiled and recorded as one CUDA graph. Random weights, bfloat16.
+
+Blocks are compiled one by one (two kinds of block, whatever the depth). What a pattern could cost at best is recorded
+as a graph of its own: stem, head, and each block the faster way on just its rows, everything known beforehand.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from unittest import mock
+
+import torch
+from adadiff.counts import Counts, Planned, counts_from
+from attainable import PlainPieces, rows_per_layer, share_of_flop_ideal
+from harness import Comparison
+from network import attainable, counts_by_kind, run_block
+from torch import Tensor
+
+import adadiff
+from adadiff import Evaluation, Model, device_engine
+from adadiff.exits import PAPER
+from adadiff.models.interface import Backbone
+from adadiff.rules import Replay
+from gpu.session import Call, Session, Task, check_close, teraflops
+
+SUITE = "gpu-network"
+BRAIN = torch.bfloat16
+PRESETS = ("cifar10_uvit_small", "imagenet256_uvit_large", "imagenet256_uvit_huge")
+BATCHES = (1, 8, 64, 256)
+STRATEGIES = ("sync", "sync:4", "lagged", "lagged:2", "planned")
+PLAIN = "plain, eager"
+GRAPH = "plain, compiled, graph"
+Inputs = tuple[Tensor, Tensor, Tensor | None]
+
+
+def tasks(session: Session) -> Iterator[Task]:
+    for preset in ("digits",) if session.dry else PRESETS:
+        made: list[Network] = []  # for the first of them that is measured
+        for B in (5,) if session.dry else BATCHES:
+            yield Task("pattern", {"preset": preset, "batch": B}, partial(measure, session, made, preset, B))
+
+
+def patterns(batch: int, layers: int) -> dict[str, Tensor]:
+    """Exit layer of each lane, float [batch]: the shapes of the CPU's suite, at any depth."""
+    lane, deep = torch.arange(batch), torch.tensor(float(layers))
+    spread = torch.linspace(3, layers, batch).round()
+    return {
+        "nobody": deep.expand(batch),
+        "same": torch.full((batch,), float((layers + 1) // 2)),
+        "spread": spread[torch.randperm(batch, generator=torch.Generator().manual_seed(0))],
+        "two-phase": torch.where(lane % 2 == 0, 2.0, deep),
+    }
+
+
+class Network:
+    """A model on the device, and its blocks compiled: for one batch, for any number of rows, and as the engine runs
+    them. What is compiled for any number of rows serves every batch."""
+
+    def __init__(self, session: Session, preset: str) -> None:
+        torch.manual_seed(0)
+        torch.compiler.reset()
+        with session.device:
+            self.model = adadiff.build(preset, exits=PAPER).to(BRAIN)
+        self.fixed = session.compile(run_block, dynamic=False)
+        self.dynamic = session.compile(run_block, dynamic=True)
+        self.advance = session.compile(device_engine.advance, dynamic=True)
+
+
+def measure(session: Session, made: list[Network], preset: str, B: int) -> None:
+    if not made:
+        made.append(Network(session, preset))
+    inputs = inputs_of(session, made[0].model, B)
+    # kinds of block, with and without a score, one row or several: more than Dynamo compiles of one function by default
+    with torch.inference_mode(), torch._dynamo.config.patch(recompile_limit=64):
+        compare(session, made[0], inputs, {"preset": preset, "batch": B})
+
+
+def compare(session: Session, network: Network, inputs: Inputs, parameters: dict[str, object]) -> None:
+    model, B = network.model, len(inputs[0])
+
+    def compiled() -> Tensor:
+        return plain(model.backbone, network.fixed, inputs)
+
+    baselines: dict[str, Call] = {PLAIN: lambda: model.backbone(*inputs), "plain, compiled": compiled}
+    check_close("the compiled network", compiled(), baselines[PLAIN](), 2e-2)
+    baselines[GRAPH] = session.captured(compiled, shared=True)
+
+    results: dict[str, Evaluation] = {}
+    runs: dict[str, Call] = {}
+    wanted = {name: exits.to(session.device) for name, exits in patterns(B, model.layers).items()}
+    for name, exits in wanted.items():
+        for strategy in STRATEGIES:
+            run = f"{name}, {strategy}"
+            runs[run] = through(network.advance, evaluation(model, inputs, exits, strategy))
+            results[run] = runs[run]()
+            check(run, results, exits, first=f"{name}, {STRATEGIES[0]}")
+
+    ideal = attainables(session, model, inputs, wanted, network.dynamic)
+    measured = session.compare({**baselines, **runs, **ideal}, repeats=5)
+    write(session, parameters, model, measured, tuple(baselines), results)
+
+
+def inputs_of(session: Session, model: Model, B: int) -> Inputs:
+    x = session.normal(B, *model.backbone.sample_shape, dtype=BRAIN)
+    t = torch.linspace(1, 999, B, device=session.device)
+    classes = model.config.network.num_classes
+    return x, t, torch.arange(B, device=session.device) % classes if classes else None
+
+
+def plain(backbone: Backbone, through: Callable[..., Tensor], inputs: Inputs) -> Tensor:
+    """The network at full depth, with its blocks called as `through(block, *rows)`."""
+    rows, cond = backbone.begin(*inputs)
+    outputs: list[Tensor] = []
+    for block in backbone.blocks:
+        skip = () if block.skip_from is None else (outputs[block.skip_from],)
+        outputs.append(through(block, outputs[-1] if outputs else rows, *skip))
+    lanes = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
+    return backbone.head(outputs[-1][:, backbone.extras :], cond, lanes)
+
+
+def evaluation(model: Model, inputs: Inputs, exits: Tensor, strategy: str) -> Callable[[], Evaluation]:
+    counts = counts_of(strategy, exits)
+    return lambda: adadiff.evaluate(model.backbone, model.exits, Replay(), *inputs, threshold=exits, counts=counts)
+
+
+def counts_of(strategy: str, exits: Tensor) -> Counts:
+    """A plan is at its best: it knows the depths that are replayed."""
+    return Planned(tuple(exits.tolist())) if strategy == "planned" else counts_from(strategy)
+
+
+def through(advance: Callable[..., object], call: Callable[[], Evaluation]) -> Callable[[], Evaluation]:
+    """The call, its blocks advanced by `advance`."""
+
+    def patched() -> Evaluation:
+        with mock.patch.object(device_engine, "advance", advance):
+            return call()
+
+    return patched
+
+
+def check(name: str, results: dict[str, Evaluation], exits: Tensor, first: str) -> None:
+    """Every strategy makes the exits that were asked for, and the images of the first."""
+    found, wanted = results[name].exit_layer.cpu(), exits.int().cpu()
+    if not torch.equal(found, wanted):
+        raise RuntimeError(f"{name}: lanes left after {found.tolist()[:8]} blocks, not {wanted.tolist()[:8]}")
+    check_close(name, results[name].eps, results[first].eps, 2e-2)
+
+
+def attainables(
+    session: Session,
+    model: Model,
+    inputs: Inputs,
+    wanted: dict[str, Tensor],
+    compiled: Callable[..., Tensor],
+) -> dict[str, Call]:
+    counts = {name: rows_per_layer(exits, model.layers) for name, exits in wanted.items()}
+    pieces = PlainPieces(model.backbone, inputs, counts_by_kind(model, list(counts.values())), compiled=compiled)
+    ways = {name: session.captured(call, shared=True) for name, call in pieces.variants().items()}
+    found = session.compare(ways, repeats=3)
+    return {attainable(name): session.captured(pieces.replay(found, own), shared=True) for name, own in counts.items()}
+
+
+def write(
+    session: Session,
+    parameters: dict[str, object],
+    model: Model,
+    measured: Comparison,
+    baselines: Sequence[str],
+    results: dict[str, Evaluation],
+) -> None:
+    B = parameters["batch"]
+    fastest = min(baselines, key=measured.median)
+    full = next(iter(results.values())).macs_full
+
+    def common(name: str, macs: int) -> dict[str, object]:
+        return {
+            "evaluations_per_second": B / measured.median(name),
+            "tflops": teraflops(measured.median(name), macs),
+            "speedup": measured.ratio(fastest, name).median,
+            "fastest_plain": fastest,
+        }
+
+    session.write(SUITE, "baseline", parameters, measured, {name: common(name, full) for name in baselines}, BRAIN)
+    rows = {}
+    for name, result in results.items():
+        share = measured.ratio(attainable(name.rpartition(", ")[0]), name)
+        counts = rows_per_layer(result.exit_layer, model.layers)
+        own = common(name, result.macs)
+        rows[name] = {
+            **own,
+            "share_of_attainable": share.median,
+            "share_of_attainable_spread": [share.quantile(0.2), share.quantile(0.8)],
+            "share_of_flop_ideal": share_of_flop_ideal(own["speedup"], result.macs, full),
+            "blocks": sum(counts),
+            "blocks_full": B * model.layers,
+            "macs": result.macs,
+            "macs_full": full,
+            "rows_run": sum(result.rows),  # those included that a bound was too large for
+            "rows_moved": result.moved,
+        }
+    session.write(SUITE, "pattern", parameters, measured, rows, BRAIN)

@@ -1,0 +1,169 @@
+"""`residual_uem`: bytes a second, beside a copy's, PyTorch's and the same pass without the score.
+
+Every variant is one CUDA graph of calls that take turns over several sets of rows, together four times the L2 cache:
+so each call finds its rows in memory, and pays for writing back as many bytes as it writes. (A flush before each call
+would leave the flush's own bytes to be written back in its place.)
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from adadiff_kernels import Norm, Score, residual_uem
+from gpu.session import Call, Session, Task, check_close, copy_of, gigabytes
+
+SUITE = "gpu-passes"
+BRAIN = torch.bfloat16
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Rows of T tokens of D channels, the first extras of which have no say; modulated: gate, scale and shift by lane,
+    as in a DiT, instead of an affine norm."""
+
+    T: int
+    D: int
+    extras: int
+    modulated: bool = False
+
+
+SHAPES = {
+    "U-ViT-S/2": Shape(257, 512, 1),
+    "U-ViT-L/2": Shape(258, 1024, 2),
+    "U-ViT-H/2": Shape(258, 1152, 2),
+    "DiT-XL/2": Shape(256, 1152, 0, modulated=True),
+}
+TINY = {"tiny": Shape(5, 32, 1), "tiny, modulated": Shape(4, 24, 0, modulated=True)}
+COMPILED_MAPS_AT = 64  # each takes Inductor's autotuning 10 to 20 seconds
+
+
+def tasks(session: Session) -> Iterator[Task]:
+    shapes, batches, outputs = (TINY, (2,), (1, 3)) if session.dry else (SHAPES, (1, 8, 64, 256), (1, 16, 64))
+    for P in outputs:
+        for name, shape in shapes.items():
+            for B in batches:
+                given = {"shape": name, "batch": B, "outputs": P}
+                compiled = P == 1 or B == COMPILED_MAPS_AT or session.dry
+                yield Task("pass", given, partial(measure, session, shape, given, compiled))
+
+
+def measure(session: Session, shape: Shape, parameters: dict[str, object], compiled: bool) -> None:
+    B, P = parameters["batch"], parameters["outputs"]
+    torch.manual_seed(0)
+    torch.compiler.reset()  # Dynamo stops compiling one function for a ninth shape
+    p = Parameters.draw(session, shape, B, P)
+    moved = 4 * B * shape.T * shape.D * BRAIN.itemsize  # x and branch are read, y and h written
+    sets = rows(session, (B, shape.T, shape.D), moved)
+    ways: dict[str, Way] = {
+        "fused": p.fused,
+        "fused, no score": lambda x, branch: p.fused(x, branch, scored=False),
+        "eager": lambda x, branch: plain_pass(x, branch, *p.plain, product=True),
+    }
+    if compiled:
+        passed = session.compile(plain_pass, dynamic=False, mode="max-autotune-no-cudagraphs")
+        ways["compiled"] = lambda x, branch: passed(x, branch, *p.plain, product=P > 1)
+    with torch.inference_mode():
+        check(ways, *sets[0], p, scored=P)
+    calls = {name: session.captured(over(way, sets)) for name, way in ways.items()}
+    copying, copied = copy_of(session, 2**12 if session.dry else 2**30)
+    measured = session.compare({**calls, "copy": copying})
+
+    def rate(name: str) -> float:
+        return gigabytes(measured.median(name) / len(sets), moved)
+
+    copy_rate = gigabytes(measured.median("copy"), copied)
+    results = {
+        name: {
+            "sets": len(sets),  # seconds are those of a call over each
+            "gb_per_second": rate(name),
+            "copy_gb_per_second": copy_rate,
+            "share_of_copy": rate(name) / copy_rate,
+            "over_no_score": measured.ratio(name, "fused, no score").median,
+        }
+        for name in ways
+    }
+    session.write(SUITE, "pass", parameters, measured, results, BRAIN)
+
+
+Way = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Everything but the rows. Row and lane are in one order."""
+
+    lanes: Tensor
+    gate: Tensor | None
+    score: Score
+    norm: Norm
+
+    @classmethod
+    def draw(cls, session: Session, shape: Shape, B: int, P: int) -> "Parameters":
+        D = shape.D
+        weight = session.normal(P, D, dtype=BRAIN) / D**0.5
+        score = Score(weight, session.normal(B, P, dtype=torch.float32), shape.extras)
+        lanes = torch.arange(B, dtype=torch.int32, device=session.device)
+        if shape.modulated:
+            by_lane = session.normal(B, 6 * D, dtype=BRAIN)
+            return cls(lanes, by_lane[:, :D], score, Norm(EPS, None, None, by_lane[:, D : 2 * D], by_lane[:, -D:]))
+        affine = session.normal(D, dtype=BRAIN) + 1, session.normal(D, dtype=BRAIN)
+        return cls(lanes, None, score, Norm(EPS, *affine))
+
+    def fused(self, x: Tensor, branch: Tensor, scored: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
+        score = self.score if scored else None
+        given = {"lanes": self.lanes, "gate": self.gate, "score": score, "norm": self.norm}
+        return residual_uem(x, branch, **given, backend="triton")
+
+    @property
+    def plain(self) -> tuple[Tensor | int | None, ...]:
+        score, norm = self.score, self.norm
+        return self.gate, score.weight, score.offset, score.extras, norm.weight, norm.bias, norm.scale, norm.shift
+
+
+def plain_pass(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor | None,
+    score: Tensor,
+    offset: Tensor,
+    extras: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    product: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As one would write it in PyTorch, in the rows' dtype. product: the score by a matrix product, which Inductor
+    cannot fuse, or by a sum, which it can."""
+    y = x + branch if gate is None else torch.addcmul(x, gate[:, None], branch)
+    h = F.layer_norm(y, y.shape[-1:], weight, bias, EPS)
+    if scale is not None:
+        h = torch.addcmul(shift[:, None], h, 1 + scale[:, None])
+    s = F.linear(y, score) if product else (y.float() * score.float()).sum(-1, keepdim=True)
+    u = torch.sigmoid(s[:, extras:].float() + offset[:, None]).mean((1, 2))
+    return y, h, u
+
+
+def rows(session: Session, shape: tuple[int, int, int], moved: int) -> list[tuple[Tensor, Tensor]]:
+    """As many x and branch as a cache does not hold, two at least."""
+    cache = torch.cuda.get_device_properties(session.device).L2_cache_size if session.device.type == "cuda" else 0
+    number = max(2, -(-4 * cache // moved))
+    return [tuple(session.normal(*shape, dtype=BRAIN) for _ in range(2)) for _ in range(number)]
+
+
+def over(way: Way, sets: list[tuple[Tensor, Tensor]]) -> Call:
+    """One call for each set; the results stay, so that no two calls write to the same memory."""
+    return lambda: [way(*one) for one in sets]
+
+
+def check(ways: dict[str, Way], x: Tensor, branch: Tensor, p: Parameters, scored: int) -> None:
+    exact = plain_pass(x.float(), branch.float(), *(v.float() if torch.is_tensor(v) else v for v in p.plain), True)
+    for name, way in ways.items():
+        for part, got, want in zip("yhu", way(x, branch), exact, strict=True):
+            if got is not None:
+                check_close(f"{part} of {name} ({scored} outputs)", got, want, 1e-2)

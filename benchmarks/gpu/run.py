@@ -1,0 +1,90 @@
+"""Measures on a CUDA device, and writes rows. Run again, it goes on where it stopped.
+
+make gpu-bench SUITE=NAME                    ceilings, passes, decision, gemm, network or all
+make gpu-bench SUITE=all ARGS='--out DIR'    rows of this commit and GPU that DIR has are not measured again
+python3 -m gpu.run --dry                     every suite at tiny sizes on the CPU, nothing timed or written
+
+With PYTHONPATH=.:python:benchmarks, which make sets.
+"""
+
+import argparse
+import sys
+import time
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from rows import ROOT, Rows, say
+from tables import latest, plain
+
+from gpu import ceilings, decision, gemm, network, passes
+from gpu import tables as gpu_tables
+from gpu.session import OutOfTime, Session, gpu_facts
+
+OUT = ROOT / "benchmarks" / "out" / "gpu"
+SUITES = {"ceilings": ceilings, "passes": passes, "decision": decision, "gemm": gemm, "network": network}
+LIMIT = 510.0  # seconds; a comparison that has begun is finished, and a call shall take at most nine minutes
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", choices=(*SUITES, "all"), default="all")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for rows (default: benchmarks/out/gpu)")
+    parser.add_argument("--commit", help="what rows say where the tree is no git repository")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds after which no comparison starts")
+    parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU: shows that every line runs")
+    return parser.parse_args(argv)
+
+
+def run_suite(session: Session, suite: ModuleType) -> int:
+    """Every comparison that is missing. One that fails says so and costs the others nothing, but for a dry run.
+
+    Returns how many failed."""
+    failed = 0
+    for task in suite.tasks(session):
+        if session.missing(suite.SUITE, task.kind, task.parameters):
+            try:
+                task.measure()
+            except Exception:
+                if session.dry:
+                    raise
+                traceback.print_exc()
+                failed += 1
+    return failed
+
+
+def main(argv: list[str] | None = None) -> None:
+    chosen = arguments(argv)
+    suites = list(SUITES) if chosen.suite == "all" else [chosen.suite]
+    if chosen.dry:
+        for name in suites:
+            run_suite(Session(torch.device("cpu")), SUITES[name])
+        return
+    if not torch.cuda.is_available():
+        sys.exit("gpu-bench: PyTorch finds no CUDA device here; --dry runs without one, and measures nothing")
+    device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        rows = Rows(chosen.out, gpu_facts(), chosen.commit)
+    except ValueError as error:
+        sys.exit(f"gpu-bench: {error}")
+    say("  ".join(f"{name}: {value}" for name, value in rows.machine.items()))
+    session = Session(device, rows, time.perf_counter() + chosen.limit)
+    before, stopped, failed = len(rows.rows), False, 0
+    try:
+        for name in suites:
+            failed += run_suite(session, SUITES[name])
+    except (OutOfTime, KeyboardInterrupt):
+        stopped = True
+    wanted = {f"gpu-{name}" for name in suites}
+    for table in gpu_tables.all_tables([row for row in latest(rows.rows) if row["suite"] in wanted]):
+        print("\n" + plain(table))
+    print(f"\n{len(rows.rows) - before} new rows in {rows.path}")
+    if stopped:
+        print("stopped before the end; the same command goes on from here")
+    if failed:
+        sys.exit(f"gpu-bench: {failed} comparisons failed, see above")
+
+
+if __name__ == "__main__":
+    main()

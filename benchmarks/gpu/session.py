@@ -1,0 +1,200 @@
+"""What the GPU suites share: the device and its clock, rows that are not measured twice, and a limit of time."""
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from harness import Comparison, interleave
+from rows import Row, Rows, dtype_name, say
+from torch import Tensor
+
+Call = Callable[[], object]
+MOST_CALLS = 10_000  # in one turn
+
+
+class OutOfTime(Exception):
+    """The limit came before the last comparison."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One comparison: kind and parameters say what its rows are; measure makes them."""
+
+    kind: str
+    parameters: Mapping[str, object]
+    measure: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Session:
+    """rows: where results go, or None for a dry run on the CPU: every line runs, and nothing is claimed of a second.
+    deadline: on the clock of time.perf_counter; no comparison starts after it."""
+
+    device: torch.device
+    rows: Rows | None = None
+    deadline: float = float("inf")
+    pool: Any = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.rows is not None and self.device.type != "cuda":
+            raise ValueError(f"rows are measured on a CUDA device, got {self.device}; a dry run takes rows=None")
+        if self.device.type == "cuda":
+            object.__setattr__(self, "pool", torch.cuda.graph_pool_handle())
+
+    @property
+    def dry(self) -> bool:
+        return self.rows is None
+
+    def missing(self, suite: str, kind: str, parameters: Mapping[str, object]) -> bool:
+        """Whether this commit has yet to make these rows on this GPU. Raises OutOfTime where there is no time to."""
+        if self.rows is None:
+            return True
+        # the last row of a comparison: those before it have been written by then
+        if any(
+            (row["suite"], row["kind"], row["parameters"]) == (suite, kind, dict(parameters))
+            and (row["commit"], row["machine"].get("gpu")) == (self.rows.commit, self.rows.machine["gpu"])
+            and row.get("last")
+            for row in self.rows.rows
+        ):
+            return False
+        if time.perf_counter() > self.deadline:
+            raise OutOfTime
+        say(f"{suite}: {', '.join(f'{name} {value}' for name, value in parameters.items())}")
+        return True
+
+    def compare(self, calls: Mapping[str, Call], repeats: int = 9, turn: float = 0.02, **options: Any) -> Comparison:
+        """Each call in turns; a turn is one stretch of wall time over many calls that were enqueued without waiting."""
+        if self.dry:
+            return interleave(calls, 1, 0, timer=DeviceTimer(self.device, 0.0))
+        return interleave(calls, repeats, timer=DeviceTimer(self.device, turn), **options)
+
+    def write(
+        self,
+        suite: str,
+        kind: str,
+        parameters: Mapping[str, object],
+        measured: Comparison,
+        results: Mapping[str, Mapping[str, object]],
+        dtype: torch.dtype,
+    ) -> None:
+        """One row a variant. results: what else a variant's row says."""
+        if self.rows is None:
+            return
+        clocks = gpu_state()
+        for position, (variant, own) in enumerate(results.items(), start=1):
+            given = {"dtype": dtype_name(dtype), "gpu_state": clocks, "last": position == len(results)}
+            self.rows.write(suite, kind, variant, parameters, **given, **measured.row(variant), **own)
+
+    def captured(self, call: Call, shared: bool = False) -> Call:
+        """The call's kernels as one CUDA graph, so that replaying them costs the host one launch.
+
+        What the call returns lives in memory of its own as long as the graph does; with `shared` it returns nothing
+        that is still needed, and all such graphs work in the same memory. On a CPU: the call.
+        """
+        if self.device.type != "cuda":
+            return call
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), torch.inference_mode():
+            for _ in range(2):  # compile and allocate what is made once
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.inference_mode(), torch.cuda.graph(graph, pool=self.pool if shared else None):
+            result = call()
+
+        kept = None if shared else result
+
+        def replay() -> object:
+            graph.replay()
+            return kept
+
+        return replay
+
+    def compile(self, function: Callable[..., Any], dynamic: bool, mode: str = "default") -> Callable[..., Any]:
+        """torch.compile; in a dry run the function itself."""
+        return function if self.dry else torch.compile(function, dynamic=dynamic, mode=mode)
+
+    def normal(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, device=self.device, dtype=dtype)
+
+
+class DeviceTimer:
+    """Seconds of one call, over as many as fill `turn` seconds, enqueued one after another; waits at both ends only."""
+
+    def __init__(self, device: torch.device, turn: float, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.device, self.turn, self.clock = device, turn, clock
+
+    def __call__(self, call: Call) -> float:
+        once = self._take(call, 1)
+        calls = min(round(self.turn / max(once, 1e-9)), MOST_CALLS)
+        return self._take(call, calls) if calls > 1 else once
+
+    def _take(self, call: Call, calls: int) -> float:
+        started = self._now()
+        for _ in range(calls):
+            call()
+        return (self._now() - started) / calls
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return self.clock()
+
+
+def check_close(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
+    """RuntimeError unless ||got - want|| <= tolerance ||want||: what is wrong is not timed."""
+    error = float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
+    if not error <= tolerance:
+        raise RuntimeError(f"{name} is off by {error:.2e} of the norm, allowed {tolerance:.0e}; not measured")
+
+
+def gpu_facts() -> Row:
+    """What the numbers depend on, for rows of this device."""
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "gpu": found.name,
+        "gpu_gib": round(found.total_memory / 2**30, 1),
+        "multiprocessors": found.multi_processor_count,
+        "compute_capability": f"{found.major}.{found.minor}",
+        "cuda": torch.version.cuda,
+        "driver": _query("driver_version"),
+    }
+
+
+def gpu_state() -> Row:
+    """Clocks (MHz) and temperature, read right after a measurement; None where nvidia-smi does not tell."""
+    names = ("clocks.sm", "clocks.mem", "temperature.gpu")
+    values = (_query(",".join(names)) or "").split(", ")
+    known = dict(zip(names, values, strict=False)) if len(values) == len(names) else {}
+    return {name: int(known[name]) if known.get(name, "").isdecimal() else None for name in names}
+
+
+def _query(what: str) -> str | None:
+    """nvidia-smi's answer for the current device."""
+    uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def gigabytes(seconds: float, moved: int) -> float:
+    """GB/s, of 10^9 bytes."""
+    return moved / seconds / 1e9
+
+
+def teraflops(seconds: float, macs: int) -> float:
+    return 2 * macs / seconds / 1e12
+
+
+def copy_of(session: Session, size: int) -> tuple[Call, int]:
+    """A copy of `size` bytes on the device, and the bytes it moves: each is read and written."""
+    source = torch.randint(0, 127, (size,), dtype=torch.int8, device=session.device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source), 2 * size

@@ -1,0 +1,115 @@
+"""Every kernel once, at sizes that fill no tile, against its reference: small enough to run under compute-sanitizer.
+
+python3 -m gpu.small       on the CUDA device, where the extension may be built or not
+"""
+
+import sys
+
+import torch
+from torch import Tensor
+
+from adadiff_kernels import (
+    COLUMNS,
+    Guidance,
+    Noise,
+    Norm,
+    Score,
+    SolverState,
+    StepRows,
+    Swaps,
+    join_skip,
+    residual_uem,
+    solver_step,
+    swap_rows,
+)
+
+
+def run(device: torch.device) -> list[str]:
+    """Names of what ran. RuntimeError where a kernel and its reference differ."""
+    torch.manual_seed(0)
+    checks = {"residual_uem": fused, "swap_rows": swap, "join_skip": join, "solver_step": step, "DeviceSet": leave}
+    for check in checks.values():
+        check(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return list(checks)
+
+
+def agree(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
+    if not torch.allclose(got.float(), want.float(), rtol=tolerance, atol=tolerance):
+        raise RuntimeError(f"{name} differs from its reference by {(got.float() - want.float()).abs().max():.2e}")
+
+
+def fused(device: torch.device) -> None:
+    n, T, D, B = 3, 35, 72, 5
+    lanes = torch.tensor([4, 0, 2], dtype=torch.int32, device=device)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+        x, branch = (torch.randn(n, T, D, device=device).to(dtype) for _ in range(2))
+        gate, scale, shift = torch.randn(3, B, D, device=device).to(dtype).unbind()
+        bias = torch.randn(D, device=device).to(dtype)
+        for P, norm in ((1, Norm(1e-5, bias + 1, bias)), (12, Norm(1e-6, None, None, scale, shift)), (1, None)):
+            score = Score(torch.randn(P, D, device=device) / 8, torch.randn(B, P, device=device), 2)
+            given = {"lanes": lanes, "gate": gate, "bias": bias, "score": score, "norm": norm}
+            got, want = (residual_uem(x, branch, **given, backend=backend) for backend in ("triton", "reference"))
+            for part, one, other in zip("yhu", got, want, strict=True):
+                if one is not None:
+                    agree(f"residual_uem, {part}, P = {P}", one, other, tolerance)
+
+
+def swap(device: torch.device) -> None:
+    swaps = Swaps(torch.tensor([[0, 6], [2, 5]], dtype=torch.int32, device=device), 7, 5)
+    rows = torch.randn(7, 5, 260, device=device)
+    want = rows.clone()
+    swap_rows(swaps, rows, backend="triton")
+    swap_rows(swaps, want, backend="reference")
+    agree("swap_rows", rows, want, 0)
+
+
+def join(device: torch.device) -> None:
+    x, skip = torch.randn(3, 19, 40, device=device), torch.randn(6, 19, 40, device=device)
+    lanes = torch.tensor([2, 0, 3], dtype=torch.int32, device=device)
+    index = torch.tensor([5, 1, 3, 0], dtype=torch.int32, device=device)
+    got, want = (join_skip(x, skip, lanes, index, backend=backend) for backend in ("triton", "reference"))
+    agree("join_skip", got, want, 0)
+
+
+def step(device: torch.device) -> None:
+    n, E = 4, 1030
+    whole = torch.arange(n, device=device)
+    x, base, eps, variance = torch.randn(4, n, E, device=device).unbind()
+    history, coefficients = torch.randn(n, 2, E, device=device), torch.randn(n, len(COLUMNS), device=device)
+    rows = StepRows(coefficients, whole % 3, whole % 2 == 0)
+    guidance = Guidance(torch.randn(2, E, device=device), torch.tensor([1, -1, 0, -1], device=device), whole.float())
+    states = [SolverState(x.clone(), base.clone(), history.clone()) for _ in range(2)]
+    noise = Noise(whole + 7, whole * 3, 1)
+    for state, backend in zip(states, ("triton", "reference"), strict=True):
+        solver_step(state, eps, rows, variance=variance, guidance=guidance, noise=noise, backend=backend)
+    agree("solver_step", states[0].x, states[1].x, 1e-4)
+
+
+def leave(device: torch.device) -> None:
+    """By the kernel where it was built."""
+    from adadiff_kernels.device_set import DeviceSet
+
+    B = 77
+    threshold = torch.full((B,), 0.5, device=device)
+    own, want = DeviceSet(B, device), DeviceSet(B, device, backend="reference")
+    for layer in (1, 2, 3):
+        u = torch.rand(B, device=device)
+        u[5] = torch.nan
+        pairs = [active.leave(u, threshold, layer, bound=B) for active in (own, want)]
+        counts = [active.wait(layer) for active in (own, want)]
+        for name, one, other in (
+            ("pairs", *pairs),
+            ("count", *(torch.tensor(count) for count in counts)),
+            ("lane", own.lane, want.lane),
+            ("row", own.row, want.row),
+            ("exit layer", own.exit_layer, want.exit_layer),
+        ):
+            agree(f"DeviceSet, {name} after layer {layer}", one, other, 0)
+
+
+if __name__ == "__main__":
+    if not torch.cuda.is_available():
+        sys.exit("gpu.small: PyTorch finds no CUDA device here")
+    print("ran:", ", ".join(run(torch.device("cuda", torch.cuda.current_device()))))

@@ -1,0 +1,172 @@
+"""GPU rows as tables."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from cells import Table, number, select, warning
+from rows import Row
+
+BATCHES_ON_A_PAGE = (8, 64)
+
+
+def device(rows: Sequence[Row]) -> str:
+    row = rows[0]
+    versions = row["versions"]
+    return f"{row['machine']['gpu']}, torch {versions['torch']}, Triton {versions.get('triton', 'none')}"
+
+
+def mark(row: Row) -> str:
+    return "" if row["usable"] else " (!)"
+
+
+def grid(
+    rows: Sequence[Row], line: Callable[[Row], str], column: Callable[[Row], object], cell: Callable[[Row], str]
+) -> tuple[list[str], list[list[str]]]:
+    """Names of the columns, and for each line its name and cells."""
+    cells = {(line(row), column(row)): cell(row) + mark(row) for row in rows}
+    columns = sorted({column(row) for row in rows})
+    lines = dict.fromkeys(line(row) for row in rows)
+    return [str(one) for one in columns], [[one, *(cells.get((one, other), "") for other in columns)] for one in lines]
+
+
+def ceilings(rows: Sequence[Row]) -> list[Table]:
+    found = [row for row in rows if row["suite"] == "gpu-ceilings"]
+    body = []
+    for row in found:
+        rate = f"{row['gb_per_second']:.0f} GB/s" if "gb_per_second" in row else f"{row['tflops']:.0f} TFLOP/s"
+        body.append((row["variant"], rate + mark(row)))
+    note = "Copy: bytes read and bytes written. Product: bfloat16, 8192 x 8192 x 8192, normal values. "
+    return [Table(device(found), ("at best", "rate"), body, note + warning(found))] if found else []
+
+
+def passes(rows: Sequence[Row]) -> list[Table]:
+    found = select(rows, "gpu-passes", "pass")
+    groups: dict[tuple[object, ...], dict[str, Row]] = {}
+    for row in found:
+        groups.setdefault(tuple(row["parameters"].values()), {})[row["variant"]] = row
+    body = []
+    for (shape, batch, outputs), ways in groups.items():
+        fused = ways["fused"]
+        body.append(
+            (
+                f"{shape}, P = {outputs}",
+                str(batch),
+                number(fused["gb_per_second"], 0) + mark(fused),
+                number(fused["share_of_copy"], 0, percent=True),
+                f"{fused['over_no_score'] - 1:+.1%}",
+                *(
+                    number(ways[name]["share_of_copy"], 0, percent=True) if name in ways else ""
+                    for name in ("eager", "compiled")
+                ),
+            )
+        )
+    header = ("residual_uem, bf16", "batch", "GB/s", "of a copy", "the UEM adds", "eager", "compiled")
+    note = (
+        "Bytes: x and branch read, sum and normalised rows written. Of a copy: a copy of 1 GiB in the same rounds; "
+        "PyTorch's bytes are counted as if it had fused them too. "
+    )
+    return [Table(device(found), header, body, note + warning(found))] if found else []
+
+
+def decision(rows: Sequence[Row]) -> list[Table]:
+    def microseconds(row: Row) -> str:
+        return f"{row['seconds']['median'] * 1e6:.1f}"
+
+    tables = []
+    for kind, title in (("decision", "one decision, µs"), ("layer", "one block, µs"), ("if", "4 segments, µs")):
+        if found := select(rows, "gpu-decision", kind):
+            columns, body = grid(
+                found,
+                lambda row: ", ".join(filter(None, (row["parameters"].get("preset"), row["variant"]))),
+                lambda row: row["parameters"].get("batch", 1),
+                microseconds,
+            )
+            header = (title, *(f"batch {one}" for one in columns)) if kind != "if" else (title, "")
+            tables.append(Table(device(found), header, body, warning(found)))
+    return tables
+
+
+def gemm(rows: Sequence[Row]) -> list[Table]:
+    found = select(rows, "gpu-gemm", "product")
+    if not found:
+        return []
+    columns, body = grid(
+        found,
+        lambda row: f"{row['parameters']['product']}, {row['variant']}",
+        lambda row: row["parameters"]["samples"],
+        lambda row: number(row["tflops"], 0),
+    )
+    same = {
+        f"{row['parameters']['product']}, {row['variant']}": row["same_bits_at_all"] and row["same_bits_last"]
+        for row in found
+    }
+    body = [[*line, "yes" if same[line[0]] else "no"] for line in body]
+    header = ("TFLOP/s at n x 257 rows, n =", *columns, "same bits")
+    note = "Same bits: a sample's rows do not depend on how many others share the product, nor on where it lies. "
+    return [Table(device(found), header, body, note + warning(found))]
+
+
+def network(rows: Sequence[Row]) -> list[Table]:
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in select(rows, "gpu-network", "baseline") + select(rows, "gpu-network", "pattern"):
+        groups.setdefault((row["parameters"]["preset"], row["parameters"]["batch"]), []).append(row)
+    header = ("replayed exits", "ms", "TFLOP/s", "blocks", "speed-up", "of attainable", "of FLOP ideal")
+    note = (
+        "Speed-up: over the fastest plain one. Of attainable: a graph of the plain network's fastest pieces on exactly "
+        "the rows that still ran, over the measured time. "
+    )
+    tables = []
+    for (preset, batch), group in groups.items():
+        body = [
+            (
+                row["variant"],
+                f"{row['seconds']['median'] * 1e3:.3f}{mark(row)}",
+                number(row["tflops"], 0),
+                number(row["blocks"] / row["blocks_full"], 0, percent=True) if "blocks" in row else "",
+                number(row["speedup"], 2),
+                number(row.get("share_of_attainable"), 3),
+                number(row.get("share_of_flop_ideal"), 3),
+            )
+            for row in group
+        ]
+        tables.append(Table(f"{preset}, batch {batch}, {device(group)}", header, body, note + warning(group)))
+    return tables
+
+
+def network_side_by_side(rows: Sequence[Row]) -> list[Table]:
+    """The fastest strategy of every pattern, two batches beside each other."""
+    found = [row for row in select(rows, "gpu-network", "pattern") if row["parameters"]["batch"] in BATCHES_ON_A_PAGE]
+    best: dict[tuple[str, int], Row] = {}
+    for row in found:
+        pattern = row["variant"].rpartition(", ")[0]
+        place = f"{row['parameters']['preset']}, {pattern}", row["parameters"]["batch"]
+        if place not in best or row["speedup"] > best[place]["speedup"]:
+            best[place] = row
+    batches = sorted({batch for _, batch in best})
+    header = ["replayed exits"]
+    for batch in batches:
+        header += [f"speed-up, batch {batch}", "of attainable", "by"]
+    body = []
+    for line in dict.fromkeys(line for line, _ in best):
+        cells = [line]
+        for batch in batches:
+            row = best.get((line, batch))
+            cells += (
+                [f"{row['speedup']:.2f}{mark(row)}", number(row["share_of_attainable"], 3), strategy(row)]
+                if row
+                else ["", "", ""]
+            )
+        body.append(cells)
+    note = "Speed-up: over the fastest of the plain network eager, compiled, and compiled in one CUDA graph. "
+    return [Table(device(found), header, body, note + warning(found))] if body else []
+
+
+def strategy(row: Row) -> str:
+    return row["variant"].rpartition(", ")[2]
+
+
+ALL = (ceilings, passes, decision, gemm, network)
+
+
+def all_tables(rows: Iterable[Row]) -> list[Table]:
+    rows = list(rows)
+    return [table for make in ALL for table in make(rows) if table.body]

@@ -1,0 +1,111 @@
+"""One evaluation with exits on a CUDA device, at the size of U-ViT-S/2, by each way of keeping the count of rows."""
+
+import copy
+from functools import cache
+
+import pytest
+import torch
+from adadiff.counts import Planned
+from torch import Tensor
+
+import adadiff
+from adadiff import Model
+from adadiff.exits import PAPER
+from adadiff.rules import Replay, Threshold
+from numerics import assert_as_accurate
+
+pytestmark = pytest.mark.gpu
+DEVICE = torch.device("cuda")
+BATCH, LAYERS = 13, 13
+STRATEGIES = {
+    "sync": "sync",
+    "sync:4": "sync:4",
+    "lagged": "lagged",
+    "lagged:2": "lagged:2",
+    "planned": Planned((LAYERS,) * BATCH),
+    "planned too short": Planned((2,) * 6 + (7,) * 7),  # whoever runs on is parked twice
+}
+PATTERNS = {
+    "nobody": [LAYERS] * BATCH,
+    "everybody": [1] * BATCH,
+    "first lane": [1] + [LAYERS] * (BATCH - 1),
+    "last lane": [LAYERS] * (BATCH - 1) + [1],
+    "alternating": [1 + b % 2 * (LAYERS - 1) for b in range(BATCH)],
+    "one by one": [1 + 5 * b % BATCH for b in range(BATCH)],
+}
+
+
+@cache
+def model(dtype: torch.dtype) -> Model:
+    torch.manual_seed(0)
+    made = adadiff.build("cifar10_uvit_small", exits=PAPER)
+    torch.nn.init.normal_(made.exits.weight, std=0.2)
+    torch.nn.init.normal_(made.exits.time_weight, std=0.2)
+    return made.to(DEVICE, dtype)
+
+
+@cache
+def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    x, t = torch.randn(BATCH, 3, 32, 32, generator=draw), torch.rand(BATCH, generator=draw) * 999
+    return x.to(DEVICE, dtype), t.to(DEVICE, torch.float32)
+
+
+@cache
+@torch.no_grad()
+def predictions(dtype: torch.dtype, exact: bool = False) -> Tensor:
+    """[L, B, C, H, W]: blocks one after another, and the head of each layer. exact: in float64, of the same values."""
+    own, given = model(dtype), inputs(dtype)
+    if exact:
+        own, given = copy.deepcopy(own).double(), tuple(value.double() for value in given)
+    rows, cond = own.backbone.begin(*given)
+    outputs: list[Tensor] = []
+    for block in own.backbone.blocks:
+        rows = block(rows) if block.skip_from is None else block(rows, outputs[block.skip_from])
+        outputs.append(rows)
+    heads = [own.exits.head(own.backbone, layer) for layer in range(1, LAYERS + 1)]
+    return torch.stack([head(h[:, 1:], cond, None) for head, h in zip(heads, outputs, strict=True)])
+
+
+def leaving(predicted: Tensor, exit_layer: list[int]) -> Tensor:
+    return predicted[[layer - 1 for layer in exit_layer], range(BATCH)]
+
+
+def replay(dtype: torch.dtype, exit_layer: list[int], lanes: list[int] | None = None, **options) -> adadiff.Evaluation:
+    own, threshold = model(dtype), torch.tensor(exit_layer, dtype=torch.float32, device=DEVICE)
+    x, t = (value if lanes is None else value[lanes] for value in inputs(dtype))
+    return adadiff.evaluate(own.backbone, own.exits, Replay(), x, t, threshold=threshold, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_exit_at_k_is_k_blocks_and_that_head(strategy: str, pattern: str, dtype: torch.dtype) -> None:
+    exit_layer = PATTERNS[pattern]
+    result = replay(dtype, exit_layer, counts=STRATEGIES[strategy])
+    assert result.exit_layer.tolist() == exit_layer
+    same, exact = (leaving(predictions(dtype, exact), exit_layer) for exact in (False, True))
+    assert_as_accurate(result.eps, same, exact)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_strategies_let_the_same_lanes_leave(strategy: str) -> None:
+    """At thresholds that lie in the widest gap of each lane's scores, so that no exit hangs on rounding."""
+    own, given = model(torch.float32), inputs(torch.float32)
+    kept = adadiff.evaluate(own.backbone, own.exits, Threshold(1e-6), *given, record=True)
+    u = kept.scores[:-1].sort(dim=0).values  # [L - 1, B]
+    gap = u.diff(dim=0).argmax(0)
+    threshold = u.gather(0, gap[None]).add(u.gather(0, gap[None] + 1))[0] / 2
+    wanted = [int((kept.scores[:-1, b] < threshold[b]).nonzero()[0]) + 1 for b in range(BATCH)]
+    assert len(set(wanted)) > 1
+    result = adadiff.evaluate(
+        own.backbone, own.exits, Threshold(0.5), *given, threshold=threshold, counts=STRATEGIES[strategy]
+    )
+    assert result.exit_layer.tolist() == wanted
+
+
+def test_batch_invariant_means_bit_for_bit() -> None:
+    exit_layer, lanes = PATTERNS["one by one"], [7, 0, 12]
+    together = replay(torch.bfloat16, exit_layer, batch_invariant=True)
+    part = replay(torch.bfloat16, [exit_layer[lane] for lane in lanes], lanes, batch_invariant=True)
+    assert torch.equal(part.eps, together.eps[lanes])

@@ -1,0 +1,285 @@
+"""The GPU suites without a GPU: every suite at tiny sizes, kernels interpreted, and what becomes of their rows."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+# ruff: noqa: E402  (scripts, which import each other by bare names)
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import gpu.check
+import gpu.conditional
+import gpu.run
+import gpu.session
+import gpu.tables
+import harness
+import rows
+import tables
+from gpu.session import DeviceTimer, OutOfTime, Session, Task
+
+CPU = torch.device("cpu")
+GPU = {"gpu": "a GPU", "gpu_gib": 1.0}
+
+
+class Kept(Session):
+    """A dry run whose rows are kept, as if a device had measured them."""
+
+    dry = True
+
+    def __post_init__(self) -> None:
+        pass
+
+
+class Measured(Kept):
+    dry = False
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kept:
+    monkeypatch.setattr(gpu.session, "gpu_state", dict)
+    return Kept(CPU, rows.Rows(tmp_path, GPU, "a commit"))
+
+
+def run_suite(kept: Kept, name: str) -> list[rows.Row]:
+    needed = {"passes": ["triton"], "gemm": ["triton"], "decision": ["triton", "adadiff_kernels.device_set"]}
+    for module in needed.get(name, []):
+        pytest.importorskip(module)
+    gpu.run.run_suite(kept, gpu.run.SUITES[name])
+    written = rows.read(kept.rows.path)
+    assert written
+    assert all(row["suite"] == f"gpu-{name}" and row["machine"]["gpu"] == "a GPU" for row in written)
+    assert sum(row["last"] for row in written) == len({(row["kind"], repr(row["parameters"])) for row in written})
+    return written
+
+
+def shown(written: list[rows.Row]) -> list[tables.Table]:
+    found = gpu.tables.all_tables(written)
+    for table in found:
+        assert all(len(line) == len(table.header) for line in table.body)
+        assert all(isinstance(cell, str) for line in table.body for cell in line)
+        assert tables.plain(table)
+        assert tables.markdown(table)
+    assert [table.title for table in tables.all_tables(written)] == [table.title for table in found]
+    return found
+
+
+def test_ceilings(kept: Kept) -> None:
+    copy, product = run_suite(kept, "ceilings")
+    assert copy["gb_per_second"] == pytest.approx(2 * 4096 / copy["seconds"]["median"] / 1e9)
+    assert product["tflops"] == pytest.approx(2 * 64**3 / product["seconds"]["median"] / 1e12)
+    (table,) = shown([copy, product])
+    assert [line[0] for line in table.body] == ["copy", "product"]
+
+
+def test_passes(kept: Kept) -> None:
+    written = run_suite(kept, "passes")
+    assert {row["variant"] for row in written} == {"fused", "fused, no score", "eager", "compiled"}
+    by_way = {row["variant"]: row for row in written[:4]}
+    for row in by_way.values():
+        moved = 4 * 2 * 5 * 32 * 2
+        assert row["gb_per_second"] == pytest.approx(moved * row["sets"] / row["seconds"]["median"] / 1e9)
+        assert row["share_of_copy"] == pytest.approx(row["gb_per_second"] / row["copy_gb_per_second"])
+    assert by_way["fused, no score"]["over_no_score"] == 1
+    (table,) = shown(written)
+    assert len(table.body) == len(written) / 4
+
+
+def test_a_pass_that_is_wrong_is_not_measured(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    right = gpu.run.passes.residual_uem
+
+    def wrong(*given: object, **named: object) -> tuple[torch.Tensor | None, ...]:
+        y, h, u = right(*given, **named)
+        return y, h, None if u is None else u + 0.1
+
+    monkeypatch.setattr(gpu.run.passes, "residual_uem", wrong)
+    with pytest.raises(RuntimeError, match=r"u of fused .* is off by"):
+        gpu.run.run_suite(kept, gpu.run.passes)
+    assert not kept.rows.rows
+
+
+def test_decision(kept: Kept) -> None:
+    written = run_suite(kept, "decision")
+    assert {row["kind"] for row in written} == {"decision", "layer"}
+    assert {row["variant"] for row in written if row["kind"] == "layer"} == {"eager", "graph", "graph, decided"}
+    assert len(shown(written)) == 2
+
+
+def test_gemm(kept: Kept) -> None:
+    written = run_suite(kept, "gemm")
+    for row in written:
+        if row["variant"].startswith("persistent"):  # one tile size for any number of rows
+            assert row["same_bits_at"] == [1, 3]
+            assert row["same_bits_last"]
+        macs = row["parameters"]["samples"] * 5 * 32 * 48
+        assert row["tflops"] == pytest.approx(2 * macs / row["seconds"]["median"] / 1e12)
+    (table,) = shown(written)
+    assert [line[0] for line in table.body] == ["tiny, cuBLAS", "tiny, grouped_mm", "tiny, persistent, 32 x 16"]
+
+
+def test_network(kept: Kept) -> None:
+    written = run_suite(kept, "network")
+    by_name = {row["variant"]: row for row in written}
+    assert [name for name in by_name if name.startswith("plain")] == list(by_name)[:3]
+    for strategy in gpu.run.network.STRATEGIES:
+        blocks = {"nobody": 65, "same": 35, "spread": 3 + 6 + 8 + 10 + 13, "two-phase": 3 * 2 + 2 * 13}
+        for pattern, number in blocks.items():
+            row = by_name[f"{pattern}, {strategy}"]
+            assert (row["blocks"], row["blocks_full"]) == (number, 65)
+            assert row["rows_run"] == number if strategy == "sync" else number <= row["rows_run"] <= 65
+            assert row["tflops"] == pytest.approx(2 * row["macs"] / row["seconds"]["median"] / 1e12)
+            ideal = row["macs_full"] / row["macs"]
+            assert row["share_of_flop_ideal"] == pytest.approx(row["speedup"] / ideal)
+    assert shown(written)
+    page = gpu.tables.network_side_by_side([{**row, "parameters": {"preset": "p", "batch": 8}} for row in written])
+    assert [line[0] for line in page[0].body] == ["p, nobody", "p, same", "p, spread", "p, two-phase"]
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    gpu.run.main(["--suite", "ceilings", "--dry", "--out", str(tmp_path / "out")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_are_made_once_for_each_commit_and_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.session, "gpu_state", dict)
+    parameters = {"bytes": 4096}
+
+    def missing(device: dict[str, object], commit: str, asked: dict[str, object] = parameters) -> bool:
+        return Measured(CPU, rows.Rows(tmp_path, device, commit)).missing("gpu-ceilings", "copy", asked)
+
+    first = Kept(CPU, rows.Rows(tmp_path, GPU, "one"))
+    assert missing(GPU, "one")
+    gpu.run.ceilings.copy(first, 4096)
+    assert not missing(GPU, "one")
+    assert missing(GPU, "other")
+    assert missing({"gpu": "another"}, "one")
+    assert missing(GPU, "one", {"bytes": 8192})
+    lines = first.rows.path.read_text().splitlines()
+    first.rows.path.write_text(json.dumps({**json.loads(lines[0]), "last": False}) + "\n")
+    assert missing(GPU, "one")  # stopped between two rows of a comparison
+
+
+def test_no_comparison_starts_after_the_deadline(tmp_path: Path) -> None:
+    late = Measured(CPU, rows.Rows(tmp_path, GPU, "one"), deadline=0.0)
+    with pytest.raises(OutOfTime):
+        late.missing("gpu-ceilings", "copy", {})
+
+
+def test_a_comparison_that_fails_costs_the_others_nothing(tmp_path: Path, capfd) -> None:
+    ran = []
+
+    def tasks(session: Session) -> list[Task]:
+        return [Task("copy", {"n": n}, lambda n=n: ran.append(1 // n)) for n in (1, 0, 1)]
+
+    suite = SimpleNamespace(SUITE="gpu-ceilings", tasks=tasks)
+    assert gpu.run.run_suite(Measured(CPU, rows.Rows(tmp_path, GPU, "one")), suite) == 1
+    assert ran == [1, 1]
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_rows_need_a_device(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="measured on a CUDA device, got cpu"):
+        Session(CPU, rows.Rows(tmp_path, GPU))
+
+
+def test_a_turn_is_one_stretch_over_many_calls() -> None:
+    now, calls = [0.0], []
+
+    def call() -> None:
+        calls.append(now[0])
+        now[0] += 3.0 if len(calls) == 1 else 1.0
+
+    timer = DeviceTimer(CPU, turn=12.0, clock=lambda: now[0])
+    assert timer(call) == 1.0  # the first call, 3 seconds long, says that four fill the turn
+    assert len(calls) == 5
+    assert DeviceTimer(CPU, turn=0.5, clock=lambda: now[0])(call) == 1.0  # a call longer than its turn counts itself
+    assert len(calls) == 6
+
+
+def test_interleaving_takes_another_timer() -> None:
+    seconds = {"a": 1.0, "b": 2.0}
+    measured = harness.interleave({name: (lambda name=name: name) for name in seconds}, 3, timer=lambda c: seconds[c()])
+    assert measured.ratio("b", "a").samples == (2.0,) * 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(("main", "name"), [(gpu.check.main, "gpu-check"), (lambda: gpu.run.main([]), "gpu-bench")])
+def test_without_a_device_one_line_says_so(main, name: str) -> None:
+    with pytest.raises(SystemExit, match=f"^{name}: PyTorch finds no CUDA device here[^\n]*$"):
+        main()
+
+
+def test_what_the_build_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.check, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpu.check.shutil, "which", lambda name, path=None: None)
+    check = gpu.check.Check()
+    gpu.check.build(check)
+    assert check.outcomes["build"] == (
+        "left out, missing: setuptools, pybind11, cmake, ninja, a C++ compiler; PyTorch takes the extension's place"
+    )
+    assert not check.failed
+
+
+@pytest.mark.parametrize(
+    ("code", "seconds", "outcome", "failed"),
+    [
+        ("print('fine')", 60.0, "ok, ", False),
+        ("print('bad'); raise SystemExit(3)", 60.0, "FAILED, ", True),
+        ("import time; time.sleep(60)", 0.3, "not finished after 0 s", True),
+        ("", -1.0, "not run: no time left", True),
+    ],
+)
+def test_a_step_says_what_came_of_it(code: str, seconds: float, outcome: str, failed: bool, capfd) -> None:
+    check = gpu.check.Check(limit=seconds)
+    done = check.command("step", [sys.executable, "-c", code])
+    assert check.outcomes["step"].startswith(outcome)
+    assert check.failed is failed
+    assert (done is None) == outcome.startswith("not")
+    if done is not None:
+        assert done.stdout.strip() in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("status", "outcome", "failed"), [(0, "ok", False), (9, "FAILED", True), (1, "left out: the tool does not", False)]
+)
+def test_a_sanitizer_that_finds_nothing_fails_nothing(monkeypatch, status: int, outcome: str, failed: bool) -> None:
+    """Nor does one that cannot work on this machine; what it finds does."""
+    check = gpu.check.Check()
+
+    def command(name: str, line: list[str], *_: object, **__: object) -> subprocess.CompletedProcess[str]:
+        ended = status if "--tool" in line else 0
+        check.note(name, "FAILED" if ended else "ok", ended != 0)
+        return subprocess.CompletedProcess(line, ended, "Device not supported\n")
+
+    monkeypatch.setattr(check, "command", command)
+    monkeypatch.setattr(gpu.check.shutil, "which", lambda name: name)
+    gpu.check.sanitize(check)
+    assert check.outcomes["compute-sanitizer memcheck"].startswith(outcome)
+    assert check.failed is failed
+
+
+def test_the_small_run_agrees_with_its_references() -> None:
+    pytest.importorskip("triton")
+    pytest.importorskip("adadiff_kernels.device_set")
+    import gpu.small
+
+    assert len(gpu.small.run(CPU)) == 5
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
+def test_graphs_with_if_nodes_compile(tmp_path: Path) -> None:
+    assert gpu.conditional.compile_library(tmp_path, "sm_90").stat().st_size > 0
+
+
+def test_why_there_are_no_if_nodes_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.conditional.shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match="nvcc is not on the PATH"):
+        gpu.conditional.compile_library(tmp_path)
