@@ -26,6 +26,7 @@ from adadiff_kernels.residual_uem import (
     uem_score_core,
     uem_score_reference,
 )
+from adadiff_kernels.save_rows import check_save, save_rows_reference
 from adadiff_kernels.solver_step import Guidance, Noise, SolverState, StepRows, check_step, solver_step_pytorch
 
 Backend = Literal["reference", "cpu", "triton"]
@@ -115,6 +116,23 @@ def join_skip(
 
         return launch_join_skip(x, skip, lanes, index)
     return join_skip_reference(x, skip, lanes, index)
+
+
+def save_rows(
+    rows: Tensor, saved: Tensor, lane: Tensor, exit_layer: Tensor, layer: int, *, backend: Backend | None = None
+) -> None:
+    """Keeps the rows of lanes that stopped after `layer`: saved[lane[r]] = rows[r] where |exit_layer[lane[r]]| = layer.
+
+    rows: any dtype, [n, ...] in the order after the leave of `layer`; saved: [B, ...], by lane; lane: int32 [n], row ->
+    lane; exit_layer: int32 [B]. Raises ValueError where shapes or dtypes do not fit.
+    """
+    check_save(rows, saved, lane, exit_layer, layer)
+    if choose(backend, rows, core=False) == "triton":
+        from adadiff_kernels.triton_save_rows import launch_save_rows
+
+        launch_save_rows(rows, saved, lane, exit_layer, layer)
+    else:
+        save_rows_reference(rows, saved, lane, exit_layer, layer)
 
 
 def solver_step(

@@ -29,7 +29,6 @@ def tasks(session: Session) -> Iterator[Task]:
 
 def decisions(session: Session, B: int) -> None:
     from adadiff_kernels.device_set import DeviceSet, kernel_missing
-
     from gpu.kernels import PostedCount
 
     compaction = "compact.cu" if kernel_missing(session.device) is None else "DeviceSet in PyTorch"

@@ -5,11 +5,11 @@ from functools import cache
 
 import pytest
 import torch
-from adadiff.counts import Planned
 from torch import Tensor
 
 import adadiff
 from adadiff import Model
+from adadiff.counts import Planned
 from adadiff.exits import PAPER
 from adadiff.rules import Replay, Threshold
 from numerics import assert_as_accurate

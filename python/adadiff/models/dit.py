@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adadiff_kernels import Norm
+from adadiff_kernels import Norm, upload
 
 from .interface import Family, Preset
 from .layers import (
@@ -117,7 +117,7 @@ class Block(nn.Module):
         self.branches = (GatedBranch(self.attn, index, 0, EPS), GatedBranch(self.mlp, index, 1, config.mlp_norm_eps))
         self._config = config
 
-    def join(self, x: Tensor, skip: Tensor) -> Tensor:
+    def join(self, x: Tensor, skip: Tensor, lanes: Tensor | None = None, index: Tensor | None = None) -> Tensor:
         raise NotImplementedError("DiT has no long skips")
 
     def forward(self, x: Tensor, cond: DiTConditioning) -> Tensor:
@@ -227,8 +227,8 @@ class DiT(nn.Module):
         check_labels(context, len(x), self.config.num_classes)
         dtype = self.pos_embed.dtype
         time = self.t_embedder.mlp(timestep_embedding(t, SINUSOID, self.config.frequency_shift).to(dtype))  # [B, D]
-        c = time + self.y_embedder.embedding_table(context)
-        rows = self.x_embedder(x.to(dtype)) + self.pos_embed
+        c = time + self.y_embedder.embedding_table(upload(context, x.device))
+        rows = (self.x_embedder(x.to(dtype)) + self.pos_embed).contiguous()  # else channels first, as convolved
         return rows, DiTConditioning(time, c, self.modulation(c))
 
     @property

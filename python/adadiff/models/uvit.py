@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from adadiff_kernels import Norm
+from adadiff_kernels import Norm, join_skip, upload
 
 from .interface import Family, Preset
 from .layers import (
@@ -99,8 +99,9 @@ class Block(nn.Module):
         self.branches = (AffineBranch(self.norm1, self.attn), AffineBranch(self.norm2, self.mlp))
         self._config = config
 
-    def join(self, x: Tensor, skip: Tensor) -> Tensor:
-        return self.skip_linear(torch.cat([x, skip], dim=-1))
+    def join(self, x: Tensor, skip: Tensor, lanes: Tensor | None = None, index: Tensor | None = None) -> Tensor:
+        joined = torch.cat([x, skip], dim=-1) if index is None else join_skip(x, skip, lanes, index)
+        return self.skip_linear(joined)
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         if self.skip_linear is not None:
@@ -182,6 +183,7 @@ class UViT(nn.Module):
 
     def begin(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> tuple[Tensor, UViTConditioning]:
         self._check(x, t, context)
+        context = None if context is None else upload(context, x.device)
         dtype = self.pos_embed.dtype
         time = timestep_embedding(t.float() / self.config.time_divisor, self.config.dim)
         time = self.time_embed(time.to(dtype))  # [B, D]
