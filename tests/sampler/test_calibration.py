@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import adadiff
+from adadiff import calibrating as calibrating_module
 from adadiff.calibrating import Calibrating, reliability_picture, work_of
 from adadiff.calibration import Budget, Budgeted, Calibration, Measured, Tables
 from adadiff.checkpoint import load, save
@@ -231,6 +232,18 @@ def test_budgets_are_met_on_samples_never_seen(aim: str) -> None:
         assert (b.adaptive.frechet is None) == (aim == "faithful")
     assert calibration.budgets[-1].adaptive.error <= calibration.budgets[0].adaptive.error
     assert str(calibration).count("\n") == len(calibration.budgets)
+
+
+def test_runs_that_take_more_than_was_recorded_are_reckoned_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Early exits lead off the way that was recorded. Here they make every run dearer by a fifth."""
+
+    def dearer(*arguments, **settings):
+        images, report = adadiff.sample(*arguments, **settings)
+        return images, dataclasses.replace(report, macs=round(1.2 * report.macs))
+
+    monkeypatch.setattr(calibrating_module, "sample", dearer)
+    budget = Calibrating(calibrated()[0].model, [0.6], n=48, steps=6, batch=48).run().budgets[0]
+    assert abs(budget.adaptive.share / 0.6 - 1) < 0.06
 
 
 def test_budgets_may_differ_between_the_samples_of_a_batch() -> None:
