@@ -1,4 +1,4 @@
-"""What a training starts from and how it computes: checkpoints, the frozen network, parts of a batch, half precision."""
+"""What a training starts from and how it computes: checkpoints, a frozen network, parts of a batch, half precision."""
 
 import dataclasses
 from pathlib import Path
