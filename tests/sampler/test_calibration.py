@@ -232,6 +232,7 @@ def test_budgets_are_met_on_samples_never_seen(aim: str) -> None:
         assert (b.adaptive.frechet is None) == (aim == "faithful")
     assert calibration.budgets[-1].adaptive.error <= calibration.budgets[0].adaptive.error
     assert str(calibration).count("\n") == len(calibration.budgets)
+    assert ("Fréchet" in str(calibration)) == (aim == "distribution")
 
 
 def test_runs_that_take_more_than_was_recorded_are_reckoned_with(monkeypatch: pytest.MonkeyPatch) -> None:
