@@ -223,6 +223,15 @@ def _ratio(ours: Tensor, theirs: Tensor) -> tuple[float, float, float] | None:
     return float(ours.mean() / theirs.mean()), *_ends(above / below)
 
 
+def matplotlib_figure() -> type:
+    """Its class of figures, which need no window. Raises ImportError, with the remedy, where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install 'adadiff_kernels[bench]'") from error
+    return Figure
+
+
 def reliability_picture(recording: Recording, path: Path, noised: tuple[Tensor, Tensor, Tensor] | None = None) -> None:
     """Uncertainty against error relative to the full network, along its runs; a panel for each of up to 6 layers, a dot
     for each sample and timestep, coloured by timestep, and the median as a line.
@@ -230,18 +239,13 @@ def reliability_picture(recording: Recording, path: Path, noised: tuple[Tensor, 
     noised: t [S], u and errors [S, K, n] of real images with noise on them (`recording.noised_errors`): a second row,
     of errors to the true noise. Raises ImportError, with the remedy, where matplotlib is missing.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'adadiff_kernels[bench]'") from error
+    figure_kind = matplotlib_figure()
     rows = {"to the full network": (recording.t, recording.u, recording.relative)}
     if noised is not None:
         rows["to the true noise"] = noised
     K = recording.u.shape[1]
     layers = torch.linspace(0, K - 1, min(K, PANELS)).round().long().tolist()
-    figure = Figure(figsize=(2.4 * len(layers), 3 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figure_kind(figsize=(2.4 * len(layers), 3 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), len(layers), sharex=True, sharey="row", squeeze=False)
     for line, (name, (t, u, errors)) in zip(axes, rows.items(), strict=True):
         times = t[:, None].expand(-1, u.shape[-1]).flatten()

@@ -103,9 +103,12 @@ class Calibration:
         return rule
 
     def __str__(self) -> str:
-        rows = [("share asked", "measured", "exit layer", "error, 95 % interval", "PSNR in dB", "over static table")]
+        by_set = self.aim == "distribution"
+        head = ("share asked", "measured", "exit layer", "error, 95 % interval", "PSNR in dB", "over static table")
+        rows = [(*head, "Fréchet to full, static's") if by_set else head]
         for b in self.budgets:
             a = b.adaptive
+            sets = (f"{a.frechet:.3g}, {b.static.frechet:.3g}",) if by_set else ()
             rows.append(
                 (
                     f"{b.share:g}",
@@ -114,6 +117,7 @@ class Calibration:
                     f"{a.error:.3g} [{a.low:.3g}, {a.high:.3g}]",
                     "" if a.psnr is None else f"{a.psnr:.1f}",
                     "" if b.ratio is None else "{:.2f} [{:.2f}, {:.2f}]".format(*b.ratio),
+                    *sets,
                 )
             )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, conversion, latents, sampler, sources
-from .calibrating import Calibrating, reliability_picture
+from .calibrating import Calibrating, matplotlib_figure, reliability_picture
 from .evaluation import Quality, evaluate_samples
 from .filling import Process, ShardFolder
 from .model import Model
@@ -29,6 +29,7 @@ from .training import Trainer
 DEFAULT_RULE = "threshold:0.1"
 PNG_MOST = 1000  # samples that become a picture each where nothing else is asked for
 SHARD = 1000  # samples
+TIMES = 10  # of a picture, at which noise is put on real images
 
 
 def sample(options: argparse.Namespace) -> None:
@@ -180,10 +181,9 @@ def calibrate(options: argparse.Namespace) -> None:
     model = checkpoint.load(options.model)
     if len(options.steps) != 1:
         raise ValueError(f"a calibration is for one number of steps, got {len(options.steps)}")
-    if options.data is not None:
-        sources.parse(options.data)
-        if options.picture is None:
-            raise ValueError("--data is for the picture; give --picture FILE.png, too")
+    real = None if options.data is None else _held_out(model, options)
+    if options.picture is not None:
+        matplotlib_figure()  # else it would be missed at the end
     for path in filter(None, (options.out, options.picture)):
         if path.is_dir() or not os.access(path.parent, os.W_OK):
             raise ValueError(f"cannot write {path}")
@@ -203,18 +203,23 @@ def calibrate(options: argparse.Namespace) -> None:
     checkpoint.save(model, options.out, notes)
     print(f"\n{model.calibration}\n")
     if options.picture is not None:
-        noised = None if options.data is None else _noised(model, options, calibration.recording.t)
+        t = calibration.recording.t
+        t = t[torch.linspace(0, len(t) - 1, min(TIMES, len(t))).round().long()]
+        noised = None if real is None else (t, *noised_errors(model, *real, t.tolist(), options.seed))
         reliability_picture(calibration.recording, options.picture, noised)
         print(f"wrote {options.picture}")
     print(f"wrote {options.out}; sample it with --rule budget:{model.calibration.budgets[0].share:g}")
 
 
-def _noised(model: Model, options: argparse.Namespace, t: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Ten of the times t [S], with uncertainties and errors to the noise on held-out images."""
+def _held_out(model: Model, options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Images and labels that no training saw, for the picture of a calibration."""
+    if options.picture is None:
+        raise ValueError("--data is for the picture; give --picture FILE.png, too")
     images, labels = (values[: options.n] for values in sources.load(options.data, "test"))
-    t = t[torch.linspace(0, len(t) - 1, min(10, len(t))).round().long()]
-    given = labels if model.config.network.num_classes else None
-    return t, *noised_errors(model, images, given, t.tolist(), options.seed)
+    shape, classes = tuple(images.shape[1:]), model.config.classes
+    if shape != model.backbone.sample_shape or (classes and int(labels.max()) >= classes):
+        raise ValueError(f"data {options.data!r} is {shape}, but the model draws {model.backbone.sample_shape}")
+    return images, labels if classes else None
 
 
 def evaluate(options: argparse.Namespace) -> None:

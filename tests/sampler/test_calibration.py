@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import adadiff
+from adadiff import calibrating as calibrating_module
 from adadiff.calibrating import Calibrating, reliability_picture, work_of
 from adadiff.calibration import Budget, Budgeted, Calibration, Measured, Tables
 from adadiff.checkpoint import load, save
@@ -201,7 +202,7 @@ def test_noised_errors_are_to_the_noise_put_in() -> None:
 
 
 @cache
-def calibrated(aim: str = "faithful") -> tuple[Calibrating, Calibration]:
+def calibrated(aim: str) -> tuple[Calibrating, Calibration]:
     model = adadiff.Model(SERVED).requires_grad_(False).eval()
     scramble(model.backbone, 0.25, seed=1)
     scramble(model.exits, 0.3, seed=5)
@@ -231,10 +232,24 @@ def test_budgets_are_met_on_samples_never_seen(aim: str) -> None:
         assert (b.adaptive.frechet is None) == (aim == "faithful")
     assert calibration.budgets[-1].adaptive.error <= calibration.budgets[0].adaptive.error
     assert str(calibration).count("\n") == len(calibration.budgets)
+    assert ("Fréchet" in str(calibration)) == (aim == "distribution")
+
+
+def test_runs_that_take_more_than_was_recorded_are_reckoned_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Early exits lead off the way that was recorded. Here they make every run dearer by a fifth."""
+
+    def dearer(*arguments, **settings):
+        images, report = adadiff.sample(*arguments, **settings)
+        return images, dataclasses.replace(report, macs=round(1.2 * report.macs))
+
+    model = calibrated("faithful")[0].model
+    monkeypatch.setattr(calibrating_module, "sample", dearer)
+    budget = Calibrating(model, [0.6], n=48, steps=6, batch=48).run().budgets[0]
+    assert abs(budget.adaptive.share / 0.6 - 1) < 0.06
 
 
 def test_budgets_may_differ_between_the_samples_of_a_batch() -> None:
-    calibrating, calibration = calibrated()
+    calibrating, calibration = calibrated("faithful")
     model = calibrating.model
     model.calibration = calibration
     both = {"steps": 6, "labels": [0] * 8, "batch_invariant": True}
@@ -247,7 +262,7 @@ def test_budgets_may_differ_between_the_samples_of_a_batch() -> None:
 
 
 def test_it_is_deterministic() -> None:
-    calibrating, calibration = calibrated()
+    calibrating, calibration = calibrated("faithful")
     again = Calibrating(calibrating.model, [0.8], n=48, steps=6, batch=48).run()
     assert again.weights == calibration.weights
     assert again.budgets[0] == calibration.budgets[1]
@@ -255,7 +270,7 @@ def test_it_is_deterministic() -> None:
 
 def test_weights_are_what_the_perturbed_runs_did() -> None:
     """At the last evaluation the solver's step is linear, so a unit of error costs what its coefficient says."""
-    calibrating, calibration = calibrated()
+    calibrating, calibration = calibrated("faithful")
     model = calibrating.model
     alpha_bar = model.schedule.alpha_bar(torch.tensor(calibration.t, dtype=torch.float64))
     assert calibration.weights[-1] == pytest.approx(float((1 - alpha_bar[-1]) / alpha_bar[-1]), rel=1e-3)
@@ -263,7 +278,7 @@ def test_weights_are_what_the_perturbed_runs_did() -> None:
 
 def test_reliability_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    calibrating, _ = calibrated()
+    calibrating, _ = calibrated("faithful")
     t, u, relative = calibrating.recording.t, calibrating.recording.u, calibrating.recording.relative
     reliability_picture(calibrating.recording, tmp_path / "one.png")
     reliability_picture(calibrating.recording, tmp_path / "two.png", (t, u, relative + 1))
@@ -315,4 +330,6 @@ def test_by_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert command(line.replace("0.6", "1.6")) == 2
     assert command(line + " --data digits") == 2
     assert "give --picture" in capsys.readouterr().err
+    assert command(line + f" --data digits --picture {tmp_path}/p.png") == 2
+    assert "is (1, 8, 8), but the model draws (1, 4, 4)" in capsys.readouterr().err
     assert command(line.replace("c.safetensors", "none/c.safetensors")) == 2

@@ -52,6 +52,13 @@ def test_near_the_best_of_all_thresholds(seed: int, score: float) -> None:
         assert least - 1e-6 <= cost(u[0], error[0], found, work, price) <= 1.03 * least
 
 
+def test_those_who_have_left_have_no_say() -> None:
+    """Four samples leave at once; had they stayed, the second layer would do wrong to let the others go."""
+    u = torch.tensor([[[0.1, 0.1, 0.1, 0.1, 0.9, 0.9], [0.2, 0.2, 0.2, 0.2, 0.3, 0.4]]])
+    error = torch.tensor([[[0.0, 0.0, 0.0, 0.0, 99.0, 99.0], [50.0, 50.0, 50.0, 50.0, 0.1, 0.1]]])
+    assert exit_layers(u, best_thresholds(u, error, WORK, 1.0)).tolist() == [[1, 1, 1, 1, 2, 2]]
+
+
 def test_one_layer_is_exact() -> None:
     draw = torch.Generator().manual_seed(0)
     error, u = torch.rand(4, 1, 9, generator=draw), torch.rand(4, 1, 9, generator=draw)
