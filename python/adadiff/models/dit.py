@@ -228,7 +228,7 @@ class DiT(nn.Module):
         dtype = self.pos_embed.dtype
         time = self.t_embedder.mlp(timestep_embedding(t, SINUSOID, self.config.frequency_shift).to(dtype))  # [B, D]
         c = time + self.y_embedder.embedding_table(context)
-        rows = self.x_embedder(x.to(dtype)) + self.pos_embed
+        rows = (self.x_embedder(x.to(dtype)) + self.pos_embed).contiguous()  # else channels first, as convolved
         return rows, DiTConditioning(time, c, self.modulation(c))
 
     @property
