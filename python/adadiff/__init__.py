@@ -1,6 +1,7 @@
 """Diffusion transformers whose samples leave early, the sampler around them, and an engine that serves them."""
 
 from .checkpoint import load, save
+from .conversion import convert
 from .engine import Evaluation, evaluate
 from .handles import DeadlineExceeded, EngineClosed, EngineFull, Handle
 from .model import Model, build
@@ -20,6 +21,7 @@ __all__ = [
     "Report",
     "Sampling",
     "build",
+    "convert",
     "evaluate",
     "load",
     "sample",
