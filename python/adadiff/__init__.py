@@ -3,6 +3,7 @@
 import importlib
 
 from .checkpoint import load, save
+from .conversion import convert
 from .engine import Evaluation, evaluate
 from .handles import DeadlineExceeded, EngineClosed, EngineFull, Handle
 from .model import Model, build
@@ -23,6 +24,7 @@ __all__ = [
     "Report",
     "Sampling",
     "build",
+    "convert",
     "disable_early_exit",
     "enable_early_exit",
     "evaluate",

@@ -41,7 +41,10 @@ class ModelConfig:
 
     @property
     def family(self) -> str:
-        return next(name for name, family in FAMILIES.items() if isinstance(self.network, family.config))
+        for name, family in FAMILIES.items():
+            if isinstance(self.network, family.config):
+                return name
+        raise ValueError(f"no network family is configured by a {type(self.network).__name__}: {', '.join(FAMILIES)}")
 
     @property
     def classes(self) -> int:

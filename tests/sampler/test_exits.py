@@ -157,7 +157,7 @@ def test_every_token_has_a_say_where_the_exits_want_it(dtype: torch.dtype) -> No
     u = evaluate(c.backbone, c.exits, Threshold(1e-6), *c.given.all, record=True).scores
     assert_as_accurate(u[:-1], c.uncertainties[:-1], exact.uncertainties[:-1])
     patches_only = case("uvit", dataclasses.replace(DUODIFF, every_token=False), dtype, exact=True).uncertainties
-    assert (patches_only - exact.uncertainties).abs().min() > 1e-4
+    assert (patches_only - exact.uncertainties).abs().median() > 1e-2
     macs = evaluate(c.backbone, c.exits, Threshold(1e-6), *c.given.all)
     assert macs.macs - macs.macs_full == BATCH * 6 * 18 * 48
 

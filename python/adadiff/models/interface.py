@@ -70,10 +70,8 @@ class Backbone(Protocol):
     learned_variance: bool  # heads return 2 C channels: the noise, then v (see adadiff_kernels.solver_step)
 
     def begin(self, x: Tensor, t: Tensor, context: Tensor | None) -> tuple[Tensor, Conditioning]:
-        """x [B, C, H, W], t float [B], context (labels i64 [B], text [B, N, E] or None) -> rows [B, T, D], cond.
-
-        The context may lie on the CPU beside x on a GPU; only there are its values checked.
-        """
+        """x [B, C, H, W], t float [B], context (labels i64 [B], text [B, N, E] or None) -> rows [B, T, D], contiguous,
+        and cond. The context may lie on the CPU beside x on a GPU; only there are its values checked."""
 
     def head(self, patches: Tensor, cond: Any, lanes: Tensor) -> Tensor:
         """patches [n, T - extras, D] of the lanes i32 [n] -> prediction [n, C or 2 C, H, W]."""
