@@ -113,6 +113,8 @@ def test_decision(kept: Kept) -> None:
 
 
 def test_gemm(kept: Kept) -> None:
+    if pytest.importorskip("triton").__version__.startswith("3.6."):
+        pytest.skip("the interpreter of Triton 3.6 takes no loop bound from memory beside this NumPy")
     written = run_suite(kept, "gemm")
     for row in written:
         if row["variant"].startswith("persistent"):  # one tile size for any number of rows
