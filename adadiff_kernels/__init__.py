@@ -1,8 +1,9 @@
 """Row-wise kernels for early exit at batch > 1. Rows and integers; knows nothing of diffusion."""
 
 from adadiff_kernels.compaction import ActiveSet, Swaps, leave_reference, take_rows
+from adadiff_kernels.device_set import DeviceSet, Seen
 from adadiff_kernels.join_skip import join_skip_reference
-from adadiff_kernels.ops import join_skip, residual_uem, solver_step, swap_rows
+from adadiff_kernels.ops import join_skip, residual_uem, save_rows, solver_step, swap_rows
 from adadiff_kernels.philox import philox4x32, philox_normal
 from adadiff_kernels.residual_uem import (
     Norm,
@@ -12,6 +13,7 @@ from adadiff_kernels.residual_uem import (
     uem_score,
     uem_score_reference,
 )
+from adadiff_kernels.save_rows import save_rows_reference
 from adadiff_kernels.solver_step import (
     COLUMNS,
     Guidance,
@@ -21,14 +23,17 @@ from adadiff_kernels.solver_step import (
     guide,
     solver_step_reference,
 )
+from adadiff_kernels.upload import upload
 
 __all__ = [
     "COLUMNS",
     "ActiveSet",
+    "DeviceSet",
     "Guidance",
     "Noise",
     "Norm",
     "Score",
+    "Seen",
     "SolverState",
     "StepRows",
     "Swaps",
@@ -41,10 +46,13 @@ __all__ = [
     "philox_normal",
     "residual_uem",
     "residual_uem_reference",
+    "save_rows",
+    "save_rows_reference",
     "solver_step",
     "solver_step_reference",
     "swap_rows",
     "take_rows",
     "uem_score",
     "uem_score_reference",
+    "upload",
 ]

@@ -5,6 +5,7 @@ or in Triton's interpreter. A choice that cannot be honoured raises RuntimeError
 Triton on a CUDA device and the core on the CPU, each where it is there, and else PyTorch.
 """
 
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -25,6 +26,7 @@ from adadiff_kernels.residual_uem import (
     uem_score_core,
     uem_score_reference,
 )
+from adadiff_kernels.save_rows import check_save, save_rows_reference
 from adadiff_kernels.solver_step import Guidance, Noise, SolverState, StepRows, check_step, solver_step_pytorch
 
 Backend = Literal["reference", "cpu", "triton"]
@@ -67,15 +69,21 @@ def residual_uem(
     return residual_uem_reference(x, branch, **given, scorer=scorer)
 
 
-def swap_rows(swaps: Swaps, *rows: Tensor, backend: Backend | None = None) -> None:
+def swap_rows(swaps: Swaps | Tensor, *rows: Tensor, backend: Backend | None = None) -> None:
     """Exchanges the rows of `swaps` in place along dim 0, in each tensor.
 
-    rows: any dtype, [before or more, ...] on the device of `swaps.pairs`; every row contiguous, rows
+    swaps: of `ActiveSet.leave`; or the pairs of `DeviceSet.leave`, int32 [k, 2], of which (-1, -1) stands for none.
+    rows: any dtype, [before or more, ...] on the device of the pairs; every row contiguous, rows
     any distance apart. Raises ValueError, with nothing moved, for other tensors or overlapping pairs (on a GPU
-    the pairs are taken as `ActiveSet.leave` makes them).
+    the pairs are taken as they are made there; only "triton" does not wait for it).
     """
+    padded = isinstance(swaps, Tensor)
+    if padded:  # how many rows ran, only the device knows
+        swaps = Swaps(swaps, min((tensor.shape[0] for tensor in rows if tensor.dim()), default=0), 0)
     check_rows(swaps, *rows)
     chosen = choose(backend, swaps.pairs)
+    if padded and chosen != "triton":
+        swaps = replace(swaps, pairs=swaps.pairs[swaps.pairs[:, 0] >= 0])
     if not len(swaps.pairs):
         return
     if chosen == "triton":
@@ -108,6 +116,23 @@ def join_skip(
 
         return launch_join_skip(x, skip, lanes, index)
     return join_skip_reference(x, skip, lanes, index)
+
+
+def save_rows(
+    rows: Tensor, saved: Tensor, lane: Tensor, exit_layer: Tensor, layer: int, *, backend: Backend | None = None
+) -> None:
+    """Keeps the rows of lanes that stopped after `layer`: saved[lane[r]] = rows[r] where |exit_layer[lane[r]]| = layer.
+
+    rows: any dtype, [n, ...] in the order after the leave of `layer`; saved: [B, ...], by lane; lane: int32 [n], row ->
+    lane; exit_layer: int32 [B]. Raises ValueError where shapes or dtypes do not fit.
+    """
+    check_save(rows, saved, lane, exit_layer, layer)
+    if choose(backend, rows, core=False) == "triton":
+        from adadiff_kernels.triton_save_rows import launch_save_rows
+
+        launch_save_rows(rows, saved, lane, exit_layer, layer)
+    else:
+        save_rows_reference(rows, saved, lane, exit_layer, layer)
 
 
 def solver_step(

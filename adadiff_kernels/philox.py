@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from adadiff_kernels.extension import core as _C
+from adadiff_kernels.upload import upload
 
 M0, M1 = 0xD2511F53, 0xCD9E8D57
 W0, W1 = 0x9E3779B9, 0xBB67AE85
@@ -84,10 +85,11 @@ def _words(seeds: Tensor, step: Tensor, stream: int, blocks: int, device: torch.
         seeds, step = seeds.contiguous(), step.contiguous()
         _C.philox(seeds.data_ptr(), step.data_ptr(), n, stream, blocks, words.data_ptr())
         return words
-    seeds, step = seeds.to(device)[:, None], step.to(device)[:, None]
+    seeds, step = upload(seeds, device)[:, None], upload(step, device)[:, None]
     block = torch.arange(blocks, device=device)[None]
-    rest = torch.tensor([[stream], [0]], device=device)
-    return torch.stack(_rounds(block, step, rest[0], rest[1], seeds & WORD, seeds >> 32), -1).view(n, blocks, 2, 2)
+    purpose = torch.full_like(block[:, :1], stream)
+    rest = torch.zeros_like(purpose)
+    return torch.stack(_rounds(block, step, purpose, rest, seeds & WORD, seeds >> 32), -1).view(n, blocks, 2, 2)
 
 
 def _check(name: str, value: Tensor, limit: int) -> None:

@@ -102,6 +102,13 @@ def joins(T: int, D: int, dtype: torch.dtype) -> None:
     launch_join_skip(rows, rows, index, index)
 
 
+def saves(T: int, D: int, dtype: torch.dtype) -> None:
+    from adadiff_kernels.triton_save_rows import launch_save_rows
+
+    rows, index = tensor(64, T, D, dtype=dtype), tensor(64, dtype=torch.int32)
+    launch_save_rows(rows, rows, index, index, 7)
+
+
 def step(size: int, dtype: torch.dtype, everything: bool) -> None:
     """A solver step of 64 samples of [4, size, size]: guided, noisy, with history; or of DDIM."""
     from adadiff_kernels.solver_step import Guidance, Noise, SolverState, StepRows
@@ -136,12 +143,13 @@ CASES: dict[str, tuple[str, Callable[..., None], tuple[Any, ...]]] = {
     "D = 1536, float32": (FUSED, fused, (334, 1536, 1, "modulated", SINGLE)),
     "partial scores, T = 1024": ("_mean_kernel", fused, (1024, 512, 1, "none", BRAIN)),
     "swap, U-ViT-H/2, bf16": ("_swap_rows_kernel", swaps, (258, 1152, BRAIN)),
+    "save, U-ViT-L/2, bf16": ("_save_rows_kernel", saves, (257, 1024, BRAIN)),
     "join, U-ViT-L/2, bf16": ("_join_skip_kernel", joins, (257, 1024, BRAIN)),
     "join, U-ViT-H/2, float32": ("_join_skip_kernel", joins, (258, 1152, SINGLE)),
     "step, 32x32 latents, everything": ("_solver_step_kernel", step, (32, BRAIN, True)),
     "step, 32x32 latents, DDIM": ("_solver_step_kernel", step, (32, SINGLE, False)),
 }
-MODULES = ("triton_residual_uem", "triton_rows", "triton_solver_step")
+MODULES = ("triton_residual_uem", "triton_rows", "triton_save_rows", "triton_solver_step")
 
 
 class Recorder:

@@ -16,7 +16,7 @@ BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 CORE = sorted(path for path in (ROOT / "csrc").iterdir() if path.suffix in {".h", ".cpp", ".cu", ".cuh"})
 ENTRY = {"cli.py", "__main__.py"}
 # What a network would import if it knew that samples may leave.
-EXIT_LOGIC = {"ActiveSet", "Score", "Swaps", "swap_rows", "uem_score"}
+EXIT_LOGIC = {"ActiveSet", "DeviceSet", "Score", "Swaps", "swap_rows", "uem_score"}
 
 
 def imports(path: Path, source: str | None = None) -> set[str]:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adadiff_kernels import SolverState, guide, solver_step
+from adadiff_kernels import SolverState, guide, solver_step, upload
 
 from . import engine
+from .counts import Counts, Planned, check_rules, counts_from
 from .engine import Evaluation
 from .model import Model
 from .noise import initial_noise, step_noise
@@ -45,8 +46,10 @@ class Batch:
     """Up to `capacity` samples of one model. Places of finished and failed samples are free again once `take`n or
     `release`d; results of a sample do not depend on its place.
 
-    batch_invariant: images and exits are the same bits in any company, see `evaluate`. evaluate: in place of
-    `adadiff.evaluate`, for experiments and tests.
+    What the host decides by lies on the CPU; what the network and the solver see, on the model's device, which is
+    waited for once a tick, when everything is queued: for the exit layers.
+    batch_invariant: images and exits are the same bits in any company, see `evaluate`. counts: see there; "planned"
+    learns its plan. evaluate: in place of `adadiff.evaluate`, for experiments and tests.
     """
 
     @torch.inference_mode(False)  # whatever mode the caller is in, another thread may continue
@@ -56,20 +59,23 @@ class Batch:
         capacity: int,
         *,
         batch_invariant: bool = False,
+        counts: Counts | str | None = None,
         evaluate: Callable[..., Evaluation] | None = None,
     ):
         self.model, self.capacity, self.batch_invariant = model, capacity, batch_invariant
+        self.counts, self.device = counts_from(counts, batch_invariant), model.device
         self.totals = Totals()
         self._evaluate = evaluate or engine.evaluate
         self._free = list(range(capacity))[::-1]
         self._running = torch.zeros(capacity, dtype=torch.bool)
-        self._tables, self._rules = TableSet(model.schedule), _Kinds()
+        self._tables, self._rules = TableSet(model.schedule, self.device), _Kinds()
         integers = torch.zeros(6, capacity, dtype=torch.int64)
         self._seed, self._step, self._steps, self._table, self._rule, self._tied = integers
         self._threshold, self._guidance = torch.zeros(2, capacity)
         self._context: Tensor | None = None
         self._null: Tensor | None = None
-        self._state = SolverState.start(torch.zeros(capacity, *model.backbone.sample_shape), base=False, history=False)
+        x = torch.zeros(capacity, *model.backbone.sample_shape, device=self.device)
+        self._state = SolverState.start(x, base=False, history=False)
         self._expected = ExpectedDepth(model.layers, capacity)
         self._most = max(1, capacity)  # samples in one evaluation; halved when memory runs out
 
@@ -88,25 +94,28 @@ class Batch:
         k = len(index)
         if k > self.free:
             raise ValueError(f"{k} samples for {self.free} free places")
+        check_rules(self.counts, getattr(samples.rule, "by_lane", True))
         self._drop_spare()
         seeds, steps, first = samples.seeds[index], samples.steps[index], samples.first[index]
         table, rule = self._tables.add(samples.solver, steps, first), self._rules.add(samples.rule)
         x = self._begin_at(samples, index, seeds, table, first)
         state = self._tables.packed.widen(self._state)
         if self._context is None and samples.context is not None:
-            self._context = torch.zeros(self.capacity, *samples.context.shape[1:], dtype=samples.context.dtype)
+            shape, dtype = samples.context.shape[1:], samples.context.dtype
+            self._context = torch.zeros(self.capacity, *shape, dtype=dtype, device=self.device)
             self._null = torch.zeros_like(self._context)
         places = torch.tensor([self._free.pop() for _ in range(k)], dtype=torch.int64)  # nothing fails from here on
         self._seed[places], self._step[places], self._steps[places] = seeds, first, steps
         self._table[places], self._rule[places] = table, rule
         self._threshold[places], self._guidance[places] = samples.threshold[index], samples.guidance[index]
         self._tied[places] = int(samples.tied)
+        there = self._there(places)
         if samples.context is not None:
-            self._context[places] = samples.context[index]
+            self._context[there] = self._there(samples.context[index])
             if samples.null is not None:
-                self._null[places] = samples.null[index]
+                self._null[there] = self._there(samples.null[index])
         self._state = state
-        self._state.restart(places, x)
+        self._state.restart(there, x)
         self._expected.forget(places)
         self._running[places] = True
         return places
@@ -138,7 +147,7 @@ class Batch:
             none = torch.zeros(0, dtype=torch.int64)
             return Tick(none, none, torch.zeros(0, 2, dtype=torch.uint8), none, failed)
         for places, step, _, state in steps:
-            self._state.put(places, state)
+            self._state.put(self._there(places), state)
             self._step[places] = step + 1
         places, step, exit_layer = (torch.cat(column) for column in list(zip(*steps, strict=True))[:3])
         done = places[self._step[places] == self._steps[places]]
@@ -146,8 +155,8 @@ class Batch:
         return Tick(places, step, exit_layer, done, failed)
 
     def take(self, places: Tensor) -> Tensor:
-        """The images at places: int64 [k], float32 [k, C, H, W]; the places are free again."""
-        images = self._state.x[places]
+        """The images at places: int64 [k], float32 [k, C, H, W] on the model's device; the places are free again."""
+        images = self._state.x[self._there(places)]
         self.release(places)
         return images
 
@@ -158,88 +167,108 @@ class Batch:
 
     def _begin_at(self, samples: Samples, index: Tensor, seeds: Tensor, table: Tensor, first: Tensor) -> Tensor:
         """What the samples see first: noise, or their start image with noise on it."""
-        x = self._each(lambda own: initial_noise(own, self.model.backbone.sample_shape), seeds)
+        x = self._each(lambda own: initial_noise(own, self.model.backbone.sample_shape, self.device), seeds)
         if samples.start is None:
             return x
-        a = self._tables.alpha_bar(table, first).view(-1, 1, 1, 1)
-        return (a.sqrt() * samples.start[index] + (1 - a).sqrt() * x).float()
+        a = self._there(self._tables.alpha_bar(table, first).view(-1, 1, 1, 1))
+        return (a.sqrt() * self._there(samples.start[index]) + (1 - a).sqrt() * x).float()
 
     def _advance(self, places: Tensor) -> tuple[Tensor, Tensor, Tensor, SolverState]:
         """One evaluation and one solver step. Returns places, steps made, exit layers, uint8 [k, 2], and the new state,
         which is not yet that of the samples."""
-        k, step = len(places), self._step[places]
+        k, step, shape = len(places), self._step[places], self.model.backbone.sample_shape
         t, rows = self._tables.packed.rows(self._table[places], step)
-        state = self._state.take(places)
-        eps, exit_layer, result = self._predict(places, state.x, t)
+        state = self._state.take(self._there(places))
+        lanes = self._lanes(places, t)
+        result = self._evaluate_lanes(lanes, places, state.x, t)
+        eps = self._guided(lanes, places, result)
         z = None
         if rows.noise:
-            z = self._each(lambda s, i: step_noise(s, i, self.model.backbone.sample_shape), self._seed[places], step)
+            z = self._each(lambda s, i: step_noise(s, i, shape, self.device), self._seed[places], step)
         if self.batch_invariant:
             for i in range(k):
-                one = torch.tensor([i])
+                one = self._there(torch.tensor([i]))
                 solver_step(state, eps[one], rows.take(one), one, None if z is None else z[one])
         else:
             solver_step(state, eps, rows, z=z)
+        depth = result.exit_layer.to("cpu")  # waits; everything above is queued
+        if lanes.asked:
+            self._expected.learn(t[lanes.sample], places[lanes.sample], lanes.half, depth)
+        exit_layer = torch.zeros(k, 2, dtype=torch.uint8)
+        exit_layer[lanes.sample, lanes.half] = depth.to(torch.uint8)
         self._count(
-            evaluations=len(result.exit_layer),
-            blocks=int(result.exit_layer.sum()),
+            evaluations=len(depth),
+            blocks=int(depth.sum()),
             macs=result.macs,
             macs_full=result.macs_full,
             rows_moved=result.moved,
         )
         return places, step, exit_layer, state
 
-    def _predict(self, places: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Evaluation]:
-        """The guided prediction for places, float32 [k, C, H, W], and the exit layers of their lanes, uint8 [k, 2]."""
+    def _lanes(self, places: Tensor, t: Tensor) -> "_Lanes":
+        """The lanes that the samples at places take, those expected to leave last first."""
         k = len(places)
-        scale = self._guidance[places]
-        guided = scale.nonzero().squeeze(1)
-        sample = torch.cat([torch.arange(k), guided])  # lane -> position in places; the unconditional ones last
+        guided = self._guidance[places].nonzero().squeeze(1)
+        sample = torch.cat([torch.arange(k), guided])  # the unconditional ones last
         half = torch.zeros(len(sample), dtype=torch.int64)
         half[k:] = 1
         kinds, which = self._rules.kinds, None
         if len(kinds) > 1:
             used, which = self._rule[places].unique(return_inverse=True)
             kinds = [kinds[i] for i in used.tolist()]
-        exits_asked = any(rule.asks(self.model.layers) for rule in kinds)
+        asked = any(rule.asks(self.model.layers) for rule in kinds)
         order = torch.arange(len(sample))
-        if exits_asked:
+        if asked:
             order = self._expected.order(t[sample], places[sample], half)
         lane = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))  # inverse of order
-        sample, half = sample[order], half[order]
-        context = None
-        if self._context is not None:
-            context = self._context[places[sample]]
-            if len(guided):
-                uncond = half.nonzero().squeeze(1)
-                context[uncond] = self._null[places[sample[uncond]]]
         pairs = None
         if len(guided) and bool(self._tied[places[guided]].any()):
             partner = torch.arange(len(order))
             both = self._tied[places[guided]].nonzero().squeeze(1)
             partner[guided[both]], partner[k + both] = k + both, guided[both]
             pairs = lane[partner[order]]
-        result = self._evaluate(
+        which = None if which is None else which[sample[order]]
+        return _Lanes(sample[order], half[order], lane, guided, kinds, which, pairs, asked)
+
+    def _evaluate_lanes(self, lanes: "_Lanes", places: Tensor, x: Tensor, t: Tensor) -> Evaluation:
+        sample, t = lanes.sample, t[lanes.sample]
+        place = places[sample]
+        context = None
+        if self._context is not None:
+            context = self._context[self._there(place)]
+            if len(lanes.guided):
+                uncond = lanes.half.nonzero().squeeze(1)
+                context[self._there(uncond)] = self._null[self._there(place[uncond])]
+        options = {}
+        if self.counts is not None:
+            planned = isinstance(self.counts, Planned) and self.counts.depth is None
+            options["counts"] = self.counts.of(self._expected.most(t).tolist()) if planned else self.counts
+        return self._evaluate(
             self.model.backbone,
             self.model.exits,
-            kinds,
-            x[sample],
-            t[sample],
+            lanes.kinds,
+            x[self._there(sample)],
+            t,
             context,
-            which=which[sample] if len(kinds) > 1 else None,
-            threshold=self._threshold[places[sample]] if exits_asked else None,
-            pairs=pairs,
+            which=lanes.which,
+            threshold=self._threshold[place] if lanes.asked else None,
+            pairs=lanes.pairs,
             batch_invariant=self.batch_invariant,
+            **options,
         )
-        if exits_asked:
-            self._expected.learn(t[sample], places[sample], half, result.exit_layer)
-        eps = result.eps[lane[:k]].float()
-        exit_layer = torch.zeros(k, 2, dtype=torch.uint8)
-        exit_layer[:, 0] = result.exit_layer[lane[:k]]
+
+    def _guided(self, lanes: "_Lanes", places: Tensor, result: Evaluation) -> Tensor:
+        """The guided prediction for places, float32 [k, C, H, W]."""
+        k, guided = len(places), lanes.guided
+        eps = result.eps[self._there(lanes.lane[:k])].float()
         if len(guided):
-            exit_layer[guided, 1] = result.exit_layer[lane[k:]].to(torch.uint8)
-            eps[guided] = self._each(guide, eps[guided], result.eps[lane[k:]], scale[guided])
-        return eps, exit_layer, result
+            there, scale = self._there(guided), self._there(self._guidance[places[guided]])
+            uncond = result.eps[self._there(lanes.lane[k:])]
+            eps[there] = self._each(guide, eps[there], uncond, scale)
+        return eps
+
+    def _there(self, value: Tensor) -> Tensor:
+        return upload(value, self.device)
 
     def _each(self, function: Callable[..., Tensor], *by_sample: Tensor) -> Tensor:
         """function of all samples, or, where it must not matter who the others are, sample by sample."""
@@ -258,6 +287,22 @@ class Batch:
         for kinds, index in ((self._tables, self._table), (self._rules, self._rule)):
             if len(kinds) > SPARE + self.count:
                 index[occupied] = kinds.keep(index[occupied])
+
+
+@dataclass(frozen=True)
+class _Lanes:
+    """The lanes of one evaluation. sample: int64 [B], position in the places evaluated; half: int64 [B], 0 or 1, the
+    unconditional one; lane: int64 [B], where the conditional lanes, then those of `guided` lie; kinds, which, pairs: as
+    for `evaluate`; asked: somebody may leave."""
+
+    sample: Tensor
+    half: Tensor
+    lane: Tensor
+    guided: Tensor
+    kinds: list[Rule]
+    which: Tensor | None
+    pairs: Tensor | None
+    asked: bool
 
 
 def _no_memory(error: Exception) -> bool:

@@ -7,25 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adadiff_kernels import ActiveSet, Score, layer_norm, residual_uem, swap_rows, take_rows
+from adadiff_kernels import ActiveSet, Swaps, swap_rows, take_rows, upload
 
+from .blocks import Evaluation, advance, block_range
+from .counts import Counts, Planned, Sync, check_rules, counts_from
+from .decision import Decision
+from .device_engine import evaluate_on_device
 from .exits import Exits
 from .models.interface import Backbone, Block, Conditioning
-from .rules import Decision, Rule
+from .rules import Rule
 
 # On a CPU a block runs over groups of lanes with about this many tokens: enough for products at their full rate, few
 # enough that what one writes is still in the cache when the next reads it. Rows do not see each other inside a block.
 CPU_GROUP_TOKENS = 2048
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    eps: Tensor  # [B, C, H, W], the network's dtype
-    exit_layer: Tensor  # i32 [B], blocks a lane ran, 1..L
-    macs: int  # multiply-adds run, all lanes together
-    macs_full: int  # the same lanes through the plain network
-    moved: int  # rows moved to keep the running ones together
-    scores: Tensor | None  # float32 [L, B], NaN where nobody was asked; None unless recorded
 
 
 @dataclass(frozen=True)
@@ -51,20 +45,26 @@ def evaluate(
     batch_invariant: bool = False,
     group: int | None = None,
     record: bool = False,
+    counts: Counts | str | None = None,
+    nvtx: bool = False,
 ) -> Evaluation:
     """The network's prediction for B lanes, each at its own timestep, each leaving when its rule says so.
 
     x: [B, C, H, W]; t: float [B], the network's time; context: labels int64 [B], text [B, N, E] or None.
+    What comes by lane may lie on the CPU or on x's device; results lie there. Values on a GPU are not checked.
     rule: one for all, or several with which: int64 [B], the index of each lane's own.
     threshold: float [B], overrides the rule's; pairs: int64 [B], each lane's tied partner (itself if it has none),
     tied lanes leave together by the larger u.
     batch_invariant: every product is computed lane by lane, so that a lane's prediction, score and exit are the same
     bits in any batch (on one machine with one number of threads).
     group: lanes per block call (default: `group_size` on a CPU, else all); without effect if batch_invariant.
+    counts: how the host learns how many rows still run: "sync", "sync:4", "lagged", "lagged:2", or a `Counts`, such as
+    Planned(depth). All give the same exits, and images up to rounding. Default: "sync" on a GPU; on a CPU, and
+    if batch_invariant, the host decides and knows. nvtx: name the blocks for NVIDIA's profilers.
     Raises ValueError for inputs that require grad, thresholds the rule refuses, pairs that are none or whose two lanes
     have two thresholds, or a rule that needs missing exits.
     """
-    B, L = len(x), len(backbone.blocks)
+    B, L, device = len(x), len(backbone.blocks), x.device
     if x.requires_grad:
         raise ValueError("evaluate is for inference; x must not require grad")
     decision = Decision(rule if isinstance(rule, Sequence) else (rule,), which, L, t, threshold)
@@ -74,7 +74,20 @@ def evaluate(
         raise ValueError(f"group must be at least 1 lane, got {group}")
     if pairs is not None:
         _check_pairs(pairs, decision.threshold, which)
+    if nvtx and not torch.backends.cuda.is_built():
+        raise ValueError("nvtx names blocks for NVIDIA's profilers, which takes a PyTorch built for CUDA")
+    counts = counts_from(counts, batch_invariant)
+    _check_counts(counts, decision, B, group)
+    if counts is None and device.type != "cpu" and not batch_invariant and group is None:
+        counts = Sync()
+    t, pairs = upload(t, device), None if pairs is None else upload(pairs, device)
+    decision.to(device)
+    if counts is not None:
+        given = {"counts": counts, "record": record, "nvtx": nvtx}
+        partner = None if pairs is None else pairs.int()
+        return evaluate_on_device(backbone, exits, decision, x, t, context, partner=partner, **given)
     if batch_invariant and B:
+        context = None if context is None else upload(context, device)
         rows, cohorts = _begin_each(backbone, exits, decision, x, t, context)
     else:
         rows, cohorts = _begin(backbone, exits, decision, x, t, context)
@@ -84,23 +97,26 @@ def evaluate(
     skips: dict[int, tuple[Tensor, Tensor]] = {}
     left: list[tuple[int, Tensor]] = []
     if group is None:
-        group = group_size(backbone) if x.device.type == "cpu" else max(1, B)
+        group = group_size(backbone) if device.type == "cpu" else max(1, B)
     costs = [block.macs(backbone.tokens) for block in backbone.blocks]
-    macs = 0
+    macs, ran = 0, []
 
     for layer, block in enumerate(backbone.blocks, start=1):
-        lanes = active.running
+        lanes = upload(active.running, device)  # the plan is the host's
         n = active.count
+        ran.append(n)
         scored = layer in decision.scored
         skip, index = None, None
         if block.skip_from is not None:
             skip, snapshot = skips.pop(block.skip_from)
             index = active.locate(snapshot)
+            index = None if index is None else upload(index, device)
         layer_exits = exits if scored else None
-        if batch_invariant:
-            rows, u = _run_each(block, rows, skip, index, cohorts, lanes, layer_exits, layer)
-        else:
-            rows, u = _run_block(block, rows, skip, index, cohorts[0], lanes, layer_exits, layer, group)
+        with block_range(layer, nvtx):
+            if batch_invariant:
+                rows, u = _run_each(block, rows, skip, index, cohorts, lanes, layer_exits, layer)
+            else:
+                rows, u = _run_block(block, rows, skip, index, cohorts[0], lanes, layer_exits, layer, group)
         macs += n * costs[layer - 1]
         if scored:
             macs += n * exits.macs(backbone.tokens - backbone.extras)
@@ -110,10 +126,10 @@ def evaluate(
                 by_lane = torch.empty(B, device=u.device).index_copy_(0, lanes.long(), u)
                 u = torch.maximum(u, by_lane[pairs[lanes]])
         if layer in decision.asked:
-            swaps = active.leave(decision.leave(u, layer, lanes), layer)
+            swaps = active.leave(decision.leave(u, layer, lanes).to("cpu"), layer)
             if swaps.after < swaps.before:
                 decision.moved()
-                swap_rows(swaps, rows)
+                swap_rows(Swaps(upload(swaps.pairs, device), swaps.before, swaps.after), rows)
                 left.append((layer, rows[swaps.after :, backbone.extras :].clone()))
                 rows = rows[: swaps.after]
                 if not swaps.after:
@@ -124,16 +140,19 @@ def evaluate(
     if active.count:
         left.append((L, rows[:, backbone.extras :]))
         active.finish(L)
+    lane = upload(active.lane, device)
     stem, head = backbone.fixed_macs()
     ends = B * (stem + head)
     full = B * sum(costs) + ends
     if not left:
         eps = rows.new_empty(x.shape)
     elif batch_invariant:
-        eps = _heads_each(backbone, exits, left, cohorts, active.lane)
+        eps = _heads_each(backbone, exits, left, cohorts, lane)
     else:
-        eps = _heads(backbone, exits, left, cohorts[0].cond, active.lane)
-    return Evaluation(eps, active.exit_layer, macs + ends, full, active.moved, scores)
+        eps = _heads(backbone, exits, left, cohorts[0].cond, lane)
+    exit_layer = upload(active.exit_layer, device)
+    ran += [0] * (L - len(ran))
+    return Evaluation(eps, exit_layer, macs + ends, full, active.moved, scores, tuple(ran))
 
 
 def _begin(
@@ -168,27 +187,6 @@ def _run_block(
         _, u = advance(block, rows[part], here, cohort.cond, lanes[part], score, out=out[part])
         us.append(u)
     return out, torch.cat(us) if score is not None else None
-
-
-def advance(
-    block: Block,
-    rows: Tensor,
-    skip: Tensor | None,
-    cond: Conditioning,
-    lanes: Tensor,
-    score: Score | None,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """One block: rows, skip, out [n, T, D]; lanes i32 [n]. Returns the block's output and u, float32 [n] or None."""
-    if skip is not None:
-        rows = block.join(rows, skip)
-    *first, last = block.branches
-    for branch in first:
-        b = branch(layer_norm(rows, branch.norm(cond), lanes))
-        rows, _, _ = residual_uem(rows, b, lanes=lanes, gate=branch.gate(cond), out=b)  # b is ours to overwrite
-    b = last(layer_norm(rows, last.norm(cond), lanes))
-    y, _, u = residual_uem(rows, b, lanes=lanes, gate=last.gate(cond), score=score, out=b if out is None else out)
-    return y, u
 
 
 def _heads(
@@ -260,7 +258,18 @@ def _heads_each(
     return torch.empty_like(eps := torch.cat(eps)).index_copy_(0, lane.long(), eps)
 
 
+def _check_counts(counts: Counts | None, decision: Decision, B: int, group: int | None) -> None:
+    if counts is not None and group is not None:
+        raise ValueError("groups are for a host that knows the count; leave counts or group out")
+    check_rules(counts, decision.by_lane)
+    if isinstance(counts, Planned) and (counts.depth is None or len(counts.depth) != B):
+        given = "none" if counts.depth is None else str(len(counts.depth))
+        raise ValueError(f"Planned needs the depth expected of each of {B} lanes, got {given}")
+
+
 def _check_pairs(pairs: Tensor, threshold: Tensor, which: Tensor | None) -> None:
+    if not (pairs.is_cpu and threshold.is_cpu and (which is None or which.is_cpu)):
+        return
     lanes = torch.arange(len(threshold), device=pairs.device)
     fits = pairs.dtype == torch.int64 and pairs.shape == lanes.shape
     if not fits or bool(((pairs < 0) | (pairs >= len(lanes))).any()) or not torch.equal(pairs[pairs], lanes):

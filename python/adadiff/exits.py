@@ -65,6 +65,20 @@ class Exits(nn.Module):
             return backbone.head
         return self.heads[layer - 1]
 
+    def heads_by_lane(self, patches: Tensor, cond: object, lanes: Tensor, layer: Tensor) -> Tensor:
+        """Each lane through the head of its own layer, without the host knowing which: [B, C, H, W].
+
+        patches: [B, T - extras, D] of the lanes i32 [B]; layer: i32 [B]; what lanes at layer L get is of no use.
+        """
+        index = (layer - 1).clamp(0, len(self.heads) - 1)
+        heads = [dict(head.named_parameters()) for head in self.heads]
+        own = {name: torch.stack([head[name] for head in heads]).index_select(0, index) for name in heads[0]}
+
+        def head(parameters: dict[str, Tensor], rows: Tensor, lane: Tensor) -> Tensor:
+            return torch.func.functional_call(self.heads[0], parameters, (rows[None], cond, lane[None]))[0]
+
+        return torch.vmap(head)(own, patches, lanes)
+
     def macs(self, patches: int) -> int:
         """Multiply-adds of one layer's score for one lane."""
         return self.weight.shape[1] * self.weight.shape[2] * patches

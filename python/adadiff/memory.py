@@ -45,14 +45,15 @@ def lane_bytes(model: Model) -> tuple[int, int, int]:
     """Bytes a lane takes all the time, bytes it takes while it is inside a block, and lanes inside at a time."""
     backbone = model.backbone
     parameter = next(backbone.parameters())
+    grouped = {"group": 1} if parameter.device.type == "cpu" else {}
 
     def peak(n: int) -> int:
         x = torch.zeros(n, *backbone.sample_shape, dtype=parameter.dtype, device=parameter.device)
         t = torch.zeros(n, device=parameter.device)
         context, last = _context(model, n, parameter), torch.full_like(t, model.layers)
         if model.exits is None:
-            return peak_bytes(lambda: evaluate(backbone, None, Full(), x, t, context, group=1))
-        return peak_bytes(lambda: evaluate(backbone, model.exits, Replay(), x, t, context, threshold=last, group=1))
+            return peak_bytes(lambda: evaluate(backbone, None, Full(), x, t, context, **grouped))
+        return peak_bytes(lambda: evaluate(backbone, model.exits, Replay(), x, t, context, threshold=last, **grouped))
 
     one, two = peak(1), peak(2)
     group = group_size(backbone) if parameter.device.type == "cpu" else 2**31

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import torch
 from torch import nn
 
 from .config import PRESETS, ModelConfig
@@ -22,6 +23,10 @@ class Model(nn.Module):
     @property
     def schedule(self) -> NoiseSchedule:
         return NoiseSchedule(self.config.schedule)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
 
     @property
     def layers(self) -> int:

@@ -19,6 +19,7 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 class Rule(Protocol):
     scored: bool  # reads u, so the engine must compute it where it asks
     stateful: bool  # writes to state
+    by_lane: bool  # looks at no other row's u (taken for true where a rule does not say)
     threshold: float | None  # for every lane that is given none of its own
 
     def asks(self, layers: int) -> Sequence[int]:
@@ -56,6 +57,7 @@ class Threshold:
     first: int = 1
     scored = True
     stateful = False
+    by_lane = True
 
     def __post_init__(self) -> None:
         self.check(torch.tensor([float(self.threshold)]))
@@ -90,6 +92,8 @@ class Patience(Threshold):
 @dataclass(frozen=True)
 class BatchMean(Threshold):
     """A baseline, not for use: one decision for the batch, by its mean uncertainty, as in the official sampler."""
+
+    by_lane = False
 
     def leave(self, u: Tensor, layer: int, layers: int, t: Tensor, threshold: Tensor, state: Tensor) -> Tensor:
         return u.mean() < threshold
@@ -160,79 +164,6 @@ class Replay:
 
     def leave(self, u: Tensor | None, layer: int, layers: int, t: Tensor, threshold: Tensor, state: Tensor) -> Tensor:
         return layer >= threshold
-
-
-class Decision:
-    """Asks every running lane's own rule after a block, and gathers by row what that rule reads.
-
-    rules: those in use; which: int64 [B], each lane's index into them, or None where there is but one.
-    t, threshold: float [B]. Raises ValueError where a rule refuses its lanes' thresholds or asks nobody.
-    """
-
-    def __init__(self, rules: Sequence[Rule], which: Tensor | None, layers: int, t: Tensor, threshold: Tensor | None):
-        if which is None and len(rules) != 1:
-            raise ValueError(f"{len(rules)} rules need `which`, the index of each lane's own")
-        if which is not None and (which.dtype != torch.int64 or which.shape != t.shape):
-            raise ValueError(
-                f"which must be int64 [{len(t)}], one rule per lane, got {which.dtype} {list(which.shape)}"
-            )
-        if which is not None and not bool(((which >= 0) & (which < len(rules))).all()):
-            raise ValueError(f"which must lie in [0, {len(rules)}), the rules given")
-        if threshold is not None and threshold.shape != t.shape:
-            raise ValueError(f"threshold must be one number per lane, {tuple(t.shape)}, got {tuple(threshold.shape)}")
-        self._rules = [(rule, layers_asked(rule, layers)) for rule in rules]
-        self._which, self._layers, self._t = which, layers, t
-        self.asked = frozenset().union(*(asked for _, asked in self._rules))
-        self.scored = frozenset().union(*(asked for rule, asked in self._rules if rule.scored))
-        self.threshold = self._thresholds(threshold)  # float [B], NaN where a rule has none
-        self._state = torch.zeros(len(t), device=t.device)
-        self._by_row: tuple[Tensor, Tensor, Tensor] | None = None  # until somebody leaves
-
-    def leave(self, u: Tensor | None, layer: int, lanes: Tensor) -> Tensor:
-        """bool [n]: who of the running rows leaves. u: float32 [n]; lanes: i32 [n], row -> lane."""
-        if self._by_row is None:
-            self._by_row = self._t[lanes], self.threshold[lanes], self._state[lanes]
-        if self._which is None:
-            rule, _ = self._rules[0]
-            mask = self._ask(rule, u, layer, lanes, *self._by_row)
-        else:
-            mask = torch.zeros(len(lanes), dtype=torch.bool, device=self._t.device)
-            which = self._which[lanes]
-            for index, (rule, asked) in enumerate(self._rules):
-                rows = (which == index).nonzero().squeeze(1) if layer in asked else ()
-                if len(rows):
-                    own = (v[rows] for v in self._by_row)
-                    mask[rows] = self._ask(rule, u if u is None else u[rows], layer, lanes[rows], *own)
-            if any(rule.stateful for rule, _ in self._rules):
-                self._by_row = None
-        return mask
-
-    def moved(self) -> None:
-        """Rows have left or changed places."""
-        self._by_row = None
-
-    def _ask(
-        self, rule: Rule, u: Tensor | None, layer: int, lanes: Tensor, t: Tensor, threshold: Tensor, state: Tensor
-    ) -> Tensor:
-        mask = rule.leave(u if rule.scored else None, layer, self._layers, t, threshold, state)
-        if rule.stateful:
-            self._state[lanes] = state
-        return mask.expand(len(lanes))
-
-    def _thresholds(self, threshold: Tensor | None) -> Tensor:
-        given = threshold is not None
-        if not given:
-            threshold = torch.full(self._t.shape, torch.nan, device=self._t.device)
-        for index, (rule, asked) in enumerate(self._rules):
-            lanes = slice(None) if self._which is None else self._which == index
-            if given:
-                if asked or self._which is None:
-                    rule.check(threshold[lanes])
-            elif rule.threshold is not None:
-                threshold[lanes] = float(rule.threshold)
-            elif asked:
-                raise ValueError(f"{rule} has no threshold of its own; give one per lane")
-        return threshold
 
 
 RULES = {"threshold": Threshold, "patience": Patience, "batch-mean": BatchMean, "depth": Depth}

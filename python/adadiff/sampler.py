@@ -8,6 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .batch import Batch
+from .counts import Counts, counts_from
 from .model import Model
 from .reports import Report, Totals
 from .samples import Samples, whole
@@ -32,6 +33,7 @@ class Sampling:
 
     settings: what the samples ask for, see `Samples.of` (steps, solver, rule, thresholds, seeds, labels, guidance,
     tied, context, start, strength). batch_invariant: a sample is the same bits in any batch, at some cost.
+    counts: how the host learns who still runs, see `evaluate`; "planned" learns while it draws.
     Raises ValueError for anything that does not fit, before any work.
     """
 
@@ -42,6 +44,7 @@ class Sampling:
         *,
         batch: int = 64,
         batch_invariant: bool = False,
+        counts: Counts | str | None = None,
         progress: bool = False,
         **settings: object,
     ):
@@ -49,6 +52,7 @@ class Sampling:
         self.samples = Samples.of(model, n, **settings)
         self.model, self.n, self.progress = model, n, progress
         self.batch, self.batch_invariant = min(batch, n), batch_invariant
+        self.counts = counts_from(counts, batch_invariant)
         self._clear()
 
     def _clear(self) -> None:
@@ -66,7 +70,7 @@ class Sampling:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self._clear()
-        batch = Batch(self.model, self.batch, batch_invariant=self.batch_invariant)
+        batch = Batch(self.model, self.batch, batch_invariant=self.batch_invariant, counts=self.counts)
         slot = torch.zeros(self.batch, dtype=torch.int64)  # place -> sample
         begun = 0
         bar = tqdm(total=self.n, disable=not self.progress, unit="image", dynamic_ncols=True)

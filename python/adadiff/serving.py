@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .batch import Batch, Tick
+from .counts import Counts
 from .engine import Evaluation
 from .handles import DeadlineExceeded, EngineClosed, EngineFull, EngineReport, Handle
 from .memory import capacity_of
@@ -35,7 +36,8 @@ class Engine:
 
     capacity: lanes evaluated together (a guided request takes two), or the bytes they may take as "512MiB" or "2GiB".
     queue: requests that may wait. patience: seconds, see above. batch_invariant: an image and its exits are the same
-    bits whatever else runs, at some cost. start=False: no thread of its own, `step` makes each tick.
+    bits whatever else runs, at some cost. counts: how the host learns who still runs, see `evaluate`.
+    start=False: no thread of its own, `step` makes each tick.
     clock: seconds, for tests and simulations; evaluate: see `Batch`.
     As a context manager it drains at the end, and aborts after an exception.
     """
@@ -48,6 +50,7 @@ class Engine:
         queue: int = 1024,
         patience: float = 60.0,
         batch_invariant: bool = False,
+        counts: Counts | str | None = None,
         start: bool = True,
         clock: Callable[[], float] = time.monotonic,
         evaluate: Callable[..., Evaluation] | None = None,
@@ -57,7 +60,8 @@ class Engine:
         self.model, self.queue, self.patience = model, queue, float(patience)
         self.capacity = capacity_of(model, capacity)
         self._clock = clock
-        self._batch = Batch(model, self.capacity, batch_invariant=batch_invariant, evaluate=evaluate)
+        own = {"batch_invariant": batch_invariant, "counts": counts, "evaluate": evaluate}
+        self._batch = Batch(model, self.capacity, **own)
         self._changed = threading.Condition()  # guards everything below
         self._heap: list[tuple[float, int, Handle]] = []  # due, number, handle; ended ones are skipped later
         self._waiting = 0  # of the heap, those that have not ended
@@ -246,7 +250,7 @@ class Engine:
             self._end(self._give_up(place), error=error)
         for place, exit_layer in zip(tick.places.tolist(), tick.exit_layer.tolist(), strict=True):
             self._at[place]._exits.append(exit_layer)
-        images = dict(zip(tick.done.tolist(), self._batch.take(tick.done), strict=True))
+        images = dict(zip(tick.done.tolist(), self._batch.take(tick.done).cpu(), strict=True))
         for place in tick.places.tolist():
             handle = self._at[place]
             try:

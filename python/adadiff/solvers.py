@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from adadiff_kernels import COLUMNS, SolverState, StepRows
+from adadiff_kernels import COLUMNS, SolverState, StepRows, upload
 
 from .schedules import NoiseSchedule
 
@@ -145,7 +145,7 @@ def solver_from(text: str) -> Solver:
 
 @dataclass(frozen=True)
 class PackedTables:
-    """Tables one below the other in float32, on one device; first, steps: int64[tables] stay on the CPU.
+    """Tables one below the other in float32, on one device; t and first, steps: int64[tables] stay on the CPU.
 
     needs: bool[rows, 4] on the CPU: m is not eps, the row touches history, does not end its step, adds noise.
     """
@@ -176,7 +176,7 @@ class PackedTables:
         )
 
     def rows(self, table: Tensor, step: Tensor) -> tuple[Tensor, StepRows]:
-        """Times float32[n] and rows of n samples: row step[i] of table[i]. table, step: int64[n] on the CPU.
+        """Times float32[n], on the CPU, and rows of n samples: row step[i] of table[i]. table, step: int64[n], CPU.
 
         ValueError where there is no such table or step.
         """
@@ -188,9 +188,9 @@ class PackedTables:
             raise ValueError(f"step must lie in [0, {self.steps[table].tolist()}), got {step.tolist()}")
         index = self.first[table] + step
         data, history, inner, noise = self.needs[index].any(0).tolist()
-        index = index.to(self.t.device)
+        own = upload(index, self.coefficients.device)
         return self.t[index], StepRows(
-            self.coefficients[index], self.slot[index], self.end[index], data, history, inner, noise
+            self.coefficients[own], self.slot[own], self.end[own], data, history, inner, noise
         )
 
 
@@ -203,7 +203,7 @@ def pack(tables: Sequence[SolverTable], device: torch.device | str = "cpu") -> P
     px, pe, _, m0, m1, _, noise, _ = coefficients.unbind(1)
     steps = torch.tensor([table.steps for table in tables])
     return PackedTables(
-        t=torch.cat([table.t for table in tables]).float().to(device),
+        t=torch.cat([table.t for table in tables]).float(),
         coefficients=coefficients.float().to(device),
         slot=slot.to(device),
         end=end.to(device),
@@ -216,8 +216,8 @@ def pack(tables: Sequence[SolverTable], device: torch.device | str = "cpu") -> P
 class TableSet:
     """The tables that samples in flight share, one for each solver, number of steps and step to begin at."""
 
-    def __init__(self, schedule: NoiseSchedule):
-        self._schedule = schedule
+    def __init__(self, schedule: NoiseSchedule, device: torch.device | str = "cpu"):
+        self._schedule, self._device = schedule, device
         self._tables: dict[tuple[Solver, int, int], SolverTable] = {}
         self.packed: PackedTables | None = None
 
@@ -251,7 +251,7 @@ class TableSet:
         return self._schedule.alpha_bar(t)
 
     def _pack(self) -> None:
-        self.packed = pack(list(self._tables.values())) if self._tables else None
+        self.packed = pack(list(self._tables.values()), self._device) if self._tables else None
 
 
 def _begin(table: SolverTable, first: int) -> SolverTable:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adadiff_kernels import Norm
+from adadiff_kernels import Norm, upload
 
 EPS = 1e-6
 
@@ -110,7 +110,8 @@ class AdaLN(nn.Module):
     def begin(self, x: Tensor, t: Tensor, context: Tensor | None) -> tuple[Tensor, Modulation]:
         dtype = self.position.dtype
         angle = t.float()[:, None] / 1000
-        time = F.silu(self.time(torch.cat([angle.cos(), angle.sin()], 1).to(dtype)) + self.label(context))
+        label = self.label(upload(context, x.device))
+        time = F.silu(self.time(torch.cat([angle.cos(), angle.sin()], 1).to(dtype)) + label)
         rows = self.embed(self.patchify(x.to(dtype))) + self.position
         values = self.modulate(time).view(len(x), self.depth, 2, 3, self.dim)
         return rows, Modulation(time, values, self.finish(time).view(len(x), 2, self.dim))

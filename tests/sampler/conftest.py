@@ -42,8 +42,14 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for kind in (uvit.Head, uvit.Attention, uvit.Mlp, adaln.Head, adaln.Mix, adaln.Mlp):
         patch(kind, "forward")
-    for kind, name in ((uvit.UViT, "begin"), (uvit.UViT, "head"), (uvit.Block, "join"), (adaln.AdaLN, "begin")):
+    for kind, name in ((uvit.UViT, "begin"), (uvit.UViT, "head"), (adaln.AdaLN, "begin")):
         patch(kind, name)
+    join = uvit.Block.join
+
+    def joined(self: uvit.Block, x: Tensor, skip: Tensor, lanes: Tensor | None = None, index: Tensor | None = None):
+        return lane_by_lane(partial(join, self))(x, skip if index is None else skip[index[lanes]])
+
+    monkeypatch.setattr(uvit.Block, "join", joined)
     offsets, score = Exits.offsets, fused.score_rows
     monkeypatch.setattr(
         Exits, "offsets", lambda self, time: torch.cat([offsets(self, one[None]) for one in time], dim=1)

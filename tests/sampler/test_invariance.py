@@ -150,7 +150,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> None:
         batch, "solver_step", lambda state, eps, *rest, **z: step(state, eps * off(len(eps)), *rest, **z)
     )
     monkeypatch.setattr(batch, "step_noise", lambda seeds, *rest: noise(seeds, *rest) * off(len(seeds)))
-    monkeypatch.setattr(batch, "initial_noise", lambda seeds, shape: first(seeds, shape) * off(len(seeds)))
+    monkeypatch.setattr(batch, "initial_noise", lambda seeds, *rest: first(seeds, *rest) * off(len(seeds)))
     monkeypatch.setattr(batch, "guide", lambda cond, *rest: guide(cond, *rest) * off(len(cond)))
 
 

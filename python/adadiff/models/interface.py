@@ -34,8 +34,11 @@ class Block(Protocol):
     branches: Sequence[Branch]
     skip_from: int | None  # index of the block whose output joins this one's input
 
-    def join(self, x: Tensor, skip: Tensor) -> Tensor:
-        """x, skip: [n, T, D] -> [n, T, D]. Only called where `skip_from` is set."""
+    def join(self, x: Tensor, skip: Tensor, lanes: Tensor | None = None, index: Tensor | None = None) -> Tensor:
+        """x, skip: [n, T, D] -> [n, T, D]. Only called where `skip_from` is set.
+
+        With lanes i32 [n] and index i32 [B], skip is as its block wrote it, and row r joins skip[index[lanes[r]]].
+        """
 
     def macs(self, tokens: int) -> int:
         """Multiply-adds for one lane."""
@@ -51,7 +54,10 @@ class Backbone(Protocol):
     sample_shape: tuple[int, int, int]  # C, H, W
 
     def begin(self, x: Tensor, t: Tensor, context: Tensor | None) -> tuple[Tensor, Conditioning]:
-        """x [B, C, H, W], t float [B], context (labels i64 [B], text [B, N, E] or None) -> rows [B, T, D], cond."""
+        """x [B, C, H, W], t float [B], context (labels i64 [B], text [B, N, E] or None) -> rows [B, T, D], cond.
+
+        The context may lie on the CPU beside x on a GPU; only there are its values checked.
+        """
 
     def head(self, patches: Tensor, cond: Any, lanes: Tensor) -> Tensor:
         """patches [n, T - extras, D] of the lanes i32 [n] -> prediction [n, C, H, W]."""

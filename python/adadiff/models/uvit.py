@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adadiff_kernels import Norm
+from adadiff_kernels import Norm, join_skip, upload
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,9 @@ class Block(nn.Module):
         self.branches = (AffineBranch(self.norm1, self.attn), AffineBranch(self.norm2, self.mlp))
         self._config = config
 
-    def join(self, x: Tensor, skip: Tensor) -> Tensor:
-        return self.skip_linear(torch.cat([x, skip], dim=-1))
+    def join(self, x: Tensor, skip: Tensor, lanes: Tensor | None = None, index: Tensor | None = None) -> Tensor:
+        joined = torch.cat([x, skip], dim=-1) if index is None else join_skip(x, skip, lanes, index)
+        return self.skip_linear(joined)
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         if self.skip_linear is not None:
@@ -228,6 +229,7 @@ class UViT(nn.Module):
 
     def begin(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> tuple[Tensor, UViTConditioning]:
         self._check(x, t, context)
+        context = None if context is None else upload(context, x.device)
         dtype = self.pos_embed.dtype
         time = self.time_embed(timestep_embedding(t, self.config.dim).to(dtype))  # [B, D]
         parts = [time[:, None]]
@@ -281,7 +283,7 @@ class UViT(nn.Module):
         if c.num_classes:
             if context is None or context.shape != (len(x),) or context.dtype != torch.int64:
                 raise ValueError(f"this network needs labels, int64 [{len(x)}]")
-            if len(context) and not 0 <= int(context.min()) <= int(context.max()) < c.num_classes:
+            if len(context) and context.is_cpu and not 0 <= int(context.min()) <= int(context.max()) < c.num_classes:
                 raise ValueError(f"labels must be in 0..{c.num_classes - 1}, got {context.tolist()[:8]}")
         elif c.context_tokens:
             shape = (len(x), c.context_tokens, c.context_dim)

@@ -1,0 +1,296 @@
+"""Compaction without the host: who leaves is decided, counted and kept on the device.
+
+The permutation, the pairing and the order of the tail are those of `ActiveSet` (compaction.py). But how many rows run
+stands in device memory, and the host knows a bound of it: a number that is never too small, such as the last count it
+has seen, since counts only fall. Nothing here waits for the device except `wait`, so a whole evaluation can be queued
+ahead, or captured in a CUDA graph. On a CUDA device one kernel of one thread block does each step
+(csrc/compact.cu); `leave_on_device_reference` is its contract, on any device.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adadiff_kernels.extension import core as _C
+from adadiff_kernels.launch import need
+
+TICKS = 1 << 16  # are told apart, and as many layers
+
+
+class Seen(NamedTuple):
+    """What the host knows: the rows that ran after `layer`; layer 0 means that it has seen no leave yet."""
+
+    layer: int
+    count: int
+
+
+class HostWord:
+    """One number in host memory that the device writes when it gets there, and the host reads without waiting."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._word = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+
+    def post(self, word: Tensor) -> None:
+        """Queues the write. word: int64 [1] on the device."""
+        self._word.copy_(word, non_blocking=True)
+
+    def read(self) -> int:
+        return int(self._word)
+
+
+class DeviceSet:
+    """The lanes that still run, and the row of every lane, on a device. Starts as the identity, everybody running.
+
+    lane: int32 [B], row -> lane.            row: int32 [B], lane -> row (its inverse).
+    exit_layer: int32 [B] by lane: 0 while the lane runs, -layer where it is parked after so many blocks.
+    count: int32 [1], n, rows running.       moved: int32 [1], rows moved by swaps so far, two a pair.
+    lanes: B.
+
+    The tensors belong to the set and keep their addresses, so captured graphs may hold them while the set lives.
+    A bound below the count is a fault of the caller that the host cannot see at once: nobody leaves then, nothing
+    moves, `count` stays at -1 until the next start, and `seen` and `wait` raise RuntimeError.
+    backend: "cuda", the kernel; "reference", PyTorch; None takes the kernel on a CUDA device where it was built.
+    word: stands in for the host's word of the reference, to emulate a host that sees counts late.
+    """
+
+    def __init__(
+        self,
+        B: int,
+        device: torch.device | str,
+        *,
+        backend: Literal["reference", "cuda"] | None = None,
+        word: HostWord | None = None,
+    ) -> None:
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        if backend not in ("reference", "cuda", None):
+            raise ValueError(f"backend must be 'reference', 'cuda' or None, got {backend!r}")
+        missing = kernel_missing(device)
+        if backend == "cuda" and missing is not None:
+            raise RuntimeError(f"backend='cuda': {missing}")
+        self._kernel = backend != "reference" and missing is None and word is None
+        if backend == "cuda" and word is not None:
+            raise ValueError("word is for the reference; the kernel has one of its own")
+        most = _C.max_lanes if self._kernel else torch.iinfo(torch.int32).max
+        if not isinstance(B, int) or not 0 <= B <= most:
+            raise ValueError(f"B must be an int from 0 to {most}, got {B!r}")
+        self.device, self.lanes = device, B
+        self.lane = torch.arange(B, dtype=torch.int32, device=device)
+        self.row = self.lane.clone()
+        self.exit_layer = torch.zeros_like(self.lane)
+        self._state = torch.tensor([B, 0, 0], dtype=torch.int32, device=device)  # count, moved, tick
+        self.count, self.moved = self._state[:1], self._state[1:2]
+        self._addresses = tuple(tensor.data_ptr() for tensor in (self.lane, self.row, self.exit_layer, self._state))
+        self._word = word or (_C.MappedWord(device.index) if self._kernel else HostWord(device))
+        self._tick, self._layer = 0, 0
+
+    def start(self) -> None:
+        """Everybody runs again, in the order of the lanes: the next tick."""
+        self._layer = 0
+        if self._kernel:
+            _C.start(*self._addresses, self.lanes, self._word.device_address, *self._place())
+        else:
+            torch.arange(self.lanes, dtype=torch.int32, out=self.lane)
+            self.row.copy_(self.lane)
+            self.exit_layer.zero_()
+            self._state[:2] = 0
+            self._state[0] += self.lanes
+            self._state[2] += 1
+            self._word.post(_packed(self._state, 0))
+        if not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            self.replayed()
+
+    def replayed(self) -> None:
+        """To be called when a CUDA graph that holds a `start` is replayed: the host cannot see that."""
+        self._tick = (self._tick + 1) % TICKS
+
+    def leave(
+        self,
+        u: Tensor,
+        threshold: Tensor,
+        layer: int,
+        *,
+        bound: int,
+        asked: Tensor | None = None,
+        partner: Tensor | None = None,
+    ) -> Tensor:
+        """Lets the running rows with u < threshold leave at `layer`; NaN never leaves. Posts the new count.
+
+        u: float32 [bound] by row, of which those from the count on are not read. threshold: float32 [B] by lane.
+        asked: bool [B] by lane, who may leave now (None: everybody). partner: int32 [B], the lane that a lane is tied
+        to, itself if none: tied lanes leave together or not at all, so where both may.
+        layer: 1 or more, later than the last; bound: no fewer than the rows that run, no more than B.
+        Returns the rows to exchange, int32 [bound // 2, 2] as for `swap_rows`, (-1, -1) where there is no more.
+        Raises ValueError, with nothing queued, for arguments of other kinds.
+        """
+        need("u", u, (bound,), self.lane, (torch.float32,))
+        need("threshold", threshold, (self.lanes,), self.lane, (torch.float32,))
+        return self._leave(layer, bound, u=u, threshold=threshold, asked=asked, partner=partner)
+
+    def leave_where(
+        self, mask: Tensor, layer: int, *, bound: int, asked: Tensor | None = None, partner: Tensor | None = None
+    ) -> Tensor:
+        """`leave` of the running rows with a true mask, bool [bound] by row."""
+        need("mask", mask, (bound,), self.lane, (torch.bool,))
+        return self._leave(layer, bound, mask=mask, asked=asked, partner=partner)
+
+    def park(self, room: int, layer: int, *, bound: int, partner: Tensor | None = None) -> Tensor:
+        """Takes out what `room` rows cannot hold after `layer`, rows [room, n) and whoever is tied to one of them.
+
+        They are to run on from there in a later pass: exit_layer is -layer, and their rows lie first in the tail.
+        May follow a `leave` of the same layer. Arguments, result and errors otherwise as for `leave`.
+        """
+        if not isinstance(room, int) or room < 0:
+            raise ValueError(f"room must be an int of 0 or more, got {room!r}")
+        return self._leave(layer, bound, room=room, partner=partner)
+
+    def finish(self, layer: int) -> None:
+        """Everybody still running leaves at `layer`, the last; no row moves."""
+        self._leave(layer, self.lanes)
+
+    def seen(self) -> Seen:
+        """The last count of this tick that the host can see, without waiting: an upper bound of the rows that run."""
+        tick, layer, count = unpacked(self._word.read())
+        if tick != self._tick or layer == 0:
+            return Seen(0, self.lanes)
+        if count < 0:
+            raise RuntimeError(f"a leave at or before layer {layer} was given a bound below the rows that ran")
+        return Seen(layer, count)
+
+    def wait(self, layer: int) -> int:
+        """The rows that run after `layer`, at which a leave has been queued: waits for the device, by polling."""
+        if not self._kernel:
+            count = int(self.count)
+            if count < 0:
+                raise RuntimeError(f"a leave at or before layer {layer} was given a bound below the rows that ran")
+            return count
+        if not self._word.poll(self._tick, layer, 1.0):
+            torch.cuda.synchronize(self.device)  # raises what may have gone wrong there
+            if self.seen().layer < layer:
+                raise RuntimeError(f"no leave at layer {layer} has been queued")
+        return self.seen().count
+
+    def snapshot(self) -> Tensor:
+        """int32 [B]: the row of each lane now, to be kept beside a long skip that is written now."""
+        return self.row.clone()
+
+    def locate(self, snapshot: Tensor, bound: int) -> Tensor:
+        """int32 [bound]: the row in which each row lay at the time of `snapshot`.
+
+        Rows beyond the count have one too, and it is below the bound of that time: bounds of a tick never grow.
+        """
+        need("snapshot", snapshot, (self.lanes,), self.lane, (torch.int32,))
+        return snapshot.index_select(0, self.lane[: self._bound(bound)])
+
+    def _leave(
+        self,
+        layer: int,
+        bound: int,
+        u: Tensor | None = None,
+        threshold: Tensor | None = None,
+        mask: Tensor | None = None,
+        room: int | None = None,
+        asked: Tensor | None = None,
+        partner: Tensor | None = None,
+    ) -> Tensor:
+        need("asked", asked, (self.lanes,), self.lane, (torch.bool,))
+        need("partner", partner, (self.lanes,), self.lane, (torch.int32,))
+        bound = self._bound(bound)
+        if not isinstance(layer, int) or not max(1, self._layer + (room is None)) <= layer < TICKS:
+            raise ValueError(f"layer must be an int after {self._layer}, the last, and below {TICKS}, got {layer!r}")
+        self._layer = layer
+        given = (u, threshold, mask, asked, partner)
+        if self._kernel:
+            pairs = self.lane.new_empty(bound // 2, 2)
+            inputs = (0 if tensor is None else tensor.data_ptr() for tensor in (*given, pairs))
+            sizes = (bound, self.lanes, layer, -1 if room is None else room)
+            _C.compact(*self._addresses, *inputs, *sizes, self._word.device_address, *self._place())
+            return pairs
+        pairs = leave_on_device_reference(self.lane, self.row, self.exit_layer, self._state, *given, bound, layer, room)
+        self._word.post(_packed(self._state, layer))
+        return pairs
+
+    def _bound(self, bound: int) -> int:
+        if not isinstance(bound, int) or not 0 <= bound <= self.lanes:
+            raise ValueError(f"bound must be an int from 0 to {self.lanes}, the lanes, got {bound!r}")
+        return bound
+
+    def _place(self) -> tuple[int, int]:
+        return self.device.index, torch.cuda.current_stream(self.device).cuda_stream
+
+
+def leave_on_device_reference(
+    lane: Tensor,
+    row: Tensor,
+    exit_layer: Tensor,
+    state: Tensor,
+    u: Tensor | None,
+    threshold: Tensor | None,
+    mask: Tensor | None,
+    asked: Tensor | None,
+    partner: Tensor | None,
+    bound: int,
+    layer: int,
+    room: int | None,
+) -> Tensor:
+    """One step of a `DeviceSet` in PyTorch, on any device, without waiting for it.
+
+    Changes lane, row, exit_layer (int32 [B]) and state (int32 [3]: count, moved, tick) in place. Rows leave by
+    u < threshold, by mask, or all; with room, rows from there on are parked. Returns the pairs.
+    """
+    r = torch.arange(bound, dtype=torch.int32, device=lane.device)
+    n = state[:1]
+    fault = (n < 0) | (n > bound)
+    running = (r < n) & ~fault
+    lanes = lane[:bound].long()
+    goes = running if room is None else running & (r >= room)
+    if u is not None:
+        goes = goes & (u < threshold[lanes])
+    if mask is not None:
+        goes = goes & mask
+    if asked is not None:
+        goes = goes & asked[lanes]
+    if partner is not None and bound:
+        other = row[partner[lanes].long()].long()  # where the partner lies
+        partner_goes = goes[other.clamp(max=bound - 1)] & (other < bound)
+        goes = goes & partner_goes if room is None else (goes | partner_goes) & running
+    kept = running & ~goes
+    after = kept.sum(dtype=torch.int32)
+
+    # Pair k is the k-th row to go below `after` and the k-th kept one from there on; the others share a spare place.
+    pairs = torch.full((bound // 2 + 1, 2), -1, dtype=torch.int32, device=lane.device)
+    for side, rows in enumerate((goes & (r < after), kept & (r >= after))):
+        pairs[:, side].scatter_(0, torch.where(rows, rows.cumsum(0) - 1, bound // 2), r)
+    pairs = pairs[:-1]
+    exit_layer[lanes] = torch.where(goes, layer if room is None else -layer, exit_layer[lanes])
+    order = torch.arange(bound + 1, device=lane.device)
+    here, there = pairs.long().where(pairs >= 0, bound).unbind(1)
+    order[here], order[there] = there, here
+    lane[:bound] = lanes[order[:bound]].int()
+    row[lane[:bound].long()] = r
+    state[0] = after.where(~fault, -1)[0]
+    state[1] += 2 * (pairs[:, 0] >= 0).sum(dtype=torch.int32)
+    return pairs
+
+
+def kernel_missing(device: torch.device) -> str | None:
+    """Why the kernel cannot serve on `device`, or None."""
+    if device.type != "cuda":
+        return f"it needs a CUDA device, got {device}"
+    if _C is None or not _C.cuda_built:
+        return "the extension was built without CUDA; install nvcc and install again with ADADIFF_CUDA=1"
+    return None
+
+
+def unpacked(word: int) -> tuple[int, int, int]:
+    """(tick, layer, count) of the host's word: 16, 16 and 32 bits, from the highest."""
+    count = word & 0xFFFFFFFF
+    return word >> 48 & 0xFFFF, word >> 32 & 0xFFFF, count - (count >> 31 << 32)
+
+
+def _packed(state: Tensor, layer: int) -> Tensor:
+    """int64 [1]: the word of a state as of `layer`, made on the device."""
+    count, _, tick = state.long().split(1)
+    return (tick % TICKS << 48) | layer << 32 | count & 0xFFFFFFFF

@@ -1,0 +1,429 @@
+"""Decisions, pairs and maps made on the device, against plain Python lists: by PyTorch anywhere, by the kernel on a GPU."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from adadiff_kernels import ActiveSet, DeviceSet, Seen, swap_rows, take_rows
+from adadiff_kernels.device_set import TICKS, HostWord, _packed, kernel_missing, unpacked
+
+Make = Callable[..., DeviceSet]
+NAN = math.nan
+# 31, 32, 33: around one warp of the kernel and one row a thread; 1025: two rows a thread.
+BATCHES = [0, 1, 2, 3, 31, 32, 33, 65, 1025]
+PATTERNS = {
+    "none": lambda n: [False] * n,
+    "all": lambda n: [True] * n,
+    "first": lambda n: [r == 0 for r in range(n)],
+    "last": lambda n: [r == n - 1 for r in range(n)],
+    "all_but_first": lambda n: [r > 0 for r in range(n)],
+    "lower_half": lambda n: [r < n // 2 for r in range(n)],
+    "alternating": lambda n: [r % 2 == 0 for r in range(n)],
+}
+
+
+@pytest.fixture(params=["reference", pytest.param("cuda", marks=pytest.mark.gpu)])
+def made(request: pytest.FixtureRequest) -> Make:
+    """Makes sets on the CPU, then by the kernel."""
+    if request.param == "reference":
+        return lambda lanes: DeviceSet(lanes, "cpu")
+    if (missing := kernel_missing(torch.device("cuda"))) is not None:
+        pytest.skip(missing)
+    return lambda lanes: DeviceSet(lanes, "cuda", backend="cuda")
+
+
+def on(active: DeviceSet, values: list, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=active.device)
+
+
+class Lists:
+    """The same set by lists, one row at a time."""
+
+    def __init__(self, lanes: int) -> None:
+        self.lane = list(range(lanes))
+        self.exit_layer = [0] * lanes
+        self.n = lanes
+        self.moved = 0
+
+    def leave(self, goes: list[bool], value: int) -> list[tuple[int, int]]:
+        """goes: by row, of those that run."""
+        for lane, leaves in zip(self.lane, goes, strict=False):
+            if leaves:
+                self.exit_layer[lane] = value
+        self.n = goes.count(False)
+        down = [r for r, leaves in enumerate(goes) if leaves and r < self.n]
+        up = [r for r, leaves in enumerate(goes) if not leaves and r >= self.n]
+        pairs = list(zip(down, up, strict=True))
+        for a, b in pairs:
+            self.lane[a], self.lane[b] = self.lane[b], self.lane[a]
+        self.moved += 2 * len(pairs)
+        return pairs
+
+
+def assert_same(active: DeviceSet, lists: Lists, pairs: Tensor, expected: list[tuple[int, int]]) -> None:
+    assert pairs.dtype == torch.int32
+    assert pairs.tolist() == [*map(list, expected), *([[-1, -1]] * (len(pairs) - len(expected)))]
+    assert active.lane.tolist() == lists.lane
+    assert active.row.tolist() == [lists.lane.index(lane) for lane in range(len(lists.lane))]
+    assert active.exit_layer.tolist() == lists.exit_layer
+    assert active.count.tolist() == [lists.n]
+    assert active.moved.tolist() == [lists.moved]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("n", BATCHES)
+def test_chosen_patterns_as_on_the_host(made: Make, pattern: str, n: int) -> None:
+    mask = torch.tensor(PATTERNS[pattern](n), dtype=torch.bool)
+    host, active = ActiveSet(n), made(n)
+    swaps = host.leave(mask, 4)
+    pairs = active.leave_where(mask.to(active.device), 4, bound=n)
+    assert pairs.shape == (n // 2, 2)
+    assert torch.equal(pairs[: len(swaps.pairs)].cpu(), swaps.pairs)
+    assert bool((pairs[len(swaps.pairs) :] == -1).all())
+    for name in ("lane", "row", "exit_layer"):
+        assert torch.equal(getattr(active, name).cpu(), getattr(host, name)), name
+    assert active.count.tolist() == [swaps.after]
+    assert active.wait(4) == swaps.after
+    assert active.seen() == Seen(4, swaps.after)
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> tuple[int, list[dict]]:
+    """Lanes and layers: scores by lane, who is asked, who is tied, how far the bound lies above the count."""
+    lanes = draw(st.integers(0, 40))
+    bools = st.lists(st.booleans(), min_size=lanes, max_size=lanes)
+    scores = st.sampled_from([0.1, 0.5, 0.9, NAN, math.inf, -math.inf])
+    layer = st.fixed_dictionaries(
+        {
+            "u": st.lists(scores, min_size=lanes, max_size=lanes),
+            "asked": st.none() | bools,
+            "tied": st.booleans(),
+            "slack": st.integers(0, lanes),
+        }
+    )
+    return lanes, draw(st.lists(layer, max_size=5))
+
+
+@given(run=runs())
+def test_random_runs(made: Make, run: tuple[int, list[dict]]) -> None:
+    """u < threshold of the lane, or of both tied lanes; rows beyond the count hold what would leave at once."""
+    lanes, layers = run
+    active, lists = made(lanes), Lists(lanes)
+    threshold = [(0.5, 0.6)[lane % 3 == 0] for lane in range(lanes)]
+    partner = [lane ^ 1 if lane ^ 1 < lanes and lane % 8 < 4 else lane for lane in range(lanes)]
+    x = torch.arange(lanes, device=active.device)[:, None].repeat(1, 3)  # every lane's data is its number
+    skips: list[tuple[Tensor, Tensor]] = []
+    for layer, given_ in enumerate(layers, start=1):
+        bound = min(lists.n + given_["slack"], lanes)
+        u, asked = given_["u"], given_["asked"]
+        alone = [u[lane] < threshold[lane] and (asked is None or asked[lane]) for lane in range(lanes)]
+        running = lists.lane[: lists.n]
+        tied = partner if given_["tied"] else list(range(lanes))
+        goes = [alone[lane] and alone[tied[lane]] and tied[lane] in running for lane in running]
+        skips.append((x[:bound] + 100 * layer, active.snapshot()))
+
+        pairs = active.leave(
+            on(active, [u[lane] for lane in running] + [-1.0] * (bound - lists.n), torch.float32),
+            on(active, threshold, torch.float32),
+            layer,
+            bound=bound,
+            asked=None if asked is None else on(active, asked, torch.bool),
+            partner=on(active, partner, torch.int32) if given_["tied"] else None,
+        )
+        assert_same(active, lists, pairs, lists.leave(goes, layer))
+        swap_rows(pairs, x)
+        assert x[:, 1].tolist() == lists.lane
+        for written, (skip, snapshot) in enumerate(skips, start=1):
+            index = active.locate(snapshot, lists.n)
+            found = take_rows(skip, index.long(), lists.n)[:, 0].tolist()
+            assert found == [100 * written + lane for lane in lists.lane[: lists.n]]
+        assert active.wait(layer) == lists.n
+        assert active.seen() == Seen(layer, lists.n)
+    active.finish(9)
+    assert active.exit_layer.tolist() == [layer or 9 for layer in lists.exit_layer]
+    assert active.lane.tolist() == lists.lane
+    assert active.wait(9) == 0
+
+
+def test_rows_beyond_the_count_lie_in_old_skips(made: Make) -> None:
+    """A stale bound takes skips for rows that have left, too: from inside of what was written."""
+    active, bounds = made(12), [12, 12, 9, 9, 5]
+    snapshots: list[tuple[Tensor, int]] = []
+    for layer, bound in enumerate(bounds, start=1):
+        snapshots.append((active.snapshot(), bound))
+        active.leave_where(on(active, [r % 4 == layer % 4 for r in range(bound)], torch.bool), layer, bound=bound)
+        for snapshot, then in snapshots:
+            index = active.locate(snapshot, bound)
+            assert index.shape == (bound,)
+            assert bool((index < then).all())
+            assert len(index.unique()) == bound
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_without_room_are_parked(made: Make, tied: bool) -> None:
+    active, lists = made(9), Lists(9)
+    partner = [8, *range(1, 8), 0]
+    mask = [r == 2 for r in range(9)]
+    first = active.leave_where(on(active, mask, torch.bool), 3, bound=9)
+    assert_same(active, lists, first, lists.leave(mask, 3))
+    assert lists.lane == [0, 1, 8, 3, 4, 5, 6, 7, 2]
+    pairs = active.park(6, 3, bound=9, partner=on(active, partner, torch.int32) if tied else None)
+    assert_same(active, lists, pairs, lists.leave([r >= 6 for r in range(8)], -3))
+    assert active.seen() == Seen(3, 6)
+    pairs = active.park(2, 5, bound=6, partner=on(active, partner, torch.int32) if tied else None)
+    assert_same(active, lists, pairs, lists.leave([r >= 2 or (tied and r == 0) for r in range(6)], -5))
+    assert lists.n == (1 if tied else 2)
+    active.finish(7)
+    assert active.exit_layer.tolist() == [layer or 7 for layer in lists.exit_layer]
+
+
+def test_a_lane_does_not_leave_without_its_partner(made: Make) -> None:
+    active = made(4)
+    everybody = on(active, [True] * 4, torch.bool)
+    partner = on(active, [3, 1, 2, 0], torch.int32)
+    active.park(3, 1, bound=4)
+    pairs = active.leave_where(everybody, 2, bound=4, partner=partner)
+    assert pairs.tolist() == [[-1, -1], [-1, -1]]
+    assert active.exit_layer.tolist() == [0, 2, 2, -1]
+    assert active.wait(2) == 1
+
+
+def test_a_bound_below_the_count_is_seen(made: Make) -> None:
+    active = made(5)
+    for layer, bound in ((1, 4), (2, 5)):  # and it stays
+        pairs = active.leave_where(on(active, [True] * bound, torch.bool), layer, bound=bound)
+        assert bool((pairs == -1).all())
+        with pytest.raises(RuntimeError, match=f"before layer {layer} was given a bound below the rows that ran"):
+            active.wait(layer)
+        with pytest.raises(RuntimeError, match="bound below"):
+            active.seen()
+        assert active.count.tolist() == [-1]
+        assert active.lane.tolist() == list(range(5))
+        assert active.exit_layer.tolist() == [0] * 5
+    active.start()
+    assert active.seen() == Seen(0, 5)
+
+
+def test_ticks_start_afresh(made: Make) -> None:
+    active = made(6)
+    tensors = (active.lane, active.row, active.exit_layer, active.count)
+    for tick in range(3):
+        assert active.seen() == Seen(0, 6)
+        active.leave_where(on(active, [r == tick for r in range(6)], torch.bool), 1 + tick, bound=6)
+        assert active.wait(1 + tick) == 5
+        assert active.exit_layer.tolist() == [(1 + tick) * (r == tick) for r in range(6)]
+        active.start()
+        assert active.moved.tolist() == [0]
+        assert active.count.tolist() == [6]
+        assert active.lane.tolist() == active.row.tolist() == list(range(6))
+        assert active.exit_layer.tolist() == [0] * 6
+    assert all(old is new for old, new in zip(tensors, (active.lane, active.row, active.exit_layer, active.count)))
+
+
+class LateWord(HostWord):
+    """A host that sees what was posted `late` posts ago."""
+
+    def __init__(self, late: int) -> None:
+        super().__init__(torch.device("cpu"))
+        self.late, self.posted = late, []
+
+    def post(self, word: Tensor) -> None:
+        self.posted.append(word.clone())
+        if len(self.posted) > self.late:
+            super().post(self.posted.pop(0))
+
+
+def test_counts_seen_late_are_bounds_of_their_own_tick() -> None:
+    active = DeviceSet(6, "cpu", word=LateWord(2))
+    seen = []
+    for _ in range(2):
+        bound = 6
+        for layer in range(1, 5):
+            active.leave_where(torch.arange(bound) == 0, layer, bound=bound)
+            seen.append(active.seen())
+            bound = seen[-1].count
+            assert int(active.count) == 6 - layer <= bound
+        active.start()
+    none = Seen(0, 6)
+    assert seen == [none, none, Seen(1, 5), Seen(2, 4), none, none, Seen(1, 5), Seen(2, 4)]
+
+
+@pytest.mark.parametrize("count", [0, 1, 32768, -1])
+@pytest.mark.parametrize("layer", [0, 1, TICKS - 1])
+@pytest.mark.parametrize("tick", [0, 1, TICKS // 2, TICKS - 1])
+def test_words_hold_their_parts(tick: int, layer: int, count: int) -> None:
+    word = int(_packed(torch.tensor([count, 77, tick + TICKS], dtype=torch.int32), layer))
+    assert unpacked(word) == unpacked(word % 2**64) == (tick, layer, count)  # signed, and as the core reads it
+
+
+def test_ticks_come_round() -> None:
+    active = DeviceSet(2, "cpu")
+    active._state[2] = active._tick = TICKS - 1
+    active.start()
+    active.leave_where(torch.tensor([True, False]), 1, bound=2)
+    assert active.seen() == Seen(1, 1)
+
+
+U, THRESHOLD = torch.zeros(3), torch.ones(4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"u": U[:2]}, r"u must be \[3\], got \[2\]"),
+        ({"u": U.double()}, "u must be float32, got float64"),
+        ({"u": torch.zeros(6)[::2]}, r"u must be contiguous, got strides \(2,\)"),
+        ({"threshold": U}, r"threshold must be \[4\], got \[3\]"),
+        ({"threshold": THRESHOLD.to("meta")}, "threshold must be on cpu, got meta"),
+        ({"asked": torch.ones(4)}, "asked must be bool, got float32"),
+        ({"asked": torch.ones(3, dtype=torch.bool)}, r"asked must be \[4\], got \[3\]"),
+        ({"partner": torch.arange(4)}, "partner must be int32, got int64"),
+        ({"bound": 5, "u": torch.zeros(5)}, "bound must be an int from 0 to 4, the lanes, got 5"),
+        ({"bound": torch.tensor(3)}, "bound must be an int"),
+        ({"layer": 0}, "layer must be an int after 2"),
+        ({"layer": 2}, "layer must be an int after 2, the last, and below 65536, got 2"),
+        ({"layer": TICKS}, "below 65536, got 65536"),
+        ({"layer": 3.0}, "layer must be an int"),
+    ],
+)
+def test_bad_input_is_named_and_changes_nothing(change: dict, message: str) -> None:
+    active = DeviceSet(4, "cpu")
+    active.leave_where(torch.tensor([True, False, False, False]), 2, bound=4)
+    before = [tensor.clone() for tensor in (active.lane, active.row, active.exit_layer, active._state)]
+    given_ = {"u": U, "threshold": THRESHOLD, "layer": 3, "bound": 3} | change
+    with pytest.raises(ValueError, match=message):
+        active.leave(**given_)
+    for tensor, old in zip((active.lane, active.row, active.exit_layer, active._state), before, strict=True):
+        assert torch.equal(tensor, old)
+    active.leave(U, THRESHOLD, 3, bound=3)
+    assert active.exit_layer.tolist() == [2, 3, 3, 3]
+
+
+def test_bad_masks_rooms_and_snapshots_are_named() -> None:
+    active = DeviceSet(4, "cpu")
+    with pytest.raises(ValueError, match="mask must be bool, got uint8"):
+        active.leave_where(torch.zeros(4, dtype=torch.uint8), 1, bound=4)
+    with pytest.raises(ValueError, match="room must be an int of 0 or more, got -1"):
+        active.park(-1, 1, bound=4)
+    with pytest.raises(ValueError, match=r"snapshot must be \[4\], got \[3\]"):
+        active.locate(active.row[:3], 4)
+    with pytest.raises(ValueError, match="bound must be an int from 0 to 4"):
+        active.locate(active.row, 5)
+
+
+@pytest.mark.parametrize("lanes", [-1, 2.5, None])
+def test_lanes_are_a_number(lanes: object) -> None:
+    with pytest.raises(ValueError, match="B must be an int from 0"):
+        DeviceSet(lanes, "cpu")
+
+
+def test_backends_that_cannot_serve_say_why() -> None:
+    with pytest.raises(RuntimeError, match="backend='cuda': it needs a CUDA device, got cpu"):
+        DeviceSet(3, "cpu", backend="cuda")
+    with pytest.raises(ValueError, match="backend must be 'reference', 'cuda' or None, got 'triton'"):
+        DeviceSet(3, "cpu", backend="triton")
+
+
+def test_an_extension_without_cuda_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from adadiff_kernels import device_set
+
+    monkeypatch.setattr(device_set, "_C", None)
+    assert "built without CUDA; install nvcc" in device_set.kernel_missing(torch.device("cuda", 0))
+
+
+def scores(layers: int, lanes: int, seed: int) -> Tensor:
+    return torch.rand(layers, lanes, generator=torch.Generator().manual_seed(seed)).masked_fill(
+        torch.arange(lanes) % 11 == 5, NAN
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lanes", [64, 4096, 32768])
+def test_many_lanes_as_on_the_host(lanes: int) -> None:
+    host, active = ActiveSet(lanes), DeviceSet(lanes, "cuda", backend="cuda")
+    threshold = torch.full((lanes,), 0.3)
+    for layer, u in enumerate(scores(5, lanes, lanes), start=1):
+        bound = min(lanes, host.count + 7)
+        swaps = host.leave(u[: host.count] < threshold[: host.count], layer)
+        pairs = active.leave(u[:bound].cuda(), threshold.cuda(), layer, bound=bound).cpu()
+        assert torch.equal(pairs[: len(swaps.pairs)], swaps.pairs)
+        assert bool((pairs[len(swaps.pairs) :] == -1).all())
+        for name in ("lane", "row", "exit_layer"):
+            assert torch.equal(getattr(active, name).cpu(), getattr(host, name)), name
+        assert active.seen() == Seen(layer, swaps.after)
+
+
+@pytest.mark.gpu
+def test_more_lanes_than_a_block_handles_are_refused() -> None:
+    with pytest.raises(ValueError, match="B must be an int from 0 to 32768, got 32769"):
+        DeviceSet(32769, "cuda", backend="cuda")
+
+
+@pytest.mark.gpu
+def test_a_captured_tick_replays() -> None:
+    lanes, layers = 64, 4
+    active = DeviceSet(lanes, "cuda", backend="cuda")
+    u, threshold = torch.empty(layers, lanes, device="cuda"), torch.full((lanes,), 0.3, device="cuda")
+    x = torch.empty(lanes, 33, device="cuda")
+
+    def tick() -> None:
+        active.start()
+        x.copy_(torch.arange(lanes, device="cuda")[:, None].expand(lanes, 33))
+        for layer in range(1, layers + 1):
+            swap_rows(active.leave(u[layer - 1], threshold, layer, bound=lanes), x)
+
+    tick()  # what compiles on first use
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tick()
+    for seed in range(3):
+        u.copy_(scores(layers, lanes, seed))
+        host = ActiveSet(lanes)
+        for layer in range(1, layers + 1):
+            host.leave(u[layer - 1, : host.count].cpu() < 0.3, layer)
+        graph.replay()
+        active.replayed()
+        assert active.wait(layers) == host.count
+        torch.cuda.synchronize()
+        assert torch.equal(active.lane.cpu(), host.lane)
+        assert torch.equal(active.exit_layer.cpu(), host.exit_layer)
+        assert x[:, 7].tolist() == host.lane.tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["reference", "cuda"])
+def test_nothing_waits_for_the_device(backend: str) -> None:
+    active = DeviceSet(64, "cuda", backend=backend)
+    u, threshold = torch.zeros(64, device="cuda"), torch.full((64,), 0.5, device="cuda")
+    asked, partner = torch.ones(64, dtype=torch.bool, device="cuda"), active.lane.clone()
+    x = torch.zeros(64, 8, device="cuda")
+    active.leave(u, threshold, 1, bound=64)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.cuda._sleep(200_000_000)  # cycles
+        active.start()
+        pairs = active.leave(u, threshold, 1, bound=64, asked=asked, partner=partner)
+        swap_rows(pairs, x, backend="triton")
+        active.park(5, 1, bound=64)
+        active.locate(active.snapshot(), 64)
+        active.finish(2)
+        assert active.seen() == Seen(0, 64)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert active.wait(2) == 0
+    torch.cuda.synchronize()
+    assert active.seen() == Seen(2, 0)
+    assert active.exit_layer.tolist() == [1] * 64
+
+
+@pytest.mark.gpu
+def test_waiting_for_nothing_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="no leave at layer 3 has been queued"):
+        DeviceSet(4, "cuda", backend="cuda").wait(3)
