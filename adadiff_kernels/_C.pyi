@@ -1,5 +1,11 @@
 """The compiled core (csrc/). Pointers are integers from Tensor.data_ptr(); bad input raises ValueError."""
 
+cuda_built: bool
+"""Whether compact.cu is in it. If not, max_lanes, compact, start and MappedWord are missing."""
+
+max_lanes: int
+"""How many lanes one thread block handles."""
+
 def leave(
     mask: int, lane: int, row: int, exit_layer: int, swaps: int, n: int, lanes: int, layer: int
 ) -> tuple[int, int]:
@@ -40,3 +46,36 @@ def uem_score_bfloat16(
 
 def swap_rows(data: int, row_bytes: int, stride_bytes: int, rows: int, pairs: int, k: int) -> None:
     """Exchanges the rows of k int32 pairs in place."""
+
+def compact(
+    lane: int,
+    row: int,
+    exit_layer: int,
+    state: int,
+    u: int,
+    threshold: int,
+    mask: int,
+    asked: int,
+    partner: int,
+    pairs: int,
+    bound: int,
+    lanes: int,
+    layer: int,
+    room: int,
+    word: int,
+    device: int,
+    stream: int,
+) -> None:
+    """Queues one step of a DeviceSet on a CUDA stream; 0 for a pointer that is not given. RuntimeError from CUDA."""
+
+def start(lane: int, row: int, exit_layer: int, state: int, lanes: int, word: int, device: int, stream: int) -> None:
+    """Queues the identity, everybody running, and the next tick."""
+
+class MappedWord:
+    """A word of pinned host memory that a CUDA device writes to: tick, layer, count; see DeviceSet."""
+
+    device_address: int
+    def __init__(self, device: int) -> None: ...
+    def read(self) -> int: ...
+    def poll(self, tick: int, layer: int, seconds: float) -> bool:
+        """Reads until the word is of this tick and of `layer` or later; False when that took too long."""

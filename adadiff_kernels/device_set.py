@@ -118,7 +118,7 @@ class DeviceSet:
     ) -> Tensor:
         """Lets the running rows with u < threshold leave at `layer`; NaN never leaves. Posts the new count.
 
-        u: float32 [bound] by row, of which those from the count on are not read. threshold: float32 [B] by lane.
+        u: float32 [bound] by row; rows from the count on do not matter. threshold: float32 [B] by lane.
         asked: bool [B] by lane, who may leave now (None: everybody). partner: int32 [B], the lane that a lane is tied
         to, itself if none: tied lanes leave together or not at all, so where both may.
         layer: 1 or more, later than the last; bound: no fewer than the rows that run, no more than B.

@@ -8,6 +8,9 @@
 #include "active_set.h"
 #include "philox.h"
 #include "uem_score.h"
+#ifdef ADADIFF_CUDA
+#include "compact_cuda.h"
+#endif
 
 namespace py = pybind11;
 
@@ -60,6 +63,48 @@ void def_uem_score(py::module_& m, const char* name) {
         py::arg("lanes"), py::arg("u"));
 }
 
+#ifdef ADADIFF_CUDA
+void compact(std::uintptr_t lane, std::uintptr_t row, std::uintptr_t exit_layer, std::uintptr_t state,
+             std::uintptr_t u, std::uintptr_t threshold, std::uintptr_t mask, std::uintptr_t asked,
+             std::uintptr_t partner, std::uintptr_t pairs, std::int32_t bound, std::int32_t lanes, std::int32_t layer,
+             std::int32_t room, std::uintptr_t word, int device, std::uintptr_t stream) {
+  using std::int32_t;
+  const adadiff::compact::Arguments arguments{
+      pointer<int32_t>(lane),           pointer<int32_t>(row),
+      pointer<int32_t>(exit_layer),     pointer<adadiff::compact::State>(state),
+      pointer<const float>(u),          pointer<const float>(threshold),
+      pointer<const std::uint8_t>(mask), pointer<const std::uint8_t>(asked),
+      pointer<const int32_t>(partner),  pointer<int32_t>(pairs),
+      pointer<volatile std::uint64_t>(word), bound, lanes, layer, room};
+  adadiff::cuda::compact(arguments, device, stream);
+}
+
+void start(std::uintptr_t lane, std::uintptr_t row, std::uintptr_t exit_layer, std::uintptr_t state,
+           std::int32_t lanes, std::uintptr_t word, int device, std::uintptr_t stream) {
+  using std::int32_t;
+  adadiff::cuda::start(pointer<int32_t>(lane), pointer<int32_t>(row), pointer<int32_t>(exit_layer),
+                       pointer<adadiff::compact::State>(state), lanes, pointer<volatile std::uint64_t>(word), device,
+                       stream);
+}
+
+void def_cuda(py::module_& m) {
+  using adadiff::cuda::MappedWord;
+  m.attr("max_lanes") = adadiff::compact::kMaxLanes;
+  m.def("compact", &compact, py::arg("lane"), py::arg("row"), py::arg("exit_layer"), py::arg("state"), py::arg("u"),
+        py::arg("threshold"), py::arg("mask"), py::arg("asked"), py::arg("partner"), py::arg("pairs"),
+        py::arg("bound"), py::arg("lanes"), py::arg("layer"), py::arg("room"), py::arg("word"), py::arg("device"),
+        py::arg("stream"));
+  m.def("start", &start, py::arg("lane"), py::arg("row"), py::arg("exit_layer"), py::arg("state"), py::arg("lanes"),
+        py::arg("word"), py::arg("device"), py::arg("stream"));
+  py::class_<MappedWord>(m, "MappedWord")
+      .def(py::init<int>(), py::arg("device"))
+      .def("read", &MappedWord::read)
+      .def("poll", &MappedWord::poll, py::arg("tick"), py::arg("layer"), py::arg("seconds"),
+           py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("device_address", &MappedWord::device_address);
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -72,4 +117,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("words"));
   def_uem_score<float>(m, "uem_score_float32");
   def_uem_score<adadiff::bfloat16>(m, "uem_score_bfloat16");
+#ifdef ADADIFF_CUDA
+  m.attr("cuda_built") = true;
+  def_cuda(m);
+#else
+  m.attr("cuda_built") = false;
+#endif
 }

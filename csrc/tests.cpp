@@ -1,10 +1,8 @@
-// Tests of the core against loops that are too simple to be wrong. No framework: the first failure
-// prints its line and ends the program. Run under the sanitizers by `make sanitize`.
+// Tests of the core against loops that are too simple to be wrong. Run under the sanitizers by `make sanitize`.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <limits>
@@ -16,20 +14,10 @@
 
 #include "active_set.h"
 #include "philox.h"
+#include "tests.h"
 #include "uem_score.h"
 
-#define CHECK(condition)                                              \
-  do {                                                                \
-    if (!(condition)) {                                               \
-      std::printf("%s:%d: %s\n", __FILE__, __LINE__, #condition);     \
-      std::exit(1);                                                   \
-    }                                                                 \
-  } while (false)
-
 namespace {
-
-using Ints = std::vector<std::int32_t>;
-using Mask = std::vector<std::uint8_t>;
 
 bool raises(const std::function<void()>& call, const std::string& part) {
   try {
@@ -321,5 +309,6 @@ int main() {
   test_scores<adadiff::bfloat16>();
   test_score_errors();
   test_philox();
+  test_compact();
   std::puts("core: all tests passed");
 }

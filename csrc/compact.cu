@@ -1,0 +1,134 @@
+#include "compact_cuda.h"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <chrono>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+namespace adadiff::cuda {
+namespace {
+
+using compact::Arguments;
+using compact::kThreads;
+using compact::Shared;
+using compact::State;
+using std::int32_t;
+
+__global__ void __launch_bounds__(kThreads) compact_kernel(const Arguments a) {
+  __shared__ Shared shared;
+  const auto threads = static_cast<int32_t>(blockDim.x);
+  compact::Thread t = compact::decide(a, shared, static_cast<int32_t>(threadIdx.x), threads);
+  __syncthreads();
+  compact::add_up(shared, t, threads);
+  __syncthreads();
+  compact::count(a, shared, t, threads);
+  __syncthreads();
+  compact::list(a, shared, t);
+  __syncthreads();
+  compact::exchange(a, shared, t, threads);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    start_kernel(int32_t* lane, int32_t* row, int32_t* exit_layer, State* state, int32_t lanes,
+                 volatile std::uint64_t* word) {
+  compact::start(lane, row, exit_layer, state, lanes, word, static_cast<int32_t>(threadIdx.x),
+                 static_cast<int32_t>(blockDim.x));
+}
+
+void require(bool holds, const char* message) {
+  if (!holds) throw std::invalid_argument(message);
+}
+
+void check(cudaError_t error, const char* call) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(error));
+}
+
+// Makes a device current, and the former one again.
+class Current {
+ public:
+  explicit Current(int device) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    if (device != before_) check(cudaSetDevice(device), "cudaSetDevice");
+    changed_ = device != before_;
+  }
+  ~Current() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  Current(const Current&) = delete;
+  Current& operator=(const Current&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+template <typename... Parameters, typename... Values>
+void launch(void (*kernel)(Parameters...), int32_t rows, int device, std::uintptr_t stream, Values... values) {
+  static_assert((std::is_same_v<Parameters, Values> && ...), "the kernel's own types, since it is told addresses");
+  const Current current(device);
+  const int32_t threads = std::clamp((rows + 31) / 32 * 32, 32, kThreads);
+  void* arguments[] = {&values...};
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(1), dim3(static_cast<unsigned>(threads)),
+                         arguments, 0, reinterpret_cast<cudaStream_t>(stream)),
+        "cudaLaunchKernel");
+}
+
+}  // namespace
+
+void compact(const Arguments& a, int device, std::uintptr_t stream) {
+  require(a.lanes >= 0 && a.lanes <= compact::kMaxLanes, "compact: lanes must lie in [0, 32768]");
+  require(a.bound >= 0 && a.bound <= a.lanes, "compact: bound must lie in [0, lanes]");
+  require(a.layer >= 1 && a.layer <= 0xFFFF, "compact: layer must lie in [1, 65535]");
+  require(a.room >= -1, "compact: room must be -1 or more");
+  require((a.lane && a.row && a.exit_layer) || a.lanes == 0, "compact: lane, row or exit_layer is null");
+  require(a.state && a.word, "compact: state or word is null");
+  require(a.pairs || a.bound < 2, "compact: pairs is null");
+  require(!a.u || a.threshold, "compact: u needs threshold");
+  launch(compact_kernel, a.bound, device, stream, a);
+}
+
+void start(int32_t* lane, int32_t* row, int32_t* exit_layer, State* state, int32_t lanes,
+           volatile std::uint64_t* word, int device, std::uintptr_t stream) {
+  require(lanes >= 0 && lanes <= compact::kMaxLanes, "start: lanes must lie in [0, 32768]");
+  require((lane && row && exit_layer) || lanes == 0, "start: lane, row or exit_layer is null");
+  require(state && word, "start: state or word is null");
+  launch(start_kernel, lanes, device, stream, lane, row, exit_layer, state, lanes, word);
+}
+
+MappedWord::MappedWord(int device) {
+  const Current current(device);
+  // Kernels are loaded when first asked for, which a stream that is being captured would not allow.
+  cudaFuncAttributes loaded;
+  check(cudaFuncGetAttributes(&loaded, compact_kernel), "cudaFuncGetAttributes");
+  check(cudaFuncGetAttributes(&loaded, start_kernel), "cudaFuncGetAttributes");
+  void* host = nullptr;
+  void* mapped = nullptr;
+  check(cudaHostAlloc(&host, sizeof(std::uint64_t), cudaHostAllocMapped | cudaHostAllocPortable), "cudaHostAlloc");
+  if (const cudaError_t error = cudaHostGetDevicePointer(&mapped, host, 0); error != cudaSuccess) {
+    cudaFreeHost(host);
+    check(error, "cudaHostGetDevicePointer");
+  }
+  host_ = static_cast<volatile std::uint64_t*>(host);
+  *host_ = 0;
+  device_ = reinterpret_cast<std::uintptr_t>(mapped);
+}
+
+MappedWord::~MappedWord() { cudaFreeHost(const_cast<std::uint64_t*>(host_)); }
+
+bool MappedWord::poll(int32_t tick, int32_t layer, double seconds) const {
+  using Clock = std::chrono::steady_clock;
+  const auto end = Clock::now() + std::chrono::duration<double>(seconds);
+  do {
+    for (int reads = 0; reads < 256; ++reads) {
+      const std::uint64_t word = read();
+      if (static_cast<int32_t>(word >> 48) == tick && static_cast<int32_t>(word >> 32 & 0xFFFF) >= layer) return true;
+    }
+  } while (Clock::now() < end);
+  return false;
+}
+
+}  // namespace adadiff::cuda

@@ -1,0 +1,105 @@
+"""csrc/compact.cu on a machine without a GPU: it compiles without spills, imports, checks, and says what CUDA lacks.
+
+What it computes is tested in csrc/compact_tests.cpp, thread by thread, and on a GPU in test_device_set.py.
+"""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+SOURCE = Path(__file__).parents[2] / "csrc" / "compact.cu"
+NVCC = shutil.which("nvcc")
+
+
+@pytest.fixture
+def cuda_core() -> ModuleType:
+    core = pytest.importorskip("adadiff_kernels._C", reason="the extension is not built")
+    if not core.cuda_built:
+        pytest.skip("the extension was built without CUDA")
+    return core
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not on the PATH")
+def test_nothing_spills_and_a_whole_block_fits(tmp_path: Path) -> None:
+    """Blocks have up to 1024 threads, and a multiprocessor 65,536 registers."""
+    known = subprocess.run([NVCC, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    chips = [chip for chip in ("sm_80", "sm_90", "sm_100") if chip in known]
+    assert {"sm_80", "sm_90"} <= set(chips)
+    targets = [f"--generate-code=arch={chip.replace('sm', 'compute')},code={chip}" for chip in chips]
+    command = [NVCC, "-std=c++17", "-O3", "-Xptxas=-v", "--threads=0", *targets, "-c", SOURCE, "-o", tmp_path / "out.o"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    for chip in chips:
+        parts = re.findall(rf"Compiling entry function '(\w+)' for '{chip}'(.*?)registers", told, flags=re.DOTALL)
+        assert sorted(re.search(r"compact_kernel|start_kernel", name)[0] for name, _ in parts) == [
+            "compact_kernel",
+            "start_kernel",
+        ]
+        for name, found in parts:
+            assert re.search(r"\b0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", found), name
+            assert int(re.search(r"Used (\d+) $", found)[1]) <= 64, name
+
+
+def test_the_runtime_is_linked_in(cuda_core: ModuleType) -> None:
+    """So the module imports where there is no CUDA, and beside whatever runtime PyTorch brings."""
+    assert b"libcudart.so" not in Path(cuda_core.__file__).read_bytes()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_says_itself_what_is_missing(cuda_core: ModuleType) -> None:
+    with pytest.raises(RuntimeError, match=r"^cudaGetDevice: (?!no error).+"):
+        cuda_core.MappedWord(0)
+    with pytest.raises(RuntimeError, match=r"^cudaGetDevice: (?!no error).+"):
+        cuda_core.start(8, 8, 8, 8, 4, 8, 0, 0)
+
+
+GOOD = dict.fromkeys(("lane", "row", "exit_layer", "state", "u", "threshold", "pairs", "word"), 8) | {
+    **dict.fromkeys(("mask", "asked", "partner", "device", "stream"), 0),
+    "bound": 3,
+    "lanes": 4,
+    "layer": 1,
+    "room": -1,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lanes": 32769}, r"lanes must lie in \[0, 32768\]"),
+        ({"lanes": -1}, "lanes must lie"),
+        ({"bound": 5}, r"bound must lie in \[0, lanes\]"),
+        ({"bound": -1}, "bound must lie"),
+        ({"layer": 0}, r"layer must lie in \[1, 65535\]"),
+        ({"layer": 65536}, "layer must lie"),
+        ({"room": -2}, "room must be -1 or more"),
+        ({"row": 0}, "lane, row or exit_layer is null"),
+        ({"state": 0}, "state or word is null"),
+        ({"word": 0}, "state or word is null"),
+        ({"pairs": 0}, "pairs is null"),
+        ({"threshold": 0}, "u needs threshold"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_launched(
+    cuda_core: ModuleType, change: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^compact: {message}"):
+        cuda_core.compact(**GOOD | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lanes": 32769}, r"lanes must lie in \[0, 32768\]"),
+        ({"exit_layer": 0}, "lane, row or exit_layer is null"),
+        ({"word": 0}, "state or word is null"),
+    ],
+)
+def test_bad_starts_are_refused(cuda_core: ModuleType, change: dict[str, int], message: str) -> None:
+    names = ("lane", "row", "exit_layer", "state", "lanes", "word", "device", "stream")
+    with pytest.raises(ValueError, match=f"^start: {message}"):
+        cuda_core.start(**{name: GOOD[name] for name in names} | change)
