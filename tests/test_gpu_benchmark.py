@@ -126,6 +126,18 @@ def test_gemm(kept: Kept) -> None:
     assert [line[0] for line in table.body] == ["tiny, cuBLAS", "tiny, grouped_mm", "tiny, persistent, 32 x 16"]
 
 
+@pytest.mark.parametrize("M", [0, 1, 33, 64])
+def test_a_product_of_as_many_rows_as_the_device_says(M: int) -> None:
+    if pytest.importorskip("triton").__version__.startswith("3.6."):
+        pytest.skip("see test_gemm")
+    from gpu.kernels import Product
+
+    a, w = torch.randn(64, 48).bfloat16(), torch.randn(40, 48).bfloat16()
+    out = Product(a, w, torch.tensor([M], dtype=torch.int32), (32, 16, 16), programs=3)()
+    torch.testing.assert_close(out[:M], (a[:M].float() @ w.float().T).bfloat16(), rtol=2**-7, atol=1e-5)
+    assert out[M:].isnan().all()  # as they were allocated
+
+
 def test_network(kept: Kept) -> None:
     written = run_suite(kept, "network")
     by_name = {row["variant"]: row for row in written}
@@ -230,6 +242,12 @@ def test_what_the_build_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not check.failed
 
 
+def test_files_with_gpu_tests_are_found() -> None:
+    found = gpu.check.marked()
+    assert {"tests/gpu/test_engine.py", "tests/gpu/test_kernels.py"} <= set(found)
+    assert "tests/sampler/test_cli.py" not in found
+
+
 @pytest.mark.parametrize(
     ("code", "seconds", "outcome", "failed"),
     [
@@ -283,5 +301,5 @@ def test_graphs_with_if_nodes_compile(tmp_path: Path) -> None:
 
 def test_why_there_are_no_if_nodes_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu.conditional.shutil, "which", lambda name: None)
-    with pytest.raises(RuntimeError, match="nvcc is not on the PATH"):
+    with pytest.raises(RuntimeError, match="there is no nvcc"):
         gpu.conditional.compile_library(tmp_path)
