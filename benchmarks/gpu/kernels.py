@@ -47,7 +47,10 @@ class PostedCount:
     def post(self) -> None:
         n = len(self.u)
         _post_count_kernel[(1,)](
-            *(self.u, self.threshold, self.ticket, self.word, n), BLOCK=triton.next_power_of_2(n), num_warps=1
+            *(self.u, self.threshold, self.ticket, self.word, n),
+            BLOCK=triton.next_power_of_2(n),
+            num_warps=1,
+            enable_fp_fusion=True,
         )
 
     def after(self, post: Callable[[], object]) -> int:
@@ -109,6 +112,7 @@ class Product:
             *(BLOCK_M, BLOCK_N, BLOCK_K, programs),
             num_warps=8,
             num_stages=3,
+            enable_fp_fusion=True,
         )
 
     def __call__(self) -> Tensor:

@@ -8,6 +8,7 @@ With PYTHONPATH=.:python:benchmarks, which make sets.
 """
 
 import argparse
+import os
 import sys
 import time
 import traceback
@@ -58,8 +59,10 @@ def main(argv: list[str] | None = None) -> None:
     chosen = arguments(argv)
     suites = list(SUITES) if chosen.suite == "all" else [chosen.suite]
     if chosen.dry:
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated, which is later
         for name in suites:
             run_suite(Session(torch.device("cpu")), SUITES[name])
+        print(f"dry run of {', '.join(suites)}: nothing was measured")
         return
     if not torch.cuda.is_available():
         sys.exit("gpu-bench: PyTorch finds no CUDA device here; --dry runs without one, and measures nothing")

@@ -19,8 +19,10 @@ from resources import CASES, FUSED, PINNED, SHARED, TABLE, Resources, Variant
 MIXED = {case for case in CASES if "mixed" in case or case.startswith("step")}
 
 
-# no spill: the array in which float64's sine would reduce an angle of 100,000 and more
-LOCAL = {"step, 32x32 latents, everything": 40}
+MAPS = {case for case in CASES if "map" in case}
+
+# no spill: the array in which float64's sine would reduce an angle of 100,000 and more, 40 or 48 bytes by version
+LOCAL = {"step, 32x32 latents, everything": 48}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def test_the_table_is_no_longer_than_it_may_be() -> None:
 def test_nothing_spills_and_everything_fits(found: dict[Variant, Resources], chip: int) -> None:
     for case in CASES:
         got = found[Variant(case, chip)]
-        assert got.local == LOCAL.get(case, 0), case
+        assert got.local <= LOCAL.get(case, 0), case
         assert got.shared <= SHARED[chip], case
         assert 0 < got.registers <= 255, case
 
@@ -54,8 +56,9 @@ def test_rows_move_in_16_bytes(found: dict[Variant, Resources], case: str) -> No
         assert got.wide_loads > 0, case
         assert got.wide_stores > 0, case
         if case not in MIXED:
-            # what is narrow is one number: the lane, the offset, pairs and indices; the partial score
-            assert got.narrow_loads <= 3, case
+            # what is narrow is one number: the lane, the offset, pairs and indices; the partial score. A map has more
+            # offsets: two loads under Triton 3.9, four under 3.6
+            assert got.narrow_loads <= (5 if case in MAPS else 3), case
             assert got.narrow_stores <= (1 if kernel == FUSED else 0), case
 
 
