@@ -164,7 +164,7 @@ class Batch:
 
     def peek(self, places: Tensor) -> Tensor:
         """What the samples at places are now, float32 [k, C, H, W], a copy."""
-        return self._state.x[places]
+        return self._state.x[self._there(places)]
 
     def replace(self, places: Tensor, x: Tensor) -> None:
         """They go on from x: [k, C, H, W] instead. Only between whole steps of their solvers."""

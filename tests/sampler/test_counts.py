@@ -90,7 +90,7 @@ def strategies(layers: int) -> st.SearchStrategy[Counts]:
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize(("kind", "config"), NETWORKS)
-@settings(max_examples=6)
+@settings(max_examples=3)
 @given(data=st.data())
 def test_every_strategy_gives_the_same(kind, config, rules, data) -> None:
     wanted = run(kind, config, rules, None)

@@ -29,7 +29,7 @@ LANES = torch.arange(BATCH)
 NETWORKS = [
     pytest.param("uvit", PAPER, id="uvit-paper"),
     pytest.param("uvit", OFFICIAL, id="uvit-official"),
-    pytest.param("adaln", PAPER, id="adaln-paper"),
+    pytest.param("dit", PAPER, id="dit-paper"),
 ]
 OPTIONS = [{}, {"counts": "lagged"}, {"counts": "planned"}, {"batch_invariant": True}]
 FREE = [Lagged(), Planned((3.0,) * 6 + (1.0,) * 7)]  # of waiting for the device, but for the number of those parked
@@ -105,7 +105,8 @@ def run(
     with PretendDevice():
         macs, swapped = result.macs, result.moved
     values = (result.eps.held, result.exit_layer.held, macs, result.macs_full, swapped, result.scores.held)
-    return Evaluation(*values), on_cpu
+    variance = None if result.variance is None else result.variance.held
+    return Evaluation(*values, variance=variance), on_cpu
 
 
 def assert_close(found: Evaluation, wanted: Evaluation) -> None:
@@ -114,6 +115,7 @@ def assert_close(found: Evaluation, wanted: Evaluation) -> None:
     tolerance = {"rtol": 1e-5, "atol": 2e-5}
     torch.testing.assert_close(found.eps, wanted.eps, **tolerance)
     torch.testing.assert_close(found.scores, wanted.scores, **tolerance, equal_nan=True)
+    torch.testing.assert_close(found.variance, wanted.variance, **tolerance)
 
 
 @pytest.mark.usefixtures("pretended")
@@ -252,8 +254,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[UViT, Exits, Tensor,
         yield given
 
 
-@pytest.mark.parametrize("counts", FREE, ids=["lagged", "planned"])
-@pytest.mark.parametrize("rule", [Threshold(0.5), Patience(0.5)], ids=str)
+@pytest.mark.parametrize(("rule", "counts"), [*zip((Threshold(0.5), Patience(0.5)), FREE, strict=True)], ids=str)
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # and no kernel is given it
 def test_no_value_is_read(fake, rule, counts: Counts, monkeypatch) -> None:
     use_sets(monkeypatch, lambda B, device: Blind(B, device, backend="reference", word=NoWord()))

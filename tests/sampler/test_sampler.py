@@ -171,8 +171,8 @@ def test_an_image_is_the_same_bits_in_any_batch(solver: str) -> None:
 
 @pytest.mark.usefixtures("alone")
 def test_nan_in_a_sample_reaches_neither_its_mates_nor_who_takes_its_place(monkeypatch) -> None:
-    def hurt(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return initial_noise(seeds, shape).masked_fill((seeds == 5)[:, None, None, None], math.nan)
+    def hurt(seeds: Tensor, *rest: object) -> Tensor:
+        return initial_noise(seeds, *rest).masked_fill((seeds == 5)[:, None, None, None], math.nan)
 
     settings = {"steps": [4, 5, 5, 4, 3], "solver": "dpm++2m", "rule": "threshold:0.45", "labels": [0] * 5, "batch": 2}
     clean, before = sample(model(), 5, seeds=[5, 6, 7, 8, 9], **settings)
