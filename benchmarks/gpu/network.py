@@ -10,7 +10,6 @@ from functools import partial
 from unittest import mock
 
 import torch
-from adadiff.counts import Counts, Planned, counts_from
 from attainable import PlainPieces, rows_per_layer, share_of_flop_ideal
 from harness import Comparison
 from network import attainable, counts_by_kind, run_block
@@ -18,6 +17,7 @@ from torch import Tensor
 
 import adadiff
 from adadiff import Evaluation, Model, device_engine
+from adadiff.counts import Counts, Planned, counts_from
 from adadiff.exits import PAPER
 from adadiff.models.interface import Backbone
 from adadiff.rules import Replay
