@@ -41,7 +41,7 @@ class Conversion:
 def convert(
     source: str | Path, dest: str | Path, preset: str | None = None, served_by: str | None = None
 ) -> Conversion:
-    """Reads `source` (see above) and writes `dest`, which `adadiff.load` opens.
+    """Reads `source` (foreign.py says what may be one) and writes `dest`, which `adadiff.load` opens.
 
     preset: the name of one, or a JSON file with a configuration as in our own files' headers. It says what cannot be
     seen from shapes (heads, schedule, time) and must agree with all that can. It may be left out where the source says
@@ -67,7 +67,7 @@ def convert(
     with found.file.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     notes = {"converted_from": found.file.name, "part": found.part, "sha256": digest, "layout": layout}
-    notes |= {"preset": preset, "served_by": served_by}
+    notes |= {"preset": preset and Path(preset).name, "served_by": served_by}
     write_tensors(dest, tensors, {"config": config.to_dict(), "notes": notes})
     parameters = sum(value.numel() for value in tensors.values())
     return Conversion(found.file, found.part, layout, preset, served_by, config, parameters)
