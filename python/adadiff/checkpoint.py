@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -52,20 +52,41 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
     return tensors, metadata
 
 
+class Keys:
+    """A state dict whose tensors are taken one by one. What is wrong is collected, and told at once by `finish`."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self._tensors = dict(tensors)
+        self.problems: list[str] = []
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._tensors
+
+    def take(self, key: str, shape: Sequence[int]) -> Tensor:
+        """The tensor, or, where there is no such one, zeros of that shape."""
+        value = self._tensors.pop(key, None)
+        if value is None:
+            self.problems.append(f"missing {key}")
+        elif value.shape != torch.Size(shape):
+            self.problems.append(f"{key} is {tuple(value.shape)}, expected {tuple(shape)}")
+        else:
+            return value
+        return torch.zeros(()).expand(*shape)
+
+    def finish(self, source: str) -> None:
+        """Raises ValueError that names every missing, mis-shaped and, of what was not taken, unexpected key."""
+        problems = self.problems + [f"unexpected {key}" for key in self._tensors]
+        if problems:
+            more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+            raise ValueError(f"{source} does not fit this model: {'; '.join(problems[:8])}{more}")
+
+
 def load_strictly(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """load_state_dict that names every missing, unexpected or mis-shaped key, and changes nothing where it raises."""
-    own = module.state_dict()
-    problems = [f"missing {key}" for key in own if key not in tensors]
-    problems += [f"unexpected {key}" for key in tensors if key not in own]
-    problems += [
-        f"{key} is {tuple(tensors[key].shape)}, expected {tuple(own[key].shape)}"
-        for key in own
-        if key in tensors and tensors[key].shape != own[key].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"{source} does not fit this model: {'; '.join(problems[:8])}{more}")
-    module.load_state_dict(tensors)
+    keys = Keys(tensors)
+    taken = {key: keys.take(key, value.shape) for key, value in module.state_dict().items()}
+    keys.finish(source)
+    module.load_state_dict(taken)
 
 
 def save(model: Model, path: str | Path, notes: Mapping[str, object] | None = None) -> None:

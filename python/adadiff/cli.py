@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__, commands
+from . import __version__, commands, conversion
 from .training import TrainConfig
 
 EXAMPLES = {
@@ -28,6 +28,12 @@ after Ctrl-C the same command goes on where it stopped""",
     "evaluate": """examples:
   adadiff evaluate digits
   adadiff evaluate runs/digits/model.safetensors --n 5000 --steps 20 --rule depth:8 --json quality.json""",
+    "convert": """examples:
+  adadiff convert imagenet256_uvit_huge.pth uvit_huge.safetensors --preset imagenet256_uvit_huge
+  adadiff convert 75000.ckpt adadiff_cifar10.safetensors --preset cifar10_uvit_small
+  adadiff convert DiT-XL-2-256x256.pt dit_xl.safetensors
+  adadiff convert DiT-XL-2-256 dit_xl.safetensors --served-by dit
+no weights are run and nothing but tensors is read from a pickle""",
     "inspect": """examples:
   adadiff inspect digits
   adadiff inspect runs/digits/model.safetensors --json""",
@@ -115,6 +121,22 @@ def parser() -> argparse.ArgumentParser:
     _add_model(one)
     _add_sampling(one, n=1000)
     one.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+
+    one = _command(known, "convert", commands.convert, "read a checkpoint of U-ViT, DiT, AdaDiff, DuoDiff or diffusers")
+    one.add_argument(
+        "source", type=Path, metavar="SOURCE", help="a released file, or a folder of training or diffusers"
+    )
+    one.add_argument("dest", type=Path, metavar="DEST", help="the safetensors file to write")
+    one.add_argument(
+        "--preset",
+        help="tells what shapes do not, and is checked: a name, or a JSON file with the configuration (default: the "
+        "only preset of these shapes)",
+    )
+    one.add_argument(
+        "--served-by",
+        choices=conversion.SERVERS,
+        help="for diffusers, whose sinusoid and epsilon are not those that DiT was trained with: which to run with",
+    )
 
     one = _command(known, "inspect", commands.inspect, "what a model is, what it costs, how it was trained")
     _add_model(one)

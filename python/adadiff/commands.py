@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpoint, latents, sampler
+from . import checkpoint, conversion, latents, sampler
 from .config import from_dict
 from .evaluation import Quality, evaluate_samples
 from .filling import Process, ShardFolder
@@ -256,6 +256,22 @@ def _print_table(results: dict[str, dict[str, Any]]) -> None:
     print()
 
 
+def convert(options: argparse.Namespace) -> None:
+    done = conversion.convert(options.source, options.dest, options.preset, options.served_by)
+    _show(
+        {
+            "read": done.source,
+            "part": done.part or "all",
+            "layout": done.layout,
+            "preset": done.preset,
+            "served_by": done.served_by,
+            **done.config.to_dict(),
+            "parameters": f"{done.parameters:,}",
+        }
+    )
+    print(f"wrote {options.dest}")
+
+
 def inspect(options: argparse.Namespace) -> None:
     model, path = checkpoint.load(options.model), checkpoint.find(options.model)
     network, exits = model.backbone, model.exits
@@ -268,7 +284,7 @@ def inspect(options: argparse.Namespace) -> None:
         "head": head,
     }
     if exits is not None:
-        macs["score after a block"] = exits.macs(network.tokens - network.extras)
+        macs["score after a block"] = exits.macs(network.tokens - exits.extras)
     content = {
         "file": str(path),
         "file_bytes": path.stat().st_size,

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from .exits import ExitConfig
+from .models import FAMILIES
+from .models.interface import NetworkConfig
 from .models.uvit import UViTConfig
 from .schedules import NoiseSchedule
 
@@ -19,7 +21,7 @@ class ModelConfig:
     touches the first `guided_channels` only (None: all); `latent_scale`: latents are the autoencoder's times this
     (None: samples are images)."""
 
-    network: UViTConfig
+    network: NetworkConfig
     schedule: str
     null_label: int | None = None
     exits: ExitConfig | None = None
@@ -38,20 +40,24 @@ class ModelConfig:
             raise ValueError(f"latent_scale must be a positive number, got {self.latent_scale}")
 
     @property
+    def family(self) -> str:
+        return next(name for name, family in FAMILIES.items() if isinstance(self.network, family.config))
+
+    @property
     def classes(self) -> int:
         """Classes that can be asked for; the null class, always the last, is not one of them."""
         return self.network.num_classes - (self.null_label is not None)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"family": "uvit", **dataclasses.asdict(self)}
+        return {"family": self.family, **dataclasses.asdict(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
         values = dict(values)
         family = values.pop("family", None)
-        if family != "uvit":
-            raise ValueError(f"unknown network family {family!r}, known: 'uvit'")
-        for key, kind in (("network", UViTConfig), ("exits", ExitConfig)):
+        if family not in FAMILIES:
+            raise ValueError(f"unknown network family {family!r}, known: {', '.join(map(repr, FAMILIES))}")
+        for key, kind in (("network", FAMILIES[family].config), ("exits", ExitConfig)):
             if values.get(key) is not None:
                 values[key] = from_dict(kind, values[key], key)
         return from_dict(cls, values, "model")
@@ -71,33 +77,9 @@ def from_dict(kind: type[T], values: Any, what: str) -> T:
     return kind(**values)
 
 
-def _pixels(size: int, patch: int, dim: int, depth: int, heads: int, classes: int = 0) -> ModelConfig:
-    return ModelConfig(UViTConfig(size, 3, patch, dim, depth, heads, num_classes=classes), "vp")
-
-
-def _latents(size: int, patch: int, dim: int, depth: int, heads: int, schedule: str, conv: bool) -> ModelConfig:
-    network = UViTConfig(size, 4, patch, dim, depth, heads, num_classes=1001, conv=conv)
-    return ModelConfig(network, schedule, null_label=1000, latent_scale=0.18215)
-
-
-def _text(depth: int) -> ModelConfig:
-    network = UViTConfig(32, 4, 2, 512, depth, 8, context_tokens=77)
-    return ModelConfig(network, "stable_diffusion", latent_scale=0.23010)  # U-ViT, issue 17
-
-
-# baofff/U-ViT configs/*.py; sizes of the latents, not of the images, for the latent models
 PRESETS: dict[str, ModelConfig] = {
-    "cifar10_uvit_small":      _pixels(32, 2, 512, 12, 8),
-    "celeba64_uvit_small":     _pixels(64, 4, 512, 12, 8),
-    "imagenet64_uvit_mid":     _pixels(64, 4, 768, 16, 12, classes=1000),
-    "imagenet64_uvit_large":   _pixels(64, 4, 1024, 20, 16, classes=1000),
-    "imagenet256_uvit_large":  _latents(32, 2, 1024, 20, 16, "vp", conv=True),
-    "imagenet256_uvit_huge":   _latents(32, 2, 1152, 28, 16, "stable_diffusion", conv=False),
-    "imagenet512_uvit_large":  _latents(64, 4, 1024, 20, 16, "vp", conv=True),
-    "imagenet512_uvit_huge":   _latents(64, 4, 1152, 28, 16, "stable_diffusion", conv=False),
-    "mscoco_uvit_small":       _text(12),
-    "mscoco_uvit_small_deep":  _text(16),
-    "digits":                  ModelConfig(
-        UViTConfig(8, 1, 2, 64, 12, 4, num_classes=11), "stable_diffusion", null_label=10, exits=ExitConfig()
-    ),
-}  # fmt: skip
+    name: ModelConfig(**vars(preset)) for family in FAMILIES.values() for name, preset in family.presets.items()
+}
+PRESETS["digits"] = ModelConfig(
+    UViTConfig(8, 1, 2, 64, 12, 4, num_classes=11), "stable_diffusion", null_label=10, exits=ExitConfig()
+)

@@ -104,7 +104,7 @@ def evaluate(
             rows, u = _run_block(block, rows, skip, index, cohorts[0], lanes, layer_exits, layer, group)
         macs += n * costs[layer - 1]
         if scored:
-            macs += n * exits.macs(backbone.tokens - backbone.extras)
+            macs += n * exits.macs(backbone.tokens - exits.extras)
             if scores is not None:
                 scores[layer - 1, lanes] = u
             if pairs is not None:
@@ -129,12 +129,13 @@ def evaluate(
     ends = B * (stem + head)
     full = B * sum(costs) + ends
     if not left:
-        eps = rows.new_empty(x.shape)
+        prediction = rows.new_empty(0, x.shape[1] * (2 if backbone.learned_variance else 1), *x.shape[2:])
     elif batch_invariant:
-        eps = _heads_each(backbone, exits, left, cohorts, active.lane)
+        prediction = _heads_each(backbone, exits, left, cohorts, active.lane)
     else:
-        eps = _heads(backbone, exits, left, cohorts[0].cond, active.lane)
-    return Evaluation(eps, active.exit_layer, macs + ends, full, active.moved, scores)
+        prediction = _heads(backbone, exits, left, cohorts[0].cond, active.lane)
+    eps, variance = prediction.chunk(2, dim=1) if backbone.learned_variance else (prediction, None)
+    return Evaluation(eps, active.exit_layer, macs + ends, full, active.moved, scores, variance)
 
 
 def _begin(

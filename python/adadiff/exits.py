@@ -4,10 +4,11 @@ Two published readings of AdaDiff (Tang et al., ECCV 2024):
 - paper, Eq. 8: u = sigmoid(w . [L, tau(t)] + b) per patch token, tau being the network's own time embedding. The time
   part is one number per lane, layer and output; `Exits.offsets` computes it for all layers at once.
 - official code (libs/uvit.py, class LTE): a linear map to p*p*C *certainties*, blind to time, with one shared head.
-  sigma(-s) = 1 - sigma(s), so negated weights give exactly the uncertainties (`Exits.load_official`).
+  sigma(-s) = 1 - sigma(s), so negated weights give exactly the uncertainties (layouts.py reads them so).
+And a third, DuoDiff's (razvanmatisan/duodiff models/early_exit.py, MLPProbe): as the paper's, blind to time, and the
+mean runs over the extra tokens, too.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,15 +25,17 @@ class ExitConfig:
     map: bool = False  # one uncertainty per patch (P = 1), or one per pixel and channel (P = p * p * C)
     time: bool = True  # the UEM also reads tau(t)
     shared_head: bool = False  # every layer uses the network's own head, or layers 1..L-1 have one each
+    every_token: bool = False  # u is the mean over all tokens, or over patches only
 
     def __post_init__(self) -> None:
-        for name in ("map", "time", "shared_head"):
+        for name in ("map", "time", "shared_head", "every_token"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"exits.{name} must be true or false, got {getattr(self, name)!r}")
 
 
 PAPER = ExitConfig()
 OFFICIAL = ExitConfig(map=True, time=False, shared_head=True)
+DUODIFF = ExitConfig(time=False, every_token=True)
 
 
 class Exits(nn.Module):
@@ -42,7 +45,7 @@ class Exits(nn.Module):
         super().__init__()
         L, P = len(backbone.blocks), backbone.patch_outputs if config.map else 1
         self.config = config
-        self.extras = backbone.extras
+        self.extras = 0 if config.every_token else backbone.extras  # leading tokens that have no say
         self.weight = nn.Parameter(torch.zeros(L, P, backbone.dim))
         self.bias = nn.Parameter(torch.zeros(L, P))
         self.time_weight = nn.Parameter(torch.zeros(L, P, backbone.time_dim)) if config.time else None
@@ -65,39 +68,21 @@ class Exits(nn.Module):
             return backbone.head
         return self.heads[layer - 1]
 
-    def macs(self, patches: int) -> int:
-        """Multiply-adds of one layer's score for one lane."""
-        return self.weight.shape[1] * self.weight.shape[2] * patches
-
-    @torch.no_grad()
-    def load_official(self, state: Mapping[str, Tensor]) -> None:
-        """Takes the UEMs of an official checkpoint, keys `lte_classifer.{i}.lte.{weight,bias}` (their spelling).
-
-        Raises ValueError where a key is missing or has another shape, with nothing changed.
-        """
-        if self.time_weight is not None or self.heads is not None or not self.config.map:
-            raise ValueError("official UEMs need exits built with adadiff.exits.OFFICIAL")
-        own = {
-            f"lte_classifer.{i}.lte.{name}": value[i]
-            for i in range(len(self.weight))
-            for name, value in (("weight", self.weight), ("bias", self.bias))
-        }
-        for key, value in own.items():
-            if key not in state:
-                raise ValueError(f"official UEM {key} is missing")
-            if state[key].shape != value.shape:
-                raise ValueError(f"{key} is {tuple(state[key].shape)}, this network needs {tuple(value.shape)}")
-        for key, value in own.items():
-            value.copy_(-state[key])
+    def macs(self, tokens: int) -> int:
+        """Multiply-adds of one layer's score for one lane, of which so many tokens have a say."""
+        return self.weight.shape[1] * self.weight.shape[2] * tokens
 
 
 def all_layers(
     backbone: Backbone, exits: Exits, x: Tensor, t: Tensor, context: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Every layer's prediction [B, C, H, W] and uncertainties [B, T - extras, P]; differentiable, for training.
+    """Every layer's noise [B, C, H, W] and uncertainties [B, T - extras, P]; differentiable, for training.
 
-    The UEMs read detached rows, as in the official code, so that their loss cannot bend the network.
+    The UEMs read detached rows, as in the official code, so that their loss cannot bend the network. Raises ValueError
+    for exits that score every token: they come trained, and there is no target for a token that is not a patch.
     """
+    if exits.config.every_token:
+        raise ValueError("exits that score every token (DuoDiff's) are for inference; train others")
     rows, cond = backbone.begin(x, t, context)
     lanes = torch.arange(len(x), dtype=torch.int32, device=x.device)
     offsets = exits.offsets(cond.time.detach())
@@ -110,7 +95,7 @@ def all_layers(
             rows, _, _ = residual_uem(rows, branch(h), lanes=lanes, gate=branch.gate(cond))
         outputs.append(rows)
         patches = rows[:, backbone.extras :]
-        predictions.append(exits.head(backbone, layer)(patches, cond, lanes))
+        predictions.append(exits.head(backbone, layer)(patches, cond, lanes)[:, : x.shape[1]])
         s = F.linear(patches.detach().float(), exits.weight[layer - 1].float()) + offsets[layer - 1][:, None]
         scores.append(torch.sigmoid(s))
     return predictions, scores

@@ -6,7 +6,7 @@ from torch import nn
 
 from .config import PRESETS, ModelConfig
 from .exits import ExitConfig, Exits
-from .models.uvit import UViT
+from .models import FAMILIES
 from .schedules import NoiseSchedule
 
 
@@ -16,7 +16,7 @@ class Model(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.backbone = UViT(config.network)
+        self.backbone = FAMILIES[config.family].network(config.network)
         self.exits = Exits(self.backbone, config.exits) if config.exits is not None else None
 
     @property

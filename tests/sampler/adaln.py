@@ -89,7 +89,7 @@ class Head(nn.Module):
 class AdaLN(nn.Module):
     """D is no multiple of a vector, Dt is not D, and T is odd, so that no two sizes can be confused."""
 
-    extras = 0
+    extras, learned_variance = 0, False
     dim, time_dim, depth, classes = 20, 12, 5, 4
     patch, side, channels = 2, 3, 3
     tokens = side**2

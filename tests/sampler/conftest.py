@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adadiff.exits import Exits
-from adadiff.models import uvit
+from adadiff.models import dit, layers, uvit
 from sampler import adaln
 
 fused = import_module("adadiff_kernels.ops")  # the package has a function of this name
@@ -40,9 +40,11 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
         method = getattr(kind, name)
         monkeypatch.setattr(kind, name, lambda self, *by_lane: lane_by_lane(partial(method, self))(*by_lane))
 
-    for kind in (uvit.Head, uvit.Attention, uvit.Mlp, adaln.Head, adaln.Mix, adaln.Mlp):
+    for kind in (layers.Attention, layers.Mlp, uvit.Head, dit.Head, adaln.Head, adaln.Mix, adaln.Mlp):
         patch(kind, "forward")
-    for kind, name in ((uvit.UViT, "begin"), (uvit.UViT, "head"), (uvit.Block, "join"), (adaln.AdaLN, "begin")):
+    for kind in (uvit.UViT, dit.DiT, adaln.AdaLN):
+        patch(kind, "begin")
+    for kind, name in ((uvit.UViT, "head"), (uvit.Block, "join")):
         patch(kind, name)
     offsets, score = Exits.offsets, fused.score_rows
     monkeypatch.setattr(

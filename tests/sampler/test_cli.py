@@ -260,7 +260,7 @@ def test_readme_commands_exist():
     assert {"bench", "test"} <= set(named) <= set(targets)
     lines = re.findall(r"^adadiff (.*)$", README, re.MULTILINE)
     runs = {cli.parser().parse_args(shlex.split(line)).run for line in lines}
-    assert runs == {commands.sample, commands.train, commands.evaluate, commands.inspect}
+    assert runs == {commands.sample, commands.train, commands.evaluate, commands.inspect, commands.convert}
 
 
 def test_readme_names_files_that_exist():

@@ -9,7 +9,7 @@ from adadiff.exits import PAPER
 from sampler.tiny import BATCH, case
 
 
-@pytest.mark.parametrize("kind", ["uvit", "adaln"])
+@pytest.mark.parametrize("kind", ["uvit", "dit", "adaln"])
 @torch.no_grad()
 def test_one_graph_for_any_number_of_rows(kind: str) -> None:
     c = case(kind, PAPER, torch.float32)

@@ -1,12 +1,16 @@
 """Exits in both published readings, against the modules they are described by."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from adadiff.config import PRESETS
+from adadiff.config import PRESETS, ModelConfig
+from adadiff.conversion import translate
 from adadiff.engine import evaluate
-from adadiff.exits import OFFICIAL, PAPER, ExitConfig, Exits, all_layers
+from adadiff.exits import DUODIFF, OFFICIAL, PAPER, ExitConfig, Exits, all_layers
+from adadiff.model import Model
 from adadiff.models.uvit import UViT
 from adadiff.rules import Full, Patience, Threshold
 from numerics import assert_as_accurate
@@ -45,12 +49,9 @@ class OfficialUViT(UViT):
 
 def official() -> tuple[OfficialUViT, UViT, Exits]:
     theirs = OfficialUViT().requires_grad_(False)
-    state = theirs.state_dict()
-    backbone = UViT(UVIT)
-    backbone.load_state_dict({k: v for k, v in state.items() if not k.startswith("lte_classifer.")})
-    exits = Exits(backbone, OFFICIAL)
-    exits.load_official(state)
-    return theirs, backbone.requires_grad_(False), exits
+    model = Model(ModelConfig(UVIT, "vp", exits=OFFICIAL)).requires_grad_(False)
+    model.load_state_dict(translate("official", theirs.state_dict(), model.config, "theirs"))
+    return theirs, model.backbone, model.exits
 
 
 def test_official_certainties_become_uncertainties() -> None:
@@ -87,35 +88,8 @@ def test_official_exits_are_those_of_their_loop(quantile: float) -> None:
     assert len(set(wanted)) > 1
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("lte_classifer.5.lte.weight", None, "lte_classifer.5.lte.weight is missing"),
-        ("lte_classifer.0.lte.bias", torch.zeros(3), r"lte_classifer.0.lte.bias is \(3,\), .* \(12,\)"),
-        ("lte_classifer.6.lte.weight", torch.zeros(12, 47), r"\(12, 47\)"),
-    ],
-)
-def test_official_keys_that_do_not_fit_change_nothing(key: str, value: Tensor | None, message: str) -> None:
-    theirs, _, exits = official()
-    before = {name: tensor.clone() for name, tensor in exits.state_dict().items()}
-    state = {name: tensor + 1 for name, tensor in theirs.state_dict().items()}
-    state.pop(key)
-    if value is not None:
-        state[key] = value
-    with pytest.raises(ValueError, match=message):
-        exits.load_official(state)
-    assert all(torch.equal(before[name], tensor) for name, tensor in exits.state_dict().items())
-
-
-@pytest.mark.parametrize("config", [config for config in CONFIGS if config != OFFICIAL], ids=str)
-def test_other_exits_take_no_official_keys(config: ExitConfig) -> None:
-    theirs = OfficialUViT()
-    with pytest.raises(ValueError, match="OFFICIAL"):
-        Exits(theirs, config).load_official(theirs.state_dict())
-
-
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize("kind", ["uvit", "adaln"])
+@pytest.mark.parametrize("kind", ["uvit", "dit", "adaln"])
 def test_training_sees_what_inference_decides_by(kind: str, config: ExitConfig) -> None:
     c, exact = case(kind, config, F32), case(kind, config, F32, exact=True)
     predictions, scores = all_layers(c.backbone, c.exits, *c.given.all)
@@ -177,7 +151,24 @@ def test_a_network_without_exits_is_evaluated_in_full() -> None:
     assert torch.equal(evaluate(c.backbone, None, Full(), *c.given.all).eps, c.backbone(*c.given.all))
 
 
-@pytest.mark.parametrize("name", ["map", "time", "shared_head"])
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16], ids=str)
+def test_every_token_has_a_say_where_the_exits_want_it(dtype: torch.dtype) -> None:
+    c, exact = case("uvit", DUODIFF, dtype), case("uvit", DUODIFF, dtype, exact=True)
+    u = evaluate(c.backbone, c.exits, Threshold(1e-6), *c.given.all, record=True).scores
+    assert_as_accurate(u[:-1], c.uncertainties[:-1], exact.uncertainties[:-1])
+    patches_only = case("uvit", dataclasses.replace(DUODIFF, every_token=False), dtype, exact=True).uncertainties
+    assert (patches_only - exact.uncertainties).abs().median() > 1e-2
+    macs = evaluate(c.backbone, c.exits, Threshold(1e-6), *c.given.all)
+    assert macs.macs - macs.macs_full == BATCH * 6 * 18 * 48
+
+
+def test_exits_that_score_every_token_are_not_trained() -> None:
+    c = case("uvit", DUODIFF, F32)
+    with pytest.raises(ValueError, match="for inference"):
+        all_layers(c.backbone, c.exits, *c.given.all)
+
+
+@pytest.mark.parametrize("name", ["map", "time", "shared_head", "every_token"])
 @pytest.mark.parametrize("value", [1, "yes", None])
 def test_settings_that_are_no_truth_values_are_refused(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"exits.{name}"):

@@ -21,6 +21,7 @@ from sampler.tiny import BATCH, case
 NETWORKS = [
     pytest.param("uvit", PAPER, id="uvit-paper"),
     pytest.param("uvit", OFFICIAL, id="uvit-official"),
+    pytest.param("dit", PAPER, id="dit-paper"),
     pytest.param("adaln", PAPER, id="adaln-paper"),
 ]
 

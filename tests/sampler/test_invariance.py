@@ -25,6 +25,7 @@ from sampler.tiny import BATCH, alone, case, requests, served
 NETWORKS = [
     pytest.param("uvit", PAPER, id="uvit-paper"),
     pytest.param("uvit", OFFICIAL, id="uvit-official"),
+    pytest.param("dit", PAPER, id="dit-paper"),
     pytest.param("adaln", PAPER, id="adaln-paper"),
 ]
 REQUESTS = requests(16, seed=21, most=4)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from adadiff.exits import ExitConfig, Exits, all_layers
 from adadiff.losses import adadiff_loss
-from adadiff.models.uvit import UViT, patchify
+from adadiff.models.layers import patchify
+from adadiff.models.uvit import UViT
 from sampler.tiny import UVIT, inputs, scramble
 
 L, B, C, SIDE, PATCH = 3, 5, 3, 8, 2
@@ -22,7 +23,7 @@ def problem(outputs: int, dtype: torch.dtype = torch.float64) -> tuple[list[Tens
 
 
 def to_patches(images: Tensor) -> Tensor:
-    return patchify(images, UVIT)
+    return patchify(images, UVIT.patch)
 
 
 def by_element(predictions, scores, noise) -> tuple[float, float, float]:

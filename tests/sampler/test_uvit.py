@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adadiff.config import PRESETS
-from adadiff.models.uvit import UViT, UViTConfig, patchify, timestep_embedding, unpatchify
+from adadiff.models.layers import patchify, timestep_embedding, unpatchify
+from adadiff.models.uvit import UViT, UViTConfig
 from sampler.tiny import scramble
 
 BASE = UViTConfig(image_size=8, channels=3, patch=2, dim=48, depth=6, heads=3)
@@ -24,6 +25,7 @@ VARIANTS = {
     "no-conv": dataclasses.replace(BASE, conv=False, num_classes=2),
     "time-mlp": dataclasses.replace(BASE, mlp_time_embed=True),
     "qkv-bias": dataclasses.replace(BASE, qkv_bias=True, mlp_ratio=3, heads=1),
+    "time-over-7": dataclasses.replace(BASE, time_divisor=7, depth=2),
     "two-blocks": dataclasses.replace(BASE, depth=2, dim=10, heads=5),
 }
 
@@ -103,7 +105,7 @@ def test_forward_is_the_published_one(name: str) -> None:
     for t, tolerance in (([0.3, 0.85, 1.0], 1e-6), ([999.0, 187.0, 20.98], 1e-3)):
         t = torch.tensor(t, dtype=torch.float64)
         context = context_for(config, 3)
-        want = published(network.state_dict(), config.heads, x, t, context)
+        want = published(network.state_dict(), config.heads, x, t / config.time_divisor, context)
         torch.testing.assert_close(network(x, t, context), want, rtol=tolerance, atol=tolerance)
         assert want.std() > 0.1  # so that the tolerance means something
 
@@ -115,10 +117,9 @@ def test_fractional_timesteps_are_not_rounded() -> None:
 
 
 def test_patchify_undoes_unpatchify_and_packs_channels_last() -> None:
-    config = VARIANTS["patch-3"]
     images = torch.randn(2, 3, 15, 15)
-    patches = patchify(images, config)
-    assert torch.equal(unpatchify(patches, config), images)
+    patches = patchify(images, 3)
+    assert torch.equal(unpatchify(patches, 3), images)
     # patch 7 lies in row 1, column 2; element (1, 2, channel 0) inside it
     assert torch.equal(patches[:, 7, (1 * 3 + 2) * 3 + 0], images[:, 0, 3 + 1, 6 + 2])
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from adadiff.config import ModelConfig
 from adadiff.exits import PAPER, ExitConfig, Exits
 from adadiff.model import Model
+from adadiff.models.dit import DiT, DiTConfig
 from adadiff.models.uvit import UViT, UViTConfig
 from adadiff.sampler import sample
 from adadiff.serving import Engine, Handle
@@ -17,6 +18,8 @@ from sampler.adaln import AdaLN
 
 # T = 2 + 16 tokens, 7 blocks, heads of 16 channels: few powers of two
 UVIT = UViTConfig(image_size=8, channels=3, patch=2, dim=48, depth=6, heads=3, num_classes=5)
+# T = 9 tokens, heads of 12 channels, and a variance beside the noise
+DIT = DiTConfig(image_size=6, channels=3, patch=2, dim=36, depth=5, heads=3, num_classes=5)
 BATCH = 13
 
 
@@ -41,7 +44,7 @@ class Case:
     backbone: nn.Module
     exits: Exits
     given: Inputs
-    predictions: Tensor  # [L, B, C, H, W]: every layer's head on every sample
+    predictions: Tensor  # [L, B, C, H, W]: the noise of every layer's head on every sample
     uncertainties: Tensor  # [L, B], float32 at least
 
     @property
@@ -55,7 +58,7 @@ class Case:
 
 @cache
 def case(kind: str, config: ExitConfig, dtype: torch.dtype, exact: bool = False) -> Case:
-    """kind: "uvit" or "adaln". exact: the weights of `dtype`, computed with in float64."""
+    """kind: "uvit", "dit" or "adaln". exact: the weights of `dtype`, computed with in float64."""
     backbone, exits = network(kind, config, dtype)
     if exact:
         backbone, exits = backbone.double(), exits.double()
@@ -71,7 +74,7 @@ def case(kind: str, config: ExitConfig, dtype: torch.dtype, exact: bool = False)
 
 
 def network(kind: str, config: ExitConfig, dtype: torch.dtype) -> tuple[nn.Module, Exits]:
-    backbone = UViT(UVIT) if kind == "uvit" else AdaLN()
+    backbone = {"uvit": lambda: UViT(UVIT), "dit": lambda: DiT(DIT), "adaln": AdaLN}[kind]()
     exits = Exits(backbone, config)
     scramble(backbone, 0.15, seed=1)
     scramble(exits, 0.15, seed=2)
@@ -103,8 +106,12 @@ def plain_layers(backbone: nn.Module, given: Inputs) -> Tensor:
 def _layers(backbone: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> list[Tensor]:
     if isinstance(backbone, AdaLN):
         return backbone.layers(x, t, context)
-    rows, _ = backbone.begin(x, t, context)
+    rows, cond = backbone.begin(x, t, context)
     outputs = []
+    if isinstance(backbone, DiT):
+        for block in backbone.blocks:
+            outputs.append(rows := block(rows, cond))
+        return outputs
     for block in backbone.in_blocks:
         outputs.append(rows := block(rows))
     skips = outputs.copy()
@@ -116,11 +123,11 @@ def _layers(backbone: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> list[
 
 def plain_predictions(backbone: nn.Module, exits: Exits, given: Inputs, rows: Tensor) -> Tensor:
     _, cond = backbone.begin(*given.all)
-    lanes = torch.arange(len(given.x))
+    lanes, C = torch.arange(len(given.x)), given.x.shape[1]
     heads = [backbone.head] * len(rows) if exits.heads is None else [*exits.heads, backbone.head]
     return torch.stack(
         [
-            torch.cat([head(layer[b : b + 1, backbone.extras :], cond, lanes[b : b + 1]) for b in lanes])
+            torch.cat([head(layer[b : b + 1, backbone.extras :], cond, lanes[b : b + 1])[:, :C] for b in lanes])
             for head, layer in zip(heads, rows, strict=True)
         ]
     )
@@ -136,7 +143,8 @@ def plain_uncertainties(backbone: nn.Module, exits: Exits, given: Inputs, rows: 
         weight = exits.weight[layer]
         if exits.time_weight is not None:
             weight, tokens = torch.cat([weight, exits.time_weight[layer]], 1), torch.cat([tokens, time], 2)
-        s = tokens[:, backbone.extras :] @ weight.to(rows.dtype).T + exits.bias[layer].to(rows.dtype)
+        silent = 0 if exits.config.every_token else backbone.extras
+        s = tokens[:, silent:] @ weight.to(rows.dtype).T + exits.bias[layer].to(rows.dtype)
         uncertainties.append((1 / (1 + torch.exp(-s))).flatten(1).mean(1))
     return torch.stack(uncertainties)
 

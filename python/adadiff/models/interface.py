@@ -6,7 +6,8 @@ Everything per sample (time, label, modulation) is computed once per evaluation 
 gathered through `lanes` (i32[n], row -> lane) when a row needs it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -61,14 +62,16 @@ class Backbone(Protocol):
     time_dim: int  # Dt, channels of Conditioning.time
     extras: int  # leading tokens that are not patches
     tokens: int  # T, patches and extras
-    patch_outputs: int  # p * p * C, numbers predicted per patch
+    patch_outputs: int  # p * p * C, numbers of the noise predicted per patch
     sample_shape: tuple[int, int, int]  # C, H, W
+    learned_variance: bool  # heads return 2 C channels: the noise, then v (see adadiff_kernels.solver_step)
 
     def begin(self, x: Tensor, t: Tensor, context: Tensor | None) -> tuple[Tensor, Conditioning]:
-        """x [B, C, H, W], t float [B], context (labels i64 [B], text [B, N, E] or None) -> rows [B, T, D], cond."""
+        """x [B, C, H, W], t float [B], context (labels i64 [B], text [B, N, E] or None) -> rows [B, T, D], which are
+        contiguous, and cond."""
 
     def head(self, patches: Tensor, cond: Any, lanes: Tensor) -> Tensor:
-        """patches [n, T - extras, D] of the lanes i32 [n] -> prediction [n, C, H, W]."""
+        """patches [n, T - extras, D] of the lanes i32 [n] -> prediction [n, C or 2 C, H, W]."""
 
     def new_head(self) -> nn.Module:
         """A fresh module, called like `head`, for exits with a head of their own."""
@@ -81,3 +84,31 @@ class Backbone(Protocol):
 
     def fixed_macs(self) -> tuple[int, int]:
         """Multiply-adds for one lane before the blocks and in the head."""
+
+
+class NetworkConfig(Protocol):
+    """A frozen dataclass that says all about a network but its weights."""
+
+    channels: int  # of what it denoises
+    num_classes: int  # labels it takes, the null class included; 0 = none
+    context_tokens: int  # of text; 0 = none
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published network and what else its `ModelConfig` says, where the fields are explained."""
+
+    network: NetworkConfig
+    schedule: str
+    null_label: int | None = None
+    guided_channels: int | None = None
+    latent_scale: float | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a file in this folder adds to the package: a configuration, the network it builds, and published ones."""
+
+    config: type
+    network: type
+    presets: Mapping[str, Preset]

@@ -3,14 +3,25 @@
 B lanes, T tokens (extras first: text is [time, context, patches], classes are [label, time, patches]), D channels.
 """
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from adadiff_kernels import Norm
+
+from .interface import Family, Preset
+from .layers import (
+    Attention,
+    Mlp,
+    PatchEmbed,
+    check_images,
+    check_integers,
+    check_labels,
+    patchify,
+    timestep_embedding,
+    unpatchify,
+)
 
 
 @dataclass(frozen=True)
@@ -30,16 +41,12 @@ class UViTConfig:
     mlp_ratio: int = 4
     qkv_bias: bool = False
     mlp_time_embed: bool = False
+    time_divisor: int = 1  # the sinusoid is of t / time_divisor; DuoDiff's pixel models read t / 1000
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "channels", "patch", "dim", "depth", "heads", "context_dim", "mlp_ratio"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        for name in ("num_classes", "context_tokens"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"{name} must be an integer >= 0, got {value!r}")
+        check_integers(self, 1, "image_size", "channels", "patch", "dim", "depth", "heads", "context_dim", "mlp_ratio")
+        check_integers(self, 1, "time_divisor")
+        check_integers(self, 0, "num_classes", "context_tokens")
         if self.image_size % self.patch:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch {self.patch}")
         if self.dim % self.heads or self.dim % 2:
@@ -61,46 +68,6 @@ class UViTConfig:
 @dataclass(frozen=True)
 class UViTConditioning:
     time: Tensor  # [B, D]
-
-
-def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """t: float [B], fractions allowed. Returns float32 [B, dim], cosines first (libs/uvit.py, timestep_embedding)."""
-    half = dim // 2
-    frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10000) / half))
-    angles = t.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-class PatchEmbed(nn.Module):
-    def __init__(self, config: UViTConfig):
-        super().__init__()
-        self.proj = nn.Conv2d(config.channels, config.dim, config.patch, config.patch)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)  # [B, T, D]
-
-
-class Attention(nn.Module):
-    def __init__(self, dim: int, heads: int, qkv_bias: bool):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, h: Tensor) -> Tensor:
-        n, T, D = h.shape
-        q, k, v = self.qkv(h).view(n, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # [n, H, T, D/H]
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, T, D))
-
-
-class Mlp(nn.Module):
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(h)))
 
 
 class AffineBranch:
@@ -158,31 +125,17 @@ class Head(nn.Module):
         self.final_layer = nn.Conv2d(config.channels, config.channels, 3, padding=1) if config.conv else nn.Identity()
 
     def forward(self, patches: Tensor, cond: object = None, lanes: Tensor | None = None) -> Tensor:
-        return self.final_layer(unpatchify(self.decoder_pred(self.norm(patches)), self._config))
-
-
-def unpatchify(values: Tensor, config: UViTConfig) -> Tensor:
-    """values: [n, N, p * p * C], channels last inside a patch (libs/uvit.py, unpatchify). Returns [n, C, H, W]."""
-    n, side, p = len(values), config.image_size // config.patch, config.patch
-    return values.view(n, side, side, p, p, config.channels).permute(0, 5, 1, 3, 2, 4).reshape(n, *_shape(config))
-
-
-def patchify(images: Tensor, config: UViTConfig) -> Tensor:
-    """images: [n, C, H, W]. Returns [n, N, p * p * C], the inverse of `unpatchify`."""
-    n, side, p = len(images), config.image_size // config.patch, config.patch
-    return images.view(n, config.channels, side, p, side, p).permute(0, 2, 4, 3, 5, 1).reshape(n, side * side, -1)
-
-
-def _shape(config: UViTConfig) -> tuple[int, int, int]:
-    return config.channels, config.image_size, config.image_size
+        return self.final_layer(unpatchify(self.decoder_pred(self.norm(patches)), self._config.patch))
 
 
 class UViT(nn.Module):
+    learned_variance = False
+
     def __init__(self, config: UViTConfig):
         super().__init__()
         D, half = config.dim, config.depth // 2
         self.config = config
-        self.patch_embed = PatchEmbed(config)
+        self.patch_embed = PatchEmbed(config.channels, D, config.patch)
         self.time_embed = (
             nn.Sequential(nn.Linear(D, 4 * D), nn.SiLU(), nn.Linear(4 * D, D))
             if config.mlp_time_embed
@@ -224,12 +177,14 @@ class UViT(nn.Module):
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
-        return _shape(self.config)
+        c = self.config
+        return c.channels, c.image_size, c.image_size
 
     def begin(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> tuple[Tensor, UViTConditioning]:
         self._check(x, t, context)
         dtype = self.pos_embed.dtype
-        time = self.time_embed(timestep_embedding(t, self.config.dim).to(dtype))  # [B, D]
+        time = timestep_embedding(t.float() / self.config.time_divisor, self.config.dim)
+        time = self.time_embed(time.to(dtype))  # [B, D]
         parts = [time[:, None]]
         if self.config.num_classes:
             parts.insert(0, self.label_emb(context)[:, None])
@@ -239,7 +194,7 @@ class UViT(nn.Module):
         return torch.cat(parts, dim=1) + self.pos_embed, UViTConditioning(time)
 
     def head(self, patches: Tensor, cond: object = None, lanes: Tensor | None = None) -> Tensor:
-        return self.final_layer(unpatchify(self.decoder_pred(self.norm(patches)), self.config))
+        return self.final_layer(self.unpatchify(self.decoder_pred(self.norm(patches))))
 
     def new_head(self) -> Head:
         head = Head(self.config)
@@ -247,10 +202,10 @@ class UViT(nn.Module):
         return head
 
     def unpatchify(self, values: Tensor) -> Tensor:
-        return unpatchify(values, self.config)
+        return unpatchify(values, self.config.patch)
 
     def patchify(self, images: Tensor) -> Tensor:
-        return patchify(images, self.config)
+        return patchify(images, self.config.patch)
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
         """The plain network at full depth: x [B, C, H, W], t float [B], context -> predicted noise [B, C, H, W]."""
@@ -274,15 +229,9 @@ class UViT(nn.Module):
 
     def _check(self, x: Tensor, t: Tensor, context: Tensor | None) -> None:
         c = self.config
-        if x.ndim != 4 or tuple(x.shape[1:]) != self.sample_shape:
-            raise ValueError(f"x must be [B, {', '.join(map(str, self.sample_shape))}], got {tuple(x.shape)}")
-        if t.shape != (len(x),):
-            raise ValueError(f"t must hold one timestep per lane, [{len(x)}], got {tuple(t.shape)}")
+        check_images(x, t, self.sample_shape)
         if c.num_classes:
-            if context is None or context.shape != (len(x),) or context.dtype != torch.int64:
-                raise ValueError(f"this network needs labels, int64 [{len(x)}]")
-            if len(context) and not 0 <= int(context.min()) <= int(context.max()) < c.num_classes:
-                raise ValueError(f"labels must be in 0..{c.num_classes - 1}, got {context.tolist()[:8]}")
+            check_labels(context, len(x), c.num_classes)
         elif c.context_tokens:
             shape = (len(x), c.context_tokens, c.context_dim)
             if context is None or tuple(context.shape) != shape:
@@ -297,3 +246,55 @@ def _initialise(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def _pixels(size: int, patch: int, dim: int, depth: int, heads: int, classes: int = 0) -> Preset:
+    return Preset(UViTConfig(size, 3, patch, dim, depth, heads, num_classes=classes), "vp")
+
+
+def _latents(size: int, patch: int, dim: int, depth: int, heads: int, schedule: str, conv: bool) -> Preset:
+    network = UViTConfig(size, 4, patch, dim, depth, heads, num_classes=1001, conv=conv)
+    return Preset(network, schedule, null_label=1000, latent_scale=0.18215)
+
+
+def _text(depth: int) -> Preset:
+    network = UViTConfig(32, 4, 2, 512, depth, 8, context_tokens=77)
+    return Preset(network, "stable_diffusion", latent_scale=0.23010)  # U-ViT, issue 17
+
+
+def _duodiff(like: Preset, depth: int | None = None, divisor: int = 1) -> Preset:
+    """Trained by DuoDiff: the same network, of another depth perhaps, told the index of 1000 linear betas, 0..999, or
+    that over 1000. None has seen a null class."""
+    depth = like.network.depth if depth is None else depth
+    return Preset(replace(like.network, depth=depth, time_divisor=divisor), "linear", latent_scale=like.latent_scale)
+
+
+# baofff/U-ViT configs/*.py; sizes of the latents, not of the images, for the latent models
+PRESETS: dict[str, Preset] = {
+    "cifar10_uvit_small":      _pixels(32, 2, 512, 12, 8),
+    "celeba64_uvit_small":     _pixels(64, 4, 512, 12, 8),
+    "imagenet64_uvit_mid":     _pixels(64, 4, 768, 16, 12, classes=1000),
+    "imagenet64_uvit_large":   _pixels(64, 4, 1024, 20, 16, classes=1000),
+    "imagenet256_uvit_large":  _latents(32, 2, 1024, 20, 16, "vp", conv=True),
+    "imagenet256_uvit_huge":   _latents(32, 2, 1152, 28, 16, "stable_diffusion", conv=False),
+    "imagenet512_uvit_large":  _latents(64, 4, 1024, 20, 16, "vp", conv=True),
+    "imagenet512_uvit_huge":   _latents(64, 4, 1152, 28, 16, "stable_diffusion", conv=False),
+    "mscoco_uvit_small":       _text(12),
+    "mscoco_uvit_small_deep":  _text(16),
+}  # fmt: skip
+
+# razvanmatisan/duodiff configs/*.yaml, whose depth counts the middle block; _N: its shallow networks of N blocks
+PRESETS |= {
+    "duodiff_cifar10":         _duodiff(PRESETS["cifar10_uvit_small"], divisor=1000),
+    "duodiff_cifar10_3":       _duodiff(PRESETS["cifar10_uvit_small"], 2, divisor=1000),
+    "duodiff_celeba64":        _duodiff(PRESETS["celeba64_uvit_small"], divisor=1000),
+    "duodiff_celeba64_3":      _duodiff(PRESETS["celeba64_uvit_small"], 2, divisor=1000),
+    "duodiff_celeba64_5":      _duodiff(PRESETS["celeba64_uvit_small"], 4, divisor=1000),
+    "duodiff_celeba64_7":      _duodiff(PRESETS["celeba64_uvit_small"], 6, divisor=1000),
+    "duodiff_imagenet64":      _duodiff(PRESETS["imagenet64_uvit_mid"]),
+    "duodiff_imagenet64_3":    _duodiff(PRESETS["imagenet64_uvit_mid"], 2),
+    "duodiff_imagenet256":     _duodiff(PRESETS["imagenet256_uvit_large"]),
+    "duodiff_imagenet256_3":   _duodiff(PRESETS["imagenet256_uvit_large"], 2),
+}  # fmt: skip
+
+FAMILY = Family(UViTConfig, UViT, PRESETS)

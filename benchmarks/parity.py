@@ -1,0 +1,284 @@
+"""Our networks beside the authors' own modules, at full size, with the same random weights.
+
+python benchmarks/parity.py --reference CLONE [--reference CLONE ...] [--only NAME,NAME] [--out FILE]
+
+CLONE is a folder with a checkout of baofff/U-ViT, facebookresearch/DiT (needs timm), Tangshengku/AdaDiff or
+razvanmatisan/duodiff (need einops); which, is seen from its files. Its module is imported from there, filled with
+random weights and saved as its authors save it; `adadiff.conversion` reads the file, and what comes out is compared on
+the same inputs: in float32 to 1e-5 of the largest value, in bfloat16 by the rule of tests/numerics.py (error at most
+twice theirs and four roundings). Writes a table, keeping the rows of models that were not run. Ends with 1 if any
+fails.
+"""
+
+import argparse
+import gc
+import importlib
+import importlib.util
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import adadiff
+from adadiff import evaluate
+from adadiff.conversion import convert
+from adadiff.rules import Full, Replay, Threshold
+
+TABLE = Path(__file__).parent / "results" / "parity.md"
+TIMES = torch.tensor([999.0, 20.5])  # one fraction, as U-ViT's solvers ask for
+TOLERANCE = 1e-5
+HEAD = """# The authors' modules and ours
+
+Random weights of full size, written by the authors' module, read by `adadiff convert`; two lanes. Written by
+`python benchmarks/parity.py --reference CLONE ...`. Errors are the largest, over the largest value of what is compared.
+
+forward: the plain network; engine: `adadiff.evaluate`, nobody leaving; layers: each layer's prediction, left there; u:
+each layer's uncertainty. All of these in float32, where 1e-5 is allowed. bfloat16: ours, and beside it theirs, both
+against their float32 from the same bfloat16 weights; allowed is twice theirs and four roundings.
+
+| model | read from | parameters | forward | engine | layers | u | bfloat16 | theirs | result |
+| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |
+"""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """noise: [B, C or 2 C, H, W]; layers: [L - 1, B, C, H, W]; u: [L - 1, B]; of layers 1..L-1, None without exits."""
+
+    noise: Tensor
+    layers: Tensor | None = None
+    u: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """file: what its authors' module is read from; make: builds it; run: what it predicts for x, t, context; wrap: what
+    its authors save."""
+
+    preset: str
+    file: Path
+    make: Callable[[], nn.Module]
+    run: Callable[[nn.Module, Tensor, Tensor, Tensor | None], Outputs]
+    wrap: Callable[[dict[str, Tensor]], Any] = dict
+
+
+class Settings(dict):
+    """Stands in for ml_collections.ConfigDict, with which U-ViT's configurations are written."""
+
+    def __init__(self, initial_dictionary: dict[str, Any] | None = None):
+        super().__init__(initial_dictionary or {})
+
+    __getattr__ = dict.__getitem__
+    __setattr__ = dict.__setitem__
+
+
+@contextmanager
+def importing(clone: Path) -> Iterator[Callable[[str], ModuleType]]:
+    """Modules of a clone; they are forgotten afterwards, since two clones have modules of one name."""
+    own = {path.stem for path in clone.iterdir()}
+    stubs = {"ml_collections": {"ConfigDict": Settings}, "torchvision.utils": {"save_image": None}}
+    for name, values in stubs.items():
+        if importlib.util.find_spec(name.split(".")[0]) is None:
+            sys.modules[name] = ModuleType(name)
+            sys.modules[name].__dict__.update(values)
+            own.add(name)
+    sys.path.insert(0, str(clone))
+    try:
+        yield importlib.import_module
+    finally:
+        sys.path.remove(str(clone))
+        for name in [name for name in sys.modules if name in own or name.split(".")[0] in own]:
+            del sys.modules[name]
+
+
+def cases(clone: Path) -> Iterator[Case]:
+    """Every published model whose module the clone has. Raises ValueError for a folder that is none of the four."""
+    clone = clone.resolve()
+    uvit, dit, duodiff = clone / "libs" / "uvit.py", clone / "models.py", clone / "models" / "early_exit.py"
+    with importing(clone) as load:
+        if uvit.is_file():
+            yield from _uvit_cases(uvit, load)
+        elif dit.is_file():
+            yield from _dit_cases(dit, load)
+        elif duodiff.is_file():
+            yield from _duodiff_cases(duodiff, load)
+        else:
+            raise ValueError(f"{clone} is no checkout of U-ViT, DiT, AdaDiff or duodiff")
+
+
+def _uvit_cases(file: Path, load: Callable[[str], ModuleType]) -> Iterator[Case]:
+    exits = "lte_classifer" in file.read_text()
+    for name in sorted(path.stem for path in (file.parents[1] / "configs").glob("*_uvit_*.py")):
+        settings = dict(load(f"configs.{name}").get_config().nnet)
+        module = load("libs.uvit_t2i" if settings.pop("name") == "uvit_t2i" else "libs.uvit")
+        deep = [("_deep", {**settings, "depth": 16})] if name == "mscoco_uvit_small" and not exits else []
+        for suffix, values in [("", settings), *deep]:
+            run = _run_official if exits else lambda module, *given: Outputs(module(*given))
+            yield Case(name + suffix, file, lambda module=module, values=values: module.UViT(**values), run)
+
+
+def _run_official(module: nn.Module, *given: Tensor | None) -> Outputs:
+    noise, layers, certainty = module(*given, is_train=True)
+    u = 1 - torch.stack([c.flatten(1).mean(1) for c in certainty])
+    return Outputs(noise, torch.stack(layers[:-1]), u[:-1])
+
+
+def _dit_cases(file: Path, load: Callable[[str], ModuleType]) -> Iterator[Case]:
+    for name, make in load("models").DiT_models.items():  # "DiT-XL/2"
+        for pixels in (256, 512) if name == "DiT-XL/2" else (256,):
+            preset = name.lower().replace("-", "_").replace("/", "_") + f"_{pixels}"
+            made = lambda make=make, pixels=pixels: make(input_size=pixels // 8)  # noqa: E731
+            yield Case(preset, file, made, lambda module, *given: Outputs(module(*given)), lambda state: {"ema": state})
+
+
+def _duodiff_cases(file: Path, load: Callable[[str], ModuleType]) -> Iterator[Case]:
+    yaml = importlib.import_module("yaml")
+    early_exit, uvit = load("models.early_exit"), load("models.uvit")
+    names = {"celeba": "celeba64"}
+
+    def run(module: nn.Module, x: Tensor, t: Tensor, context: Tensor | None) -> Outputs:
+        if not isinstance(module, early_exit.EarlyExitUViT):
+            return Outputs(module(x, t, context))
+        noise, u, layers = module(x, t, context)
+        return Outputs(noise, torch.stack(layers[1:]), torch.stack(u[1:]))  # theirs are of what goes into a block
+
+    for path in sorted((file.parents[1] / "configs").glob("*.yaml")):
+        family, _, rest = path.stem.partition("_")
+        data, _, depth = rest.partition("_")
+        settings = dict(yaml.safe_load(path.read_text())["model_params"])
+        settings.pop("classifier_type", None)
+        preset = "duodiff_" + names.get(data, data) + (f"_{depth}" if depth else "")
+
+        def make(settings=settings, exits=family == "deediff") -> nn.Module:
+            plain = uvit.UViT(**settings)
+            return early_exit.EarlyExitUViT(plain, "mlp_probe_per_layer") if exits else plain
+
+        yield Case(preset, path, make, run, lambda state: {"model_state_dict": state, "step": 0})
+
+
+def fill(module: nn.Module) -> None:
+    """Every parameter random, of a size that keeps activations near 1; fixed ones stay."""
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in module.named_parameters():
+            if not value.requires_grad:
+                continue
+            noise = torch.empty_like(value).normal_(generator=draw)
+            if value.ndim == 1:
+                value.copy_(0.1 * noise + (value == 1).all())
+            elif any(part in name for part in ("pos_embed", "label_emb", "embedding_table")):
+                value.copy_(0.3 * noise)
+            else:
+                value.copy_(noise / value[0].numel() ** 0.5)
+
+
+def to_bfloat16(module: nn.Module) -> None:
+    """The authors' module as plain bfloat16: where it makes float32 on the way, the next layer gets bfloat16 again."""
+
+    def cast(values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(v.bfloat16() if isinstance(v, Tensor) and v.is_floating_point() else v for v in values)
+
+    module.bfloat16()
+    for name, child in module.named_modules():
+        if isinstance(child, nn.Linear | nn.Conv2d | nn.LayerNorm):
+            child.register_forward_pre_hook(lambda _, values: cast(values))
+        if name.endswith("time_embed"):
+            child.register_forward_hook(lambda _, values, output: output.bfloat16())
+
+
+def engine(model: adadiff.Model, *given: Tensor | None) -> Tensor:
+    """[B, C or 2 C, H, W], nobody leaving."""
+    full = evaluate(model.backbone, None, Full(), *given)
+    return full.eps if full.variance is None else torch.cat([full.eps, full.variance], 1)
+
+
+def ours(model: adadiff.Model, x: Tensor, t: Tensor, context: Tensor | None) -> Outputs:
+    noise = engine(model, x, t, context)
+    if model.exits is None:
+        return Outputs(noise)
+    n = model.layers - 1
+    u = evaluate(model.backbone, model.exits, Threshold(1e-9), x, t, context, record=True).scores[:n]
+    leave = torch.arange(1, n + 1).repeat_interleave(len(x))  # a lane for every layer and sample
+    many = [None if v is None else v.repeat(n, *[1] * (v.ndim - 1)) for v in (x, t, context)]
+    layers = evaluate(model.backbone, model.exits, Replay(scored=False), *many, threshold=leave.float()).eps
+    return Outputs(noise, layers.view(n, len(x), *layers.shape[1:]), u)
+
+
+def inputs(model: adadiff.Model) -> tuple[Tensor, Tensor, Tensor | None]:
+    draw, network = torch.Generator().manual_seed(1), model.config.network
+    x = torch.randn(len(TIMES), *model.backbone.sample_shape, generator=draw).bfloat16().float()
+    context = (
+        torch.tensor([network.num_classes - 1, 207 % max(1, network.num_classes)]) if network.num_classes else None
+    )
+    if network.context_tokens:
+        shape = (len(TIMES), network.context_tokens, network.context_dim)
+        context = torch.randn(shape, generator=draw).bfloat16().float()
+    return x, TIMES.floor() if model.config.schedule == "linear" else TIMES, context
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.float() - wanted.float()).abs().max() / wanted.float().abs().max())
+
+
+@torch.no_grad()
+def compare(case: Case) -> str:
+    """A row of the table."""
+    module = case.make().eval()
+    fill(module)
+    with tempfile.TemporaryDirectory() as folder:
+        source, dest = Path(folder, "theirs.pth"), Path(folder, "ours.safetensors")
+        torch.save(case.wrap(module.state_dict()), source)
+        done = convert(source, dest, case.preset)
+        model = adadiff.load(dest).requires_grad_(False)
+    given = inputs(model)
+    theirs = case.run(module, *given)
+    found = ours(model, *given)
+    errors = [error(model.backbone(*given), theirs.noise), error(found.noise, theirs.noise)]
+    errors += [None if b is None else error(a, b) for a, b in ((found.layers, theirs.layers), (found.u, theirs.u))]
+    fits = all(e is None or e <= TOLERANCE for e in errors)
+
+    for parameter in module.parameters():
+        parameter.copy_(parameter.bfloat16().float())
+    exact = case.run(module, *given).noise
+    to_bfloat16(module)
+    rounded = [v if v is None or not v.is_floating_point() or v is given[1] else v.bfloat16() for v in given]
+    allowed = error(case.run(module, *rounded).noise, exact)
+    del module
+    found = error(engine(model.bfloat16(), *given), exact)
+    fits &= found <= 2 * allowed + 4 * torch.finfo(torch.bfloat16).eps
+    shown = ["" if e is None else f"{e:.1e}" for e in (*errors, found, allowed)]
+    cells = [case.preset, f"{done.layout}", f"{done.parameters:,}", *shown, "fits" if fits else "**does not fit**"]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reference", type=Path, action="append", required=True, metavar="CLONE")
+    parser.add_argument("--only", help="presets, separated by commas (default: all)")
+    parser.add_argument("--out", type=Path, default=TABLE)
+    options = parser.parse_args()
+    chosen = None if options.only is None else options.only.split(",")
+    rows = {}
+    if options.out.exists():
+        lines = [line for line in options.out.read_text().splitlines() if line.startswith("| ") and "---" not in line]
+        rows = {tuple(line.split(" | ")[:2]): line for line in lines[1:]}
+    for clone in options.reference:
+        for case in cases(clone):
+            if chosen is None or case.preset in chosen:
+                row = compare(case)
+                print(row, flush=True)
+                rows[tuple(row.split(" | ")[:2])] = row
+                options.out.write_text(HEAD + "\n".join(rows[key] for key in sorted(rows)) + "\n")
+                gc.collect()
+    return int(any("does not fit" in row for row in rows.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,300 @@
+"""DiT (Peebles and Xie, ICCV 2023), written from the paper and the names and shapes in its released state dicts.
+
+All conditioning enters by lane: the sum c of time and label embedding gives every branch shift, scale and gate
+(adaLN-Zero), and the head shift and scale. Those of all blocks are one product, made once per evaluation.
+B lanes, T tokens (patches only), D channels, L blocks.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adadiff_kernels import Norm
+
+from .interface import Family, Preset
+from .layers import (
+    Attention,
+    Mlp,
+    PatchEmbed,
+    check_images,
+    check_integers,
+    check_labels,
+    patchify,
+    timestep_embedding,
+    unpatchify,
+)
+
+SINUSOID = 256  # channels of the sinusoid before its MLP
+EPS = 1e-6  # of the released norms
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """The last two differ where diffusers serves a DiT: shift 1, epsilon 1e-5 (embeddings.py, attention.py)."""
+
+    image_size: int  # of the latents
+    channels: int
+    patch: int
+    dim: int
+    depth: int  # blocks
+    heads: int
+    num_classes: int  # rows of the label table, null class included
+    mlp_ratio: int = 4
+    learned_variance: bool = True
+    frequency_shift: int = 0  # frequencies of the sinusoid: 10000^(-i / (128 - shift))
+    mlp_norm_eps: float = EPS  # of the norm before the MLP
+
+    context_tokens: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        check_integers(self, 1, "image_size", "channels", "patch", "dim", "depth", "heads", "num_classes", "mlp_ratio")
+        if self.image_size % self.patch:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch {self.patch}")
+        if self.dim % self.heads or self.dim % 4:
+            raise ValueError(f"dim {self.dim} must be a multiple of 4 and of heads {self.heads}")
+        if not isinstance(self.learned_variance, bool):
+            raise ValueError(f"learned_variance must be true or false, got {self.learned_variance!r}")
+        if self.frequency_shift not in (0, 1):
+            raise ValueError(f"frequency_shift must be 0 (as released) or 1 (diffusers), got {self.frequency_shift!r}")
+        if not isinstance(self.mlp_norm_eps, float) or not 0 < self.mlp_norm_eps < 1:
+            raise ValueError(f"mlp_norm_eps must be a number in (0, 1), got {self.mlp_norm_eps!r}")
+
+    @property
+    def side(self) -> int:
+        return self.image_size // self.patch
+
+    @property
+    def outputs(self) -> int:
+        """Numbers the head predicts per patch."""
+        return self.patch**2 * self.channels * (2 if self.learned_variance else 1)
+
+
+def position_embedding(dim: int, side: int) -> Tensor:
+    """Float32 [side * side, dim], fixed: half the channels tell a patch's column, half its row, each as sines, then
+    cosines, of frequencies 10000^(-4 i / dim). Computed in float64."""
+    frequencies = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, dim / 2]
+    column, row = line.repeat(side, 1), line.repeat_interleave(side, 0)
+    return torch.cat([column, row], dim=1).float()
+
+
+@dataclass(frozen=True)
+class DiTConditioning:
+    time: Tensor  # [B, D]
+    sum: Tensor  # [B, D], of time and label
+    modulation: Tensor  # [B, L, 2 branches, (shift, scale, gate), D]
+
+
+@dataclass(frozen=True)
+class GatedBranch:
+    body: nn.Module
+    block: int
+    branch: int
+    eps: float
+
+    def norm(self, cond: DiTConditioning) -> Norm:
+        shift, scale, _ = cond.modulation[:, self.block, self.branch].unbind(1)
+        return Norm(eps=self.eps, shift=shift, scale=scale)
+
+    def gate(self, cond: DiTConditioning) -> Tensor:
+        return cond.modulation[:, self.block, self.branch, 2]
+
+    def __call__(self, h: Tensor) -> Tensor:
+        return self.body(h)
+
+
+class Block(nn.Module):
+    skip_from = None
+
+    def __init__(self, config: DiTConfig, index: int):
+        super().__init__()
+        self.attn = Attention(config.dim, config.heads, qkv_bias=True)
+        self.mlp = Mlp(config.dim, config.mlp_ratio * config.dim, approximate="tanh")
+        self.branches = (GatedBranch(self.attn, index, 0, EPS), GatedBranch(self.mlp, index, 1, config.mlp_norm_eps))
+        self._config = config
+
+    def join(self, x: Tensor, skip: Tensor) -> Tensor:
+        raise NotImplementedError("DiT has no long skips")
+
+    def forward(self, x: Tensor, cond: DiTConditioning) -> Tensor:
+        """x: [B, T, D], rows in the order of the lanes."""
+        for branch in self.branches:
+            norm = branch.norm(cond)
+            h = F.layer_norm(x, x.shape[-1:], eps=norm.eps)
+            x = x + branch.gate(cond)[:, None] * branch(h * (1 + norm.scale[:, None]) + norm.shift[:, None])
+        return x
+
+    def macs(self, tokens: int) -> int:
+        D = self._config.dim
+        return (4 + 2 * self._config.mlp_ratio) * D * D * tokens + 2 * tokens * tokens * D
+
+
+class Modulation(nn.Module):
+    """c [B, D] -> [B, L, 2, 3, D]. One product for all blocks; see `DiT` for its keys."""
+
+    def __init__(self, blocks: int, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(blocks, 6 * dim, dim))
+        self.bias = nn.Parameter(torch.zeros(blocks, 6 * dim))
+
+    def forward(self, c: Tensor) -> Tensor:
+        values = F.linear(F.silu(c), self.weight.flatten(0, 1), self.bias.flatten())
+        return values.view(len(c), len(self.bias), 2, 3, c.shape[1])
+
+
+class Head(nn.Module):
+    """Modulated LayerNorm and a linear map to a patch's numbers: [n, N, D] -> [n, C or 2 C, H, W]."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.linear = nn.Linear(config.dim, config.outputs)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 2 * config.dim))
+        self._patch = config.patch
+        for linear in (self.linear, self.adaLN_modulation[1]):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, patches: Tensor, cond: DiTConditioning, lanes: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(cond.sum.index_select(0, lanes))[:, None].chunk(2, dim=2)
+        h = F.layer_norm(patches, patches.shape[-1:], eps=EPS)
+        return unpatchify(self.linear(h * (1 + scale) + shift), self._patch)
+
+
+class TimestepEmbedder(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(SINUSOID, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+
+class LabelEmbedder(nn.Module):
+    def __init__(self, classes: int, dim: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(classes, dim)
+
+
+class DiT(nn.Module):
+    """State dicts are as released: every block's share of `modulation` as `blocks.{i}.adaLN_modulation.1.*`."""
+
+    extras = 0
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        D = config.dim
+        self.config = config
+        self.x_embedder = PatchEmbed(config.channels, D, config.patch)
+        self.t_embedder = TimestepEmbedder(D)
+        self.y_embedder = LabelEmbedder(config.num_classes, D)
+        self.pos_embed = nn.Parameter(position_embedding(D, config.side)[None], requires_grad=False)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
+        self.apply(_initialise)
+        for linear in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.y_embedder.embedding_table):
+            nn.init.normal_(linear.weight, std=0.02)
+        self.modulation = Modulation(config.depth, D)
+        self.final_layer = Head(config)
+        self.register_state_dict_post_hook(_split_modulation)
+        self.register_load_state_dict_pre_hook(_join_modulation)
+
+    @property
+    def dim(self) -> int:
+        return self.config.dim
+
+    @property
+    def time_dim(self) -> int:
+        return self.config.dim
+
+    @property
+    def tokens(self) -> int:
+        return self.config.side**2
+
+    @property
+    def patch_outputs(self) -> int:
+        return self.config.patch**2 * self.config.channels
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        return self.config.channels, self.config.image_size, self.config.image_size
+
+    @property
+    def learned_variance(self) -> bool:
+        return self.config.learned_variance
+
+    def begin(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> tuple[Tensor, DiTConditioning]:
+        check_images(x, t, self.sample_shape)
+        check_labels(context, len(x), self.config.num_classes)
+        dtype = self.pos_embed.dtype
+        time = self.t_embedder.mlp(timestep_embedding(t, SINUSOID, self.config.frequency_shift).to(dtype))  # [B, D]
+        c = time + self.y_embedder.embedding_table(context)
+        rows = (self.x_embedder(x.to(dtype)) + self.pos_embed).contiguous()  # else channels first, as convolved
+        return rows, DiTConditioning(time, c, self.modulation(c))
+
+    @property
+    def head(self) -> Head:
+        return self.final_layer
+
+    def new_head(self) -> Head:
+        return Head(self.config)
+
+    def unpatchify(self, values: Tensor) -> Tensor:
+        return unpatchify(values, self.config.patch)
+
+    def patchify(self, images: Tensor) -> Tensor:
+        return patchify(images, self.config.patch)
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """The plain network at full depth: x [B, C, H, W], t float [B], labels int64 [B] -> [B, C or 2 C, H, W]."""
+        rows, cond = self.begin(x, t, context)
+        for block in self.blocks:
+            rows = block(rows, cond)
+        return self.head(rows, cond, torch.arange(len(x), device=x.device))
+
+    def fixed_macs(self) -> tuple[int, int]:
+        D, T = self.config.dim, self.tokens
+        stem = T * self.patch_outputs * D + (SINUSOID + D) * D + self.config.depth * 6 * D * D
+        return stem, T * D * self.config.outputs + 2 * D * D
+
+
+def _initialise(module: nn.Module) -> None:
+    """Section 3.2 of the paper and its appendix: Xavier for linear maps (patches are one), no biases."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.xavier_uniform_(module.weight.detach().flatten(1))
+        nn.init.zeros_(module.bias)
+
+
+def _keys(prefix: str, blocks: int, name: str) -> list[str]:
+    return [f"{prefix}blocks.{i}.adaLN_modulation.1.{name}" for i in range(blocks)]
+
+
+def _split_modulation(network: DiT, state: dict[str, Any], prefix: str, metadata: object) -> None:
+    for name in ("weight", "bias"):
+        values = state.pop(f"{prefix}modulation.{name}")
+        state.update(zip(_keys(prefix, len(values), name), values, strict=True))
+
+
+def _join_modulation(network: DiT, state: dict[str, Any], prefix: str, *_: object) -> None:
+    for name in ("weight", "bias"):
+        keys = _keys(prefix, network.config.depth, name)
+        if all(key in state for key in keys):
+            state[f"{prefix}modulation.{name}"] = torch.stack([state.pop(key) for key in keys])
+
+
+def _presets() -> dict[str, Preset]:
+    """The paper's table 1 and the two released networks, 256 and 512 pixels; sizes here are those of the latents. Three
+    of their four channels were guided."""
+    sizes = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
+    configs = {
+        f"dit_{name}_{patch}_256": DiTConfig(32, 4, patch, *size, num_classes=1001)
+        for name, size in sizes.items()
+        for patch in (2, 4, 8)
+    }
+    configs["dit_xl_2_512"] = DiTConfig(64, 4, 2, *sizes["xl"], num_classes=1001)
+    return {
+        name: Preset(config, "linear", 1000, guided_channels=3, latent_scale=0.18215)
+        for name, config in configs.items()
+    }
+
+
+FAMILY = Family(DiTConfig, DiT, _presets())

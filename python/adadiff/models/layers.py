@@ -1,0 +1,96 @@
+"""What the networks are built of: patches, the sinusoid of time, attention, MLP; and the checks of their inputs.
+
+B lanes, n rows, T tokens, N patches, D channels. Parameter names are those of the published checkpoints.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def timestep_embedding(t: Tensor, dim: int, shift: int = 0) -> Tensor:
+    """t: float [B], fractions allowed. Returns float32 [B, dim], cosines first, of the frequencies
+    10000^(-i / (dim / 2 - shift)), in the published order of operations (U-ViT libs/uvit.py, DiT models.py; diffusers
+    embeddings.py where shift is 1)."""
+    half = dim // 2
+    exponent = -math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / (half - shift)
+    angles = t.float()[:, None] * torch.exp(exponent)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, channels: int, dim: int, patch: int):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, patch, patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)  # [B, N, D]
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, heads: int, qkv_bias: bool):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, h: Tensor) -> Tensor:
+        n, T, D = h.shape
+        q, k, v = self.qkv(h).view(n, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # [n, H, T, D/H]
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, T, D))
+
+
+class Mlp(nn.Module):
+    """approximate: of the GELU, "none" (erf) or "tanh"."""
+
+    def __init__(self, dim: int, hidden: int, approximate: str = "none"):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+        self.approximate = approximate
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(h), approximate=self.approximate))
+
+
+def unpatchify(values: Tensor, patch: int) -> Tensor:
+    """values: [n, N, p * p * C], rows of a square, channels last inside a patch. Returns [n, C, H, W]."""
+    n, N, outputs = values.shape
+    side, channels = math.isqrt(N), outputs // patch**2
+    images = values.view(n, side, side, patch, patch, channels).permute(0, 5, 1, 3, 2, 4)
+    return images.reshape(n, channels, side * patch, side * patch)
+
+
+def patchify(images: Tensor, patch: int) -> Tensor:
+    """images: [n, C, H, W]. Returns [n, N, p * p * C], the inverse of `unpatchify`."""
+    n, channels, H, W = images.shape
+    patches = images.view(n, channels, H // patch, patch, W // patch, patch).permute(0, 2, 4, 3, 5, 1)
+    return patches.reshape(n, -1, patch * patch * channels)
+
+
+def check_integers(config: Any, least: int, *names: str) -> None:
+    """ValueError for fields of a configuration that are no integers of at least `least`."""
+    kind = "a positive integer" if least == 1 else f"an integer >= {least}"
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be {kind}, got {value!r}")
+
+
+def check_images(x: Tensor, t: Tensor, shape: tuple[int, int, int]) -> None:
+    """ValueError unless x is [B, *shape] and t [B]."""
+    if x.ndim != 4 or tuple(x.shape[1:]) != shape:
+        raise ValueError(f"x must be [B, {', '.join(map(str, shape))}], got {tuple(x.shape)}")
+    if t.shape != (len(x),):
+        raise ValueError(f"t must hold one timestep per lane, [{len(x)}], got {tuple(t.shape)}")
+
+
+def check_labels(labels: Tensor | None, n: int, classes: int) -> None:
+    """ValueError unless labels are int64 [n], rows of a table of `classes`."""
+    if labels is None or labels.shape != (n,) or labels.dtype != torch.int64:
+        raise ValueError(f"this network needs labels, int64 [{n}]")
+    if n and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(f"labels must be in 0..{classes - 1}, got {labels.tolist()[:8]}")
