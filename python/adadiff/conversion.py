@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-from .checkpoint import Keys, write_tensors
+from .checkpoint import Keys, load_strictly, write_tensors
 from .config import PRESETS, ModelConfig
 from .exits import DUODIFF, OFFICIAL, ExitConfig
 from .foreign import Source, read, read_json
 from .layouts import BACKBONE, LAYOUTS, layout_of
 from .model import Model
-from .models.dit import EPS, DiTConfig
+from .models.dit import EPS, DiT, DiTConfig
 
 EXITS: Mapping[str, ExitConfig] = {"official": OFFICIAL, "duodiff": DUODIFF}
 SERVERS = ("diffusers", "dit")
@@ -79,6 +79,16 @@ def translate(layout: str, tensors: Mapping[str, Tensor], config: ModelConfig, s
     ours = LAYOUTS[layout](keys, shapes(config))
     keys.finish(source)
     return ours
+
+
+def from_transformer(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> DiT:
+    """The DiT that a `DiTTransformer2DModel` of diffusers is, run as diffusers runs it: its state dict and its
+    configuration. Raises ValueError where they are not those of one."""
+    found = Source(Path("transformer"), state, network=config, scheduler=SCHEDULES["linear"])
+    ours, _ = _served(found, None, "diffusers")  # of which only the network is asked for
+    model = Model(ours)
+    load_strictly(model, translate("diffusers", state, ours, "the transformer"), "the transformer")
+    return model.backbone.eval()
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Early exit for a DiTPipeline as it is, through its own blocks. Needs diffusers.
+"""Early exit for a DiTPipeline as it is, through its own blocks or through ours. Needs diffusers.
 
 A hook takes the place of the transformer's `forward`: every lane of the call (a sample, or one half of a guided one)
 leaves when its rule says so.
@@ -13,8 +13,10 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .conversion import from_transformer
 from .engine import evaluate
 from .exits import ExitConfig, Exits
+from .models.dit import DiT
 from .models.interface import WholeBlock
 from .reports import Totals
 from .rules import Rule, layers_asked, rule_from
@@ -30,16 +32,24 @@ class EarlyExit:
     exit_layer: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))
 
 
-def enable_early_exit(pipe: DiTPipeline, exits: Exits | None = None, rule: str | Rule = "threshold:0.1") -> EarlyExit:
-    """From now on, lanes of `pipe` leave by `rule`, scored by `exits`, which were trained for its transformer and use
-    its own head. exits: may be None with rules that read no score, such as "depth:20" or "full".
+def enable_early_exit(
+    pipe: DiTPipeline, exits: Exits | None = None, rule: str | Rule = "threshold:0.1", *, fused: bool = False
+) -> EarlyExit:
+    """From now on, lanes of `pipe` leave by `rule`, scored by `exits`, which were trained for its transformer.
 
-    Where nobody leaves, images are those of the untouched pipeline. Returns a record that every call adds to.
-    Raises ValueError for another pipeline, exits that do not fit, and a pipeline that is enabled already.
+    exits: may be None with rules that read no score, such as "depth:20" or "full"; with heads of their own they need
+    `fused`. fused: a copy of the weights runs through our DiT, whose residual sums, scores and norms are one pass and
+    whose modulation is one product; otherwise the pipeline's own blocks run. Where nobody leaves, images are those of
+    the untouched pipeline: the same bits through its own blocks, within rounding through ours.
+    Returns a record that every call adds to. Raises ValueError for another pipeline, exits that do not fit, and a
+    pipeline that is enabled already.
     """
     transformer = getattr(pipe, "transformer", None)
     if not isinstance(transformer, DiTTransformer2DModel):
         raise ValueError(f"early exit is for a DiTPipeline, got {type(pipe).__name__}")
+    registry = HookRegistry.check_if_exists_or_initialize(transformer)
+    if registry.get_hook(NAME) is not None:
+        raise ValueError("early exit is enabled already; call disable_early_exit first")
     backbone, rule = TheirDiT(transformer), rule_from(rule)
     layers_asked(rule, len(backbone.blocks))
     if exits is None and rule.scored:
@@ -51,13 +61,15 @@ def enable_early_exit(pipe: DiTPipeline, exits: Exits | None = None, rule: str |
                 f"these exits are for {blocks} blocks of {dim} channels, the transformer has {len(backbone.blocks)} "
                 f"of {backbone.dim}"
             )
-        if exits.heads is not None:
-            raise ValueError("these exits have heads of their own; a pipeline takes exits that share the network's")
+        if exits.heads is not None and not fused:
+            raise ValueError(
+                "these exits have heads of their own, which a pipeline's blocks do not fit; take fused=True"
+            )
     else:
         exits = Exits(backbone, ExitConfig(shared_head=True))  # nobody reads its scores
-    registry = HookRegistry.check_if_exists_or_initialize(transformer)
-    if registry.get_hook(NAME) is not None:
-        raise ValueError("early exit is enabled already; call disable_early_exit first")
+    if fused:
+        backbone = from_transformer(transformer.state_dict(), transformer.config)
+        backbone.to(transformer.device, transformer.dtype).requires_grad_(False)
     record = EarlyExit()
     registry.register_hook(_Hook(backbone, exits, rule, record), NAME)
     return record
@@ -72,7 +84,7 @@ def disable_early_exit(pipe: DiTPipeline) -> None:
 
 
 class _Hook(ModelHook):
-    def __init__(self, backbone: "TheirDiT", exits: Exits, rule: Rule, record: EarlyExit):
+    def __init__(self, backbone: "TheirDiT | DiT", exits: Exits, rule: Rule, record: EarlyExit):
         super().__init__()
         self.backbone, self.exits, self.rule, self.record = backbone, exits, rule, record
 
@@ -88,8 +100,9 @@ class _Hook(ModelHook):
         if timestep is None or class_labels is None or cross_attention_kwargs:
             raise ValueError("early exit takes timestep and class_labels, and no cross_attention_kwargs")
         t = timestep.float()
-        lanes = max(1, len(hidden_states))
-        result = evaluate(self.backbone, self.exits, self.rule, hidden_states, t, class_labels, group=lanes)
+        # their blocks see the whole call at once, as ever: other shapes would round otherwise
+        group = max(1, len(t)) if isinstance(self.backbone, TheirDiT) else None
+        result = evaluate(self.backbone, self.exits, self.rule, hidden_states, t, class_labels, group=group)
         done = self.record.totals
         self.record.totals = Totals(
             done.ticks + 1,
@@ -100,7 +113,8 @@ class _Hook(ModelHook):
             done.rows_moved + result.moved,
         )
         self.record.exit_layer = result.exit_layer
-        return Transformer2DModelOutput(sample=result.eps) if return_dict else (result.eps,)
+        out = result.eps if result.variance is None else torch.cat([result.eps, result.variance], 1)
+        return Transformer2DModelOutput(sample=out) if return_dict else (out,)
 
 
 @dataclass(frozen=True)

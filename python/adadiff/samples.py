@@ -109,10 +109,11 @@ class Samples:
         if not hasattr(solver, "table"):
             raise ValueError(f"a solver is a Solver or a spelling such as 'ddim', got {solver!r}")
         for count in set(counts.tolist()):
-            _starts(solver, model.schedule, count)
+            _check_steps(solver, model.schedule, count)
         start, first = _start(model, start, strength, counts, n)
         for i in first.nonzero().squeeze(1).tolist():
-            first[i] = _starts(solver, model.schedule, int(counts[i]))[: first[i] + 1].nonzero().max()
+            starts = solver.table(model.schedule, int(counts[i])).starts
+            first[i] = starts[: first[i] + 1].nonzero().max()
         return Samples(
             n=n,
             rule=rule,
@@ -132,9 +133,8 @@ class Samples:
 
 
 @lru_cache(maxsize=1024)
-def _starts(solver: Solver, schedule: NoiseSchedule, steps: int) -> Tensor:
-    """bool [steps]: where a sample may begin. ValueError for steps or a spacing that do not fit."""
-    return solver.table(schedule, steps).starts
+def _check_steps(solver: Solver, schedule: NoiseSchedule, steps: int) -> None:
+    solver.table(schedule, steps)
 
 
 def whole(name: str, value: int, least: int) -> None:

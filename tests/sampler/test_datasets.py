@@ -186,6 +186,16 @@ def test_imagenet(flat: bool, tmp_path: Path) -> None:
         assert error.max() < 6
 
 
+def test_large_pictures_are_halved_by_averages(tmp_path: Path) -> None:
+    """Twice from 256 to 64; nothing is left to do for the bicubic step."""
+    (tmp_path / "val" / "noise").mkdir(parents=True)
+    noise = pixels(256, 256, 3)
+    Image.fromarray(noise).save(tmp_path / "val" / "noise" / "1.png")
+    x, _ = load("imagenet64", tmp_path, "test").batch(torch.tensor([0]))
+    wanted = noise.astype(float).reshape(64, 4, 64, 4, 3).mean((1, 3)).transpose(2, 0, 1)
+    assert np.abs((x[0].numpy() + 1) * 127.5 - wanted).max() < 2.01  # across, then down, each rounded
+
+
 def test_pictures_of_other_kinds_become_colours(tmp_path: Path) -> None:
     (tmp_path / "val" / "grey").mkdir(parents=True)
     Image.fromarray(np.full((80, 64), 200, np.uint8)).save(tmp_path / "val" / "grey" / "1.png")

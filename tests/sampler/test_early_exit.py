@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import adadiff
+from adadiff.conversion import from_transformer
 from adadiff.early_exit import TheirDiT
 from adadiff.exits import ExitConfig, Exits
 from sampler.tiny import scramble
@@ -31,6 +32,9 @@ def parts(seed: int = 0) -> tuple[DiTTransformer2DModel, AutoencoderKL]:
         num_embeds_ada_norm=1000,
     )
     scramble(transformer, 0.15)
+    first = transformer.transformer_blocks[0].norm1.emb  # every block has a copy of the one embedder
+    for block in transformer.transformer_blocks[1:]:
+        block.norm1.emb.load_state_dict(first.state_dict())
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=6)
     return transformer.eval().requires_grad_(False), vae.eval().requires_grad_(False)
 
@@ -71,6 +75,41 @@ def test_where_nobody_leaves_images_are_the_same_bits(rule: str, guidance: float
     assert torch.equal(draw(pipe, guidance), plain)
     evaluations = 4 * (6 if guidance > 1 else 3)
     assert (record.totals.evaluations, record.totals.blocks) == (evaluations, evaluations * LAYERS)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("rule", ["full", "threshold:0.000001"])
+def test_through_our_blocks_images_are_the_same_but_for_rounding(rule: str, guidance: float, pipe: DiTPipeline) -> None:
+    plain = draw(pipe, guidance)
+    record = adadiff.enable_early_exit(pipe, exits(), rule, fused=True)
+    torch.testing.assert_close(draw(pipe, guidance), plain, rtol=0, atol=1e-5)
+    assert record.totals.blocks == record.totals.evaluations * LAYERS > 0
+
+
+def test_both_paths_leave_alike(pipe: DiTPipeline) -> None:
+    x, t, labels = lanes()
+    outputs, layers = [], []
+    for fused in (False, True):
+        record = adadiff.enable_early_exit(pipe, exits(), "threshold:0.17", fused=fused)
+        outputs.append(pipe.transformer(x, timestep=t, class_labels=labels).sample)
+        layers.append(record.exit_layer.tolist())
+        adadiff.disable_early_exit(pipe)
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    assert layers[0] == layers[1]
+    assert outputs[0].shape == (6, 8, 6, 6)
+
+
+def test_heads_of_their_own_run_through_our_blocks(pipe: DiTPipeline) -> None:
+    x, t, labels = lanes()
+    ours = from_transformer(pipe.transformer.state_dict(), pipe.transformer.config)
+    with_heads = Exits(ours, ExitConfig()).requires_grad_(False)
+    scramble(with_heads, 0.3, seed=4)
+    adadiff.enable_early_exit(pipe, with_heads, "depth:2", fused=True)
+    got = pipe.transformer(x, timestep=t, class_labels=labels).sample
+    rows, cond = ours.begin(x, t.float(), labels)
+    for block in ours.blocks[:2]:
+        rows = block(rows, cond)
+    torch.testing.assert_close(got, with_heads.heads[1](rows, cond, torch.arange(6)), rtol=1e-4, atol=1e-5)
 
 
 def by_hand(x: Tensor, t: Tensor, label: Tensor, weights: Exits, threshold: float) -> tuple[Tensor, int]:

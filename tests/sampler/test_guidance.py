@@ -13,6 +13,7 @@ from adadiff.config import PRESETS, ModelConfig
 from adadiff.engine import Evaluation, evaluate
 from adadiff.exits import PAPER
 from adadiff.model import Model
+from adadiff.models.dit import DiTConfig
 from adadiff.models.uvit import UViTConfig
 from adadiff.noise import initial_noise, step_noise
 from adadiff.rules import Full
@@ -180,17 +181,25 @@ def with_variance(*args: object, **options: object) -> Evaluation:
 @pytest.mark.parametrize("variance", [None, "small", "large"])
 def test_ancestral_steps_take_the_variance_of_the_conditional_lane(variance: str | None, batch_invariant: bool) -> None:
     """Improved diffusion: ln of the variance is f ln beta + (1 - f) ln of the posterior's, f = (v + 1) / 2."""
-    model, times, alpha_bar = served(LATENT), *grid(STEPS)
+    model, counts = served(LATENT), [3, 6, 5]  # at different times, so that lanes are put into another order
     solver = "ddpm" if variance is None else f"ddpm:variance={variance}"
     batch = Batch(model, 3, batch_invariant=batch_invariant, evaluate=with_variance)
-    samples = Samples.of(model, 3, steps=STEPS, solver=solver, labels=[0, 1, 2], guidance=[0.0, 1.5, 0.5])
+    samples = Samples.of(
+        model,
+        3,
+        steps=counts,
+        solver=solver,
+        labels=[0, 1, 2],
+        guidance=[0.0, 1.5, 0.5],
+        rule="threshold:0.000001",
+    )
     places = batch.admit(samples, torch.arange(3))
-    for _ in range(STEPS):
+    for _ in range(max(counts)):
         tick = batch.tick()
         assert not tick.failed
     images = batch.take(places)
     for i, scale in enumerate((0.0, 1.5, 0.5)):
-        seed = torch.tensor([i])
+        seed, (times, alpha_bar) = torch.tensor([i]), grid(counts[i])
         x = initial_noise(seed, model.backbone.sample_shape)[0].double()
         for k, t in enumerate(times):
             a, after = alpha_bar[k], alpha_bar[k + 1]
@@ -206,6 +215,37 @@ def test_ancestral_steps_take_the_variance_of_the_conditional_lane(variance: str
                 mean = mean + math.sqrt(beta**f * posterior ** (1 - f)) * z
             x = mean
         assert_close(images[i], x)
+
+
+def test_dit_is_sampled_as_published() -> None:
+    """Both halves in one call, three channels guided, the rest and the variance of the first half, nine respaced
+    steps (DiT, models.py and gaussian_diffusion.py)."""
+    network = DiTConfig(image_size=4, channels=4, patch=2, dim=16, depth=3, heads=2, num_classes=4)
+    model = served(ModelConfig(network, "linear", null_label=3, guided_channels=3))
+    steps, scale, labels = 9, 1.5, torch.tensor([0, 2])
+    settings = {"steps": steps, "solver": "ddpm:spacing=respaced", "labels": labels.tolist(), "guidance": scale}
+    images, _ = sample(model, 2, **settings)
+
+    beta = torch.tensor([1e-4 + k * (0.02 - 1e-4) / 999 for k in range(1000)], dtype=torch.float64)
+    table, times = (1 - beta).cumprod(0), [round(k * 999 / 8) for k in range(9)]
+    seeds = torch.arange(2)
+    x = initial_noise(seeds, (4, 4, 4)).double()
+    for i, k in enumerate(reversed(range(9))):
+        t, a, after = times[k], float(table[times[k]]), float(table[times[k - 1]]) if k else 1.0
+        halves = torch.cat([x, x]).float(), torch.full((4,), float(t)), torch.cat([labels, torch.tensor([3, 3])])
+        out = model.backbone(*halves).double()
+        three, rest = out[:, :3], out[:2, 3:]
+        eps = torch.cat([three[2:] + (1 + scale) * (three[:2] - three[2:]), rest[:, :1]], 1)
+        own = 1 - a / after
+        x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
+        x = (math.sqrt(after) * own * x0 + math.sqrt(1 - own) * (1 - after) * x) / (1 - a)
+        if k:
+            share = (rest[:, 1:] + 1) / 2
+            logarithm = share * math.log(own) + (1 - share) * math.log(own * (1 - after) / (1 - a))
+            z = step_noise(seeds, torch.full_like(seeds, i), (4, 4, 4)).double()
+            x = x + torch.exp(logarithm / 2) * z
+    for image, wanted in zip(images, x, strict=True):
+        assert_close(image, wanted)
 
 
 def test_deterministic_steps_do_not_read_it() -> None:

@@ -147,7 +147,8 @@ def test_a_callback_may_change_latents_and_stop(solver: str) -> None:
     def put_back(pipe: AdaDiffPipeline, step: int, t: float, values: dict) -> dict:
         return {"latents": stopped.images} if step == 2 else {}
 
-    assert torch.equal(pipeline()(generator=seeded(), callback_on_step_end=put_back, **given).images, plain)
+    # from other noise, but what it goes on from is all that counts
+    assert torch.equal(pipeline()(generator=seeded(9), callback_on_step_end=put_back, **given).images, plain)
 
 
 def test_prompts_reach_the_network() -> None:
