@@ -3,7 +3,7 @@
 from adadiff_kernels.compaction import ActiveSet, Swaps, leave_reference, take_rows
 from adadiff_kernels.device_set import DeviceSet, Seen
 from adadiff_kernels.join_skip import join_skip_reference
-from adadiff_kernels.ops import join_skip, residual_uem, save_rows, solver_step, swap_rows
+from adadiff_kernels.library import join_skip, residual_uem, save_rows, solver_step, swap_rows
 from adadiff_kernels.philox import philox4x32, philox_normal
 from adadiff_kernels.residual_uem import (
     Norm,

@@ -206,11 +206,11 @@ def check_rows(swaps: Swaps, *rows: Tensor) -> None:
 
 
 def _check_rows(tensor: Tensor, swaps: Swaps, name: str) -> None:
-    if tensor.dim() < 1 or len(tensor) < swaps.before:
+    if tensor.dim() < 1 or tensor.shape[0] < swaps.before:
         raise ValueError(f"{name} must have {swaps.before} rows or more, got {_describe(tensor)}")
     if tensor.device != swaps.pairs.device:
         raise ValueError(f"{name} must be on {swaps.pairs.device} like the swaps, got {_describe(tensor)}")
     if tensor.requires_grad:
         raise ValueError(f"{name} must not require grad: rows move in place, unseen by autograd")
-    if len(tensor) > 1 and not (tensor[0].is_contiguous() and tensor.stride(0) >= tensor[0].numel()):
+    if tensor.shape[0] > 1 and not (tensor[0].is_contiguous() and tensor.stride(0) >= tensor[0].numel()):
         raise ValueError(f"{name} must have contiguous rows that do not overlap, got strides {tensor.stride()}")

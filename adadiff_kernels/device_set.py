@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from adadiff_kernels.extension import core as _C
+from adadiff_kernels.extension import traced
 from adadiff_kernels.launch import need
 
 TICKS = 1 << 16  # are told apart, and as many layers
@@ -82,24 +83,19 @@ class DeviceSet:
         self.exit_layer = torch.zeros_like(self.lane)
         self._state = torch.tensor([B, 0, 0], dtype=torch.int32, device=device)  # count, moved, tick
         self.count, self.moved = self._state[:1], self._state[1:2]
-        self._addresses = tuple(tensor.data_ptr() for tensor in (self.lane, self.row, self.exit_layer, self._state))
         self._word = word or (_C.MappedWord(device.index) if self._kernel else HostWord(device))
+        self._address = self._word.device_address if self._kernel else None
         self._tick, self._layer = 0, 0
 
     def start(self) -> None:
         """Everybody runs again, in the order of the lanes: the next tick."""
         self._layer = 0
-        if self._kernel:
-            _C.start(*self._addresses, self.lanes, self._word.device_address, *self._place())
-        else:
-            torch.arange(self.lanes, dtype=torch.int32, out=self.lane)
-            self.row.copy_(self.lane)
-            self.exit_layer.zero_()
-            self._state[:2] = 0
-            self._state[0] += self.lanes
-            self._state[2] += 1
+        known = traced(self.lane)
+        begin = torch.ops.adadiff_kernels.device_start if known and self._kernel else start
+        begin(self.lane, self.row, self.exit_layer, self._state, self._address)
+        if not self._kernel:
             self._word.post(_packed(self._state, 0))
-        if not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        if known or not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             self.replayed()
 
     def replayed(self) -> None:
@@ -201,15 +197,11 @@ class DeviceSet:
         if not isinstance(layer, int) or not max(1, self._layer + (room is None)) <= layer < TICKS:
             raise ValueError(f"layer must be an int after {self._layer}, the last, and below {TICKS}, got {layer!r}")
         self._layer = layer
-        given = (u, threshold, mask, asked, partner)
-        if self._kernel:
-            pairs = self.lane.new_empty(bound // 2, 2)
-            inputs = (0 if tensor is None else tensor.data_ptr() for tensor in (*given, pairs))
-            sizes = (bound, self.lanes, layer, -1 if room is None else room)
-            _C.compact(*self._addresses, *inputs, *sizes, self._word.device_address, *self._place())
-            return pairs
-        pairs = leave_on_device_reference(self.lane, self.row, self.exit_layer, self._state, *given, bound, layer, room)
-        self._word.post(_packed(self._state, layer))
+        step = torch.ops.adadiff_kernels.device_leave if self._kernel and traced(self.lane) else leave
+        given = (u, threshold, mask, asked, partner, bound, layer, room)
+        pairs = step(self.lane, self.row, self.exit_layer, self._state, *given, self._address)
+        if not self._kernel:
+            self._word.post(_packed(self._state, layer))
         return pairs
 
     def _bound(self, bound: int) -> int:
@@ -217,8 +209,51 @@ class DeviceSet:
             raise ValueError(f"bound must be an int from 0 to {self.lanes}, the lanes, got {bound!r}")
         return bound
 
-    def _place(self) -> tuple[int, int]:
-        return self.device.index, torch.cuda.current_stream(self.device).cuda_stream
+
+def start(lane: Tensor, row: Tensor, exit_layer: Tensor, state: Tensor, word: int | None) -> None:
+    """`DeviceSet.start` on its tensors. word: where the kernel posts, an address; None: in PyTorch, nothing is posted."""
+    if word is not None:
+        _C.start(*_addresses(lane, row, exit_layer, state), lane.shape[0], word, *_place(lane))
+        return
+    torch.arange(lane.shape[0], dtype=torch.int32, out=lane)
+    row.copy_(lane)
+    exit_layer.zero_()
+    state[:2] = 0
+    state[0] += lane.shape[0]
+    state[2] += 1
+
+
+def leave(
+    lane: Tensor,
+    row: Tensor,
+    exit_layer: Tensor,
+    state: Tensor,
+    u: Tensor | None,
+    threshold: Tensor | None,
+    mask: Tensor | None,
+    asked: Tensor | None,
+    partner: Tensor | None,
+    bound: int,
+    layer: int,
+    room: int | None,
+    word: int | None,
+) -> Tensor:
+    """As `leave_on_device_reference`, by the kernel if there is a word (see `start`)."""
+    inputs = (u, threshold, mask, asked, partner)
+    if word is None:
+        return leave_on_device_reference(lane, row, exit_layer, state, *inputs, bound, layer, room)
+    pairs = lane.new_empty(bound // 2, 2)
+    sizes = (bound, lane.shape[0], layer, -1 if room is None else room)
+    _C.compact(*_addresses(lane, row, exit_layer, state, *inputs, pairs), *sizes, word, *_place(lane))
+    return pairs
+
+
+def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
+    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
 
 
 def leave_on_device_reference(

@@ -13,7 +13,7 @@ from torch import Tensor
 def join_skip_reference(x: Tensor, skip: Tensor, lanes: Tensor | None = None, index: Tensor | None = None) -> Tensor:
     """`join_skip` in PyTorch."""
     rows = skip_rows(lanes, index)
-    return torch.cat([x, skip[: len(x)] if rows is None else skip.index_select(0, rows)], dim=-1)
+    return torch.cat([x, skip[: x.shape[0]] if rows is None else skip.index_select(0, rows)], dim=-1)
 
 
 def skip_rows(lanes: Tensor | None, index: Tensor | None) -> Tensor | None:
@@ -23,7 +23,7 @@ def skip_rows(lanes: Tensor | None, index: Tensor | None) -> Tensor | None:
 
 def check_join(x: Tensor, skip: Tensor, lanes: Tensor | None, index: Tensor | None) -> None:
     """ValueError where shapes or dtypes do not fit."""
-    n = len(x) if x.dim() else 0
+    n = x.shape[0] if x.dim() else 0
     if x.dim() != 3 or skip.dim() != 3 or skip.shape[1:] != x.shape[1:] or skip.dtype != x.dtype:
         raise ValueError(
             f"x and skip must be [n, T, D] and [rows, T, D] of one dtype, got {x.dtype} {list(x.shape)} and "
@@ -34,8 +34,8 @@ def check_join(x: Tensor, skip: Tensor, lanes: Tensor | None, index: Tensor | No
     for name, value, length in (("lanes", lanes, n), ("index", index, n if lanes is None else None)):
         if value is None:
             continue
-        if value.dtype not in (torch.int32, torch.int64) or value.dim() != 1 or length not in (None, len(value)):
+        if value.dtype not in (torch.int32, torch.int64) or value.dim() != 1 or length not in (None, value.shape[0]):
             wanted = "[B]" if length is None else f"[{length}]"  # made earlier, it would fix n where this is compiled
             raise ValueError(f"{name} must be int32 or int64 {wanted}, got {value.dtype} {list(value.shape)}")
-    if index is None and len(skip) < n:
-        raise ValueError(f"skip must have a row for each of {n} rows of x, got {len(skip)}")
+    if index is None and skip.shape[0] < n:
+        raise ValueError(f"skip must have a row for each of {n} rows of x, got {skip.shape[0]}")

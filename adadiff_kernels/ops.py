@@ -1,4 +1,5 @@
-"""The public functions. Each picks its implementation by the device of its tensors, or takes it by name.
+"""The operators. Each picks its implementation by the device of its tensors, or takes it by name. Public under the same
+names as library.py has them, which tells compilers about them.
 
 backend: "reference" is plain PyTorch on any device; "cpu" the compiled core; "triton" a fused kernel on a CUDA device,
 or in Triton's interpreter. A choice that cannot be honoured raises RuntimeError and says what is missing. None takes
@@ -78,9 +79,7 @@ def swap_rows(swaps: Swaps | Tensor, *rows: Tensor, backend: Backend | None = No
     the pairs are taken as they are made there; only "triton" does not wait for it).
     """
     padded = isinstance(swaps, Tensor)
-    if padded:  # how many rows ran, only the device knows
-        swaps = Swaps(swaps, min((tensor.shape[0] for tensor in rows if tensor.dim()), default=0), 0)
-    check_rows(swaps, *rows)
+    swaps = planned(swaps, *rows)
     chosen = choose(backend, swaps.pairs)
     if padded and chosen != "triton":
         swaps = replace(swaps, pairs=swaps.pairs[swaps.pairs[:, 0] >= 0])
@@ -94,6 +93,14 @@ def swap_rows(swaps: Swaps | Tensor, *rows: Tensor, backend: Backend | None = No
         swap_rows_core(swaps, *rows)
     else:
         swap_rows_reference(swaps, *rows)
+
+
+def planned(swaps: Swaps | Tensor, *rows: Tensor) -> Swaps:
+    """The swaps of `swap_rows`, checked. Of a `DeviceSet`, how many rows ran, only the device knows."""
+    if isinstance(swaps, Tensor):
+        swaps = Swaps(swaps, min((tensor.shape[0] for tensor in rows if tensor.dim()), default=0), 0)
+    check_rows(swaps, *rows)
+    return swaps
 
 
 def join_skip(

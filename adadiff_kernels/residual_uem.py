@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adadiff_kernels.extension import core as _C
+from adadiff_kernels.extension import traced
 
 PARAMETERS = ("weight", "bias", "scale", "shift")
 
@@ -104,7 +105,7 @@ def core_scores(y: Tensor, score: Score) -> bool:
         and y.is_cpu
         and y.dtype in (torch.float32, torch.bfloat16)
         and y.is_contiguous()
-        and not torch.compiler.is_compiling()
+        and not traced(y)
     )
 
 

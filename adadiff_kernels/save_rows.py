@@ -24,8 +24,8 @@ def check_save(rows: Tensor, saved: Tensor, lane: Tensor, exit_layer: Tensor, la
             f"rows and saved must be [n, ...] and [B, ...] of one dtype, got {rows.dtype} {list(rows.shape)} and "
             f"{saved.dtype} {list(saved.shape)}"
         )
-    for name, value, length in (("lane", lane, len(rows)), ("exit_layer", exit_layer, len(saved))):
+    for name, value, length in (("lane", lane, rows.shape[0]), ("exit_layer", exit_layer, saved.shape[0])):
         if value.dtype != torch.int32 or value.shape != (length,):
             raise ValueError(f"{name} must be int32 [{length}], got {value.dtype} {list(value.shape)}")
-    if not isinstance(layer, int) or layer < 1:
+    if not isinstance(layer, int | torch.SymInt) or layer < 1:
         raise ValueError(f"layer must be an int of 1 or more, got {layer!r}")

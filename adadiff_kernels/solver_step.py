@@ -122,7 +122,7 @@ class Noise:
 
     def __post_init__(self) -> None:
         for name, value in (("seeds", self.seeds), ("step", self.step)):
-            if value.dtype != torch.int64 or value.shape != (len(self.seeds),):
+            if value.dtype != torch.int64 or value.shape != (self.seeds.shape[0],):
                 raise ValueError(f"{name} must be int64 [{len(self.seeds)}], got {value.dtype} {list(value.shape)}")
         if not 0 <= self.stream < 2**32:
             raise ValueError(f"stream must lie in [0, 2^32), got {self.stream}")
@@ -150,7 +150,7 @@ class StepRows:
     noise: bool = True
 
     def __post_init__(self) -> None:
-        n = len(self.coefficients)
+        n = self.coefficients.shape[0]
         if self.coefficients.shape != (n, len(COLUMNS)) or self.slot.shape != (n,) or self.end.shape != (n,):
             raise ValueError(
                 f"rows must be coefficients [n, {len(COLUMNS)}], slot [n], end [n], got "
@@ -242,18 +242,18 @@ def check_step(
     noise: Noise | None,
 ) -> None:
     """ValueError where shapes or dtypes do not fit, or where the rows need what is not given."""
-    n = len(state.x) if slots is None else len(slots)
+    n = state.x.shape[0] if slots is None else slots.shape[0]
     if state.x.dtype != torch.float32 or rows.coefficients.dtype != torch.float32:
         raise ValueError(f"state and coefficients must be float32, got {state.x.dtype} and {rows.coefficients.dtype}")
-    if len(rows.slot) != n:
+    if rows.slot.shape[0] != n:
         raise ValueError(f"{len(rows.slot)} rows of coefficients for {n} samples")
     if z is not None and noise is not None:
         raise ValueError("z and noise are two ways to give the same values; give one of them")
     if rows.noise and z is None and noise is None:
         raise ValueError("a row adds noise, but z is None; draw it where the noise coefficient is not 0")
-    if noise is not None and len(noise.seeds) != n:
+    if noise is not None and noise.seeds.shape[0] != n:
         raise ValueError(f"noise must have a seed and a step for each of {n} samples, got {len(noise.seeds)}")
-    if guidance is not None and (len(guidance.row) != n or guidance.uncond.shape[1:] != state.x.shape[1:]):
+    if guidance is not None and (guidance.row.shape[0] != n or guidance.uncond.shape[1:] != state.x.shape[1:]):
         raise ValueError(
             f"guidance must have {n} rows and uncond {['g', *state.x.shape[1:]]}, got {len(guidance.row)} and "
             f"{list(guidance.uncond.shape)}"
