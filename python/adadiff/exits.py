@@ -13,7 +13,6 @@ does for language models (Pan et al. 2024, arXiv 2402.00518).
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -77,8 +76,10 @@ class Exits(nn.Module):
         self.weight = nn.Parameter(torch.zeros(L, P, backbone.dim))
         self.bias = nn.Parameter(torch.zeros(L, P))
         self.time_weight = nn.Parameter(torch.zeros(L, P, backbone.time_dim)) if config.time else None
-        new_head = backbone.new_head if config.head == "linear" else partial(MlpHead, backbone)
-        self.heads = None if config.shared_head else nn.ModuleList(new_head() for _ in range(L - 1))
+        self.heads = None
+        if not config.shared_head:
+            mlp = config.head == "mlp"
+            self.heads = nn.ModuleList(MlpHead(backbone) if mlp else backbone.new_head() for _ in range(L - 1))
 
     def offsets(self, time: Tensor) -> Tensor:
         """time: [B, Dt]. Returns what the score adds per lane, float32 [L, B, P]."""

@@ -159,7 +159,7 @@ def noised_errors(
     t = torch.tensor(times, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     u, errors = [], []
-    for time, alpha_bar in zip(t, schedule.alpha_bar(t), strict=True):
+    for time, alpha_bar in zip(t, schedule.log_alpha_bar(t).exp(), strict=True):
         noise = torch.randn(images.shape, generator=generator)
         x = (alpha_bar.sqrt() * images + (1 - alpha_bar).sqrt() * noise).float()
         predictions, own, _ = watch(model.backbone, model.exits, x, time.float().expand(len(x)), labels)

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from adadiff.engine import Evaluation, evaluate
+from adadiff.schedules import NoiseSchedule
 from adadiff.serving import Engine, EngineClosed, EngineFull, Handle
+from adadiff.solvers import DDIM
+from adadiff.tables import SolverTable
 from sampler.tiny import Clock, alone, images_are_right, is_empty, requests, served, stepped
 
 SHORT = {"steps": 1, "rule": "depth:1"}
@@ -122,10 +125,11 @@ class Broken:
     def __init__(self) -> None:
         self.asked = 0
 
-    def table(self, schedule: object, steps: int) -> object:
+    def table(self, schedule: NoiseSchedule, steps: int) -> SolverTable:
         self.asked += 1
         if self.asked > 1:
             raise RuntimeError("no table today")
+        return DDIM().table(schedule, steps)
 
 
 def test_a_request_that_cannot_begin_fails_alone() -> None:
