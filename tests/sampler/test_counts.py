@@ -16,6 +16,7 @@ from torch import Tensor
 
 from adadiff.batch import Batch
 from adadiff.counts import Counts, Lagged, Planned, Sync, counts_from
+from adadiff.decision import Decision
 from adadiff.engine import Evaluation, evaluate
 from adadiff.exits import OFFICIAL, PAPER, ExitConfig
 from adadiff.rules import BatchMean, Depth, Full, Patience, Replay, Rule, Threshold
@@ -118,14 +119,26 @@ def test_rows_beyond_the_plan_are_resumed_and_nobody_is_forced_out(rules, room, 
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_plan_that_shrinks_late_resumes_lanes_at_several_layers(monkeypatch) -> None:
-    """Rows parked inside the in-blocks and after them: each finds its own long skips, of both passes."""
-    wanted = run("uvit", OFFICIAL, "depth", None)
+@pytest.mark.parametrize("rules", ["depth", "threshold", "patience, tied"])
+def test_a_plan_that_shrinks_late_resumes_lanes_at_several_layers(rules, monkeypatch) -> None:
+    """Rows parked inside the in-blocks and after them: each finds its own long skips, of both passes, and nobody leaves
+    at a layer of the second pass that is before his."""
+    wanted = run("uvit", OFFICIAL, rules, None)
     late(monkeypatch, NEVER)
     depth = torch.tensor([7, 7, 6, 6, 5, 5, 4, 3, 2, 2, 1, 1, 1]).double()
     for margin in (0, -1, -2, -3):
-        found = run("uvit", OFFICIAL, "depth", Planned(tuple((depth + margin).tolist())))
+        found = run("uvit", OFFICIAL, rules, Planned(tuple((depth + margin).tolist())))
         assert_same(found, wanted, OFFICIAL)
+
+
+def test_rows_that_are_not_asked_keep_their_state_and_stay() -> None:
+    """Rows of lanes that have left, wait for their layer, or follow another rule: whatever their u happens to be."""
+    decision = Decision((Patience(0.5), Threshold(0.5)), torch.tensor([0, 0, 1, 0]), 7, torch.zeros(4), None)
+    u, lanes = torch.full((4,), 0.1), torch.tensor([3, 1, 2, 0], dtype=torch.int32)
+    some, everybody = torch.tensor([True, False, False, True]), torch.ones(4, dtype=torch.bool)
+    assert decision.leave_blindly(u, 1, lanes, some).tolist() == [False] * 4  # the first time is ignored
+    # rows 0 and 3 leave at their second time; for lane 1 it is the first; row 2's rule does not wait
+    assert decision.leave_blindly(u, 2, lanes, everybody).tolist() == [True, False, True, True]
 
 
 def rows_run(counts: Counts, delay: Callable[[], float]) -> tuple[int, ...]:
