@@ -272,7 +272,7 @@ def test_weights_are_what_the_perturbed_runs_did() -> None:
     """At the last evaluation the solver's step is linear, so a unit of error costs what its coefficient says."""
     calibrating, calibration = calibrated("faithful")
     model = calibrating.model
-    alpha_bar = model.schedule.alpha_bar(torch.tensor(calibration.t, dtype=torch.float64))
+    alpha_bar = model.schedule.log_alpha_bar(torch.tensor(calibration.t, dtype=torch.float64)).exp()
     assert calibration.weights[-1] == pytest.approx(float((1 - alpha_bar[-1]) / alpha_bar[-1]), rel=1e-3)
 
 
