@@ -90,12 +90,12 @@ class DeviceSet:
     def start(self) -> None:
         """Everybody runs again, in the order of the lanes: the next tick."""
         self._layer = 0
-        known = traced(self.lane)
-        begin = torch.ops.adadiff_kernels.device_start if known and self._kernel else start
+        unseen = traced(self.lane)
+        begin = torch.ops.adadiff_kernels.device_start if unseen and self._kernel else start
         begin(self.lane, self.row, self.exit_layer, self._state, self._address)
         if not self._kernel:
             self._word.post(_packed(self._state, 0))
-        if known or not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        if unseen or not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             self.replayed()
 
     def replayed(self) -> None:
@@ -211,7 +211,7 @@ class DeviceSet:
 
 
 def start(lane: Tensor, row: Tensor, exit_layer: Tensor, state: Tensor, word: int | None) -> None:
-    """`DeviceSet.start` on its tensors. word: where the kernel posts, an address; None: in PyTorch, nothing is posted."""
+    """`DeviceSet.start` on its tensors. word: the address at which the kernel posts; None: PyTorch, posting nothing."""
     if word is not None:
         _C.start(*_addresses(lane, row, exit_layer, state), lane.shape[0], word, *_place(lane))
         return

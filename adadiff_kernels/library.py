@@ -21,7 +21,7 @@ from adadiff_kernels.compaction import Swaps
 from adadiff_kernels.extension import traced
 from adadiff_kernels.join_skip import check_join, join_skip_reference
 from adadiff_kernels.ops import Backend
-from adadiff_kernels.residual_uem import Norm, Score, check_score, check_sum, residual_uem_reference
+from adadiff_kernels.residual_uem import Norm, Score, check_score, check_sum, core_scores, residual_uem_reference
 from adadiff_kernels.save_rows import check_save
 from adadiff_kernels.solver_step import Guidance, Noise, SolverState, StepRows, check_step
 
@@ -79,6 +79,12 @@ def _pass(
     return tuple(x.new_empty(0) if part is None else part for part in made)
 
 
+def _core_scores(x: Tensor, branch: Tensor, score: Score | None) -> bool:
+    """The core is faster than what compilers make of the score. Gradients are PyTorch's."""
+    learns = torch.is_grad_enabled() and (x.requires_grad or branch.requires_grad)
+    return score is not None and not learns and core_scores(x, score)
+
+
 _residual_uem = _register(
     f"residual_uem(Tensor x, Tensor branch, {_PASS}) -> (Tensor, Tensor, Tensor)",
     lambda x, branch, *given: _pass(x, branch, None, *given),
@@ -104,9 +110,10 @@ def residual_uem(
     out: Tensor | None = None,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    if not (traced(x) and _kernel_serves(backend, x)):
-        given = {"lanes": lanes, "gate": gate, "bias": bias, "score": score, "norm": norm, "out": out}
-        return ops.residual_uem(x, branch, **given, backend=backend)
+    if not (traced(x) and (_kernel_serves(backend, x) or (backend is None and _core_scores(x, branch, score)))):
+        return ops.residual_uem(
+            x, branch, lanes=lanes, gate=gate, bias=bias, score=score, norm=norm, out=out, backend=backend
+        )
     flat = (
         *(lanes, gate, bias),
         *((None, None, 0) if score is None else (score.weight, score.offset, score.extras)),

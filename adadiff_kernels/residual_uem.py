@@ -74,7 +74,8 @@ def uem_score(y: Tensor, score: Score, lanes: Tensor) -> Tensor:
 
 def score_rows(y: Tensor, score: Score, lanes: Tensor) -> Tensor:
     """By the compiled core where it can, else as the reference."""
-    return uem_score_core(y, score, lanes) if core_scores(y, score) else uem_score_reference(y, score, lanes)
+    core = core_scores(y, score) and not traced(y)
+    return uem_score_core(y, score, lanes) if core else uem_score_reference(y, score, lanes)
 
 
 def uem_score_core(y: Tensor, score: Score, lanes: Tensor) -> Tensor:
@@ -105,7 +106,6 @@ def core_scores(y: Tensor, score: Score) -> bool:
         and y.is_cpu
         and y.dtype in (torch.float32, torch.bfloat16)
         and y.is_contiguous()
-        and not traced(y)
     )
 
 

@@ -8,7 +8,7 @@ import adadiff
 from adadiff.rules import Full, Replay
 from adadiff.solvers import DDIM, DPMSolverPP2M
 from adadiff.tables import pack
-from adadiff_kernels import ActiveSet, Score, philox_normal, residual_uem, solver_step, swap_rows
+from adadiff_kernels import ActiveSet, Score, join_skip, ops, philox_normal, residual_uem, solver_step, swap_rows
 
 LANES = 64
 T, D = 257, 512  # U-ViT-S/2 at its CIFAR-10 shape
@@ -45,6 +45,17 @@ def test_fused_pass(benchmark: BenchmarkFixture, scored: bool) -> None:
     x, branch, lanes = torch.randn(n, T, D), torch.randn(n, T, D), torch.arange(n, dtype=torch.int32)
     score = Score(torch.randn(1, D) / D**0.5, torch.zeros(n, 1), extras=1) if scored else None
     benchmark(residual_uem, x, branch, lanes=lanes, score=score, out=torch.empty_like(x))
+
+
+@pytest.mark.parametrize("way", ["implementation", "eager call", "registered operator"])
+@torch.inference_mode()
+def test_dispatch(benchmark: BenchmarkFixture, way: str) -> None:
+    """What it costs to be called: two skips of next to nothing are joined."""
+    x, registered = torch.randn(2, 3, 8), torch.ops.adadiff_kernels.join_skip.default
+    if way == "registered operator":
+        benchmark(registered, x, x, None, None, None)
+    else:
+        benchmark(ops.join_skip if way == "implementation" else join_skip, x, x)
 
 
 @pytest.mark.parametrize("solver", [DDIM(), DPMSolverPP2M()], ids=["ddim", "dpm++2m"])

@@ -1,0 +1,164 @@
+"""What the operators declare is true, eager calls know nothing of it, and what does not fit is refused."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from adadiff_kernels import (
+    DeviceSet,
+    SolverState,
+    StepRows,
+    Swaps,
+    join_skip,
+    residual_uem,
+    save_rows,
+    solver_step,
+    swap_rows,
+)
+from operators import CASES, DEVICE, B, Step, normal, serves, some_lanes
+
+OPS = torch.ops.adadiff_kernels
+
+
+def fused(n: int, T: int, D: int, P: int, out: bool, parts: str, backend: str) -> tuple:
+    x, branch = normal(n, T, D), normal(n, T, D)
+    score = (normal(P, D), normal(B, P), T - 1) if "score" in parts else (None, None, 0)
+    affine = (normal(D), normal(D)) if "affine" in parts else (None, None)
+    modulated = (normal(B, D), normal(B, D)) if "modulated" in parts else (None, None)
+    gate, bias = (normal(B, D), normal(D)) if "gate" in parts else (None, None)
+    norm = (1e-6 if "norm" in parts else None, *affine, *modulated)
+    return (x, branch, *[normal(n, T, D)] * out, some_lanes(n), gate, bias, *score, *norm, backend)
+
+
+@pytest.mark.parametrize(
+    ("shape", "out", "parts", "backend"),
+    [
+        pytest.param((3, 5, 12, 2), False, "gate score modulated norm", "reference", id="all of it in PyTorch"),
+        pytest.param((3, 5, 12, 2), True, "gate score modulated norm", "reference", id="in place in PyTorch"),
+        pytest.param((0, 5, 12, 2), False, "gate score affine norm", "reference", id="no rows"),
+        pytest.param((1, 1, 1, 1), True, "", "reference", id="the sum alone, of one number"),
+        pytest.param((3, 5, 12, 1), False, "score affine norm", "cpu", id="core"),
+        pytest.param((2, 3, 12, 2), False, "gate score affine modulated norm", "triton", id="all of it in Triton"),
+        pytest.param((2, 3, 12, 1), True, "score norm", "triton", id="in place in Triton"),
+        pytest.param((0, 3, 12, 1), True, "score norm", "triton", id="no rows in Triton"),
+    ],
+)
+def test_the_fused_pass_is_what_it_declares(shape: tuple, out: bool, parts: str, backend: str) -> None:
+    operator = OPS.residual_uem_out if out else OPS.residual_uem
+    opcheck(operator.default, fused(*shape, out, parts, serves(backend)))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_moves_are_what_they_declare(backend: str) -> None:
+    wide = normal(6, 3, 8)[:, 1:2]  # rows that lie apart
+    pairs = torch.tensor([[0, 4], [2, 5], [-1, -1]], dtype=torch.int32, device=DEVICE)
+    rows = [wide, torch.arange(6, dtype=torch.int16, device=DEVICE)]
+    opcheck(OPS.swap_rows.default, (pairs[:2], 6, rows, serves(backend)))
+    opcheck(OPS.swap_rows.default, (pairs, None, rows, backend))
+    if backend == "cpu":
+        return
+    x, skip, index = normal(3, 2, 5), normal(B, 2, 5), torch.randperm(B, device=DEVICE)
+    for lanes, own in ((some_lanes(3), index), (None, None)):
+        opcheck(OPS.join_skip.default, (x, skip, lanes, own, backend))
+    stops = torch.tensor([0, 2, -2, 1, 2, 3, 2], dtype=torch.int32, device=DEVICE)
+    opcheck(OPS.save_rows.default, (normal(3, 2, 5), normal(B, 2, 5), some_lanes(3), stops, 2, backend))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_step_is_what_it_declares(backend: str) -> None:
+    opcheck(OPS.solver_step.default, Step(3).flat(serves(backend)))
+    x, eps, coefficients, slot = normal(2, 3), normal(2, 3), normal(2, 8), torch.zeros(2, dtype=torch.int64).to(DEVICE)
+    bare = (x, None, None, eps, coefficients, slot, slot == 0, False, False, False, False, *(None,) * 9, 0, backend)
+    opcheck(OPS.solver_step.default, bare)
+
+
+def test_the_steps_of_a_set_are_what_they_declare() -> None:
+    active = DeviceSet(B, DEVICE, backend="reference")
+    own = (active.lane, active.row, active.exit_layer, active._state)
+    opcheck(OPS.device_start.default, (*own, None))
+    asked, partner = torch.arange(B).to(DEVICE) > 1, torch.arange(B).int().to(DEVICE)
+    u, threshold = torch.rand(B).to(DEVICE), torch.rand(B).to(DEVICE)
+    opcheck(OPS.device_leave.default, (*own, u, threshold, None, asked, partner, B, 1, None, None))
+    opcheck(OPS.device_leave.default, (*own, None, None, None, None, partner, B, 1, 2, None))
+
+
+class Dispatched(TorchDispatchMode):
+    """Notes whose operators pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.namespaces: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.namespaces.add(func.namespace)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_eager_calls_pass_the_dispatcher_by(case: Callable) -> None:
+    call, given = case(3, None)
+    with Dispatched() as dispatched:
+        call(*given)
+    assert dispatched.namespaces == {"aten"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tensors_without_values_get_the_same_results(case: Callable) -> None:
+    """FakeTensor is the only mode here: no compiler says that it traces."""
+    call, given = case(3, None)
+    mode = FakeTensorMode()
+    fakes = tree_map_only(Tensor, mode.from_tensor, given)
+    with mode:
+        made = call(*fakes)
+    for fake, real in zip(made, call(*given), strict=True):
+        assert isinstance(fake, FakeTensor)
+        assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+def test_what_is_recorded_of_real_tensors_is_the_operator() -> None:
+    def call(x: Tensor, pairs: Tensor) -> Tensor:
+        own = x + 1
+        swap_rows(pairs, own)
+        return own
+
+    pairs = torch.tensor([[0, 2]], dtype=torch.int32, device=DEVICE)
+    graph = make_fx(call)(normal(3, 4), pairs)
+    x = normal(3, 4)
+    assert OPS.swap_rows.default in {node.target for node in graph.graph.nodes}
+    assert torch.equal(graph(x, pairs), (x + 1)[[2, 1, 0]])
+
+
+def step_without_noise(x: Tensor) -> None:
+    kinds = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    solver_step(SolverState(x), x, StepRows(normal(2, 8), kinds, kinds == 0, history=False, inner=False))
+
+
+LANES = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+REFUSED = [
+    (r"bias must be \[8\], got \(2,\)", lambda x: residual_uem(x, x, lanes=LANES, bias=LANES)),
+    (r"out must be \(2, 3, 8\)", lambda x: residual_uem(x, x, lanes=LANES, out=x[:1])),
+    (r"skip must have a row for each of 2 rows", lambda x: join_skip(x, x[:1])),
+    (r"exit_layer must be int32 \[2\]", lambda x: save_rows(x, x, LANES, LANES[:1], 1)),
+    (r"pairs must be int32 \[k, 2\]", lambda x: swap_rows(LANES, x)),
+    (r"rows\[1\] must have 2 rows or more", lambda x: swap_rows(Swaps(LANES.view(1, 2), 2, 1), x, x[:1])),
+    ("a row adds noise, but z is None", step_without_noise),
+]
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])
+@pytest.mark.parametrize(("message", "call"), REFUSED)
+def test_what_does_not_fit_is_refused(message: str, call: Callable[[Tensor], None], traced: bool) -> None:
+    x = normal(2, 3, 8)
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True) if traced else nullcontext(),
+        pytest.raises(ValueError, match=message),
+    ):
+        call(torch.empty(2, 3, 8, device=DEVICE) if traced else x)

@@ -1,0 +1,128 @@
+"""Calls of every operator, and arguments for n of B rows, for tests of graphs that hold them."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from adadiff_kernels import (
+    ActiveSet,
+    Guidance,
+    Noise,
+    Norm,
+    Score,
+    SolverState,
+    StepRows,
+    Swaps,
+    extension,
+    join_skip,
+    residual_uem,
+    save_rows,
+    solver_step,
+    swap_rows,
+)
+from adadiff_kernels.launch import triton_missing
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+B = 7
+Results = tuple[Tensor | None, ...]
+Case = tuple[Callable[..., Results], tuple]  # a function and what to call it with
+
+
+def serves(backend: str) -> str:
+    """The same name, where there is what it names."""
+    if backend == "triton" and triton_missing() is not None:
+        pytest.skip("Triton is not installed")
+    if backend == "cpu" and (extension.core is None or DEVICE != "cpu"):
+        pytest.skip("for tensors of the CPU, where the extension is built")
+    return backend
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, device=DEVICE)
+
+
+def some_lanes(n: int) -> Tensor:
+    return torch.randperm(B, device=DEVICE)[:n].int()
+
+
+class Step:
+    """n of B samples of 4 x 1 x 3 take a step with everything that it may have."""
+
+    def __init__(self, n: int):
+        one = (4, 1, 3)
+        self.state = (normal(B, *one), normal(B, *one), normal(B, 2, *one))
+        self.slots = some_lanes(n).long()
+        kinds = torch.arange(n, device=DEVICE) % 3
+        self.rows = (normal(n, 8), kinds, kinds > 0, True, True, True, True)
+        self.guidance = (normal(3, *one), kinds - 1, normal(n), kinds + 1)
+        self.noise = (self.slots * 2**40, kinds + 5, 2**32 - 1)
+        self.eps, self.variance = normal(n, *one), normal(n, *one)
+
+    def flat(self, backend: str) -> tuple:
+        return (
+            *(*self.state, self.eps, *self.rows, self.slots, None, self.variance),
+            *(*self.guidance, *self.noise, backend),
+        )
+
+
+def fused_pass(n: int, backend: str | None, P: int = 1) -> Case:
+    def call(x: Tensor, branch: Tensor, lanes: Tensor, gate: Tensor, score: tuple, norm: tuple) -> Results:
+        score, norm = Score(*score), Norm(*norm)
+        own = branch @ branch.mT @ branch  # ours to overwrite
+        _, h, u = residual_uem(x, own, lanes=lanes, gate=gate, score=score, norm=norm, out=own, backend=backend)
+        y, _, same = residual_uem(x.relu(), branch, lanes=lanes, score=score, backend=backend)
+        residual_uem(x, branch, lanes=lanes, out=x, backend=backend)
+        return own, h, u, y, same, x
+
+    score, norm = (normal(P, 8) / 8, normal(B, P), 1), (1e-6, None, None, normal(B, 8), normal(B, 8))
+    return call, (normal(n, 3, 8), normal(n, 3, 8), some_lanes(n), normal(B, 8), score, norm)
+
+
+def swaps(n: int, backend: str | None) -> Case:
+    def call(swaps: tuple, padded: Tensor, x: Tensor, y: Tensor) -> Results:
+        own = x.relu()
+        swap_rows(Swaps(*swaps), own, y, backend=backend)
+        swap_rows(padded, y, backend=backend)
+        return own, y
+
+    made = ActiveSet(4 * n).leave(torch.arange(4 * n) % 2 == 0, 1)
+    pairs = made.pairs.to(DEVICE)
+    return call, (
+        (pairs, made.before, made.after),
+        torch.cat([pairs, pairs.new_full((n, 2), -1)]),
+        normal(4 * n, 5),
+        normal(4 * n, 2, 3),
+    )
+
+
+def skips(n: int, backend: str | None) -> Case:
+    def call(x: Tensor, skip: Tensor, lanes: Tensor, index: Tensor) -> Results:
+        return join_skip(x.relu(), skip, lanes, index, backend=backend), join_skip(x, skip, backend=backend)
+
+    return call, (normal(n, 3, 4), normal(B, 3, 4), some_lanes(n), torch.randperm(B, device=DEVICE).int())
+
+
+def saves(n: int, backend: str | None) -> Case:
+    def call(rows: Tensor, saved: Tensor, lane: Tensor, exit_layer: Tensor, layer: int) -> Results:
+        save_rows(rows.relu(), saved, lane, exit_layer, layer, backend=backend)
+        return (saved,)
+
+    stops = torch.randint(-2, 3, (B,), device=DEVICE).int()
+    return call, (normal(n, 3, 4), normal(B, 3, 4), some_lanes(n), stops, 2)
+
+
+def steps(n: int, backend: str | None) -> Case:
+    def call(
+        state: tuple, eps: Tensor, rows: tuple, slots: Tensor, v: Tensor, guidance: tuple, noise: tuple
+    ) -> Results:
+        parts = {"guidance": Guidance(*guidance), "noise": Noise(*noise)}
+        solver_step(SolverState(*state), eps.relu(), StepRows(*rows), slots, None, v, **parts, backend=backend)
+        return state
+
+    p = Step(n)
+    return call, (p.state, p.eps, p.rows, p.slots, p.variance, p.guidance, p.noise)
+
+
+CASES = [fused_pass, swaps, skips, saves, steps]
