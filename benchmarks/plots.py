@@ -165,6 +165,8 @@ def network(rows: Sequence[Row]) -> Figure | None:
 def serving(rows: Sequence[Row]) -> Figure | None:
     """Images a second of saturated servers, and latency against load: p50 solid, p95 dashed."""
     throughput = select(rows, "serving", "throughput")
+    most = max((row["parameters"]["capacity"] for row in throughput), default=0)
+    throughput = [row for row in throughput if row["parameters"]["capacity"] == most]
     latency = [row for row in select(rows, "serving", "latency") if row["parameters"]["load"] != "burst"]
     models = [name for name in CURVES if any(row["parameters"]["model"] == name for row in latency)]
     if not throughput and not models:
