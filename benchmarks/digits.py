@@ -16,10 +16,10 @@ from rows import Rows, dtype_name, machine, say
 
 import adadiff
 from adadiff import Model, Report
-from adadiff.noise import initial_noise
+from adadiff.diffusion.noise import initial_noise
+from adadiff.diffusion.solvers import DDIM
+from adadiff.diffusion.tables import pack
 from adadiff.rules import Full, Rule, Threshold
-from adadiff.solvers import DDIM
-from adadiff.tables import pack
 from adadiff_kernels import solver_step
 
 MODEL = "digits"

@@ -11,9 +11,9 @@ from torch import Tensor
 
 import adadiff
 from adadiff import Evaluation, Model
-from adadiff.engine import group_size
+from adadiff.engine.evaluate import group_size
+from adadiff.engine.memory import peak_bytes
 from adadiff.exits import PAPER
-from adadiff.memory import peak_bytes
 from adadiff.rules import Full, Replay, Rule
 
 SUITE = "network"

@@ -4,8 +4,8 @@ python benchmarks/parity.py --reference CLONE [--reference CLONE ...] [--only NA
 
 CLONE is a folder with a checkout of baofff/U-ViT, facebookresearch/DiT (needs timm), Tangshengku/AdaDiff or
 razvanmatisan/duodiff (need einops); which, is seen from its files. Its module is imported from there, filled with
-random weights and saved as its authors save it; `adadiff.conversion` reads the file, and what comes out is compared on
-the same inputs: in float32 to 1e-5 of the largest value, in bfloat16 by the rule of tests/numerics.py (error at most
+random weights and saved as its authors save it; `adadiff.convert` reads the file, and what comes out is compared on the
+same inputs: in float32 to 1e-5 of the largest value, in bfloat16 by the rule of tests/numerics.py (error at most
 twice theirs and four roundings). Writes a table, keeping the rows of models that were not run. Ends with 1 if any
 fails.
 """
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import adadiff
 from adadiff import evaluate
-from adadiff.conversion import convert
+from adadiff.conversion.convert import convert
 from adadiff.rules import Full, Replay, Threshold
 
 TABLE = Path(__file__).parent / "results" / "parity.md"

@@ -18,17 +18,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import adadiff
-from adadiff import sources
-from adadiff.calibrating import CALIBRATION_SEED, work_of
-from adadiff.canvases import CLASSES, DIGITS, NAMES, Canvases, canvas_features, follow_rules
+from adadiff.calibration.calibrating import CALIBRATION_SEED, work_of
+from adadiff.calibration.recording import measure_weights, record
 from adadiff.cli import setting
-from adadiff.evaluation import evaluate_samples
-from adadiff.frechet import FeatureStatistics
-from adadiff.pictures import make_grid, to_pixels, write_json, write_png
-from adadiff.recording import measure_weights, record
-from adadiff.samples import Samples
-from adadiff.train_config import TrainConfig, load_config
-from adadiff.training import Trainer
+from adadiff.data.canvases import CLASSES, DIGITS, NAMES, Canvases, canvas_features, follow_rules
+from adadiff.data.digits import sources
+from adadiff.evaluation.frechet import FeatureStatistics
+from adadiff.evaluation.quality import evaluate_samples
+from adadiff.output.pictures import make_grid, to_pixels, write_json, write_png
+from adadiff.sampling.samples import Samples
+from adadiff.training.config import TrainConfig, load_config
+from adadiff.training.trainer import Trainer
 
 SAMPLES, SAMPLE_STEPS = 700, 20  # fifty of each class
 REFERENCE = 5000  # held-out canvases

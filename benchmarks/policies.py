@@ -12,10 +12,10 @@ from network import in_batches
 from torch import Tensor
 
 from adadiff import Evaluation, Model
-from adadiff.noise import initial_noise
+from adadiff.diffusion.noise import initial_noise
+from adadiff.diffusion.solvers import DDIM
+from adadiff.diffusion.tables import TableSet
 from adadiff.rules import Threshold
-from adadiff.solvers import DDIM
-from adadiff.tables import TableSet
 from adadiff_kernels import ActiveSet, SolverState, solver_step
 
 LOCK_STEP = "lock step, plain"

@@ -19,12 +19,12 @@ from tqdm import tqdm
 
 import adadiff
 from adadiff.checkpoint import find, write_tensors
-from adadiff.evaluation import evaluate_samples, frechet_ratio
+from adadiff.diffusion.noise import initial_noise
+from adadiff.diffusion.schedules import NoiseSchedule
+from adadiff.diffusion.solvers import DDIM
+from adadiff.diffusion.tables import pack
+from adadiff.evaluation.quality import evaluate_samples, frechet_ratio
 from adadiff.models.uvit import UViT
-from adadiff.noise import initial_noise
-from adadiff.schedules import NoiseSchedule
-from adadiff.solvers import DDIM
-from adadiff.tables import pack
 from adadiff_kernels import solver_step
 
 SUITE = "digits"

@@ -22,11 +22,11 @@ from rows import Rows, say
 
 import adadiff
 from adadiff import Engine, Model
-from adadiff.engine import group_size
+from adadiff.diffusion.solvers import DDIM
+from adadiff.diffusion.tables import pack
+from adadiff.engine.evaluate import group_size
 from adadiff.exits import PAPER
 from adadiff.rules import Rule
-from adadiff.solvers import DDIM
-from adadiff.tables import pack
 from adadiff_kernels import solver_step
 
 SUITE = "serving"

@@ -23,10 +23,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from adadiff.noise import initial_noise, step_noise
-from adadiff.schedules import NoiseSchedule
-from adadiff.solvers import solver_from
-from adadiff.tables import pack
+from adadiff.diffusion.noise import initial_noise, step_noise
+from adadiff.diffusion.schedules import NoiseSchedule
+from adadiff.diffusion.solvers import solver_from
+from adadiff.diffusion.tables import pack
 from adadiff_kernels import solver_step, solver_step_reference
 
 SEEDS = torch.arange(4)

@@ -5,9 +5,9 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import adadiff
+from adadiff.diffusion.solvers import DDIM, DPMSolverPP2M
+from adadiff.diffusion.tables import pack
 from adadiff.rules import Full, Replay
-from adadiff.solvers import DDIM, DPMSolverPP2M
-from adadiff.tables import pack
 from adadiff_kernels import ActiveSet, Score, join_skip, ops, philox_normal, residual_uem, solver_step, swap_rows
 
 LANES = 64

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adadiff import device_engine
+from adadiff.engine import device as device_engine
 from adadiff_kernels import DeviceSet
 
 

@@ -13,7 +13,7 @@ import torch
 
 import adadiff
 from adadiff.config import ModelConfig
-from adadiff.evaluation import evaluate_samples, frechet_ratio
+from adadiff.evaluation.quality import evaluate_samples, frechet_ratio
 from adadiff.exits import PAPER
 from adadiff.models.uvit import UViTConfig
 

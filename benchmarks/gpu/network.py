@@ -16,8 +16,9 @@ from network import attainable, counts_by_kind, run_block
 from torch import Tensor
 
 import adadiff
-from adadiff import Evaluation, Model, device_engine
-from adadiff.counts import Counts, Planned, counts_from
+from adadiff import Evaluation, Model
+from adadiff.engine.counts import Counts, Planned, counts_from
+from adadiff.engine import device as device_engine
 from adadiff.exits import PAPER
 from adadiff.models.interface import Backbone
 from adadiff.rules import Replay

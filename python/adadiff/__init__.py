@@ -3,13 +3,13 @@
 import importlib
 
 from .checkpoint import load, save
-from .conversion import convert
-from .engine import Evaluation, evaluate
-from .handles import DeadlineExceeded, EngineClosed, EngineFull, Handle
+from .conversion.convert import convert
+from .engine.evaluate import Evaluation, evaluate
 from .model import Model, build
-from .reports import Report
-from .sampler import Sampling, sample
-from .serving import Engine
+from .sampling.reports import Report
+from .sampling.sampler import Sampling, sample
+from .serving.engine import Engine
+from .serving.handles import DeadlineExceeded, EngineClosed, EngineFull, Handle
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,9 +34,9 @@ __all__ = [
 ]
 
 _DIFFUSERS = {
-    "AdaDiffPipeline": "pipeline",
-    "disable_early_exit": "early_exit",
-    "enable_early_exit": "early_exit",
+    "AdaDiffPipeline": "pipelines.pipeline",
+    "disable_early_exit": "pipelines.early_exit",
+    "enable_early_exit": "pipelines.early_exit",
 }
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .calibration import Calibration
+from .calibration.calibration import Calibration
 from .config import ModelConfig
 from .model import Model
 

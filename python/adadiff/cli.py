@@ -11,16 +11,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__, commands, conversion
-from .calibrating import AIMS, CALIBRATION_SEED
-from .train_config import CHOICES, TrainConfig, shipped
+from . import __version__, commands
+from .calibration.calibrating import AIMS, CALIBRATION_SEED
+from .conversion import convert as conversion
+from .training.config import CHOICES, TrainConfig, shipped
 
 EXAMPLES = {
     "sample": """examples:
   adadiff sample digits --out samples --n 40 --labels 0,1,2,3,4,5,6,7,8,9 --rule threshold:0.135,first=3
   adadiff sample digits --out samples --rule full --steps 20,50 --solver dpm++2m --guidance 1.5
   torchrun --nproc_per_node 2 -m adadiff sample digits --out many -n 50000
-after Ctrl-C, or a kill, the same command draws what is missing; `adadiff.shards.read` reads shards. Shards are
+after Ctrl-C, or a kill, the same command draws what is missing; `adadiff.output.shards.read` reads shards. Shards are
 the same bits on any number of processes, if each has as many threads: torchrun sets OMP_NUM_THREADS=1 unless you do""",
     "train": """examples:
   adadiff train --out runs/digits

@@ -13,18 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpoint, conversion, latents, sampler, sources
-from .calibrating import Calibrating, matplotlib_figure, reliability_picture
-from .evaluation import Quality, evaluate_samples
-from .filling import Process, ShardFolder
+from . import checkpoint
+from .calibration.calibrating import Calibrating, matplotlib_figure, reliability_picture
+from .calibration.recording import noised_errors
+from .conversion import convert as conversion
+from .data import sources
+from .evaluation.quality import Quality, evaluate_samples
 from .model import Model
-from .pictures import CHANNELS, PictureFolder, write_json
-from .recording import noised_errors
-from .reports import Report
-from .run_folder import STATE
-from .shards import ADVICE, MANIFEST, Manifest
-from .train_config import TrainConfig, load_config
-from .training import Trainer
+from .output.filling import Process, ShardFolder
+from .output.pictures import CHANNELS, PictureFolder, write_json
+from .output.shards import ADVICE, MANIFEST, Manifest
+from .pipelines import latents
+from .sampling import sampler
+from .sampling.reports import Report
+from .training.config import TrainConfig, load_config
+from .training.run_folder import STATE
+from .training.trainer import Trainer
 
 DEFAULT_RULE = "threshold:0.1"
 PNG_MOST = 1000  # samples that become a picture each where nothing else is asked for

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from .diffusion.schedules import NoiseSchedule
 from .exits import ExitConfig
 from .models import FAMILIES
 from .models.interface import NetworkConfig
 from .models.uvit import UViTConfig
-from .schedules import NoiseSchedule
 
 T = TypeVar("T")
 

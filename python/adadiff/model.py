@@ -5,11 +5,11 @@ import dataclasses
 import torch
 from torch import nn
 
-from .calibration import Calibration
+from .calibration.calibration import Calibration
 from .config import PRESETS, ModelConfig
+from .diffusion.schedules import NoiseSchedule
 from .exits import ExitConfig, Exits
 from .models import FAMILIES
-from .schedules import NoiseSchedule
 
 
 class Model(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import adadiff
 from adadiff import Model
-from adadiff.counts import Planned
+from adadiff.engine.counts import Planned
 from adadiff.exits import PAPER
 from adadiff.rules import Replay, Threshold
 from numerics import assert_as_accurate

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adadiff.engine import Evaluation, evaluate
-from adadiff.serving import DeadlineExceeded, Engine, EngineClosed, EngineFull, Handle
+from adadiff.engine.evaluate import Evaluation, evaluate
+from adadiff.serving.engine import DeadlineExceeded, Engine, EngineClosed, EngineFull, Handle
 from sampler.tiny import Clock, images_are_right, is_empty, requests, served, stepped
 
 SHORT = {"steps": 1, "rule": "depth:1"}

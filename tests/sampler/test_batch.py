@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from adadiff import batch as module
-from adadiff.batch import Batch
-from adadiff.engine import Evaluation, evaluate
+from adadiff.diffusion.solvers import DDIM
+from adadiff.diffusion.tables import SolverTable
+from adadiff.engine.evaluate import Evaluation, evaluate
 from adadiff.rules import Threshold
-from adadiff.samples import Samples
-from adadiff.solvers import DDIM
-from adadiff.tables import SolverTable
+from adadiff.sampling import batch as module
+from adadiff.sampling.batch import Batch
+from adadiff.sampling.samples import Samples
 from sampler.tiny import alone, as_samples, requests, served
 
 ONLY = torch.zeros(1, dtype=torch.int64)

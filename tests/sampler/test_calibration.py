@@ -12,15 +12,15 @@ import torch
 from PIL import Image
 
 import adadiff
-from adadiff import calibrating as calibrating_module
-from adadiff.calibrating import Calibrating, reliability_picture, work_of
-from adadiff.calibration import Budget, Budgeted, Calibration, Measured, Tables
+from adadiff.calibration.calibrating import Calibrating, reliability_picture, work_of
+from adadiff.calibration.calibration import Budget, Budgeted, Calibration, Measured, Tables
+from adadiff.calibration import calibrating as calibrating_module
+from adadiff.calibration.recording import noised_errors, record, run
 from adadiff.checkpoint import load, save
-from adadiff.engine import evaluate
+from adadiff.engine.evaluate import evaluate
 from adadiff.exits import ExitConfig, all_layers
-from adadiff.recording import noised_errors, record, run
 from adadiff.rules import Depth
-from adadiff.samples import Samples
+from adadiff.sampling.samples import Samples
 from sampler.shell import run as command
 from sampler.tiny import SERVED, inputs, scramble, served
 

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 
 import adadiff
 from adadiff import cli, commands
-from adadiff.batch import Batch
 from adadiff.config import ModelConfig
-from adadiff.evaluation import evaluate_samples
-from adadiff.train_config import TrainConfig
-from adadiff.training import Trainer
+from adadiff.evaluation.quality import evaluate_samples
+from adadiff.sampling.batch import Batch
+from adadiff.training.config import TrainConfig
+from adadiff.training.trainer import Trainer
 from sampler import shell
 from sampler.shell import config, error_line, interrupt_call, run, saved
 

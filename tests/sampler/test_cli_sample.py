@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 import adadiff
-from adadiff import commands, pictures
+from adadiff import commands
+from adadiff.output import pictures
 from sampler import shell
 from sampler.shell import config, error_line, interrupt_call, pixels, read, run, saved
 

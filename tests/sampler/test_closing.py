@@ -9,8 +9,8 @@ import threading
 
 import pytest
 
-from adadiff.engine import Evaluation, evaluate
-from adadiff.serving import Engine, EngineClosed
+from adadiff.engine.evaluate import Evaluation, evaluate
+from adadiff.serving.engine import Engine, EngineClosed
 from sampler.tiny import images_are_right, is_empty, served
 
 SHORT = {"steps": 1, "rule": "depth:1"}
@@ -116,7 +116,7 @@ def test_an_interpreter_exit_is_quick_and_clean(end: str) -> None:
         import threading
         import torch
         torch.set_num_threads(1)
-        from adadiff.serving import Engine
+        from adadiff.serving.engine import Engine
         from sampler.tiny import served
         engine = Engine(served(), 2)
         handles = [engine.submit(seed=i, steps={steps}) for i in range(5)]

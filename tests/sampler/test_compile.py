@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from adadiff.engine import advance
+from adadiff.engine.evaluate import advance
 from adadiff.exits import PAPER
 from sampler.tiny import BATCH, case
 

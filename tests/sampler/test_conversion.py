@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adadiff
-from adadiff import conversion
 from adadiff.checkpoint import read_tensors, save
 from adadiff.config import PRESETS, ModelConfig
-from adadiff.conversion import convert
+from adadiff.conversion.convert import convert
+from adadiff.conversion import convert as conversion
 from adadiff.exits import DUODIFF, OFFICIAL
 from adadiff.models.dit import DiT
 from adadiff.models.uvit import Head, UViT

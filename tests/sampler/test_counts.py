@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adadiff.batch import Batch
-from adadiff.counts import Counts, Lagged, Planned, Sync, counts_from
-from adadiff.decision import Decision
-from adadiff.engine import Evaluation, evaluate
+from adadiff.engine.counts import Counts, Lagged, Planned, Sync, counts_from
+from adadiff.engine.decision import Decision
+from adadiff.engine.evaluate import Evaluation, evaluate
 from adadiff.exits import OFFICIAL, PAPER, ExitConfig
 from adadiff.rules import BatchMean, Depth, Full, Patience, Replay, Rule, Threshold
-from adadiff.sampler import sample
-from adadiff.samples import Samples
-from adadiff.serving import Engine
+from adadiff.sampling.batch import Batch
+from adadiff.sampling.sampler import sample
+from adadiff.sampling.samples import Samples
+from adadiff.serving.engine import Engine
 from late import late
 from sampler.tiny import BATCH, case, inputs, served
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from adadiff.datasets import NAMES, load
+from adadiff.data.datasets import NAMES, load
 
 DRAW = np.random.default_rng(0)
 

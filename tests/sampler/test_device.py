@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from adadiff import device_engine
-from adadiff.counts import Counts, Lagged, Planned, Sync
-from adadiff.engine import Evaluation, evaluate
+from adadiff.engine.counts import Counts, Lagged, Planned, Sync
+from adadiff.engine.evaluate import Evaluation, evaluate
+from adadiff.engine import device as device_engine
 from adadiff.exits import OFFICIAL, PAPER, ExitConfig, Exits
 from adadiff.models.uvit import UViT
 from adadiff.rules import Depth, Full, Patience, Threshold
-from adadiff.sampler import sample
-from adadiff.serving import Engine
+from adadiff.sampling.sampler import sample
+from adadiff.serving.engine import Engine
 from adadiff_kernels import DeviceSet, Seen
 from late import swap_blindly, use_sets
 from pretend import DEVICE, OnDevice, PretendDevice, TensorsMadeFromValues, Waits

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from adadiff import evaluate, sample
 from adadiff.checkpoint import load_strictly
 from adadiff.config import PRESETS, ModelConfig
+from adadiff.diffusion.noise import initial_noise
 from adadiff.exits import PAPER
 from adadiff.model import Model, build
 from adadiff.models.dit import DiT, DiTConfig, position_embedding
-from adadiff.noise import initial_noise
 from adadiff.rules import Full, Replay
 from numerics import assert_as_accurate
 from sampler.tiny import BATCH, DIT, case, inputs, scramble

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import adadiff
-from adadiff.conversion import from_transformer
-from adadiff.early_exit import TheirDiT
+from adadiff.conversion.convert import from_transformer
 from adadiff.exits import ExitConfig, Exits
+from adadiff.pipelines.early_exit import TheirDiT
 from sampler.tiny import scramble
 
 LAYERS = 5

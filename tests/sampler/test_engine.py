@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adadiff import engine
+from adadiff.engine import evaluate as engine
 from adadiff.exits import OFFICIAL, PAPER
 from adadiff.rules import BatchMean, Depth, Full, Patience, Replay, Threshold
 from numerics import assert_as_accurate

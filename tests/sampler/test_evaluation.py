@@ -13,18 +13,9 @@ from torch import Tensor
 from torchmetrics.image import PeakSignalNoiseRatio
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from adadiff import features as digits_features
 from adadiff.checkpoint import read_tensors
-from adadiff.data import digits
-from adadiff.evaluation import (
-    class_accuracy,
-    evaluate_samples,
-    frechet_ratio,
-    paired_max_difference,
-    paired_psnr,
-    real_floor,
-)
-from adadiff.frechet import (
+from adadiff.data.digits import digits
+from adadiff.evaluation.frechet import (
     FeatureStatistics,
     Interval,
     bootstrap_frechet,
@@ -32,6 +23,15 @@ from adadiff.frechet import (
     frechet_distance,
     seed_interval,
 )
+from adadiff.evaluation.quality import (
+    class_accuracy,
+    evaluate_samples,
+    frechet_ratio,
+    paired_max_difference,
+    paired_psnr,
+    real_floor,
+)
+from adadiff.evaluation import features as digits_features
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from adadiff.config import PRESETS, ModelConfig
-from adadiff.conversion import translate
-from adadiff.engine import evaluate
+from adadiff.conversion.convert import translate
+from adadiff.engine.evaluate import evaluate
 from adadiff.exits import DUODIFF, OFFICIAL, PAPER, ExitConfig, Exits, all_layers
 from adadiff.model import Model
 from adadiff.models.uvit import UViT

@@ -9,8 +9,8 @@ import torch
 
 import adadiff
 from adadiff.config import ModelConfig
+from adadiff.engine.memory import capacity_of
 from adadiff.exits import PAPER
-from adadiff.memory import capacity_of
 from adadiff.model import Model
 from adadiff.models import FAMILIES
 from adadiff.models.interface import Family, Preset

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import adadiff
-from adadiff import shards
-from adadiff.filling import Process, ShardFolder
+from adadiff.output import shards
+from adadiff.output.filling import Process, ShardFolder
 from sampler import sharded, shell
 from sampler.sharded import assert_equal, line, times
 from sampler.shell import config, error_line, interrupt_call, run, saved

@@ -8,18 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from adadiff.batch import Batch
 from adadiff.config import PRESETS, ModelConfig
-from adadiff.engine import Evaluation, evaluate
+from adadiff.diffusion.noise import initial_noise, step_noise
+from adadiff.engine.evaluate import Evaluation, evaluate
 from adadiff.exits import PAPER
 from adadiff.model import Model
 from adadiff.models.dit import DiTConfig
 from adadiff.models.uvit import UViTConfig
-from adadiff.noise import initial_noise, step_noise
 from adadiff.rules import Full
-from adadiff.sampler import sample
-from adadiff.samples import Samples
-from adadiff.serving import Engine
+from adadiff.sampling.batch import Batch
+from adadiff.sampling.sampler import sample
+from adadiff.sampling.samples import Samples
+from adadiff.serving.engine import Engine
 from sampler.tiny import SERVED, served
 
 # four channels, as latents have; guidance touches three unless told otherwise

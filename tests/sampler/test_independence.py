@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from adadiff.engine import Evaluation, evaluate
+from adadiff.engine.evaluate import Evaluation, evaluate
 from adadiff.exits import OFFICIAL, PAPER, ExitConfig
 from adadiff.rules import Patience, Replay, Rule, Threshold
 from sampler.tiny import BATCH, case

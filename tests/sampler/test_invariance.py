@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adadiff import batch
-from adadiff.engine import Evaluation, evaluate
+from adadiff.engine.evaluate import Evaluation, evaluate
+from adadiff.engine.lane_by_lane import lane_by_lane
 from adadiff.exits import OFFICIAL, PAPER, ExitConfig
-from adadiff.lane_by_lane import lane_by_lane
 from adadiff.rules import Depth, Full, Patience, Replay, Rule, Threshold
-from adadiff.sampler import sample
-from adadiff.serving import Engine, Handle
+from adadiff.sampling import batch
+from adadiff.sampling.sampler import sample
+from adadiff.serving.engine import Engine, Handle
 from sampler.tiny import BATCH, alone, case, requests, served
 
 NETWORKS = [

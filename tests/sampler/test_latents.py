@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 
 import adadiff
 from adadiff.config import PRESETS
-from adadiff.latents import decode, draw_latents, load_autoencoder
+from adadiff.pipelines.latents import decode, draw_latents, load_autoencoder
 from sampler import shell
 
 

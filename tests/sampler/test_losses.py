@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from adadiff.exits import ExitConfig, Exits, all_layers
-from adadiff.losses import LOSSES, log_error, loss_named, official_loss, paper_loss, relative_loss
 from adadiff.models.layers import patchify
 from adadiff.models.uvit import UViT
+from adadiff.training.losses import LOSSES, log_error, loss_named, official_loss, paper_loss, relative_loss
 from sampler.tiny import UVIT, inputs, scramble
 
 L, B, C, SIDE, PATCH = 3, 5, 3, 8, 2

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from adadiff.batch import Batch
 from adadiff.config import ModelConfig
-from adadiff.engine import evaluate, group_size
+from adadiff.engine.evaluate import evaluate, group_size
+from adadiff.engine.memory import capacity_of, lane_bytes, peak_bytes
 from adadiff.exits import OFFICIAL, PAPER
-from adadiff.memory import capacity_of, lane_bytes, peak_bytes
 from adadiff.model import Model
 from adadiff.models.uvit import UViTConfig
 from adadiff.rules import Full, Replay
-from adadiff.samples import Samples
-from adadiff.serving import Engine
+from adadiff.sampling.batch import Batch
+from adadiff.sampling.samples import Samples
+from adadiff.serving.engine import Engine
 from sampler.tiny import UVIT, as_samples, served
 
 TEXT = UViTConfig(8, 3, 2, 48, 6, 3, context_tokens=7, context_dim=33)

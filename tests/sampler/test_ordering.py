@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adadiff.batch import Batch
-from adadiff.ordering import ExpectedDepth
 from adadiff.rules import Depth, Rule
-from adadiff.samples import Samples
+from adadiff.sampling.batch import Batch
+from adadiff.sampling.ordering import ExpectedDepth
+from adadiff.sampling.samples import Samples
 from sampler.tiny import served
 
 LAYERS, STEPS = 5, 20

@@ -14,10 +14,10 @@ from diffusers import AutoencoderKL
 import adadiff
 from adadiff.config import ModelConfig
 from adadiff.exits import PAPER
-from adadiff.latents import decode
 from adadiff.models.uvit import UViTConfig
-from adadiff.pipeline import AdaDiffPipeline, AdaDiffTransformer
-from adadiff.sampler import sample
+from adadiff.pipelines.latents import decode
+from adadiff.pipelines.pipeline import AdaDiffPipeline, AdaDiffTransformer
+from adadiff.sampling.sampler import sample
 from sampler.tiny import SERVED, served
 
 LATENT = ModelConfig(
@@ -93,7 +93,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     before = pipe(generator=seeded(), **given)
     pipe.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
-    assert index["transformer"] == ["adadiff.pipeline", "AdaDiffTransformer"]
+    assert index["transformer"] == ["adadiff.pipelines.pipeline", "AdaDiffTransformer"]
     assert json.loads((tmp_path / "transformer" / "config.json").read_text())["model_config"] == LATENT.to_dict()
     loaded = AdaDiffPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
@@ -205,7 +205,7 @@ def test_bad_input(config: ModelConfig, settings: dict, message: str) -> None:
 def test_diffusers_is_needed_only_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert adadiff.AdaDiffPipeline is AdaDiffPipeline
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    monkeypatch.delitem(sys.modules, "adadiff.early_exit", raising=False)
+    monkeypatch.delitem(sys.modules, "adadiff.pipelines.early_exit", raising=False)
     with pytest.raises(ImportError, match=r"takes diffusers: pip install 'adadiff_kernels\[latents\]'"):
         adadiff.enable_early_exit  # noqa: B018
     with pytest.raises(AttributeError, match="no attribute 'EarlyExit'"):

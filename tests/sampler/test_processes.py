@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from adadiff.checkpoint import read_tensors
-from adadiff.processes import Processes
-from adadiff.run_folder import LOG, MODEL, STATE
-from adadiff.train_config import TrainConfig, load_config
-from adadiff.training import Trainer
+from adadiff.training.config import TrainConfig, load_config
+from adadiff.training.processes import Processes
+from adadiff.training.run_folder import LOG, MODEL, STATE
+from adadiff.training.trainer import Trainer
 
 CONFIG = """
 steps = 4

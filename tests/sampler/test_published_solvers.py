@@ -11,11 +11,11 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from adadiff.noise import initial_noise, step_noise
-from adadiff.schedules import NoiseSchedule
-from adadiff.singlestep import DPMSolverFast, DPMSolverPPFast
-from adadiff.solvers import DDIM, DDPM, DPMSolverPP2M, EulerMaruyama
-from adadiff.tables import Solver, SolverTable, TableSet
+from adadiff.diffusion.noise import initial_noise, step_noise
+from adadiff.diffusion.schedules import NoiseSchedule
+from adadiff.diffusion.singlestep import DPMSolverFast, DPMSolverPPFast
+from adadiff.diffusion.solvers import DDIM, DDPM, DPMSolverPP2M, EulerMaruyama
+from adadiff.diffusion.tables import Solver, SolverTable, TableSet
 from adadiff_kernels import COLUMNS, SolverState, StepRows, solver_step, solver_step_reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers

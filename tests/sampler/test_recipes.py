@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from adadiff.checkpoint import load, read_tensors
-from adadiff.train_config import TrainConfig
-from adadiff.training import Trainer, fingerprint
+from adadiff.training.config import TrainConfig
+from adadiff.training.trainer import Trainer, fingerprint
 
 TINY = {"dim": 16, "depth": 2, "heads": 2}
 SHORT = TrainConfig(steps=5, batch=3, warmup=2, save_every=2, seed=4, network=TINY)

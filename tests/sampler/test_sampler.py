@@ -9,15 +9,15 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
-from adadiff import engine
 from adadiff.config import ModelConfig
+from adadiff.diffusion.noise import initial_noise, step_noise
+from adadiff.diffusion.solvers import DDIM, DPMSolverPP2M
+from adadiff.engine import evaluate as engine
 from adadiff.exits import PAPER
 from adadiff.model import Model
 from adadiff.models.uvit import UViTConfig
-from adadiff.noise import initial_noise, step_noise
 from adadiff.rules import Depth, Replay, Threshold
-from adadiff.sampler import Sampling, sample
-from adadiff.solvers import DDIM, DPMSolverPP2M
+from adadiff.sampling.sampler import Sampling, sample
 from sampler.tiny import UVIT, Inputs, plain_layers, plain_predictions, plain_uncertainties, scramble
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
@@ -176,7 +176,7 @@ def test_nan_in_a_sample_reaches_neither_its_mates_nor_who_takes_its_place(monke
 
     settings = {"steps": [4, 5, 5, 4, 3], "solver": "dpm++2m", "rule": "threshold:0.45", "labels": [0] * 5, "batch": 2}
     clean, before = sample(model(), 5, seeds=[5, 6, 7, 8, 9], **settings)
-    monkeypatch.setattr("adadiff.batch.initial_noise", hurt)
+    monkeypatch.setattr("adadiff.sampling.batch.initial_noise", hurt)
     images, after = sample(model(), 5, seeds=[5, 6, 7, 8, 9], **settings)
     assert images[0].isnan().all()
     assert after.exit_layer[:4, 0, 0].tolist() == [7] * 4

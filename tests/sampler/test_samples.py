@@ -9,13 +9,13 @@ from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from adadiff.config import ModelConfig
+from adadiff.diffusion.noise import initial_noise
 from adadiff.exits import PAPER
 from adadiff.model import Model
 from adadiff.models.uvit import UViT, UViTConfig
-from adadiff.noise import initial_noise
-from adadiff.sampler import sample
-from adadiff.samples import Samples
-from adadiff.serving import Engine
+from adadiff.sampling.sampler import sample
+from adadiff.sampling.samples import Samples
+from adadiff.serving.engine import Engine
 from sampler.tiny import (
     SERVED,
     Inputs,

@@ -8,11 +8,11 @@ import threading
 import pytest
 import torch
 
-from adadiff.engine import Evaluation, evaluate
-from adadiff.schedules import NoiseSchedule
-from adadiff.serving import Engine, EngineClosed, EngineFull, Handle
-from adadiff.solvers import DDIM
-from adadiff.tables import SolverTable
+from adadiff.diffusion.schedules import NoiseSchedule
+from adadiff.diffusion.solvers import DDIM
+from adadiff.diffusion.tables import SolverTable
+from adadiff.engine.evaluate import Evaluation, evaluate
+from adadiff.serving.engine import Engine, EngineClosed, EngineFull, Handle
 from sampler.tiny import Clock, alone, images_are_right, is_empty, requests, served, stepped
 
 SHORT = {"steps": 1, "rule": "depth:1"}

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import adadiff
-from adadiff import commands, shards
+from adadiff import commands
+from adadiff.output import shards
 from sampler import sharded, shell
 from sampler.sharded import assert_equal, line, load, times
 from sampler.shell import config, error_line, pixels, run, saved

@@ -18,10 +18,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from adadiff.batch import SPARE
-from adadiff.engine import Evaluation, evaluate
-from adadiff.serving import DeadlineExceeded, Engine, EngineFull, Handle
-from adadiff.solvers import DDIM
+from adadiff.diffusion.solvers import DDIM
+from adadiff.engine.evaluate import Evaluation, evaluate
+from adadiff.sampling.batch import SPARE
+from adadiff.serving.engine import DeadlineExceeded, Engine, EngineFull, Handle
 from sampler.tiny import SERVED, Clock, alone, requests, served
 
 CONFIG = dataclasses.replace(SERVED, network=dataclasses.replace(SERVED.network, dim=8, depth=2))

@@ -10,11 +10,11 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
-from adadiff.noise import INITIAL, SOLVER_STEP, initial_noise, step_noise
-from adadiff.schedules import NoiseSchedule
-from adadiff.singlestep import DPMSolverFast, DPMSolverPPFast
-from adadiff.solvers import DDIM, DDPM, DPMSolverPP2M, EulerMaruyama, solver_from
-from adadiff.tables import PackedTables, Solver, SolverTable, pack
+from adadiff.diffusion.noise import INITIAL, SOLVER_STEP, initial_noise, step_noise
+from adadiff.diffusion.schedules import NoiseSchedule
+from adadiff.diffusion.singlestep import DPMSolverFast, DPMSolverPPFast
+from adadiff.diffusion.solvers import DDIM, DDPM, DPMSolverPP2M, EulerMaruyama, solver_from
+from adadiff.diffusion.tables import PackedTables, Solver, SolverTable, pack
 from adadiff_kernels import COLUMNS, SolverState, philox_normal, solver_step, solver_step_reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers

@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adadiff.stopping import EVERYBODY, Work, adaptive_table, best_thresholds, exit_layers, static_table, total
+from adadiff.calibration.stopping import (
+    EVERYBODY,
+    Work,
+    adaptive_table,
+    best_thresholds,
+    exit_layers,
+    static_table,
+    total,
+)
 
 WORK = Work(torch.tensor([3.0, 5.0, 8.0], dtype=torch.float64), 0.25)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adadiff.text import TextEncoder
+from adadiff.pipelines.text import TextEncoder
 
 TOKENS = 11  # begin, nine letters, end
 

@@ -8,7 +8,7 @@ import pytest
 
 from adadiff.config import PRESETS
 from adadiff.exits import ExitConfig
-from adadiff.train_config import TrainConfig, learning_rate, load_config, shipped
+from adadiff.training.config import TrainConfig, learning_rate, load_config, shipped
 
 
 def test_learning_rate_by_hand() -> None:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 import adadiff
 from adadiff.checkpoint import load, read_tensors
-from adadiff.pictures import make_grid, to_pixels
-from adadiff.run_folder import CONFIG, LOG, MODEL, SAMPLES, STATE
-from adadiff.train_config import TrainConfig
-from adadiff.training import Trainer
+from adadiff.output.pictures import make_grid, to_pixels
+from adadiff.training.config import TrainConfig
+from adadiff.training.run_folder import CONFIG, LOG, MODEL, SAMPLES, STATE
+from adadiff.training.trainer import Trainer
 
 TINY = {"dim": 16, "depth": 2, "heads": 2}
 SHORT = TrainConfig(steps=5, batch=3, warmup=2, save_every=2, seed=4, network=TINY)

@@ -12,8 +12,8 @@ from adadiff.exits import PAPER, ExitConfig, Exits
 from adadiff.model import Model
 from adadiff.models.dit import DiT, DiTConfig
 from adadiff.models.uvit import UViT, UViTConfig
-from adadiff.sampler import sample
-from adadiff.serving import Engine, Handle
+from adadiff.sampling.sampler import sample
+from adadiff.serving.engine import Engine, Handle
 from sampler.adaln import AdaLN
 
 # T = 2 + 16 tokens, 7 blocks, heads of 16 channels: few powers of two

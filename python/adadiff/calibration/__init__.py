@@ -1,0 +1,1 @@
+"""From recorded runs to thresholds for a budget."""

@@ -1,0 +1,262 @@
+"""Calibration: record, weigh, choose, and measure what was chosen on samples that it was not chosen on."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data import canvases
+from ..evaluation.features import digits_network
+from ..evaluation.frechet import FeatureStatistics, frechet_distance
+from ..evaluation.quality import lower_quantile, paired_psnr
+from ..model import Model
+from ..output.pictures import CHANNELS, replace_file
+from ..rules import Rule
+from ..sampling.sampler import sample
+from ..sampling.samples import Samples, whole
+from .calibration import NEAR, Budget, Budgeted, Calibration, Measured, Scheduled, Tables
+from .recording import Recording, measure_weights, record
+from .stopping import Work, adaptive_table, static_table
+
+AIMS = ("faithful", "distribution")
+CALIBRATION_SEED = 1 << 32  # far from the seeds 0, 1, ... that samples have by default
+PLACES = 8
+LAYERS_PERTURBED = 2
+ROUNDS = 4  # of meeting the budget in runs with their own errors
+CLOSE = 0.003
+RESAMPLES = 1000
+PANELS = 6
+Extractor = Callable[[Tensor], Tensor]
+
+
+def work_of(model: Model) -> Work:
+    """Multiply-adds of one lane."""
+    network, exits = model.backbone, model.exits
+    patches = network.tokens - network.extras
+    blocks = torch.tensor([block.macs(network.tokens) for block in network.blocks], dtype=torch.float64)
+    leaving = blocks.cumsum(0) + sum(network.fixed_macs())
+    leaving[:-1] += exits.head_macs(patches)
+    return Work(leaving, exits.macs(patches))
+
+
+class Calibrating:
+    """A calibration about to be made: thresholds for every timestep and layer, for each of `budgets`, shares in (0, 1]
+    of the full network's multiply-adds.
+
+    aim: "faithful" weighs errors by what they do to each image, "distribution" by how far the images as a whole move in
+    the space of `features` (images [n, C, H, W] -> [n, F]; default: those of the digits or of their canvases).
+    n samples, seeds `seed` and on, are recorded; as many more, never looked at before, are measured on. Everything is
+    deterministic. `recording` is there after `run`. Raises ValueError for what cannot be, before any work.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        budgets: Sequence[float],
+        *,
+        aim: str = "faithful",
+        n: int = 256,
+        steps: int = 50,
+        solver: str = "ddim",
+        guidance: float = 0.0,
+        seed: int = CALIBRATION_SEED,
+        batch: int = 64,
+        features: Extractor | None = None,
+    ):
+        if model.exits is None:
+            raise ValueError("this model has no exits to calibrate; `adadiff train` with recipe = 'frozen' adds some")
+        if not budgets or any(not 0 < share <= 1 for share in budgets):
+            raise ValueError(f"budgets are shares of the full network's work in (0, 1], got {list(budgets)}")
+        if any(b - a < 2 * NEAR for a, b in zip(sorted(budgets), sorted(budgets)[1:], strict=False)):
+            raise ValueError(f"budgets must differ, got {list(budgets)}")
+        if aim not in AIMS:
+            raise ValueError(f"aim must be one of {', '.join(AIMS)}, got {aim!r}")
+        whole("n", n, 8)
+        whole("batch", batch, 1)
+        self._work = work_of(model)
+        least = float(self._work.leaving[0] + self._work.score) / self._work.full
+        if min(budgets) < least:
+            raise ValueError(f"the least that this network can run is {least:.3f} of its work, got {min(budgets)}")
+        self.model, self.budgets, self.aim = model, sorted(budgets), aim
+        self.n, self.steps, self.solver, self.guidance = n, steps, solver, guidance
+        self.seed, self.batch = seed, batch
+        self._features = (features or default_features(model)) if aim == "distribution" else None
+        self._samples(n)  # for its checks
+        self.recording: Recording | None = None
+
+    def run(self, progress: bool = False) -> Calibration:
+        runs = 2 + PLACES * LAYERS_PERTURBED + len(self.budgets) * (ROUNDS + 2)
+        with tqdm(total=runs, disable=not progress, unit="run", dynamic_ncols=True) as bar:
+            return self._run(bar)
+
+    def _run(self, bar: tqdm) -> Calibration:
+        model = self.model
+        self.recording = recording = record(model, self._samples(self.n), self.batch)
+        bar.update()
+        first = self._samples(min(self.n, self.batch))
+        weights = measure_weights(
+            model, first, recording, self._distance, batch=self.batch, places=PLACES, tick=bar.update
+        )
+        error = recording.relative.double() * weights[:, None, None]
+        full, _ = sample(model, self.n, **self._settings(self.seed + self.n), rule="full")
+        bar.update()
+        budgets = []
+        for share in self.budgets:
+            thresholds, spent = self._meet(share, error, bar)
+            depths = static_table(error, self._work, max(share, spent))
+            tables = self._tables(share, thresholds, depths)
+            ours, our_errors = self._measure(Budgeted(share, tables), full)
+            static, static_errors = self._measure(Scheduled(share, tables), full)
+            bar.update(2)
+            rows, ratio = tuple(map(tuple, thresholds.tolist())), _ratio(our_errors, static_errors)
+            budgets.append(Budget(share, rows, tuple(depths.tolist()), ours, static, ratio))
+        bar.total = bar.n
+        return Calibration(
+            aim=self.aim,
+            solver=self.solver,
+            steps=self.steps,
+            guidance=float(self.guidance),
+            n=self.n,
+            seed=self.seed,
+            layers=model.layers,
+            t=tuple(recording.t.tolist()),
+            weights=tuple(weights.tolist()),
+            budgets=tuple(budgets),
+        )
+
+    def _meet(self, share: float, error: Tensor, bar: tqdm) -> tuple[Tensor, float]:
+        """Thresholds [S, K] whose runs, with their own errors, take `share` or about that, and what they take: the
+        recorded errors lie on the full network's way, from which early exits stray."""
+        least = float(self._work.leaving[0] + self._work.score) / self._work.full
+        depths = torch.full((len(error),), self.model.layers)
+        target, found = share, []
+        for _ in range(ROUNDS):
+            theta = adaptive_table(self.recording.u, error, self._work, target)
+            rule = Budgeted(share, self._tables(share, theta, depths))
+            _, report = sample(self.model, self.n, **self._settings(self.seed), rule=rule)
+            spent = report.macs / report.macs_full
+            found.append((abs(spent - share), spent, theta))
+            bar.update()
+            if abs(spent / share - 1) < CLOSE:
+                break
+            target = min(1.0, max(target * share / spent, least))
+        _, spent, theta = min(found, key=lambda one: one[0])
+        return theta, spent
+
+    def _tables(self, share: float, thresholds: Tensor, depths: Tensor) -> Tables:
+        return Tables(self.model.layers, self.recording.t.tolist(), [share], thresholds[None], depths[None])
+
+    def _settings(self, seed: int) -> dict[str, object]:
+        classes = self.model.config.classes
+        return {
+            "steps": self.steps,
+            "solver": self.solver,
+            "guidance": self.guidance,
+            "seeds": list(range(seed, seed + self.n)),
+            "labels": [i % classes for i in range(self.n)] if classes else None,
+            "batch": self.batch,
+        }
+
+    def _samples(self, n: int) -> Samples:
+        """The first n of those that are recorded."""
+        given = self._settings(self.seed)
+        del given["batch"]
+        return Samples.of(self.model, n, **{k: v[:n] if isinstance(v, list) else v for k, v in given.items()})
+
+    def _distance(self, images: Tensor, full: Tensor) -> float:
+        if self._features is None:
+            return float((images - full).double().square().mean())
+        return self._frechet(images, full)
+
+    def _frechet(self, images: Tensor, full: Tensor) -> float:
+        with torch.no_grad():
+            return frechet_distance(*(FeatureStatistics.of(self._features(v.clamp(-1, 1))) for v in (images, full)))
+
+    def _measure(self, rule: Rule, full: Tensor) -> tuple[Measured, Tensor]:
+        images, report = sample(self.model, self.n, **self._settings(self.seed + self.n), rule=rule)
+        error = (images - full).double().square().flatten(1).mean(1)
+        low, high = _ends(_resampled(error)[0])
+        shown = self.model.backbone.sample_shape[0] in CHANNELS
+        psnr = lower_quantile(paired_psnr(images, full), 0.5) if shown else math.inf
+        measured = Measured(
+            share=report.macs / report.macs_full,
+            depth=report.mean_exit_layer,
+            error=float(error.mean()),
+            low=low,
+            high=high,
+            psnr=psnr if math.isfinite(psnr) else None,
+            frechet=None if self._features is None else self._frechet(images, full),
+        )
+        return measured, error
+
+
+def default_features(model: Model) -> Extractor:
+    """The digits' own features, or their canvases'. Raises ValueError for a model that draws anything else."""
+    shape, classes = model.backbone.sample_shape, model.config.classes
+    if shape == (1, canvases.CELL, canvases.CELL):
+        return digits_network().features
+    if classes == canvases.CLASSES and shape in [canvases.Canvases(side).shape for side in (2, 3)]:
+        return canvases.canvas_features
+    raise ValueError("no features are known for this model's images; give `features`, or take the aim 'faithful'")
+
+
+def _resampled(*errors: Tensor) -> list[Tensor]:
+    """Means of samples drawn with replacement, the same ones from each of errors [n]. Returns float64 [RESAMPLES]s."""
+    n = len(errors[0])
+    rows = torch.randint(n, (RESAMPLES, n), generator=torch.Generator().manual_seed(0))
+    return [error[rows].mean(1) for error in errors]
+
+
+def _ends(draws: Tensor) -> tuple[float, float]:
+    low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype)).tolist()
+    return low, high
+
+
+def _ratio(ours: Tensor, theirs: Tensor) -> tuple[float, float, float] | None:
+    """Mean errors over mean errors of the same samples, with its interval; None where the others make none."""
+    above, below = _resampled(ours, theirs)
+    if not bool((below > 0).all()):
+        return None
+    return float(ours.mean() / theirs.mean()), *_ends(above / below)
+
+
+def matplotlib_figure() -> type:
+    """Its class of figures, which need no window. Raises ImportError, with the remedy, where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install 'adadiff_kernels[bench]'") from error
+    return Figure
+
+
+def reliability_picture(recording: Recording, path: Path, noised: tuple[Tensor, Tensor, Tensor] | None = None) -> None:
+    """Uncertainty against error relative to the full network, along its runs; a panel for each of up to 6 layers, a dot
+    for each sample and timestep, coloured by timestep, and the median as a line.
+
+    noised: t [S], u and errors [S, K, n] of real images with noise on them (`recording.noised_errors`): a second row,
+    of errors to the true noise. Raises ImportError, with the remedy, where matplotlib is missing.
+    """
+    figure_kind = matplotlib_figure()
+    rows = {"to the full network": (recording.t, recording.u, recording.relative)}
+    if noised is not None:
+        rows["to the true noise"] = noised
+    K = recording.u.shape[1]
+    layers = torch.linspace(0, K - 1, min(K, PANELS)).round().long().tolist()
+    figure = figure_kind(figsize=(2.4 * len(layers), 3 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), len(layers), sharex=True, sharey="row", squeeze=False)
+    for line, (name, (t, u, errors)) in zip(axes, rows.items(), strict=True):
+        times = t[:, None].expand(-1, u.shape[-1]).flatten()
+        for axis, k in zip(line, layers, strict=True):
+            own, error = u[:, k].flatten(), errors[:, k].flatten().clamp(min=1e-9)
+            dots = axis.scatter(own, error, c=times, s=1, alpha=0.3, vmin=0, vmax=1000, rasterized=True)
+            bins = own.argsort().chunk(20)
+            axis.plot([float(own[b].median()) for b in bins], [float(error[b].median()) for b in bins], "k-", lw=1)
+            axis.set_yscale("log")
+            axis.set_title(f"after block {k + 1}", fontsize=9)
+        line[0].set_ylabel(f"squared error {name}", fontsize=9)
+    figure.colorbar(dots, ax=axes, label="timestep").solids.set_alpha(1)
+    figure.supxlabel("uncertainty")
+    replace_file(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))

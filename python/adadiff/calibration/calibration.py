@@ -1,0 +1,220 @@
+"""What a calibration found, kept with the model, and the rules that read it: "budget:0.55" and "table:0.55"."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rules import Rule
+
+NEAR = 1e-5  # shares closer than this are the same
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A rule on samples it was not chosen on, every sample run with its own errors, against the full network's images
+    of the same noises."""
+
+    share: float  # of the full network's multiply-adds
+    depth: float  # mean exit layer
+    error: float  # mean squared difference of the images
+    low: float  # ends of its 95 % interval
+    high: float
+    psnr: float | None  # dB, median over samples; None where it is infinite, or where samples are no pictures
+    frechet: float | None  # distance between the two sets' features; None unless that was the aim
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Thresholds for one share of the work. Rows are those of `Calibration.t`."""
+
+    share: float  # that was asked for
+    thresholds: tuple[tuple[float, ...], ...]  # [S][L - 1]; 0: nobody leaves, 2: everybody
+    depths: tuple[int, ...]  # [S], the best table without looking at samples, out of the same recording
+    adaptive: Measured
+    static: Measured
+    ratio: tuple[float, float, float] | None  # of the errors, adaptive over static, with the ends of its 95 % interval
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """t: the network's times at which thresholds were chosen, noisiest first; between them the nearest counts."""
+
+    aim: str
+    solver: str
+    steps: int
+    guidance: float
+    n: int
+    seed: int
+    layers: int
+    t: tuple[float, ...]
+    weights: tuple[float, ...]  # what a unit of error at t adds to the final error, measured
+    budgets: tuple[Budget, ...]
+
+    def __post_init__(self) -> None:
+        S, K = len(self.t), self.layers - 1
+        shapes = [(len(b.thresholds), {len(row) for row in b.thresholds}, len(b.depths)) for b in self.budgets]
+        if not self.budgets or not S or len(self.weights) != S or any(shape != (S, {K}, S) for shape in shapes):
+            raise ValueError(f"a calibration has tables of {S} times and {K} layers, got {shapes}")
+        numbers = [v for b in self.budgets for row in b.thresholds for v in row]
+        depths = [d for b in self.budgets for d in b.depths]
+        if not all(0 <= v <= 2 for v in numbers) or not all(1 <= d <= self.layers for d in depths):
+            raise ValueError("a calibration's thresholds lie in [0, 2] and its depths in 1..L")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Calibration":
+        """Raises ValueError for anything but what `to_dict` makes, JSON in between or not."""
+        try:
+            budgets = [
+                Budget(
+                    **{
+                        **budget,
+                        "thresholds": tuple(map(tuple, budget["thresholds"])),
+                        "depths": tuple(budget["depths"]),
+                        "adaptive": Measured(**budget["adaptive"]),
+                        "static": Measured(**budget["static"]),
+                        "ratio": budget["ratio"] and tuple(budget["ratio"]),
+                    }
+                )
+                for budget in values["budgets"]
+            ]
+            tuples = {"t": tuple(values["t"]), "weights": tuple(values["weights"]), "budgets": tuple(budgets)}
+            return cls(**{**values, **tuples})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"this is no calibration: {error}") from None
+
+    @cached_property
+    def _tables(self) -> "Tables":
+        shares, thresholds, depths = zip(*((b.share, b.thresholds, b.depths) for b in self.budgets), strict=True)
+        return Tables(self.layers, self.t, shares, torch.tensor(thresholds), torch.tensor(depths))
+
+    def rule(self, kind: str, share: float) -> Rule:
+        """kind: "budget" (by uncertainty) or "table" (by time alone). Raises ValueError for a share it lacks."""
+        rule = (Budgeted if kind == "budget" else Scheduled)(share, self._tables)
+        rule.check(torch.tensor([share]))
+        return rule
+
+    def __str__(self) -> str:
+        by_set = self.aim == "distribution"
+        head = ("share asked", "measured", "exit layer", "error, 95 % interval", "PSNR in dB", "over static table")
+        rows = [(*head, "Fréchet to full, static's") if by_set else head]
+        for b in self.budgets:
+            a = b.adaptive
+            sets = (f"{a.frechet:.3g}, {b.static.frechet:.3g}",) if by_set else ()
+            rows.append(
+                (
+                    f"{b.share:g}",
+                    f"{a.share:.3f}",
+                    f"{a.depth:.2f} of {self.layers}",
+                    f"{a.error:.3g} [{a.low:.3g}, {a.high:.3g}]",
+                    "" if a.psnr is None else f"{a.psnr:.1f}",
+                    "" if b.ratio is None else "{:.2f} [{:.2f}, {:.2f}]".format(*b.ratio),
+                    *sets,
+                )
+            )
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ("  ".join(f"{text:{w}}" for text, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        return "\n".join(lines)
+
+
+class Tables:
+    """Thresholds [G, S, L - 1] and depths int64 [G, S] for G budgets and S times, by the network's time and the budget
+    of a lane. Compared by identity, so that rules made of the same one are one kind."""
+
+    def __init__(self, layers: int, t: Sequence[float], shares: Sequence[float], thresholds: Tensor, depths: Tensor):
+        t = torch.tensor(t, dtype=torch.float64)
+        rising = t.argsort()
+        self.layers, self.shares = layers, torch.tensor(shares)
+        self.edges = ((t[rising][1:] + t[rising][:-1]) / 2).float()
+        self.thresholds, self.depths = thresholds[:, rising], depths[:, rising]
+        self.asked = (self.thresholds.amax((0, 1)) > 0).nonzero().squeeze(1).add(1).tolist()
+        self.left = sorted(set(self.depths.flatten().tolist()) - {self.layers})
+        self._places: dict[torch.device, tuple[Tensor, ...]] = {}
+
+    def at(self, t: Tensor, share: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """t, share: float [n]. The thresholds after `layer` and the depths that apply, [n] each, on t's device."""
+        if t.device not in self._places:
+            own = (self.shares, self.edges, self.thresholds, self.depths)
+            self._places[t.device] = tuple(value.to(t.device) for value in own)
+        shares, edges, thresholds, depths = self._places[t.device]
+        budget = (share[:, None] - shares).abs().argmin(1)
+        time = torch.bucketize(t.float(), edges)
+        return thresholds[budget, time, layer - 1], depths[budget, time]
+
+
+@dataclass(frozen=True)
+class _Calibrated:
+    """`threshold` is the share asked for, by lane where samples ask for different ones."""
+
+    threshold: float
+    tables: Tables
+    stateful = False
+
+    def check(self, thresholds: Tensor) -> None:
+        known = self.tables.shares
+        if not bool(((thresholds.float()[:, None].cpu() - known).abs().amin(1) < NEAR).all()):
+            raise ValueError(
+                f"the model is calibrated for budgets {', '.join(f'{v:g}' for v in known.tolist())}, "
+                f"got {thresholds.flatten().tolist()[:8]}; `adadiff calibrate` makes others"
+            )
+
+    def _check_layers(self, layers: int) -> None:
+        if layers != self.tables.layers:
+            raise ValueError(f"calibrated for a network of {self.tables.layers} blocks, this one has {layers}")
+
+
+@dataclass(frozen=True)
+class Budgeted(_Calibrated):
+    """Leave at the first layer whose uncertainty is below the threshold of this timestep, layer and budget."""
+
+    @property
+    def scored(self) -> bool:
+        return bool(self.tables.asked)
+
+    def asks(self, layers: int) -> Sequence[int]:
+        self._check_layers(layers)
+        return self.tables.asked
+
+    def leave(self, u: Tensor, layer: int, layers: int, t: Tensor, threshold: Tensor, state: Tensor) -> Tensor:
+        return u < self.tables.at(t, threshold, layer)[0]
+
+
+@dataclass(frozen=True)
+class Scheduled(_Calibrated):
+    """Leave after the number of blocks that the table has for this timestep and budget; nothing is scored."""
+
+    scored = False
+
+    def asks(self, layers: int) -> Sequence[int]:
+        self._check_layers(layers)
+        return self.tables.left
+
+    def leave(self, u: None, layer: int, layers: int, t: Tensor, threshold: Tensor, state: Tensor) -> Tensor:
+        return layer >= self.tables.at(t, threshold, layer)[1]
+
+
+def calibrated_rule(text: str, calibration: Calibration | None) -> Rule | None:
+    """The rule "budget:SHARE" or "table:SHARE"; None for any other text. Raises ValueError where the model has no
+    calibration, or none for that share."""
+    kind, _, value = text.partition(":")
+    if kind not in ("budget", "table"):
+        return None
+    try:
+        share = float(value)
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise ValueError(f"cannot use rule {text!r}; write it as {kind}:0.55, a share of the work in (0, 1]")
+    if calibration is None:
+        raise ValueError(
+            f"rule {text!r} needs a calibrated model: `adadiff calibrate MODEL --budget {share:g} --out FILE`"
+        )
+    return calibration.rule(kind, share)

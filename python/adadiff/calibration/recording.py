@@ -1,0 +1,168 @@
+"""Runs that are watched: what every layer would have said along the full network's way, and what an error costs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..engine import evaluate as engine
+from ..engine.evaluate import Evaluation
+from ..exits import Exits, all_layers
+from ..model import Model
+from ..models.interface import Backbone
+from ..sampling.batch import Batch
+from ..sampling.samples import Samples
+
+Distance = Callable[[Tensor, Tensor], float]  # of images [n, C, H, W] from the full network's, for the mean sample
+
+
+@dataclass(frozen=True)
+class Recording:
+    """n lanes at S evaluations of the full network, K = L - 1 layers before its last."""
+
+    t: Tensor  # float64 [S], the network's times, in the order of the run
+    u: Tensor  # float32 [S, K, n], uncertainties
+    relative: Tensor  # float32 [S, K, n], mean squared difference to the last layer's prediction
+    images: Tensor  # float32 [samples, C, H, W]
+
+
+@torch.no_grad()
+def watch(
+    backbone: Backbone, exits: Exits, x: Tensor, t: Tensor, context: Tensor | None
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Every layer's prediction, L of [B, C, H, W]; uncertainties and errors relative to the last, float32 [K, B]."""
+    predictions, scores = all_layers(backbone, exits, x, t, context)
+    u = torch.stack([score.flatten(1).mean(1) for score in scores[:-1]])
+    full = predictions[-1].float()
+    relative = torch.stack([(p.float() - full).square().flatten(1).mean(1) for p in predictions[:-1]])
+    return predictions, u, relative
+
+
+def run(model: Model, samples: Samples, batch: int, evaluator: Callable[[], Callable[..., Evaluation]]) -> Tensor:
+    """Draws samples, `batch` at a time in lock step, each batch with an `evaluate` of its own. Returns the images."""
+    images = torch.empty(samples.n, *model.backbone.sample_shape)
+    for index in torch.arange(samples.n).split(batch):
+        flight = Batch(model, len(index), evaluate=evaluator())
+        slot = torch.empty_like(index)
+        slot[flight.admit(samples, index)] = index
+        while flight.count:
+            tick = flight.tick()
+            if tick.failed:
+                raise next(iter(tick.failed.values()))
+            images[slot[tick.done]] = flight.take(tick.done)
+    return images
+
+
+def record(model: Model, samples: Samples, batch: int) -> Recording:
+    """samples: with the rule "full" and equally many steps each. Lanes are in order, the unconditional ones of each
+    batch after its conditional ones."""
+    watched: list[list[tuple[float, Tensor, Tensor]]] = []
+
+    def evaluator() -> Callable[..., Evaluation]:
+        rows: list[tuple[float, Tensor, Tensor]] = []
+        watched.append(rows)
+
+        def evaluate(
+            backbone: Backbone,
+            exits: Exits,
+            rule: object,
+            x: Tensor,
+            t: Tensor,
+            context: Tensor | None = None,
+            **_: object,
+        ) -> Evaluation:
+            predictions, u, relative = watch(backbone, exits, x, t, context)
+            rows.append((float(t[0]), u, relative))
+            return _whole(predictions[-1])
+
+        return evaluate
+
+    images = run(model, samples, batch, evaluator)
+    t = torch.tensor([row[0] for row in watched[0]], dtype=torch.float64)
+    u, relative = (
+        torch.stack([torch.cat([rows[i][part] for rows in watched], 1) for i in range(len(t))]) for part in (1, 2)
+    )
+    return Recording(t, u, relative, images)
+
+
+def measure_weights(
+    model: Model,
+    samples: Samples,
+    recording: Recording,
+    distance: Distance,
+    *,
+    batch: int,
+    places: int = 8,
+    tick: Callable[[], object] = lambda: None,
+) -> Tensor:
+    """What a unit of relative error at one evaluation does to the images, float64 [S].
+
+    At `places` evaluations, evenly spread, the full prediction is replaced by that of a shallow layer, and in a second
+    run of one less shallow; the rest of the run is full. The final distance over the mean error put in is averaged
+    geometrically over the two, and interpolated over the evaluations in between, both in the logarithm: a linear theory
+    of single steps is far off where the noise is high, as the sampler corrects much of what went wrong.
+    samples: the first of those of the recording, its lanes included. tick: called after each run.
+    """
+    S, L = len(recording.t), model.layers
+    chosen = sorted(set(np.linspace(0, S - 1, min(S, places)).round().astype(int).tolist()))
+    layers = sorted({max(1, L // 4), max(1, L // 2)})
+    reference = recording.images[: samples.n]
+    logs = []
+    for at in chosen:
+        own = []
+        for layer in layers:
+            images = run(model, samples, batch, partial(_replacing, at, layer))
+            put_in = float(recording.relative[at, layer - 1, : samples.lanes].double().mean())
+            own.append(np.log(max(distance(images, reference), 1e-30) / max(put_in, 1e-30)))
+            tick()
+        logs.append(float(np.mean(own)))
+    return torch.from_numpy(np.exp(np.interp(np.arange(S), chosen, logs)))
+
+
+def _replacing(at: int, layer: int) -> Callable[..., Evaluation]:
+    """An `evaluate` whose call number `at`, from 0, answers with the prediction of `layer`."""
+    calls = 0
+
+    def evaluate(
+        backbone: Backbone,
+        exits: Exits,
+        rule: object,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor | None = None,
+        **given: object,
+    ) -> Evaluation:
+        nonlocal calls
+        calls += 1
+        if calls == at + 1:
+            return _whole(watch(backbone, exits, x, t, context)[0][layer - 1])
+        return engine.evaluate(backbone, exits, rule, x, t, context, **given)
+
+    return evaluate
+
+
+def _whole(eps: Tensor) -> Evaluation:
+    return Evaluation(eps, torch.ones(len(eps), dtype=torch.int32, device=eps.device), 0, 0, 0, None)
+
+
+def noised_errors(
+    model: Model, images: Tensor, labels: Tensor | None, times: Sequence[float], seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Uncertainties, and mean squared errors to the true noise, of every layer but the last: float32 [S, K, n] each.
+
+    images: float32 [n, C, H, W], real ones, noised to each of the S times.
+    """
+    schedule = model.schedule
+    t = torch.tensor(times, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    u, errors = [], []
+    for time, alpha_bar in zip(t, schedule.log_alpha_bar(t).exp(), strict=True):
+        noise = torch.randn(images.shape, generator=generator)
+        x = (alpha_bar.sqrt() * images + (1 - alpha_bar).sqrt() * noise).float()
+        predictions, own, _ = watch(model.backbone, model.exits, x, time.float().expand(len(x)), labels)
+        u.append(own)
+        errors.append(torch.stack([(p - noise).square().flatten(1).mean(1) for p in predictions[:-1]]))
+    return torch.stack(u), torch.stack(errors)

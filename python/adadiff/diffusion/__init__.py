@@ -1,0 +1,1 @@
+"""Noise schedules, solvers and noise: what diffusion is without the network."""

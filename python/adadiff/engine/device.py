@@ -1,0 +1,237 @@
+"""One evaluation on a device: who runs is known there, and the host launches every block over a bound of the rows.
+
+Blocks write fresh rows. Those of a lane that stops, because it leaves or is parked, are saved by lane before the next
+block runs, by a kernel that looks up on the device which they are. So whatever the host launches over rows that have
+left, what a lane delivers is what it had at its own layer.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from adadiff_kernels import DeviceSet, save_rows, swap_rows
+
+from ..exits import Exits
+from ..models.interface import Backbone
+from .blocks import Evaluation, advance, block_range
+from .counts import Counts, Lagged
+from .decision import Decision
+
+
+class DeviceEvaluation(Evaluation):
+    """Its tensors lie on the device, perhaps not yet written. `macs` and `moved` wait for it when they are read."""
+
+    def __init__(
+        self,
+        eps: Tensor,
+        variance: Tensor | None,
+        exit_layer: Tensor,
+        scores: Tensor | None,
+        macs_by_depth: Sequence[int],
+        moved: Sequence[Tensor],
+        rows: Sequence[int],
+    ):
+        own = {"eps": eps, "variance": variance, "exit_layer": exit_layer, "scores": scores, "rows": tuple(rows)}
+        own |= {"macs_full": len(exit_layer) * macs_by_depth[0], "_macs_by_depth": macs_by_depth, "_moved": moved}
+        for name, value in own.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def macs(self) -> int:
+        return sum(self._macs_by_depth[depth] for depth in self.exit_layer.tolist())
+
+    @property
+    def moved(self) -> int:
+        return sum(int(moved) for moved in self._moved)
+
+
+def evaluate_on_device(
+    backbone: Backbone,
+    exits: Exits | None,
+    decision: Decision,
+    x: Tensor,
+    t: Tensor,
+    context: Tensor | None,
+    *,
+    partner: Tensor | None,
+    counts: Counts,
+    record: bool,
+    nvtx: bool,
+) -> DeviceEvaluation:
+    """`adadiff.evaluate`, once everything is checked and on x's device. partner: i32 [B], who a lane is tied to."""
+    B = len(x)
+    rows, cond = backbone.begin(x, t, context)
+    lanes = _Lanes(backbone, exits, decision, rows, cond, partner, record, nvtx)
+    with _device_set(B, x.device) as active:
+        lanes.run(active, rows, counts)
+        if lanes.parked:
+            with _device_set(B, x.device) as second:
+                lanes.resume(active.exit_layer, second)
+                exit_layer = torch.where(active.exit_layer > 0, active.exit_layer, second.exit_layer)
+        else:
+            exit_layer = active.exit_layer.clone()
+        lanes.moved.append(active.moved.clone())
+    outputs = x.shape[1] * (2 if backbone.learned_variance else 1)
+    eps, variance = lanes.heads(exit_layer) if B else rows.new_empty(0, outputs, *x.shape[2:]), None
+    if backbone.learned_variance:
+        eps, variance = eps.chunk(2, dim=1)
+    return DeviceEvaluation(eps, variance, exit_layer, lanes.scores, lanes.macs_by_depth, lanes.moved, lanes.rows)
+
+
+class _Lanes:
+    """B lanes on their way through the network, and what is kept of them."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        exits: Exits | None,
+        decision: Decision,
+        rows: Tensor,
+        cond: object,
+        partner: Tensor | None,
+        record: bool,
+        nvtx: bool,
+    ):
+        B, L = len(rows), len(backbone.blocks)
+        self._backbone, self._exits, self._decision, self._cond = backbone, exits, decision, cond
+        self._partner, self._nvtx = partner, nvtx
+        self._offsets = exits.offsets(cond.time) if decision.scored else None
+        self._needed = {block.skip_from for block in backbone.blocks} - {None}
+        self._skips: dict[int, tuple[Tensor, Tensor]] = {}  # block -> its rows, and the row of each lane in them
+        self._saved = torch.empty_like(rows)  # [B, T, D] by lane: where it left, or is parked
+        self.scores = torch.full((L, B), torch.nan, device=rows.device) if record else None
+        self.parked: list[int] = []  # layers after which rows may have been parked
+        self.moved: list[Tensor] = []
+        self.rows = [0] * L
+
+    def run(
+        self, active: DeviceSet, rows: Tensor, counts: Counts, first: int = 1, parked: Tensor | None = None
+    ) -> None:
+        """The blocks from `first` on over rows [n, T, D] of `active`, until all its lanes have left or are parked.
+
+        parked: i32 [B] by lane, -layer where a lane is to run on after that layer. Until then it keeps its row.
+        """
+        blocks, decision, saved = self._backbone.blocks, self._decision, self._saved
+        bound, asked_at, row = len(rows), [], None
+        for layer, block in enumerate(blocks[first - 1 :], start=first):
+            if not bound:
+                return
+            lanes, rows = active.lane[:bound], rows[:bound]
+            skip, index = None, None
+            if block.skip_from is not None:  # a second pass needs those of the first
+                skip, index = self._skips[block.skip_from] if counts.parks else self._skips.pop(block.skip_from)
+            scored = layer in decision.scored
+            score = self._exits.score(layer, self._offsets) if scored else None
+            with block_range(layer, self._nvtx):
+                y, u = advance(block, rows, skip, self._cond, lanes, score, index=index)
+            self.rows[layer - 1] += bound
+            arrived = None
+            if parked is not None and layer <= self.parked[-1]:
+                arrived = parked > -layer  # [B]
+                y = torch.where(_by_row(arrived, lanes), y, rows)
+            if scored and self.scores is not None:
+                self._record(layer, u, active, lanes, arrived)
+            if layer in decision.asked and layer < len(blocks):
+                asked_at.append(layer)
+                swap_rows(self._leave(active, u, layer, lanes, arrived), y)
+                after = counts.bound(active, asked_at, bound)
+                if counts.parks and after < bound:
+                    swap_rows(active.park(after, layer, bound=bound, partner=self._partner), y)
+                    self.parked.append(layer)
+                save_rows(y, saved, lanes, active.exit_layer, layer)
+                bound, row = after, None
+            rows = y
+            if layer - 1 in self._needed:
+                row = active.snapshot() if row is None else row
+                if arrived is not None:
+                    skip, index = self._skips[layer - 1]
+                    lanes = active.lane[: len(y)]
+                    own = index[lanes].clamp(max=len(skip) - 1)  # who has arrived may have no row there
+                    y = torch.where(_by_row(arrived, lanes), y, skip[own])
+                self._skips[layer - 1] = y, row
+        if bound:
+            active.finish(len(blocks))
+            if decision.asked:
+                save_rows(rows[:bound], saved, active.lane[:bound], active.exit_layer, len(blocks))
+            else:
+                self._saved = rows
+
+    def resume(self, exit_layer: Tensor, second: DeviceSet) -> None:
+        """Lanes that are parked, i32 [B] -layer in exit_layer, run on, each after that layer."""
+        second.leave_where(exit_layer > 0, 1, bound=len(exit_layer))  # nobody has left after layer 1 or before yet
+        before = second.moved.clone()
+        n = second.wait(1)
+        rows = self._saved.index_select(0, second.lane[:n])
+        self.run(second, rows, Lagged(), self.parked[0] + 1, exit_layer)
+        self.moved.append(second.moved - before)
+
+    def heads(self, exit_layer: Tensor) -> Tensor:
+        """[B, C or 2 C, H, W]. One call where the head is shared; else one for the last layer, one for all others."""
+        backbone, exits, cond = self._backbone, self._exits, self._cond
+        patches = self._saved[:, backbone.extras :]
+        lanes = torch.arange(len(patches), dtype=torch.int32, device=patches.device)
+        eps = backbone.head(patches, cond, lanes)
+        if exits is None or exits.heads is None or not self._decision.asked:
+            return eps
+        last = (exit_layer == len(backbone.blocks)).view(-1, 1, 1, 1)
+        return torch.where(last, eps, exits.heads_by_lane(patches, cond, lanes, exit_layer))
+
+    @property
+    def macs_by_depth(self) -> list[int]:
+        """Multiply-adds of a lane that leaves after so many blocks; of the plain network at 0."""
+        backbone, scored = self._backbone, self._decision.scored
+        blocks = [block.macs(backbone.tokens) for block in backbone.blocks]
+        score = self._exits.macs(backbone.tokens - self._exits.extras) if scored else 0
+        each = [macs + score * (layer in scored) for layer, macs in enumerate(blocks, start=1)]
+        ends = sum(backbone.fixed_macs())
+        early = 0 if self._exits is None else self._exits.head_macs(backbone.tokens - backbone.extras)
+        *inner, last = accumulate(each)
+        return [sum(blocks) + ends, *(macs + early + ends for macs in inner), last + ends]
+
+    def _leave(self, active: DeviceSet, u: Tensor | None, layer: int, lanes: Tensor, arrived: Tensor | None) -> Tensor:
+        bound, partner, decision = len(lanes), self._partner, self._decision
+        if decision.compares:
+            given = {"asked": arrived, "partner": partner}
+            return active.leave(u, decision.threshold, layer, bound=bound, **given)
+        if partner is not None and u is not None:
+            by_lane = torch.zeros(len(active.lane), device=u.device).index_copy_(0, lanes.long(), u)
+            u = torch.maximum(u, by_lane.index_select(0, partner.index_select(0, lanes)))
+        mask = decision.leave_blindly(u, layer, lanes, _running(active, lanes, arrived))
+        return active.leave_where(mask, layer, bound=bound, partner=partner)
+
+    def _record(self, layer: int, u: Tensor, active: DeviceSet, lanes: Tensor, arrived: Tensor | None) -> None:
+        own, lanes = self.scores[layer - 1], lanes.long()
+        own.index_copy_(0, lanes, torch.where(_running(active, lanes, arrived), u, own.index_select(0, lanes)))
+
+
+def _running(active: DeviceSet, lanes: Tensor, arrived: Tensor | None) -> Tensor:
+    """bool [n]: rows that run, of lanes that have arrived."""
+    running = torch.arange(len(lanes), device=lanes.device) < active.count
+    return running if arrived is None else running & arrived.index_select(0, lanes)
+
+
+def _by_row(by_lane: Tensor, lanes: Tensor) -> Tensor:
+    """[B] -> [n, 1, 1]."""
+    return by_lane.index_select(0, lanes).view(-1, 1, 1)
+
+
+_idle = threading.local()
+
+
+@contextmanager
+def _device_set(B: int, device: torch.device) -> Iterator[DeviceSet]:
+    """A set that nobody uses, started. Making one takes pinned memory and waits for the device, so they are kept, by
+    what must not be shared: threads and streams."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    kept = _idle.__dict__.setdefault((B, device, stream), [])
+    with torch.inference_mode(False):  # whatever mode the caller is in, the next one may be in another
+        active = kept.pop() if kept else DeviceSet(B, device)
+    active.start()
+    try:
+        yield active
+    finally:
+        kept.append(active)

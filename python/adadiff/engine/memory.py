@@ -1,0 +1,107 @@
+"""Bytes of tensors that a call takes above the weights, and how many lanes fit into a given number of them."""
+
+import math
+import re
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..model import Model
+from ..rules import Full, Replay
+from ..sampling.samples import whole
+from .evaluate import evaluate, group_size
+
+UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+STATES = 8  # of a sample, float32: x, base, two of history, and the copies of one step
+CONTEXTS = 3  # of a sample: its own, that of no class or prompt, and the one gathered
+
+
+def capacity_of(model: Model, capacity: int | str) -> int:
+    """Lanes: the number itself, or as many as fit into bytes spelt "512MiB" (two evaluations are run to find out).
+
+    Raises ValueError for another spelling, and where not one lane fits.
+    """
+    if not isinstance(capacity, str):
+        whole("capacity", capacity, 1)
+        return capacity
+    spelling = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([KMG]iB)", capacity)
+    if not spelling:
+        raise ValueError(f"capacity is a number of lanes or bytes such as '512MiB' or '2GiB', got {capacity!r}")
+    budget = float(spelling[1]) * UNITS[spelling[2]]
+    each, shared, group = lane_bytes(model)
+    lanes = int(budget // (each + shared))
+    if lanes > group:  # only one group of lanes is inside a block at a time
+        lanes = int((budget - shared * group) // each)
+    if lanes < 1:
+        raise ValueError(f"one lane of this model takes {(each + shared) / 2**20:.1f} MiB, more than {capacity}")
+    return lanes
+
+
+def lane_bytes(model: Model) -> tuple[int, int, int]:
+    """Bytes a lane takes all the time, bytes it takes while it is inside a block, and lanes inside at a time."""
+    backbone = model.backbone
+    parameter = next(backbone.parameters())
+    grouped = {"group": 1} if parameter.device.type == "cpu" else {}
+
+    def peak(n: int) -> int:
+        x = torch.zeros(n, *backbone.sample_shape, dtype=parameter.dtype, device=parameter.device)
+        t = torch.zeros(n, device=parameter.device)
+        context, last = _context(model, n, parameter), torch.full_like(t, model.layers)
+        if model.exits is None:
+            return peak_bytes(lambda: evaluate(backbone, None, Full(), x, t, context, **grouped))
+        return peak_bytes(lambda: evaluate(backbone, model.exits, Replay(), x, t, context, threshold=last, **grouped))
+
+    one, two = peak(1), peak(2)
+    group = group_size(backbone) if parameter.device.type == "cpu" else 2**31
+    context = _context(model, 1, parameter)
+    kept = STATES * 4 * math.prod(backbone.sample_shape) + (CONTEXTS * context.nbytes if context is not None else 0)
+    return two - one + kept, max(0, 2 * one - two), group
+
+
+def _context(model: Model, n: int, like: Tensor) -> Tensor | None:
+    network = model.config.network
+    if network.context_tokens:
+        return like.new_zeros(n, network.context_tokens, network.context_dim)
+    return torch.zeros(n, dtype=torch.int64, device=like.device) if network.num_classes else None
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most bytes of tensors alive at once that operators returned during `call`."""
+    with torch.inference_mode(), _LiveBytes() as mode:
+        call()
+    return mode.peak
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Follows the storages that operators return until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self._see((args, kwargs), ours=False)
+        out = func(*args, **(kwargs or {}))
+        self._see(out, ours=True)
+        return out
+
+    def _see(self, values: object, ours: bool) -> None:
+        """A storage that is taken before any operator returned it was there beforehand: weights, inputs."""
+        for value in tree_leaves(values):
+            if isinstance(value, Tensor):
+                storage = value.untyped_storage()
+                key = storage._cdata
+                if key not in self._known:
+                    size = storage.nbytes() if ours else 0
+                    self._known[key] = weakref.ref(storage, lambda _, key=key, size=size: self._free(key, size))
+                    self.live += size
+                    self.peak = max(self.peak, self.live)
+
+    def _free(self, key: int, size: int) -> None:
+        del self._known[key]
+        self.live -= size

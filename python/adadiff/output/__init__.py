@@ -1,0 +1,1 @@
+"""Images on disk: pictures, and folders of shards that a later run completes."""

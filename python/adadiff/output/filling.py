@@ -1,0 +1,184 @@
+"""Filling a folder of shards: by any number of processes, which need not talk; a later run completes it."""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..sampling.reports import Report
+from ..sampling.sampler import Sampling
+from .pictures import GRID_MOST, add_totals, make_grid, no_totals, replace_file, to_pixels, write_json, write_png
+from .shards import ADVICE, COUNTS, MANIFEST, Manifest, read_arrays, read_shard, shard_path
+
+REPORT, GRID = "report.json", "grid.png"
+PART = re.compile(r"(?:shard-\d+\.npz|manifest\.json|report\.json|grid\.png)\.(\d+)\.part")
+LAUNCHERS = (  # torchrun and accelerate launch; Open MPI; MPICH and Intel MPI, which accelerate uses on CPUs
+    ("RANK", "WORLD_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+)
+
+
+@dataclass(frozen=True)
+class Process:
+    """One of `world` processes that draw together; `rank`, from 0, tells which."""
+
+    rank: int = 0
+    world: int = 1
+
+    @staticmethod
+    def of(environment: Mapping[str, str]) -> "Process":
+        """What the launcher says, or the only one. Raises ValueError for a rank without a world or beyond it."""
+        for names in LAUNCHERS:
+            given = [environment.get(name, "") for name in names]
+            if any(given):
+                if not all(map(str.isdecimal, given)) or int(given[0]) >= int(given[1]):
+                    raise ValueError(f"{names[0]} must be a whole number below {names[1]}, got {' and '.join(given)}")
+                return Process(*map(int, given))
+        return Process()
+
+
+class ShardFolder:
+    """The folder as one process sees it; of the shards it draws every world-th, from its rank on.
+
+    Raises ValueError where the folder cannot be written or holds anything else. One whose samples differ in nothing
+    but a smaller n, with all shards full, may grow.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, process: Process):
+        self.folder, self.manifest, self.process = folder, manifest, process
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._agree()
+            for path in folder.iterdir():  # of a run that was killed
+                part = PART.fullmatch(path.name)
+                if part and int(part[1]) % process.world == process.rank:
+                    path.unlink()
+            write_json(folder / MANIFEST, dataclasses.asdict(manifest), process.rank)
+        except OSError as error:
+            raise ValueError(f"cannot write to {folder}: {error.strerror}") from error
+
+    def _agree(self) -> None:
+        # In this order: another process may write all three in the meantime, the manifest first.
+        filled = (self.folder / REPORT).exists() or any(self.folder.glob("shard-*.npz"))
+        if not (self.folder / MANIFEST).exists():
+            if filled:
+                raise ValueError(f"{self.folder} holds samples but no {MANIFEST}; {ADVICE}")
+            return
+        theirs = Manifest.read(self.folder)
+        differing = self.manifest.differing(theirs)
+        if differing == ["n"] and theirs.n < self.manifest.n:
+            if theirs.n % theirs.shard:
+                full = f"the last of its shards of {theirs.shard} is not full"
+                raise ValueError(f"{self.folder} holds n = {theirs.n} samples and cannot grow: {full}; {ADVICE}")
+        elif differing:
+            raise ValueError(f"{self.folder} holds samples drawn with another {', '.join(differing)}; {ADVICE}")
+
+    @property
+    def count(self) -> int:
+        """Samples in shards that are there."""
+        there = (i for i in range(self.manifest.shards) if shard_path(self.folder, i).exists())
+        return sum(len(self.manifest.slots(i)) for i in there)
+
+    @property
+    def own(self) -> range:
+        """The shards of this process. All are dealt, not only missing ones: processes need not agree on what is."""
+        return range(self.process.rank, self.manifest.shards, self.process.world)
+
+    def drop_damaged(self) -> list[str]:
+        """Removes damaged shards of this process, so that they are drawn again; returns what was wrong."""
+        damaged = []
+        for number in self.own:
+            try:
+                read_shard(self.folder, self.manifest, number)
+            except FileNotFoundError:
+                continue
+            except ValueError as error:
+                damaged.append(str(error))
+                shard_path(self.folder, number).unlink()
+        return damaged
+
+    def draw(self, sampling: Callable[[range], Sampling]) -> int:
+        """Draws the missing shards of this process, and returns how many; `sampling` makes the run of some slots.
+
+        The bar, of rank 0 alone, counts the shards of others whenever one of its own is done.
+        """
+        shown = {"disable": self.process.rank > 0, "unit": "image", "smoothing": 0, "dynamic_ncols": True}
+        drawn = blocks = evaluations = 0
+        with tqdm(total=self.manifest.n, initial=self.count, **shown) as bar:
+            for number in self.own:
+                if shard_path(self.folder, number).exists():
+                    continue
+                slots = self.manifest.slots(number)
+                run, values = sampling(slots), np.empty((len(slots), *self.manifest.shape), self.manifest.dtype)
+                for places, images in run:
+                    values[places.numpy()] = self._values(images, [slots[place] for place in places.tolist()])
+                    report = run.report
+                    depth = (blocks + report.blocks) / (evaluations + report.evaluations)
+                    bar.set_postfix(depth=f"{depth:.2f}/{report.layers}", refresh=False)
+                    bar.update(len(places))
+                self._write(number, run, values)
+                drawn, blocks, evaluations = drawn + 1, blocks + report.blocks, evaluations + report.evaluations
+                bar.update(self.count - bar.n)
+        return drawn
+
+    def _values(self, images: Tensor, slots: list[int]) -> np.ndarray:
+        """images: float32 [k, C, H, W]. Returns them as they are stored."""
+        bad = [slot for slot, image in zip(slots, images, strict=True) if not bool(image.isfinite().all())]
+        if bad:
+            raise ValueError(f"sample {bad[0]} holds NaN or infinity; no sample of its shard is kept")
+        if self.manifest.array == "latents":
+            return images.cpu().numpy()
+        return np.stack([to_pixels(image) for image in images]).reshape(len(images), *self.manifest.shape)
+
+    def _write(self, number: int, run: Sampling, values: np.ndarray) -> None:
+        report, slots = run.report, self.manifest.slots(number)
+        arrays = {
+            self.manifest.array: values,
+            "slots": np.arange(slots.start, slots.stop),
+            "seeds": run.samples.seeds.numpy(),
+            "exit_layer": report.exit_layer.numpy(),
+            **{name: np.array(getattr(report, name)) for name in COUNTS},
+        }
+        if self.manifest.configuration.get("labels") is not None:
+            arrays["labels"] = run.samples.context.numpy()
+
+        def save(temporary: Path) -> None:
+            with temporary.open("wb") as file:
+                np.savez(file, **arrays)
+
+        replace_file(shard_path(self.folder, number), save, self.process.rank)
+
+    def finish(self) -> dict[str, Any] | None:
+        """Writes report.json, what all runs did together, and the grid. None while there is a shard to be drawn.
+
+        Whoever is last does it; if two are, both write the same.
+        """
+        manifest = self.manifest
+        totals = no_totals(manifest.layers)
+        try:
+            for number in range(manifest.shards):
+                done = read_arrays(shard_path(self.folder, number), ("exit_layer", *COUNTS))
+                counts = (done[name].item() for name in COUNTS)
+                report = Report(torch.from_numpy(done["exit_layer"]), manifest.layers, *counts)
+                add_totals(totals, report, len(manifest.slots(number)))
+            if manifest.n and manifest.array == "images":
+                self._write_grid()
+        except (FileNotFoundError, ValueError):  # damaged ones are about to be drawn again by another process
+            return None
+        write_json(self.folder / REPORT, {"configuration": manifest.configuration, **totals}, self.process.rank)
+        return totals
+
+    def _write_grid(self) -> None:
+        shards = (read_shard(self.folder, self.manifest, i)["images"] for i in range(self.manifest.shards))
+        first = itertools.islice((image for images in shards for image in images), GRID_MOST)
+        pixels = [image[..., 0] if image.shape[-1] == 1 else image for image in first]
+        write_png(self.folder / GRID, make_grid(pixels), self.process.rank)

@@ -1,0 +1,139 @@
+"""The files of a folder of shards: what they hold, how to read them.
+
+Shard i holds the slots from i * shard on. It is a run of the sampler of its own, so its bits depend neither on the
+number of processes, nor on which of them draws it, nor on interruptions. Only whole shards bear their names.
+"""
+
+import dataclasses
+import errno
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..config import from_dict
+from ..model import Model
+from ..sampling.samples import whole
+from .pictures import CHANNELS
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+COUNTS = ("macs", "macs_full", "rows_moved", "seconds")  # of a Report, kept with each shard
+ADVICE = "choose another folder, or empty this one"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder holds. configuration: what was asked for, of it `n` samples, `shard` of them in each shard.
+    array: "images", uint8 [k, H, W, C], or "latents", float32 [k, C, H, W]; shape: that of one. layers: blocks."""
+
+    configuration: dict[str, Any]
+    array: str
+    shape: list[int]
+    layers: int
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        whole("n", self.configuration.get("n"), 0)
+        whole("shard", self.configuration.get("shard"), 1)
+
+    @staticmethod
+    def of(model: Model, configuration: dict[str, Any]) -> "Manifest":
+        """`configuration` must survive JSON unchanged."""
+        channels, height, width = model.backbone.sample_shape
+        if channels in CHANNELS:
+            return Manifest(configuration, "images", [height, width, channels], model.layers)
+        return Manifest(configuration, "latents", [channels, height, width], model.layers)
+
+    @staticmethod
+    def read(folder: Path) -> "Manifest":
+        """Raises ValueError where there is none, or one of another format."""
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise ValueError(f"{folder} holds no {MANIFEST}")
+        try:
+            values = json.loads(path.read_text())
+            version = values.get("format_version")
+            if version != FORMAT_VERSION:
+                raise ValueError(f"its format version is {version!r}, this release reads {FORMAT_VERSION}")
+            return from_dict(Manifest, values, MANIFEST)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no manifest that `adadiff sample` can use: {error}; {ADVICE}") from None
+
+    @property
+    def n(self) -> int:
+        return self.configuration["n"]
+
+    @property
+    def shard(self) -> int:
+        return self.configuration["shard"]
+
+    @property
+    def dtype(self) -> str:
+        return "uint8" if self.array == "images" else "float32"
+
+    @property
+    def shards(self) -> int:
+        return -(-self.n // self.shard)
+
+    def slots(self, number: int) -> range:
+        return range(number * self.shard, min(self.n, (number + 1) * self.shard))
+
+    def differing(self, other: "Manifest") -> list[str]:
+        ours, theirs = ({**dataclasses.asdict(m), **m.configuration, "configuration": None} for m in (self, other))
+        return [name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name)]
+
+
+def read(folder: str | Path) -> Iterator[dict[str, np.ndarray]]:
+    """The shards of a finished folder in slot order, each slot in one of them and once. One shard:
+
+    `images` uint8 [k, H, W, C] or `latents` float32 [k, C, H, W]; `slots`, `seeds` int64 [k], `labels` int64 [k] where
+    there were any; `exit_layer` uint8 [steps, k, 2] as in `Report`, and the shard's `macs`, `seconds` and so on.
+    Raises ValueError for a folder that lacks shards, at once, and for a damaged shard when it is its turn.
+    """
+    folder = Path(folder)
+    manifest = Manifest.read(folder)
+    missing = [i for i in range(manifest.shards) if not shard_path(folder, i).exists()]
+    if missing:
+        some = f"{len(missing)} of {manifest.shards} shards, the first of them {shard_path(folder, missing[0]).name}"
+        raise ValueError(f"{folder} lacks {some}; the command that began it draws them")
+    return (read_shard(folder, manifest, i) for i in range(manifest.shards))
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:05d}.npz"
+
+
+def read_shard(folder: Path, manifest: Manifest, number: int) -> dict[str, np.ndarray]:
+    """Raises ValueError for one that is damaged, or another than the manifest asks for."""
+    path, slots = shard_path(folder, number), manifest.slots(number)
+    arrays = read_arrays(path)
+    k, steps = len(slots), np.shape(arrays.get("exit_layer"))[:1]
+    expected = {
+        manifest.array: (manifest.dtype, (k, *manifest.shape)),
+        "exit_layer": ("uint8", (*steps, k, 2)),
+        **{name: ("float64" if name == "seconds" else "int64", ()) for name in COUNTS},
+        **dict.fromkeys(("slots", "seeds", "labels"), ("int64", (k,))),
+    }
+    if manifest.configuration.get("labels") is None:
+        del expected["labels"]
+    found = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
+    if found != expected or not np.array_equal(arrays["slots"], slots):
+        raise ValueError(
+            f"{path} is damaged: it does not hold the slots {slots.start} to {slots.stop - 1} as it should"
+        )
+    return arrays
+
+
+def read_arrays(path: Path, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+    """Those named, or all. zipfile checks their sums."""
+    try:
+        with np.load(path) as file:
+            return {name: file[name] for name in names or file.files}
+    except Exception as error:  # which one depends on the byte that is wrong; EINVAL is a seek to nowhere
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
+            raise
+        raise ValueError(f"{path} is damaged: {error}") from error

@@ -1,0 +1,208 @@
+"""A diffusers pipeline around a model with exits: saved, loaded and called as its users expect. Needs diffusers."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
+from PIL import Image
+from torch import Tensor
+
+from ..config import ModelConfig
+from ..diffusion.solvers import solver_from
+from ..diffusion.tables import Solver
+from ..engine.evaluate import Evaluation, evaluate
+from ..model import Model
+from ..output.pictures import to_pixels
+from ..rules import Rule
+from ..sampling.batch import Batch
+from ..sampling.reports import Report
+from ..sampling.samples import Samples, whole
+from .latents import decode
+from .text import TextEncoder
+
+OUTPUTS = ("pil", "np", "pt", "latent")
+Callback = Callable[["AdaDiffPipeline", int, float, dict[str, Any]], Mapping[str, Any] | None]
+
+
+class AdaDiffTransformer(ModelMixin, ConfigMixin):
+    """A `Model` as a component of pipelines; model_config: its configuration as `ModelConfig.to_dict` writes it."""
+
+    @register_to_config
+    def __init__(self, model_config: Mapping[str, Any]):
+        super().__init__()
+        self.model = Model(ModelConfig.from_dict(model_config))
+
+    @staticmethod
+    def of(model: Model) -> "AdaDiffTransformer":
+        """It shares the weights of `model`."""
+        with torch.device("meta"):
+            made = AdaDiffTransformer(model.config.to_dict())
+        made.model = model
+        return made.eval()
+
+    def forward(self, rule: Rule | Sequence[Rule], x: Tensor, t: Tensor, context: Tensor | None = None, **options: Any):
+        """As `adadiff.evaluate`, which says more."""
+        return evaluate(self.model.backbone, self.model.exits, rule, x, t, context, **options)
+
+
+@dataclass
+class AdaDiffPipelineOutput(BaseOutput):
+    images: list[Image.Image] | np.ndarray | Tensor
+    report: Report
+
+
+class AdaDiffPipeline(DiffusionPipeline):
+    """Samples of a U-ViT or DiT whose samples leave early. vae: for latent models; tokenizer, text_encoder: for text
+    models (CLIP ViT-L/14)."""
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components = ["vae", "tokenizer", "text_encoder"]  # noqa: RUF012 (diffusers reads it from the class)
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        transformer: AdaDiffTransformer,
+        vae: AutoencoderKL | None = None,
+        tokenizer: Any = None,
+        text_encoder: Any = None,
+    ):
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae, tokenizer=tokenizer, text_encoder=text_encoder)
+        self._interrupt = False
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `_interrupt` in a callback to stop after that step; the images are what they are then."""
+        return self._interrupt
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Sequence[int] | None = None,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str = "",
+        num_images: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        solver: str | Solver = "ddim",
+        rule: str | Rule = "full",
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **settings: Any,
+    ) -> AdaDiffPipelineOutput | tuple[Any, Report]:
+        """One image for each label or prompt, or num_images where the model takes neither.
+
+        num_inference_steps: evaluations. guidance_scale: that of diffusers, 1 is none: U-ViT's scale and ours + 1.
+        solver, rule, and further settings (thresholds, tied, guidance_interval, guided_channels): see `Samples.of`.
+        generator: one for all or one per image; each image's seed is drawn from it, so equal seeds are equal images.
+        output_type: "pil", "np" (float32 [n, H, W, C] in [0, 1]), "pt" ([n, C, H, W]), "latent" (what the network
+        makes, in [-1, 1] or a latent). callback_on_step_end(pipe, step, t, {"latents": ...}) after each whole step of
+        the solver; it may return {"latents": ...} to go on from. Returns images and our report.
+        Raises ValueError for anything that does not fit, before any work.
+        """
+        model: Model = self.transformer.model
+        if output_type not in OUTPUTS:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUTS)}, got {output_type!r}")
+        if model.config.latent_scale is not None and self.vae is None and output_type != "latent":
+            raise ValueError("this model makes latents: give the pipeline a vae, or ask for output_type='latent'")
+        if set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
+            raise ValueError(f"callbacks may ask for latents, got {list(callback_on_step_end_tensor_inputs)}")
+        whole("num_inference_steps", num_inference_steps, 1)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        n = _count(class_labels, prompts, num_images)
+        solver = solver_from(solver) if isinstance(solver, str) else solver
+        guidance = guidance_scale - 1
+        samples = Samples.of(
+            model,
+            n,
+            steps=num_inference_steps,
+            solver=solver,
+            rule=rule,
+            seeds=_seeds(generator, n),
+            labels=class_labels,
+            guidance=guidance,
+            **self._contexts(prompts, negative_prompt, guidance != 0),
+            **settings,
+        )
+        table = solver.table(model.schedule, num_inference_steps)
+        images, report = self._run(samples, table.t.tolist(), table.end.tolist(), callback_on_step_end)
+        images = self._finish(images, output_type)
+        self.maybe_free_model_hooks()
+        return AdaDiffPipelineOutput(images, report) if return_dict else (images, report)
+
+    def _contexts(self, prompts: Sequence[str] | None, negative: str, guided: bool) -> dict[str, Tensor]:
+        if prompts is None:
+            return {}
+        if self.tokenizer is None or self.text_encoder is None:
+            raise ValueError("prompts take a tokenizer and a text_encoder in the pipeline")
+        encode = TextEncoder(self.tokenizer, self.text_encoder)
+        return {"context": encode(prompts), **({"null_context": encode([negative])[0]} if guided else {})}
+
+    def _run(
+        self, samples: Samples, times: list[float], ends: list[bool], callback: Callback | None
+    ) -> tuple[Tensor, Report]:
+        def call(_: object, __: object, *args: Any, **options: Any) -> Evaluation:
+            return self.transformer(*args, **options)  # through the module, whose hooks move it between devices
+
+        model: Model = self.transformer.model
+        batch, exit_layer = Batch(model, samples.n, evaluate=call), torch.zeros(len(times), samples.n, 2).byte()
+        places = batch.admit(samples, torch.arange(samples.n))
+        slot = torch.empty_like(places)
+        slot[places] = torch.arange(samples.n)
+        self._interrupt, started = False, time.perf_counter()
+        with self.progress_bar(total=len(times)) as bar:
+            for step, (t, end) in enumerate(zip(times, ends, strict=True)):
+                tick = batch.tick()
+                if tick.failed:
+                    raise next(iter(tick.failed.values()))
+                exit_layer[step, slot[tick.places]] = tick.exit_layer
+                if callback is not None and end:
+                    latents = batch.peek(places)
+                    changed = (callback(self, step, t, {"latents": latents}) or {}).get("latents", latents)
+                    if changed is not latents:
+                        batch.replace(places, changed)
+                bar.update()
+                if self._interrupt:
+                    break
+        done, seconds = batch.totals, time.perf_counter() - started
+        report = Report(exit_layer, model.layers, done.macs, done.macs_full, done.rows_moved, seconds)
+        return batch.take(places), report
+
+    def _finish(self, images: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
+        if output_type == "latent":
+            return images
+        scale = self.transformer.model.config.latent_scale
+        if scale is not None:
+            images = decode(images, self.vae, scale)
+        if output_type == "pil":
+            return [Image.fromarray(to_pixels(image)) for image in images]
+        images = (images / 2 + 0.5).clamp(0, 1)
+        return images if output_type == "pt" else images.permute(0, 2, 3, 1).numpy()
+
+
+def _count(labels: Sequence[int] | None, prompts: Sequence[str] | None, num_images: int | None) -> int:
+    counts = {len(given) for given in (labels, prompts) if given is not None} | ({num_images} - {None})
+    if len(counts) > 1:
+        raise ValueError(f"class_labels, prompt and num_images disagree on how many images: {sorted(counts)}")
+    n = counts.pop() if counts else 1
+    whole("num_images", n, 1)
+    return n
+
+
+def _seeds(generator: torch.Generator | Sequence[torch.Generator] | None, n: int) -> Tensor:
+    """int64 [n] in [0, 2^63)."""
+    if generator is None or isinstance(generator, torch.Generator):
+        device = "cpu" if generator is None else generator.device
+        return torch.randint(2**63 - 1, (n,), generator=generator, device=device).cpu()
+    if len(generator) != n:
+        raise ValueError(f"generator must be one or a list of {n}, one per image, got {len(generator)}")
+    return torch.cat([_seeds(own, 1) for own in generator])

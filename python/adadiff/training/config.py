@@ -1,0 +1,147 @@
+"""What a training is: one frozen dataclass, read from a TOML or JSON file, a shipped name or the command line."""
+
+import dataclasses
+import json
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..config import PRESETS, ModelConfig, from_dict
+from ..data import sources
+from ..exits import ExitConfig
+from .losses import loss_named
+
+T = TypeVar("T")
+
+POSITIVE = ("steps", "batch", "accumulate", "save_every", "log_every")
+COUNTS = ("warmup", "seed", "sample_every")
+SHARES = ("ema", "label_drop")
+FACTORS = ("lr", "weight_decay", "uem_weight", "ual_weight")
+CHOICES = {"recipe": ("joint", "frozen"), "precision": ("float32", "bfloat16")}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """`exits` False trains the plain network with L_simple alone: the baseline of equal budget.
+
+    recipe: "joint" trains network and exits together, from scratch or, with `init`, from a checkpoint; "frozen" trains
+    the exits of the checkpoint `init` and leaves its network as it is.
+    network, exit_options: settings of the preset's network and of its exits that are to differ.
+    batch: images of one update, all processes and `accumulate` parts together.
+    """
+
+    preset: str = "digits"
+    data: str = "digits"
+    network: dict = field(default_factory=dict)
+    exits: bool = True
+    exit_options: dict = field(default_factory=dict)
+    recipe: str = "joint"
+    init: str = ""
+    loss: str = "paper"
+    steps: int = 8000
+    batch: int = 64
+    accumulate: int = 1
+    lr: float = 2e-3  # reached after `warmup` steps, then a cosine to zero
+    warmup: int = 400
+    weight_decay: float = 0.03
+    ema: float = 0.999
+    uem_weight: float = 1.0  # lambda
+    ual_weight: float = 1.0  # beta
+    label_drop: float = 0.1
+    precision: str = "float32"
+    seed: int = 0
+    save_every: int = 500
+    log_every: int = 100
+    sample_every: int = 0
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for known in dataclasses.fields(self):
+            value = getattr(self, known.name)
+            if type(value) is not known.type and (type(value), known.type) != (int, float):
+                raise ValueError(f"{known.name} must be of type {known.type.__name__}, got {value!r}")
+        for name in POSITIVE:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
+        for name in COUNTS:
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be an integer >= 0, got {getattr(self, name)!r}")
+        for name in SHARES:
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
+        for name in FACTORS:
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name} must be a finite number >= 0, got {getattr(self, name)!r}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.batch % self.accumulate:
+            raise ValueError(f"a batch of {self.batch} does not part into {self.accumulate} equal parts")
+        self._check_model()
+
+    def _check_model(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"unknown preset {self.preset!r}, known: {', '.join(PRESETS)}")
+        sources.parse(self.data)
+        loss_named(self.loss)
+        if self.recipe == "frozen" and not (self.init and self.exits):
+            raise ValueError("the recipe 'frozen' trains exits on the network of a checkpoint: it needs init and exits")
+        if self.exit_options and not self.exits:
+            raise ValueError("exit_options say how exits are made, but exits is false")
+        model = self.model
+        if model.network.context_tokens:
+            raise ValueError(f"training takes labels or none, not text, which {self.preset!r} needs")
+        if self.label_drop and model.null_label is None:
+            raise ValueError(f"{self.preset!r} has no null class to put in place of a label; set label_drop to 0")
+
+    @property
+    def model(self) -> ModelConfig:
+        config = PRESETS[self.preset]
+        exits = _changed(config.exits or ExitConfig(), self.exit_options, "exit_options") if self.exits else None
+        return dataclasses.replace(config, network=_changed(config.network, self.network, "network"), exits=exits)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Of update `step`, counted from 0: linear warm-up, then half a cosine."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def shipped() -> dict[str, Path]:
+    """The configurations in the package, by name."""
+    files = (Path(str(file)) for file in resources.files("adadiff").joinpath("configs").iterdir())
+    return {file.stem: file for file in sorted(files) if file.suffix == ".toml"}
+
+
+def load_config(name_or_file: str | Path | None, changes: Mapping[str, Any]) -> TrainConfig:
+    """`changes` to what a shipped name or a file (.toml or .json) holds, or to the defaults where that is None.
+
+    Raises ValueError where there is neither, for a file that is unreadable, and for unknown keys and unusable values.
+    """
+    if name_or_file is None:
+        return from_dict(TrainConfig, changes, "the configuration")
+    known = shipped()
+    path = known.get(str(name_or_file), Path(name_or_file))
+    if not path.is_file():
+        raise ValueError(f"no configuration {str(name_or_file)!r}: neither a file nor one of {', '.join(known)}")
+    kind = "TOML" if path.suffix == ".toml" else "JSON"
+    try:
+        values = (tomllib if kind == "TOML" else json).loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not {kind}: {error}") from None
+    if isinstance(values, dict):
+        values |= changes
+    try:
+        return from_dict(TrainConfig, values, "a training")
+    except ValueError as error:
+        raise ValueError(f"cannot use {path}: {error}") from None
+
+
+def _changed(value: T, changes: Mapping[str, Any], what: str) -> T:
+    return from_dict(type(value), {**dataclasses.asdict(value), **changes}, what)

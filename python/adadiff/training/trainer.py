@@ -1,0 +1,243 @@
+"""Training: from scratch, from a checkpoint, or of exits alone on a frozen network. Resumable, bit for bit.
+
+Every random number of step k comes from a generator seeded by (seed, k), so the state on disk is the step, the weights,
+their average (EMA) and the optimizer's moments, and nothing else. Each process draws the whole batch's numbers and
+takes its share, so that the number of processes changes a run by rounding only.
+"""
+
+import copy
+import hashlib
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from .. import checkpoint
+from ..data import sources
+from ..exits import all_layers
+from ..model import Model
+from ..output.pictures import CHANNELS
+from .config import TrainConfig, learning_rate
+from .losses import loss_named
+from .processes import Processes
+from .run_folder import MODEL, STATE, RunFolder
+
+MOST_NORM = 1.0  # gradients are scaled down to this norm
+
+
+class Objective(nn.Module):
+    """The training loss as one module, so that gradients can be averaged over processes."""
+
+    def __init__(self, model: Model, config: TrainConfig):
+        super().__init__()
+        self.model, self._loss = model, loss_named(config.loss)
+        self._weights = config.uem_weight, config.ual_weight
+        self._half = config.precision == "bfloat16"
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """x, noise: [B, C, H, W]; t: float [B]; labels: int64 [B]. Returns the loss and its terms, detached."""
+        backbone, exits = self.model.backbone, self.model.exits
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self._half):
+            if exits is None:
+                predictions, scores = [backbone(x, t, labels)], []
+            else:
+                predictions, scores = all_layers(backbone, exits, x, t, labels)
+        predictions = [prediction.float() for prediction in predictions]
+        if exits is None:
+            loss = F.mse_loss(predictions[0], noise)
+            return loss, {"simple": loss.detach()}
+        terms = self._loss(predictions, scores, noise, backbone.patchify, *self._weights)
+        return terms.total, {name: getattr(terms, name) for name in ("simple", "uem", "ual", "errors", "relative")}
+
+
+class Trainer:
+    """Weights, their average and the optimizer, at some step. `folder` receives state, log and the averaged model.
+
+    Raises ValueError where the configuration, the data, the checkpoint to start from and the folder do not fit
+    together, before any step.
+    """
+
+    def __init__(self, config: TrainConfig, folder: Path):
+        self.config, self.step, self.seconds = config, 0, 0.0
+        self._whole = True  # False while an update has changed some of the weights and not yet all
+        self.processes = Processes()
+        self._part = config.batch // (self.processes.world * config.accumulate)
+        if self._part * self.processes.world * config.accumulate != config.batch:
+            raise ValueError(
+                f"a batch of {config.batch} does not part into {config.accumulate} equal parts for each of "
+                f"{self.processes.world} processes"
+            )
+        self.images, self.labels = sources.load(config.data)
+        self._check_data()
+        torch.manual_seed(config.seed)
+        self.model = start_model(config)
+        self.average = copy.deepcopy(self.model).requires_grad_(False).to(self.processes.device)
+        self.objective = self.processes.join(Objective(self.model, config))
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.trained, config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay
+        )
+        self.folder = RunFolder(folder, config, self.processes.main)
+        if (state := self.folder.read_state()) is not None:
+            self._resume(*state)
+
+    def _check_data(self) -> None:
+        model, network = self.config.model, self.config.model.network
+        shape, classes = tuple(self.images.shape[1:]), int(self.labels.max()) + 1
+        wanted = (network.channels, network.image_size, network.image_size)
+        if shape != wanted or (network.num_classes and classes > model.classes):
+            raise ValueError(
+                f"data {self.config.data!r} is {'x'.join(map(str, shape))} in {classes} classes, but the network draws "
+                f"{'x'.join(map(str, wanted))} in {model.classes}; choose data, preset and network that agree"
+            )
+        if self.config.sample_every and shape[0] not in CHANNELS:
+            raise ValueError(f"there are no pictures of {shape[0]} channels; set sample_every to 0")
+
+    def inputs(self, step: int, part: int = 0) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """This process's share of update `step`, one of `accumulate` parts: x, t, labels and noise, see `Objective`."""
+        config, model = self.config, self.config.model
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        pick = torch.randint(len(self.images), (config.batch,), generator=generator)
+        drop = torch.rand(config.batch, generator=generator) < config.label_drop
+        u = torch.rand(config.batch, generator=generator, dtype=torch.float64)
+        t, alpha_bar = self.model.schedule.training_times(u)
+        noise = torch.randn(config.batch, *self.images.shape[1:], generator=generator)
+        first = (self.processes.rank * config.accumulate + part) * self._part
+        own = slice(first, first + self._part)
+        x0, labels = self.images[pick[own]], None
+        if model.network.num_classes:
+            labels = self.labels[pick[own]]
+            labels = labels if model.null_label is None else labels.masked_fill(drop[own], model.null_label)
+        t, alpha_bar, noise = t[own].float(), alpha_bar[own].float()[:, None, None, None], noise[own]
+        x = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
+        device = self.processes.device
+        return x.to(device), t.to(device), None if labels is None else labels.to(device), noise.to(device)
+
+    def update(self) -> dict[str, Tensor]:
+        """One optimizer step. Returns this process's loss terms. Raises FloatingPointError on a loss or gradient that
+        is not finite; the weights stay."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = []
+        for part in range(1, self.config.accumulate):
+            with self.processes.apart(self.objective):
+                parts.append(self._backward(part))
+        parts.append(self._backward(0))
+        terms = {name: torch.stack([part[name] for part in parts]).mean(0) for name in parts[0]}
+        norm = nn.utils.clip_grad_norm_(self.trained, MOST_NORM)
+        if not bool(torch.isfinite(norm)):  # a loss that is not finite, on whatever process, leaves no norm either
+            raise FloatingPointError(
+                f"the loss is {float(terms['loss'])} and the gradient's norm {float(norm)} at step {self.step}; "
+                "nothing was changed and the last checkpoint is kept"
+            )
+        self._whole = False
+        self.optimizer.step()
+        self.step += 1
+        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))  # follow quickly while everything moves
+        for mean, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
+            if value.requires_grad:
+                mean.lerp_(value.detach(), 1 - decay)
+        self._whole = True
+        return terms
+
+    def _backward(self, part: int) -> dict[str, Tensor]:
+        loss, terms = self.objective(*self.inputs(self.step, part))
+        (loss / self.config.accumulate).backward()
+        return {"loss": loss.detach(), **terms}
+
+    def run(self, progress: bool = True) -> Path:
+        """Trains to the end, saving as it goes and when interrupted. Returns the file of the averaged model."""
+        config = self.config
+        self.folder.start_logs(self.step)
+        hidden = not (progress and self.processes.main)
+        bar = tqdm(total=config.steps, initial=self.step, disable=hidden, unit="step", dynamic_ncols=True)
+        try:
+            with bar:
+                while self.step < config.steps:
+                    started = time.perf_counter()
+                    terms = self.update()
+                    if not hidden:
+                        bar.set_postfix(simple=f"{float(terms['simple']):.4f}")
+                    self.seconds += time.perf_counter() - started
+                    bar.update()
+                    if self.step % config.log_every == 0:
+                        self._log(terms)
+                    if config.sample_every and self.step % config.sample_every == 0:
+                        self.folder.draw(self.step, copy.deepcopy(self.average).cpu().eval())
+                    if self.step % config.save_every == 0:
+                        self.save()
+        except KeyboardInterrupt:
+            if self._whole:  # else the last checkpoint stands
+                self.save()
+            raise
+        finally:
+            self.folder.close()
+        self.save()
+        return self.folder.path / MODEL
+
+    def save(self) -> None:
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
+        numbers = {"step": self.step, "seconds": self.seconds, "network_sha256": fingerprint(self.model.backbone)}
+        self.folder.save(tensors, numbers, self.average)
+
+    def _resume(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
+        groups: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
+        for key, value in tensors.items():
+            group, name = key.split(".", 1)
+            groups[group][name] = value
+        file = str(self.folder.path / STATE)
+        checkpoint.load_strictly(self.model, groups["model"], file)
+        checkpoint.load_strictly(self.average, groups["average"], file)
+        state = self.optimizer.state_dict()
+        for key, value in groups["optimizer"].items():
+            index, name = key.split(".", 1)
+            state["state"].setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict(state)
+        self.step, self.seconds = numbers["step"], numbers["seconds"]
+
+    def _log(self, terms: dict[str, Tensor]) -> None:
+        row = {name: self.processes.mean(value).tolist() for name, value in terms.items()}
+        self.folder.log(self.step, {"seconds": round(self.seconds, 1), **row})
+
+
+def start_model(config: TrainConfig) -> Model:
+    """What a training begins with: fresh, or the network of `config.init`; with the recipe "frozen" that network
+    requires no gradient.
+
+    Exits of the checkpoint are kept where it has some of the same kind; else they are made anew, the heads as copies
+    of the network's own. Raises ValueError for a checkpoint of another network.
+    """
+    model = Model(config.model)
+    if not config.init:
+        return model
+    found = checkpoint.load(config.init)
+    ours, theirs = config.model.to_dict(), found.config.to_dict()
+    differing = [key for key in ("family", "network", "schedule", "null_label") if ours[key] != theirs[key]]
+    if differing:
+        values = "; ".join(f"{key}: {theirs[key]}, the configuration asks for {ours[key]}" for key in differing)
+        raise ValueError(f"{config.init} holds another network, choose preset and network to fit it. {values}")
+    checkpoint.load_strictly(model.backbone, found.backbone.state_dict(), config.init)
+    if model.exits is not None:
+        if found.exits is not None and found.config.exits == config.model.exits:
+            model.exits.load_state_dict(found.exits.state_dict())
+        else:
+            model.exits.copy_heads(model.backbone)
+    if config.recipe == "frozen":
+        model.backbone.requires_grad_(False)
+    return model
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 of names and values of a module's weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
