@@ -90,5 +90,5 @@ PRESETS["digits"] = ModelConfig(
     UViTConfig(8, 1, 2, 64, 12, 4, num_classes=11), "stable_diffusion", null_label=10, exits=ExitConfig()
 )
 PRESETS["canvases"] = ModelConfig(
-    UViTConfig(16, 1, 4, 64, 12, 4, num_classes=15), "stable_diffusion", null_label=14, exits=ExitConfig()
+    UViTConfig(16, 1, 4, 64, 12, 4, num_classes=21), "stable_diffusion", null_label=20, exits=ExitConfig()
 )

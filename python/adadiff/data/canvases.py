@@ -1,17 +1,14 @@
-"""Canvases: real digit scans in a square of cells, under a rule that the label sets; judged by machine.
+"""Canvases: real digit scans in a square of cells, which ones, the label says; judged by machine.
 
 A harder data set than single digits that needs no download. Cells are read in rows. With `side` 2 there are 4 cells of
 8x8 pixels, a canvas of 16x16; with 3, 9 cells and 24x24 pixels.
 
 label      canvas
-0..9       easy: that digit in the first cell, the others are empty
-10 same    one digit in every cell, any digit, each a scan of its own
-11 count   every cell shows the digit after the one before it, 0 after 9; any start
-12 rising  digits grow strictly from cell to cell
-13 sum     the last two cells are the sum of all others, tens first
+0..9       alone: that digit in the first cell, the others are empty
+10..19     count: every cell is filled, the first with label - 10, each other with the digit after the one before it, 0
+           after 9
 
-To draw an easy canvas no cell needs to know of another. The others ask the network to settle what every cell shows and
-to make them agree, a sum most of all.
+Most of an easy canvas is one colour. Of the hard ones every cell has a digit of its own to find out and to draw.
 """
 
 from dataclasses import dataclass
@@ -23,9 +20,7 @@ from ..evaluation.features import digits_network
 from .digits import digits
 
 DIGITS = 10
-RULES = ("same", "count", "rising", "sum")
-CLASSES = DIGITS + len(RULES)
-NAMES = (*map(str, range(DIGITS)), *RULES)
+CLASSES = 2 * DIGITS
 BLANK = -1  # in place of a digit
 CELL = 8  # pixels
 BLANK_MEAN = -0.85  # the mean of every scan lies above -0.7, that of an empty cell is -1
@@ -33,8 +28,8 @@ BLANK_MEAN = -0.85  # the mean of every scan lies above -0.7, that of an empty c
 
 @dataclass(frozen=True)
 class Canvases:
-    """side: cells in a row and in a column, 2 or 3. hard: share of the labels that are rules, in [0, 1]; the other
-    labels, and the rules among themselves, are equally frequent."""
+    """side: cells in a row and in a column, 2 or 3. hard: share of the labels that count, in [0, 1]; within both
+    kinds labels are equally frequent."""
 
     side: int = 2
     hard: float = 0.5
@@ -54,30 +49,13 @@ class Canvases:
         return 1, self.side * CELL, self.side * CELL
 
     def labels(self, n: int, generator: torch.Generator) -> Tensor:
-        """int64 [n] in 0..13."""
-        easy = torch.randint(DIGITS, (n,), generator=generator)
-        rule = DIGITS + torch.randint(len(RULES), (n,), generator=generator)
-        return rule.where(torch.rand(n, generator=generator) < self.hard, easy)
+        """int64 [n] in 0..19."""
+        first = torch.randint(DIGITS, (n,), generator=generator)
+        return first + DIGITS * (torch.rand(n, generator=generator) < self.hard)
 
-    def contents(self, labels: Tensor, generator: torch.Generator) -> Tensor:
+    def contents(self, labels: Tensor) -> Tensor:
         """labels: int64 [n]. Returns the digits of every cell, int64 [n, cells], BLANK where it is empty."""
-        _check_labels(labels)
-        n, cells = len(labels), self.cells
-        start = torch.randint(DIGITS, (n, 1), generator=generator)
-        subset = torch.rand(n, DIGITS, generator=generator).argsort(1)[:, :cells].sort(1).values
-        terms = torch.randint(DIGITS, (n, cells - 2), generator=generator)
-        alone = torch.full((n, cells), BLANK)
-        alone[:, 0] = labels
-        kinds = torch.stack(
-            [
-                alone,
-                start.expand(n, cells),
-                (start + torch.arange(cells)) % DIGITS,
-                subset,
-                torch.cat([terms, _two_digits(terms.sum(1))], 1),
-            ]
-        )
-        return kinds[(labels - DIGITS + 1).clamp(min=0), torch.arange(n)]
+        return contents(labels, self.cells)
 
     def draw(self, n: int, split: str = "train", seed: int = 0, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """n canvases out of the scans of one split ("train" or "test", see `data.digits`), a function of the arguments.
@@ -93,7 +71,7 @@ class Canvases:
         generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
         drawn = self.labels(n, generator)
         labels = drawn if labels is None else labels
-        contents = self.contents(labels, generator)
+        contents = self.contents(labels)
         by_class = classes.argsort(stable=True)
         count = torch.bincount(classes, minlength=DIGITS)
         first = count.cumsum(0) - count
@@ -105,22 +83,17 @@ class Canvases:
         return images, labels
 
 
-def follows(contents: Tensor, labels: Tensor) -> Tensor:
-    """bool [n]: whether contents, int64 [n, cells] with BLANK for empty, are what labels, int64 [n], ask for."""
+def contents(labels: Tensor, cells: int) -> Tensor:
+    """labels: int64 [n]. Returns the digits of every cell, int64 [n, cells], BLANK where it is empty."""
     _check_labels(labels)
-    first, rest = contents[:, :1], contents[:, 1:]
-    full = (contents != BLANK).all(1)
-    terms, last = contents[:, :-2], contents[:, -2:]
-    kinds = torch.stack(
-        [
-            (first[:, 0] == labels) & (rest == BLANK).all(1),
-            full & (rest == first).all(1),
-            full & (contents.diff(dim=1) % DIGITS == 1).all(1),
-            full & (contents.diff(dim=1) > 0).all(1),
-            full & (last == _two_digits(terms.sum(1))).all(1),
-        ]
-    )
-    return kinds[(labels - DIGITS + 1).clamp(min=0), torch.arange(len(labels))]
+    counted = (labels[:, None] + torch.arange(cells)) % DIGITS
+    counted[:, 1:].masked_fill_(labels[:, None] < DIGITS, BLANK)
+    return counted
+
+
+def follows(contents_read: Tensor, labels: Tensor) -> Tensor:
+    """bool [n]: whether contents, int64 [n, cells] with BLANK for empty, are what labels, int64 [n], ask for."""
+    return (contents_read == contents(labels, contents_read.shape[1])).all(1)
 
 
 def read(images: Tensor) -> Tensor:
@@ -151,11 +124,6 @@ def _cells(images: Tensor) -> Tensor:
     n, side = len(images), images.shape[2] // CELL
     cells = images.float().clamp(-1, 1).view(n, side, CELL, side, CELL).transpose(2, 3)
     return cells.reshape(n * side**2, 1, CELL, CELL)
-
-
-def _two_digits(number: Tensor) -> Tensor:
-    """[n] -> [n, 2], tens and units."""
-    return torch.stack([number // DIGITS, number % DIGITS], 1)
 
 
 def _check_labels(labels: Tensor) -> None:

@@ -250,6 +250,25 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+@torch.no_grad()
+def start_as_linear(network: UViT) -> None:
+    """Makes a fresh network begin as the linear map from its patches to its predictions: branches add nothing yet, and
+    a block that joins a long skip passes the rows before it on.
+
+    `_initialise` is made for a D of 512 and more. At D = 64 its joins shrink the rows at every block, so that a deep
+    network learns no sooner than one of three blocks.
+    """
+    for block in network.blocks:
+        inner = (block.attn.qkv, block.mlp.fc1)
+        for linear in inner:
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        for linear in (block.attn.proj, block.mlp.fc2):
+            nn.init.zeros_(linear.weight)
+        if block.skip_linear is not None:
+            block.skip_linear.weight[:, : network.dim] += torch.eye(network.dim)
+    nn.init.normal_(network.pos_embed, std=0.2)
+
+
 def _pixels(size: int, patch: int, dim: int, depth: int, heads: int, classes: int = 0) -> Preset:
     return Preset(UViTConfig(size, 3, patch, dim, depth, heads, num_classes=classes), "vp")
 

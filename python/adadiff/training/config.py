@@ -21,7 +21,11 @@ POSITIVE = ("steps", "batch", "accumulate", "save_every", "log_every")
 COUNTS = ("warmup", "seed", "sample_every")
 SHARES = ("ema", "label_drop")
 FACTORS = ("lr", "weight_decay", "uem_weight", "ual_weight")
-CHOICES = {"recipe": ("joint", "frozen"), "precision": ("float32", "bfloat16")}
+CHOICES = {
+    "recipe": ("joint", "frozen"),
+    "precision": ("float32", "bfloat16"),
+    "start": ("published", "linear"),
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class TrainConfig:
 
     recipe: "joint" trains network and exits together, from scratch or, with `init`, from a checkpoint; "frozen" trains
     the exits of the checkpoint `init` and leaves its network as it is.
+    start: how a fresh network begins: as its authors', or "linear" (U-ViT only), for networks narrower than theirs.
     network, exit_options: settings of the preset's network and of its exits that are to differ.
     batch: images of one update, all processes and `accumulate` parts together.
     """
@@ -41,6 +46,7 @@ class TrainConfig:
     exit_options: dict = field(default_factory=dict)
     recipe: str = "joint"
     init: str = ""
+    start: str = "published"
     loss: str = "paper"
     steps: int = 8000
     batch: int = 64
@@ -88,6 +94,8 @@ class TrainConfig:
             raise ValueError(f"unknown preset {self.preset!r}, known: {', '.join(PRESETS)}")
         sources.parse(self.data)
         loss_named(self.loss)
+        if self.start == "linear" and (self.init or PRESETS[self.preset].family != "uvit"):
+            raise ValueError("start = 'linear' is for a fresh U-ViT; a checkpoint in `init` is the start of a run itself")
         if self.recipe == "frozen" and not (self.init and self.exits):
             raise ValueError("the recipe 'frozen' trains exits on the network of a checkpoint: it needs init and exits")
         if self.exit_options and not self.exits:

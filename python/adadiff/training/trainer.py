@@ -19,6 +19,7 @@ from .. import checkpoint
 from ..data import sources
 from ..exits import all_layers
 from ..model import Model
+from ..models.uvit import start_as_linear
 from ..output.pictures import CHANNELS
 from .config import TrainConfig, learning_rate
 from .losses import loss_named
@@ -216,6 +217,8 @@ def start_model(config: TrainConfig) -> Model:
     """
     model = Model(config.model)
     if not config.init:
+        if config.start == "linear":
+            start_as_linear(model.backbone)
         return model
     found = checkpoint.load(config.init)
     ours, theirs = config.model.to_dict(), found.config.to_dict()
