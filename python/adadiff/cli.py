@@ -61,6 +61,7 @@ TRAIN_HELP = {
     "exits": "train the network together with its exits, or alone",
     "exit_options": "settings of the exits to change, as in head=mlp shared_head=false",
     "recipe": "joint: everything; frozen: only the exits, on the network of INIT",
+    "start": "how a fresh network begins: as its authors', or linear (U-ViT), for networks narrower than theirs",
     "init": "checkpoint to start from: a name that ships with the package, or a file",
     "loss": "of the exits: paper, official, or relative, to the full network's prediction",
     "steps": "optimizer updates",
