@@ -95,9 +95,15 @@ class TrainConfig:
         sources.parse(self.data)
         loss_named(self.loss)
         if self.start == "linear" and (self.init or PRESETS[self.preset].family != "uvit"):
-            raise ValueError("start = 'linear' is for a fresh U-ViT; a checkpoint in `init` is the start of a run itself")
+            raise ValueError(
+                "start = 'linear' is for a fresh U-ViT; a checkpoint in `init` is the start of a run itself"
+            )
         if self.recipe == "frozen" and not (self.init and self.exits):
             raise ValueError("the recipe 'frozen' trains exits on the network of a checkpoint: it needs init and exits")
+        if self.loss == "relative" and self.exits and not self.init:
+            raise ValueError(
+                "the loss 'relative' needs a network that can predict already: give init, or take 'supervised'"
+            )
         if self.exit_options and not self.exits:
             raise ValueError("exit_options say how exits are made, but exits is false")
         model = self.model

@@ -10,6 +10,12 @@ official (Tangshengku/AdaDiff sde.py, mos_lte and mos_layer_wise)
 relative (ours)
     L_u      = sum_(i<L) mean (u_i - log_error(r_i^2))^2    target detached; P = 1: r_i^2 averaged over the patch first
     L_UAL    = sum_(i<L) mean r_i^2                         the teacher g_L detached
+supervised (ours)
+    L_u      = as in relative
+    L_UAL    = sum_(i<L) mean e_i^2
+
+`relative` is for networks that can predict already: from scratch, layers that agree with a teacher who knows nothing
+keep it from learning anything (13 blocks, D = 64: L_simple stayed at 1). `supervised` begins anywhere.
 
 All: L_simple + uem_weight * L_u + ual_weight * L_UAL. The noise cannot be known at low noise levels, so |e_i| tells
 little about a layer; r_i is what leaving there costs, and a function of what the layer sees.
@@ -87,21 +93,32 @@ def relative_loss(
     ual_weight: float = 1.0,
 ) -> LossTerms:
     """Arguments as `paper_loss`. The shares of the last layer, which is the teacher, are 0."""
+    uem = _uem_to_teacher(predictions, scores, patchify)
     teacher = predictions[-1].detach()
-    uem, ual = [], []
-    for prediction, score in zip(predictions[:-1], scores[:-1], strict=True):
-        square = (prediction - teacher).square()
-        patches = patchify(square.detach())
-        if score.shape[-1] == 1:
-            patches = patches.mean(-1, keepdim=True)
-        uem.append((score - log_error(patches)).square().mean())
-        ual.append(square.mean())
-    nothing = noise.new_zeros(())
-    uem, ual = torch.stack([*uem, nothing]), torch.stack([*ual, nothing])
+    ual = _without_last(_squared(predictions, teacher).mean(1))
     return _terms(predictions, _squared(predictions, noise), uem, ual, uem_weight, ual_weight)
 
 
-LOSSES: Mapping[str, Loss] = {"paper": paper_loss, "official": official_loss, "relative": relative_loss}
+def supervised_loss(
+    predictions: Sequence[Tensor],
+    scores: Sequence[Tensor],
+    noise: Tensor,
+    patchify: Callable[[Tensor], Tensor],
+    uem_weight: float = 1.0,
+    ual_weight: float = 1.0,
+) -> LossTerms:
+    """Arguments as `paper_loss`. The shares of the last layer are 0: L_simple is its own."""
+    squared = _squared(predictions, noise)
+    uem = _uem_to_teacher(predictions, scores, patchify)
+    return _terms(predictions, squared, uem, _without_last(squared.mean(1)), uem_weight, ual_weight)
+
+
+LOSSES: Mapping[str, Loss] = {
+    "paper": paper_loss,
+    "official": official_loss,
+    "relative": relative_loss,
+    "supervised": supervised_loss,
+}
 
 
 def loss_named(name: str) -> Loss:
@@ -127,6 +144,24 @@ def _uem_to_noise(
             target = target.mean(-1, keepdim=True)
         terms.append(F.mse_loss(score, target))
     return torch.stack(terms)
+
+
+def _uem_to_teacher(
+    predictions: Sequence[Tensor], scores: Sequence[Tensor], patchify: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """[L]: mean (u - log_error(r^2))^2, the target detached; 0 for the last layer."""
+    terms = []
+    for prediction, score in zip(predictions[:-1], scores[:-1], strict=True):
+        target = patchify((prediction - predictions[-1]).detach().square())  # [B, N, p * p * C]
+        if score.shape[-1] == 1:
+            target = target.mean(-1, keepdim=True)
+        terms.append(F.mse_loss(score, log_error(target)))
+    return torch.stack([*terms, predictions[-1].new_zeros(())])
+
+
+def _without_last(terms: Tensor) -> Tensor:
+    """[L], the last of which becomes 0."""
+    return torch.cat([terms[:-1], terms.new_zeros(1)])
 
 
 def _terms(
