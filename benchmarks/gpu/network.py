@@ -17,8 +17,8 @@ from torch import Tensor
 
 import adadiff
 from adadiff import Evaluation, Model
-from adadiff.engine.counts import Counts, Planned, counts_from
 from adadiff.engine import device as device_engine
+from adadiff.engine.counts import Counts, Planned, counts_from
 from adadiff.exits import PAPER
 from adadiff.models.interface import Backbone
 from adadiff.rules import Replay

@@ -63,7 +63,7 @@ TRAIN_HELP = {
     "recipe": "joint: everything; frozen: only the exits, on the network of INIT",
     "start": "how a fresh network begins: as its authors', or linear (U-ViT), for networks narrower than theirs",
     "init": "checkpoint to start from: a name that ships with the package, or a file",
-    "loss": "of the exits: paper or official, to the noise; relative, to the full network's prediction; supervised, half of each",
+    "loss": "of the exits: paper or official, to the noise; relative, to the full network; supervised, of both",
     "steps": "optimizer updates",
     "batch": "images per update, of all processes together",
     "accumulate": "parts in which each process takes its share of a batch, to save memory",

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 import adadiff
+from adadiff.calibration import calibrating as calibrating_module
 from adadiff.calibration.calibrating import Calibrating, reliability_picture, work_of
 from adadiff.calibration.calibration import Budget, Budgeted, Calibration, Measured, Tables
-from adadiff.calibration import calibrating as calibrating_module
 from adadiff.calibration.recording import noised_errors, record, run
 from adadiff.checkpoint import load, save
 from adadiff.engine.evaluate import evaluate

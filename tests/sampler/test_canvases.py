@@ -1,11 +1,11 @@
-"""Canvases: every rule spelled out in plain Python, scans that never cross the split, and a judge that is right."""
+"""Canvases: what a label asks for spelled out in Python, scans that never cross the split, a judge that is right."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adadiff.data.canvases import BLANK, CLASSES, DIGITS, NAMES, Canvases, canvas_features, follow_rules, follows, read
+from adadiff.data.canvases import BLANK, CLASSES, DIGITS, Canvases, canvas_features, follow_rules, follows, read
 from adadiff.data.digits import digits
 from adadiff.data.sources import load, parse
 from adadiff.evaluation.features import digits_network
@@ -13,21 +13,10 @@ from adadiff.evaluation.features import digits_network
 EACH = torch.arange(CLASSES)
 
 
-def obeys(digits: list[int], label: int) -> bool:
-    name, rest = NAMES[label], digits[1:]
-    if name.isdecimal():
-        return digits[0] == int(name) and all(d == BLANK for d in rest)
-    if BLANK in digits:
-        return False
-    pairs = list(zip(digits, rest, strict=False))
-    if name == "same":
-        return len(set(digits)) == 1
-    if name == "count":
-        return all(b == (a + 1) % 10 for a, b in pairs)
-    if name == "rising":
-        return all(a < b for a, b in pairs)
-    *terms, tens, units = digits
-    return sum(terms) == 10 * tens + units
+def wanted(label: int, cells: int) -> list[int]:
+    if label < 10:
+        return [label] + [BLANK] * (cells - 1)
+    return [int(str(label - 10 + i)[-1]) for i in range(cells)]
 
 
 def tiles(image: torch.Tensor) -> list[torch.Tensor]:
@@ -36,40 +25,17 @@ def tiles(image: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("side", [2, 3])
-def test_contents_obey_their_rule_and_vary(side: int) -> None:
-    labels = EACH.repeat(150)
-    contents = Canvases(side).contents(labels, torch.Generator().manual_seed(3))
-    assert contents.shape == (len(labels), side**2)
-    assert all(obeys(c, label) for c, label in zip(contents.tolist(), labels.tolist(), strict=True))
-    seen = {NAMES[label]: {tuple(c) for c in contents[labels == label].tolist()} for label in range(CLASSES)}
-    assert [len(seen[str(d)]) for d in range(DIGITS)] == [1] * DIGITS
-    assert (len(seen["same"]), len(seen["count"])) == (10, 10)
-    assert len(seen["rising"]) == 10 if side == 3 else len(seen["rising"]) > 80  # of 210 choices of 4 out of 10
-    assert len(seen["sum"]) > (75 if side == 2 else 140)
-    assert {0, 9} <= {d for c in seen["rising"] for d in c}
+def test_contents_are_what_the_label_says(side: int) -> None:
+    assert Canvases(side).contents(EACH).tolist() == [wanted(label, side**2) for label in range(CLASSES)]
 
 
 @given(st.lists(st.integers(BLANK, 9), min_size=4, max_size=4), st.integers(0, CLASSES - 1))
 def test_the_rule_is_judged_as_it_is_stated(cells: list[int], label: int) -> None:
-    assert bool(follows(torch.tensor([cells]), torch.tensor([label]))) == obeys(cells, label)
-
-
-@pytest.mark.parametrize("side", [2, 3])
-def test_what_was_drawn_is_judged_right(side: int) -> None:
-    """Contents that obey pass; with one cell changed to another digit, or darkened, they fail."""
-    labels = EACH.repeat(20)
-    generator = torch.Generator().manual_seed(1)
-    contents = Canvases(side).contents(labels, generator)
-    assert bool(follows(contents, labels).all())
-    cell = torch.randint(side**2, (len(labels),), generator=generator)
-    for broken in ((contents.gather(1, cell[:, None]) + 2) % 10, torch.full((len(labels), 1), BLANK)):
-        changed = contents.scatter(1, cell[:, None], broken)
-        differs = (changed != contents).any(1)
-        fails = ~follows(changed, labels)
-        assert torch.equal(
-            fails, torch.tensor([not obeys(*pair) for pair in zip(changed.tolist(), labels.tolist(), strict=True)])
-        )
-        assert float(fails[differs].float().mean()) > 0.8  # a rising row may bear a change
+    """Any cells, and those of the label with one of them changed."""
+    right = wanted(label, 4)
+    one_wrong = [*right[:2], cells[2], right[3]]
+    for contents in (cells, right, one_wrong):
+        assert bool(follows(torch.tensor([contents]), torch.tensor([label]))) == (contents == right)
 
 
 @pytest.mark.parametrize("side", [2, 3])
@@ -86,11 +52,11 @@ def test_cells_are_scans_of_their_own_split(side: int, split: str) -> None:
     for image in images:
         own = [tile.contiguous() for tile in tiles(image)]
         found.append([BLANK if bool((tile == -1).all()) else known[tile.numpy().tobytes()] for tile in own])
-    assert all(obeys(cells, label) for cells, label in zip(found, labels.tolist(), strict=True))
+    assert found == [wanted(label, side**2) for label in labels.tolist()]
 
 
 def test_every_scan_of_a_class_is_used() -> None:
-    images, _ = Canvases(3).draw(4000, labels=torch.full((4000,), 10))
+    images, _ = Canvases(3).draw(4000, labels=10 + torch.arange(4000) % 10)
     used = {tile.contiguous().numpy().tobytes() for image in images for tile in tiles(image)}
     assert used == {scan.numpy().tobytes() for scan in digits("train")[0][:, 0]}
 
@@ -109,14 +75,14 @@ def test_a_canvas_is_a_function_of_its_arguments() -> None:
 
 
 @pytest.mark.parametrize("hard", [0.0, 0.3, 1.0])
-def test_hard_is_the_share_of_rules(hard: float) -> None:
+def test_hard_is_the_share_that_counts(hard: float) -> None:
     labels = Canvases(hard=hard).labels(6000, torch.Generator().manual_seed(0))
-    rules = labels >= DIGITS
-    assert abs(float(rules.float().mean()) - hard) < 0.02
-    for group, kinds in ((labels[~rules], range(10)), (labels[rules] - DIGITS, range(4))):
+    counts = labels >= DIGITS
+    assert abs(float(counts.float().mean()) - hard) < 0.02
+    for group in (labels[~counts], labels[counts] - DIGITS):
         if len(group):
-            counts = torch.bincount(group, minlength=len(kinds)).float() / len(group)
-            assert float((counts - 1 / len(kinds)).abs().max()) < 0.03
+            shares = torch.bincount(group, minlength=DIGITS).float() / len(group)
+            assert float((shares - 1 / DIGITS).abs().max()) < 0.03
 
 
 def test_the_judge_reads_scans_it_has_never_seen() -> None:
@@ -155,7 +121,7 @@ def test_no_scan_is_mistaken_for_an_empty_cell() -> None:
         (lambda: Canvases().draw(-1), "n and seed must be integers >= 0, got -1"),
         (lambda: Canvases().draw(2, "dev"), "split must be"),
         (lambda: Canvases().draw(2, labels=torch.tensor([1])), r"labels must be int64 \[2\]"),
-        (lambda: Canvases().draw(1, labels=torch.tensor([14])), r"labels must be in 0..13, got \[14\]"),
+        (lambda: Canvases().draw(1, labels=torch.tensor([20])), r"labels must be in 0..19, got \[20\]"),
         (lambda: read(torch.zeros(1, 1, 12, 12)), "H a multiple of 8"),
         (lambda: read(torch.zeros(1, 3, 16, 16)), "H a multiple of 8"),
         (lambda: parse("canvases:hard=2,hard=1"), "each once; got 'hard=1'"),

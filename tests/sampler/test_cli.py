@@ -100,7 +100,14 @@ def resolved(line: str) -> TrainConfig:
     return commands.train_config(cli.parser().parse_args(["train", "--out", "x", *shlex.split(line)]))
 
 
-OTHER = {"preset": "canvases", "data": "canvases", "recipe": "frozen", "init": "digits", "loss": "relative"}
+OTHER = {
+    "preset": "canvases",
+    "data": "canvases",
+    "recipe": "frozen",
+    "init": "digits",
+    "start": "linear",
+    "loss": "official",
+}
 
 
 def test_every_training_setting_is_an_option(tmp_path):
@@ -124,7 +131,7 @@ def test_every_training_setting_is_an_option(tmp_path):
         extra = {"init": "digits"} if field.name == "recipe" else {}
         extra_text = " --init digits" if extra else ""
         assert resolved(text + extra_text) == TrainConfig(**{field.name: values[field.name]}, **extra)
-    values |= {"exits": True, "accumulate": 3}
+    values |= {"exits": True, "accumulate": 3, "start": "published"}  # a checkpoint is a start itself
     file.write_text(json.dumps(values))
     assert dataclasses.asdict(resolved(str(file))) == values
     assert dataclasses.asdict(resolved(f"{file} --lr 2 --tensorboard")) == {**values, "lr": 2.0}

@@ -16,8 +16,8 @@ from torch import Tensor
 import adadiff
 from adadiff.checkpoint import read_tensors, save
 from adadiff.config import PRESETS, ModelConfig
-from adadiff.conversion.convert import convert
 from adadiff.conversion import convert as conversion
+from adadiff.conversion.convert import convert
 from adadiff.exits import DUODIFF, OFFICIAL
 from adadiff.models.dit import DiT
 from adadiff.models.uvit import Head, UViT

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from adadiff.engine import device as device_engine
 from adadiff.engine.counts import Counts, Lagged, Planned, Sync
 from adadiff.engine.evaluate import Evaluation, evaluate
-from adadiff.engine import device as device_engine
 from adadiff.exits import OFFICIAL, PAPER, ExitConfig, Exits
 from adadiff.models.uvit import UViT
 from adadiff.rules import Depth, Full, Patience, Threshold

@@ -15,6 +15,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from adadiff.checkpoint import read_tensors
 from adadiff.data.digits import digits
+from adadiff.evaluation import features as digits_features
 from adadiff.evaluation.frechet import (
     FeatureStatistics,
     Interval,
@@ -31,7 +32,6 @@ from adadiff.evaluation.quality import (
     paired_psnr,
     real_floor,
 )
-from adadiff.evaluation import features as digits_features
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,15 @@ from torch import Tensor
 from adadiff.exits import ExitConfig, Exits, all_layers
 from adadiff.models.layers import patchify
 from adadiff.models.uvit import UViT
-from adadiff.training.losses import LOSSES, log_error, loss_named, official_loss, paper_loss, relative_loss
+from adadiff.training.losses import (
+    LOSSES,
+    log_error,
+    loss_named,
+    official_loss,
+    paper_loss,
+    relative_loss,
+    supervised_loss,
+)
 from sampler.tiny import UVIT, inputs, scramble
 
 L, B, C, SIDE, PATCH = 3, 5, 3, 8, 2
@@ -149,12 +157,13 @@ def test_layers_must_match() -> None:
 
 
 def test_losses_have_names() -> None:
-    assert [loss_named(name) for name in ("paper", "official", "relative")] == [
+    assert [loss_named(name) for name in ("paper", "official", "relative", "supervised")] == [
         paper_loss,
         official_loss,
         relative_loss,
+        supervised_loss,
     ]
-    with pytest.raises(ValueError, match="no loss 'ours'; there are paper, official, relative"):
+    with pytest.raises(ValueError, match="no loss 'ours'; there are paper, official, relative, supervised"):
         loss_named("ours")
 
 
@@ -226,6 +235,21 @@ def test_the_teacher_learns_nothing_from_its_pupils() -> None:
         for prediction in predictions[:-1]:
             torch.testing.assert_close(prediction.grad, 2 * (prediction - predictions[-1]) / noise.numel())
     assert scores[-1].grad is None
+
+
+@pytest.mark.parametrize("outputs", [1, PATCH**2 * C])
+def test_supervised_layers_learn_the_noise_and_uems_the_distance_to_the_last(outputs: int) -> None:
+    predictions, scores, noise = problem(outputs)
+    for value in predictions:
+        value.requires_grad_()
+    terms = supervised_loss(predictions, scores, noise, to_patches, 0.3, 2.5)
+    terms.total.backward()
+    with torch.no_grad():
+        relative = relative_loss(predictions, scores, noise, to_patches)
+        assert torch.equal(terms.uem, relative.uem)
+        assert terms.ual.tolist() == pytest.approx([*terms.errors[:-1].tolist(), 0.0], rel=1e-12)
+        for prediction, weight in zip(predictions, [2.5] * (L - 1) + [1.0], strict=True):
+            torch.testing.assert_close(prediction.grad, weight * 2 * (prediction - noise) / noise.numel())
 
 
 @pytest.mark.parametrize("config", [ExitConfig(), ExitConfig(head="mlp")], ids=str)

@@ -23,7 +23,7 @@ warmup = 1
 save_every = 2
 log_every = 1
 sample_every = 4
-loss = "relative"
+loss = "supervised"
 accumulate = 2
 network = { dim = 16, depth = 2, heads = 2 }
 """

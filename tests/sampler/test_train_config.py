@@ -25,6 +25,9 @@ def test_learning_rate_by_hand() -> None:
         ({"preset": "cifar10"}, "unknown preset 'cifar10', known: .*digits"),
         ({"preset": "cifar10_uvit_small"}, "no null class .* set label_drop to 0"),
         ({"preset": "mscoco_uvit_small"}, "labels or none, not text"),
+        ({"loss": "relative"}, "'relative' needs a network that can predict already: give init"),
+        ({"start": "linear", "init": "digits"}, "start = 'linear' is for a fresh U-ViT"),
+        ({"start": "linear", "preset": "dit_s_8_256"}, "start = 'linear' is for a fresh U-ViT"),
         ({"data": "mnist"}, "no training data 'mnist'; there are digits, canvases"),
         ({"loss": "best"}, "no loss 'best'"),
         ({"recipe": "thaw"}, "recipe must be one of joint, frozen, got 'thaw'"),
@@ -75,9 +78,9 @@ def test_settings_change_the_preset() -> None:
 
 def test_files_and_what_is_given_beside_them(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
-    file.write_text('lr = 1\nloss = "relative"\n[network]\ndepth = 4\n')
-    assert load_config(file, {}) == TrainConfig(lr=1, loss="relative", network={"depth": 4})
-    assert load_config(str(file), {"lr": 0.5, "network": {}}) == TrainConfig(lr=0.5, loss="relative")
+    file.write_text('lr = 1\nloss = "supervised"\n[network]\ndepth = 4\n')
+    assert load_config(file, {}) == TrainConfig(lr=1, loss="supervised", network={"depth": 4})
+    assert load_config(str(file), {"lr": 0.5, "network": {}}) == TrainConfig(lr=0.5, loss="supervised")
     other = tmp_path / "c.json"
     other.write_text(json.dumps({"steps": 3}))
     assert load_config(other, {}) == TrainConfig(steps=3)

@@ -191,7 +191,7 @@ def test_inputs_are_noised_by_the_schedule(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "weights"), [("paper", (0.25, 3.0)), ("official", (1.0, 1.0)), ("relative", (2.0, 0.5))]
+    ("loss", "weights"), [("paper", (0.25, 3.0)), ("official", (1.0, 1.0)), ("supervised", (2.0, 0.5))]
 )
 def test_the_loss_is_the_one_asked_for(tmp_path: Path, loss: str, weights: tuple[float, float]) -> None:
     """What is minimised is L_simple and the two weighted sums of what is logged per layer."""
@@ -205,7 +205,27 @@ def test_the_loss_is_the_one_asked_for(tmp_path: Path, loss: str, weights: tuple
     torch.testing.assert_close(loss_value.detach(), total)
     assert terms["errors"][-1] == terms["simple"]
     assert terms["relative"][-1] == 0
-    assert (terms["uem"][-1] == 0) == (loss == "relative")
+    assert (terms["uem"][-1] == 0) == (loss == "supervised")
+
+
+def test_a_linear_start_is_one(tmp_path: Path) -> None:
+    """Before any update a block adds nothing to its rows, whatever the others hold, and a join passes them on; the
+    first updates reach every weight."""
+    config = dataclasses.replace(SHORT, start="linear", network={**TINY, "depth": 4})
+    trainer = Trainer(config, tmp_path)
+    network = trainer.model.backbone
+    x, t, labels, _ = trainer.inputs(0)
+    rows = network.begin(x, t, labels)[0].detach()
+    for block in network.blocks[:3]:
+        assert torch.equal(block(rows), rows)
+    joined = network.blocks[4].join(rows, torch.zeros_like(rows)).detach()
+    rms = rows.square().mean().sqrt()
+    assert float((joined - rows).square().mean().sqrt()) < 0.15 * float(rms)  # the published start: 0.99
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    for _ in range(3):
+        trainer.update()
+    moved = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
+    assert moved == set(before)
 
 
 @pytest.mark.parametrize("head", ["linear", "mlp"])
