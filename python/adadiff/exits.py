@@ -7,6 +7,8 @@ Two published readings of AdaDiff (Tang et al., ECCV 2024):
   sigma(-s) = 1 - sigma(s), so negated weights give exactly the uncertainties (layouts.py reads them so).
 And a third, DuoDiff's (razvanmatisan/duodiff models/early_exit.py, MLPProbe): as the paper's, blind to time, and the
 mean runs over the extra tokens, too.
+Ours, "bias": a bias for every layer and stretch of time, whose ends the network's times interpolate. What is to be
+learnt of time is then a curve for each layer, and not what a linear map of tau(t) can say.
 
 Heads may be added to a finished network: `Exits.copy_heads` starts each as a copy of the network's own, as EE-Tuning
 does for language models (Pan et al. 2024, arXiv 2402.00518).
@@ -26,13 +28,15 @@ from .models.interface import Backbone
 @dataclass(frozen=True)
 class ExitConfig:
     map: bool = False  # one uncertainty per patch (P = 1), or one per pixel and channel (P = p * p * C)
-    time: bool = True  # the UEM also reads tau(t)
+    time: bool | str = True  # the UEM also reads tau(t); or not; or "bias": its bias is a function of t
     shared_head: bool = False  # every layer uses the network's own head, or layers 1..L-1 have one each
     every_token: bool = False  # u is the mean over all tokens, or over patches only
     head: str = "linear"  # of layers 1..L-1: as the network's own (norm and linear map), or "mlp", one behind an MLP
 
     def __post_init__(self) -> None:
-        for name in ("map", "time", "shared_head", "every_token"):
+        if self.time != "bias" and not isinstance(self.time, bool):
+            raise ValueError(f"exits.time must be true, false or 'bias', got {self.time!r}")
+        for name in ("map", "shared_head", "every_token"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"exits.{name} must be true or false, got {getattr(self, name)!r}")
         if self.head not in ("linear", "mlp"):
@@ -40,6 +44,8 @@ class ExitConfig:
         if self.shared_head and self.head == "mlp":
             raise ValueError("exits.head 'mlp' needs a head for every layer; set shared_head to false")
 
+
+TIME_SPAN, STRETCHES = 1000.0, 25  # every schedule tells the network times in [0, 1000]
 
 PAPER = ExitConfig()
 OFFICIAL = ExitConfig(map=True, time=False, shared_head=True)
@@ -75,15 +81,23 @@ class Exits(nn.Module):
         self.extras = 0 if config.every_token else backbone.extras  # leading tokens that have no say
         self.weight = nn.Parameter(torch.zeros(L, P, backbone.dim))
         self.bias = nn.Parameter(torch.zeros(L, P))
-        self.time_weight = nn.Parameter(torch.zeros(L, P, backbone.time_dim)) if config.time else None
+        self.time_weight = nn.Parameter(torch.zeros(L, P, backbone.time_dim)) if config.time is True else None
+        self.time_bias = nn.Parameter(torch.zeros(STRETCHES + 1, L, P)) if config.time == "bias" else None
         self.heads = None
         if not config.shared_head:
             mlp = config.head == "mlp"
             self.heads = nn.ModuleList(MlpHead(backbone) if mlp else backbone.new_head() for _ in range(L - 1))
 
-    def offsets(self, time: Tensor) -> Tensor:
-        """time: [B, Dt]. Returns what the score adds per lane, float32 [L, B, P]."""
+    def offsets(self, time: Tensor, t: Tensor) -> Tensor:
+        """time: [B, Dt], tau(t); t: float [B], the network's times. Returns what the score adds per lane, float32
+        [L, B, P]."""
         bias = self.bias.float()[:, None]  # [L, 1, P]
+        if self.time_bias is not None:
+            place = t.float().clamp(0, TIME_SPAN) * (STRETCHES / TIME_SPAN)
+            below = place.long().clamp(max=STRETCHES - 1)
+            share = (place - below)[:, None, None]
+            ends = self.time_bias.float()
+            return bias + (ends[below] * (1 - share) + ends[below + 1] * share).transpose(0, 1)
         if self.time_weight is None:
             return bias.expand(-1, len(time), -1)
         return torch.einsum("lpd,bd->lbp", self.time_weight.float(), time.float()) + bias
@@ -150,7 +164,7 @@ def all_layers(
     rows, cond = backbone.begin(x, t, context)
     lanes = torch.arange(len(x), dtype=torch.int32, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
-        offsets = exits.offsets(cond.time.detach())
+        offsets = exits.offsets(cond.time.detach(), t)
     outputs, predictions, scores = [], [], []
     for layer, block in enumerate(backbone.blocks, start=1):
         if block.skip_from is not None:

@@ -54,7 +54,11 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uvit.Block, "join", joined)
     offsets, score = Exits.offsets, fused.score_rows
     monkeypatch.setattr(
-        Exits, "offsets", lambda self, time: torch.cat([offsets(self, one[None]) for one in time], dim=1)
+        Exits,
+        "offsets",
+        lambda self, time, t: torch.cat(
+            [offsets(self, *(one[None] for one in pair)) for pair in zip(time, t, strict=True)], dim=1
+        ),
     )
     monkeypatch.setattr(
         fused,

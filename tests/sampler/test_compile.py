@@ -14,7 +14,7 @@ from sampler.tiny import BATCH, case
 def test_one_graph_for_any_number_of_rows(kind: str) -> None:
     c = case(kind, PAPER, torch.float32)
     rows, cond = c.backbone.begin(*c.given.all)
-    score = c.exits.score(1, c.exits.offsets(cond.time))
+    score = c.exits.score(1, c.exits.offsets(cond.time, c.given.t))
     block = c.backbone.blocks[0]
     torch.compiler.reset()
     backend = CompileCounterWithBackend("aot_eager")

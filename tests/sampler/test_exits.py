@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from sampler.adaln import AdaLN
 from sampler.tiny import BATCH, UVIT, case, inputs, plain_layers, scramble
 
 F32 = torch.float32
-CONFIGS = [ExitConfig(m, t, s) for m in (False, True) for t in (False, True) for s in (False, True)]
+CONFIGS = [ExitConfig(m, t, s) for m in (False, True) for t in (False, True, "bias") for s in (False, True)]
 
 
 class LTE(nn.Module):
@@ -106,7 +107,9 @@ def test_parameters_are_those_the_readings_have(config: ExitConfig) -> None:
     exits = Exits(backbone, config)
     P = 12 if config.map else 1
     wanted = {"weight": (7, P, 48), "bias": (7, P)}
-    if config.time:
+    if config.time == "bias":
+        wanted["time_bias"] = (26, 7, P)
+    elif config.time:
         wanted["time_weight"] = (7, P, 48)
     if not config.shared_head:  # the last layer has the network's own
         head = {f"{k}.{n}" for k in ("norm", "decoder_pred", "final_layer") for n in ("weight", "bias")}
@@ -136,12 +139,19 @@ def test_heads_are_used_where_they_belong() -> None:
 def test_offsets_are_the_time_part_in_float32(config: ExitConfig) -> None:
     exits = case("adaln", config, torch.bfloat16).exits
     time = torch.randn(5, AdaLN.time_dim).bfloat16()
-    offsets = exits.offsets(time)
+    t = torch.tensor([0.0, 12.25, 500.0, 999.0, 1000.0])  # an end, off an end's fraction, on one, the last
+    if config.time == "bias":
+        nn.init.normal_(exits.time_bias)
+    offsets = exits.offsets(time, t)
     assert offsets.dtype == F32
     for layer in range(AdaLN.depth):
         for lane in range(5):
             want = exits.bias[layer].double()
-            if config.time:
+            if config.time == "bias":
+                ends = exits.time_bias[:, layer].double().detach().numpy()
+                curve = [np.interp(float(t[lane]), np.linspace(0, 1000, len(ends)), end) for end in ends.T]
+                want = want + torch.tensor(curve)
+            elif config.time:
                 want = want + exits.time_weight[layer].double() @ time[lane].double()
             torch.testing.assert_close(offsets[layer, lane].double(), want, rtol=1e-6, atol=1e-6)
 
@@ -169,7 +179,7 @@ def test_exits_that_score_every_token_are_not_trained() -> None:
 
 
 @pytest.mark.parametrize("name", ["map", "time", "shared_head", "every_token"])
-@pytest.mark.parametrize("value", [1, "yes", None])
+@pytest.mark.parametrize("value", [1, "yes", None])  # nor "bias"
 def test_settings_that_are_no_truth_values_are_refused(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"exits.{name}"):
         ExitConfig(**{name: value})

@@ -4,6 +4,7 @@ import random
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -145,6 +146,10 @@ def plain_uncertainties(backbone: nn.Module, exits: Exits, given: Inputs, rows: 
             weight, tokens = torch.cat([weight, exits.time_weight[layer]], 1), torch.cat([tokens, time], 2)
         silent = 0 if exits.config.every_token else backbone.extras
         s = tokens[:, silent:] @ weight.to(rows.dtype).T + exits.bias[layer].to(rows.dtype)
+        if exits.time_bias is not None:
+            places = np.linspace(0, 1000, len(exits.time_bias))
+            curves = [np.interp(given.t.double().numpy(), places, end) for end in exits.time_bias[:, layer].double().T]
+            s = s + torch.from_numpy(np.stack(curves, 1)).to(rows.dtype)[:, None]
         uncertainties.append((1 / (1 + torch.exp(-s))).flatten(1).mean(1))
     return torch.stack(uncertainties)
 

@@ -65,7 +65,8 @@ def evaluate_on_device(
     """`adadiff.evaluate`, once everything is checked and on x's device. partner: i32 [B], who a lane is tied to."""
     B = len(x)
     rows, cond = backbone.begin(x, t, context)
-    lanes = _Lanes(backbone, exits, decision, rows, cond, partner, record, nvtx)
+    offsets = exits.offsets(cond.time, t) if decision.scored else None
+    lanes = _Lanes(backbone, exits, decision, rows, cond, offsets, partner, record, nvtx)
     with _device_set(B, x.device) as active:
         lanes.run(active, rows, counts)
         if lanes.parked:
@@ -92,6 +93,7 @@ class _Lanes:
         decision: Decision,
         rows: Tensor,
         cond: object,
+        offsets: Tensor | None,
         partner: Tensor | None,
         record: bool,
         nvtx: bool,
@@ -99,7 +101,7 @@ class _Lanes:
         B, L = len(rows), len(backbone.blocks)
         self._backbone, self._exits, self._decision, self._cond = backbone, exits, decision, cond
         self._partner, self._nvtx = partner, nvtx
-        self._offsets = exits.offsets(cond.time) if decision.scored else None
+        self._offsets = offsets
         self._needed = {block.skip_from for block in backbone.blocks} - {None}
         self._skips: dict[int, tuple[Tensor, Tensor]] = {}  # block -> its rows, and the row of each lane in them
         self._saved = torch.empty_like(rows)  # [B, T, D] by lane: where it left, or is parked

@@ -163,7 +163,7 @@ def _begin(
     backbone: Backbone, exits: Exits | None, decision: Decision, x: Tensor, t: Tensor, context: Tensor | None
 ) -> tuple[Tensor, list[_Cohort]]:
     rows, cond = backbone.begin(x, t, context)
-    return rows, [_Cohort(cond, exits.offsets(cond.time) if decision.scored else None)]
+    return rows, [_Cohort(cond, exits.offsets(cond.time, t) if decision.scored else None)]
 
 
 def _run_block(
