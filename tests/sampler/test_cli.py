@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 import adadiff
-from adadiff import cli, commands
+from adadiff import cli
+from adadiff.commands import calibrate, evaluate, models, sample, train
 from adadiff.config import ModelConfig
 from adadiff.evaluation.quality import evaluate_samples
 from adadiff.sampling.batch import Batch
@@ -27,6 +28,14 @@ from sampler.shell import config, error_line, interrupt_call, run, saved
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 ctrl_c, tiny = shell.ctrl_c, shell.tiny
+COMMANDS = {
+    "sample": sample.sample,
+    "train": train.train,
+    "calibrate": calibrate.calibrate,
+    "evaluate": evaluate.evaluate,
+    "convert": models.convert,
+    "inspect": models.inspect,
+}
 
 
 def test_bad_files_and_folders_end_in_one_line(tiny, tmp_path, capsys):
@@ -97,7 +106,7 @@ def test_plain_training_has_no_exits(tmp_path):
 
 
 def resolved(line: str) -> TrainConfig:
-    return commands.train_config(cli.parser().parse_args(["train", "--out", "x", *shlex.split(line)]))
+    return train.train_config(cli.parser().parse_args(["train", "--out", "x", *shlex.split(line)]))
 
 
 OTHER = {"preset": "canvases", "data": "canvases", "recipe": "frozen", "init": "digits", "loss": "relative"}
@@ -236,7 +245,7 @@ def test_help_explains_every_option_and_its_examples_parse(command):
     assert lines
     for line in lines:
         options = cli.parser().parse_args(shlex.split(line))
-        assert options.run is getattr(commands, command)
+        assert options.run is COMMANDS[command]
 
 
 def test_unknown_options_are_errors(tiny, tmp_path, capsys):
@@ -272,14 +281,7 @@ def test_readme_commands_exist():
     assert {"bench", "test"} <= set(named) <= set(targets)
     lines = re.findall(r"^adadiff (.*)$", README, re.MULTILINE)
     runs = {cli.parser().parse_args(shlex.split(line)).run for line in lines}
-    assert runs == {
-        commands.sample,
-        commands.train,
-        commands.calibrate,
-        commands.evaluate,
-        commands.convert,
-        commands.inspect,
-    }
+    assert runs == set(COMMANDS.values())
 
 
 def test_readme_names_files_that_exist():
