@@ -216,7 +216,8 @@ def test_extractor_and_reference_are_pluggable() -> None:
     assert quality.frechet == frechet_distance(FeatureStatistics.of(images.flatten(1)), statistics)
     blind = evaluate_samples(images, None, statistics, extractor=Flatten(), resamples=20)
     assert blind == replace(quality, kernel=None, kernel_low=None, kernel_high=None)
-    assert quality.kernel == kernel_distance(images.flatten(1), real.flatten(1))
+    assert quality.kernel == pytest.approx(kernel_distance(images.flatten(1), real.flatten(1)), rel=1e-10)
+    assert quality.kernel_low < quality.kernel < quality.kernel_high
     assert quality.frechet_low < quality.frechet < quality.frechet_high
     assert quality.frechet_bias > 0
 

@@ -74,6 +74,8 @@ def _of_model(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, An
         "batch": options.batch,
     }
     rules = list(dict.fromkeys(["full", *rules]))
+    if yardstick.features is None and len(rules) == 1:
+        raise ValueError("the full network alone, with nothing to compare it with: give --reference and --features")
     for rule in rules:
         sampler.Sampling(model, n, rule=rule, **settings)  # for its checks
     show({**configuration, "rule": ", ".join(rules), "labels": options.labels or _in_turn(labels)})
@@ -113,9 +115,8 @@ def _of_images(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, A
     if options.labels is not None:
         labels = torch.tensor(cycled("labels", options.labels, images.count, range(images.count)))
     if judge is not None and labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < judge.classes:
-        raise ValueError(
-            f"labels must be in 0..{judge.classes - 1} for {judge.name}, got {sorted(set(labels.tolist()))[:12]}"
-        )
+        some = sorted(set(labels.tolist()))[:12]
+        raise ValueError(f"labels must be in 0..{judge.classes - 1} for {judge.name}, got {some}")
     configuration = {
         "images": options.model,
         "count": images.count,
@@ -182,7 +183,10 @@ def _in_turn(labels: Sequence[int] | None) -> str | None:
 
 def _json(values: dict[str, Any]) -> dict[str, Any]:
     """JSON has no infinity, the PSNR of equal images: it becomes None, beside a max_difference of 0."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return {
+        name: _json(v) if isinstance(v, dict) else None if isinstance(v, float) and not math.isfinite(v) else v
+        for name, v in values.items()
+    }
 
 
 def _print(results: dict[str, dict[str, Any]], real: dict[str, Any] | None) -> None:

@@ -70,8 +70,8 @@ def evaluate(
         raise ValueError("evaluate is for inference; x must not require grad")
     if torch.is_autocast_enabled(device.type):
         raise ValueError(
-            "evaluate keeps the rows of all layers in one dtype, the network's, and autocast would change it on the way; "
-            "leave autocast; for bfloat16 convert the model: model.to(torch.bfloat16)"
+            "evaluate keeps the rows of all layers in one dtype, the network's, and autocast would change it on the "
+            "way; leave autocast; for bfloat16 convert the model: model.to(torch.bfloat16)"
         )
     decision = Decision(rule if isinstance(rule, Sequence) else (rule,), which, L, t, threshold)
     if exits is None and decision.asked:
