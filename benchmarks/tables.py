@@ -8,7 +8,7 @@ import serving_tables
 from cells import Table, number, select, warning, where
 from rows import Row, key
 
-from adadiff.evaluation.frechet import Interval, seed_interval
+from adadiff.evaluation.intervals import Interval, seed_interval
 from gpu import tables as gpu_tables
 
 # About 40 % fewer blocks, as the paper's rule reaches them and asked from block 3 on, and what else does that work.

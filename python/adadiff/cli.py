@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__, commands
+from . import __version__
 from .calibration.calibrating import AIMS, CALIBRATION_SEED
+from .commands import calibrate, evaluate, models, sample, train
+from .commands.shared import DEFAULT_RULE
 from .conversion import convert as conversion
 from .training.config import CHOICES, TrainConfig, shipped
 
@@ -38,7 +40,10 @@ after Ctrl-C, or a kill, the same command goes on where it stopped, or at the la
 the file is a model like any other: sample it with --rule budget:0.55, or, by timestep alone, --rule table:0.55""",
     "evaluate": """examples:
   adadiff evaluate digits
-  adadiff evaluate runs/digits/model.safetensors --n 5000 --steps 20 --rule depth:8 --json quality.json""",
+  adadiff evaluate runs/digits/model.safetensors --n 5000 --steps 20 --rule depth:8 --rule depth:6 --json quality.json
+  adadiff evaluate samples --features digits
+  adadiff evaluate samples --reference fid_stats_cifar10_train_pytorch.npz --features inception:pt_inception.pth
+a model's rules are compared with the full network from the same noises, with or without a reference""",
     "convert": """examples:
   adadiff convert imagenet256_uvit_huge.pth uvit_huge.safetensors --preset imagenet256_uvit_huge
   adadiff convert 75000.ckpt adadiff_cifar10.safetensors --preset cifar10_uvit_small
@@ -102,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"adadiff {__version__}")
     known = top.add_subparsers(required=True, metavar="COMMAND")
 
-    one = _command(known, "sample", commands.sample, "draw samples: pictures, or arrays by the thousand")
+    one = _command(known, "sample", sample.sample, "draw samples: pictures, or arrays by the thousand")
     _add_model(one)
     one.add_argument("--out", type=Path, required=True, help="folder for the samples, made if it is missing")
     _add_sampling(one, n=16)
@@ -114,21 +119,18 @@ def parser() -> argparse.ArgumentParser:
         "--format",
         choices=("png", "npz"),
         help="png: a picture per sample, by one process; npz: shards of arrays, manifest.json, any number of "
-        f"processes; both: grid.png, report.json (default: png up to {commands.PNG_MOST} samples, else npz; npz for "
+        f"processes; both: grid.png, report.json (default: png up to {sample.PNG_MOST} samples, else npz; npz for "
         "latents)",
     )
     one.add_argument("--decoder", type=Path, help="folder of the AutoencoderKL that makes pictures of latents")
-    one.add_argument("--shard", type=int, help=f"samples in a shard of npz (default: {commands.SHARD})")
+    one.add_argument("--shard", type=int, help=f"samples in a shard of npz (default: {sample.SHARD})")
 
     _add_train(known)
     _add_calibrate(known)
 
-    one = _command(known, "evaluate", commands.evaluate, "quality and speed on the digits, early exit or not")
-    _add_model(one)
-    _add_sampling(one, n=1000)
-    one.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    _add_evaluate(known)
 
-    one = _command(known, "convert", commands.convert, "read a checkpoint of U-ViT, DiT, AdaDiff, DuoDiff or diffusers")
+    one = _command(known, "convert", models.convert, "read a checkpoint of U-ViT, DiT, AdaDiff, DuoDiff or diffusers")
     one.add_argument(
         "source", type=Path, metavar="SOURCE", help="a released file, or a folder of training or diffusers"
     )
@@ -144,14 +146,14 @@ def parser() -> argparse.ArgumentParser:
         help="for diffusers, whose sinusoid and epsilon are not those that DiT was trained with: which to run with",
     )
 
-    one = _command(known, "inspect", commands.inspect, "what a model is, what it costs, how it was trained")
+    one = _command(known, "inspect", models.inspect, "what a model is, what it costs, how it was trained")
     _add_model(one)
     one.add_argument("--json", action="store_true", help="print JSON")
     return top
 
 
 def _add_train(known: Any) -> None:
-    one = _command(known, "train", commands.train, "train a model; options override the configuration")
+    one = _command(known, "train", train.train, "train a model; options override the configuration")
     one.add_argument(
         "config",
         nargs="?",
@@ -188,7 +190,7 @@ def _add_train(known: Any) -> None:
 
 def _add_calibrate(known: Any) -> None:
     one = _command(
-        known, "calibrate", commands.calibrate, "choose when to leave, for shares of the full network's work"
+        known, "calibrate", calibrate.calibrate, "choose when to leave, for shares of the full network's work"
     )
     _add_model(one)
     one.add_argument("--out", type=Path, required=True, help="file for the model with its calibration")
@@ -207,6 +209,38 @@ def _add_calibrate(known: Any) -> None:
     one.add_argument(
         "--data", help="show errors to the true noise in it, too, on held-out images of this training data"
     )
+
+
+def _add_evaluate(known: Any) -> None:
+    one = _command(
+        known, "evaluate", evaluate.evaluate, "quality of a model's samples, early exit or not, or of images"
+    )
+    one.add_argument(
+        "model",
+        metavar="MODEL|IMAGES",
+        help="a name that ships with the package, a file, or images that are drawn already: a folder of pictures or "
+        "shards, or a .npz file with arr_0",
+    )
+    one.add_argument(
+        "--reference",
+        type=Path,
+        help="real images, as above, or a .npz file with mu and sigma, as of U-ViT, pytorch-fid or guided-diffusion "
+        "(default: the held-out digits or canvases)",
+    )
+    one.add_argument(
+        "--features",
+        help="what distances are between: digits, canvases, inception:FILE (weights of pytorch-fid) or the file of a "
+        "TorchScript module, images float32 [N, C, H, W] in [-1, 1] to [N, F] (default: the model's own, of digits and "
+        "canvases)",
+    )
+    one.add_argument("--labels", type=whole_numbers, help="classes, cycled over the samples (default: all in turn)")
+    _add_sampling(one, n=1000, many_rules=True)
+    one.add_argument("--guidance", type=float, default=0.0, help="classifier-free scale (default: 0, none)")
+    one.add_argument("--decoder", type=Path, help="folder of the AutoencoderKL that makes pictures of latents")
+    one.add_argument("--resamples", type=int, default=200, help="draws for an interval (default: 200)")
+    one.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    of_models = ("n", "steps", "solver", "rule", "seed", "batch", "guidance", "decoder")
+    one.set_defaults(sampling={name: one.get_default(name) for name in of_models})
 
 
 class Settings(argparse.Action):
@@ -260,7 +294,9 @@ def _add_model(one: argparse.ArgumentParser) -> None:
     one.add_argument("model", metavar="MODEL", help='a name that ships with the package ("digits") or a file')
 
 
-def _add_sampling(one: argparse.ArgumentParser, n: int, rule: bool = True, seed: int = 0) -> None:
+def _add_sampling(
+    one: argparse.ArgumentParser, n: int, rule: bool = True, seed: int = 0, many_rules: bool = False
+) -> None:
     one.add_argument(
         "-n",
         "--n",
@@ -278,8 +314,10 @@ def _add_sampling(one: argparse.ArgumentParser, n: int, rule: bool = True, seed:
     if rule:
         one.add_argument(
             "--rule",
+            action="append" if many_rules else "store",
             help="who leaves: full, threshold:U, patience:U, depth:K, or budget:B of a calibrated model "
-            f"(default: {commands.DEFAULT_RULE}, or full where the model has no exits)",
+            f"(default: {DEFAULT_RULE}, or full where the model has no exits)"
+            + ("; may be given several times" if many_rules else ""),
         )
     one.add_argument("--seed", type=int, default=seed, help=f"sample i has seed SEED + i (default: {seed})")
     one.add_argument("--batch", type=int, default=64, help="samples at a time (default: 64)")

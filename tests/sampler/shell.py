@@ -1,5 +1,6 @@
 """Commands run as if typed, tiny models on disk, Ctrl-C at a chosen call, and what was written read back."""
 
+import json
 import shlex
 import signal
 from collections.abc import Callable, Iterator
@@ -85,3 +86,10 @@ def error_line(captured: str) -> str:
     assert not [line for line in others if "it/s" not in line and "image" not in line and "step" not in line]
     assert last.startswith("adadiff: ")
     return last
+
+
+def strict_json(text: str) -> dict:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)

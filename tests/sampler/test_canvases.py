@@ -5,9 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adadiff.data.canvases import BLANK, CLASSES, DIGITS, Canvases, canvas_features, follow_rules, follows, read
+from adadiff.data.canvases import BLANK, CLASSES, DIGITS, Canvases, follows
 from adadiff.data.digits import digits
 from adadiff.data.sources import load, parse
+from adadiff.evaluation.canvases import canvas_features, follow_rules, read
 from adadiff.evaluation.features import digits_network
 
 EACH = torch.arange(CLASSES)

@@ -15,18 +15,26 @@ import torch
 from safetensors.torch import load_file
 
 import adadiff
-from adadiff import cli, commands
+from adadiff import cli
+from adadiff.commands import calibrate, evaluate, models, sample, train
 from adadiff.config import ModelConfig
-from adadiff.evaluation.quality import evaluate_samples
 from adadiff.sampling.batch import Batch
 from adadiff.training.config import TrainConfig
 from adadiff.training.trainer import Trainer
 from sampler import shell
-from sampler.shell import config, error_line, interrupt_call, run, saved
+from sampler.shell import config, error_line, interrupt_call, run, saved, strict_json
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 ctrl_c, tiny = shell.ctrl_c, shell.tiny
+COMMANDS = {
+    "sample": sample.sample,
+    "train": train.train,
+    "calibrate": calibrate.calibrate,
+    "evaluate": evaluate.evaluate,
+    "convert": models.convert,
+    "inspect": models.inspect,
+}
 
 
 def test_bad_files_and_folders_end_in_one_line(tiny, tmp_path, capsys):
@@ -39,7 +47,7 @@ def test_bad_files_and_folders_end_in_one_line(tiny, tmp_path, capsys):
         (f"sample {latents} --out {tmp_path} --format png", "these are latents, 4 channels: --decoder FOLDER"),
         (f"sample {tiny} --out {file}/below", f"cannot write to {file}/below"),
         (f"sample {tiny} --out {file}", f"cannot write to {file}"),
-        (f"evaluate {latents}", "draws 4x8x8"),
+        (f"evaluate {latents} --features digits", "these are latents, 4 channels: --decoder FOLDER"),
         (f"evaluate {tiny} --n 1", "n >= 2"),
         (f"evaluate {tiny} --n 20 --json {tmp_path}", "cannot write"),
         (f"evaluate {tiny} --n 20 --json {tmp_path}/none/q.json", "cannot write"),
@@ -97,7 +105,7 @@ def test_plain_training_has_no_exits(tmp_path):
 
 
 def resolved(line: str) -> TrainConfig:
-    return commands.train_config(cli.parser().parse_args(["train", "--out", "x", *shlex.split(line)]))
+    return train.train_config(cli.parser().parse_args(["train", "--out", "x", *shlex.split(line)]))
 
 
 OTHER = {
@@ -152,50 +160,6 @@ def test_a_loss_that_is_nan_ends_in_one_line(tmp_path, capsys):
     assert all(bool(v.isfinite().all()) for v in load_file(tmp_path / "model.safetensors").values())
 
 
-def strict_json(text: str) -> dict:
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is not JSON")
-
-    return json.loads(text, parse_constant=refuse)
-
-
-def test_evaluate_measures_both_runs(tiny, tmp_path, capsys):
-    file = tmp_path / "q.json"
-    line = f"evaluate {tiny} --n 23 --steps 2 --rule depth:2 --seed 4 --batch 8 --json {file}"
-    assert run(line) == 0
-    results = strict_json(file.read_text())["results"]
-    assert list(results) == ["full", "depth:2"]
-    model, labels, full = adadiff.load(tiny), [slot % 10 for slot in range(23)], None
-    for rule, depth in (("full", 3), ("depth:2", 2)):
-        images, _ = adadiff.sample(model, 23, steps=2, rule=rule, seeds=list(range(4, 27)), labels=labels, batch=8)
-        quality = evaluate_samples(images, torch.tensor(labels), paired=full)
-        full = images
-        for name, value in dataclasses.asdict(quality).items():
-            assert results[rule][name] == (value if value is None else pytest.approx(value, rel=1e-6)), name
-        assert results[rule]["mean_exit_layer"] == depth
-        assert results[rule]["images_per_second"] > 0
-    assert results["full"]["psnr_median"] is None
-    printed = capsys.readouterr().out
-    for rule, r in results.items():
-        frechet = f"{r['frechet']:.2f} [{r['frechet_low']:.2f}, {r['frechet_high']:.2f}]"
-        row = next(row for row in printed.splitlines() if row.startswith(rule) and "[" in row)
-        assert frechet in row
-        assert f"{r['accuracy']:.1%}" in row
-    assert f"{results['depth:2']['psnr_median']:.1f}, {results['depth:2']['psnr_p5']:.1f}" in row
-
-
-def test_equal_images_have_no_psnr(tiny, tmp_path, capsys):
-    assert run(f"evaluate {tiny} --n 11 --steps 1 --rule depth:3 --json {tmp_path / 'q.json'}") == 0
-    result = strict_json((tmp_path / "q.json").read_text())["results"]["depth:3"]
-    assert (result["psnr_median"], result["max_difference"]) == (None, 0)
-    assert re.search(r"^depth:3 .* equal ", capsys.readouterr().out, re.MULTILINE)
-
-
-def test_evaluating_the_full_network_draws_once(tiny, capsys):
-    assert run(f"evaluate {tiny} --n 11 --steps 1 --rule full") == 0
-    assert len(re.findall(r"^full  ", capsys.readouterr().out, re.MULTILINE)) == 1
-
-
 def test_inspect_tells_what_the_file_holds(tiny, capsys):
     assert run(f"inspect {tiny} --json") == 0
     content = strict_json(capsys.readouterr().out)
@@ -243,7 +207,7 @@ def test_help_explains_every_option_and_its_examples_parse(command):
     assert lines
     for line in lines:
         options = cli.parser().parse_args(shlex.split(line))
-        assert options.run is getattr(commands, command)
+        assert options.run is COMMANDS[command]
 
 
 def test_unknown_options_are_errors(tiny, tmp_path, capsys):
@@ -279,14 +243,7 @@ def test_readme_commands_exist():
     assert {"bench", "test"} <= set(named) <= set(targets)
     lines = re.findall(r"^adadiff (.*)$", README, re.MULTILINE)
     runs = {cli.parser().parse_args(shlex.split(line)).run for line in lines}
-    assert runs == {
-        commands.sample,
-        commands.train,
-        commands.calibrate,
-        commands.evaluate,
-        commands.convert,
-        commands.inspect,
-    }
+    assert runs == set(COMMANDS.values())
 
 
 def test_readme_names_files_that_exist():

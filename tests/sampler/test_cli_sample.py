@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import adadiff
-from adadiff import commands
+from adadiff.commands.shared import DEFAULT_RULE
 from adadiff.output import pictures
 from sampler import shell
 from sampler.shell import config, error_line, interrupt_call, pixels, read, run, saved
@@ -75,7 +75,7 @@ def test_grid_shows_the_pictures_in_order(tiny, tmp_path):
 
 def test_default_rule_follows_the_model(tiny, tmp_path):
     plain = saved(tmp_path / "plain.safetensors", dataclasses.replace(config(), exits=None))
-    for model, rule in ((tiny, commands.DEFAULT_RULE), (plain, "full")):
+    for model, rule in ((tiny, DEFAULT_RULE), (plain, "full")):
         out = tmp_path / rule.partition(":")[0]
         assert run(f"sample {model} --out {out} --n 2 --steps 1") == 0
         assert json.loads((out / "report.json").read_text())["configuration"]["rule"] == rule

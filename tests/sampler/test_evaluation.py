@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,16 +17,11 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from adadiff.checkpoint import read_tensors
 from adadiff.data.digits import digits
 from adadiff.evaluation import features as digits_features
-from adadiff.evaluation.frechet import (
-    FeatureStatistics,
-    Interval,
-    bootstrap_frechet,
-    centred_interval,
-    frechet_distance,
-    seed_interval,
-)
+from adadiff.evaluation.frechet import FeatureStatistics, bootstrap_frechet, frechet_distance
+from adadiff.evaluation.intervals import Interval, centred_interval, seed_interval
+from adadiff.evaluation.judges import hits
+from adadiff.evaluation.kernel import kernel_distance
 from adadiff.evaluation.quality import (
-    class_accuracy,
     evaluate_samples,
     frechet_ratio,
     paired_max_difference,
@@ -159,7 +155,7 @@ def test_seed_interval_is_the_t_interval_of_scipy(values: list[float]) -> None:
 
 def test_accuracy_counts_rows() -> None:
     logits = torch.tensor([[0.0, 1.0, -1.0], [5.0, 4.0, 4.0], [0.0, 0.0, 0.1]])
-    assert class_accuracy(logits, torch.tensor([1, 1, 2])) == 2 / 3
+    assert hits(logits, torch.tensor([1, 1, 2])).tolist() == [True, False, True]
 
 
 def test_psnr_agrees_with_torchmetrics_and_clamps_what_is_not_visible() -> None:
@@ -218,7 +214,10 @@ def test_extractor_and_reference_are_pluggable() -> None:
     quality = evaluate_samples(images, None, real, extractor=Flatten(), resamples=20)
     statistics = FeatureStatistics.of(real.flatten(1))
     assert quality.frechet == frechet_distance(FeatureStatistics.of(images.flatten(1)), statistics)
-    assert quality == evaluate_samples(images, None, statistics, extractor=Flatten(), resamples=20)
+    blind = evaluate_samples(images, None, statistics, extractor=Flatten(), resamples=20)
+    assert blind == replace(quality, kernel=None, kernel_low=None, kernel_high=None)
+    assert quality.kernel == pytest.approx(kernel_distance(images.flatten(1), real.flatten(1)), rel=1e-10)
+    assert quality.kernel_low < quality.kernel < quality.kernel_high
     assert quality.frechet_low < quality.frechet < quality.frechet_high
     assert quality.frechet_bias > 0
 
@@ -255,7 +254,7 @@ def test_checkpoint_saw_only_the_train_split_and_reads_the_rest() -> None:
     assert metadata["train_images"] == digits_features.fingerprint(images)
     held_out, labels = digits("test")
     network = digits_features.load()
-    assert class_accuracy(network(held_out), labels) >= 0.97
+    assert float(hits(network(held_out), labels).double().mean()) >= 0.97
     covariance = FeatureStatistics.of(network.features(held_out)).covariance
     assert torch.linalg.cond(covariance) < 1e4
     alone = torch.cat([network.features(image[None]) for image in held_out[:5]])
@@ -303,10 +302,10 @@ TWO = FeatureStatistics.of(normal(9, 2, seed=0))
         (lambda: seed_interval([1.0]), "2 to 10"),
         (lambda: seed_interval([1.0] * 11), "2 to 10"),
         (lambda: seed_interval([1.0, math.nan]), "finite"),
-        (lambda: class_accuracy(torch.zeros(3, 10), torch.tensor([0, 10, 1])), r"0\.\.9"),
-        (lambda: class_accuracy(torch.zeros(3, 10), torch.tensor([0, -1, 1])), r"0\.\.9"),
-        (lambda: class_accuracy(torch.zeros(3, 10), torch.zeros(3)), "integers"),
-        (lambda: class_accuracy(torch.zeros(0, 10), torch.zeros(0).long()), r"\[0, 10\]"),
+        (lambda: hits(torch.zeros(3, 10), torch.tensor([0, 10, 1])), r"0\.\.9"),
+        (lambda: hits(torch.zeros(3, 10), torch.tensor([0, -1, 1])), r"0\.\.9"),
+        (lambda: hits(torch.zeros(3, 10), torch.zeros(3)), "integers"),
+        (lambda: hits(torch.zeros(0, 10), torch.zeros(0).long()), r"\[0, 10\]"),
         (lambda: paired_psnr(ZEROS, ZEROS[:2]), "equal shapes"),
         (lambda: paired_psnr(ZEROS, NAN_IMAGES), "NaN or infinity"),
         (lambda: evaluate_samples(NAN_IMAGES), "NaN or infinity"),

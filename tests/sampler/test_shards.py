@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import adadiff
-from adadiff import commands
+from adadiff.commands import sample as sample_command
+from adadiff.commands.shared import DEFAULT_RULE
 from adadiff.output import shards
 from sampler import sharded, shell
 from sampler.sharded import assert_equal, line, load, times
@@ -89,9 +90,7 @@ def test_latents_are_kept_as_they_are(tmp_path):
         "shard-00001.npz",
     }
     for slots, shard in zip((range(3), range(3, 5)), shards.read(tmp_path / "o"), strict=True):
-        latents, _ = adadiff.sample(
-            adadiff.load(model), len(slots), steps=2, rule=commands.DEFAULT_RULE, seeds=list(slots)
-        )
+        latents, _ = adadiff.sample(adadiff.load(model), len(slots), steps=2, rule=DEFAULT_RULE, seeds=list(slots))
         assert shard["latents"].dtype == np.float32
         np.testing.assert_array_equal(shard["latents"], latents)
         assert "labels" not in shard
@@ -124,7 +123,7 @@ def test_no_samples_is_no_error(tiny, tmp_path):
 
 
 def test_the_default_format_follows_n(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(commands, "PNG_MOST", 5)
+    monkeypatch.setattr(sample_command, "PNG_MOST", 5)
     for n, file in ((5, "000004.png"), (6, "shard-00000.npz")):
         assert run(f"sample {tiny} --out {tmp_path / str(n)} --n {n} --steps 1") == 0
         assert (tmp_path / str(n) / file).exists()

@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data import canvases
+from ..evaluation.canvases import canvas_features
 from ..evaluation.features import digits_network
 from ..evaluation.frechet import FeatureStatistics, frechet_distance
 from ..evaluation.quality import lower_quantile, paired_psnr
@@ -199,7 +200,7 @@ def default_features(model: Model) -> Extractor:
     if shape == (1, canvases.CELL, canvases.CELL):
         return digits_network().features
     if classes == canvases.CLASSES and shape in [canvases.Canvases(side).shape for side in (2, 3)]:
-        return canvases.canvas_features
+        return canvas_features
     raise ValueError("no features are known for this model's images; give `features`, or take the aim 'faithful'")
 
 

@@ -1,4 +1,4 @@
-"""Canvases: real digit scans in a square of cells, which ones, the label says; judged by machine.
+"""Canvases: real digit scans in a square of cells, which ones, the label says. Judged in evaluation/canvases.py.
 
 A harder data set than single digits that needs no download. Cells are read in rows. With `side` 2 there are 4 cells of
 8x8 pixels, a canvas of 16x16; with 3, 9 cells and 24x24 pixels.
@@ -16,14 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..evaluation.features import digits_network
 from .digits import digits
 
 DIGITS = 10
 CLASSES = 2 * DIGITS
 BLANK = -1  # in place of a digit
 CELL = 8  # pixels
-BLANK_MEAN = -0.85  # the mean of every scan lies above -0.7, that of an empty cell is -1
 
 
 @dataclass(frozen=True)
@@ -94,36 +92,6 @@ def contents(labels: Tensor, cells: int) -> Tensor:
 def follows(contents_read: Tensor, labels: Tensor) -> Tensor:
     """bool [n]: whether contents, int64 [n, cells] with BLANK for empty, are what labels, int64 [n], ask for."""
     return (contents_read == contents(labels, contents_read.shape[1])).all(1)
-
-
-def read(images: Tensor) -> Tensor:
-    """What the digits network reads in every cell of images [n, 1, H, W]: int64 [n, cells], BLANK where it is dark."""
-    cells, n = _cells(images), len(images)
-    digit = digits_network()(cells).argmax(1)
-    return digit.where(cells.flatten(1).mean(1) > BLANK_MEAN, BLANK).view(n, -1)
-
-
-def follow_rules(images: Tensor, labels: Tensor) -> Tensor:
-    """bool [n]: whether each image [n, 1, H, W], as `read`, is what its label asks for.
-
-    Not every held-out canvas is: the reader errs, so compare with `Canvases.draw(..., split="test")`.
-    """
-    return follows(read(images), labels)
-
-
-def canvas_features(images: Tensor) -> Tensor:
-    """images: float32 [n, 1, H, W]. Returns float32 [n, 32 * cells] for Fréchet distances: the digits network's
-    features of every cell, side by side, so that their covariance sees which digits stand together."""
-    return digits_network().features(_cells(images)).view(len(images), -1)
-
-
-def _cells(images: Tensor) -> Tensor:
-    """[n, 1, H, W] -> [n * cells, 1, 8, 8], clamped to [-1, 1] as when shown."""
-    if images.ndim != 4 or images.shape[1] != 1 or images.shape[2] != images.shape[3] or images.shape[2] % CELL:
-        raise ValueError(f"canvases are [n, 1, H, H], H a multiple of {CELL}, got {list(images.shape)}")
-    n, side = len(images), images.shape[2] // CELL
-    cells = images.float().clamp(-1, 1).view(n, side, CELL, side, CELL).transpose(2, 3)
-    return cells.reshape(n * side**2, 1, CELL, CELL)
 
 
 def _check_labels(labels: Tensor) -> None:

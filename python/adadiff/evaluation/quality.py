@@ -1,53 +1,183 @@
-"""How good the images are: Fréchet distance with its interval, class accuracy, paired difference.
+"""How good images are: Fréchet and kernel distance with intervals, accuracy, paired difference.
 
-The Fréchet distance says how far generated images as a whole are from real ones; it needs thousands of them.
-The paired difference says how far early exit moved each image from the full network's image of the same
-noise; it is far more sensitive. Class accuracy is only a check: it rises when images lose variety.
+The distances say how far generated images as a whole are from real ones; they need thousands of them. The paired
+difference says how far early exit moved each image from the full network's image of the same noise; it is far more
+sensitive. Accuracy is only a check: it rises when images lose variety.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..data.digits import digits
+from .extractors import Extractor
 from .features import digits_network
-from .frechet import FeatureStatistics, Interval, bootstrap_frechet, centred_interval, frechet_distance
+from .frechet import FeatureStatistics, bootstrap_frechet, frechet_distance, paired_ratio
+from .intervals import Interval, centred_interval, share_interval
+from .judges import DigitsJudge, Judge
+from .kernel import kernel_distances, resample_counts
+from .references import Reference, extract
 
-Extractor = Callable[[Tensor], Tensor]  # images [N, C, H, W] -> features [N, F], or logits [N, classes]
+CHUNK = 256  # images at a time
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What `evaluate_samples` measured. Entries that were not asked for are None.
+    """What was measured of `count` images. Entries that were not asked for, or cannot be told, are None.
 
-    `frechet` is the plain distance of these `count` samples, to be compared at equal count: it lies above the
-    distance of infinitely many samples by about `frechet_bias`. [frechet_low, frechet_high] is the 95 %
-    interval for the expected distance at this count; subtract the bias from both ends and it is the interval
-    for infinitely many. PSNR in dB: the median and the 5th percentile (the worse end) over samples.
+    `frechet` is the plain distance of these samples, to be compared at equal count: it lies above the distance of
+    infinitely many samples by about `frechet_bias`. [frechet_low, frechet_high] is the 95 % interval for the expected
+    distance at this count; subtract the bias from both ends and it is the interval for infinitely many. `kernel` has no
+    bias. Intervals hold against this reference: they say nothing of what other real images would change. `shares`:
+    accuracy of each group that the judge tells apart. PSNR in dB: the median and the 5th percentile (the worse end)
+    over samples.
     """
 
     count: int
-    frechet: float
-    frechet_low: float
-    frechet_high: float
-    frechet_bias: float
+    frechet: float | None = None
+    frechet_low: float | None = None
+    frechet_high: float | None = None
+    frechet_bias: float | None = None
+    kernel: float | None = None
+    kernel_low: float | None = None
+    kernel_high: float | None = None
     accuracy: float | None = None
+    accuracy_low: float | None = None
+    accuracy_high: float | None = None
+    shares: dict[str, Interval] = field(default_factory=dict)
     psnr_median: float | None = None
     psnr_p5: float | None = None
     max_difference: float | None = None
 
 
-def class_accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of rows whose largest logit is that of the label. logits: [N, classes]; labels: integers [N]."""
-    if logits.ndim != 2 or labels.shape != logits.shape[:1] or len(labels) == 0:
-        raise ValueError(f"logits [N, classes] need labels [N], got {list(logits.shape)} and {list(labels.shape)}")
-    if labels.dtype.is_floating_point or labels.min() < 0 or labels.max() >= logits.shape[1]:
-        raise ValueError(
-            f"labels must be integers in 0..{logits.shape[1] - 1}, got {labels.dtype} {labels.tolist()[:5]}"
-        )
-    return float((logits.argmax(1) == labels).double().mean())
+@dataclass(frozen=True)
+class Measured:
+    """By image, in the order they came: features [N, F], right bool [N], psnr float64 [N], each None where it was not
+    measured; groups: name -> bool [N]."""
+
+    count: int
+    features: Tensor | None = None
+    right: Tensor | None = None
+    groups: dict[str, Tensor] = field(default_factory=dict)
+    psnr: Tensor | None = None
+    max_difference: float | None = None
+
+    def quality(self, reference: Reference | None = None, *, resamples: int = 200, seed: int = 0) -> Quality:
+        """Sums it up, with distances to the reference."""
+        values = {} if reference is None else distances(self.features, reference, resamples=resamples, seed=seed)
+        if self.right is not None:
+            share = share_interval(self.right)
+            values |= {"accuracy": share.value, "accuracy_low": share.low, "accuracy_high": share.high}
+            values["shares"] = {k: share_interval(self.right[own]) for k, own in self.groups.items() if bool(own.any())}
+        if self.psnr is not None:
+            values |= {"psnr_median": lower_quantile(self.psnr, 0.5), "psnr_p5": lower_quantile(self.psnr, 0.05)}
+        return Quality(self.count, max_difference=self.max_difference, **values)
+
+
+@torch.inference_mode()
+def measure(
+    pieces: Iterable[tuple[Tensor, Tensor | None, Tensor | None]],
+    extractor: Extractor | None = None,
+    judge: Judge | None = None,
+    data_range: float = 2.0,
+) -> Measured:
+    """Goes through images piece by piece: images float [k, C, H, W] in [-1, 1], values beyond count as ±1, as when
+    shown; their labels int64 [k], without which nothing is judged; paired [k, C, H, W], what they are compared with.
+
+    data_range: see `paired_psnr`. Raises ValueError where shapes disagree, labels are out of range or images hold NaN.
+    """
+    features, right, groups, psnr, most, count = [], [], [], [], [], 0
+    for images, labels, paired in pieces:
+        if images.ndim != 4 or len(images) == 0:
+            raise ValueError(f"evaluation takes images [N, C, H, W], got {list(images.shape)}")
+        if labels is not None and labels.shape != images.shape[:1]:
+            raise ValueError(f"{len(images)} images need as many labels, got {list(labels.shape)}")
+        check_pair(images, images if paired is None else paired)
+        count += len(images)
+        shown = images.clamp(-1, 1)
+        if extractor is not None:
+            features.append(extract(extractor, [shown]))
+        if judge is not None and labels is not None:
+            right.append(judge.right(shown, labels))
+            groups.append(judge.groups(labels))
+        if paired is not None:
+            psnr.append(paired_psnr(images, paired, data_range))
+            most.append(paired_max_difference(images, paired))
+    return Measured(
+        count,
+        features=torch.cat(features) if features else None,
+        right=torch.cat(right) if right else None,
+        groups={name: torch.cat([own[name] for own in groups]) for name in groups[0]} if groups else {},
+        psnr=torch.cat(psnr) if psnr else None,
+        max_difference=max(most) if most else None,
+    )
+
+
+def distances(features: Tensor, reference: Reference, *, resamples: int = 200, seed: int = 0) -> dict[str, float]:
+    """The first entries of `Quality`, of features [N, F]; the kernel's where the reference has features, too."""
+    frechet = frechet_distance(FeatureStatistics.of(features), reference.statistics)
+    draws = bootstrap_frechet(features, reference.statistics, resamples=resamples, seed=seed)
+    values = {**_ends("frechet", frechet, draws), "frechet_bias": float(draws.mean()) - frechet}
+    if reference.features is not None:
+        counts = torch.cat([torch.ones(1, len(features)), resample_counts(len(features), resamples, seed)])
+        plain, *_ = draws = kernel_distances(features, reference.features, counts, reference.within)
+        values |= _ends("kernel", float(plain), draws[1:])
+    return values
+
+
+def evaluate_samples(
+    images: Tensor,
+    labels: Tensor | None = None,
+    reference: Tensor | FeatureStatistics | Reference | None = None,
+    paired: Tensor | None = None,
+    *,
+    extractor: Extractor | None = None,
+    judge: Judge | None = None,
+    resamples: int = 200,
+    seed: int = 0,
+) -> Quality:
+    """Quality of generated images, float [N, C, H, W] in [-1, 1]; values beyond count as ±1, as when shown.
+
+    labels: int64 [N], the classes asked for; None measures no accuracy. reference: real images, or their features or
+    statistics under the same extractor; default: the held-out digits. paired: images [N, C, H, W] of the full network
+    from the same noises. extractor, judge: default to those of the digits.
+    Raises ValueError where shapes disagree, labels are out of range or images hold NaN or infinity.
+    """
+    if images.ndim != 4 or len(images) < 2:
+        raise ValueError(f"evaluation takes images [N, C, H, W] with N >= 2, got {list(images.shape)}")
+    if labels is not None and labels.shape != images.shape[:1]:
+        raise ValueError(f"{len(images)} images need as many labels, got {list(labels.shape)}")
+    check_pair(images, images if paired is None else paired)
+    extractor = extractor or digits_network().features
+    reference = as_reference(reference, extractor, images.device)
+    parts = (p if p is None else p.split(CHUNK) for p in (images, labels, paired))
+    pieces = zip(*([None] * -(-len(images) // CHUNK) if p is None else p for p in parts), strict=True)
+    return measure(pieces, extractor, judge or DigitsJudge()).quality(reference, resamples=resamples, seed=seed)
+
+
+@torch.inference_mode()
+def frechet_ratio(
+    images: Tensor,
+    baseline: Tensor,
+    reference: Tensor | FeatureStatistics | Reference | None = None,
+    *,
+    extractor: Extractor | None = None,
+    resamples: int = 200,
+    seed: int = 0,
+) -> Interval:
+    """Fréchet distance of images over that of the baseline's, with its interval; other arguments as above.
+
+    images, baseline: [N, C, H, W], row i of both from the same noise. Rows are resampled in pairs, so what
+    the two samplers share cancels: the ratio is known more precisely than either distance. Baselines of other
+    noises are allowed; their interval is just wider. Raises ValueError where the shapes differ.
+    """
+    check_pair(images, baseline)
+    extractor = extractor or digits_network().features
+    statistics = as_reference(reference, extractor, images.device).statistics
+    both = [extract(extractor, [side.clamp(-1, 1)]) for side in (images, baseline)]
+    return paired_ratio(*both, statistics, resamples=resamples, seed=seed)
 
 
 def paired_psnr(images: Tensor, reference: Tensor, data_range: float = 2.0) -> Tensor:
@@ -80,87 +210,19 @@ def lower_quantile(values: Tensor, level: float) -> float:
     return float(values.quantile(level, interpolation="lower"))
 
 
-def reference_statistics(
-    reference: Tensor | FeatureStatistics | None, extractor: Extractor, device: torch.device
-) -> FeatureStatistics:
-    if isinstance(reference, FeatureStatistics):
+@torch.inference_mode()
+def as_reference(
+    reference: Tensor | FeatureStatistics | Reference | None, extractor: Extractor, device: torch.device
+) -> Reference:
+    """Of real images [M, C, H, W] in [-1, 1], by default the held-out digits, or of what is known of them."""
+    if isinstance(reference, Reference):
         return reference
-    real = digits("test")[0].to(device) if reference is None else reference
+    if isinstance(reference, FeatureStatistics):
+        return Reference(reference)
+    real = DigitsJudge().held_out()[0].to(device) if reference is None else reference
     if real.abs().max() > 1:
         raise ValueError(f"real images lie in [-1, 1], got {real.min():g} to {real.max():g}; rescale them")
-    return FeatureStatistics.of(extractor(real))
-
-
-@torch.inference_mode()
-def evaluate_samples(
-    images: Tensor,
-    labels: Tensor | None = None,
-    reference: Tensor | FeatureStatistics | None = None,
-    paired: Tensor | None = None,
-    *,
-    extractor: Extractor | None = None,
-    classifier: Extractor | None = None,
-    resamples: int = 200,
-    seed: int = 0,
-) -> Quality:
-    """Quality of generated images, float [N, C, H, W] in [-1, 1]; values beyond count as ±1, as when shown.
-
-    labels: int64 [N], the classes asked for; None measures no accuracy. reference: real images, or their
-    statistics under the same extractor; default: the held-out digits. paired: images [N, C, H, W] of the full
-    network from the same noises. extractor, classifier: default to the digits network (`adadiff.evaluation.features`).
-    Raises ValueError where shapes disagree, labels are out of range or images hold NaN or infinity.
-    """
-    if images.ndim != 4 or len(images) < 2:
-        raise ValueError(f"evaluation takes images [N, C, H, W] with N >= 2, got {list(images.shape)}")
-    if labels is not None and labels.shape != images.shape[:1]:
-        raise ValueError(f"{len(images)} images need as many labels, got {list(labels.shape)}")
-    check_pair(images, images if paired is None else paired)
-    extractor = extractor or digits_network().features
-    statistics = reference_statistics(reference, extractor, images.device)
-    shown = images.clamp(-1, 1)
-    accuracy = None if labels is None else class_accuracy((classifier or digits_network())(shown), labels)
-    features = extractor(shown)
-    frechet = frechet_distance(FeatureStatistics.of(features), statistics)
-    draws = bootstrap_frechet(features, statistics, resamples=resamples, seed=seed)
-    interval = centred_interval(frechet, draws)
-    psnr = None if paired is None else paired_psnr(images, paired)
-
-    return Quality(
-        count=len(images),
-        frechet=frechet,
-        frechet_low=interval.low,
-        frechet_high=interval.high,
-        frechet_bias=float(draws.mean()) - frechet,
-        accuracy=accuracy,
-        psnr_median=None if psnr is None else lower_quantile(psnr, 0.5),
-        psnr_p5=None if psnr is None else lower_quantile(psnr, 0.05),
-        max_difference=None if paired is None else paired_max_difference(images, paired),
-    )
-
-
-@torch.inference_mode()
-def frechet_ratio(
-    images: Tensor,
-    baseline: Tensor,
-    reference: Tensor | FeatureStatistics | None = None,
-    *,
-    extractor: Extractor | None = None,
-    resamples: int = 200,
-    seed: int = 0,
-) -> Interval:
-    """Fréchet distance of images over that of the baseline's, with its interval; other arguments as above.
-
-    images, baseline: [N, C, H, W], row i of both from the same noise. Rows are resampled in pairs, so what
-    the two samplers share cancels: the ratio is known more precisely than either distance. Baselines of other
-    noises are allowed; their interval is just wider. Raises ValueError where the shapes differ.
-    """
-    check_pair(images, baseline)
-    extractor = extractor or digits_network().features
-    statistics = reference_statistics(reference, extractor, images.device)
-    both = [extractor(side.clamp(-1, 1)) for side in (images, baseline)]
-    ours, theirs = (frechet_distance(FeatureStatistics.of(features), statistics) for features in both)
-    draws = [bootstrap_frechet(features, statistics, resamples=resamples, seed=seed) for features in both]
-    return centred_interval(ours / theirs, draws[0] / draws[1])
+    return Reference.of(extract(extractor, [real]))
 
 
 def real_floor() -> float:
@@ -170,3 +232,8 @@ def real_floor() -> float:
     """
     train, held_out = (FeatureStatistics.of(digits_network().features(digits(split)[0])) for split in ("train", "test"))
     return frechet_distance(train, held_out)
+
+
+def _ends(name: str, value: float, draws: Tensor) -> dict[str, float]:
+    interval = centred_interval(value, draws)
+    return {name: value, f"{name}_low": interval.low, f"{name}_high": interval.high}

@@ -1,0 +1,60 @@
+"""adadiff calibrate."""
+
+import argparse
+import os
+
+import torch
+
+from .. import checkpoint
+from ..calibration.calibrating import Calibrating, matplotlib_figure, reliability_picture
+from ..calibration.recording import noised_errors
+from ..data import sources
+from ..model import Model
+from .shared import show
+
+TIMES = 10  # of a picture, at which noise is put on real images
+
+
+def calibrate(options: argparse.Namespace) -> None:
+    model = checkpoint.load(options.model)
+    if len(options.steps) != 1:
+        raise ValueError(f"a calibration is for one number of steps, got {len(options.steps)}")
+    real = None if options.data is None else _held_out(model, options)
+    if options.picture is not None:
+        matplotlib_figure()  # else it would be missed at the end
+    for path in filter(None, (options.out, options.picture)):
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise ValueError(f"cannot write {path}")
+    settings = {
+        "aim": options.aim,
+        "n": options.n,
+        "steps": options.steps[0],
+        "solver": options.solver,
+        "guidance": options.guidance,
+        "seed": options.seed,
+        "batch": options.batch,
+    }
+    calibration = Calibrating(model, options.budget, **settings)  # for its checks
+    show({"model": options.model, "budget": options.budget, **settings, "out": options.out})
+    model.calibration = calibration.run(progress=True)
+    notes = checkpoint.read_tensors(checkpoint.find(options.model))[1].get("notes", {})
+    checkpoint.save(model, options.out, notes)
+    print(f"\n{model.calibration}\n")
+    if options.picture is not None:
+        t = calibration.recording.t
+        t = t[torch.linspace(0, len(t) - 1, min(TIMES, len(t))).round().long()]
+        noised = None if real is None else (t, *noised_errors(model, *real, t.tolist(), options.seed))
+        reliability_picture(calibration.recording, options.picture, noised)
+        print(f"wrote {options.picture}")
+    print(f"wrote {options.out}; sample it with --rule budget:{model.calibration.budgets[0].share:g}")
+
+
+def _held_out(model: Model, options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Images and labels that no training saw, for the picture of a calibration."""
+    if options.picture is None:
+        raise ValueError("--data is for the picture; give --picture FILE.png, too")
+    images, labels = (values[: options.n] for values in sources.load(options.data, "test"))
+    shape, classes = tuple(images.shape[1:]), model.config.classes
+    if shape != model.backbone.sample_shape or (classes and int(labels.max()) >= classes):
+        raise ValueError(f"data {options.data!r} is {shape}, but the model draws {model.backbone.sample_shape}")
+    return images, labels if classes else None

@@ -1,0 +1,238 @@
+"""adadiff evaluate: of a model, which is sampled, or of images that were drawn before."""
+
+import argparse
+import dataclasses
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checkpoint
+from ..evaluation.extractors import EXAMPLES
+from ..evaluation.frechet import paired_ratio
+from ..evaluation.images import ImageSet, is_images, open_images
+from ..evaluation.judges import Judge, judge_of
+from ..evaluation.quality import Measured, Quality, measure
+from ..evaluation.references import Reference
+from ..evaluation.yardsticks import Yardstick
+from ..model import Model
+from ..output.pictures import CHANNELS, write_json
+from ..sampling import sampler
+from .shared import DEFAULT_RULE, cycled, decoder, print_table, resolved, show
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    if options.json and (options.json.is_dir() or not os.access(options.json.parent, os.W_OK)):
+        raise ValueError(f"cannot write {options.json}")
+    if options.resamples < 2:
+        raise ValueError(f"--resamples takes at least 2, got {options.resamples}")
+    drawn = is_images(options.model)
+    configuration, results, judge = (_of_images if drawn else _of_model)(options)
+    content = {"configuration": configuration, "results": results}
+    if judge is not None:
+        content = {"real": _json(dataclasses.asdict(_real(judge))), **content}
+    _print(results, content.get("real"))
+    if options.json:
+        write_json(options.json, content)
+        print(f"wrote {options.json}")
+
+
+def _of_model(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], Judge | None]:
+    model, n = checkpoint.load(options.model), options.n
+    if n < 2:
+        raise ValueError(f"evaluation takes n >= 2 samples, better thousands, got {n}")
+    decode = decoder(options, model)
+    shape = model.backbone.sample_shape
+    shown = shape if decode is None else tuple(decode(torch.zeros(0, *shape)).shape[1:])
+    pictures = shown[0] in CHANNELS
+    if not pictures and (options.features or options.reference):
+        raise ValueError(f"these are latents, {shown[0]} channels: --decoder FOLDER makes images of them")
+    classes = model.config.classes
+    yardstick = Yardstick.of(shown, judge_of(shown, classes), options.features, options.reference)
+    given = options.labels or list(range(classes))[:n]
+    labels = cycled("labels", given, n, range(n)) if given else None
+    rules = options.rule or [DEFAULT_RULE if model.exits is not None else "full"]
+    configuration = {
+        **resolved(options, model),
+        "rule": rules,
+        "guidance": options.guidance,
+        "labels": options.labels,
+        "features": None if yardstick.features is None else yardstick.features.name,
+        "reference": _named(options.reference) or ("held out" if yardstick.features else None),
+        **({} if options.decoder is None else {"decoder": str(options.decoder)}),
+    }
+    settings = {
+        "steps": cycled("steps", options.steps, n, range(n)),
+        "solver": options.solver,
+        "seeds": list(range(options.seed, options.seed + n)),
+        "labels": labels,
+        "guidance": options.guidance,
+        "batch": options.batch,
+    }
+    rules = list(dict.fromkeys(["full", *rules]))
+    if yardstick.features is None and len(rules) == 1:
+        raise ValueError("the full network alone, with nothing to compare it with: give --reference and --features")
+    for rule in rules:
+        sampler.Sampling(model, n, rule=rule, **settings)  # for its checks
+    show({**configuration, "rule": ", ".join(rules), "labels": options.labels or _in_turn(labels)})
+    for line in yardstick.too_few(n):
+        print(line)
+    reference = yardstick.reference(progress=True)
+    _warm_up(model, min(n, options.batch), settings)
+    results, full, full_features = {}, None, None
+    for rule in rules:
+        samples, report = sampler.sample(model, n, rule=rule, progress=True, **settings)
+        pieces = _pieces(samples, labels, full, decode, options.batch)
+        peak = 1.0 if pictures or full is None else float(full.abs().max())
+        measured = measure(pieces, yardstick.features, yardstick.judge, 2 * peak)
+        results[rule] = {
+            **_numbers(measured, reference, full_features, options.resamples),
+            "mean_exit_layer": report.mean_exit_layer,
+            "layers": report.layers,
+            "images_per_second": n / report.seconds,
+        }
+        full = samples if full is None else full
+        full_features = measured.features if full_features is None else full_features
+    return configuration, results, yardstick.judge
+
+
+def _of_images(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], Judge | None]:
+    for_models = [name for name, default in options.sampling.items() if getattr(options, name) != default]
+    if for_models:
+        raise ValueError(f"--{', --'.join(for_models)}: for a model; {options.model} is drawn already")
+    images = open_images(options.model)
+    if images.count < 2:
+        raise ValueError(f"{options.model} holds {images.count} image; evaluation takes at least 2, better thousands")
+    judge = judge_of(images.shape, name=options.features)
+    if options.features is None:
+        raise ValueError(f"images are told apart by features: give --features, {EXAMPLES}")
+    yardstick = Yardstick.of(images.shape, judge, options.features, options.reference)
+    labels = images.labels
+    if options.labels is not None:
+        labels = torch.tensor(cycled("labels", options.labels, images.count, range(images.count)))
+    if judge is not None and labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < judge.classes:
+        some = sorted(set(labels.tolist()))[:12]
+        raise ValueError(f"labels must be in 0..{judge.classes - 1} for {judge.name}, got {some}")
+    configuration = {
+        "images": options.model,
+        "count": images.count,
+        "shape": list(images.shape),
+        "labels": options.labels or ("of the folder" if labels is not None else None),
+        "features": yardstick.features.name,
+        "reference": _named(options.reference) or "held out",
+    }
+    show({**configuration, "shape": "x".join(map(str, images.shape))})
+    for line in yardstick.too_few(images.count):
+        print(line)
+    reference = yardstick.reference(progress=True)
+    measured = measure(_read(images, labels), yardstick.features, judge)
+    return configuration, {"images": _numbers(measured, reference, None, options.resamples)}, judge
+
+
+def _warm_up(model: Model, n: int, settings: dict[str, Any]) -> None:
+    """Else the first rule pays for the start."""
+    labels = settings["labels"]
+    given = {"labels": None if labels is None else labels[:n], "guidance": settings["guidance"], "steps": 1}
+    sampler.sample(model, n, **given)
+
+
+def _pieces(
+    samples: Tensor, labels: Sequence[int] | None, full: Tensor | None, decode: Any, batch: int
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+    """What `measure` takes; latents are decoded piece by piece, for images of all would not fit in memory."""
+    for start in range(0, len(samples), batch):
+        part = slice(start, start + batch)
+        own, paired = (None if s is None else s[part] for s in (samples, full))
+        if decode is not None:
+            own, paired = (None if s is None else decode(s) for s in (own, paired))
+        yield own, None if labels is None else torch.tensor(labels[part]), paired
+
+
+def _read(images: ImageSet, labels: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None, None]]:
+    done = 0
+    for piece in images.pieces(progress=True):
+        yield piece, None if labels is None else labels[done : done + len(piece)], None
+        done += len(piece)
+
+
+def _numbers(measured: Measured, reference: Reference | None, full: Tensor | None, resamples: int) -> dict[str, Any]:
+    values = dataclasses.asdict(measured.quality(reference, resamples=resamples))
+    ratio = None
+    if reference is not None and full is not None:
+        ratio = dataclasses.asdict(paired_ratio(measured.features, full, reference.statistics, resamples=resamples))
+    return _json({**values, "frechet_over_full": ratio})
+
+
+def _real(judge: Judge) -> Quality:
+    """What the judge says of real images: nobody draws better ones."""
+    images, labels = judge.held_out()
+    return measure([(images, labels, None)], judge=judge).quality()
+
+
+def _named(reference: Path | None) -> str | None:
+    return None if reference is None else str(reference)
+
+
+def _in_turn(labels: Sequence[int] | None) -> str | None:
+    return None if labels is None else f"0 to {max(labels)} in turn"
+
+
+def _json(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity, the PSNR of equal images: it becomes None, beside a max_difference of 0."""
+    return {
+        name: _json(v) if isinstance(v, dict) else None if isinstance(v, float) and not math.isfinite(v) else v
+        for name, v in values.items()
+    }
+
+
+def _print(results: dict[str, dict[str, Any]], real: dict[str, Any] | None) -> None:
+    lines = {"real, held out": real, **results} if real is not None else results
+    rows = [
+        {
+            "": name,
+            "Fréchet distance": _with_ends(r, "frechet", ".2f"),
+            "over full": _ratio(r),
+            "kernel distance": _with_ends(r, "kernel", ".3g"),
+            "accuracy": _with_ends(r, "accuracy", ".1%"),
+            "PSNR in dB": _psnr(r),
+            "max": "" if r["max_difference"] is None else f"{r['max_difference']:.2g}",
+            "exit layer": f"{r['mean_exit_layer']:.2f} of {r['layers']}" if "layers" in r else "",
+            "images/s": f"{r['images_per_second']:.1f}" if "layers" in r else "",
+        }
+        for name, r in lines.items()
+    ]
+    print_table(rows)
+    if any(r["shares"] for r in lines.values()):
+        groups = list(dict.fromkeys(name for r in lines.values() for name in r["shares"]))
+        print_table([{"": n} | {g: _share(r["shares"].get(g)) for g in groups} for n, r in lines.items()])
+    count = next(iter(results.values()))["count"]
+    print(f"distances of {count} samples; [95 % intervals], of distances by resampling the samples")
+    if len(results) > 1:
+        print("PSNR: to full from the same noise, median and 5th percentile; max: the largest difference to it;")
+    if any("layers" in r for r in results.values()):
+        print("images/s: of one run, `make bench` measures with care")
+
+
+def _with_ends(r: dict[str, Any], name: str, form: str) -> str:
+    if r[name] is None:
+        return ""
+    return f"{r[name]:{form}} [{r[f'{name}_low']:{form}}, {r[f'{name}_high']:{form}}]"
+
+
+def _ratio(r: dict[str, Any]) -> str:
+    ratio = r.get("frechet_over_full")
+    return "" if ratio is None else f"{ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
+
+
+def _share(share: dict[str, float] | None) -> str:
+    return "" if share is None else f"{share['value']:.1%} [{share['low']:.1%}, {share['high']:.1%}]"
+
+
+def _psnr(r: dict[str, Any]) -> str:
+    if r["psnr_median"] is None:
+        return "" if r["max_difference"] is None else "equal"
+    return f"{r['psnr_median']:.1f}, {r['psnr_p5'] or math.inf:.1f}"

@@ -1,0 +1,67 @@
+"""What several commands need."""
+
+import argparse
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .. import checkpoint
+from ..model import Model
+from ..pipelines import latents
+
+DEFAULT_RULE = "threshold:0.1"
+
+
+def resolved(options: argparse.Namespace, model: Model) -> dict[str, Any]:
+    """What samples are drawn from, and how."""
+    with checkpoint.find(options.model).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        "model": options.model,
+        "model_sha256": digest,
+        "n": options.n,
+        "steps": options.steps,
+        "solver": options.solver,
+        "rule": options.rule or (DEFAULT_RULE if model.exits is not None else "full"),
+        "seed": options.seed,
+        "batch": options.batch,
+    }
+
+
+def cycled(name: str, values: list[int], n: int, slots: Sequence[int]) -> list[int]:
+    if n and len(values) > n:
+        raise ValueError(f"{len(values)} {name} for {n} samples; give at most one each")
+    return [values[slot % len(values)] for slot in slots]
+
+
+def show(values: dict[str, Any], prefix: str = "") -> None:
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            show(value, f"{prefix}{name}.")
+            continue
+        if isinstance(value, list):
+            value = ",".join(map(str, value)) + (", cycled over the samples" if len(value) > 1 else "")
+        print(f"{prefix + name:25} {'none' if value in (None, {}) else value}")
+
+
+def print_table(rows: Sequence[dict[str, str]]) -> None:
+    """Rows with the same keys, which are the head; columns without content are left out."""
+    head = [key for key in rows[0] if any(row[key] for row in rows)]
+    lines = [head, *([row[key] for key in head] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print()
+    for line in lines:
+        print("  ".join(f"{text:{width}}" for text, width in zip(line, widths, strict=True)).rstrip())
+    print()
+
+
+def decoder(options: argparse.Namespace, model: Model) -> Callable[[Tensor], Tensor] | None:
+    """What makes images of samples, where --decoder asks for it."""
+    if options.decoder is None:
+        return None
+    if model.config.latent_scale is None:
+        raise ValueError("this model makes images, not latents; leave --decoder out")
+    autoencoder = latents.load_autoencoder(options.decoder)
+    return lambda samples: latents.decode(samples, autoencoder, model.config.latent_scale)

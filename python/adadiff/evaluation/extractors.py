@@ -1,0 +1,108 @@
+"""Feature spaces by name: "digits", "canvases", "inception:FILE", or the file of a TorchScript module."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .canvases import canvas_features
+from .features import digits_network
+
+Extractor = Callable[[Tensor], Tensor]  # images float32 [N, C, H, W] in [-1, 1] -> features [N, F]
+EXAMPLES = "digits, canvases, inception:FILE or the file of a TorchScript module"
+
+
+@dataclass(frozen=True)
+class Features:
+    """name: as it was asked for. Called with images float32 [N, C, H, W] in [-1, 1], returns features [N, F]."""
+
+    name: str
+    extract: Extractor
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.extract(images)
+
+    @torch.inference_mode()
+    def dims(self, shape: tuple[int, int, int]) -> int:
+        """F, of images of that shape: found by trying two. Raises ValueError where that fails."""
+        tried = torch.zeros(2, *shape)
+        try:
+            features = self.extract(tried)
+        except (RuntimeError, ValueError, TypeError) as error:
+            text = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+            raise ValueError(
+                f"the features {self.name} do not take images of {'x'.join(map(str, shape))}: {text}"
+            ) from error
+        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != 2:
+            made = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ValueError(f"the features {self.name} must be [2, F] for two images, got {made}")
+        return features.shape[1]
+
+
+def features_from(text: str) -> Features:
+    """The feature space of that name. Raises ValueError for a name or file that is none, ImportError (with the remedy)
+    for Inception without torch-fidelity.
+
+    inception: what Fréchet distances are usually told in, 2048 features of any image, gray ones included, brought to 8
+    bits and 299x299 as the network of 2015-12-05 had it; FILE: its weights, pt_inception-2015-12-05-6726825d.pth of
+    pytorch-fid, which torch-fidelity calls weights-inception-2015-12-05-6726825d.pth.
+    TorchScript: images float32 [N, C, H, W] in [-1, 1] to features [N, F].
+    """
+    kind, _, file = text.partition(":")
+    if text in ("digits", "canvases"):
+        return Features(text, digits_network().features if text == "digits" else canvas_features)
+    if kind == "inception" and file:
+        return Features(text, _inception(Path(file)))
+    if Path(text).is_file():
+        return Features(text, _torchscript(Path(text)))
+    raise ValueError(f"no features {text!r}; there are {EXAMPLES}")
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """float [N, C, H, W] in [-1, 1] -> uint8, as a picture file has it."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def _torchscript(path: Path) -> Extractor:
+    try:
+        module = torch.jit.load(path, map_location="cpu")
+    except RuntimeError as error:
+        raise ValueError(f"{path} is no TorchScript module that can be read: {str(error).splitlines()[0]}") from error
+    return module.eval()
+
+
+def _inception(path: Path) -> Extractor:
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError as error:
+        raise ImportError("Inception comes with torch-fidelity: pip install 'adadiff_kernels[inception]'") from error
+    _check_weights(path)
+    try:
+        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(path))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} does not hold the weights of the FID Inception: {' '.join(str(error).split())[:300]}"
+        ) from error
+
+    def features(images: Tensor) -> Tensor:
+        pixels = to_bytes(images)
+        return network(pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels)[0]
+
+    return features
+
+
+def _check_weights(path: Path) -> None:
+    """torch-fidelity reads the file as any pickle; so it gets none that holds more than tensors."""
+    if not path.is_file():
+        raise ValueError(f"no such file: {path}")
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many types
+        raise ValueError(f"{path} holds no weights that can be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(weights, dict) or "Mixed_7c.branch_pool.conv.weight" not in weights:
+        raise ValueError(
+            f"{path} does not hold the weights of the FID Inception, as pytorch-fid's "
+            "pt_inception-2015-12-05-6726825d.pth does"
+        )

@@ -1,0 +1,72 @@
+"""95 % intervals: by resampling, over independent seeds, of a share."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom, and of the normal distribution.
+STUDENT_T = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157)
+NORMAL = 1.959964
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with the ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def resampled(n: int, resamples: int, seed: int) -> Iterator[Tensor]:
+    """`resamples` times n rows drawn with replacement, int64 [n]: a function of (n, seed).
+
+    Raises ValueError for fewer than 2 of either.
+    """
+    if resamples < 2 or n < 2:
+        raise ValueError(f"a bootstrap takes at least 2 resamples of 2 samples, got {resamples} of {n}")
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randint(n, (n,), generator=generator) for _ in range(resamples))
+
+
+def centred_interval(value: float, draws: Tensor) -> Interval:
+    """The 95 % interval around a plain estimate whose bootstrap draws are biased.
+
+    Resampling adds to a distance the bias that N samples have, once more: the draws lie above `value`, and their own
+    percentiles can miss the truth in every single case. So their mean is moved onto `value`, and the ends mirrored
+    (the basic, or pivotal, interval). It covers the expected distance of N samples; see `Quality` for infinitely many.
+    """
+    levels = torch.tensor([0.025, 0.975], dtype=draws.dtype, device=draws.device)
+    below, above = (draws - draws.mean()).quantile(levels).tolist()
+    return Interval(value, value - above, value - below)
+
+
+def seed_interval(values: Sequence[float]) -> Interval:
+    """Mean over 2 to 10 independent seeds and the Student t interval: mean ± t(k - 1) · s / √k.
+
+    The spread between seeds contains that of sampling, so the intervals of single seeds are not added.
+    """
+    k = len(values)
+    if not 2 <= k <= len(STUDENT_T) + 1:
+        raise ValueError(f"an interval over seeds takes 2 to {len(STUDENT_T) + 1} values, got {k}")
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"every value must be finite, got {list(values)}")
+    mean = math.fsum(values) / k
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (k - 1))
+    half = STUDENT_T[k - 2] * deviation / math.sqrt(k)
+    return Interval(mean, mean - half, mean + half)
+
+
+def share_interval(right: Tensor) -> Interval:
+    """Share of bool [n], n >= 1, and its Wilson interval, which has a width at shares of 0 and 1, too, where resampling
+    would find none."""
+    n = len(right)
+    if n == 0:
+        raise ValueError("a share takes at least one sample")
+    p, z2 = float(right.double().mean()), NORMAL**2
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = NORMAL * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return Interval(p, max(0.0, centre - half), min(1.0, centre + half))

@@ -1,0 +1,111 @@
+"""What generated images are compared with: real images, or the statistics of their features."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..output.shards import read_arrays
+from .extractors import Extractor, Features
+from .frechet import FeatureStatistics
+from .images import ImageSet, array_names, open_images
+from .kernel import mean_within
+
+
+@dataclass(frozen=True)
+class Reference:
+    """statistics: for Fréchet distances; features: float [M, F] of real images, for kernel distances, None where nobody
+    has them."""
+
+    statistics: FeatureStatistics
+    features: Tensor | None = None
+
+    @classmethod
+    def of(cls, features: Tensor) -> "Reference":
+        return cls(FeatureStatistics.of(features), features)
+
+    @cached_property
+    def within(self) -> float:
+        """See `kernel.mean_within`."""
+        return mean_within(self.features)
+
+
+@dataclass(frozen=True)
+class ReferenceFiles:
+    """What was found at `path`: statistics, images or both, checked as far as can be without work."""
+
+    path: Path
+    statistics: FeatureStatistics | None
+    images: ImageSet | None
+
+    def check(self, dims: int, shape: tuple[int, int, int], features: Features) -> None:
+        """ValueError unless it fits those features, `dims` of them, of images of that shape."""
+        if self.statistics is not None and len(self.statistics.mean) != dims:
+            raise ValueError(
+                f"{self.path} holds statistics of {len(self.statistics.mean)} features, but {features.name} makes "
+                f"{dims}; choose those it was made with"
+            )
+        if self.images is not None and self.images.shape[1:] != shape[1:]:
+            (_, h, w), (_, H, W) = self.images.shape, shape
+            raise ValueError(
+                f"{self.path} holds images of {h}x{w}, but those to compare are {H}x{W}; bring them to one size"
+            )
+        if self.images is not None and features.dims(self.images.shape) != dims:
+            raise ValueError(f"{self.path} holds images of {self.images.shape[0]} channels, to compare with {shape[0]}")
+        if self.images is not None and self.images.count < 2:
+            raise ValueError(f"{self.path} holds 1 image; a covariance takes at least 2, better thousands")
+
+    def read(self, extractor: Extractor, progress: bool = False) -> Reference:
+        """Features of the images are taken here."""
+        if self.images is None:
+            return Reference(self.statistics)
+        reference = Reference.of(extract(extractor, self.images.pieces(progress)))
+        return reference if self.statistics is None else Reference(self.statistics, reference.features)
+
+
+def open_reference(path: str | Path) -> ReferenceFiles:
+    """A .npz file with mu [F] and sigma [F, F] (U-ViT's fid_stats_*.npz, pytorch-fid), one of guided-diffusion, with
+    the same and images arr_0 (mu_s and sigma_s, of spatial features, are left aside), or what `open_images` takes.
+
+    Where there are both, statistics are for Fréchet distances (guided-diffusion's are of more images than it holds) and
+    images for kernel distances. Raises ValueError for anything else.
+    """
+    path = Path(path)
+    if not (path.is_file() and path.suffix == ".npz"):
+        return ReferenceFiles(path, None, open_images(path))
+    names = array_names(path)
+    has_statistics = {"mu", "sigma"} <= names
+    if not has_statistics and "arr_0" not in names:
+        held = ", ".join(sorted(names)) or "nothing"
+        raise ValueError(f"{path} holds {held}; a reference holds mu and sigma, or images as arr_0")
+    statistics = _statistics(path) if has_statistics else None
+    return ReferenceFiles(path, statistics, open_images(path) if "arr_0" in names else None)
+
+
+def _statistics(path: Path) -> FeatureStatistics:
+    arrays = read_arrays(path, ("mu", "sigma"))
+    mu, sigma = arrays["mu"], arrays["sigma"]
+    if mu.dtype.kind != "f" or sigma.dtype.kind != "f" or mu.ndim != 1 or sigma.shape != 2 * mu.shape:
+        raise ValueError(
+            f"{path} must hold mu [F] and sigma [F, F] of floats, got {mu.dtype} {list(mu.shape)} and {sigma.dtype} "
+            f"{list(sigma.shape)}"
+        )
+    try:
+        return FeatureStatistics(*(torch.from_numpy(v.astype(np.float64)) for v in (mu, sigma)), None)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+@torch.inference_mode()
+def extract(extractor: Extractor, pieces: Iterable[Tensor]) -> Tensor:
+    """Features [N, F] of images, float32 [k, C, H, W] each; outside of any autocast, whose roundings would tell."""
+
+    def one(piece: Tensor) -> Tensor:
+        with torch.autocast(piece.device.type, enabled=False):
+            return extractor(piece)
+
+    return torch.cat([one(piece) for piece in pieces])
