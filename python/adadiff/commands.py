@@ -18,6 +18,7 @@ from .calibration.calibrating import Calibrating, matplotlib_figure, reliability
 from .calibration.recording import noised_errors
 from .conversion import convert as conversion
 from .data import sources
+from .engine.switching import T_SWITCH
 from .evaluation.quality import Quality, evaluate_samples
 from .model import Model
 from .output.filling import Process, ShardFolder
@@ -48,6 +49,10 @@ def sample(options: argparse.Namespace) -> None:
         "batch_invariant": options.batch_invariant,
         **({} if options.decoder is None else {"decoder": str(options.decoder)}),
     }
+    early = None if options.early_model is None else checkpoint.load(options.early_model)
+    if early is not None:
+        configuration |= {"early_model": options.early_model, "early_sha256": _digest(options.early_model)}
+        configuration["t_switch"] = T_SWITCH if options.t_switch is None else options.t_switch
 
     def sampling(slots: Sequence[int], progress: bool = False) -> sampler.Sampling:
         return sampler.Sampling(
@@ -62,6 +67,8 @@ def sample(options: argparse.Namespace) -> None:
             tied=options.tied,
             batch=options.batch,
             batch_invariant=options.batch_invariant,
+            early_model=early,
+            t_switch=options.t_switch,
             progress=progress,
         )
 
@@ -354,11 +361,9 @@ def _parameters(module: torch.nn.Module | None) -> int:
 
 
 def _configuration(options: argparse.Namespace, model: Model) -> dict[str, Any]:
-    with checkpoint.find(options.model).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "model": options.model,
-        "model_sha256": digest,
+        "model_sha256": _digest(options.model),
         "n": options.n,
         "steps": options.steps,
         "solver": options.solver,
@@ -366,6 +371,11 @@ def _configuration(options: argparse.Namespace, model: Model) -> dict[str, Any]:
         "seed": options.seed,
         "batch": options.batch,
     }
+
+
+def _digest(name_or_file: str) -> str:
+    with checkpoint.find(name_or_file).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _cycled(name: str, values: list[int], n: int, slots: Sequence[int]) -> list[int]:
