@@ -88,7 +88,7 @@ def switching(model: Model, early_model: Model | None, t_switch: float | None) -
     t_switch = T_SWITCH if t_switch is None else t_switch
     if isinstance(t_switch, bool) or not isinstance(t_switch, Real) or not 0 <= t_switch <= 1000:
         raise ValueError(f"t_switch must be a number in 0..1000, the network's time, got {t_switch!r}")
-    ours, theirs = _agreed(model), _agreed(early_model)
+    ours, theirs = what_it_draws(model), what_it_draws(early_model)
     wrong = [f"{name} {theirs[name]} instead of {value}" for name, value in ours.items() if theirs[name] != value]
     if wrong:
         raise ValueError(f"the early model must draw the same samples as the full one; it has {', '.join(wrong)}")
@@ -99,8 +99,8 @@ def switching(model: Model, early_model: Model | None, t_switch: float | None) -
     return Switching(early_model.backbone, float(t_switch))
 
 
-def _agreed(model: Model) -> dict[str, object]:
-    """What two models of one run must have in common."""
+def what_it_draws(model: Model) -> dict[str, object]:
+    """What models that take each other's place must have in common."""
     config, network = model.config, model.config.network
     parameter = next(model.parameters())
     return {
