@@ -13,6 +13,7 @@ from cells import select
 from fronts import HIGHER, SUITE, Point, data_sets, front, points
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import LogLocator, NullLocator
 from rows import Row
 
 COLOURS = {
@@ -23,10 +24,10 @@ COLOURS = {
     "static table": "gold",
     "DuoDiff": "tab:green",
     "batch mean": "tab:pink",
-    "reuse": "tab:purple",
+    "reuse": "tab:olive",
     "ours, faithful": "tab:blue",
     "ours, distribution": "tab:cyan",
-    "ours, one threshold": "slateblue",
+    "ours, one threshold": "navy",
 }
 COSTS = {"seconds": "ms per image, one thread", "macs": "million multiply-adds per image"}
 LABELS = {
@@ -101,7 +102,11 @@ def _curves(panel: Axes, found: Sequence[Point], axis: str, measure: str) -> Non
     panel.set(xlabel=COSTS[axis], ylabel=LABELS[measure], xscale="log")
     if measure not in HIGHER:
         panel.set_yscale("log")
-    panel.grid(alpha=0.3, which="both")
+    for scaled in (panel.xaxis, panel.yaxis) if measure not in HIGHER else (panel.xaxis,):
+        scaled.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        scaled.set_major_formatter("{x:g}")
+        scaled.set_minor_locator(NullLocator())
+    panel.grid(alpha=0.3)
 
 
 def _bars(intervals: Sequence) -> np.ndarray:

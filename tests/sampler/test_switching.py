@@ -133,11 +133,12 @@ def test_a_serving_engine_switches_too() -> None:
 
 
 def test_one_evaluation_in_detail() -> None:
-    """Lanes 1, 3, ... go through the early network; records and rows are those of the full one."""
+    """Lanes 1, 3 and 5 go through the early network, one of them right at the switch; records and rows are those of the
+    full one."""
     full, early = served(), shallow()
     given = inputs(full.backbone, 7)
     x, context = given.x, given.context % 3
-    t = torch.tensor([10.0, 900.0] * 3 + [20.0])
+    t = torch.tensor([10.0, 900.0, 499.99, 500.0, 30.0, 999.0, 20.0])
     depth = torch.tensor([1.0, 1.0, 2.0, 1.0, 5.0, 1.0, 3.0])
     switch = Switching(early.backbone, 500.0)
     mixed = switch(full.backbone, full.exits, Replay(), x, t, context, threshold=depth, record=True)
