@@ -6,12 +6,13 @@ Every sampler is DDIM and all samples stand in lock step, so a tick is a step. Q
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import quality
+import drawing
 import torch
 from attainable import Call, PlainPieces, rows_per_layer, share_of_flop_ideal
+from drawing import STEPS, lockstep, seeds_and_labels
 from harness import Comparison, best_micro_batch, interleave
 from network import in_batches
-from quality import STEPS, SUITE, lockstep, seeds_and_labels
+from quality import SUITE
 from rows import Rows, dtype_name, machine, say
 
 import adadiff
@@ -82,7 +83,7 @@ def speed(
 ) -> None:
     """Images per second of every method, in turns with each other and with the plain network's pieces."""
     say(f"digits: speed, {samples} samples of {steps} steps, {torch.get_num_threads()} thread(s)")
-    joint = quality.load(model)
+    joint = drawing.load(model)
     seeds, labels = seeds_and_labels(0, samples)
     x, t = initial_noise(seeds, joint.backbone.sample_shape), torch.full((samples,), 500.0)
     best = best_micro_batch(lambda m: joint.backbone(x[:m], t[:m], labels[:m]), samples)
@@ -94,7 +95,7 @@ def speed(
     baselines = list(variants.calls)
     for count in fewer:
         variants.plain("fewer steps", joint, best, count, setting=count)
-    variants.plain("plain, equal budget", quality.load(plain_model), best, steps)
+    variants.plain("plain, equal budget", drawing.load(plain_model), best, steps)
     variants.engine("engine, no exits", "full")
     variants.engine("engine, nobody leaves", f"threshold:{NOBODY}")
     for threshold in thresholds:

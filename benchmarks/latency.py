@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 
+import drawing
 import numpy as np
 import policies
-import quality
 import torch
 from attainable import PlainPieces, kinds
 from harness import AA_TOLERANCE, Comparison, Times, best_micro_batch, interleave
@@ -92,12 +92,12 @@ class Run:
 
 
 def digits(rows: Rows, sizes: Sizes) -> None:
-    model, capacity = quality.load(DIGITS), sizes.digits_capacity
+    model, capacity = drawing.load(DIGITS), sizes.digits_capacity
     say(f"serving: latency on the digits, capacity {capacity}, {sizes.requests} requests, in real time")
     labels, t = torch.arange(capacity) % 10, torch.linspace(0, 999, capacity)
     x = torch.randn(capacity, *model.backbone.sample_shape)
     best = best_micro_batch(lambda m: model.backbone(x[:m], t[:m], labels[:m]), capacity)
-    seeds, labels = quality.seeds_and_labels(1, CALIBRATION)
+    seeds, labels = drawing.seeds_and_labels(1, CALIBRATION)
     _, report = adadiff.sample(model, CALIBRATION, steps=50, rule=DIGITS_RULE, seeds=seeds, labels=labels)
     table = policies.calibrated(model, report.exit_layer[..., 0])
     chosen = [

@@ -7,6 +7,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+import front_plots
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
@@ -44,6 +45,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
         "quality.png": quality(rows),
         "network.png": network(rows),
         "serving.png": serving(rows),
+        **front_plots.pictures(rows),
     }
     written = []
     for name, figure in pictures.items():

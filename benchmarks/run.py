@@ -3,10 +3,12 @@
 python benchmarks/run.py [--quick]            both suites, short: under 8 minutes (90 s) on 2 cores
 python benchmarks/run.py --suite network      U-ViT-S/2 at batch 8 and 64, both dtypes, compiled baseline
 python benchmarks/run.py --suite serving      throughput and latency of continuous batching: 50 minutes (--quick: 1)
+python benchmarks/run.py --suite quality --data canvases     every method over its range, at equal seconds: 20 minutes
 python benchmarks/run.py --suite digits --samples 10000 --seeds 3 --quality-only --out DIR
 """
 
 import argparse
+import dataclasses
 import datetime
 import sys
 from pathlib import Path
@@ -17,31 +19,59 @@ import plots
 import quality
 import serving
 import torch
+from alternatives import COARSE, QUICK, Networks, Sweep, default_networks
+from equal_seconds import Comparison
 from harness import threads
+from judges import DATA
 from network import Setting
 from rows import ROOT, Rows, cores, machine, say
 from tables import all_tables, plain
+
+from adadiff.cli import shares, whole_numbers
 
 OUT = ROOT / "benchmarks" / "out"
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=("default", "digits", "network", "serving"), default="default")
+    parser.add_argument("--suite", choices=("default", "digits", "network", "quality", "serving"), default="default")
     parser.add_argument("--quick", action="store_true", help="few repeats, few samples: shows that it works")
     parser.add_argument("--out", type=Path, help="folder for rows and pictures (default: benchmarks/out/DATE)")
-    parser.add_argument("--samples", type=_positive, help="digits drawn by each method (default: 1000; quick: 200)")
+    parser.add_argument(
+        "--samples", type=_positive, help="drawn by each method (default: 1000, suite quality: 512; quick: 200)"
+    )
     parser.add_argument("--seeds", type=_positive, default=1, help="independent runs of so many samples (default: 1)")
     parser.add_argument("--processes", type=_positive, default=cores(), help="that draw digits, one thread each")
     parser.add_argument(
         "--quality-only", action="store_true", help="no timing; rows that --out has are not drawn again"
     )
+    parser.add_argument("--data", choices=DATA, default=DATA[0], help="of the suite quality (default: digits)")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        type=_model,
+        default=[],
+        metavar="ROLE=MODEL",
+        help="of the suite quality: full, with exits; plain, trained with equal budget; shallow, of its own training: "
+        "a name that ships, a file, or nothing to leave it out (default: DATA, DATA_plain and DATA_shallow, shipped or "
+        "in runs/)",
+    )
+    parser.add_argument("--full-sweep", action="store_true", help="suite quality: every setting there is, for hours")
+    parser.add_argument("--steps", type=whole_numbers, help="suite quality: numbers of solver steps, as in 6,10,20")
+    parser.add_argument("--budgets", type=shares, help="suite quality: shares of the work, as in 0.4,0.55")
     chosen = parser.parse_args(argv)
     if chosen.quality_only and chosen.suite in ("network", "serving"):
         parser.error(f"the suite {chosen.suite} measures no quality; use --suite digits")
-    chosen.samples = chosen.samples or (200 if chosen.quick else 1000)
+    chosen.samples = chosen.samples or (200 if chosen.quick else 512 if chosen.suite == "quality" else 1000)
     chosen.out = chosen.out or OUT / datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
     return chosen
+
+
+def _model(text: str) -> tuple[str, str | None]:
+    role, equals, name = text.partition("=")
+    if not equals or role not in (field.name for field in dataclasses.fields(Networks)):
+        raise argparse.ArgumentTypeError(f"takes full=MODEL, plain=MODEL or shallow=MODEL, got {text!r}")
+    return role, name or None
 
 
 def _positive(text: str) -> int:
@@ -54,6 +84,7 @@ def main() -> None:
     chosen = arguments()
     try:
         rows = Rows(chosen.out)
+        comparison = compared(rows, chosen) if chosen.suite == "quality" else None
     except ValueError as error:
         sys.exit(f"run.py: {error}")
     say("  ".join(f"{name}: {value}" for name, value in machine().items()))
@@ -62,6 +93,9 @@ def main() -> None:
     try:
         if chosen.suite == "serving":
             serving.run(rows, serving.QUICK if chosen.quick else serving.FULL)
+        if comparison is not None:
+            given = {"samples": chosen.samples, "runs": chosen.seeds, "processes": chosen.processes}
+            comparison.run(**given, timing=not chosen.quality_only)
         if chosen.suite in ("default", "digits"):
             measure_digits(rows, chosen)
         if chosen.suite in ("default", "network") and not chosen.quality_only:
@@ -101,6 +135,17 @@ def measure_digits(rows: Rows, chosen: argparse.Namespace) -> None:
         runs=chosen.seeds,
         processes=chosen.processes,
     )
+
+
+def compared(rows: Rows, chosen: argparse.Namespace) -> Comparison:
+    sweep = QUICK if chosen.quick else Sweep() if chosen.full_sweep else COARSE
+    given = {"steps": chosen.steps, "budgets": chosen.budgets}
+    sweep = dataclasses.replace(sweep, **{name: tuple(value) for name, value in given.items() if value})
+    models = dict(chosen.models)
+    networks = Networks(**models) if len(models) == 3 else dataclasses.replace(default_networks(chosen.data), **models)
+    for role, name in dataclasses.asdict(networks).items():
+        say(f"{role}: {name or 'none, so nothing that needs it is compared'}")
+    return Comparison(rows, chosen.data, networks, sweep)
 
 
 def network_settings(chosen: argparse.Namespace) -> list[Setting]:

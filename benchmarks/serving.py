@@ -8,10 +8,10 @@ policy in turn.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import drawing
 import latency
 import numpy as np
 import policies
-import quality
 import torch
 from attainable import Call, PlainPieces, rows_per_layer
 from harness import Comparison, best_micro_batch, interleave
@@ -190,7 +190,7 @@ def overhead(rows: Rows, sizes: Sizes) -> None:
     """What the engine adds to the plain network and the solver on a network as small as the digits'."""
     capacity = sizes.arrivals.digits_capacity
     say(f"serving: overhead on the digits, capacity {capacity}, {sizes.digits_ticks} ticks")
-    model = quality.load(DIGITS)
+    model = drawing.load(DIGITS)
     labels, t = torch.arange(capacity) % 10, torch.linspace(0, 999, capacity)
     x = torch.randn(capacity, *model.backbone.sample_shape)
     best = best_micro_batch(lambda m: model.backbone(x[:m], t[:m], labels[:m]), capacity)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import fronts
 import serving_tables
 from cells import Table, number, select, warning, where
 from rows import Row, key
@@ -52,7 +53,7 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 
 def all_tables(rows: Iterable[Row]) -> list[Table]:
     rows = latest(rows)
-    makers = (digits, overhead, network, *serving_tables.ALL, *gpu_tables.ALL)
+    makers = (digits, overhead, fronts.tables, network, *serving_tables.ALL, *gpu_tables.ALL)
     return [table for make in makers for table in make(rows) if table.body]
 
 

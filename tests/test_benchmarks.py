@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import attainable
 import digits
+import drawing
 import harness
 import network
 import plots
@@ -333,10 +334,10 @@ def checkpoints(tmp_path: Path) -> tuple[str, str]:
 
 @torch.inference_mode()
 def test_the_lockstep_loop_is_the_sampler_without_exits(checkpoints: tuple[str, str]) -> None:
-    model = quality.load(checkpoints[0])
-    seeds, labels = quality.seeds_and_labels(2, 7)
+    model = drawing.load(checkpoints[0])
+    seeds, labels = drawing.seeds_and_labels(2, 7)
     assert seeds.tolist() == [2_000_000 + i for i in range(7)]
-    ours = quality.lockstep(model.backbone, model.schedule, seeds, labels, steps=3, batch=4)
+    ours = drawing.lockstep(model.backbone, model.schedule, seeds, labels, steps=3, batch=4)
     theirs, _ = adadiff.sample(model, 7, steps=3, seeds=seeds, labels=labels)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
@@ -346,7 +347,7 @@ def test_quality_rows_are_drawn_once_and_the_missing_ones_again(
 ) -> None:
     monkeypatch.setattr(quality, "evaluate_samples", functools.partial(evaluate_samples, resamples=3))
     monkeypatch.setattr(quality, "frechet_ratio", functools.partial(frechet_ratio, resamples=3))
-    monkeypatch.setattr(quality, "CHUNK", 16)  # 40 samples are two whole chunks and a half
+    monkeypatch.setattr(drawing, "CHUNK", 16)  # 40 samples are two whole chunks and a half
     out = tmp_path / "out"
 
     def measure() -> list[rows.Row]:
@@ -368,10 +369,10 @@ def test_quality_rows_are_drawn_once_and_the_missing_ones_again(
     assert "frechet_over_full" not in first[0]
     assert first[0]["frechet_over_plain"]["value"] == pytest.approx(first[0]["frechet"] / first[1]["frechet"])
 
-    monkeypatch.setattr(quality, "draw", lambda *_: pytest.fail("drew what the file has"))
+    monkeypatch.setattr(drawing, "draw", lambda *_: pytest.fail("drew what the file has"))
     assert measure() == first
     monkeypatch.undo()
-    monkeypatch.setattr(quality, "CHUNK", 16)
+    monkeypatch.setattr(drawing, "CHUNK", 16)
     lines = (out / "rows.jsonl").read_text().splitlines(keepends=True)
     (out / "rows.jsonl").write_text("".join(lines[:3] + lines[4:]))
     again = measure()

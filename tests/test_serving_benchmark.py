@@ -262,7 +262,7 @@ def test_a_saturated_server_raises_what_a_request_failed_with() -> None:
 
 def test_throughput_and_overhead_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.adadiff.build", lambda name, exits: tiny(classes=0))
-    monkeypatch.setattr("serving.quality.load", lambda name: tiny())
+    monkeypatch.setattr("serving.drawing.load", lambda name: tiny())
     sizes = serving.Sizes(capacity=4, ticks=3, digits_ticks=1, arrivals=latency.QUICK)
     file = rows.Rows(tmp_path)
     serving.throughput(file, sizes)
@@ -290,7 +290,7 @@ def test_throughput_and_overhead_rows(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_latency_rows_tables_and_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latency.quality.load", lambda name: tiny())
+    monkeypatch.setattr("latency.drawing.load", lambda name: tiny())
     monkeypatch.setattr("latency.CALIBRATION", 2)
     monkeypatch.setattr("simulation.STEPS", (1, 3))
     monkeypatch.setitem(latency.PRESETS, "imagenet256_uvit_large", tiny().config)

@@ -16,12 +16,14 @@ from .calibration.calibrating import AIMS, CALIBRATION_SEED
 from .commands import calibrate, evaluate, models, sample, train
 from .commands.shared import DEFAULT_RULE
 from .conversion import convert as conversion
+from .engine.switching import T_SWITCH
 from .training.config import CHOICES, TrainConfig, shipped
 
 EXAMPLES = {
     "sample": """examples:
   adadiff sample digits --out samples --n 40 --labels 0,1,2,3,4,5,6,7,8,9 --rule threshold:0.135,first=3
   adadiff sample digits --out samples --rule full --steps 20,50 --solver dpm++2m --guidance 1.5
+  adadiff sample digits_plain --out duo --early-model runs/shallow/model.safetensors --t-switch 600
   torchrun --nproc_per_node 2 -m adadiff sample digits --out many -n 50000
 after Ctrl-C, or a kill, the same command draws what is missing; `adadiff.output.shards.read` reads shards. Shards are
 the same bits on any number of processes, if each has as many threads: torchrun sets OMP_NUM_THREADS=1 unless you do""",
@@ -114,6 +116,13 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--labels", type=whole_numbers, help="classes, cycled over the samples (default: none)")
     one.add_argument("--guidance", type=float, default=0.0, help="classifier-free scale (default: 0, none)")
     one.add_argument("--tied", action="store_true", help="both lanes of a guided sample leave together")
+    one.add_argument("--early-model", metavar="MODEL", help="a shallower model, for the noisy timesteps (DuoDiff)")
+    one.add_argument(
+        "--t-switch",
+        type=float,
+        metavar="T",
+        help=f"the early model's are T and above, in the network's time 0..999 (default: {T_SWITCH:g})",
+    )
     one.add_argument("--batch-invariant", action="store_true", help="the same bits whatever BATCH and SHARD; slower")
     one.add_argument(
         "--format",

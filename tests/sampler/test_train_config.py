@@ -115,7 +115,8 @@ def test_shipped_configurations_are_usable() -> None:
     configs = {name: load_config(name, {}) for name in shipped()}
     assert configs["digits"] == TrainConfig()  # what made the model in the package
     assert configs["digits_plain"] == TrainConfig(exits=False)
-    assert configs["canvases_shallow"].model.network.depth + 1 == 3
-    canvases, plain, shallow = (configs[f"canvases{suffix}"] for suffix in ("", "_plain", "_shallow"))
-    for budget in ("steps", "batch", "data", "seed", "lr"):
-        assert getattr(canvases, budget) == getattr(plain, budget) == getattr(shallow, budget)
+    for data in ("digits", "canvases"):
+        joint, plain, shallow = (configs[f"{data}{suffix}"] for suffix in ("", "_plain", "_shallow"))
+        assert shallow.model.network.depth + 1 == 3
+        for budget in ("steps", "batch", "data", "seed", "lr"):
+            assert getattr(joint, budget) == getattr(plain, budget) == getattr(shallow, budget)

@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from .. import checkpoint
+from ..engine.switching import T_SWITCH
 from ..output.filling import Process, ShardFolder
 from ..output.pictures import CHANNELS, PictureFolder
 from ..output.shards import ADVICE, MANIFEST, Manifest
 from ..sampling import sampler
-from .shared import cycled, decoder, resolved, show
+from .shared import cycled, decoder, digest, resolved, show
 
 PNG_MOST = 1000  # samples that become a picture each where nothing else is asked for
 SHARD = 1000  # samples
@@ -31,6 +32,11 @@ def sample(options: argparse.Namespace) -> None:
         **({} if options.decoder is None else {"decoder": str(options.decoder)}),
     }
 
+    early = None if options.early_model is None else checkpoint.load(options.early_model)
+    if early is not None:
+        configuration |= {"early_model": options.early_model, "early_sha256": digest(options.early_model)}
+        configuration["t_switch"] = T_SWITCH if options.t_switch is None else options.t_switch
+
     def sampling(slots: Sequence[int], progress: bool = False) -> sampler.Sampling:
         return sampler.Sampling(
             model,
@@ -44,6 +50,8 @@ def sample(options: argparse.Namespace) -> None:
             tied=options.tied,
             batch=options.batch,
             batch_invariant=options.batch_invariant,
+            early_model=early,
+            t_switch=options.t_switch,
             progress=progress,
         )
 

@@ -16,11 +16,9 @@ DEFAULT_RULE = "threshold:0.1"
 
 def resolved(options: argparse.Namespace, model: Model) -> dict[str, Any]:
     """What samples are drawn from, and how."""
-    with checkpoint.find(options.model).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "model": options.model,
-        "model_sha256": digest,
+        "model_sha256": digest(options.model),
         "n": options.n,
         "steps": options.steps,
         "solver": options.solver,
@@ -28,6 +26,12 @@ def resolved(options: argparse.Namespace, model: Model) -> dict[str, Any]:
         "seed": options.seed,
         "batch": options.batch,
     }
+
+
+def digest(name_or_file: str) -> str:
+    """Of a checkpoint."""
+    with checkpoint.find(name_or_file).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cycled(name: str, values: list[int], n: int, slots: Sequence[int]) -> list[int]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..engine.counts import Counts
 from ..engine.evaluate import Evaluation
 from ..engine.memory import capacity_of
+from ..engine.switching import switching
 from ..model import Model
 from ..sampling.batch import Batch, Tick
 from ..sampling.samples import Samples, whole
@@ -37,6 +38,7 @@ class Engine:
     capacity: lanes evaluated together (a guided request takes two), or the bytes they may take as "512MiB" or "2GiB".
     queue: requests that may wait. patience: seconds, see above. batch_invariant: an image and its exits are the same
     bits whatever else runs, at some cost. counts: how the host learns who still runs, see `evaluate`.
+    early_model, t_switch: another network at the noisy timesteps of all requests, see `Sampling`.
     start=False: no thread of its own, `step` makes each tick.
     clock: seconds, for tests and simulations; evaluate: see `Batch`.
     As a context manager it drains at the end, and aborts after an exception.
@@ -51,16 +53,21 @@ class Engine:
         patience: float = 60.0,
         batch_invariant: bool = False,
         counts: Counts | str | None = None,
+        early_model: Model | None = None,
+        t_switch: float | None = None,
         start: bool = True,
         clock: Callable[[], float] = time.monotonic,
         evaluate: Callable[..., Evaluation] | None = None,
     ):
         whole("queue", queue, 1)
         _check_seconds("patience", patience)
+        switch = switching(model, early_model, t_switch)
+        if switch is not None and evaluate is not None:
+            raise ValueError("early_model and evaluate both say how to evaluate; give one")
         self.model, self.queue, self.patience = model, queue, float(patience)
-        self.capacity = capacity_of(model, capacity)
+        self.capacity = min(capacity_of(one, capacity) for one in (model, early_model) if one is not None)
         self._clock = clock
-        own = {"batch_invariant": batch_invariant, "counts": counts, "evaluate": evaluate}
+        own = {"batch_invariant": batch_invariant, "counts": counts, "evaluate": switch or evaluate}
         self._batch = Batch(model, self.capacity, **own)
         self._changed = threading.Condition()  # guards everything below
         self._heap: list[tuple[float, int, Handle]] = []  # due, number, handle; ended ones are skipped later

@@ -1,0 +1,209 @@
+"""What leaving early is compared with: every method over its range, each free to choose its number of solver steps."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+import torch
+from drawing import Artist, Method, fingerprint, load
+from judges import DATA
+
+import adadiff
+from adadiff.calibration.calibrating import CALIBRATION_SEED, Calibrating, reliability_picture, work_of
+from adadiff.calibration.recording import record
+from adadiff.calibration.stopping import exit_layers, total
+from adadiff.checkpoint import find
+from adadiff.engine.switching import what_it_draws
+from adadiff.sampling.samples import Samples
+
+BATCH = 64  # samples at a time, everywhere
+OURS = ("ours, faithful", "ours, distribution", "ours, one threshold")
+CANDIDATES = 200  # single thresholds tried
+RECORDED, RECORDED_STEPS = 64, 20  # samples and steps by which they are chosen
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Names that ship or files: the network with exits, the same without, trained with equal budget, and a shallow one
+    of its own training. Those that are None are left out."""
+
+    full: str
+    plain: str | None
+    shallow: str | None
+
+    @property
+    def checkpoints(self) -> list[str | None]:
+        return [name and fingerprint(name) for name in (self.full, self.plain, self.shallow)]
+
+    def check(self) -> None:
+        """Raises ValueError for networks that cannot be compared."""
+        full = load(self.full)
+        if full.exits is None:
+            raise ValueError(f"{self.full} has no exits to leave by; it can only be the plain network")
+        for name in filter(None, (self.plain, self.shallow)):
+            ours, theirs = what_it_draws(full), what_it_draws(load(name))
+            if ours != theirs:
+                raise ValueError(f"{name} and {self.full} do not draw the same: {theirs} and {ours}")
+
+
+def default_networks(data: str) -> Networks:
+    """Those that ship, else the run folders in which `adadiff train DATA`, DATA_plain and DATA_shallow leave them."""
+    if data not in DATA:
+        raise ValueError(f"no data {data!r}; there are {', '.join(DATA)}")
+
+    def first(name: str) -> str | None:
+        for candidate in (name, f"runs/{name}/model.safetensors"):
+            try:
+                find(candidate)
+            except ValueError:
+                continue
+            return candidate
+        return None
+
+    full = first(data)
+    if full is None:
+        raise ValueError(f"no network for {data}: train it, `adadiff train {data}`, or give --models full=FILE")
+    return Networks(full, first(f"{data}_plain"), first(f"{data}_shallow"))
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The range of every method."""
+
+    steps: Sequence[int] = (6, 8, 10, 14, 20, 30, 50)
+    solvers: Sequence[str] = ("ddim", "dpm++2m")
+    budgets: Sequence[float] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of rules and tables, shares of the multiply-adds
+    aims: Sequence[str] = ("faithful", "distribution")
+    calibrated_on: int = 256  # samples
+    depths: Sequence[float] = (0.25, 0.4, 0.55, 0.7)  # shares of the blocks
+    switches: Sequence[float] = (800.0, 700.0, 600.0, 500.0, 400.0)
+    shares: Sequence[float] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # that one threshold for all is set for
+    first: Sequence[int] = (1, 3)  # layers that one threshold is asked from
+    every: Sequence[int] = (2, 3, 5)
+    reference_steps: int = 100  # of the full network's images that all should go by
+    repeats: int = 9
+    limit: float = 1200.0  # seconds of timing
+
+    def __post_init__(self) -> None:
+        if not self.steps or max(self.steps) >= self.reference_steps:
+            raise ValueError(
+                f"steps must be fewer than the {self.reference_steps} of the images that all go by, got {self.steps}"
+            )
+
+
+COARSE = Sweep(
+    steps=(6, 10, 20),
+    budgets=(0.4, 0.6, 0.8),
+    calibrated_on=128,
+    depths=(0.25, 0.55),
+    switches=(700.0, 500.0),
+    shares=(0.5, 0.7),
+    first=(3,),
+    every=(2, 3),
+    repeats=3,
+)
+QUICK = Sweep(
+    steps=(4, 8),
+    solvers=("ddim",),
+    budgets=(0.6,),
+    calibrated_on=64,
+    depths=(0.55,),
+    switches=(600.0,),
+    shares=(0.6,),
+    first=(3,),
+    every=(2,),
+    reference_steps=16,
+    repeats=3,
+    limit=30.0,
+)
+
+
+def methods(networks: Networks, sweep: Sweep, folder: Path) -> list[Method]:
+    """folder: where `calibrate` left its files."""
+    return [
+        method
+        for solver, steps in product(sweep.solvers, sweep.steps)
+        for method in _methods(networks, sweep, folder, {"solver": solver, "steps": steps, "batch": BATCH})
+    ]
+
+
+def _methods(networks: Networks, sweep: Sweep, folder: Path, common: dict) -> Iterator[Method]:
+    full, layers = networks.full, load(networks.full).layers
+    yield Method("fewer steps", full, **common)
+    if networks.plain:
+        yield Method("plain network", networks.plain, **common)
+    if networks.shallow:
+        yield Method("shallow network", networks.shallow, **common)
+        for t, name in product(sweep.switches, filter(None, (full, networks.plain))):
+            setting = f"t ≥ {t:g}{', plain' if name == networks.plain else ''}"
+            own = {"early_model": networks.shallow, "t_switch": t}
+            yield Method("DuoDiff", name, setting=setting, **own, **common)
+    for depth in sorted({max(1, round(share * layers)) for share in sweep.depths}):
+        yield Method("fixed depth", full, rule=f"depth:{depth}", setting=f"{depth} blocks", **common)
+    for every in sweep.every:
+        yield Method("reuse", full, reuse=every, setting=f"every {every}", **common)
+    for aim, share in product(sweep.aims, sweep.budgets):
+        file = str(calibrated_file(networks.full, aim, common["solver"], common["steps"], sweep, folder))
+        yield Method("static table", file, rule=f"table:{share:g}", setting=f"{share:g}, {aim}", **common)
+        yield Method(f"ours, {aim}", file, rule=f"budget:{share:g}", setting=f"{share:g}", **common)
+    for first in sweep.first:
+        for theta in single_thresholds(full, tuple(sweep.shares), first, False):
+            rule, setting = f"threshold:{theta:g},first={first}", f"θ = {theta:g} from block {first}"
+            yield Method("ours, one threshold", full, rule=rule, setting=setting, **common)
+        for theta in single_thresholds(full, tuple(sweep.shares), first, True):
+            rule, setting = f"batch-mean:{theta:g},first={first}", f"θ = {theta:g} from block {first}"
+            yield Method("batch mean", full, rule=rule, setting=setting, **common)
+
+
+def calibrated_file(full: str, aim: str, solver: str, steps: int, sweep: Sweep, folder: Path) -> Path:
+    budgets = "-".join(f"{share:g}" for share in sweep.budgets)
+    return folder / f"{fingerprint(full)}-{aim}-{solver}-{steps}-{sweep.calibrated_on}-{budgets}.safetensors"
+
+
+def calibrate(networks: Networks, sweep: Sweep, folder: Path, artist: Artist) -> Path:
+    """Makes the calibrations that `folder` lacks, and beside each a picture of how reliable the uncertainties are.
+    Returns the picture of the first with the most steps."""
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = list(product(sweep.aims, sweep.solvers, sweep.steps))
+    files = [calibrated_file(networks.full, *one, sweep, folder) for one in chosen]
+    tasks = [
+        (networks.full, *one, tuple(sweep.budgets), sweep.calibrated_on, str(file))
+        for one, file in zip(chosen, files, strict=True)
+        if not file.exists()
+    ]
+    # the longest first, so that no process is left with one at the end
+    artist.map(_calibrate, sorted(tasks, key=lambda task: -task[3]), "calibrations")
+    shown = calibrated_file(networks.full, sweep.aims[0], sweep.solvers[0], max(sweep.steps), sweep, folder)
+    return shown.with_suffix(".png")
+
+
+def _calibrate(task: tuple[str, str, str, int, tuple[float, ...], int, str]) -> None:
+    full, aim, solver, steps, budgets, n, file = task
+    model = adadiff.load(full)
+    own = Calibrating(model, budgets, aim=aim, n=n, steps=steps, solver=solver, batch=BATCH)
+    model.calibration = own.run()
+    reliability_picture(own.recording, Path(file).with_suffix(".png"))
+    adadiff.save(model, file)
+
+
+@cache
+def single_thresholds(name: str, shares: tuple[float, ...], first: int, by_mean: bool) -> list[float]:
+    """Thresholds, one for all timesteps and layers from `first` on, whose work along the full network's way comes
+    nearest to `shares` of its own. by_mean: the mean uncertainty of all samples decides for all."""
+    model = adadiff.load(name)
+    classes, seeds = model.config.classes, range(CALIBRATION_SEED, CALIBRATION_SEED + RECORDED)
+    labels = [i % classes for i in range(RECORDED)] if classes else None
+    samples = Samples.of(model, RECORDED, steps=RECORDED_STEPS, seeds=seeds, labels=labels)
+    u = record(model, samples, RECORDED).u[:, first - 1 :].double()
+    seen = torch.ones(len(u), first - 1, u.shape[-1])
+    u = torch.cat([seen, u.mean(-1, keepdim=True).expand_as(u) if by_mean else u], 1)
+    candidates = u[:, first - 1 :].flatten().quantile(torch.linspace(0.005, 0.995, CANDIDATES, dtype=torch.float64))
+    asked = torch.arange(u.shape[1]) >= first - 1
+    work, nothing = work_of(model), torch.zeros_like(u)
+    spent = torch.tensor(
+        [total(exit_layers(u, theta.expand(u.shape[:2])), nothing, work, asked)[1] for theta in candidates]
+    )
+    nearest = [float(candidates[(spent - share).abs().argmin()]) for share in shares]
+    return sorted({float(f"{theta:.4g}") for theta in nearest if 0 < theta < 1})

@@ -1,0 +1,170 @@
+"""Does leaving early beat the alternatives at equal seconds? Quality and measured seconds of every method.
+
+All methods draw the same samples (same noises, same labels), 64 at a time. Seconds are measured apart from the quality,
+on one thread, in rounds in which all settings take turns; a plain network is timed in the ordinary loop and in the
+engine, and the faster way counts. What the rows have is not measured again.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from shutil import copyfile
+
+import reuse
+from alternatives import BATCH, OURS, Networks, Sweep, calibrate, methods
+from drawing import Artist, Drawn, Method, fingerprint, in_engine, in_plain_loop, load, seeds_and_labels
+from harness import interleave, threads
+from judges import Judge, judge_of
+from quality import depth
+from rows import Row, Rows, say
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from adadiff.checkpoint import write_tensors
+from adadiff.diffusion.solvers import solver_from
+
+SUITE = "quality"
+LOOP, ENGINE = "loop", "engine"
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A data set, the networks that draw it, and the range of the methods."""
+
+    rows: Rows
+    data: str
+    networks: Networks
+    sweep: Sweep
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for networks that cannot be compared, or draw something else."""
+        self.networks.check()
+        self.judge()
+
+    def judge(self) -> Judge:
+        model = load(self.networks.full)
+        return judge_of(self.data, tuple(model.backbone.sample_shape), model.config.classes)
+
+    @property
+    def cache(self) -> Path:
+        return self.rows.folder / "cache"
+
+    def run(self, *, samples: int, runs: int, processes: int, timing: bool = True) -> None:
+        with Artist.of(processes) as artist:
+            say(f"{self.data}: calibrations for {len(self.sweep.steps)} numbers of steps")
+            folder = self.cache / "calibrated"
+            picture = calibrate(self.networks, self.sweep, folder, artist)
+            copyfile(picture, self.rows.folder / f"reliability-{self.data}.png")
+            chosen = methods(self.networks, self.sweep, folder)
+            for run in range(runs):
+                say(f"{self.data}: quality of {len(chosen)} settings, {samples} samples, run {run + 1} of {runs}")
+                for method in tqdm(chosen, desc="settings", disable=None):
+                    self.quality(artist, method, samples, run)
+        if timing:
+            self.speed(chosen)
+
+    def quality(self, artist: Artist, method: Method, samples: int, run: int) -> Row:
+        more = {"samples": samples, "run": run, "reference_steps": self.sweep.reference_steps}
+        parameters = {**self.parameters(method), **more}
+        found = self.rows.find(SUITE, "quality", method.name, parameters)
+        if found is not None:
+            return found
+        judge = self.judge()
+        seeds, labels = seeds_and_labels(run, samples, judge.classes)
+        drawn = artist.draw(method, seeds, labels)
+        return self.rows.write(
+            SUITE,
+            "quality",
+            method.name,
+            parameters,
+            dtype="float32",
+            rule=method.rule,
+            accuracy_of=judge.accuracy,
+            **judge.measure(drawn.images, labels, self.reference(artist, samples, run)),
+            **done(method, drawn, run),
+        )
+
+    def parameters(self, method: Method) -> dict[str, object]:
+        return {
+            "data": self.data,
+            "setting": method.setting,
+            "steps": method.steps,
+            "solver": method.solver,
+            "batch": BATCH,
+            "calibrated_on": self.sweep.calibrated_on,
+            "checkpoints": self.networks.checkpoints,
+        }
+
+    def reference(self, artist: Artist, samples: int, run: int) -> Tensor:
+        """Images of the full network at many steps: drawn once, then read from disk."""
+        steps, full = self.sweep.reference_steps, self.networks.full
+        path = self.cache / f"{fingerprint(full)}-{steps}-{samples}-{run}.safetensors"
+        if not path.exists():
+            method = Method("reference", full, steps=steps, batch=BATCH)
+            images = artist.draw(method, *seeds_and_labels(run, samples, self.judge().classes)).images
+            write_tensors(path, {"images": images}, {})
+        return load_file(path)["images"]
+
+    def speed(self, chosen: list[Method]) -> None:
+        """Seconds of drawing one batch. The first variant, measured twice, is the full network."""
+        missing = [m for m in chosen if self.rows.find(SUITE, "speed", m.name, self.parameters(m)) is None]
+        if not missing:
+            return
+        say(f"{self.data}: seconds of {len(missing)} settings, {BATCH} samples at a time, one thread")
+        with threads(1):
+            given = seeds_and_labels(0, BATCH, self.judge().classes)
+            first = max((m for m in chosen if m.name == "fewer steps"), key=lambda m: m.steps)
+            variants: dict[str, Callable[[], object]] = {}
+            for method in [first, *(m for m in missing if m != first)]:
+                for way in ways(method):
+                    variants[title(method, way)] = timed(method, way, *given)
+            measured = interleave(
+                variants, self.sweep.repeats, warmup=0, limit=self.sweep.limit, label=f"{self.data}, seconds"
+            )
+            for method in missing:
+                way = min(ways(method), key=lambda way: measured.median(title(method, way)))
+                name = title(method, way)
+                self.rows.write(
+                    SUITE,
+                    "speed",
+                    method.name,
+                    self.parameters(method),
+                    dtype="float32",
+                    **measured.row(name),
+                    rounds=list(measured.times[name].samples),
+                    seconds_per_image=measured.median(name) / BATCH,
+                    way=way,
+                    other_way=next((measured.median(title(method, w)) for w in ways(method) if w != way), None),
+                )
+
+
+def ways(method: Method) -> tuple[str, ...]:
+    if not method.plain:
+        return (ENGINE,)
+    return (LOOP, ENGINE) if method.reuse == 1 else (LOOP,)
+
+
+def title(method: Method, way: str) -> str:
+    return f"{method.name}, {method.setting}, {method.solver}, {method.steps} steps, {way}"
+
+
+def timed(method: Method, way: str, seeds: Tensor, labels: Tensor) -> Callable[[], object]:
+    drawing = in_plain_loop if way == LOOP else in_engine
+    load(method.model)
+    return lambda: drawing(method, seeds, labels, BATCH)
+
+
+def done(method: Method, drawn: Drawn, run: int) -> dict[str, object]:
+    """Multiply-adds for an image, mean exit layer, and, of one run of rules that look at samples, who left where."""
+    model = load(method.model)
+    if drawn.macs is None:
+        macs = reuse.macs(model.backbone, method.steps, method.reuse)
+        whole = -(-method.steps // method.reuse) / method.steps
+        return {"macs": macs, "mean_exit_layer": model.layers * whole}
+    found = depth(drawn, model.layers)
+    result = {"macs": drawn.macs[0] / len(drawn.images), "mean_exit_layer": found["mean_exit_layer"]}
+    if method.name in (*OURS, "batch mean") and run == 0:
+        table = solver_from(method.solver).table(model.schedule, method.steps)
+        result |= {"exit_histogram": found["exit_histogram"], "times": [round(t, 1) for t in table.t.tolist()]}
+    return result

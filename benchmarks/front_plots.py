@@ -1,0 +1,151 @@
+"""One picture for each data set: quality against seconds and against multiply-adds, a line for each method, and where
+samples leave. From rows alone."""
+
+from collections.abc import Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from cells import select
+from fronts import HIGHER, SUITE, Point, data_sets, front, points
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import LogLocator, NullLocator
+from rows import Row
+
+COLOURS = {
+    "fewer steps": "black",
+    "plain network": "tab:red",
+    "shallow network": "tab:brown",
+    "fixed depth": "tab:orange",
+    "static table": "gold",
+    "DuoDiff": "tab:green",
+    "batch mean": "tab:pink",
+    "reuse": "tab:olive",
+    "ours, faithful": "tab:blue",
+    "ours, distribution": "tab:cyan",
+    "ours, one threshold": "navy",
+}
+COSTS = {"seconds": "ms per image, one thread", "macs": "million multiply-adds per image"}
+LABELS = {
+    "frechet": "Fréchet distance to real images",
+    "error": "squared error to the full network",
+    "accuracy": "share of images that are right",
+}
+SCALE = {"seconds": 1e3, "macs": 1e-6}
+SHOWN = {"ours, faithful": 3, "ours, distribution": 1, "ours, one threshold": 1, "batch mean": 1}  # panels of exits
+
+
+def pictures(rows: Sequence[Row]) -> dict[str, Figure]:
+    return {f"equal-seconds-{data}.png": picture(rows, data) for data in data_sets(rows)}
+
+
+def picture(rows: Sequence[Row], data: str) -> Figure:
+    found = points(rows, data)
+    timed = [point for point in found if point.seconds is not None]
+    axes_of = {"seconds": timed, "macs": found} if timed else {"macs": found}
+    maps = exit_maps(rows, data)
+    lines = len(axes_of)
+    figure = plt.figure(figsize=(14, 4.2 * lines + (3 if maps else 0)), layout="constrained")
+    above, *below = np.atleast_1d(
+        figure.subfigures(2 if maps else 1, 1, height_ratios=[4.2 * lines, 3] if maps else None)
+    )
+    axes = above.subplots(lines, len(LABELS), squeeze=False)
+    for line, (axis, own) in zip(axes, axes_of.items(), strict=True):
+        for panel, measure in zip(line, LABELS, strict=True):
+            _curves(panel, own, axis, measure)
+    handles: dict[str, object] = {}
+    for panel in axes.flat:
+        handles |= dict(zip(*panel.get_legend_handles_labels()[::-1], strict=True))
+    above.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, fontsize=9)
+    busy = any(not r["usable"] for r in select(rows, SUITE, "speed") if r["parameters"]["data"] == data)
+    above.suptitle(f"{data}: bars are 95 % intervals" + (" (!) timed on a busy machine" if busy else ""), fontsize=11)
+    for part in below:
+        _heat(part, maps)
+    return figure
+
+
+def _curves(panel: Axes, found: Sequence[Point], axis: str, measure: str) -> None:
+    scale = SCALE[axis]
+    others = front([point for point in found if not point.ours], axis, measure)
+    panel.plot(
+        [p.cost(axis) * scale for p in others],
+        [p.measures[measure].value for p in others],
+        color="lightgray",
+        linewidth=7,
+        solid_capstyle="round",
+        zorder=0,
+        label="front of all alternatives",
+    )
+    for method in sorted({p.method for p in found}, key=list(COLOURS).index):
+        own = [point for point in found if point.method == method]
+        best, colour = front(own, axis, measure), COLOURS[method]
+        panel.plot(
+            [p.cost(axis) * scale for p in own], [p.measures[measure].value for p in own], ".", color=colour, alpha=0.2
+        )
+        ours = method.startswith("ours")
+        panel.errorbar(
+            [p.cost(axis) * scale for p in best],
+            [p.measures[measure].value for p in best],
+            _bars([p.measures[measure] for p in best]),
+            fmt="o-" if ours else "s--",
+            markersize=4 if ours else 3,
+            linewidth=1.8 if ours else 1,
+            capsize=2,
+            elinewidth=0.8,
+            color=colour,
+            label=method,
+        )
+    panel.set(xlabel=COSTS[axis], ylabel=LABELS[measure], xscale="log")
+    if measure not in HIGHER:
+        panel.set_yscale("log")
+    for scaled in (panel.xaxis, panel.yaxis) if measure not in HIGHER else (panel.xaxis,):
+        scaled.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        scaled.set_major_formatter("{x:g}")
+        scaled.set_minor_locator(NullLocator())
+    panel.grid(alpha=0.3)
+
+
+def _bars(intervals: Sequence) -> np.ndarray:
+    """A bootstrap interval is not centred, but holds its estimate up to rounding."""
+    return np.array([[max(0, i.value - i.low) for i in intervals], [max(0, i.high - i.value) for i in intervals]])
+
+
+def exit_maps(rows: Sequence[Row], data: str) -> list[Row]:
+    """Of the last checkpoints and most steps, by the first solver: so many settings of each method as SHOWN."""
+    own = [r for r in select(rows, SUITE, "quality") if r["parameters"]["data"] == data and "exit_histogram" in r]
+    if not own:
+        return []
+    last = own[-1]["parameters"]["checkpoints"]
+    own = [r for r in own if r["parameters"]["checkpoints"] == last]
+    most = max(r["parameters"]["steps"] for r in own)
+    solver = own[0]["parameters"]["solver"]
+    own = [r for r in own if (r["parameters"]["steps"], r["parameters"]["solver"]) == (most, solver)]
+    chosen: list[Row] = []
+    for method, number in SHOWN.items():
+        mine = [row for row in own if row["variant"] == method]
+        places = np.linspace(0, len(mine) - 1, number) if number > 1 else [(len(mine) - 1) // 2]
+        chosen += [mine[i] for i in sorted({round(float(p)) for p in places})] if mine else []
+    return chosen
+
+
+def _heat(figure: SubFigure, rows: Sequence[Row]) -> None:
+    """Which share of the samples left after which block, by timestep."""
+    axes = figure.subplots(1, len(rows), squeeze=False, sharey=True)[0]
+    for axis, row in zip(axes, rows, strict=True):
+        histogram = np.array(row["exit_histogram"], dtype=float)  # [steps, layers]
+        share = histogram / histogram.sum(1, keepdims=True)
+        steps, layers = share.shape
+        map_ = axis.imshow(
+            share.T, origin="lower", aspect="auto", vmin=0, vmax=1, extent=(0.5, steps + 0.5, 0.5, layers + 0.5)
+        )
+        axis.plot(np.arange(1, steps + 1), share @ np.arange(1, layers + 1), color="white", linewidth=1.2)
+        ticks = np.linspace(0, steps - 1, min(5, steps)).round().astype(int)
+        axis.set_xticks(ticks + 1, [f"{row['times'][i]:.0f}" for i in ticks], fontsize=8)
+        axis.set_title(f"{row['variant']}\n{row['parameters']['setting']}", fontsize=9)
+        axis.set_xlabel("timestep", fontsize=9)
+    axes[0].set_ylabel(f"exit layer, {steps} steps")
+    figure.colorbar(map_, ax=list(axes), label="share of samples")

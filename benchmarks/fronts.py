@@ -1,0 +1,228 @@
+"""How good every method is at what it takes, and whether ours beats all others at equal seconds. From rows alone.
+
+A front holds the settings that no other one beats in both time and quality. Between two neighbours on it the measure is
+interpolated as a power of the time, as errors are of the number of steps; beyond its slow end it stays what it is.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from alternatives import OURS
+from cells import Table, number, select, warning, where
+from judges import share_interval
+from rows import Row
+
+from adadiff.evaluation.frechet import Interval, centred_interval
+
+SUITE = "quality"
+BY_BUDGET = ("ours, faithful", "ours, distribution")
+MEASURES = {"frechet": "Fréchet distance", "error": "squared error", "accuracy": "accuracy"}
+HIGHER = {"accuracy"}  # is better
+
+
+@dataclass(frozen=True)
+class Point:
+    """A setting. seconds of an image, and those of every round of timing; None and () where it was not timed.
+    draws: by measure, of the interval."""
+
+    method: str
+    setting: str | None
+    steps: int
+    solver: str
+    seconds: float | None
+    rounds: tuple[float, ...]
+    macs: float  # of an image
+    exit_layer: float
+    measures: dict[str, Interval]
+    draws: dict[str, np.ndarray]
+    psnr: float
+
+    @property
+    def ours(self) -> bool:
+        return self.method in OURS
+
+    def cost(self, axis: str) -> float:
+        """axis: "seconds" or "macs"."""
+        return self.seconds if axis == "seconds" else self.macs
+
+    def cost_draws(self, axis: str, n: int) -> np.ndarray:
+        """Float [n]: medians of rounds drawn with replacement, for all settings the same ones, as their speeds drift
+        together."""
+        if axis == "macs":
+            return np.full(n, self.macs)
+        rounds = np.array(self.rounds)
+        drawn = np.random.default_rng(len(rounds)).integers(len(rounds), size=(n, len(rounds)))
+        return np.median(rounds[drawn], axis=1) * self.seconds / np.median(rounds)
+
+
+def data_sets(rows: Iterable[Row]) -> list[str]:
+    return list(dict.fromkeys(row["parameters"]["data"] for row in select(rows, SUITE, "quality")))
+
+
+def points(rows: Sequence[Row], data: str) -> list[Point]:
+    """Of the last checkpoints measured, by the largest number of samples; runs are averaged."""
+    good = [row for row in select(rows, SUITE, "quality") if row["parameters"]["data"] == data]
+    if not good:
+        return []
+    last = good[-1]["parameters"]
+    good = [r for r in good if r["parameters"]["checkpoints"] == last["checkpoints"]]
+    most = max(r["parameters"]["samples"] for r in good)
+    timed = {setting_of(row): row for row in select(rows, SUITE, "speed")}
+    groups: dict[tuple, list[Row]] = {}
+    for row in good:
+        if row["parameters"]["samples"] == most:
+            groups.setdefault(setting_of(row), []).append(row)
+    return [_point(group, timed.get(key)) for key, group in groups.items()]
+
+
+def setting_of(row: Row) -> tuple[object, ...]:
+    given = row["parameters"]
+    names = ("data", "setting", "steps", "solver", "batch", "calibrated_on")
+    return row["variant"], *(given[name] for name in names), *given["checkpoints"]
+
+
+def _point(runs: Sequence[Row], speed: Row | None) -> Point:
+    row, mean = runs[0], lambda name: float(np.mean([float(run[name]) for run in runs]))
+    draws = {name: np.mean([run[f"{name}_draws"] for run in runs], axis=0) for name in ("frechet", "error")}
+    measures = {name: centred_interval(mean(name), torch.from_numpy(own)) for name, own in draws.items()}
+    samples = row["parameters"]["samples"] * len(runs)
+    measures["accuracy"] = Interval(*share_interval(mean("accuracy"), samples))
+    return Point(
+        method=row["variant"],
+        setting=row["parameters"]["setting"],
+        steps=row["parameters"]["steps"],
+        solver=row["parameters"]["solver"],
+        seconds=speed and speed["seconds_per_image"],
+        rounds=tuple(speed["rounds"]) if speed else (),
+        macs=mean("macs"),
+        exit_layer=mean("mean_exit_layer"),
+        measures=measures,
+        draws=draws,
+        psnr=mean("psnr_median"),
+    )
+
+
+def front(points: Iterable[Point], axis: str, measure: str) -> list[Point]:
+    """Those that nobody beats, cheapest first."""
+    sign = -1 if measure in HIGHER else 1
+    best: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.cost(axis), sign * p.measures[measure].value)):
+        if not best or sign * point.measures[measure].value < sign * best[-1].measures[measure].value:
+            best.append(point)
+    return best
+
+
+def over_front(point: Point, others: Sequence[Point], axis: str, measure: str) -> Interval | None:
+    """The point's measure over that of a front at the same cost; None where nothing on it is so cheap.
+
+    The interval holds what samples and rounds of timing leave open, resampled in pairs; not that the settings were
+    chosen by the same ones. measure: "frechet" or "error", all above zero.
+    """
+    n = len(point.draws[measure])
+    slower = next((i for i, other in enumerate(others) if other.cost(axis) >= point.cost(axis)), len(others))
+    if slower < len(others) and others[slower].cost(axis) == point.cost(axis):
+        beside = [others[slower]]
+    elif slower == 0:
+        return None
+    else:
+        beside = list(others[slower - 1 : slower + 1])
+    value = point.measures[measure].value / _between(
+        point.cost(axis), [p.cost(axis) for p in beside], [p.measures[measure].value for p in beside]
+    )
+    draws = point.draws[measure] / _between(
+        point.cost_draws(axis, n), [p.cost_draws(axis, n) for p in beside], [p.draws[measure] for p in beside]
+    )
+    return centred_interval(float(value), torch.from_numpy(draws))
+
+
+def _between(at: np.ndarray | float, costs: Sequence, values: Sequence) -> np.ndarray | float:
+    """The power law through two points, and nothing beyond them, or the value of the only one."""
+    if len(costs) == 1:
+        return values[0]
+    way, whole = np.log(at / costs[0]), np.log(costs[1] / costs[0])
+    # in some draws the two may have changed places, or be equal
+    share = np.clip(np.divide(way, whole, out=np.full_like(way, 0.5), where=whole != 0), 0, 1)
+    return values[0] * (values[1] / values[0]) ** share
+
+
+def verdict(ratio: Interval | None) -> str:
+    if ratio is None:
+        return "no other so fast"
+    if ratio.high < 1:
+        return "below"
+    return "above" if ratio.low > 1 else "undecided"
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    made = []
+    for data in data_sets(rows):
+        all_points = points(rows, data)
+        timed = [point for point in all_points if point.seconds is not None]
+        measured = [row for row in select(rows, SUITE, "speed") if row["parameters"]["data"] == data]
+        if timed:
+            made += [front_table(timed, measured, data, measure) for measure in ("frechet", "error")]
+            made.append(best_table(timed, measured, data))
+    return made
+
+
+def front_table(timed: Sequence[Point], measured: Sequence[Row], data: str, measure: str) -> Table:
+    """For every budget, and for one threshold for all, that setting of ours which does best against the others."""
+    others = front([point for point in timed if not point.ours], "seconds", measure)
+    groups: dict[str, list[Point]] = {}
+    for point in timed:
+        if point.ours:
+            groups.setdefault(point.setting if point.method in BY_BUDGET else "one threshold", []).append(point)
+    body = []
+    for name in sorted(groups):
+        ratios = {i: over_front(point, others, "seconds", measure) for i, point in enumerate(groups[name])}
+        i = min(ratios, key=lambda i: ratios[i].value if ratios[i] else 0.0)
+        point, ratio = groups[name][i], ratios[i]
+        body.append(
+            (
+                name,
+                point.method.removeprefix("ours, ") if point.method in BY_BUDGET else point.setting,
+                f"{point.steps}, {point.solver}",
+                number(point.seconds * 1e3, 2),
+                number(point.exit_layer, 2),
+                f"{point.measures[measure].value:.4g}",
+                f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})" if ratio else "",
+                verdict(ratio),
+            )
+        )
+    header = (
+        f"{data}, ours by budget", "aim", "steps", "ms/image", "exit layer", MEASURES[measure],
+        "over the others' front", "it lies",
+    )  # fmt: skip
+    note = (
+        "Over the others' front: ratio to the best of all alternatives at the same seconds, with its 95 % interval; "
+        "below 1 is better. Steps and aim: those of the budget that do best. "
+    )
+    return Table(where(measured), header, body, note + warning(measured))
+
+
+def best_table(timed: Sequence[Point], measured: Sequence[Row], data: str) -> Table:
+    """The settings that nobody beats in seconds and Fréchet distance."""
+    body = []
+    for point in front(timed, "seconds", "frechet"):
+        frechet, error = point.measures["frechet"], point.measures["error"]
+        body.append(
+            (
+                ", ".join(filter(None, (point.method, point.setting))),
+                f"{point.steps}, {point.solver}",
+                number(point.seconds * 1e3, 2),
+                number(point.macs / 1e6, 0),
+                number(point.exit_layer, 2),
+                f"{frechet.value:.3f} ({frechet.low:.3f} to {frechet.high:.3f})",
+                f"{error.value:.4g}",
+                number(point.psnr, 1),
+                number(point.measures["accuracy"].value, 1, percent=True),
+            )
+        )
+    header = (
+        f"{data}, best for their seconds", "steps", "ms/image", "million MACs", "exit layer", "Fréchet",
+        MEASURES["error"], "PSNR", "accuracy",
+    )  # fmt: skip
+    note = "Squared error and PSNR (dB, median): to the full network's images of the same noises at many steps. "
+    return Table(where(measured), header, body, note + warning(measured))

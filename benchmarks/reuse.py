@@ -1,0 +1,82 @@
+"""Layer-level reuse, a baseline: FORA (Selvaraju et al. 2024, arXiv 2407.01425), the inheritance of whole layers in
+A-SDM (arXiv 2406.00210). Every K-th evaluation runs all blocks; in between, what the attention and MLP branches of each
+block said at the last such one is added again, with the gates of the present timestep. Long skips, stem and head are
+always run, and norms with their branches only.
+"""
+
+import torch
+from torch import Tensor
+
+from adadiff.models.interface import Backbone, Block, Conditioning
+from adadiff_kernels import layer_norm
+
+
+class Reusing:
+    """Called like the network it is given, x, t, context, for one batch whose samples stand in lock step from their
+    first step on; evaluations 0, `every`, 2 `every`, ... are whole."""
+
+    def __init__(self, backbone: Backbone, every: int):
+        if type(every) is not int or every < 1:
+            raise ValueError(f"a whole evaluation comes every 1, 2, ... steps, got {every!r}")
+        self.backbone, self.every = backbone, every
+        self._kept: list[list[Tensor]] = []  # by block: what its branches said; one sum where they have no gates
+        self._calls = 0
+
+    def __call__(self, x: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
+        backbone, whole = self.backbone, self._calls % self.every == 0
+        keeping = whole and self.every > 1
+        self._calls += 1
+        rows, cond = backbone.begin(x, t, context)
+        lanes = torch.arange(len(x), dtype=torch.int32)
+        needed = {block.skip_from for block in backbone.blocks}
+        skips: dict[int, Tensor] = {}
+        if keeping:
+            self._kept = []
+        for number, block in enumerate(backbone.blocks):
+            fresh = block.skip_from is not None  # rows that nobody else reads
+            if fresh:
+                rows = block.join(rows, skips.pop(block.skip_from))
+            if whole:
+                said = []
+                for branch in block.branches:
+                    said.append(branch(layer_norm(rows, branch.norm(cond), lanes)))
+                    rows = _added(rows, said[-1], branch.gate(cond), fresh=False)
+                if keeping:
+                    self._kept.append(_kept(block, cond, said))
+            else:
+                rows = _reused(rows, block, cond, self._kept[number], fresh)
+            if number in needed:
+                skips[number] = rows
+        return backbone.head(rows[:, backbone.extras :], cond, lanes)
+
+
+def macs(backbone: Backbone, steps: int, every: int) -> int:
+    """Multiply-adds of one lane in so many evaluations; like the network's own they count products only."""
+    blocks = [block.macs(backbone.tokens) for block in backbone.blocks]
+    branches = min(blocks)  # of a block without a long skip
+    joins = sum(cost - branches for cost in blocks)
+    whole = -(-steps // every)
+    return steps * (sum(backbone.fixed_macs()) + joins) + whole * len(blocks) * branches
+
+
+def _kept(block: Block, cond: Conditioning, said: list[Tensor]) -> list[Tensor]:
+    if any(branch.gate(cond) is not None for branch in block.branches):
+        return said
+    first, *others = said
+    for other in others:
+        first.add_(other)
+    return [first]
+
+
+def _reused(rows: Tensor, block: Block, cond: Conditioning, kept: list[Tensor], fresh: bool) -> Tensor:
+    if len(kept) == 1:
+        return _added(rows, kept[0], None, fresh)
+    for branch, said in zip(block.branches, kept, strict=True):
+        rows, fresh = _added(rows, said, branch.gate(cond), fresh), True
+    return rows
+
+
+def _added(rows: Tensor, said: Tensor, gate: Tensor | None, fresh: bool) -> Tensor:
+    if gate is None:
+        return rows.add_(said) if fresh else rows + said
+    return rows.addcmul_(gate[:, None], said) if fresh else torch.addcmul(rows, gate[:, None], said)

@@ -1,0 +1,398 @@
+"""The comparison at equal seconds: its arithmetic by hand and by brute force, and the whole suite on tiny networks."""
+
+import dataclasses
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+
+import adadiff
+from adadiff.calibration.calibrating import work_of
+from adadiff.config import ModelConfig
+from adadiff.data.canvases import Canvases, follow_rules
+from adadiff.evaluation.frechet import Interval
+from adadiff.evaluation.quality import evaluate_samples
+from adadiff.exits import PAPER
+from adadiff.models.uvit import UViTConfig
+from adadiff.rules import Replay
+from adadiff.sampling.batch import Batch
+from adadiff.sampling.samples import Samples
+from sampler.tiny import scramble
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import alternatives
+import drawing
+import equal_seconds
+import front_plots
+import fronts
+import judges
+import plots
+import rows
+import run
+import tables
+
+SWEEP = dataclasses.replace(
+    alternatives.QUICK, steps=(3,), aims=("faithful",), calibrated_on=8, first=(1,), reference_steps=5, limit=1.0
+)
+RUN = {"samples": 40, "runs": 1, "processes": 1}
+
+
+def model(depth: int = 4, exits: bool = True, **changes: object) -> adadiff.Model:
+    network = UViTConfig(8, 1, 4, 8, depth, 2, num_classes=11)
+    made = adadiff.Model(ModelConfig(network, "linear", 10, PAPER if exits else None, **changes)).eval()
+    scramble(made, 0.3, seed=depth)
+    return made.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory: pytest.TempPathFactory) -> alternatives.Networks:
+    folder = tmp_path_factory.mktemp("networks")
+    for name, made in {"full": model(), "plain": model(exits=False), "shallow": model(2, exits=False)}.items():
+        adadiff.save(made, folder / f"{name}.safetensors")
+    return alternatives.Networks(*(str(folder / f"{name}.safetensors") for name in ("full", "plain", "shallow")))
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judges, "RESAMPLES", 5)
+    monkeypatch.setattr(judges, "REAL_CANVASES", 700)
+    monkeypatch.setattr(alternatives, "RECORDED", 20)
+    monkeypatch.setattr(alternatives, "RECORDED_STEPS", 6)
+
+
+# Fronts
+
+
+def point(method: str, seconds: float, frechet: float, setting: str | None = None, **more: object) -> fronts.Point:
+    """Every round and every draw as the value, unless said otherwise."""
+    given = {
+        "steps": 10,
+        "solver": "ddim",
+        "rounds": (seconds * 64,) * 3,
+        "macs": seconds * 1e9,
+        "exit_layer": 4.0,
+        "measures": {"frechet": Interval(frechet, frechet, frechet), "accuracy": Interval(0.5, 0.4, 0.6)},
+        "draws": {"frechet": np.full(4, frechet)},
+        "psnr": 20.0,
+    }
+    return fronts.Point(method=method, setting=setting, seconds=seconds, **{**given, **more})
+
+
+places = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=12)
+
+
+@settings(max_examples=40)
+@given(places)
+def test_a_front_holds_those_that_nobody_beats(given: list[tuple[int, int]]) -> None:
+    """In both, or in one with the other equal: whole numbers make for many ties."""
+    all_points = [point(str(i), float(x), float(y)) for i, (x, y) in enumerate(given)]
+    found = fronts.front(all_points, "seconds", "frechet")
+    unbeaten = {(x, y) for x, y in given if not any((a <= x and b <= y) and (a, b) != (x, y) for a, b in given)}
+    assert [(p.seconds, p.measures["frechet"].value) for p in found] == sorted(unbeaten)
+
+
+def test_where_more_is_better_the_front_rises() -> None:
+    shares = {1.0: 0.2, 2.0: 0.9, 3.0: 0.8}
+    given = [point("a", x, 1.0, measures={"accuracy": Interval(share, share, share)}) for x, share in shares.items()]
+    assert [p.seconds for p in fronts.front(given, "seconds", "accuracy")] == [1.0, 2.0]
+
+
+# On the way from (1 s, 8) to (4 s, 2) the distance falls as 8 over the seconds.
+OTHERS = [point("fewer steps", 1.0, 8.0), point("fewer steps", 4.0, 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "frechet", "ratio", "verdict"),
+    [
+        (2.0, 3.0, 0.75, "below"),
+        (2.0, 5.0, 1.25, "above"),
+        (1.0, 8.0, 1.0, "undecided"),  # as good as one that is there
+        (4.0, 1.0, 0.5, "below"),
+        (9.0, 3.0, 1.5, "above"),  # whoever has more time may take less
+        (0.5, 9.0, None, "no other so fast"),
+    ],
+)
+def test_over_the_front_by_hand(seconds: float, frechet: float, ratio: float | None, verdict: str) -> None:
+    found = fronts.over_front(point("ours, faithful", seconds, frechet), OTHERS, "seconds", "frechet")
+    assert fronts.verdict(found) == verdict
+    if ratio is None:
+        assert found is None
+    else:
+        assert (found.value, found.low, found.high) == pytest.approx((ratio,) * 3)
+
+
+def test_the_interval_holds_samples_and_rounds() -> None:
+    """Draws of the distance from 2.7 to 3.3, in pairs with those of the others, and rounds 10 % apart."""
+    wide = {"frechet": np.array([2.7, 3.3, 2.7, 3.3])}
+    ours = point("ours, faithful", 2.0, 3.0, draws=wide)
+    found = fronts.over_front(ours, OTHERS, "seconds", "frechet")
+    assert found.value == 0.75
+    assert (found.low, found.high) == pytest.approx((0.675, 0.825))
+    assert fronts.over_front(ours, [], "seconds", "frechet") is None
+    shared = [dataclasses.replace(p, draws={"frechet": wide["frechet"] * p.measures["frechet"].value}) for p in OTHERS]
+    paired = fronts.over_front(ours, shared, "seconds", "frechet")
+    assert (paired.low, paired.high) == pytest.approx((0.75, 0.75))
+    uncertain = dataclasses.replace(ours, draws={"frechet": np.full(200, 3.0)}, rounds=(1.8, 2.0, 2.2))
+    rest = [dataclasses.replace(p, draws={"frechet": np.full(200, p.measures["frechet"].value)}) for p in OTHERS]
+    timed = fronts.over_front(uncertain, rest, "seconds", "frechet")
+    assert timed.low < 0.75 < timed.high
+    assert fronts.over_front(uncertain, rest, "macs", "frechet").low == pytest.approx(0.75)
+
+
+def test_rounds_are_drawn_together() -> None:
+    """What all settings lose in a slow round cancels."""
+    one = point("a", 2.0, 1.0, rounds=(1.0, 2.0, 3.0)).cost_draws("seconds", 50)
+    other = point("b", 4.0, 1.0, rounds=(2.0, 4.0, 6.0)).cost_draws("seconds", 50)
+    assert len(set(one.tolist())) > 1
+    np.testing.assert_allclose(other, 2 * one)
+
+
+def test_neighbours_that_change_places_in_a_draw() -> None:
+    close = [
+        point("a", 1.0, 8.0, rounds=(0.9, 1.0, 1.1), draws={"frechet": np.full(50, 8.0)}),
+        point("b", 1.01, 2.0, rounds=(1.1, 1.01, 0.9), draws={"frechet": np.full(50, 2.0)}),
+    ]
+    ours = point("ours, faithful", 1.005, 4.0, rounds=(1.0, 1.005, 1.0), draws={"frechet": np.full(50, 4.0)})
+    found = fronts.over_front(ours, close, "seconds", "frechet")
+    assert 4 / 8 - 2 < found.low <= found.value <= found.high < 4 / 2 + 2  # finite, within what the two can make of it
+
+
+# Judges
+
+
+def test_the_digits_judge_says_what_evaluation_says() -> None:
+    torch.manual_seed(0)
+    images, labels = torch.randn(60, 1, 8, 8).clamp(-1.5, 1.5), torch.arange(60) % 10
+    reference = images + 0.1 * torch.randn_like(images)
+    found = judges.judge_of("digits", (1, 8, 8), 10).measure(images, labels, reference)
+    wanted = evaluate_samples(images, labels, paired=reference, resamples=5)
+    for name in ("frechet", "frechet_low", "frechet_high", "accuracy", "psnr_median"):
+        assert found[name] == pytest.approx(getattr(wanted, name), rel=1e-6)
+    error = ((images.clamp(-1, 1) - reference.clamp(-1, 1)) ** 2).mean()
+    assert found["error"] == pytest.approx(float(error), rel=1e-5)
+    assert found["error_low"] <= found["error"] <= found["error_high"]
+    assert len(found["frechet_draws"]) == len(found["error_draws"]) == 5
+    json.dumps(found, allow_nan=False)
+
+
+def test_the_canvases_judge_goes_by_their_rules() -> None:
+    judge = judges.judge_of("canvases", (1, 16, 16), 14)
+    labels = torch.arange(42) % 14
+    images, _ = Canvases(2).draw(42, "test", seed=5, labels=labels)
+    found = judge.measure(images, labels, images)
+    wrong = judge.measure(images, labels.roll(1), images)
+    assert found["accuracy"] == pytest.approx(float(follow_rules(images, labels).double().mean()))
+    assert found["accuracy"] > 0.8
+    assert wrong["accuracy"] < 0.2
+    assert (found["error"], found["psnr_median"]) == (0.0, "inf")
+    assert judge.measure(-images, labels, images)["frechet"] > 3 * found["frechet"]
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 5), (3, 7), (50, 50), (990, 1000)])
+def test_intervals_of_shares(right: int, n: int) -> None:
+    share, low, high = judges.share_interval(right / n, n)
+    wanted = binomtest(right, n).proportion_ci(method="wilson")
+    assert share == right / n
+    assert (low, high) == pytest.approx((wanted.low, wanted.high), abs=1e-6)
+
+
+def test_data_that_nobody_can_judge() -> None:
+    with pytest.raises(ValueError, match="there are digits, canvases"):
+        judges.judge_of("faces", (1, 8, 8), 10)
+    with pytest.raises(ValueError, match=r"the model draws \(1, 8, 8\) in 14"):
+        judges.judge_of("canvases", (1, 8, 8), 14)
+
+
+# Methods
+
+
+def test_single_thresholds_meet_the_share_along_the_full_way(networks: alternatives.Networks) -> None:
+    """Counted again in a loop, over what the UEMs say when the full network is run."""
+    shares = (0.45, 0.8)
+    own = model()
+    seeds = range(alternatives.CALIBRATION_SEED, alternatives.CALIBRATION_SEED + 20)
+    scores = []
+
+    def watched(*given: object, **options: object) -> adadiff.Evaluation:
+        result = adadiff.evaluate(*given, **{**options, "record": True})
+        scores.append(result.scores)
+        return result
+
+    batch = Batch(own, 20, evaluate=watched)
+    given = {"steps": 6, "seeds": seeds, "labels": [i % 10 for i in range(20)]}
+    given |= {"rule": Replay(), "thresholds": [5.0] * 20}  # nobody leaves, everybody is scored
+    batch.admit(Samples.of(own, 20, **given), torch.arange(20))
+    while batch.count:
+        batch.take(batch.tick().done)
+    for first, by_mean in ((1, False), (2, False), (1, True)):
+        found = alternatives.single_thresholds(networks.full, shares, first, by_mean)
+        values = torch.stack(scores)[:, :-1].mean(2) if by_mean else torch.stack(scores)[:, :-1]
+        tried = [share_spent(own, scores, float(theta), first, by_mean) for theta in values.flatten()[::7]]
+        for theta, share in zip(found, shares[::-1], strict=True):
+            off = abs(share_spent(own, scores, theta, first, by_mean) - share)
+            assert off <= min(abs(other - share) for other in tried) + 0.02
+
+
+def share_spent(own: adadiff.Model, scores: list[torch.Tensor], theta: float, first: int, by_mean: bool) -> float:
+    """scores: [L, lanes] at each evaluation."""
+    work, spent = work_of(own), []
+    for u in scores:
+        seen = u[:-1].mean(1, keepdim=True).expand(-1, u.shape[1]) if by_mean else u[:-1]
+        for lane in seen.T.tolist():
+            left = next((k for k in range(first - 1, 4) if lane[k] < theta), 4)
+            asked = min(left, 3) - first + 2
+            spent.append((float(work.leaving[left]) + work.score * asked) / work.full)
+    return float(np.mean(spent))
+
+
+def test_every_method_draws_what_the_sampler_draws(networks: alternatives.Networks) -> None:
+    seeds, labels = drawing.seeds_and_labels(1, 6)
+    given = {"steps": 4, "solver": "dpm++2m", "seeds": seeds, "labels": labels}
+    full, shallow = drawing.load(networks.full), drawing.load(networks.shallow)
+    common = {"steps": 4, "solver": "dpm++2m", "batch": 4}
+    wanted, report = adadiff.sample(full, 6, early_model=shallow, t_switch=500.0, **given)
+    duo = drawing.Method("DuoDiff", networks.full, early_model=networks.shallow, t_switch=500.0, **common)
+    drawn = drawing.draw(duo, seeds, labels)
+    torch.testing.assert_close(drawn.images, wanted, rtol=1e-4, atol=1e-4)
+    assert drawn.macs == (report.macs, report.macs_full)
+    plain = drawing.Method("fewer steps", networks.full, **common)
+    torch.testing.assert_close(
+        drawing.draw(plain, seeds, labels).images, adadiff.sample(full, 6, **given)[0], rtol=1e-4, atol=1e-4
+    )
+    loop = drawing.draw(dataclasses.replace(plain, reuse=2), seeds, labels).images
+    assert float((loop - drawing.draw(plain, seeds, labels).images).abs().max()) > 1e-3
+
+
+def test_networks_that_cannot_be_compared(networks: alternatives.Networks, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no exits to leave by"):
+        dataclasses.replace(networks, full=networks.plain).check()
+    other = tmp_path / "other.safetensors"
+    adadiff.save(model(2, exits=False, latent_scale=0.5), other)
+    with pytest.raises(ValueError, match="do not draw the same"):
+        dataclasses.replace(networks, shallow=str(other)).check()
+    with pytest.raises(ValueError, match="canvases are"):
+        equal_seconds.Comparison(rows.Rows(tmp_path), "canvases", networks, SWEEP)
+    with pytest.raises(ValueError, match="fewer than the 5"):
+        dataclasses.replace(SWEEP, steps=(3, 5))
+
+
+def test_the_networks_that_are_taken_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert alternatives.default_networks("digits") == alternatives.Networks("digits", "digits_plain", None)
+    monkeypatch.setattr(alternatives, "find", lambda name: adadiff.load("nobody"))
+    with pytest.raises(ValueError, match="adadiff train canvases"):
+        alternatives.default_networks("canvases")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "runs" / "digits_shallow" / "model.safetensors"
+    adadiff.save(model(2, exits=False), file)
+    assert alternatives.default_networks("digits").shallow == "runs/digits_shallow/model.safetensors"
+
+
+@pytest.mark.parametrize("argument", ["deep=x", "full", "--steps 6,x", "--budgets a"])
+def test_arguments_that_do_not_fit(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+    option = argument.split() if argument.startswith("--") else ["--models", argument]
+    with pytest.raises(SystemExit):
+        run.arguments(["--suite", "quality", *option])
+    assert "error" in capsys.readouterr().err
+
+
+# The suite
+
+
+def test_the_whole_suite_and_its_resumption(
+    networks: alternatives.Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compare(timing: bool = True) -> list[rows.Row]:
+        file = rows.Rows(tmp_path)
+        equal_seconds.Comparison(file, "digits", networks, SWEEP).run(**RUN, timing=timing)
+        return file.rows
+
+    drawn = compare(timing=False)
+    assert {row["kind"] for row in drawn} == {"quality"}
+    assert (tmp_path / "reliability-digits.png").read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in plots.draw(drawn, tmp_path)] == ["equal-seconds-digits.png"]
+    monkeypatch.setattr(drawing, "_draw_arrays", lambda *_: pytest.fail("drew what the file has"))
+    monkeypatch.setattr(alternatives, "_calibrate", lambda *_: pytest.fail("calibrated what the file has"))
+    measured = compare()
+    assert measured[: len(drawn)] == drawn
+    names = {row["variant"] for row in drawn}
+    assert names == set(front_plots.COLOURS) - {"ours, distribution"}
+    by_key = {(row["kind"], fronts.setting_of(row)): row for row in measured}
+    assert len(by_key) == len(measured) == 2 * len(drawn)
+    check_rows({row["variant"]: row for row in drawn}, networks)
+    check_speed([row for row in measured if row["kind"] == "speed"])
+    check_pages(measured, tmp_path)
+
+    monkeypatch.undo()
+    monkeypatch.setattr(judges, "RESAMPLES", 5)  # the thresholds are remembered
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_text("".join(lines[:2] + lines[3:-1]))
+    again = compare()
+    assert [row["variant"] for row in again[-2:]] == [measured[2]["variant"], measured[-1]["variant"]]
+    assert again[-2]["frechet"] == measured[2]["frechet"]
+
+
+def check_rows(by_name: dict[str, rows.Row], networks: alternatives.Networks) -> None:
+    full, shallow = drawing.load(networks.full), drawing.load(networks.shallow)
+    cost = {name: int(work_of_whole(made)) for name, made in (("full", full), ("shallow", shallow))}
+    assert by_name["fewer steps"]["macs"] == 3 * cost["full"]
+    assert by_name["shallow network"]["macs"] == 3 * cost["shallow"]
+    assert (by_name["shallow network"]["mean_exit_layer"], by_name["plain network"]["mean_exit_layer"]) == (3.0, 5.0)
+    assert by_name["DuoDiff"]["macs"] == 2 * cost["shallow"] + cost["full"]  # at 999, 666 and 333, switched at 600
+    assert by_name["fixed depth"]["mean_exit_layer"] == 3.0
+    for name in ("static table", "ours, faithful"):
+        assert 0.35 * 3 * cost["full"] < by_name[name]["macs"] < 0.85 * 3 * cost["full"]
+    histogram = torch.tensor(by_name["ours, faithful"]["exit_histogram"])
+    assert histogram.sum(1).tolist() == [40] * 3
+    mean = float((histogram.double() @ torch.arange(1.0, 6.0, dtype=torch.float64)).sum() / 120)
+    assert by_name["ours, faithful"]["mean_exit_layer"] == pytest.approx(mean)
+    assert len(by_name["ours, faithful"]["times"]) == 3
+    assert "exit_histogram" not in by_name["static table"]
+    seeds, labels = drawing.seeds_and_labels(0, 40)
+    reference, _ = adadiff.sample(full, 40, steps=5, seeds=seeds, labels=labels)
+    images, _ = adadiff.sample(full, 40, steps=3, seeds=seeds, labels=labels)
+    error = float((images.clamp(-1, 1) - reference.clamp(-1, 1)).square().mean())
+    assert by_name["fewer steps"]["error"] == pytest.approx(error, rel=1e-3)
+
+
+def work_of_whole(made: adadiff.Model) -> int:
+    network = made.backbone
+    return sum(block.macs(network.tokens) for block in network.blocks) + sum(network.fixed_macs())
+
+
+def check_speed(speed: list[rows.Row]) -> None:
+    for row in speed:
+        assert row["threads"] == 1
+        assert row["seconds_per_image"] == pytest.approx(row["seconds"]["median"] / 64)
+        assert len(row["rounds"]) == row["seconds"]["n"] >= 3
+        twice = row["variant"] in ("fewer steps", "plain network", "shallow network")
+        assert (row["other_way"] is not None) == twice
+        if twice:
+            assert row["seconds"]["median"] <= row["other_way"]
+        assert row["way"] == "loop" or row["variant"] != "reuse"
+
+
+def check_pages(measured: list[rows.Row], folder: Path) -> None:
+    found = {table.header[0]: table for table in tables.all_tables(measured)}
+    assert set(found) == {"digits, ours by budget", "digits, best for their seconds"}
+    text = [tables.plain(table) for table in tables.all_tables(measured)]
+    assert "Fréchet distance" in text[0]
+    assert "squared error" in text[1]
+    assert [line[0] for line in found["digits, ours by budget"].body] == ["0.6", "one threshold"]
+    words = {"below", "above", "undecided", "no other so fast"}
+    assert {line[-1] for line in found["digits, ours by budget"].body} <= words
+    shown = front_plots.picture(measured, "digits")
+    curves = [axis for part in shown.subfigs for axis in part.axes if axis.get_xscale() == "log"]
+    assert len(curves) == 6
+    labels = list(itertools.chain.from_iterable(axis.get_legend_handles_labels()[1] for axis in curves))
+    assert all(labels.count(name) == 6 for name in {row["variant"] for row in measured})
+    assert [p.name for p in plots.draw(measured, folder)] == ["equal-seconds-digits.png"]
