@@ -71,11 +71,12 @@ def table(found: Found) -> str:
     lines = [
         "## csrc/compact.cu",
         "",
-        f"Compiled by nvcc {PINNED}. Registers, bytes of stack and of spills a thread; bytes of shared memory a block of up",
-        f"to {THREADS} threads.",
+        f"Compiled by nvcc {PINNED}. Registers, stack and spills in bytes a thread; bytes of shared memory a block of",
+        f"up to {THREADS} threads.",
         "",
         f"| kernel | sm | {' | '.join(COLUMNS)} |",
         f"| --- {'| ---: ' * (1 + len(COLUMNS))}|",
     ]
-    lines += [f"| {kernel} | {chip} | {' | '.join(map(str, astuple(taken)))} |" for (kernel, chip), taken in found.items()]
+    for (kernel, chip), taken in found.items():
+        lines.append(f"| {kernel} | {chip} | {' | '.join(map(str, astuple(taken)))} |")
     return "\n".join(lines) + "\n"
