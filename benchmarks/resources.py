@@ -1,6 +1,6 @@
 """Compiles the kernels for GPUs that need not be there, and reads registers, memory and loads from what comes out.
 
-python benchmarks/resources.py            writes benchmarks/results/resources.md, under the pinned Triton only
+python benchmarks/resources.py            writes benchmarks/results/resources.md, under the pinned Triton and nvcc only
 
 Each variant is what a launcher asks for at a real shape: the launcher runs on tensors without memory, and what it
 would have launched is compiled instead.
@@ -20,6 +20,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import cuda_resources
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,7 +111,7 @@ def saves(T: int, D: int, dtype: torch.dtype) -> None:
 
 
 def step(size: int, dtype: torch.dtype, everything: bool) -> None:
-    """A solver step of 64 samples of [4, size, size]: guided, noisy, with history; or of DDIM."""
+    """A solver step of 64 samples of [4, size, size]: guided in some channels, noisy, with history; or of DDIM."""
     from adadiff_kernels.solver_step import Guidance, Noise, SolverState, StepRows
     from adadiff_kernels.triton_solver_step import launch_solver_step
 
@@ -122,7 +123,7 @@ def step(size: int, dtype: torch.dtype, everything: bool) -> None:
         launch_solver_step(SolverState(tensor(*shape)), eps, rows)
         return
     state = SolverState(tensor(*shape), tensor(*shape), tensor(64, 2, *shape[1:]))
-    guidance, noise = Guidance(eps, whole, tensor(64)), Noise(whole, whole, 1)
+    guidance, noise = Guidance(eps, whole, tensor(64), whole), Noise(whole, whole, 1)
     launch_solver_step(state, eps, rows, whole, variance=eps, guidance=guidance, noise=noise)
 
 
@@ -277,10 +278,13 @@ def table(found: dict[Variant, Resources]) -> str:
 
 
 def main() -> None:
-    installed = importlib.metadata.version("triton")
+    installed, nvcc = importlib.metadata.version("triton"), cuda_resources.nvcc()
     if installed != PINNED:
         sys.exit(f"the table is that of Triton {PINNED}, got {installed}: pip install triton=={PINNED}")
-    text = table(compile_all(variants()))
+    release = None if nvcc is None else cuda_resources.release(nvcc)
+    if release != cuda_resources.PINNED:
+        sys.exit(f"the table is that of nvcc {cuda_resources.PINNED}, got {release or 'none'}; put it on PATH")
+    text = table(compile_all(variants())) + "\n" + cuda_resources.table(cuda_resources.compile_all(nvcc))
     temporary = TABLE.with_suffix(".tmp")
     temporary.write_text(text)
     temporary.replace(TABLE)

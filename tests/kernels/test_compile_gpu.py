@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import cuda_resources
 import resources
 from resources import CASES, FUSED, PINNED, SHARED, TABLE, Resources, Variant
 
@@ -66,4 +67,29 @@ def test_rows_move_in_16_bytes(found: dict[Variant, Resources], case: str) -> No
 def test_nothing_has_changed_since_the_table_was_written(found: dict[Variant, Resources]) -> None:
     if importlib.metadata.version("triton") != PINNED:
         pytest.skip(f"the table is that of Triton {PINNED}")
-    assert resources.table(found) == TABLE.read_text(), "make resources, and look at the difference"
+    kept, _, _ = TABLE.read_text().partition("\n## ")
+    assert resources.table(found) == kept, "make resources, and look at the difference"
+
+
+@pytest.fixture(scope="module")
+def compaction() -> cuda_resources.Found:
+    if (nvcc := cuda_resources.nvcc()) is None:
+        pytest.skip("there is no nvcc")
+    return cuda_resources.compile_all(nvcc)
+
+
+@pytest.mark.slow
+def test_compaction_spills_nothing_and_a_whole_block_fits(compaction: cuda_resources.Found) -> None:
+    assert {(kernel, chip) for kernel in cuda_resources.KERNELS for chip in (80, 90)} <= set(compaction)
+    for place, taken in compaction.items():
+        assert taken.stack == taken.spill_stores == taken.spill_loads == 0, place
+        assert 0 < taken.registers * cuda_resources.THREADS <= cuda_resources.FILE, place
+        assert taken.shared <= 48 * 1024, place  # more would have to be asked for
+
+
+@pytest.mark.slow
+def test_compaction_has_not_changed_since_the_table_was_written(compaction: cuda_resources.Found) -> None:
+    if cuda_resources.release(cuda_resources.nvcc()) != cuda_resources.PINNED:
+        pytest.skip(f"the table is that of nvcc {cuda_resources.PINNED}")
+    text = cuda_resources.table(compaction)
+    assert TABLE.read_text().endswith(f"\n\n{text}"), "make resources, and look at the difference"
