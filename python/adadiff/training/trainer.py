@@ -21,7 +21,7 @@ from ..exits import all_layers
 from ..model import Model
 from ..output.pictures import CHANNELS
 from .config import TrainConfig, learning_rate
-from .losses import loss_named
+from .losses import VarianceLoss, loss_named
 from .processes import Processes
 from .run_folder import MODEL, STATE, RunFolder
 
@@ -34,6 +34,7 @@ class Objective(nn.Module):
     def __init__(self, model: Model, config: TrainConfig):
         super().__init__()
         self.model, self._loss = model, loss_named(config.loss)
+        self.variance = VarianceLoss(model.schedule) if model.backbone.learned_variance else None
         self._weights = config.uem_weight, config.ual_weight
         self._half = config.precision == "bfloat16"
 
@@ -42,15 +43,22 @@ class Objective(nn.Module):
         backbone, exits = self.model.backbone, self.model.exits
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self._half):
             if exits is None:
-                predictions, scores = [backbone(x, t, labels)], []
+                prediction, *variances = backbone(x, t, labels).split(x.shape[1], dim=1)
+                predictions, scores = [prediction], []
             else:
-                predictions, scores = all_layers(backbone, exits, x, t, labels)
+                predictions, scores, variances = all_layers(backbone, exits, x, t, labels)
         predictions = [prediction.float() for prediction in predictions]
         if exits is None:
             loss = F.mse_loss(predictions[0], noise)
-            return loss, {"simple": loss.detach()}
-        terms = self._loss(predictions, scores, noise, backbone.patchify, *self._weights)
-        return terms.total, {name: getattr(terms, name) for name in ("simple", "uem", "ual", "errors", "relative")}
+            logged = {"simple": loss.detach()}
+        else:
+            terms = self._loss(predictions, scores, noise, backbone.patchify, *self._weights)
+            loss = terms.total
+            logged = {name: getattr(terms, name) for name in ("simple", "uem", "ual", "errors", "relative")}
+        if self.variance is not None:
+            variance = self.variance([v.float() for v in variances], predictions[-1], noise, t)
+            loss, logged["variance"] = loss + variance.sum(), variance.detach()
+        return loss, logged
 
 
 class Trainer:
