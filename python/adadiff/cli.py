@@ -14,6 +14,8 @@ from typing import Any
 from . import __version__, commands
 from .calibration.calibrating import AIMS, CALIBRATION_SEED
 from .conversion import convert as conversion
+from .data import datasets
+from .pipelines.text import CLIP
 from .training.config import CHOICES, TrainConfig, shipped
 
 EXAMPLES = {
@@ -56,7 +58,8 @@ SOLVER_HELP = (
 )
 TRAIN_HELP = {
     "preset": "the network",
-    "data": "what it is trained on: digits, or canvases, also as in canvases:side=3,hard=0.75,n=50000",
+    "data": "what it is trained on: digits; canvases, also as in canvases:side=3,hard=0.75,n=50000; or files of yours, "
+    f"as in cifar10:FOLDER: {', '.join(datasets.NAMES)}",
     "network": "settings of the preset's network to change, as in depth=2 dim=96",
     "exits": "train the network together with its exits, or alone",
     "exit_options": "settings of the exits to change, as in head=mlp shared_head=false",

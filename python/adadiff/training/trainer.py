@@ -20,6 +20,7 @@ from ..data import sources
 from ..exits import all_layers
 from ..model import Model
 from ..output.pictures import CHANNELS
+from ..pipelines.latents import draw_latents
 from .config import TrainConfig, learning_rate
 from .losses import VarianceLoss, loss_named
 from .processes import Processes
@@ -78,7 +79,7 @@ class Trainer:
                 f"a batch of {config.batch} does not part into {config.accumulate} equal parts for each of "
                 f"{self.processes.world} processes"
             )
-        self.images, self.labels = sources.load(config.data)
+        self.data = sources.load(config.data)
         self._check_data()
         torch.manual_seed(config.seed)
         self.model = start_model(config)
@@ -93,13 +94,17 @@ class Trainer:
             self._resume(*state)
 
     def _check_data(self) -> None:
-        model, network = self.config.model, self.config.model.network
-        shape, classes = tuple(self.images.shape[1:]), int(self.labels.max()) + 1
+        data, model, network = self.data, self.config.model, self.config.model.network
+        shape = data.shape
+        if data.moments:
+            if model.latent_scale is None:
+                raise ValueError(f"data {self.config.data!r} is latents, but {self.config.preset!r} draws images")
+            shape = (shape[0] // 2, *shape[1:])
         wanted = (network.channels, network.image_size, network.image_size)
-        if shape != wanted or (network.num_classes and classes > model.classes):
+        if shape != wanted or (network.num_classes and not 1 <= data.classes <= model.classes):
             raise ValueError(
-                f"data {self.config.data!r} is {'x'.join(map(str, shape))} in {classes} classes, but the network draws "
-                f"{'x'.join(map(str, wanted))} in {model.classes}; choose data, preset and network that agree"
+                f"data {self.config.data!r} is {'x'.join(map(str, shape))} in {data.classes} classes, but the network "
+                f"draws {'x'.join(map(str, wanted))} in {model.classes}; choose data, preset and network that agree"
             )
         if self.config.sample_every and shape[0] not in CHANNELS:
             raise ValueError(f"there are no pictures of {shape[0]} channels; set sample_every to 0")
@@ -108,17 +113,20 @@ class Trainer:
         """This process's share of update `step`, one of `accumulate` parts: x, t, labels and noise, see `Objective`."""
         config, model = self.config, self.config.model
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        pick = torch.randint(len(self.images), (config.batch,), generator=generator)
+        pick = torch.randint(len(self.data), (config.batch,), generator=generator)
         drop = torch.rand(config.batch, generator=generator) < config.label_drop
         u = torch.rand(config.batch, generator=generator, dtype=torch.float64)
         t, alpha_bar = self.model.schedule.training_times(u)
-        noise = torch.randn(config.batch, *self.images.shape[1:], generator=generator)
+        noise = torch.randn(config.batch, *self.model.backbone.sample_shape, generator=generator)
         first = (self.processes.rank * config.accumulate + part) * self._part
         own = slice(first, first + self._part)
-        x0, labels = self.images[pick[own]], None
-        if model.network.num_classes:
-            labels = self.labels[pick[own]]
-            labels = labels if model.null_label is None else labels.masked_fill(drop[own], model.null_label)
+        x0, labels = self.data.batch(pick[own])
+        if self.data.moments:
+            x0 = draw_latents(x0, torch.randn(noise.shape, generator=generator)[own], model.latent_scale)
+        if not model.network.num_classes:
+            labels = None
+        elif model.null_label is not None:
+            labels = labels.masked_fill(drop[own], model.null_label)
         t, alpha_bar, noise = t[own].float(), alpha_bar[own].float()[:, None, None, None], noise[own]
         x = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
         device = self.processes.device
