@@ -3,6 +3,7 @@
 python benchmarks/run.py [--quick]            both suites, short: under 8 minutes (90 s) on 2 cores
 python benchmarks/run.py --suite network      U-ViT-S/2 at batch 8 and 64, both dtypes, compiled baseline
 python benchmarks/run.py --suite serving      throughput and latency of continuous batching: 50 minutes (--quick: 1)
+python benchmarks/run.py --suite models       every published network: on a GPU all, on a CPU the small ones
 python benchmarks/run.py --suite digits --samples 10000 --seeds 3 --quality-only --out DIR
 """
 
@@ -14,9 +15,11 @@ from pathlib import Path
 import digits
 import network
 import plots
+import presets
 import quality
 import serving
 import torch
+from gpu.session import gpu_facts
 from harness import threads
 from network import Setting
 from rows import ROOT, Rows, cores, machine, say
@@ -27,9 +30,10 @@ OUT = ROOT / "benchmarks" / "out"
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=("default", "digits", "network", "serving"), default="default")
+    parser.add_argument("--suite", choices=("default", "digits", "network", "serving", "models"), default="default")
     parser.add_argument("--quick", action="store_true", help="few repeats, few samples: shows that it works")
     parser.add_argument("--out", type=Path, help="folder for rows and pictures (default: benchmarks/out/DATE)")
+    parser.add_argument("--presets", help="of the suite models, separated by commas (quick: digits)")
     parser.add_argument("--samples", type=_positive, help="digits drawn by each method (default: 1000; quick: 200)")
     parser.add_argument("--seeds", type=_positive, default=1, help="independent runs of so many samples (default: 1)")
     parser.add_argument("--processes", type=_positive, default=cores(), help="that draw digits, one thread each")
@@ -37,8 +41,14 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--quality-only", action="store_true", help="no timing; rows that --out has are not drawn again"
     )
     chosen = parser.parse_args(argv)
-    if chosen.quality_only and chosen.suite in ("network", "serving"):
+    if chosen.quality_only and chosen.suite in ("network", "serving", "models"):
         parser.error(f"the suite {chosen.suite} measures no quality; use --suite digits")
+    if chosen.presets is not None and chosen.suite != "models":
+        parser.error("--presets are those of --suite models")
+    try:
+        chosen.models = preset_setting(chosen)
+    except ValueError as error:
+        parser.error(str(error))
     chosen.samples = chosen.samples or (200 if chosen.quick else 1000)
     chosen.out = chosen.out or OUT / datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
     return chosen
@@ -53,7 +63,8 @@ def _positive(text: str) -> int:
 def main() -> None:
     chosen = arguments()
     try:
-        rows = Rows(chosen.out)
+        cuda = chosen.suite == "models" and chosen.models.device.type == "cuda"
+        rows = Rows(chosen.out, gpu_facts() if cuda else None)
     except ValueError as error:
         sys.exit(f"run.py: {error}")
     say("  ".join(f"{name}: {value}" for name, value in machine().items()))
@@ -62,6 +73,8 @@ def main() -> None:
     try:
         if chosen.suite == "serving":
             serving.run(rows, serving.QUICK if chosen.quick else serving.FULL)
+        if chosen.suite == "models":
+            presets.run(rows, chosen.models)
         if chosen.suite in ("default", "digits"):
             measure_digits(rows, chosen)
         if chosen.suite in ("default", "network") and not chosen.quality_only:
@@ -101,6 +114,14 @@ def measure_digits(rows: Rows, chosen: argparse.Namespace) -> None:
         runs=chosen.seeds,
         processes=chosen.processes,
     )
+
+
+def preset_setting(chosen: argparse.Namespace) -> presets.Setting:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    names = None if chosen.presets is None else chosen.presets.split(",")
+    if chosen.quick:
+        return presets.Setting(device, names or ["digits"], repeats=2, limit=20)
+    return presets.Setting(device, names)
 
 
 def network_settings(chosen: argparse.Namespace) -> list[Setting]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import serving_tables
 from cells import Table, number, select, warning, where
+from preset_tables import models
 from rows import Row, key
 
 from adadiff.evaluation.frechet import Interval, seed_interval
@@ -52,7 +53,7 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 
 def all_tables(rows: Iterable[Row]) -> list[Table]:
     rows = latest(rows)
-    makers = (digits, overhead, network, *serving_tables.ALL, *gpu_tables.ALL)
+    makers = (digits, overhead, network, *serving_tables.ALL, models, *gpu_tables.ALL)
     return [table for make in makers for table in make(rows) if table.body]
 
 
