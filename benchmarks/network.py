@@ -184,7 +184,7 @@ def counts_by_kind(model: Model, counts: Sequence[Sequence[int]]) -> dict[str, s
 
 
 def compile_network(
-    model: Model, x: Tensor, t: Tensor
+    model: Model, *inputs: Tensor | None
 ) -> tuple[Callable[..., Tensor] | None, Callable[..., Tensor] | None]:
     """The network for fixed batch sizes and its blocks for any, compiled; None where that fails."""
     torch.compiler.reset()
@@ -192,7 +192,7 @@ def compile_network(
     block = torch.compile(run_block, dynamic=True)
     try:
         with torch.inference_mode():
-            network(x, t)
+            network(*inputs)
             return network, block
     except (RuntimeError, OSError) as error:  # Inductor and a missing compiler raise both
         say(f"torch.compile fails here; the compiled baseline is left out: {str(error).splitlines()[0]}")

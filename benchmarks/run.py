@@ -4,6 +4,7 @@ python benchmarks/run.py [--quick]            both suites, short: under 8 minute
 python benchmarks/run.py --suite network      U-ViT-S/2 at batch 8 and 64, both dtypes, compiled baseline
 python benchmarks/run.py --suite serving      throughput and latency of continuous batching: 50 minutes (--quick: 1)
 python benchmarks/run.py --suite quality --data canvases     every method over its range, at equal seconds: 20 minutes
+python benchmarks/run.py --suite models       every published network: on a GPU all, on a CPU the small ones
 python benchmarks/run.py --suite digits --samples 10000 --seeds 3 --quality-only --out DIR
 """
 
@@ -16,11 +17,13 @@ from pathlib import Path
 import digits
 import network
 import plots
+import presets
 import quality
 import serving
 import torch
 from alternatives import COARSE, QUICK, Networks, Sweep, default_networks
 from equal_seconds import Comparison
+from gpu.session import gpu_facts
 from harness import threads
 from judges import DATA
 from network import Setting
@@ -34,9 +37,11 @@ OUT = ROOT / "benchmarks" / "out"
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=("default", "digits", "network", "quality", "serving"), default="default")
+    suites = ("default", "digits", "models", "network", "quality", "serving")
+    parser.add_argument("--suite", choices=suites, default="default")
     parser.add_argument("--quick", action="store_true", help="few repeats, few samples: shows that it works")
     parser.add_argument("--out", type=Path, help="folder for rows and pictures (default: benchmarks/out/DATE)")
+    parser.add_argument("--presets", help="of the suite models, separated by commas (quick: digits)")
     parser.add_argument(
         "--samples", type=_positive, help="drawn by each method (default: 1000, suite quality: 512; quick: 200)"
     )
@@ -60,8 +65,14 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=whole_numbers, help="suite quality: numbers of solver steps, as in 6,10,20")
     parser.add_argument("--budgets", type=shares, help="suite quality: shares of the work, as in 0.4,0.55")
     chosen = parser.parse_args(argv)
-    if chosen.quality_only and chosen.suite in ("network", "serving"):
+    if chosen.quality_only and chosen.suite in ("network", "serving", "models"):
         parser.error(f"the suite {chosen.suite} measures no quality; use --suite digits")
+    if chosen.presets is not None and chosen.suite != "models":
+        parser.error("--presets are those of --suite models")
+    try:
+        chosen.preset_setting = preset_setting(chosen)
+    except ValueError as error:
+        parser.error(str(error))
     chosen.samples = chosen.samples or (200 if chosen.quick else 512 if chosen.suite == "quality" else 1000)
     chosen.out = chosen.out or OUT / datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
     return chosen
@@ -83,7 +94,8 @@ def _positive(text: str) -> int:
 def main() -> None:
     chosen = arguments()
     try:
-        rows = Rows(chosen.out)
+        cuda = chosen.suite == "models" and chosen.preset_setting.device.type == "cuda"
+        rows = Rows(chosen.out, gpu_facts() if cuda else None)
         comparison = compared(rows, chosen) if chosen.suite == "quality" else None
     except ValueError as error:
         sys.exit(f"run.py: {error}")
@@ -96,6 +108,8 @@ def main() -> None:
         if comparison is not None:
             given = {"samples": chosen.samples, "runs": chosen.seeds, "processes": chosen.processes}
             comparison.run(**given, timing=not chosen.quality_only)
+        if chosen.suite == "models":
+            presets.run(rows, chosen.preset_setting)
         if chosen.suite in ("default", "digits"):
             measure_digits(rows, chosen)
         if chosen.suite in ("default", "network") and not chosen.quality_only:
@@ -146,6 +160,14 @@ def compared(rows: Rows, chosen: argparse.Namespace) -> Comparison:
     for role, name in dataclasses.asdict(networks).items():
         say(f"{role}: {name or 'none, so nothing that needs it is compared'}")
     return Comparison(rows, chosen.data, networks, sweep)
+
+
+def preset_setting(chosen: argparse.Namespace) -> presets.Setting:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    names = None if chosen.presets is None else chosen.presets.split(",")
+    if chosen.quick:
+        return presets.Setting(device, names or ["digits"], repeats=2, limit=20)
+    return presets.Setting(device, names)
 
 
 def network_settings(chosen: argparse.Namespace) -> list[Setting]:

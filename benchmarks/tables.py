@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import fronts
 import serving_tables
 from cells import Table, number, select, warning, where
+from preset_tables import models
 from rows import Row, key
 
 from adadiff.evaluation.intervals import Interval, seed_interval
@@ -53,7 +54,7 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 
 def all_tables(rows: Iterable[Row]) -> list[Table]:
     rows = latest(rows)
-    makers = (digits, overhead, fronts.tables, network, *serving_tables.ALL, *gpu_tables.ALL)
+    makers = (digits, overhead, fronts.tables, network, *serving_tables.ALL, models, *gpu_tables.ALL)
     return [table for make in makers for table in make(rows) if table.body]
 
 

@@ -16,7 +16,9 @@ from .calibration.calibrating import AIMS, CALIBRATION_SEED
 from .commands import calibrate, evaluate, models, sample, train
 from .commands.shared import DEFAULT_RULE
 from .conversion import convert as conversion
+from .data import datasets
 from .engine.switching import T_SWITCH
+from .pipelines.text import CLIP
 from .training.config import CHOICES, TrainConfig, shipped
 
 EXAMPLES = {
@@ -24,6 +26,8 @@ EXAMPLES = {
   adadiff sample digits --out samples --n 40 --labels 0,1,2,3,4,5,6,7,8,9 --rule threshold:0.135,first=3
   adadiff sample digits --out samples --rule full --steps 20,50 --solver dpm++2m --guidance 1.5
   adadiff sample digits_plain --out duo --early-model runs/shallow/model.safetensors --t-switch 600
+  adadiff sample dit_xl.safetensors --out dogs --labels 207 --guidance 3 --guidance-interval 100,800 --decoder vae
+  adadiff sample mscoco.safetensors --out cats --prompt "a cat" "two cats" --guidance 1 --decoder vae
   torchrun --nproc_per_node 2 -m adadiff sample digits --out many -n 50000
 after Ctrl-C, or a kill, the same command draws what is missing; `adadiff.output.shards.read` reads shards. Shards are
 the same bits on any number of processes, if each has as many threads: torchrun sets OMP_NUM_THREADS=1 unless you do""",
@@ -63,7 +67,8 @@ SOLVER_HELP = (
 )
 TRAIN_HELP = {
     "preset": "the network",
-    "data": "what it is trained on: digits, or canvases, also as in canvases:side=3,hard=0.75,n=50000",
+    "data": "what it is trained on: digits; canvases, also as in canvases:side=3,hard=0.75,n=50000; or files of yours, "
+    f"as in cifar10:FOLDER: {', '.join(datasets.NAMES)}",
     "network": "settings of the preset's network to change, as in depth=2 dim=96",
     "exits": "train the network together with its exits, or alone",
     "exit_options": "settings of the exits to change, as in head=mlp shared_head=false",
@@ -114,7 +119,15 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--out", type=Path, required=True, help="folder for the samples, made if it is missing")
     _add_sampling(one, n=16)
     one.add_argument("--labels", type=whole_numbers, help="classes, cycled over the samples (default: none)")
+    one.add_argument("--prompt", nargs="+", metavar="TEXT", help="for text models; cycled over the samples")
+    one.add_argument("--text-encoder", type=Path, metavar="FOLDER", help=f"of prompts, CLIP (default: {CLIP})")
     one.add_argument("--guidance", type=float, default=0.0, help="classifier-free scale (default: 0, none)")
+    one.add_argument(
+        "--guidance-interval",
+        type=interval,
+        metavar="LOW,HIGH",
+        help="network's times at which there is guidance; at others no second evaluation is made (default: all)",
+    )
     one.add_argument("--tied", action="store_true", help="both lanes of a guided sample leave together")
     one.add_argument("--early-model", metavar="MODEL", help="a shallower model, for the noisy timesteps (DuoDiff)")
     one.add_argument(
@@ -276,6 +289,15 @@ def shares(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"takes numbers separated by commas, got {text!r}") from None
+
+
+def interval(text: str) -> tuple[float, float]:
+    """The pair behind "100,800"."""
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes two numbers, LOW,HIGH, got {text!r}") from None
+    return low, high
 
 
 def whole_numbers(text: str) -> list[int]:

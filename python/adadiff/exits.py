@@ -11,7 +11,8 @@ Ours, "bias": a bias for every layer and stretch of time, whose ends the network
 learnt of time is then a curve for each layer, and not what a linear map of tau(t) can say.
 
 Heads may be added to a finished network: `Exits.copy_heads` starts each as a copy of the network's own, as EE-Tuning
-does for language models (Pan et al. 2024, arXiv 2402.00518).
+does for language models (Pan et al. 2024, arXiv 2402.00518). A copy has the variance channels of a DiT's head, too, and
+is trained to keep the full network's variance (see training/losses.py).
 """
 
 from dataclasses import dataclass
@@ -152,8 +153,9 @@ class Exits(nn.Module):
 
 def all_layers(
     backbone: Backbone, exits: Exits, x: Tensor, t: Tensor, context: Tensor | None
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Every layer's noise [B, C, H, W] and uncertainties [B, T - extras, P]; differentiable, for training.
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Every layer's noise [B, C, H, W], its uncertainties [B, T - extras, P] and, where the network learns one, its
+    variance [B, C, H, W] (else none); differentiable, for training.
 
     The UEMs read detached rows, as in the official code, so that their loss cannot bend the network; under autocast
     they and their sigmoid stay in float32. Raises ValueError for exits that score every token: they come trained, and
@@ -165,7 +167,7 @@ def all_layers(
     lanes = torch.arange(len(x), dtype=torch.int32, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
         offsets = exits.offsets(cond.time.detach(), t)
-    outputs, predictions, scores = [], [], []
+    outputs, predictions, scores, variances = [], [], [], []
     for layer, block in enumerate(backbone.blocks, start=1):
         if block.skip_from is not None:
             rows = block.join(rows, outputs[block.skip_from])
@@ -175,8 +177,12 @@ def all_layers(
             rows, _, _ = residual_uem(rows, branch(h), lanes=lanes, gate=branch.gate(cond), backend="reference")
         outputs.append(rows)
         patches = rows[:, backbone.extras :]
-        predictions.append(exits.head(backbone, layer)(patches, cond, lanes)[:, : x.shape[1]])
+        prediction = exits.head(backbone, layer)(patches, cond, lanes)
+        if backbone.learned_variance:
+            prediction, variance = prediction.chunk(2, dim=1)
+            variances.append(variance)
+        predictions.append(prediction)
         with torch.autocast(rows.device.type, enabled=False):
             s = F.linear(patches.detach().float(), exits.weight[layer - 1].float()) + offsets[layer - 1][:, None]
             scores.append(torch.sigmoid(s))
-    return predictions, scores
+    return predictions, scores, variances

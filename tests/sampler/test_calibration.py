@@ -175,7 +175,7 @@ def test_recording_is_what_every_layer_says() -> None:
     torch.testing.assert_close(recording.images, images, rtol=1e-4, atol=1e-4)
     assert recording.u.shape == recording.relative.shape == (4, 4, 5)
     for i, (x, t, context) in enumerate(seen):
-        predictions, scores = all_layers(model.backbone, model.exits, x, t, context)
+        predictions, scores, _ = all_layers(model.backbone, model.exits, x, t, context)
         assert float(recording.t[i]) == float(t[0])
         for k in range(4):
             square = (predictions[k] - predictions[-1]).square().flatten(1).mean(1)
@@ -195,7 +195,7 @@ def test_noised_errors_are_to_the_noise_put_in() -> None:
         noise = torch.randn(6, 1, 4, 4, generator=draw)
         a = torch.cumprod(1 - beta, 0)[t]
         x = (a.sqrt() * images + (1 - a).sqrt() * noise).float()
-        predictions, scores = all_layers(model.backbone, model.exits, x, torch.full((6,), float(t)), labels)
+        predictions, scores, _ = all_layers(model.backbone, model.exits, x, torch.full((6,), float(t)), labels)
         for k in range(4):
             torch.testing.assert_close(errors[i, k], (predictions[k] - noise).square().mean((1, 2, 3)))
             torch.testing.assert_close(u[i, k], scores[k].mean((1, 2)))

@@ -417,14 +417,18 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
 def test_published_presets_are_told_apart_by_their_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """U-ViTs that DuoDiff trains again have those of the originals, and no two others are alike."""
     monkeypatch.setattr(conversion, "PRESETS", PRESETS)
-    for name, config in PRESETS.items():
-        tensors = {
-            key.removeprefix("backbone."): torch.empty(shape, device="meta")
-            for key, shape in conversion.shapes(dataclasses.replace(config, exits=None)).items()
-        }
-        fitting = [other.removeprefix("duodiff_").split("_")[0] for other in conversion._fitting("plain", tensors)]
-        assert len(fitting) <= 2
-        assert len(set(fitting)) == 1, name
+    plain = {name: dataclasses.replace(config, exits=None) for name, config in PRESETS.items()}
+    every = {name: conversion.shapes(config) for name, config in plain.items()}
+    built: list[ModelConfig] = []
+    monkeypatch.setattr(conversion, "shapes", lambda own: built.append(own) or every[names[own]])
+    names = {config: name for name, config in plain.items()}
+    for name, own in every.items():
+        tensors = {key.removeprefix("backbone."): torch.empty(shape, device="meta") for key, shape in own.items()}
+        built.clear()
+        fitting = conversion._fitting("plain", tensors)
+        assert fitting == [other for other, theirs in every.items() if theirs == own]
+        assert len({other.removeprefix("duodiff_").split("_")[0] for other in fitting}) == 1, name
+        assert len(built) <= 4, "a network is built only where position embedding and blocks are those in the file"
 
 
 def test_what_is_written_is_what_save_writes(tmp_path: Path) -> None:

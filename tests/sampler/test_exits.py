@@ -93,7 +93,7 @@ def test_official_exits_are_those_of_their_loop(quantile: float) -> None:
 @pytest.mark.parametrize("kind", ["uvit", "dit", "adaln"])
 def test_training_sees_what_inference_decides_by(kind: str, config: ExitConfig) -> None:
     c, exact = case(kind, config, F32), case(kind, config, F32, exact=True)
-    predictions, scores = all_layers(c.backbone, c.exits, *c.given.all)
+    predictions, scores, _ = all_layers(c.backbone, c.exits, *c.given.all)
     assert_as_accurate(torch.stack(predictions), c.predictions, exact.predictions)
     outputs = c.backbone.patch_outputs if config.map else 1
     assert {score.shape for score in scores} == {(BATCH, c.backbone.tokens - c.backbone.extras, outputs)}
@@ -185,7 +185,7 @@ def test_settings_that_are_no_truth_values_are_refused(name: str, value: object)
         ExitConfig(**{name: value})
 
 
-@pytest.mark.parametrize("kind", ["uvit", "adaln"])
+@pytest.mark.parametrize("kind", ["uvit", "dit", "adaln"])
 @pytest.mark.parametrize("config", [ExitConfig(), ExitConfig(head="mlp")], ids=str)
 def test_copied_heads_say_what_the_networks_own_says(kind: str, config: ExitConfig) -> None:
     """An MLP starts as nothing, so that a head behind it is the copy, too."""

@@ -5,12 +5,15 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import Normal, kl_divergence
 
+from adadiff.diffusion.schedules import NoiseSchedule
 from adadiff.exits import ExitConfig, Exits, all_layers
 from adadiff.models.layers import patchify
 from adadiff.models.uvit import UViT
 from adadiff.training.losses import (
     LOSSES,
+    VarianceLoss,
     log_error,
     loss_named,
     official_loss,
@@ -123,7 +126,7 @@ def gradients(config: ExitConfig, uem: float, ual: float, loss=paper_loss) -> di
     scramble(backbone, 0.15, seed=1)
     scramble(exits, 0.15, seed=2)
     given = inputs(backbone, 4)
-    predictions, scores = all_layers(backbone, exits, *given.all)
+    predictions, scores, _ = all_layers(backbone, exits, *given.all)
     loss(predictions, scores, torch.ones_like(given.x), backbone.patchify, uem, ual).total.backward()
     return {
         f"{part}.{name}": parameter.grad
@@ -147,6 +150,55 @@ def test_each_loss_reaches_its_own_weights_only(config: ExitConfig) -> None:
             # 0 times a UEM's error adds zeros, so not even rounding differs
             assert before is None or torch.equal(before, uem[name])
             assert before is None or not torch.equal(before, ual[name])
+
+
+def test_the_networks_variance_is_trained_by_the_variational_bound() -> None:
+    """Posterior and prediction as distributions of x_{t-1}, from x_t and x0 (Ho et al. 2020, equations 6 and 7)."""
+    t = torch.tensor([1.0, 37.0, 640.0, 999.0])
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    alpha_bar = torch.cumprod(1 - beta, 0)
+    x0, noise, own = torch.randn(3, len(t), C, 4, 4, dtype=torch.float64)
+    prediction, v = noise + 0.3 * own, torch.rand(len(t), C, 4, 4, dtype=torch.float64) * 2 - 1
+    found = VarianceLoss(NoiseSchedule("linear"))([v.float()], prediction.float(), noise.float(), t)
+    wanted = []
+    for i, step in enumerate(t.long().tolist()):
+        a, before, b = alpha_bar[step], alpha_bar[step - 1], beta[step]
+        x = a.sqrt() * x0[i] + (1 - a).sqrt() * noise[i]
+        small = b * (1 - before) / (1 - a)
+
+        def mean(start: Tensor, x=x, a=a, before=before, b=b) -> Tensor:
+            return (before.sqrt() * b * start + (1 - b).sqrt() * (1 - before) * x) / (1 - a)
+
+        predicted = (x - (1 - a).sqrt() * prediction[i]) / a.sqrt()
+        deviation = torch.exp((v[i] + 1) / 2 * b.log() + (1 - v[i]) / 2 * small.log()).sqrt()
+        posterior, model = Normal(mean(x0[i]), small.sqrt()), Normal(mean(predicted), deviation)
+        wanted.append(kl_divergence(posterior, model).mean() / math.log(2))
+    assert float(found) == pytest.approx(float(torch.stack(wanted).mean()), rel=1e-4)
+    assert min(wanted) > 0
+
+
+def test_the_exits_variances_follow_the_networks() -> None:
+    loss, t = VarianceLoss(NoiseSchedule("linear")), torch.tensor([0.0, 40.0, 700.0])
+    variances = [torch.randn(3, C, 4, 4, requires_grad=True) for _ in range(L)]
+    prediction, noise = torch.randn(3, C, 4, 4, requires_grad=True), torch.randn(3, C, 4, 4)
+    terms = loss(variances, prediction, noise, t)
+    for term, variance in zip(terms[:-1], variances[:-1], strict=True):
+        assert term.item() == pytest.approx((variance - variances[-1]).square().mean().item(), rel=1e-6)
+    terms.sum().backward()
+    for variance in variances[:-1]:
+        want = 2 * (variance - variances[-1]).detach() / variance.numel()
+        torch.testing.assert_close(variance.grad, want, rtol=1e-5, atol=1e-8)
+    alone = variances[-1].detach().clone().requires_grad_()
+    loss([alone], prediction, noise, t).sum().backward()
+    assert torch.equal(alone.grad, variances[-1].grad), "what the exits lack must not bend the network's variance"
+    assert prediction.grad is None, "nor its mean"
+    assert not variances[-1].grad[0].any(), "no noise is added at the last timestep"
+    assert bool(variances[-1].grad[1:].flatten(1).any(1).all())
+
+
+def test_no_variance_is_learned_without_timesteps() -> None:
+    with pytest.raises(ValueError, match="schedule 'vp' has not"):
+        VarianceLoss(NoiseSchedule("vp"))
 
 
 def test_layers_must_match() -> None:

@@ -1,6 +1,5 @@
 """Prompts through a tiny CLIP text encoder with random weights and a vocabulary of letters."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -8,32 +7,14 @@ import pytest
 import torch
 
 from adadiff.pipelines.text import TextEncoder
+from sampler.clip import make_clip
 
 TOKENS = 11  # begin, nine letters, end
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    transformers = pytest.importorskip("transformers")
-    made = tmp_path_factory.mktemp("clip")
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    (made / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (made / "merges.txt").write_text("#version: 0.2\n")
-    transformers.CLIPTokenizer(str(made / "vocab.json"), str(made / "merges.txt")).save_pretrained(made)
-    config = transformers.CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=12,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        max_position_embeddings=TOKENS,
-        bos_token_id=len(words) - 2,
-        eos_token_id=len(words) - 1,
-    )
-    torch.manual_seed(0)
-    transformers.CLIPTextModel(config).save_pretrained(made)
-    return made
+    return make_clip(tmp_path_factory.mktemp("clip"), TOKENS)
 
 
 def test_contexts_are_the_last_hidden_states_of_padded_prompts(folder: Path) -> None:

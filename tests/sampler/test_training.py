@@ -14,6 +14,7 @@ from torch import Tensor
 
 import adadiff
 from adadiff.checkpoint import load, read_tensors
+from adadiff.data.image_sets import Images
 from adadiff.output.pictures import make_grid, to_pixels
 from adadiff.training.config import TrainConfig
 from adadiff.training.run_folder import CONFIG, LOG, MODEL, SAMPLES, STATE
@@ -158,7 +159,7 @@ def test_an_unwritable_folder_is_refused_before_any_step(tmp_path: Path, monkeyp
 def test_the_loss_falls_on_a_few_images(tmp_path: Path, exits: bool) -> None:
     config = TrainConfig(steps=25, batch=16, warmup=5, lr=1e-2, exits=exits, network={**TINY, "dim": 32})
     trainer = Trainer(config, tmp_path)
-    trainer.images, trainer.labels = trainer.images[:4], trainer.labels[:4]
+    trainer.data = Images(*trainer.data.batch(torch.arange(4)))
     simple = [float(trainer.update()["simple"]) for _ in range(25)]
     assert sum(simple[-5:]) < 0.8 * sum(simple[:5])
 
@@ -166,8 +167,7 @@ def test_the_loss_falls_on_a_few_images(tmp_path: Path, exits: bool) -> None:
 def test_inputs_are_noised_by_the_schedule(tmp_path: Path) -> None:
     """With every image the constant 0.5 the noise can be read off x, and must be the one that the loss is given."""
     trainer = Trainer(dataclasses.replace(SHORT, batch=400, label_drop=0.25), tmp_path)
-    trainer.images = torch.full((50, 1, 8, 8), 0.5)
-    trainer.labels = torch.arange(50) % 10
+    trainer.data = Images(torch.full((50, 1, 8, 8), 0.5), torch.arange(50) % 10)
     x, time, labels, given = trainer.inputs(0)
     t = time.long()
     assert torch.equal(t.float(), time)

@@ -34,7 +34,7 @@ def watch(
     backbone: Backbone, exits: Exits, x: Tensor, t: Tensor, context: Tensor | None
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Every layer's prediction, L of [B, C, H, W]; uncertainties and errors relative to the last, float32 [K, B]."""
-    predictions, scores = all_layers(backbone, exits, x, t, context)
+    predictions, scores, _ = all_layers(backbone, exits, x, t, context)
     u = torch.stack([score.flatten(1).mean(1) for score in scores[:-1]])
     full = predictions[-1].float()
     relative = torch.stack([(p.float() - full).square().flatten(1).mean(1) for p in predictions[:-1]])

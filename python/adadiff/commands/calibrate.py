@@ -53,8 +53,11 @@ def _held_out(model: Model, options: argparse.Namespace) -> tuple[torch.Tensor, 
     """Images and labels that no training saw, for the picture of a calibration."""
     if options.picture is None:
         raise ValueError("--data is for the picture; give --picture FILE.png, too")
-    images, labels = (values[: options.n] for values in sources.load(options.data, "test"))
-    shape, classes = tuple(images.shape[1:]), model.config.classes
-    if shape != model.backbone.sample_shape or (classes and int(labels.max()) >= classes):
-        raise ValueError(f"data {options.data!r} is {shape}, but the model draws {model.backbone.sample_shape}")
+    data, classes = sources.load(options.data, "test"), model.config.classes
+    if data.shape != model.backbone.sample_shape or (classes and not 1 <= data.classes <= classes):
+        raise ValueError(
+            f"data {options.data!r} is {data.shape} in {data.classes} classes, but the model draws "
+            f"{model.backbone.sample_shape} in {classes}"
+        )
+    images, labels = data.batch(torch.arange(min(options.n, len(data))))
     return images, labels if classes else None

@@ -3,15 +3,19 @@
 import argparse
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import checkpoint
 from ..engine.switching import T_SWITCH
+from ..model import Model
 from ..output.filling import Process, ShardFolder
 from ..output.pictures import CHANNELS, PictureFolder
 from ..output.shards import ADVICE, MANIFEST, Manifest
+from ..pipelines.text import CLIP, TextEncoder
 from ..sampling import sampler
 from .shared import cycled, decoder, digest, resolved, show
 
@@ -23,14 +27,17 @@ def sample(options: argparse.Namespace) -> None:
     model, n, process = checkpoint.load(options.model), options.n, Process.of(os.environ)
     if n < 0:
         raise ValueError(f"n must be an integer >= 0, got {n}")
+    if options.guidance_interval is not None and not options.guidance:
+        raise ValueError("--guidance-interval says at which times there is guidance; give --guidance, too")
     configuration = {
         **resolved(options, model),
         "labels": options.labels,
         "guidance": options.guidance,
         "tied": options.tied,
         "batch_invariant": options.batch_invariant,
-        **({} if options.decoder is None else {"decoder": str(options.decoder)}),
+        **_given(options, "guidance_interval", "prompt", "text_encoder", "decoder"),
     }
+    contexts = _contexts(options, model)
 
     early = None if options.early_model is None else checkpoint.load(options.early_model)
     if early is not None:
@@ -47,9 +54,11 @@ def sample(options: argparse.Namespace) -> None:
             seeds=[options.seed + slot for slot in slots],
             labels=None if options.labels is None else cycled("labels", options.labels, n, slots),
             guidance=options.guidance,
+            guidance_interval=options.guidance_interval,
             tied=options.tied,
             batch=options.batch,
             batch_invariant=options.batch_invariant,
+            **contexts(slots),
             early_model=early,
             t_switch=options.t_switch,
             progress=progress,
@@ -80,6 +89,36 @@ def sample(options: argparse.Namespace) -> None:
         _fill_with_pictures(PictureFolder(options.out, configuration, model.layers), configuration, sampling, decoded)
     else:
         _fill_with_shards(ShardFolder(options.out, manifest, process), sampling)
+
+
+def _contexts(options: argparse.Namespace, model: Model) -> Callable[[Sequence[int]], dict[str, Tensor]]:
+    """What text models are told, of the samples at `slots`: contexts of --prompt, cycled, and that of no prompt."""
+    network, prompts = model.config.network, options.prompt
+    if not network.context_tokens:
+        if prompts is not None or options.text_encoder is not None:
+            raise ValueError("this model takes no text; leave --prompt and --text-encoder out")
+        return lambda slots: {}
+    if prompts is None:
+        raise ValueError("this model takes text; give --prompt")
+    if options.labels is not None:
+        raise ValueError("this model takes text; leave --labels out")
+    cycled("prompts", prompts, options.n, ())  # for its check
+    *made, null = TextEncoder.load(options.text_encoder or CLIP)([*prompts, ""])
+    wanted = (network.context_tokens, network.context_dim)
+    if null.shape != wanted:
+        raise ValueError(f"this model takes contexts {list(wanted)}, the text encoder makes {list(null.shape)}")
+
+    def of(slots: Sequence[int]) -> dict[str, Tensor]:
+        own = [made[slot % len(made)] for slot in slots]
+        return {"context": torch.stack(own) if own else null.new_zeros(0, *wanted), "null_context": null}
+
+    return of
+
+
+def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Those options that were given, as JSON keeps them."""
+    values = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return {name: str(value) if isinstance(value, Path | tuple) else value for name, value in values.items()}
 
 
 def _fill_with_pictures(

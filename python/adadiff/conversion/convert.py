@@ -124,7 +124,14 @@ def _fitting(layout: str, tensors: Mapping[str, Tensor]) -> list[str]:
         for key, value in tensors.items()
         if key.startswith(prefix) and not key.startswith("lte_classifer.")
     }
-    return [name for name, config in PRESETS.items() if shapes(replace(config, exits=None)) == theirs]
+    position, blocks = theirs.get(f"{BACKBONE}pos_embed"), sum(key.endswith(".attn.qkv.weight") for key in theirs)
+    return [
+        name
+        for name, config in PRESETS.items()
+        # cheap to know of each; to build them all, only to compare, would take seconds
+        if ((1, config.network.tokens, config.network.dim), config.network.blocks) == (position, blocks)
+        and shapes(replace(config, exits=None)) == theirs
+    ]
 
 
 REQUIRED = {

@@ -37,6 +37,29 @@ class Pixels:
 
 
 @dataclass(frozen=True)
+class Images:
+    """Images that are numbers already: float32 [n, C, H, W] in [-1, 1], labels int64 [n]."""
+
+    images: Tensor
+    labels: Tensor
+    moments = False
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return tuple(self.images.shape[1:])
+
+    @property
+    def classes(self) -> int:
+        return int(self.labels.max()) + 1
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.labels[index]
+
+
+@dataclass(frozen=True)
 class ImageFiles:
     """Images that are read when they are asked for; `crop` makes uint8 [H, W, 3] of a picture."""
 

@@ -1,20 +1,28 @@
-"""Training data by name: "digits", or "canvases:side=3,hard=0.75,n=50000,seed=1"."""
+"""Training data by name: "digits", "canvases:side=3,hard=0.75,n=50000,seed=1", or a published data set and the folder
+that holds it (datasets.py says in which layout): "cifar10:PATH"."""
 
-from torch import Tensor
-
+from . import datasets
 from .canvases import Canvases
+from .datasets import Dataset
 from .digits import digits
+from .image_sets import Images
 
 CANVASES = 20000  # where no n is given
 
 SETTINGS = {"digits": {}, "canvases": {"side": int, "hard": float, "n": int, "seed": int}}
+NAMES = (*SETTINGS, *datasets.NAMES)
 
 
-def parse(text: str) -> tuple[str, dict[str, int | float]]:
-    """A name and its settings. Raises ValueError for an unknown name or setting, or one that is no number."""
+def parse(text: str) -> tuple[str, dict[str, int | float | str]]:
+    """A name and its settings, that of a published data set being its path. Raises ValueError for an unknown name or
+    setting, one that is no number, and a data set without a path."""
     name, colon, rest = text.partition(":")
+    if name in datasets.NAMES:
+        if not rest:
+            raise ValueError(f"{name} lies in a folder of yours; say which, as in {name}:PATH")
+        return name, {"path": rest}
     if name not in SETTINGS:
-        raise ValueError(f"no training data {text!r}; there are {', '.join(SETTINGS)}")
+        raise ValueError(f"no training data {text!r}; there are {', '.join(NAMES)}")
     known, settings = SETTINGS[name], {}
     for part in rest.split(",") if colon else ():
         key, _, value = part.partition("=")
@@ -28,15 +36,18 @@ def parse(text: str) -> tuple[str, dict[str, int | float]]:
     return name, settings
 
 
-def load(text: str, split: str = "train") -> tuple[Tensor, Tensor]:
-    """Images float32 [N, C, H, W] in [-1, 1] and labels int64 [N] of one split, "train" or "test".
+def load(text: str, split: str = "train") -> Dataset:
+    """One split, "train" or "test".
 
-    Raises ValueError for a text that `parse` refuses or settings that cannot be.
+    Raises ValueError for a text that `parse` refuses, settings that cannot be, and a folder that does not hold what is
+    expected there.
     """
     name, settings = parse(text)
+    if name in datasets.NAMES:
+        return datasets.load(name, split=split, **settings)
     if name == "digits":
-        return digits(split)
+        return Images(*digits(split))
     n, seed = settings.pop("n", CANVASES), settings.pop("seed", 0)
     if n < 1:
         raise ValueError(f"n of canvases must be at least 1, got {n}")
-    return Canvases(**settings).draw(n, split, seed)
+    return Images(*Canvases(**settings).draw(n, split, seed))

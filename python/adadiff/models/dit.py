@@ -67,6 +67,14 @@ class DiTConfig:
         return self.image_size // self.patch
 
     @property
+    def tokens(self) -> int:
+        return self.side**2
+
+    @property
+    def blocks(self) -> int:
+        return self.depth
+
+    @property
     def outputs(self) -> int:
         """Numbers the head predicts per patch."""
         return self.patch**2 * self.channels * (2 if self.learned_variance else 1)
@@ -208,7 +216,7 @@ class DiT(nn.Module):
 
     @property
     def tokens(self) -> int:
-        return self.config.side**2
+        return self.config.tokens
 
     @property
     def patch_outputs(self) -> int:

@@ -93,6 +93,9 @@ class NetworkConfig(Protocol):
     """A frozen dataclass that says all about a network but its weights."""
 
     channels: int  # of what it denoises
+    dim: int  # D, channels of a row
+    tokens: int  # T, rows of the position embedding
+    blocks: int  # L
     num_classes: int  # labels it takes, the null class included; 0 = none
     context_tokens: int  # of text; 0 = none
 

@@ -64,6 +64,14 @@ class UViTConfig:
     def patches(self) -> int:
         return (self.image_size // self.patch) ** 2
 
+    @property
+    def tokens(self) -> int:
+        return self.extras + self.patches
+
+    @property
+    def blocks(self) -> int:
+        return self.depth + 1
+
 
 @dataclass(frozen=True)
 class UViTConditioning:
@@ -146,7 +154,7 @@ class UViT(nn.Module):
             self.label_emb = nn.Embedding(config.num_classes, D)
         if config.context_tokens:
             self.context_embed = nn.Linear(config.context_dim, D)
-        self.pos_embed = nn.Parameter(torch.zeros(1, config.extras + config.patches, D))
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, D))
         self.in_blocks = nn.ModuleList(Block(config) for _ in range(half))
         self.mid_block = Block(config)
         self.out_blocks = nn.ModuleList(Block(config, skip_from=half - 1 - i) for i in range(half))
@@ -170,7 +178,7 @@ class UViT(nn.Module):
 
     @property
     def tokens(self) -> int:
-        return self.config.extras + self.config.patches
+        return self.config.tokens
 
     @property
     def patch_outputs(self) -> int:

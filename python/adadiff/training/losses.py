@@ -19,14 +19,25 @@ keep it from learning anything (13 blocks, D = 64: L_simple stayed at 1). `super
 
 All: L_simple + uem_weight * L_u + ual_weight * L_UAL. The noise cannot be known at low noise levels, so |e_i| tells
 little about a layer; r_i is what leaving there costs, and a function of what the layer sees.
+
+Where the network learns a variance v (DiT), to each of them is added
+    L_v      = L_vlb(v_L) + sum_(i<L) mean (v_i - v_L)^2        the teacher v_L detached in the sum
+L_vlb is what DiT's own variance is trained by, with the mean held (Nichol and Dhariwal 2021, section 3.1), so that
+training on keeps it. The exits' is taught by the network's: the bound would have them add noise for what leaving early
+gets wrong, and hardly sees v but at the last timesteps; a head copied from the network and held would read rows it was
+not made for.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ..diffusion.schedules import NoiseSchedule
+from ..diffusion.schedules import T as TIMESTEPS
 
 ERROR_FLOOR = 1e-6  # squared errors below are as good as none
 DECADES = 6  # from there to 1, the mean square of the noise itself
@@ -126,6 +137,36 @@ def loss_named(name: str) -> Loss:
     if name not in LOSSES:
         raise ValueError(f"no loss {name!r}; there are {', '.join(LOSSES)}")
     return LOSSES[name]
+
+
+class VarianceLoss(nn.Module):
+    """L_v of a discrete schedule, layer by layer. ValueError for a schedule without timesteps, "vp"."""
+
+    def __init__(self, schedule: NoiseSchedule):
+        super().__init__()
+        if schedule.name == "vp":
+            raise ValueError("a learned variance is one of discrete timesteps, which schedule 'vp' has not")
+        t, alpha_bar = schedule.grid(TIMESTEPS, "leading")
+        a, before = alpha_bar[:-1].flip(0), alpha_bar[1:].flip(0)  # by timestep, the last of a run first
+        beta = 1 - a / before
+        posterior = beta * (1 - before) / (1 - a)
+        posterior[0] = posterior[1]
+        rows = torch.stack([(beta / posterior).log(), beta**2 / ((1 - beta) * (1 - a)) / posterior])
+        rows[:, 0] = 0  # no noise is added there, so nothing is lost
+        self.first = float(t.min())
+        self.register_buffer("rows", rows.float(), persistent=False)  # [2, timesteps]
+
+    def forward(self, variances: Sequence[Tensor], prediction: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """variances: L of [B, C, H, W]; prediction (the last layer's), noise: [B, C, H, W]; t: float [B].
+        Returns [L]."""
+        own, teacher = variances[-1], variances[-1].detach()
+        spread, mean = self.rows[:, (t - self.first).long()][..., None, None, None].unbind()  # [B, 1, 1, 1] each
+        # Kullback-Leibler divergence of two normal distributions, ln(p / q) of their variances and means over q's
+        log_ratio = spread * (own + 1) / 2
+        squared = mean * (prediction.detach() - noise).square()
+        bound = (log_ratio - 1 + (1 + squared) * torch.exp(-log_ratio)) / 2 / math.log(2)  # bits, as in DiT
+        exits = [(variance - teacher).square().mean() for variance in variances[:-1]]
+        return torch.stack([*exits, bound.mean()])
 
 
 def _squared(predictions: Sequence[Tensor], noise: Tensor) -> Tensor:

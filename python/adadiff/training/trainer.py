@@ -21,8 +21,9 @@ from ..exits import all_layers
 from ..model import Model
 from ..models.uvit import start_as_linear
 from ..output.pictures import CHANNELS
+from ..pipelines.latents import draw_latents
 from .config import TrainConfig, learning_rate
-from .losses import loss_named
+from .losses import VarianceLoss, loss_named
 from .processes import Processes
 from .run_folder import MODEL, STATE, RunFolder
 
@@ -35,6 +36,7 @@ class Objective(nn.Module):
     def __init__(self, model: Model, config: TrainConfig):
         super().__init__()
         self.model, self._loss = model, loss_named(config.loss)
+        self.variance = VarianceLoss(model.schedule) if model.backbone.learned_variance else None
         self._weights = config.uem_weight, config.ual_weight
         self._half = config.precision == "bfloat16"
 
@@ -43,15 +45,22 @@ class Objective(nn.Module):
         backbone, exits = self.model.backbone, self.model.exits
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self._half):
             if exits is None:
-                predictions, scores = [backbone(x, t, labels)], []
+                prediction, *variances = backbone(x, t, labels).split(x.shape[1], dim=1)
+                predictions, scores = [prediction], []
             else:
-                predictions, scores = all_layers(backbone, exits, x, t, labels)
+                predictions, scores, variances = all_layers(backbone, exits, x, t, labels)
         predictions = [prediction.float() for prediction in predictions]
         if exits is None:
             loss = F.mse_loss(predictions[0], noise)
-            return loss, {"simple": loss.detach()}
-        terms = self._loss(predictions, scores, noise, backbone.patchify, *self._weights)
-        return terms.total, {name: getattr(terms, name) for name in ("simple", "uem", "ual", "errors", "relative")}
+            logged = {"simple": loss.detach()}
+        else:
+            terms = self._loss(predictions, scores, noise, backbone.patchify, *self._weights)
+            loss = terms.total
+            logged = {name: getattr(terms, name) for name in ("simple", "uem", "ual", "errors", "relative")}
+        if self.variance is not None:
+            variance = self.variance([v.float() for v in variances], predictions[-1], noise, t)
+            loss, logged["variance"] = loss + variance.sum(), variance.detach()
+        return loss, logged
 
 
 class Trainer:
@@ -71,7 +80,7 @@ class Trainer:
                 f"a batch of {config.batch} does not part into {config.accumulate} equal parts for each of "
                 f"{self.processes.world} processes"
             )
-        self.images, self.labels = sources.load(config.data)
+        self.data = sources.load(config.data)
         self._check_data()
         torch.manual_seed(config.seed)
         self.model = start_model(config)
@@ -86,13 +95,17 @@ class Trainer:
             self._resume(*state)
 
     def _check_data(self) -> None:
-        model, network = self.config.model, self.config.model.network
-        shape, classes = tuple(self.images.shape[1:]), int(self.labels.max()) + 1
+        data, model, network = self.data, self.config.model, self.config.model.network
+        shape = data.shape
+        if data.moments:
+            if model.latent_scale is None:
+                raise ValueError(f"data {self.config.data!r} is latents, but {self.config.preset!r} draws images")
+            shape = (shape[0] // 2, *shape[1:])
         wanted = (network.channels, network.image_size, network.image_size)
-        if shape != wanted or (network.num_classes and classes > model.classes):
+        if shape != wanted or (network.num_classes and not 1 <= data.classes <= model.classes):
             raise ValueError(
-                f"data {self.config.data!r} is {'x'.join(map(str, shape))} in {classes} classes, but the network draws "
-                f"{'x'.join(map(str, wanted))} in {model.classes}; choose data, preset and network that agree"
+                f"data {self.config.data!r} is {'x'.join(map(str, shape))} in {data.classes} classes, but the network "
+                f"draws {'x'.join(map(str, wanted))} in {model.classes}; choose data, preset and network that agree"
             )
         if self.config.sample_every and shape[0] not in CHANNELS:
             raise ValueError(f"there are no pictures of {shape[0]} channels; set sample_every to 0")
@@ -101,17 +114,20 @@ class Trainer:
         """This process's share of update `step`, one of `accumulate` parts: x, t, labels and noise, see `Objective`."""
         config, model = self.config, self.config.model
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        pick = torch.randint(len(self.images), (config.batch,), generator=generator)
+        pick = torch.randint(len(self.data), (config.batch,), generator=generator)
         drop = torch.rand(config.batch, generator=generator) < config.label_drop
         u = torch.rand(config.batch, generator=generator, dtype=torch.float64)
         t, alpha_bar = self.model.schedule.training_times(u)
-        noise = torch.randn(config.batch, *self.images.shape[1:], generator=generator)
+        noise = torch.randn(config.batch, *self.model.backbone.sample_shape, generator=generator)
         first = (self.processes.rank * config.accumulate + part) * self._part
         own = slice(first, first + self._part)
-        x0, labels = self.images[pick[own]], None
-        if model.network.num_classes:
-            labels = self.labels[pick[own]]
-            labels = labels if model.null_label is None else labels.masked_fill(drop[own], model.null_label)
+        x0, labels = self.data.batch(pick[own])
+        if self.data.moments:
+            x0 = draw_latents(x0, torch.randn(noise.shape, generator=generator)[own], model.latent_scale)
+        if not model.network.num_classes:
+            labels = None
+        elif model.null_label is not None:
+            labels = labels.masked_fill(drop[own], model.null_label)
         t, alpha_bar, noise = t[own].float(), alpha_bar[own].float()[:, None, None, None], noise[own]
         x = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
         device = self.processes.device

@@ -1,0 +1,49 @@
+"""Rows of presets.py as tables: one for each batch, a line for each network."""
+
+from collections.abc import Sequence
+
+from cells import Table, number, select, warning, where
+from gpu.tables import device as gpu
+from rows import Row
+
+WAYS = {"plain, eager": "plain", "plain, compiled": "compiled", "nobody leaves": "engine", "two-phase": "two-phase"}
+LAST = list(WAYS)[-1]
+
+
+def models(rows: Sequence[Row]) -> list[Table]:
+    groups: dict[tuple[object, ...], dict[str, dict[str, Row]]] = {}
+    for row in select(rows, "models", "evaluation"):
+        batch = (row["device"], row["dtype"], row["threads"], row["parameters"]["batch"])
+        groups.setdefault(batch, {}).setdefault(row["parameters"]["preset"], {})[row["variant"]] = row
+    header = [
+        "ms, one evaluation",
+        "GMACs",
+        *WAYS.values(),
+        "MACs run",
+        "speed-up",
+        *(f"MiB, {short}" for short in WAYS.values()),
+    ]
+    tables = []
+    for (device, _, _, batch), presets in groups.items():
+        body = []
+        for name, ways in sorted(presets.items(), key=lambda one: one[1][LAST]["macs_full"]):
+            milliseconds = {way: number(row["seconds"]["median"] * 1e3, 1) for way, row in ways.items()}
+            body.append(
+                (
+                    name + ("" if all(row["usable"] for row in ways.values()) else " (!)"),
+                    number(ways[LAST]["macs_full"] / 1e9, 1),
+                    *(milliseconds.get(way, "") for way in WAYS),
+                    number(ways[LAST]["macs"] / ways[LAST]["macs_full"], 0, percent=True),
+                    number(ways[LAST]["speedup"], 2),
+                    *(number(ways[way]["peak_bytes"] / 2**20, 1) if way in ways else "" for way in WAYS),
+                )
+            )
+        own = [row for ways in presets.values() for row in ways.values()]
+        note = (
+            "Random weights. Engine: scored after every block, nobody leaves. Two-phase: every other lane leaves after "
+            "block 2 (at batch 1 the only one); its share of the multiply-adds, and its speed-up over the faster of "
+            "the plain ones. MiB: what is allocated at once, above the weights. "
+        )
+        place = gpu(own) if device == "cuda" else where(own)
+        tables.append(Table(f"batch {batch}, {place}", header, body, note + warning(own)))
+    return tables

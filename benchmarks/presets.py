@@ -1,0 +1,204 @@
+"""One evaluation of every published network at batch 1 and 8, random weights: plain, compiled, and through the engine.
+
+On a GPU, if there is one, in bfloat16; else on the CPU in float32, and unless they are named, only networks of at most
+MOST_MACS. Of the engine: nobody leaves, though every block is scored; and every other lane leaves after block 2, the
+first one included, so at batch 1 that is all of it.
+"""
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from attainable import Call
+from gpu.session import DeviceTimer, check_close
+from harness import Comparison, interleave
+from network import compile_network, patterns
+from rows import Rows, dtype_name, say
+from torch import Tensor
+
+import adadiff
+from adadiff import Evaluation, Model
+from adadiff.config import PRESETS, ModelConfig
+from adadiff.exits import PAPER
+from adadiff.rules import Replay
+
+SUITE = "models"
+MOST_MACS = 16e9  # of one lane: some two seconds for eight of them on two cores
+BATCHES = (1, 8)
+PLAIN, COMPILED = "plain, eager", "plain, compiled"
+ENGINE = ("nobody leaves", "two-phase")
+WRONG = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the norm; what is further off is not timed
+Inputs = tuple[Tensor, Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """presets: None for all that `device` is fit for. limit: seconds of a comparison, see `interleave`."""
+
+    device: torch.device
+    presets: Sequence[str] | None = None
+    repeats: int = 7
+    limit: float = 120.0
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.presets or () if name not in PRESETS]
+        if unknown:
+            raise ValueError(f"unknown preset {', '.join(unknown)}, known: {', '.join(PRESETS)}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    @property
+    def names(self) -> list[str]:
+        if self.presets is not None:
+            return list(self.presets)
+        most = float("inf") if self.device.type == "cuda" else MOST_MACS
+        costs = {name: macs(config) for name, config in PRESETS.items()}
+        return sorted((name for name, cost in costs.items() if cost <= most), key=costs.__getitem__)
+
+
+@cache
+def macs(config: ModelConfig) -> int:
+    """Multiply-adds of one lane through all blocks."""
+    with torch.device("meta"):
+        network = Model(replace(config, exits=None)).backbone
+    return sum(network.fixed_macs()) + sum(block.macs(network.tokens) for block in network.blocks)
+
+
+def run(rows: Rows, setting: Setting) -> None:
+    """Goes on where an earlier run of this commit on this machine stopped."""
+    for name in setting.names:
+        missing = [batch for batch in BATCHES if not _there(rows, setting, name, batch)]
+        if not missing:
+            continue
+        model = made(name, setting)
+        for batch in missing:
+            say(f"models: {name}, batch {batch}, {dtype_name(setting.dtype)} on {setting.device.type}")
+            measure(rows, setting, name, model, inputs_of(model, batch))
+        del model
+        torch.compiler.reset()
+        gc.collect()
+
+
+def _there(rows: Rows, setting: Setting, name: str, batch: int) -> bool:
+    wanted = (SUITE, {"preset": name, "batch": batch}, dtype_name(setting.dtype), torch.get_num_threads())
+    return any(
+        (row["suite"], row["parameters"], row["dtype"], row["threads"]) == wanted
+        and (row["commit"], row["machine"], row["device"]) == (rows.commit, rows.machine, setting.device.type)
+        and row["variant"] == ENGINE[-1]  # the last of a comparison to be written
+        for row in rows.rows
+    )
+
+
+def made(name: str, setting: Setting) -> Model:
+    """Its exits included; parameters that start at zero, as the gates of a DiT, are random, too."""
+    torch.manual_seed(0)
+    with setting.device:
+        model = adadiff.build(name, exits=PAPER)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.02)
+    return model.to(setting.dtype).requires_grad_(False)
+
+
+def inputs_of(model: Model, batch: int) -> Inputs:
+    network, parameter = model.config.network, next(model.parameters())
+    like = {"dtype": parameter.dtype, "device": parameter.device}
+    x = torch.randn(batch, *model.backbone.sample_shape, **like)
+    t = torch.linspace(1, 999, batch, device=parameter.device).round()
+    if network.context_tokens:
+        return x, t, torch.randn(batch, network.context_tokens, network.context_dim, **like)
+    return x, t, torch.arange(batch, device=parameter.device) % network.num_classes if network.num_classes else None
+
+
+def measure(rows: Rows, setting: Setting, name: str, model: Model, inputs: Inputs) -> None:
+    """One comparison, of which every variant is a row."""
+    B, device = len(inputs[0]), setting.device
+    calls: dict[str, Call] = {PLAIN: lambda: model.backbone(*inputs)}
+    compiled, _ = compile_network(model, *inputs)
+    if compiled is not None:
+        calls[COMPILED] = lambda: compiled(*inputs)
+    results: dict[str, Evaluation] = {}
+    wanted = {pattern: exits.to(device) for pattern, exits in patterns(B, model.layers).items() if pattern in ENGINE}
+    for pattern, exits in wanted.items():
+        calls[pattern] = evaluation(model, inputs, exits)
+    with torch.inference_mode():
+        noise = calls[PLAIN]()
+        for pattern in wanted:  # and so that all are warm before bytes are counted
+            results[pattern] = calls[pattern]()
+        check_close(ENGINE[0], results[ENGINE[0]].eps, noise[:, : inputs[0].shape[1]], WRONG[setting.dtype])
+        if compiled is not None:
+            check_close(COMPILED, calls[COMPILED](), noise, WRONG[setting.dtype])
+    for pattern, exits in wanted.items():
+        if results[pattern].exit_layer.tolist() != exits.tolist():
+            raise RuntimeError(f"{name}, {pattern}: lanes left after {results[pattern].exit_layer.tolist()} blocks")
+    peaks = {variant: most_bytes(call, device) for variant, call in calls.items()}
+    timer = DeviceTimer(device, 0.02) if device.type == "cuda" else None
+    measured = interleave(
+        calls, setting.repeats, turn=0.02, limit=setting.limit, label=f"{name}, batch {B}", timer=timer
+    )
+    write(rows, setting, name, model, measured, results, peaks)
+
+
+def evaluation(model: Model, inputs: Inputs, exits: Tensor) -> Callable[[], Evaluation]:
+    return lambda: adadiff.evaluate(model.backbone, model.exits, Replay(), *inputs, threshold=exits)
+
+
+def most_bytes(call: Call, device: torch.device) -> int:
+    """The most bytes that PyTorch's allocator has out at once during a call, above weights and inputs; what operators
+    need inside themselves is counted, too, and compiled code allocates past every operator."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        with torch.inference_mode():
+            call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with (
+        torch.inference_mode(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler,
+    ):
+        call()
+    live = most = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        most = max(most, live)
+    return most
+
+
+def write(
+    rows: Rows,
+    setting: Setting,
+    name: str,
+    model: Model,
+    measured: Comparison,
+    results: Mapping[str, Evaluation],
+    peaks: Mapping[str, int],
+) -> None:
+    fastest = min((variant for variant in measured.times if variant not in results), key=measured.median)
+    full = results[ENGINE[0]]
+    for variant in measured.times:
+        result = results.get(variant)
+        rows.write(
+            SUITE,
+            "evaluation",
+            variant,
+            {"preset": name, "batch": len(full.exit_layer)},
+            dtype=dtype_name(setting.dtype),
+            device=setting.device.type,
+            **measured.row(variant),
+            speedup=measured.ratio(fastest, variant).median,
+            fastest_plain=fastest,
+            macs=result.macs if result else full.macs_full,
+            macs_full=full.macs_full,
+            blocks=int(result.exit_layer.sum()) if result else len(full.exit_layer) * model.layers,
+            blocks_full=len(full.exit_layer) * model.layers,
+            peak_bytes=peaks[variant],
+            weight_bytes=sum(value.nbytes for value in model.backbone.parameters()),
+        )
