@@ -19,7 +19,7 @@ from ..rules import Rule
 from ..sampling.sampler import sample
 from ..sampling.samples import Samples, whole
 from .calibration import NEAR, Budget, Budgeted, Calibration, Measured, Scheduled, Tables
-from .recording import Recording, measure_weights, record
+from .recording import Recording, measure_costs, record
 from .stopping import Work, adaptive_table, static_table
 
 AIMS = ("faithful", "distribution")
@@ -98,10 +98,8 @@ class Calibrating:
         self.recording = recording = record(model, self._samples(self.n), self.batch)
         bar.update()
         first = self._samples(min(self.n, self.batch))
-        weights = measure_weights(
-            model, first, recording, self._distance, batch=self.batch, places=PLACES, tick=bar.update
-        )
-        error = recording.relative.double() * weights[:, None, None]
+        costs = measure_costs(model, first, recording, self._distance, batch=self.batch, places=PLACES, tick=bar.update)
+        error = costs.of(recording.relative)
         full, _ = sample(model, self.n, **self._settings(self.seed + self.n), rule="full")
         bar.update()
         budgets = []
@@ -124,7 +122,8 @@ class Calibrating:
             seed=self.seed,
             layers=model.layers,
             t=tuple(recording.t.tolist()),
-            weights=tuple(weights.tolist()),
+            scale=tuple(costs.scale.tolist()),
+            power=tuple(costs.power.tolist()),
             budgets=tuple(budgets),
         )
 
@@ -167,10 +166,10 @@ class Calibrating:
         del given["batch"]
         return Samples.of(self.model, n, **{k: v[:n] if isinstance(v, list) else v for k, v in given.items()})
 
-    def _distance(self, images: Tensor, full: Tensor) -> float:
+    def _distance(self, images: Tensor, full: Tensor) -> Tensor:
         if self._features is None:
-            return float((images - full).double().square().mean())
-        return self._frechet(images, full)
+            return (images - full).double().square().flatten(1).mean(1)
+        return torch.tensor(self._frechet(images, full))
 
     def _frechet(self, images: Tensor, full: Tensor) -> float:
         with torch.no_grad():

@@ -53,13 +53,15 @@ class Calibration:
     seed: int
     layers: int
     t: tuple[float, ...]
-    weights: tuple[float, ...]  # what a unit of error at t adds to the final error, measured
+    scale: tuple[float, ...]  # an error r at t adds scale * r ** power to the final error, measured
+    power: tuple[float, ...]
     budgets: tuple[Budget, ...]
 
     def __post_init__(self) -> None:
         S, K = len(self.t), self.layers - 1
         shapes = [(len(b.thresholds), {len(row) for row in b.thresholds}, len(b.depths)) for b in self.budgets]
-        if not self.budgets or not S or len(self.weights) != S or any(shape != (S, {K}, S) for shape in shapes):
+        rows = {len(self.scale), len(self.power)}
+        if not self.budgets or not S or rows != {S} or any(shape != (S, {K}, S) for shape in shapes):
             raise ValueError(f"a calibration has tables of {S} times and {K} layers, got {shapes}")
         numbers = [v for b in self.budgets for row in b.thresholds for v in row]
         depths = [d for b in self.budgets for d in b.depths]
@@ -86,7 +88,7 @@ class Calibration:
                 )
                 for budget in values["budgets"]
             ]
-            tuples = {"t": tuple(values["t"]), "weights": tuple(values["weights"]), "budgets": tuple(budgets)}
+            tuples = {key: tuple(values[key]) for key in ("t", "scale", "power")} | {"budgets": tuple(budgets)}
             return cls(**{**values, **tuples})
         except (KeyError, TypeError) as error:
             raise ValueError(f"this is no calibration: {error}") from None
