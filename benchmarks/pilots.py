@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import adadiff
 from adadiff.calibration.calibrating import CALIBRATION_SEED, work_of
-from adadiff.calibration.recording import measure_costs, record
+from adadiff.calibration.recording import measure_weights, record
 from adadiff.cli import setting
 from adadiff.data import sources
 from adadiff.data.canvases import CLASSES, DIGITS, Canvases
@@ -78,10 +78,10 @@ def needs(file: Path) -> dict[str, Any]:
         model, RECORDED, steps=SAMPLE_STEPS, labels=labels, seeds=range(CALIBRATION_SEED, CALIBRATION_SEED + RECORDED)
     )
     recording = record(model, samples, RECORDED)
-    costs = measure_costs(
+    weights = measure_weights(
         model, samples, recording, lambda a, b: (a - b).double().square().flatten(1).mean(1), batch=RECORDED
     )
-    error = costs.of(recording.relative)  # [S, K, n]
+    error = recording.relative.double() * weights[:, None]  # [S, K, n]
     levels = error.flatten().sort().values
     low, high = 0, len(levels) - 1
     while low < high:

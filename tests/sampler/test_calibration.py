@@ -16,7 +16,7 @@ from adadiff.calibration import calibrating as calibrating_module
 from adadiff.calibration import recording as recording_module
 from adadiff.calibration.calibrating import Calibrating, reliability_picture, work_of
 from adadiff.calibration.calibration import Budget, Budgeted, Calibration, Measured, Tables
-from adadiff.calibration.recording import measure_costs, noised_errors, record, run
+from adadiff.calibration.recording import measure_weights, noised_errors, record, run
 from adadiff.checkpoint import load, save
 from adadiff.engine.evaluate import evaluate
 from adadiff.exits import ExitConfig, all_layers
@@ -34,7 +34,7 @@ def made(*budgets: tuple[float, list, list]) -> Calibration:
         Budget(share, tuple(map(tuple, rows)), tuple(depths), MEASURED, MEASURED, (0.5, 0.4, 0.6))
         for share, rows, depths in budgets
     )
-    return Calibration("faithful", "ddim", 3, 0.0, 8, 0, 5, T, (3.0, 2.0, 1.0), (2.0, 1.5, 1.0), own)
+    return Calibration("faithful", "ddim", 3, 0.0, 8, 0, 5, T, (3.0, 2.0, 1.0), own)
 
 
 HALF = (0.5, [[0, 0.3, 0, 2], [0, 0.6, 0, 0], [0, 0, 0, 0.45]], [2, 3, 5])
@@ -104,8 +104,7 @@ def test_a_calibration_is_for_its_own_number_of_blocks() -> None:
     [
         {"t": T[:2]},
         {"layers": 4},
-        {"scale": (1.0,)},
-        {"power": (1.0,)},
+        {"weights": (1.0,)},
         {"budgets": ()},
         {"t": ()},
     ],
@@ -266,43 +265,39 @@ def test_budgets_may_differ_between_the_samples_of_a_batch() -> None:
 def test_it_is_deterministic() -> None:
     calibrating, calibration = calibrated("faithful")
     again = Calibrating(calibrating.model, [0.8], n=48, steps=6, batch=48).run()
-    assert (again.scale, again.power) == (calibration.scale, calibration.power)
+    assert again.weights == calibration.weights
     assert again.budgets[0] == calibration.budgets[1]
 
 
-def test_the_last_cost_is_what_the_perturbed_runs_did() -> None:
+def test_the_last_weight_is_what_the_perturbed_runs_did() -> None:
     """At the last evaluation the solver's step is linear, so a unit of error costs what its coefficient says."""
     calibrating, calibration = calibrated("faithful")
     model = calibrating.model
     alpha_bar = model.schedule.log_alpha_bar(torch.tensor(calibration.t, dtype=torch.float64)).exp()
-    assert calibration.scale[-1] == pytest.approx(float((1 - alpha_bar[-1]) / alpha_bar[-1]), rel=1e-3)
-    assert calibration.power[-1] == pytest.approx(1, abs=1e-3)
+    assert calibration.weights[-1] == pytest.approx(float((1 - alpha_bar[-1]) / alpha_bar[-1]), rel=1e-3)
 
 
-@pytest.mark.parametrize(("power", "found"), [(2.5, 2.5), (1.0, 1.0), (0.4, 1.0), (6.0, 4.0)])
-def test_costs_follow_the_final_errors(monkeypatch: pytest.MonkeyPatch, power: float, found: float) -> None:
-    """Final errors that are a power of those put in, at the places that were measured and between; within bounds."""
+def test_every_sample_has_weights_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Final errors that are those put in times something of the sample's and of the evaluation's: that is found, at the
+    places that were measured and, as it is a geometric series, between them. A distance of sets has one for all."""
     calibrating, _ = calibrated("faithful")
-    own, n = calibrating.recording, calibrating.n
-    relative = own.relative * torch.logspace(0, -2, len(own.t))[:, None, None]
-    recording = dataclasses.replace(own, relative=relative)
+    recording, n = calibrating.recording, calibrating.n
+    wanted = torch.logspace(1, -2, len(recording.t), dtype=torch.float64)[:, None] * torch.rand(n).double().add(0.1)
     monkeypatch.setattr(recording_module, "run", lambda model, samples, batch, evaluator: evaluator.args)
 
     def distance(place: tuple[int, int], _: torch.Tensor) -> torch.Tensor:
         at, layer = place
-        return 7 * relative[at, layer - 1].double() ** power
+        return wanted[at] * recording.relative[at, layer - 1].double()
 
-    samples = calibrating._samples(n)
-    costs = measure_costs(calibrating.model, samples, recording, distance, batch=n, places=6)
-    assert costs.power.tolist() == pytest.approx([found] * len(own.t), rel=1e-6)
-    if power == found:
-        torch.testing.assert_close(costs.of(relative), 7 * relative.double() ** power, rtol=1e-6, atol=0)
+    given = calibrating.model, calibrating._samples(n), recording
+    torch.testing.assert_close(measure_weights(*given, distance, batch=n, places=3), wanted, rtol=1e-9, atol=0)
 
-    def of_the_set(place: tuple[int, int], full: torch.Tensor) -> torch.Tensor:
-        return distance(place, full).mean()
+    def of_the_set(place: tuple[int, int], _: torch.Tensor) -> torch.Tensor:
+        at, layer = place
+        return 3 * recording.relative[at, layer - 1].double().mean()
 
-    by_set = measure_costs(calibrating.model, samples, recording, of_the_set, batch=n, places=3)
-    assert by_set.power.tolist() == [1.0] * len(own.t)
+    by_set = measure_weights(*given, of_the_set, batch=n, places=3)
+    torch.testing.assert_close(by_set, torch.full((len(recording.t), 1), 3.0, dtype=torch.float64))
 
 
 def test_reliability_is_drawn(tmp_path: Path) -> None:

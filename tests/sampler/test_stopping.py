@@ -14,6 +14,7 @@ from adadiff.calibration.stopping import (
     adaptive_table,
     best_thresholds,
     exit_layers,
+    mixed,
     static_table,
     total,
 )
@@ -186,3 +187,18 @@ def test_budgets_below_one_block_are_refused() -> None:
     for table in (lambda: adaptive_table(u, error, work, 0.1), lambda: static_table(error, work, 0.1)):
         with pytest.raises(ValueError, match=r"the least that this network can run is 0\.20"):
             table()
+
+
+def test_a_mixture_spends_what_it_is_asked_to() -> None:
+    assert mixed(0.5, 0.4, 0.8) == pytest.approx(0.25)
+    assert mixed(0.4, 0.4, 0.8) == 0
+    assert mixed(0.8, 0.4, 0.8) == mixed(0.8, 0.8, 0.8) == 1
+    assert mixed(0.9, 0.4, 0.8) == 1  # what there is
+
+
+def test_tables_on_both_sides_of_a_share_are_neighbours() -> None:
+    """Depths that are worth having lie far apart: no table spends 0.6 of the work, one less and one more."""
+    error = torch.tensor([[[0.1], [9.0], [9.0]], [[0.3], [9.0], [9.0]]])  # [2, 3, 1]
+    work = Work(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64), 0.0)
+    more, less = (static_table(error, work, 0.6, above) for above in (True, False))
+    assert (less.tolist(), more.tolist()) == ([1, 1], [1, 4])

@@ -1,5 +1,6 @@
 """Calibration: record, weigh, choose, and measure what was chosen on samples that it was not chosen on."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,8 +20,8 @@ from ..rules import Rule
 from ..sampling.sampler import sample
 from ..sampling.samples import Samples, whole
 from .calibration import NEAR, Budget, Budgeted, Calibration, Measured, Scheduled, Tables
-from .recording import Recording, measure_costs, record
-from .stopping import Work, adaptive_table, static_table
+from .recording import Recording, measure_weights, record
+from .stopping import Work, adaptive_table, mixed, static_table
 
 AIMS = ("faithful", "distribution")
 CALIBRATION_SEED = 1 << 32  # far from the seeds 0, 1, ... that samples have by default
@@ -89,7 +90,7 @@ class Calibrating:
         self.recording: Recording | None = None
 
     def run(self, progress: bool = False) -> Calibration:
-        runs = 2 + PLACES * LAYERS_PERTURBED + len(self.budgets) * (ROUNDS + 2)
+        runs = 2 + PLACES * LAYERS_PERTURBED + len(self.budgets) * (ROUNDS + 3)
         with tqdm(total=runs, disable=not progress, unit="run", dynamic_ncols=True) as bar:
             return self._run(bar)
 
@@ -97,9 +98,10 @@ class Calibrating:
         model = self.model
         self.recording = recording = record(model, self._samples(self.n), self.batch)
         bar.update()
-        first = self._samples(min(self.n, self.batch))
-        costs = measure_costs(model, first, recording, self._distance, batch=self.batch, places=PLACES, tick=bar.update)
-        error = costs.of(recording.relative)
+        weights = measure_weights(
+            model, self._samples(self.n), recording, self._distance, batch=self.batch, places=PLACES, tick=bar.update
+        )
+        error = recording.relative.double() * weights[:, None]
         full, _ = sample(model, self.n, **self._settings(self.seed + self.n), rule="full")
         bar.update()
         budgets = []
@@ -109,7 +111,10 @@ class Calibrating:
             tables = self._tables(share, thresholds, depths)
             ours, our_errors = self._measure(Budgeted(share, tables), full)
             static, static_errors = self._measure(Scheduled(share, tables), full)
-            bar.update(2)
+            less = static_table(error, self._work, ours.share, above=False)
+            less = self._measure(Scheduled(share, self._tables(share, thresholds, less)), full)
+            static, static_errors = _mixed(ours.share, less, (static, static_errors))
+            bar.update(3)
             rows, ratio = tuple(map(tuple, thresholds.tolist())), _ratio(our_errors, static_errors)
             budgets.append(Budget(share, rows, tuple(depths.tolist()), ours, static, ratio))
         bar.total = bar.n
@@ -122,8 +127,7 @@ class Calibrating:
             seed=self.seed,
             layers=model.layers,
             t=tuple(recording.t.tolist()),
-            scale=tuple(costs.scale.tolist()),
-            power=tuple(costs.power.tolist()),
+            weights=tuple(weights.mean(1).tolist()),
             budgets=tuple(budgets),
         )
 
@@ -201,6 +205,18 @@ def default_features(model: Model) -> Extractor:
     if classes == canvases.CLASSES and shape in [canvases.Canvases(side).shape for side in (2, 3)]:
         return canvas_features
     raise ValueError("no features are known for this model's images; give `features`, or take the aim 'faithful'")
+
+
+def _mixed(share: float, less: tuple[Measured, Tensor], more: tuple[Measured, Tensor]) -> tuple[Measured, Tensor]:
+    """Two static tables, mixed among samples to spend `share`; their steps in work are wide where few depths are worth
+    having. Errors are those expected of such a mixture; PSNR and Fréchet distance are those of the table of more work.
+    """
+    part = mixed(share, less[0].share, more[0].share)
+    errors = part * more[1] + (1 - part) * less[1]
+    low, high = _ends(_resampled(errors)[0])
+    spent, depth = (part * getattr(more[0], key) + (1 - part) * getattr(less[0], key) for key in ("share", "depth"))
+    own = {"share": spent, "depth": depth, "error": float(errors.mean()), "low": low, "high": high}
+    return dataclasses.replace(more[0], **own), errors
 
 
 def _resampled(*errors: Tensor) -> list[Tensor]:

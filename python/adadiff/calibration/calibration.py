@@ -37,7 +37,7 @@ class Budget:
     thresholds: tuple[tuple[float, ...], ...]  # [S][L - 1]; 0: nobody leaves, 2: everybody
     depths: tuple[int, ...]  # [S], the best table without looking at samples, out of the same recording
     adaptive: Measured
-    static: Measured
+    static: Measured  # of as much work: the table `depths` and the next one below it in work, mixed among samples
     ratio: tuple[float, float, float] | None  # of the errors, adaptive over static, with the ends of its 95 % interval
 
 
@@ -53,15 +53,13 @@ class Calibration:
     seed: int
     layers: int
     t: tuple[float, ...]
-    scale: tuple[float, ...]  # an error r at t adds scale * r ** power to the final error, measured
-    power: tuple[float, ...]
+    weights: tuple[float, ...]  # what a unit of error at t adds to the final error, measured; mean over samples
     budgets: tuple[Budget, ...]
 
     def __post_init__(self) -> None:
         S, K = len(self.t), self.layers - 1
         shapes = [(len(b.thresholds), {len(row) for row in b.thresholds}, len(b.depths)) for b in self.budgets]
-        rows = {len(self.scale), len(self.power)}
-        if not self.budgets or not S or rows != {S} or any(shape != (S, {K}, S) for shape in shapes):
+        if not self.budgets or not S or len(self.weights) != S or any(shape != (S, {K}, S) for shape in shapes):
             raise ValueError(f"a calibration has tables of {S} times and {K} layers, got {shapes}")
         numbers = [v for b in self.budgets for row in b.thresholds for v in row]
         depths = [d for b in self.budgets for d in b.depths]
@@ -88,7 +86,7 @@ class Calibration:
                 )
                 for budget in values["budgets"]
             ]
-            tuples = {key: tuple(values[key]) for key in ("t", "scale", "power")} | {"budgets": tuple(budgets)}
+            tuples = {"t": tuple(values["t"]), "weights": tuple(values["weights"]), "budgets": tuple(budgets)}
             return cls(**{**values, **tuples})
         except (KeyError, TypeError) as error:
             raise ValueError(f"this is no calibration: {error}") from None

@@ -19,7 +19,6 @@ from ..sampling.samples import Samples
 # Of images [n, C, H, W] from the full network's: of each, [n], or of the whole set, a scalar.
 Distance = Callable[[Tensor, Tensor], Tensor]
 TINY = 1e-30  # instead of no error, which has no logarithm
-MOST_POWER = 4.0
 
 
 @dataclass(frozen=True)
@@ -91,24 +90,7 @@ def record(model: Model, samples: Samples, batch: int) -> Recording:
     return Recording(t, u, relative, images)
 
 
-@dataclass(frozen=True)
-class Costs:
-    """What an error relative to the full network does to the images: r at evaluation i adds scale[i] * r ** power[i].
-
-    The power is far above 1 where the noise is high: there the sampler corrects what is small, and what is large leads
-    to another image.
-    """
-
-    scale: Tensor  # float64 [S]
-    power: Tensor  # float64 [S]
-
-    def of(self, relative: Tensor) -> Tensor:
-        """relative: [S, ...]. Returns float64 [S, ...]."""
-        shape = (-1, *[1] * (relative.ndim - 1))
-        return self.scale.view(shape) * relative.double() ** self.power.view(shape)
-
-
-def measure_costs(
+def measure_weights(
     model: Model,
     samples: Samples,
     recording: Recording,
@@ -117,43 +99,32 @@ def measure_costs(
     batch: int,
     places: int = 8,
     tick: Callable[[], object] = lambda: None,
-) -> Costs:
-    """At `places` evaluations, evenly spread, the full prediction is replaced by that of a shallow layer, and in a
-    second run of one less shallow; the rest of the run is full. The line through the logarithms of the errors put in
-    and of the final ones of all samples of both runs has the power as its slope; where samples have no final error or
-    several lanes each, it is 1. The scale meets the mean final error. In between, the power and the logarithm of the
-    cost of the mean error are interpolated: a linear theory of single steps is far off.
+) -> Tensor:
+    """What a unit of error relative to the full network does to the images, float64 [S, n], or [S, 1] where samples
+    have no final error of their own or several lanes each.
 
-    samples: the first of those of the recording, its lanes included. tick: called after each run.
+    At `places` evaluations, evenly spread, the full prediction is replaced by that of a shallow layer, and in a second
+    run of one less shallow; the rest of the run is full. Final errors over those put in are averaged geometrically over
+    the two, and interpolated over the evaluations in between, both in the logarithm: a linear theory of single steps is
+    far off where the noise is high, and there samples differ most, by what the sampler can still correct.
+    tick: called after each run.
     """
     S, L = len(recording.t), model.layers
     chosen = sorted(set(np.linspace(0, S - 1, min(S, places)).round().astype(int).tolist()))
     layers = sorted({max(1, L // 4), max(1, L // 2)})
-    reference = recording.images[: samples.n]
-    put_in = recording.relative[:, [layer - 1 for layer in layers], : samples.lanes].double().clamp(min=TINY)
-    mean = put_in.mean((1, 2)).log().numpy()  # [S]
-    powers, logs = [], []
+    logs = []
     for at in chosen:
-        final = []
+        own = []
         for layer in layers:
-            final.append(distance(run(model, samples, batch, partial(_replacing, at, layer)), reference).double())
+            final = distance(run(model, samples, batch, partial(_replacing, at, layer)), recording.images).double()
+            put_in = recording.relative[at, layer - 1].double()
+            if final.shape != put_in.shape:
+                final, put_in = final.mean()[None], put_in.mean()[None]
+            own.append(final.clamp(min=TINY).log() - put_in.clamp(min=TINY).log())
             tick()
-        power, own = 1.0, torch.stack(final).clamp(min=TINY)  # [layers] or [layers, n]
-        if own.shape == put_in[at].shape:
-            power = _slope(put_in[at].log().flatten(), own.log().flatten())
-        scale = own.flatten(1).mean(1) if own.ndim > 1 else own
-        scale = (scale.log() - (put_in[at] ** power).mean(1).log()).mean()
-        powers.append(power)
-        logs.append(float(scale) + power * mean[at])
-    power, log = (np.interp(np.arange(S), chosen, values) for values in (powers, logs))
-    return Costs(torch.from_numpy(np.exp(log - power * mean)), torch.from_numpy(power))
-
-
-def _slope(x: Tensor, y: Tensor) -> float:
-    """Of the line of least squares, within what `Costs` can be trusted to mean."""
-    x = x - x.mean()
-    slope = float((x * y).sum() / x.square().sum().clamp(min=TINY))
-    return min(max(slope, 1.0), MOST_POWER)
+        logs.append(torch.stack(own).mean(0).numpy())
+    between = [np.interp(np.arange(S), chosen, column) for column in np.stack(logs, 1)]
+    return torch.from_numpy(np.exp(np.stack(between, 1)))
 
 
 def _replacing(at: int, layer: int) -> Callable[..., Evaluation]:

@@ -70,6 +70,11 @@ def best_thresholds(
     return theta
 
 
+def mixed(share: float, low: float, high: float) -> float:
+    """The part of samples that get a table of the work `high`, the others one of `low`, to spend `share` together."""
+    return 1.0 if high <= low else min(max((share - low) / (high - low), 0.0), 1.0)
+
+
 def exit_layers(u: Tensor, theta: Tensor) -> Tensor:
     """u: [S, K, n]; theta: [S, K]. Returns int64 [S, n], blocks run, 1..L."""
     leaves = torch.cat([u < theta[..., None], torch.ones(len(u), 1, u.shape[-1], dtype=torch.bool)], 1)
@@ -107,15 +112,16 @@ def adaptive_table(u: Tensor, error: Tensor, work: Work, share: float) -> Tensor
     return theta if not bool(closed.any()) or bool(closed.all()) else solve(closed)
 
 
-def static_table(error: Tensor, work: Work, share: float) -> Tensor:
-    """The depths, int64 [S], of the best table by timestep alone, with the least work that is not below `share`."""
+def static_table(error: Tensor, work: Work, share: float, above: bool = True) -> Tensor:
+    """The depths, int64 [S], of the best table by timestep alone, with the least work that is not below `share`, or
+    with the most that is not above."""
     mean = torch.cat([error.double().mean(-1), torch.zeros(len(error), 1, dtype=torch.float64)], 1)  # [S, L]
 
     def spend(price: float) -> tuple[float, Tensor]:
         depth = (mean + price * work.leaving).argmin(1) + 1
         return float(work.leaving[depth - 1].mean()) / work.full, depth
 
-    return cheapest(spend, share, error, work, above=True)
+    return cheapest(spend, share, error, work, above)
 
 
 def cheapest(
