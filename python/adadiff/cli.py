@@ -51,7 +51,8 @@ the file is a model like any other: sample it with --rule budget:0.55, or, by ti
 no weights are run and nothing but tensors is read from a pickle""",
     "inspect": """examples:
   adadiff inspect digits
-  adadiff inspect runs/digits/model.safetensors --json""",
+  adadiff inspect runs/digits/model.safetensors --json
+  adadiff inspect DiT-XL-2-256x256.pt""",
 }
 
 SOLVER_HELP = (
@@ -157,7 +158,7 @@ def parser() -> argparse.ArgumentParser:
     )
 
     one = _command(known, "inspect", commands.inspect, "what a model is, what it costs, how it was trained")
-    _add_model(one)
+    _add_model(one, "; of files that adadiff convert reads, what can be told")
     one.add_argument("--json", action="store_true", help="print JSON")
     return top
 
@@ -277,8 +278,8 @@ def _command(known: Any, name: str, run: Callable[[argparse.Namespace], None], t
     return one
 
 
-def _add_model(one: argparse.ArgumentParser) -> None:
-    one.add_argument("model", metavar="MODEL", help='a name that ships with the package ("digits") or a file')
+def _add_model(one: argparse.ArgumentParser, more: str = "") -> None:
+    one.add_argument("model", metavar="MODEL", help=f'a name that ships with the package ("digits") or a file{more}')
 
 
 def _add_sampling(one: argparse.ArgumentParser, n: int, rule: bool = True, seed: int = 0) -> None:

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from . import checkpoint
 from .calibration.calibrating import Calibrating, matplotlib_figure, reliability_picture
+from .calibration.calibration import Calibration
 from .calibration.recording import noised_errors
 from .conversion import convert as conversion
+from .conversion.describing import describe
 from .data import sources
 from .evaluation.quality import Quality, evaluate_samples
 from .model import Model
@@ -351,39 +353,26 @@ def convert(options: argparse.Namespace) -> None:
 
 
 def inspect(options: argparse.Namespace) -> None:
-    model, path = checkpoint.load(options.model), checkpoint.find(options.model)
-    network, exits = model.backbone, model.exits
-    stem, head = network.fixed_macs()
-    blocks = [(block.skip_from is not None, block.macs(network.tokens)) for block in network.blocks]
-    macs = {
-        "full evaluation": stem + sum(cost for _, cost in blocks) + head,
-        "stem": stem,
-        **{"block with skip" if skip else "block": cost for skip, cost in blocks},
-        "head": head,
-    }
-    if exits is not None:
-        macs["score after a block"] = exits.macs(network.tokens - exits.extras)
-    content = {
-        "file": str(path),
-        "file_bytes": path.stat().st_size,
-        **model.config.to_dict(),
-        "classes": model.config.classes,
-        "blocks": model.layers,
-        "tokens": network.tokens,
-        "parameters": {"network": _parameters(network), "exits": _parameters(exits)},
-        "macs": macs,
-        "notes": checkpoint.read_tensors(path)[1].get("notes", {}),
-    }
+    content = describe(options.model)
     if options.json:
         print(json.dumps(content, indent=2))
         return
+    calibration = content.pop("calibration", None)
+    if "presets" in content:
+        content["presets"] = " or ".join(content["presets"])
     for name in ("parameters", "macs"):
-        content[name] = {key: f"{value:,}" for key, value in content[name].items()}
+        numbers = content.get(name)
+        if isinstance(numbers, dict):
+            content[name] = {key: f"{value:,}" for key, value in numbers.items()}
     _show(content)
-
-
-def _parameters(module: torch.nn.Module | None) -> int:
-    return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
+    if calibration is not None:
+        print(f"\n{Calibration.from_dict(calibration)}")
+        print("\nbudget  time: uncertainty below which a sample leaves, after blocks 1, 2, ...")
+        for budget in calibration["budgets"]:
+            for t, thresholds in zip(calibration["t"], budget["thresholds"], strict=True):
+                print(f"{budget['share']:<7g} {t:g}: {' '.join(f'{value:.3g}' for value in thresholds)}")
+    if "layout" in content:
+        print("not a file of ours yet: adadiff convert makes one of it")
 
 
 def _configuration(options: argparse.Namespace, model: Model) -> dict[str, Any]:
