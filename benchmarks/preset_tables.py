@@ -41,8 +41,8 @@ def models(rows: Sequence[Row]) -> list[Table]:
         own = [row for ways in presets.values() for row in ways.values()]
         note = (
             "Random weights. Engine: scored after every block, nobody leaves. Two-phase: every other lane leaves after "
-            "block 2 (at batch 1 the only one); its share of the multiply-adds, and its speed-up over the faster of "
-            "the plain ones. MiB: what is allocated at once, above the weights. "
+            "block 2 (at batch 1 the only one); its share of the multiply-adds, and its speed-up over the faster plain "
+            "one. MiB: what is allocated at once, above the weights. "
         )
         place = gpu(own) if device == "cuda" else where(own)
         tables.append(Table(f"batch {batch}, {place}", header, body, note + warning(own)))

@@ -25,7 +25,7 @@ from adadiff.exits import PAPER
 from adadiff.rules import Replay
 
 SUITE = "models"
-MOST_MACS = 16e9  # of one lane: some two seconds for eight of them on two cores
+MOST_MACS = 17e9  # of one lane: some two seconds for eight of them on two cores
 BATCHES = (1, 8)
 PLAIN, COMPILED = "plain, eager", "plain, compiled"
 ENGINE = ("nobody leaves", "two-phase")

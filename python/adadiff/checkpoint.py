@@ -45,11 +45,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
         metadata = {key: json.loads(value) for key, value in header.items()}
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"{path} is not a readable safetensors file (truncated, or another format): {error}"
+            f"{path} is not a readable safetensors file (truncated, or of others: adadiff convert reads those): {error}"
         ) from error
     version = metadata.pop("format_version", None)
     if version != FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {version!r}; this release reads version {FORMAT_VERSION}")
+        theirs = "" if version is not None else "; adadiff convert reads files of others"
+        raise ValueError(f"{path} has format version {version!r}; this release reads version {FORMAT_VERSION}{theirs}")
     return tensors, metadata
 
 

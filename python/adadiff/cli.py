@@ -58,7 +58,8 @@ a model's rules are compared with the full network from the same noises, with or
 no weights are run and nothing but tensors is read from a pickle""",
     "inspect": """examples:
   adadiff inspect digits
-  adadiff inspect runs/digits/model.safetensors --json""",
+  adadiff inspect runs/digits/model.safetensors --json
+  adadiff inspect DiT-XL-2-256x256.pt""",
 }
 
 SOLVER_HELP = (
@@ -169,7 +170,7 @@ def parser() -> argparse.ArgumentParser:
     )
 
     one = _command(known, "inspect", models.inspect, "what a model is, what it costs, how it was trained")
-    _add_model(one)
+    _add_model(one, "; of files that adadiff convert reads, what can be told")
     one.add_argument("--json", action="store_true", help="print JSON")
     return top
 
@@ -321,8 +322,8 @@ def _command(known: Any, name: str, run: Callable[[argparse.Namespace], None], t
     return one
 
 
-def _add_model(one: argparse.ArgumentParser) -> None:
-    one.add_argument("model", metavar="MODEL", help='a name that ships with the package ("digits") or a file')
+def _add_model(one: argparse.ArgumentParser, more: str = "") -> None:
+    one.add_argument("model", metavar="MODEL", help=f'a name that ships with the package ("digits") or a file{more}')
 
 
 def _add_sampling(

@@ -1,5 +1,6 @@
 """Prompts, and guidance at some timesteps, asked for on the command line: what Python draws, and what is refused."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 import adadiff
 from adadiff.config import ModelConfig
+from adadiff.exits import ExitConfig
 from adadiff.models.uvit import UViTConfig
 from adadiff.output import shards
 from adadiff.pipelines.text import CLIP, TextEncoder
@@ -123,6 +125,12 @@ def test_what_the_model_does_not_take_is_refused_before_work(
         with pytest.raises(SystemExit):
             run(f"sample {labelled} --out {tmp_path}/o --guidance 1 --guidance-interval {spelling}")
         assert "takes two numbers, LOW,HIGH" in capsys.readouterr().err
+
+
+def test_text_models_are_not_calibrated(text: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = saved(tmp_path / "exits.safetensors", dataclasses.replace(TEXT, exits=ExitConfig()))
+    assert run(f"calibrate {model} --budget 0.5 --out {tmp_path}/c.safetensors") == 2
+    assert "of classes or of nothing; this model takes text" in error_line(capsys.readouterr().err)
 
 
 def test_contexts_of_another_size(text: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:

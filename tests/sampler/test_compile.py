@@ -27,3 +27,13 @@ def test_one_graph_for_any_number_of_rows(kind: str) -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
         graphs.append(backend.frame_count)
     assert graphs[1:] == graphs[:1] * 3
+
+
+@pytest.mark.parametrize("kind", ["uvit", "dit"])
+@torch.no_grad()
+def test_a_plain_network_is_one_graph(kind: str) -> None:
+    """Labels on the CPU, whose values are looked at before, must not split it."""
+    c = case(kind, PAPER, torch.float32)
+    torch.compiler.reset()
+    compiled = torch.compile(c.backbone, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*c.given.all), c.backbone(*c.given.all), rtol=1e-5, atol=1e-5)

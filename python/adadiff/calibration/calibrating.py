@@ -70,6 +70,8 @@ class Calibrating:
     ):
         if model.exits is None:
             raise ValueError("this model has no exits to calibrate; `adadiff train` with recipe = 'frozen' adds some")
+        if model.config.network.context_tokens:
+            raise ValueError("calibration draws samples of classes or of nothing; this model takes text")
         if not budgets or any(not 0 < share <= 1 for share in budgets):
             raise ValueError(f"budgets are shares of the full network's work in (0, 1], got {list(budgets)}")
         if any(b - a < 2 * NEAR for a, b in zip(sorted(budgets), sorted(budgets)[1:], strict=False)):

@@ -3,10 +3,9 @@
 import argparse
 import json
 
-import torch
-
-from .. import checkpoint
+from ..calibration.calibration import Calibration
 from ..conversion import convert as conversion
+from ..conversion.describing import describe
 from .shared import show
 
 
@@ -27,36 +26,23 @@ def convert(options: argparse.Namespace) -> None:
 
 
 def inspect(options: argparse.Namespace) -> None:
-    model, path = checkpoint.load(options.model), checkpoint.find(options.model)
-    network, exits = model.backbone, model.exits
-    stem, head = network.fixed_macs()
-    blocks = [(block.skip_from is not None, block.macs(network.tokens)) for block in network.blocks]
-    macs = {
-        "full evaluation": stem + sum(cost for _, cost in blocks) + head,
-        "stem": stem,
-        **{"block with skip" if skip else "block": cost for skip, cost in blocks},
-        "head": head,
-    }
-    if exits is not None:
-        macs["score after a block"] = exits.macs(network.tokens - exits.extras)
-    content = {
-        "file": str(path),
-        "file_bytes": path.stat().st_size,
-        **model.config.to_dict(),
-        "classes": model.config.classes,
-        "blocks": model.layers,
-        "tokens": network.tokens,
-        "parameters": {"network": _parameters(network), "exits": _parameters(exits)},
-        "macs": macs,
-        "notes": checkpoint.read_tensors(path)[1].get("notes", {}),
-    }
+    content = describe(options.model)
     if options.json:
         print(json.dumps(content, indent=2))
         return
+    calibration = content.pop("calibration", None)
+    if "presets" in content:
+        content["presets"] = " or ".join(content["presets"])
     for name in ("parameters", "macs"):
-        content[name] = {key: f"{value:,}" for key, value in content[name].items()}
+        numbers = content.get(name)
+        if isinstance(numbers, dict):
+            content[name] = {key: f"{value:,}" for key, value in numbers.items()}
     show(content)
-
-
-def _parameters(module: torch.nn.Module | None) -> int:
-    return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
+    if calibration is not None:
+        print(f"\n{Calibration.from_dict(calibration)}")
+        print("\nbudget  time: uncertainty below which a sample leaves, after blocks 1, 2, ...")
+        for budget in calibration["budgets"]:
+            for t, thresholds in zip(calibration["t"], budget["thresholds"], strict=True):
+                print(f"{budget['share']:<7g} {t:g}: {' '.join(f'{value:.3g}' for value in thresholds)}")
+    if "layout" in content:
+        print("not a file of ours yet: adadiff convert makes one of it")

@@ -73,6 +73,18 @@ def convert(
     return Conversion(found.file, found.part, layout, preset, served_by, config, parameters)
 
 
+def recognise(source: Path) -> tuple[Source, str, dict[str, ModelConfig]]:
+    """What lies at `source`, its layout, and what it may be: by the name of each preset that has its shapes, or "" for
+    a folder of diffusers that no preset is like. Raises ValueError where `convert` would, presets aside."""
+    found = read(source)
+    if found.network is not None:
+        config, preset = _served(found, None, "diffusers")
+        return found, "diffusers", {preset or "": config}
+    layout = layout_of(found.tensors)
+    names = _fitting(layout, found.tensors)
+    return found, layout, {name: replace(PRESETS[name], exits=EXITS.get(layout)) for name in names}
+
+
 def translate(layout: str, tensors: Mapping[str, Tensor], config: ModelConfig, source: str) -> dict[str, Tensor]:
     """The tensors of `Model(config)` from those of a layout. Raises ValueError that names all that do not fit."""
     keys = Keys(tensors)

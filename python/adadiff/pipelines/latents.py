@@ -54,9 +54,11 @@ def decode(
     if not 0 < scale < torch.inf or batch < 1:
         raise ValueError(f"scale must be a positive number and batch at least 1, got {scale} and {batch}")
     like, size, images = next(autoencoder.parameters()), latents.shape[2:], []
+    # of one that diffusers offloads, the weights are on the CPU until it is called
+    device = getattr(getattr(autoencoder, "_hf_hook", None), "execution_device", None) or like.device
     with tqdm(total=len(latents), disable=not progress, unit="image", desc="decoding", dynamic_ncols=True) as bar:
         for part in latents.split(batch) if len(latents) else ():
-            part = part.to(like.device, like.dtype) / scale
+            part = part.to(device, like.dtype) / scale
             images.append(autoencoder.decode(part).sample.float().cpu())
             bar.update(len(part))
     if not images:

@@ -81,6 +81,10 @@ class AdaDiffPipeline(DiffusionPipeline):
         """Set `_interrupt` in a callback to stop after that step; the images are what they are then."""
         return self._interrupt
 
+    def enable_sequential_cpu_offload(self, *_: Any, **__: Any) -> None:
+        """ValueError: it would move each small module for its own call only, and the engine does not call all."""
+        raise ValueError("the engine takes weights past the modules' own calls; use enable_model_cpu_offload")
+
     @torch.no_grad()
     def __call__(
         self,
@@ -154,7 +158,9 @@ class AdaDiffPipeline(DiffusionPipeline):
             return self.transformer(*args, **options)  # through the module, whose hooks move it between devices
 
         model: Model = self.transformer.model
-        batch, exit_layer = Batch(model, samples.n, evaluate=call), torch.zeros(len(times), samples.n, 2).byte()
+        # offloaded weights come to that device when they are called, so nothing can tell it from theirs
+        batch = Batch(model, samples.n, evaluate=call, device=self._execution_device)
+        exit_layer = torch.zeros(len(times), samples.n, 2).byte()
         places = batch.admit(samples, torch.arange(samples.n))
         slot = torch.empty_like(places)
         slot[places] = torch.arange(samples.n)
@@ -186,7 +192,7 @@ class AdaDiffPipeline(DiffusionPipeline):
         if output_type == "pil":
             return [Image.fromarray(to_pixels(image)) for image in images]
         images = (images / 2 + 0.5).clamp(0, 1)
-        return images if output_type == "pt" else images.permute(0, 2, 3, 1).numpy()
+        return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def _count(labels: Sequence[int] | None, prompts: Sequence[str] | None, num_images: int | None) -> int:

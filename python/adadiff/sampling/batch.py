@@ -46,8 +46,8 @@ class Batch:
     """Up to `capacity` samples of one model. Places of finished and failed samples are free again once `take`n or
     `release`d; results of a sample do not depend on its place.
 
-    What the host decides by lies on the CPU; what the network and the solver see, on the model's device, which is
-    waited for once a tick, when everything is queued: for the exit layers.
+    What the host decides by lies on the CPU; what the network and the solver see, on `device` (default: the model's),
+    which is waited for once a tick, when everything is queued: for the exit layers.
     batch_invariant: images and exits are the same bits in any company, see `evaluate`. counts: see there; "planned"
     learns its plan. evaluate: in place of `adadiff.evaluate`, for experiments and tests.
     """
@@ -61,9 +61,10 @@ class Batch:
         batch_invariant: bool = False,
         counts: Counts | str | None = None,
         evaluate: Callable[..., Evaluation] | None = None,
+        device: torch.device | None = None,
     ):
         self.model, self.capacity, self.batch_invariant = model, capacity, batch_invariant
-        self.counts, self.device = counts_from(counts, batch_invariant), model.device
+        self.counts, self.device = counts_from(counts, batch_invariant), device or model.device
         self.totals = Totals()
         self._evaluate = evaluate or engine.evaluate
         self._free = list(range(capacity))[::-1]
@@ -157,7 +158,7 @@ class Batch:
         return Tick(places, step, exit_layer, done, failed)
 
     def take(self, places: Tensor) -> Tensor:
-        """The images at places: int64 [k], float32 [k, C, H, W] on the model's device; the places are free again."""
+        """The images at places: int64 [k], float32 [k, C, H, W] on `device`; the places are free again."""
         images = self._state.x[self._there(places)]
         self.release(places)
         return images

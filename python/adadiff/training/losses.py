@@ -157,8 +157,7 @@ class VarianceLoss(nn.Module):
         self.register_buffer("rows", rows.float(), persistent=False)  # [2, timesteps]
 
     def forward(self, variances: Sequence[Tensor], prediction: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """variances: L of [B, C, H, W]; prediction (the last layer's), noise: [B, C, H, W]; t: float [B].
-        Returns [L]."""
+        """L variances, [B, C, H, W]; prediction (the last layer's), noise: [B, C, H, W]; t: float [B]. Returns [L]."""
         own, teacher = variances[-1], variances[-1].detach()
         spread, mean = self.rows[:, (t - self.first).long()][..., None, None, None].unbind()  # [B, 1, 1, 1] each
         # Kullback-Leibler divergence of two normal distributions, ln(p / q) of their variances and means over q's

@@ -1,0 +1,88 @@
+"""What a checkpoint is: one of ours, or somebody else's that `convert` reads."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from .. import checkpoint
+from ..model import Model
+from .convert import recognise
+
+
+def describe(name_or_file: str | Path) -> dict[str, Any]:
+    """Family and settings, parameters, multiply-adds, exits, thresholds and how it was made, as JSON has it.
+
+    name_or_file: a name that ships with the package, a file that `save` wrote, or what `convert` reads: of that, no
+    more is told than its shapes and its folder do, and `presets` names those that it may be of; the first is shown.
+    Raises ValueError for anything else.
+    """
+    path = Path(name_or_file)
+    if path.is_dir() or (path.is_file() and not _is_ours(path)):
+        return _foreign(path)
+    model, path = checkpoint.load(name_or_file), checkpoint.find(name_or_file)
+    return {
+        "file": str(path),
+        "file_bytes": path.stat().st_size,
+        **network(model),
+        "calibration": None if model.calibration is None else model.calibration.to_dict(),
+        "notes": checkpoint.read_tensors(path)[1].get("notes", {}),
+    }
+
+
+def network(model: Model) -> dict[str, Any]:
+    """All of it but what its weights are; they may lie on the device "meta"."""
+    own, exits = model.backbone, model.exits
+    stem, head = own.fixed_macs()
+    blocks = [(block.skip_from is not None, block.macs(own.tokens)) for block in own.blocks]
+    macs = {
+        "full evaluation": stem + sum(cost for _, cost in blocks) + head,
+        "stem": stem,
+        **{"block with skip" if skip else "block": cost for skip, cost in blocks},
+        "head": head,
+    }
+    if exits is not None:
+        macs["score after a block"] = exits.macs(own.tokens - exits.extras)
+    return {
+        **model.config.to_dict(),
+        "classes": model.config.classes,
+        "blocks": model.layers,
+        "tokens": own.tokens,
+        "parameters": {"network": _parameters(own), "exits": _parameters(exits)},
+        "macs": macs,
+    }
+
+
+def _foreign(path: Path) -> dict[str, Any]:
+    found, layout, configs = recognise(path)
+    content = {
+        "file": str(found.file),
+        "file_bytes": found.file.stat().st_size,
+        "part": found.part,
+        "layout": layout,
+        "presets": [name for name in configs if name],
+        "tensors": len(found.tensors),
+    }
+    if not configs:
+        return {**content, "parameters": sum(value.numel() for value in found.tensors.values())}
+    with torch.device("meta"):
+        model = Model(next(iter(configs.values())))
+    # shapes do not tell it, and presets of the same shapes differ in it
+    schedules = {config.schedule: name for name, config in configs.items()}
+    several = ", ".join(f"{schedule} ({name})" for schedule, name in schedules.items())
+    return {**content, **network(model), "schedule": several if len(schedules) > 1 else model.config.schedule}
+
+
+def _is_ours(path: Path) -> bool:
+    """Damaged files that are named as ours count as ours."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "format_version" in (file.metadata() or {})
+    except SafetensorError:
+        return path.suffix == ".safetensors"
+
+
+def _parameters(module: nn.Module | None) -> int:
+    return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
