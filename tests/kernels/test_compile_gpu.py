@@ -14,7 +14,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import cuda_resources
 import resources
-from resources import CASES, FUSED, PINNED, SHARED, TABLE, Resources, Variant
+from resource_cases import CASES, FUSED, ONES
+from resources import PINNED, SHARED, TABLE, Resources, Variant
 
 # float32 rows beside bfloat16 ones: four elements a thread, so the narrower ones move 8 bytes
 MIXED = {case for case in CASES if "mixed" in case or case.startswith("step")}
@@ -61,6 +62,14 @@ def test_rows_move_in_16_bytes(found: dict[Variant, Resources], case: str) -> No
             # offsets: two loads under Triton 3.9, four under 3.6
             assert got.narrow_loads <= (5 if case in MAPS else 3), case
             assert got.narrow_stores <= (1 if kernel == FUSED else 0), case
+
+
+@pytest.mark.slow
+def test_sizes_of_one_compile() -> None:
+    ones = resources.compile_all([Variant(case, 90) for case in ONES])
+    for variant, got in ones.items():
+        assert got.local <= max(LOCAL.values()), variant
+        assert 0 < got.registers <= 255, variant
 
 
 @pytest.mark.slow

@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from adadiff.engine.evaluate import advance
+from adadiff.engine import device as device_engine
+from adadiff.engine.blocks import advance, compile_advance
+from adadiff.engine.evaluate import evaluate
 from adadiff.exits import PAPER
+from adadiff.rules import Replay
 from sampler.tiny import BATCH, case
 
 
@@ -37,3 +40,22 @@ def test_a_plain_network_is_one_graph(kind: str) -> None:
     torch.compiler.reset()
     compiled = torch.compile(c.backbone, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(*c.given.all), c.backbone(*c.given.all), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("counts", ["sync", "lagged"])
+def test_blocks_of_every_kind_stay_compiled(counts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network whose batch shrinks to one row takes more graphs than Dynamo makes of one function."""
+    c = case("uvit", PAPER, torch.float32)
+    backend = CompileCounterWithBackend("eager")
+    torch.compiler.reset()
+    monkeypatch.setattr(device_engine, "advance", compile_advance(backend=backend, fullgraph=True))
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        for B in (5, 1, 8):
+            given, threshold = c.given[:B], torch.arange(B) % 7 + 1.0
+            result = evaluate(c.backbone, c.exits, Replay(), *given.all, threshold=threshold, counts=counts)
+            assert result.exit_layer.tolist() == threshold.tolist()
+            made = backend.frame_count
+    assert made > 8 if counts == "sync" else made > 2
+    evaluate(c.backbone, c.exits, Replay(), *c.given[:6].all, threshold=torch.arange(6) + 1.0, counts=counts)
+    assert backend.frame_count == made
