@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from adadiff.data import canvases
-from adadiff.data.canvases import Canvases, canvas_features, follow_rules
+from adadiff.data.canvases import Canvases
 from adadiff.data.digits import digits
+from adadiff.evaluation.canvases import canvas_features, follow_rules
 from adadiff.evaluation.features import digits_network
 from adadiff.evaluation.frechet import FeatureStatistics, bootstrap_frechet, centred_interval, frechet_distance
 from adadiff.evaluation.quality import lower_quantile, paired_psnr

@@ -16,7 +16,8 @@ from scipy.stats import binomtest
 import adadiff
 from adadiff.calibration.calibrating import work_of
 from adadiff.config import ModelConfig
-from adadiff.data.canvases import Canvases, follow_rules
+from adadiff.data.canvases import Canvases
+from adadiff.evaluation.canvases import follow_rules
 from adadiff.evaluation.frechet import Interval
 from adadiff.evaluation.quality import evaluate_samples
 from adadiff.exits import PAPER
