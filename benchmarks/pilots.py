@@ -79,9 +79,9 @@ def needs(file: Path) -> dict[str, Any]:
     )
     recording = record(model, samples, RECORDED)
     weights = measure_weights(
-        model, samples, recording, lambda a, b: (a - b).double().square().flatten(1).mean(1), batch=RECORDED
+        model, samples, recording, lambda a, b: float((a - b).double().square().mean()), batch=RECORDED
     )
-    error = recording.relative.double() * weights[:, None]  # [S, K, n]
+    error = recording.relative.double() * weights[:, None, None]  # [S, K, n]
     levels = error.flatten().sort().values
     low, high = 0, len(levels) - 1
     while low < high:

@@ -100,10 +100,11 @@ class Calibrating:
         model = self.model
         self.recording = recording = record(model, self._samples(self.n), self.batch)
         bar.update()
+        first = self._samples(min(self.n, self.batch))
         weights = measure_weights(
-            model, self._samples(self.n), recording, self._distance, batch=self.batch, places=PLACES, tick=bar.update
+            model, first, recording, self._distance, batch=self.batch, places=PLACES, tick=bar.update
         )
-        error = recording.relative.double() * weights[:, None]
+        error = recording.relative.double() * weights[:, None, None]
         full, _ = sample(model, self.n, **self._settings(self.seed + self.n), rule="full")
         bar.update()
         budgets = []
@@ -129,7 +130,7 @@ class Calibrating:
             seed=self.seed,
             layers=model.layers,
             t=tuple(recording.t.tolist()),
-            weights=tuple(weights.mean(1).tolist()),
+            weights=tuple(weights.tolist()),
             budgets=tuple(budgets),
         )
 
@@ -172,10 +173,10 @@ class Calibrating:
         del given["batch"]
         return Samples.of(self.model, n, **{k: v[:n] if isinstance(v, list) else v for k, v in given.items()})
 
-    def _distance(self, images: Tensor, full: Tensor) -> Tensor:
+    def _distance(self, images: Tensor, full: Tensor) -> float:
         if self._features is None:
-            return (images - full).double().square().flatten(1).mean(1)
-        return torch.tensor(self._frechet(images, full))
+            return float((images - full).double().square().mean())
+        return self._frechet(images, full)
 
     def _frechet(self, images: Tensor, full: Tensor) -> float:
         with torch.no_grad():

@@ -53,7 +53,7 @@ class Calibration:
     seed: int
     layers: int
     t: tuple[float, ...]
-    weights: tuple[float, ...]  # what a unit of error at t adds to the final error, measured; mean over samples
+    weights: tuple[float, ...]  # what a unit of error at t adds to the final error, measured
     budgets: tuple[Budget, ...]
 
     def __post_init__(self) -> None:

@@ -16,9 +16,7 @@ from ..models.interface import Backbone
 from ..sampling.batch import Batch
 from ..sampling.samples import Samples
 
-# Of images [n, C, H, W] from the full network's: of each, [n], or of the whole set, a scalar.
-Distance = Callable[[Tensor, Tensor], Tensor]
-TINY = 1e-30  # instead of no error, which has no logarithm
+Distance = Callable[[Tensor, Tensor], float]  # of images [n, C, H, W] from the full network's, for the mean sample
 
 
 @dataclass(frozen=True)
@@ -100,31 +98,28 @@ def measure_weights(
     places: int = 8,
     tick: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """What a unit of error relative to the full network does to the images, float64 [S, n], or [S, 1] where samples
-    have no final error of their own or several lanes each.
+    """What a unit of relative error at one evaluation does to the images, float64 [S].
 
     At `places` evaluations, evenly spread, the full prediction is replaced by that of a shallow layer, and in a second
-    run of one less shallow; the rest of the run is full. Final errors over those put in are averaged geometrically over
-    the two, and interpolated over the evaluations in between, both in the logarithm: a linear theory of single steps is
-    far off where the noise is high, and there samples differ most, by what the sampler can still correct.
-    tick: called after each run.
+    run of one less shallow; the rest of the run is full. The final distance over the mean error put in is averaged
+    geometrically over the two, and interpolated over the evaluations in between, both in the logarithm: a linear theory
+    of single steps is far off where the noise is high, as the sampler corrects much of what went wrong.
+    samples: the first of those of the recording, its lanes included. tick: called after each run.
     """
     S, L = len(recording.t), model.layers
     chosen = sorted(set(np.linspace(0, S - 1, min(S, places)).round().astype(int).tolist()))
     layers = sorted({max(1, L // 4), max(1, L // 2)})
+    reference = recording.images[: samples.n]
     logs = []
     for at in chosen:
         own = []
         for layer in layers:
-            final = distance(run(model, samples, batch, partial(_replacing, at, layer)), recording.images).double()
-            put_in = recording.relative[at, layer - 1].double()
-            if final.shape != put_in.shape:
-                final, put_in = final.mean()[None], put_in.mean()[None]
-            own.append(final.clamp(min=TINY).log() - put_in.clamp(min=TINY).log())
+            images = run(model, samples, batch, partial(_replacing, at, layer))
+            put_in = float(recording.relative[at, layer - 1, : samples.lanes].double().mean())
+            own.append(np.log(max(distance(images, reference), 1e-30) / max(put_in, 1e-30)))
             tick()
-        logs.append(torch.stack(own).mean(0).numpy())
-    between = [np.interp(np.arange(S), chosen, column) for column in np.stack(logs, 1)]
-    return torch.from_numpy(np.exp(np.stack(between, 1)))
+        logs.append(float(np.mean(own)))
+    return torch.from_numpy(np.exp(np.interp(np.arange(S), chosen, logs)))
 
 
 def _replacing(at: int, layer: int) -> Callable[..., Evaluation]:
