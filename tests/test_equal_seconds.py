@@ -185,8 +185,8 @@ def test_the_digits_judge_says_what_evaluation_says() -> None:
 
 
 def test_the_canvases_judge_goes_by_their_rules() -> None:
-    judge = judges.judge_of("canvases", (1, 16, 16), 14)
-    labels = torch.arange(42) % 14
+    judge = judges.judge_of("canvases", (1, 16, 16), 20)
+    labels = torch.arange(60) % 20
     images, _ = Canvases(2).draw(42, "test", seed=5, labels=labels)
     found = judge.measure(images, labels, images)
     wrong = judge.measure(images, labels.roll(1), images)
@@ -208,8 +208,8 @@ def test_intervals_of_shares(right: int, n: int) -> None:
 def test_data_that_nobody_can_judge() -> None:
     with pytest.raises(ValueError, match="there are digits, canvases"):
         judges.judge_of("faces", (1, 8, 8), 10)
-    with pytest.raises(ValueError, match=r"the model draws \(1, 8, 8\) in 14"):
-        judges.judge_of("canvases", (1, 8, 8), 14)
+    with pytest.raises(ValueError, match=r"the model draws \(1, 8, 8\) in 20"):
+        judges.judge_of("canvases", (1, 8, 8), 20)
 
 
 # Methods

@@ -32,8 +32,8 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("few")
 def test_judges_by_shape_and_classes() -> None:
     assert judge_of((1, 8, 8), 10) == DigitsJudge()
-    assert [judge_of((1, s, s), 14) for s in (16, 24)] == [CanvasesJudge(2), CanvasesJudge(3)]
-    assert judge_of((1, 8, 8), 14) is judge_of((1, 16, 16), 10) is judge_of((3, 8, 8), 10) is None
+    assert [judge_of((1, s, s), 20) for s in (16, 24)] == [CanvasesJudge(2), CanvasesJudge(3)]
+    assert judge_of((1, 8, 8), 20) is judge_of((1, 16, 16), 10) is judge_of((3, 8, 8), 10) is None
     assert judge_of((1, 16, 16), name="canvases") == CanvasesJudge(2)
     assert judge_of((1, 16, 16), name="digits") is None
     for judge in (DigitsJudge(), CanvasesJudge(3)):

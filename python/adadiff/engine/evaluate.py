@@ -63,16 +63,11 @@ def evaluate(
     Planned(depth). All give the same exits, and images up to rounding. Default: "sync" on a GPU; on a CPU, and
     if batch_invariant, the host decides and knows. nvtx: name the blocks for NVIDIA's profilers.
     Raises ValueError for inputs that require grad, thresholds the rule refuses, pairs that are none or whose two lanes
-    have two thresholds, a rule that needs missing exits, and under autocast.
+    have two thresholds, or a rule that needs missing exits.
     """
     B, L, device = len(x), len(backbone.blocks), x.device
     if x.requires_grad:
         raise ValueError("evaluate is for inference; x must not require grad")
-    if torch.is_autocast_enabled(device.type):
-        raise ValueError(
-            "evaluate keeps the rows of all layers in one dtype, the network's, and autocast would change it on the "
-            "way; leave autocast; for bfloat16 convert the model: model.to(torch.bfloat16)"
-        )
     decision = Decision(rule if isinstance(rule, Sequence) else (rule,), which, L, t, threshold)
     if exits is None and decision.asked:
         raise ValueError("this network has no exits; only the rule 'full' can run it")
