@@ -187,7 +187,7 @@ def test_the_digits_judge_says_what_evaluation_says() -> None:
 def test_the_canvases_judge_goes_by_their_rules() -> None:
     judge = judges.judge_of("canvases", (1, 16, 16), 20)
     labels = torch.arange(60) % 20
-    images, _ = Canvases(2).draw(42, "test", seed=5, labels=labels)
+    images, _ = Canvases(2).draw(60, "test", seed=5, labels=labels)
     found = judge.measure(images, labels, images)
     wrong = judge.measure(images, labels.roll(1), images)
     assert found["accuracy"] == pytest.approx(float(follow_rules(images, labels).double().mean()))

@@ -7,6 +7,7 @@ pytest takes it as a plugin (-p gpu.lacking): tests of random examples are skipp
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -56,6 +57,7 @@ def unchanged(**_: object) -> Callable[[Callable], Callable]:
 files = SimpleNamespace(
     SafetensorError=type("SafetensorError", (Exception,), {}), safe_open=no_file, save_file=no_file, load_file=no_file
 )
+# module -> what stands in for it. MagicMock makes strategies, and whatever else is taken from them
 STAND_INS = {
     "tqdm": {"tqdm": SimpleNamespace(tqdm=Bar)},
     "safetensors": {"safetensors": files, "safetensors.torch": files},
@@ -69,4 +71,6 @@ def missing() -> list[str]:
 
 STOOD_IN = missing()
 for name in STOOD_IN:
-    sys.modules.update(STAND_INS[name])
+    for path, module in STAND_INS[name].items():
+        module.__spec__ = ModuleSpec(path, None)  # others ask where it lies
+        sys.modules[path] = module

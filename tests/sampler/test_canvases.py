@@ -139,9 +139,11 @@ def test_bad_input_is_refused(call, message: str) -> None:
 
 
 def test_sources_by_name() -> None:
-    images, labels = load("canvases:side=3,hard=1,n=40,seed=7", "test")
-    wanted, own = Canvases(3, 1.0).draw(40, "test", 7)
-    assert torch.equal(images, wanted)
-    assert torch.equal(labels, own)
-    assert all(torch.equal(a, b) for a, b in zip(load("digits"), digits("train"), strict=True))
-    assert len(load("canvases")[0]) == 20000
+    data = load("canvases:side=3,hard=1,n=40,seed=7", "test")
+    wanted, labels = Canvases(3, 1.0).draw(40, "test", 7)
+    assert torch.equal(data.images, wanted)
+    assert torch.equal(data.labels, labels)
+    scans, classes = digits("train")
+    assert torch.equal(load("digits").images, scans)
+    assert torch.equal(load("digits").labels, classes)
+    assert len(load("canvases")) == 20000
