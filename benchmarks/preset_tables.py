@@ -31,7 +31,7 @@ def models(rows: Sequence[Row]) -> list[Table]:
             body.append(
                 (
                     name + ("" if all(row["usable"] for row in ways.values()) else " (!)"),
-                    number(ways[LAST]["macs_full"] / 1e9, 1),
+                    number(ways[LAST]["macs_full"] / 1e9, 2),
                     *(milliseconds.get(way, "") for way in WAYS),
                     number(ways[LAST]["macs"] / ways[LAST]["macs_full"], 0, percent=True),
                     number(ways[LAST]["speedup"], 2),
