@@ -28,7 +28,7 @@ lint: install ## check style and format
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 
-resources: install ## write what the GPU kernels take: registers, memory, loads (needs no GPU)
+resources: install ## write what the GPU kernels take: registers, memory, loads (needs nvcc 13.0, no GPU)
 	$(BIN)/python -m pip install --quiet triton==3.9.0
 	$(BIN)/python benchmarks/resources.py
 

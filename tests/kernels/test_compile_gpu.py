@@ -12,8 +12,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import cuda_resources
 import resources
-from resources import CASES, FUSED, PINNED, SHARED, TABLE, Resources, Variant
+from resource_cases import CASES, FUSED, ONES
+from resources import PINNED, SHARED, TABLE, Resources, Variant
 
 # float32 rows beside bfloat16 ones: four elements a thread, so the narrower ones move 8 bytes
 MIXED = {case for case in CASES if "mixed" in case or case.startswith("step")}
@@ -63,7 +65,40 @@ def test_rows_move_in_16_bytes(found: dict[Variant, Resources], case: str) -> No
 
 
 @pytest.mark.slow
+def test_sizes_of_one_compile() -> None:
+    ones = resources.compile_all([Variant(case, 90) for case in ONES])
+    for variant, got in ones.items():
+        assert got.local <= max(LOCAL.values()), variant
+        assert 0 < got.registers <= 255, variant
+
+
+@pytest.mark.slow
 def test_nothing_has_changed_since_the_table_was_written(found: dict[Variant, Resources]) -> None:
     if importlib.metadata.version("triton") != PINNED:
         pytest.skip(f"the table is that of Triton {PINNED}")
-    assert resources.table(found) == TABLE.read_text(), "make resources, and look at the difference"
+    kept, _, _ = TABLE.read_text().partition("\n## ")
+    assert resources.table(found) == kept, "make resources, and look at the difference"
+
+
+@pytest.fixture(scope="module")
+def compaction() -> cuda_resources.Found:
+    if (nvcc := cuda_resources.nvcc()) is None:
+        pytest.skip("there is no nvcc")
+    return cuda_resources.compile_all(nvcc)
+
+
+@pytest.mark.slow
+def test_compaction_spills_nothing_and_a_whole_block_fits(compaction: cuda_resources.Found) -> None:
+    assert {(kernel, chip) for kernel in cuda_resources.KERNELS for chip in (80, 90)} <= set(compaction)
+    for place, taken in compaction.items():
+        assert taken.stack == taken.spill_stores == taken.spill_loads == 0, place
+        assert 0 < taken.registers * cuda_resources.THREADS <= cuda_resources.FILE, place
+        assert taken.shared <= 48 * 1024, place  # more would have to be asked for
+
+
+@pytest.mark.slow
+def test_compaction_has_not_changed_since_the_table_was_written(compaction: cuda_resources.Found) -> None:
+    if cuda_resources.release(cuda_resources.nvcc()) != cuda_resources.PINNED:
+        pytest.skip(f"the table is that of nvcc {cuda_resources.PINNED}")
+    text = cuda_resources.table(compaction)
+    assert TABLE.read_text().endswith(f"\n\n{text}"), "make resources, and look at the difference"

@@ -1,0 +1,107 @@
+"""What is compiled by resources.py: launchers, called with tensors without memory at the shapes that networks have."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+FUSED = "_residual_uem_kernel"
+SINGLE, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def fused(T: int, D: int, P: int, kind: str, x: torch.dtype, branch: torch.dtype | None = None) -> None:
+    """residual_uem for 64 rows; kind: the norm, with a gate where it is modulated; none: no norm follows."""
+    from adadiff_kernels.residual_uem import Norm, Score
+    from adadiff_kernels.triton_residual_uem import launch_residual_uem
+
+    branch, n = branch or x, 64
+    by_lane = tensor(n, 6 * D, dtype=branch)
+    affine = (tensor(D, dtype=branch), tensor(D, dtype=branch))
+    norm = {
+        "none": None,
+        "affine": Norm(1e-5, *affine),
+        "modulated": Norm(1e-6, None, None, by_lane[:, :D], by_lane[:, D : 2 * D]),
+    }[kind]
+    launch_residual_uem(
+        tensor(n, T, D, dtype=x),
+        tensor(n, T, D, dtype=branch),
+        lanes=tensor(n, dtype=torch.int32),
+        gate=by_lane[:, 2 * D : 3 * D] if kind == "modulated" else None,
+        bias=tensor(D, dtype=branch),
+        score=Score(tensor(P, D), tensor(n, P), T % 256) if P else None,
+        norm=norm,
+    )
+
+
+def swaps(T: int, D: int, dtype: torch.dtype) -> None:
+    from adadiff_kernels.triton_rows import launch_swap_rows
+
+    launch_swap_rows(tensor(32, 2, dtype=torch.int32), tensor(64, T, D, dtype=dtype))
+
+
+def joins(T: int, D: int, dtype: torch.dtype) -> None:
+    from adadiff_kernels.triton_rows import launch_join_skip
+
+    rows, index = tensor(64, T, D, dtype=dtype), tensor(64, dtype=torch.int32)
+    launch_join_skip(rows, rows, index, index)
+
+
+def saves(T: int, D: int, dtype: torch.dtype, layer: int = 7) -> None:
+    from adadiff_kernels.triton_save_rows import launch_save_rows
+
+    rows, index = tensor(64, T, D, dtype=dtype), tensor(64, dtype=torch.int32)
+    launch_save_rows(rows, rows, index, index, layer)
+
+
+def step(size: int, dtype: torch.dtype, everything: bool, channels: int = 4) -> None:
+    """A solver step of 64 samples of [channels, size, size]: guided in some, noisy, with history; or of DDIM."""
+    from adadiff_kernels.solver_step import Guidance, Noise, SolverState, StepRows
+    from adadiff_kernels.triton_solver_step import launch_solver_step
+
+    shape, whole = (64, channels, size, size), tensor(64, dtype=torch.int64)
+    eps = tensor(*shape, dtype=dtype)
+    flags = [everything] * 4  # data, history, inner, noise
+    rows = StepRows(tensor(64, 8), whole, tensor(64, dtype=torch.bool), *flags)
+    if not everything:
+        launch_solver_step(SolverState(tensor(*shape)), eps, rows)
+        return
+    state = SolverState(tensor(*shape), tensor(*shape), tensor(64, 2, *shape[1:]))
+    guidance, noise = Guidance(eps, whole, tensor(64), whole), Noise(whole, whole, 1)
+    launch_solver_step(state, eps, rows, whole, variance=eps, guidance=guidance, noise=noise)
+
+
+# name -> kernel, launcher, its arguments
+CASES: dict[str, tuple[str, Callable[..., None], tuple[Any, ...]]] = {
+    "U-ViT-S/2, bf16": (FUSED, fused, (257, 512, 1, "affine", BRAIN)),
+    "U-ViT-L/2, bf16": (FUSED, fused, (257, 1024, 1, "affine", BRAIN)),
+    "U-ViT-L/2, bf16, no norm": (FUSED, fused, (257, 1024, 1, "none", BRAIN)),
+    "U-ViT-L/2, bf16, no score": (FUSED, fused, (257, 1024, 0, "affine", BRAIN)),
+    "U-ViT-L/2, bf16, map of 16": (FUSED, fused, (257, 1024, 16, "affine", BRAIN)),
+    "U-ViT-H/2, mixed": (FUSED, fused, (258, 1152, 1, "affine", SINGLE, BRAIN)),
+    "U-ViT-H/2, float32": (FUSED, fused, (258, 1152, 1, "affine", SINGLE)),
+    "U-ViT-H/2, float32, map of 16": (FUSED, fused, (258, 1152, 16, "affine", SINGLE)),
+    "DiT-XL/2, bf16": (FUSED, fused, (256, 1152, 1, "modulated", BRAIN)),
+    "DiT-XL/2, fp16, map of 16": (FUSED, fused, (256, 1152, 16, "modulated", HALF)),
+    "D = 1536, bf16, map of 64": (FUSED, fused, (334, 1536, 64, "affine", BRAIN)),
+    "D = 1536, float32": (FUSED, fused, (334, 1536, 1, "modulated", SINGLE)),
+    "partial scores, T = 1024": ("_mean_kernel", fused, (1024, 512, 1, "none", BRAIN)),
+    "swap, U-ViT-H/2, bf16": ("_swap_rows_kernel", swaps, (258, 1152, BRAIN)),
+    "save, U-ViT-L/2, bf16": ("_save_rows_kernel", saves, (257, 1024, BRAIN)),
+    "join, U-ViT-L/2, bf16": ("_join_skip_kernel", joins, (257, 1024, BRAIN)),
+    "join, U-ViT-H/2, float32": ("_join_skip_kernel", joins, (258, 1152, SINGLE)),
+    "step, 32x32 latents, everything": ("_solver_step_kernel", step, (32, BRAIN, True)),
+    "step, 32x32 latents, DDIM": ("_solver_step_kernel", step, (32, SINGLE, False)),
+}
+# Triton takes a number that is 1 for a constant, which its interpreter does not: such kernels are others.
+ONES: dict[str, tuple[str, Callable[..., None], tuple[Any, ...]]] = {
+    "one token, channel and output": (FUSED, fused, (1, 1, 1, "modulated", BRAIN)),
+    "one partial score": ("_mean_kernel", fused, (1, 1, 1, "none", BRAIN)),
+    "swap of one number": ("_swap_rows_kernel", swaps, (1, 1, BRAIN)),
+    "save of one number after layer 1": ("_save_rows_kernel", saves, (1, 1, BRAIN, 1)),
+    "join of one number": ("_join_skip_kernel", joins, (1, 1, BRAIN)),
+    "step of one number": ("_solver_step_kernel", step, (1, BRAIN, True, 1)),
+}
