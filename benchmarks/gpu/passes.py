@@ -1,4 +1,6 @@
-"""`residual_uem`: bytes a second, beside a copy's, PyTorch's and the same pass without the score.
+"""`residual_uem`: bytes a second, beside a copy's, PyTorch's and the same pass without the score; with one output a
+token and with maps, in bfloat16, and with float32 rows beside bfloat16 branches, as the published U-ViTs run under
+autocast.
 
 Every variant is one CUDA graph of calls that take turns over several sets of rows, together four times the L2 cache:
 so each call finds its rows in memory, and pays for writing back as many bytes as it writes. (A flush before each call
@@ -17,7 +19,7 @@ from adadiff_kernels import Norm, Score, residual_uem
 from gpu.session import Call, Session, Task, check_close, copy_of, gigabytes
 
 SUITE = "gpu-passes"
-BRAIN = torch.bfloat16
+SINGLE, BRAIN = torch.float32, torch.bfloat16
 EPS = 1e-6
 
 
@@ -39,26 +41,31 @@ SHAPES = {
     "DiT-XL/2": Shape(256, 1152, 0, modulated=True),
 }
 TINY = {"tiny": Shape(5, 32, 1), "tiny, modulated": Shape(4, 24, 0, modulated=True)}
-COMPILED_MAPS_AT = 64  # each takes Inductor's autotuning 10 to 20 seconds
+ROWS = {"bfloat16": BRAIN, "float32 beside bfloat16": SINGLE}
 
 
 def tasks(session: Session) -> Iterator[Task]:
-    shapes, batches, outputs = (TINY, (2,), (1, 3)) if session.dry else (SHAPES, (1, 8, 64, 256), (1, 16, 64))
-    for P in outputs:
-        for name, shape in shapes.items():
-            for B in batches:
-                given = {"shape": name, "batch": B, "outputs": P}
-                compiled = P == 1 or B == COMPILED_MAPS_AT or session.dry
-                yield Task("pass", given, partial(measure, session, shape, given, compiled))
+    """One output a token at every batch, then maps where there is enough to do. Compiled, which takes Inductor's
+    autotuning 10 to 20 seconds, in bfloat16 and at batch 64, but for the maps of 64."""
+    shapes, most = (TINY, 3) if session.dry else (SHAPES, 64)
+    for P in (1, most) if session.dry else (1, 16, most):
+        for rows, x in ROWS.items():
+            for name, shape in shapes.items():
+                if shape.modulated and x == SINGLE:
+                    continue  # no DiT was published so
+                for B in (2,) if session.dry else (1, 8, 64, 256) if P == 1 else (64, 256):
+                    given = {"shape": name, "rows": rows, "batch": B, "outputs": P}
+                    compiled = (P == 1 and x == BRAIN) or (P < 64 and B == 64) or session.dry
+                    yield Task("pass", given, partial(measure, session, shape, given, compiled))
 
 
 def measure(session: Session, shape: Shape, parameters: dict[str, object], compiled: bool) -> None:
-    B, P = parameters["batch"], parameters["outputs"]
+    B, P, x = parameters["batch"], parameters["outputs"], ROWS[parameters["rows"]]
     torch.manual_seed(0)
     torch.compiler.reset()  # Dynamo stops compiling one function for a ninth shape
-    p = Parameters.draw(session, shape, B, P)
-    moved = 4 * B * shape.T * shape.D * BRAIN.itemsize  # x and branch are read, y and h written
-    sets = rows(session, (B, shape.T, shape.D), moved)
+    p = Parameters.draw(session, shape, B, P, x)
+    moved = 2 * B * shape.T * shape.D * (x.itemsize + BRAIN.itemsize)  # x and branch are read, y and h written
+    sets = rows(session, (B, shape.T, shape.D), moved, x)
     ways: dict[str, Way] = {
         "fused": p.fused,
         "fused, no score": lambda x, branch: p.fused(x, branch, scored=False),
@@ -87,7 +94,7 @@ def measure(session: Session, shape: Shape, parameters: dict[str, object], compi
         }
         for name in ways
     }
-    session.write(SUITE, "pass", parameters, measured, results, BRAIN)
+    session.write(SUITE, "pass", parameters, measured, results, x)
 
 
 Way = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
@@ -103,15 +110,16 @@ class Parameters:
     norm: Norm
 
     @classmethod
-    def draw(cls, session: Session, shape: Shape, B: int, P: int) -> "Parameters":
+    def draw(cls, session: Session, shape: Shape, B: int, P: int, dtype: torch.dtype) -> "Parameters":
+        """dtype: of rows and weights, which are float32 under autocast."""
         D = shape.D
-        weight = session.normal(P, D, dtype=BRAIN) / D**0.5
+        weight = session.normal(P, D, dtype=dtype) / D**0.5
         score = Score(weight, session.normal(B, P, dtype=torch.float32), shape.extras)
         lanes = torch.arange(B, dtype=torch.int32, device=session.device)
         if shape.modulated:
             by_lane = session.normal(B, 6 * D, dtype=BRAIN)
             return cls(lanes, by_lane[:, :D], score, Norm(EPS, None, None, by_lane[:, D : 2 * D], by_lane[:, -D:]))
-        affine = session.normal(D, dtype=BRAIN) + 1, session.normal(D, dtype=BRAIN)
+        affine = session.normal(D, dtype=dtype) + 1, session.normal(D, dtype=dtype)
         return cls(lanes, None, score, Norm(EPS, *affine))
 
     def fused(self, x: Tensor, branch: Tensor, scored: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -138,10 +146,10 @@ def plain_pass(
     shift: Tensor | None,
     product: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As one would write it in PyTorch, in the rows' dtype. product: the score by a matrix product, which Inductor
-    cannot fuse, or by a sum, which it can."""
+    """As one would write it in PyTorch, the sum and its score in the rows' dtype, the norm in the branch's. product:
+    the score by a matrix product, which Inductor cannot fuse, or by a sum, which it can."""
     y = x + branch if gate is None else torch.addcmul(x, gate[:, None], branch)
-    h = F.layer_norm(y, y.shape[-1:], weight, bias, EPS)
+    h = F.layer_norm(y, y.shape[-1:], weight, bias, EPS).to(branch.dtype)
     if scale is not None:
         h = torch.addcmul(shift[:, None], h, 1 + scale[:, None])
     s = F.linear(y, score) if product else (y.float() * score.float()).sum(-1, keepdim=True)
@@ -149,11 +157,11 @@ def plain_pass(
     return y, h, u
 
 
-def rows(session: Session, shape: tuple[int, int, int], moved: int) -> list[tuple[Tensor, Tensor]]:
+def rows(session: Session, shape: tuple[int, int, int], moved: int, x: torch.dtype) -> list[tuple[Tensor, Tensor]]:
     """As many x and branch as a cache does not hold, two at least."""
     cache = torch.cuda.get_device_properties(session.device).L2_cache_size if session.device.type == "cuda" else 0
     number = max(2, -(-4 * cache // moved))
-    return [tuple(session.normal(*shape, dtype=BRAIN) for _ in range(2)) for _ in range(number)]
+    return [tuple(session.normal(*shape, dtype=dtype) for dtype in (x, BRAIN)) for _ in range(number)]
 
 
 def over(way: Way, sets: list[tuple[Tensor, Tensor]]) -> Call:
