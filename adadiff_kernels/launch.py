@@ -3,6 +3,7 @@
 import functools
 import importlib.metadata
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -21,6 +22,13 @@ def triton_missing() -> str | None:
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
         return f"Triton {'.'.join(map(str, OLDEST))} or newer is needed, got {version}"
     return None
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device of the thread, wherever its tensors lie."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
 
 
 def interpreted() -> bool:

@@ -9,13 +9,12 @@ Triton on a CUDA device and the core on the CPU, each where it is there, and els
 from dataclasses import replace
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 from adadiff_kernels import extension
 from adadiff_kernels.compaction import Swaps, check_rows, core_swaps, swap_rows_core, swap_rows_reference
 from adadiff_kernels.join_skip import check_join, join_skip_reference
-from adadiff_kernels.launch import interpreted, triton_missing
+from adadiff_kernels.launch import interpreted, on_device_of, triton_missing
 from adadiff_kernels.residual_uem import (
     Norm,
     Score,
@@ -60,7 +59,8 @@ def residual_uem(
     if chosen == "triton":
         from adadiff_kernels.triton_residual_uem import launch_residual_uem
 
-        return launch_residual_uem(x, branch, **given)
+        with on_device_of(x):
+            return launch_residual_uem(x, branch, **given)
     if chosen == "cpu" and score is not None and not core_scores(x, score):
         raise RuntimeError(
             "backend='cpu' scores one output a token of contiguous float32 or bfloat16 rows, got "
@@ -75,21 +75,23 @@ def swap_rows(swaps: Swaps | Tensor, *rows: Tensor, backend: Backend | None = No
 
     swaps: of `ActiveSet.leave`; or the pairs of `DeviceSet.leave`, int32 [k, 2], of which (-1, -1) stands for none.
     rows: any dtype, [before or more, ...] on the device of the pairs; every row contiguous, rows
-    any distance apart. Raises ValueError, with nothing moved, for other tensors or overlapping pairs (on a GPU
-    the pairs are taken as they are made there; only "triton" does not wait for it).
+    any distance apart. Raises ValueError, with nothing moved, for other tensors or overlapping pairs (elsewhere than on
+    the CPU the pairs are taken as they are made there, so that nobody waits for them).
     """
     padded = isinstance(swaps, Tensor)
     swaps = planned(swaps, *rows)
     chosen = choose(backend, swaps.pairs)
-    if padded and chosen != "triton":
-        swaps = replace(swaps, pairs=swaps.pairs[swaps.pairs[:, 0] >= 0])
-    if not len(swaps.pairs):
-        return
     if chosen == "triton":
         from adadiff_kernels.triton_rows import launch_swap_rows
 
-        launch_swap_rows(swaps.pairs, *rows)
-    elif chosen == "cpu" or (chosen is None and core_swaps(swaps)):
+        with on_device_of(swaps.pairs):
+            launch_swap_rows(swaps.pairs, *rows)
+        return
+    if padded and swaps.pairs.is_cpu:
+        swaps = replace(swaps, pairs=swaps.pairs[swaps.pairs[:, 0] >= 0])
+    if not len(swaps.pairs):
+        return
+    if chosen == "cpu" or (chosen is None and core_swaps(swaps)):
         swap_rows_core(swaps, *rows)
     else:
         swap_rows_reference(swaps, *rows)
@@ -121,7 +123,8 @@ def join_skip(
     if choose(backend, x, core=False) == "triton":
         from adadiff_kernels.triton_rows import launch_join_skip
 
-        return launch_join_skip(x, skip, lanes, index)
+        with on_device_of(x):
+            return launch_join_skip(x, skip, lanes, index)
     return join_skip_reference(x, skip, lanes, index)
 
 
@@ -137,7 +140,8 @@ def save_rows(
     if choose(backend, rows, core=False) == "triton":
         from adadiff_kernels.triton_save_rows import launch_save_rows
 
-        launch_save_rows(rows, saved, lane, exit_layer, layer)
+        with on_device_of(rows):
+            launch_save_rows(rows, saved, lane, exit_layer, layer)
     else:
         save_rows_reference(rows, saved, lane, exit_layer, layer)
 
@@ -167,7 +171,8 @@ def solver_step(
     if choose(backend, state.x, core=False) == "triton":
         from adadiff_kernels.triton_solver_step import launch_solver_step
 
-        launch_solver_step(*given)
+        with on_device_of(state.x):
+            launch_solver_step(*given)
     else:
         solver_step_pytorch(*given)
 
@@ -175,16 +180,12 @@ def solver_step(
 def choose(backend: Backend | None, x: Tensor, core: bool = True) -> Backend | None:
     """What serves tensors on x's device; None: PyTorch, with the core where it can. core: it has this function."""
     if backend is None:
-        if not x.is_cuda or triton_missing() is not None:
-            return None
-        _check_current(x)
-        return "triton"
+        return "triton" if x.is_cuda and triton_missing() is None else None
     if backend == "triton":
         if (missing := triton_missing()) is not None:
             raise RuntimeError(f"backend='triton': {missing}")
         if not x.is_cuda and not (x.is_cpu and interpreted()):
             raise RuntimeError(f"backend='triton' needs tensors on a CUDA device, got {x.device}")
-        _check_current(x)
     elif backend == "cpu":
         if not core:
             raise RuntimeError("backend='cpu': the compiled core does not have this function; take 'reference'")
@@ -195,12 +196,3 @@ def choose(backend: Backend | None, x: Tensor, core: bool = True) -> Backend | N
     elif backend != "reference":
         raise ValueError(f"backend must be one of {get_args(Backend)} or None, got {backend!r}")
     return backend
-
-
-def _check_current(x: Tensor) -> None:
-    """Triton launches on the current device, wherever its tensors lie."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        raise ValueError(
-            f"tensors lie on {x.device}, but cuda:{torch.cuda.current_device()} is current; "
-            f"enter torch.cuda.device({x.device.index})"
-        )

@@ -41,11 +41,3 @@ def use_sets(monkeypatch: pytest.MonkeyPatch, make: Callable[[int, torch.device]
 
 def late(monkeypatch: pytest.MonkeyPatch, delay: Callable[[], float]) -> None:
     use_sets(monkeypatch, lambda B, device: DeviceSet(B, device, word=LateWord(delay)))
-
-
-def swap_blindly(pairs: Tensor, rows: Tensor) -> None:
-    """`swap_rows` for pairs of which some are (-1, -1), without a look at any value, as the GPU's kernel does it."""
-    order = torch.arange(len(rows) + 1, device=rows.device)
-    here, there = pairs.long().where(pairs >= 0, len(rows)).unbind(1)
-    order[here], order[there] = there, here
-    rows.copy_(rows.index_select(0, order[:-1]))

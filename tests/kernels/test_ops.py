@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,6 +72,16 @@ def test_the_core_needs_tensors_of_the_cpu() -> None:
     x = X.to("meta")
     with pytest.raises(RuntimeError, match="needs tensors on the CPU, got meta"):
         ops.residual_uem(x, x, lanes=LANES.to("meta"), backend="cpu")
+
+
+def test_kernels_are_launched_where_their_tensors_lie(monkeypatch) -> None:
+    """Triton takes the thread's current device, which is 0 in every new thread."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: f"entered {device}")
+    there = [SimpleNamespace(is_cuda=True, device=torch.device("cuda", index)) for index in (0, 1)]
+    assert isinstance(launch.on_device_of(there[0]), nullcontext)
+    assert launch.on_device_of(there[1]) == "entered cuda:1"
+    assert isinstance(launch.on_device_of(X), nullcontext)
 
 
 def test_importing_does_not_import_triton() -> None:
