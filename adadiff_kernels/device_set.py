@@ -15,6 +15,7 @@ from torch import Tensor
 from adadiff_kernels.extension import core as _C
 from adadiff_kernels.extension import traced
 from adadiff_kernels.launch import need
+from adadiff_kernels.upload import captures
 
 TICKS = 1 << 16  # are told apart, and as many layers
 
@@ -46,9 +47,10 @@ class DeviceSet:
     lane: int32 [B], row -> lane.            row: int32 [B], lane -> row (its inverse).
     exit_layer: int32 [B] by lane: 0 while the lane runs, -layer where it is parked after so many blocks.
     count: int32 [1], n, rows running.       moved: int32 [1], rows moved by swaps so far, two a pair.
-    lanes: B.
+    lanes: B.                                recorded: the last start went into a CUDA graph.
 
-    The tensors belong to the set and keep their addresses, so captured graphs may hold them while the set lives.
+    The tensors belong to the set and keep their addresses, so captured graphs may hold them while the set lives; one
+    that they hold is made beforehand, and no longer for use outside of them.
     A bound below the count is a fault of the caller that the host cannot see at once: nobody leaves then, nothing
     moves, `count` stays at -1 until the next start, and `seen` and `wait` raise RuntimeError.
     backend: "cuda", the kernel; "reference", PyTorch; None takes the kernel on a CUDA device where it was built.
@@ -74,6 +76,10 @@ class DeviceSet:
         self._kernel = backend != "reference" and missing is None and word is None
         if backend == "cuda" and word is not None:
             raise ValueError("word is for the reference; the kernel has one of its own")
+        if captures(device):
+            raise RuntimeError(
+                "a DeviceSet is made before a CUDA graph is captured; run once, on the same stream, what is captured"
+            )
         most = _C.max_lanes if self._kernel else torch.iinfo(torch.int32).max
         if not isinstance(B, int) or not 0 <= B <= most:
             raise ValueError(f"B must be an int from 0 to {most}, got {B!r}")
@@ -81,11 +87,12 @@ class DeviceSet:
         self.lane = torch.arange(B, dtype=torch.int32, device=device)
         self.row = self.lane.clone()
         self.exit_layer = torch.zeros_like(self.lane)
-        self._state = torch.tensor([B, 0, 0], dtype=torch.int32, device=device)  # count, moved, tick
+        self._state = torch.zeros(3, dtype=torch.int32, device=device)  # count, moved, tick
         self.count, self.moved = self._state[:1], self._state[1:2]
+        self.count.fill_(B)
         self._word = word or (_C.MappedWord(device.index) if self._kernel else HostWord(device))
         self._address = self._word.device_address if self._kernel else None
-        self._tick, self._layer = 0, 0
+        self._tick, self._layer, self.recorded = 0, 0, False
 
     def start(self) -> None:
         """Everybody runs again, in the order of the lanes: the next tick."""
@@ -95,12 +102,14 @@ class DeviceSet:
         begin(self.lane, self.row, self.exit_layer, self._state, self._address)
         if not self._kernel:
             self._word.post(_packed(self._state, 0))
-        if unseen or not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        if unseen or not captures(self.device):
             self.replayed()
+        else:
+            self.recorded = True
 
     def replayed(self) -> None:
         """To be called when a CUDA graph that holds a `start` is replayed: the host cannot see that."""
-        self._tick = (self._tick + 1) % TICKS
+        self._tick, self.recorded = (self._tick + 1) % TICKS, False
 
     def leave(
         self,
@@ -149,14 +158,19 @@ class DeviceSet:
     def seen(self) -> Seen:
         """The last count of this tick that the host can see, without waiting: an upper bound of the rows that run."""
         tick, layer, count = unpacked(self._word.read())
-        if tick != self._tick or layer == 0:
+        if self.recorded or tick != self._tick or layer == 0:
             return Seen(0, self.lanes)
         if count < 0:
             raise RuntimeError(f"a leave at or before layer {layer} was given a bound below the rows that ran")
         return Seen(layer, count)
 
     def wait(self, layer: int) -> int:
-        """The rows that run after `layer`, at which a leave has been queued: waits for the device, by polling."""
+        """The rows that run after `layer`, at which a leave has been queued: waits for the device, by polling.
+
+        RuntimeError where it has not been, or is recorded in a graph that nobody has replayed since.
+        """
+        if self.recorded:
+            raise RuntimeError(f"the leave at layer {layer} is recorded in a CUDA graph, which has not been replayed")
         if not self._kernel:
             count = int(self.count)
             if count < 0:

@@ -12,6 +12,7 @@ which then need not add it.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,6 +67,12 @@ def layer_norm(x: Tensor, norm: Norm, lanes: Tensor) -> Tensor:
     return torch.addcmul(_by_row(norm.shift, lanes), h, 1 + _by_row(norm.scale, lanes))
 
 
+def no_autocast(x: Tensor) -> AbstractContextManager:
+    """Scores are float32, also where products on x's device are not."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def uem_score(y: Tensor, score: Score, lanes: Tensor) -> Tensor:
     """y: [n, T, D]; lanes: i32 [n]. Returns u, float32 [n]. Raises ValueError where shapes or dtypes do not fit."""
     check_score(y, score, lanes)
@@ -94,7 +101,9 @@ def uem_score_reference(y: Tensor, score: Score, lanes: Tensor) -> Tensor:
     """`uem_score` in PyTorch, for any device, dtype and P."""
     n, T, D = y.shape
     # all tokens go through one product: slicing the extras off first would copy y
-    s = F.linear(y.float().reshape(n * T, D), score.weight.float()).view(n, T, len(score.weight))[:, score.extras :]
+    with no_autocast(y):
+        s = F.linear(y.float().reshape(n * T, D), score.weight.float()).view(n, T, len(score.weight))
+    s = s[:, score.extras :]
     return torch.sigmoid(s + _by_row(score.offset, lanes)).mean(dim=(1, 2))
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adadiff_kernels import Score, layer_norm, residual_uem
+from adadiff_kernels import Score, layer_norm, no_autocast, residual_uem
 
 from .models.interface import Backbone
 
@@ -86,7 +86,8 @@ class Exits(nn.Module):
         bias = self.bias.float()[:, None]  # [L, 1, P]
         if self.time_weight is None:
             return bias.expand(-1, len(time), -1)
-        return torch.einsum("lpd,bd->lbp", self.time_weight.float(), time.float()) + bias
+        with no_autocast(time):
+            return torch.einsum("lpd,bd->lbp", self.time_weight.float(), time.float()) + bias
 
     def score(self, layer: int, offsets: Tensor) -> Score:
         """The UEM after block `layer` (1..L), for the fused pass."""

@@ -109,3 +109,30 @@ def test_batch_invariant_means_bit_for_bit() -> None:
     together = replay(torch.bfloat16, exit_layer, batch_invariant=True)
     part = replay(torch.bfloat16, [exit_layer[lane] for lane in lanes], lanes, batch_invariant=True)
     assert torch.equal(part.eps, together.eps[lanes])
+
+
+def test_an_evaluation_is_captured_and_replayed() -> None:
+    """Its host knows no counts, so every block runs over all rows; new inputs come in the same memory."""
+    own, threshold = model(torch.bfloat16), torch.tensor(PATTERNS["alternating"], device=DEVICE).float()
+    x, t = (value.clone() for value in inputs(torch.bfloat16))
+
+    def run() -> adadiff.Evaluation:
+        return adadiff.evaluate(own.backbone, own.exits, Replay(), x, t, threshold=threshold, counts="lagged")
+
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # the set and the kernels are made at the first call
+        run()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = run()
+    assert set(captured.rows) == {BATCH}
+    for pattern in ("alternating", "one by one"):
+        threshold.copy_(torch.tensor(PATTERNS[pattern]))
+        x.normal_()
+        graph.replay()
+        torch.cuda.synchronize()
+        found = captured.exit_layer.tolist(), captured.eps.clone()
+        expected = run()  # a set of its own: the graph keeps the one it holds
+        assert found[0] == expected.exit_layer.tolist() == PATTERNS[pattern]
+        torch.testing.assert_close(found[1], expected.eps, rtol=2e-2, atol=2e-2)

@@ -1,6 +1,7 @@
 """Decisions, pairs and maps made on the device, against plain lists: by PyTorch anywhere, by the kernel on a GPU."""
 
 import math
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adadiff_kernels import ActiveSet, DeviceSet, Seen, swap_rows, take_rows
+from adadiff_kernels import ActiveSet, DeviceSet, Seen, swap_rows, take_rows, upload
 from adadiff_kernels.device_set import TICKS, HostWord, _packed, kernel_missing, unpacked
 
 Make = Callable[..., DeviceSet]
@@ -223,6 +224,33 @@ def test_ticks_start_afresh(made: Make) -> None:
         assert active.lane.tolist() == active.row.tolist() == list(range(6))
         assert active.exit_layer.tolist() == [0] * 6
     assert [tensor.data_ptr() for tensor in (active.lane, active.row, active.exit_layer, active.count)] == addresses
+
+
+def test_what_a_graph_holds_is_unknown_until_it_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's word is that of the tick before: taken for this one, it would be a bound below the rows that run."""
+    active, everybody = DeviceSet(4, "cpu"), torch.ones(4, dtype=torch.bool)
+    active.leave_where(everybody, 1, bound=4)
+    assert active.seen() == Seen(1, 0)
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules["adadiff_kernels.device_set"], "captures", lambda device: True)
+        active.start()  # which happens here; a graph would only note it
+        active.leave_where(everybody, 1, bound=4)
+        with pytest.raises(RuntimeError, match="made before a CUDA graph is captured"):
+            DeviceSet(4, "cpu")
+    assert active.recorded
+    assert active.seen() == Seen(0, 4)
+    with pytest.raises(RuntimeError, match="layer 1 is recorded in a CUDA graph, which has not been replayed"):
+        active.wait(1)
+    active.replayed()
+    assert not active.recorded
+    assert active.seen() == Seen(1, 0)
+    assert active.wait(1) == 0
+
+
+def test_a_graph_holds_no_value_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["adadiff_kernels.upload"], "captures", lambda device: True)
+    with pytest.raises(RuntimeError, match=r"cannot hold a value of the CPU, \[3\]; move it to cuda:0"):
+        upload(torch.zeros(3), torch.device("cuda", 0))
 
 
 class LateWord(HostWord):

@@ -81,17 +81,22 @@ def test_nothing_waits_for_the_device(backend: str) -> None:
     u, threshold = torch.zeros(64, device="cuda"), torch.full((64,), 0.5, device="cuda")
     asked, partner = torch.ones(64, dtype=torch.bool, device="cuda"), active.lane.clone()
     x = torch.zeros(64, 8, device="cuda")
-    swap_rows(active.leave(u, threshold, 1, bound=64), x, backend="triton")  # compiles
+
+    def tick() -> None:
+        active.start()
+        pairs = active.leave(u, threshold, 1, bound=64, asked=asked, partner=partner)
+        swap_rows(pairs, x, backend="triton")
+        swap_rows(pairs, x, backend="reference")
+        active.park(5, 1, bound=64)
+        active.locate(active.snapshot(), 64)
+        active.finish(2)
+
+    tick()  # kernels are compiled or loaded at their first call, which may wait
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         torch.cuda._sleep(200_000_000)  # cycles
-        active.start()
-        pairs = active.leave(u, threshold, 1, bound=64, asked=asked, partner=partner)
-        swap_rows(pairs, x, backend="triton")
-        active.park(5, 1, bound=64)
-        active.locate(active.snapshot(), 64)
-        active.finish(2)
+        tick()
         assert active.seen() == Seen(0, 64)
     finally:
         torch.cuda.set_sync_debug_mode("default")

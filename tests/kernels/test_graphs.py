@@ -121,6 +121,7 @@ def test_a_captured_graph_replays_every_operator() -> None:
         return [(call, copied(given)) for call, given in everything]
 
     warm = torch.cuda.Stream()
+    warm.wait_stream(torch.cuda.current_stream())  # which has yet to make what is read
     with torch.cuda.stream(warm):  # kernels are compiled at their first call
         run(active, again(), y.clone())
     warm.synchronize()

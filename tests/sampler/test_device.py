@@ -5,6 +5,7 @@ which has no values to read, and, where there is one, a GPU under `set_sync_debu
 """
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -12,16 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from adadiff.engine import device as device_engine
 from adadiff.engine.counts import Counts, Lagged, Planned, Sync
 from adadiff.engine.evaluate import Evaluation, evaluate
-from adadiff.engine import device as device_engine
 from adadiff.exits import OFFICIAL, PAPER, ExitConfig, Exits
 from adadiff.models.uvit import UViT
-from adadiff.rules import Depth, Full, Patience, Threshold
+from adadiff.rules import Depth, Full, Patience, Replay, Threshold
 from adadiff.sampling.sampler import sample
 from adadiff.serving.engine import Engine
-from adadiff_kernels import DeviceSet, Seen
-from late import swap_blindly, use_sets
+from adadiff_kernels import DeviceSet, Seen, Swaps, swap_rows
+from late import use_sets
 from pretend import DEVICE, OnDevice, PretendDevice, TensorsMadeFromValues, Waits
 from sampler.tiny import BATCH, case, requests, served
 
@@ -54,7 +55,6 @@ class Polled(DeviceSet):
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_engine, "swap_rows", swap_blindly)
     use_sets(monkeypatch, Polled)
 
 
@@ -164,6 +164,44 @@ def test_blocks_are_named_for_profilers_where_asked(monkeypatch: pytest.MonkeyPa
     assert names == [f"block {layer}" for layer in range(1, 8)]
 
 
+@pytest.mark.parametrize("used", [0, 1, 2])
+def test_rows_change_places_without_a_look_at_the_pairs(used: int) -> None:
+    """By PyTorch, where Triton is missing: of unused pairs as of others, in any dtype."""
+    pairs = torch.tensor([[0, 6], [2, 4], [-1, -1], [-1, -1]][2 - used : 5 - used], dtype=torch.int32)
+    rows = [torch.arange(14.0).view(7, 2), torch.arange(7) % 2 == 0, torch.zeros(0, 3)[:0]]
+    order = torch.arange(7)
+    for a, b in pairs.tolist()[:used]:
+        order[a], order[b] = b, a
+    held = [OnDevice(value.clone()) for value in rows]
+    with PretendDevice(strict=True):
+        swap_rows(OnDevice(pairs), *held[:2])
+        swap_rows(OnDevice(pairs), held[2])
+        swap_rows(Swaps(OnDevice(pairs[:used]), 7, 5), *held[:2])  # back again, as a host plans them
+        swap_rows(OnDevice(pairs), *held[:2])
+    for found, value in zip(held[:2], rows, strict=False):
+        assert torch.equal(found.held, value[order])
+
+
+def test_an_evaluation_in_a_graph_keeps_its_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph goes on writing to it; and what it cannot know, all rows run through every block."""
+    c, threshold = case("uvit", PAPER, torch.float32), LANES % 7 + 1.0
+
+    def run() -> Evaluation:
+        return evaluate(c.backbone, c.exits, Replay(), *c.given.all, threshold=threshold, counts="lagged")
+
+    usual = run()
+    ((idle,),) = [sets for (B, *_), sets in device_engine._idle.__dict__.items() if B == BATCH]
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules["adadiff_kernels.device_set"], "captures", lambda device: True)
+        recorded = run()
+    assert torch.equal(recorded.exit_layer, usual.exit_layer)
+    torch.testing.assert_close(recorded.eps, usual.eps, rtol=1e-5, atol=1e-5)
+    assert set(recorded.rows) == {BATCH}
+    assert device_engine._of_graphs.pop() is idle
+    run()
+    assert idle not in [active for sets in device_engine._idle.__dict__.values() for active in sets]
+
+
 def test_the_pretended_device_has_the_manners_of_one() -> None:
     """What it lets pass is worth nothing unless it stops what a device would stop."""
     cpu, waits = torch.arange(4.0), pytest.raises(Waits)
@@ -242,7 +280,6 @@ class NoWord:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[UViT, Exits, Tensor, Tensor, Tensor]]:
     """A network and inputs of FakeTensor on a device: there are no values."""
-    monkeypatch.setattr(device_engine, "swap_rows", swap_blindly)
     c, mode = case("uvit", PAPER, torch.float32), FakeTensorMode()
 
     def move(value: Tensor) -> Tensor:

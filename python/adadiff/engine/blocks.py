@@ -1,7 +1,11 @@
 """One block over the rows that run, fused with the score of its layer; and what an evaluation returns."""
 
+import itertools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
+from types import FunctionType
 
 import torch
 from torch import Tensor
@@ -35,20 +39,60 @@ def advance(
 ) -> tuple[Tensor, Tensor | None]:
     """One block: rows, skip, out [n, T, D]; lanes i32 [n]. Returns the block's output and u, float32 [n] or None.
 
-    index: i32 [B], the row of each lane in skip, where that is as its block wrote it.
+    index: i32 [B], the row of each lane in skip, where that is as its block wrote it. Under autocast, products and
+    branches are of its dtype, and the rows stay what they are.
     """
     if isinstance(block, WholeBlock):
         y = block.whole(rows, cond, lanes)
         return (y if out is None else out.copy_(y)), None if score is None else uem_score(y, score, lanes)
     if skip is not None:
-        rows = block.join(rows, skip) if index is None else block.join(rows, skip, lanes, index)
+        joined = block.join(rows, skip) if index is None else block.join(rows, skip, lanes, index)
+        rows = joined.to(rows.dtype)
     *first, last = block.branches
     for branch in first:
         b = branch(layer_norm(rows, branch.norm(cond), lanes))
-        rows, _, _ = residual_uem(rows, b, lanes=lanes, gate=branch.gate(cond), out=b)  # b is ours to overwrite
+        rows, _, _ = residual_uem(rows, b, lanes=lanes, gate=branch.gate(cond), out=_ours(b, rows))
     b = last(layer_norm(rows, last.norm(cond), lanes))
-    y, _, u = residual_uem(rows, b, lanes=lanes, gate=last.gate(cond), score=score, out=b if out is None else out)
+    out = _ours(b, rows) if out is None else out
+    y, _, u = residual_uem(rows, b, lanes=lanes, gate=last.gate(cond), score=score, out=out)
     return y, u
+
+
+def _ours(branch: Tensor, rows: Tensor) -> Tensor | None:
+    """The branch, which nobody needs any more, for the sum to overwrite."""
+    return branch if branch.dtype == rows.dtype else None
+
+
+def compile_advance(**options: object) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """`advance` through torch.compile(dynamic=True, **options), for any number of rows and blocks.
+
+    Dynamo counts graphs by function, and after eight of them (torch._dynamo.config.recompile_limit) runs it eagerly. A
+    network takes more: blocks with and without skip, with and without score, one row or several. So every kind of
+    call has a function of its own.
+    """
+    number = itertools.count()
+
+    @cache
+    def own(*kind: object) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        code = advance.__code__.replace(co_name=f"advance_{next(number)}")
+        function = FunctionType(code, advance.__globals__, advance.__name__, advance.__defaults__)
+        return torch.compile(function, dynamic=True, **options)
+
+    def call(
+        block: Block | WholeBlock,
+        rows: Tensor,
+        skip: Tensor | None,
+        cond: Conditioning,
+        lanes: Tensor,
+        score: Score | None,
+        out: Tensor | None = None,
+        index: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        there = tuple(None if value is None else len(value) == 1 for value in (rows, skip, out, index))
+        one = score is not None and len(score.offset) == 1
+        return own(type(block), score is None, one, *there)(block, rows, skip, cond, lanes, score, out, index)
+
+    return call
 
 
 def block_range(layer: int, nvtx: bool) -> AbstractContextManager:

@@ -220,12 +220,13 @@ def _by_row(by_lane: Tensor, lanes: Tensor) -> Tensor:
 
 
 _idle = threading.local()
+_of_graphs: list[DeviceSet] = []  # a captured graph writes to the memory of its set for as long as it lives
 
 
 @contextmanager
 def _device_set(B: int, device: torch.device) -> Iterator[DeviceSet]:
     """A set that nobody uses, started. Making one takes pinned memory and waits for the device, so they are kept, by
-    what must not be shared: threads and streams."""
+    what must not be shared: threads, streams and captured graphs."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     kept = _idle.__dict__.setdefault((B, device, stream), [])
     with torch.inference_mode(False):  # whatever mode the caller is in, the next one may be in another
@@ -234,4 +235,4 @@ def _device_set(B: int, device: torch.device) -> Iterator[DeviceSet]:
     try:
         yield active
     finally:
-        kept.append(active)
+        (_of_graphs if active.recorded else kept).append(active)

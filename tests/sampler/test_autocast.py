@@ -1,0 +1,42 @@
+"""Under autocast rows stay float32 beside bfloat16 branches, and scores float32: the published U-ViTs ran so."""
+
+import pytest
+import torch
+
+from adadiff.engine import blocks
+from adadiff.engine.counts import Planned
+from adadiff.engine.evaluate import Evaluation, evaluate
+from adadiff.exits import OFFICIAL, PAPER, ExitConfig
+from adadiff.rules import Replay
+from sampler.tiny import BATCH, case
+
+
+@pytest.mark.parametrize("counts", [None, "sync", "planned"])
+@pytest.mark.parametrize(("kind", "config"), [("uvit", PAPER), ("uvit", OFFICIAL), ("dit", PAPER)])
+def test_an_evaluation_under_autocast(kind: str, config: ExitConfig, counts: str | None, monkeypatch) -> None:
+    """PAPER's scores are one number a token, OFFICIAL's a map with heads of their own."""
+    c, dtypes = case(kind, config, torch.float32), set()
+    usual = blocks.residual_uem
+
+    def noted(x: torch.Tensor, branch: torch.Tensor, **given: object) -> tuple:
+        dtypes.add((x.dtype, branch.dtype))
+        return usual(x, branch, **given)
+
+    def run(how: object = None) -> Evaluation:
+        layers = len(c.backbone.blocks)
+        threshold = torch.arange(BATCH) % layers + 1.0
+        given = {"threshold": threshold, "record": True, "counts": how}
+        return evaluate(c.backbone, c.exits, Replay(), *c.given.all, **given)
+
+    exact = run()
+    monkeypatch.setattr(blocks, "residual_uem", noted)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(Planned((3.0,) * BATCH) if counts == "planned" else counts)
+    assert dtypes == {(torch.float32, torch.bfloat16)}
+    assert torch.equal(found.exit_layer, exact.exit_layer)
+    assert found.scores.dtype == torch.float32
+    size = exact.eps.norm()
+    assert 0 < (found.eps.float() - exact.eps).norm() <= 0.05 * size
+    asked = exact.scores.isfinite()
+    assert torch.equal(asked, found.scores.isfinite())
+    assert (found.scores - exact.scores)[asked].abs().max() < 0.02
