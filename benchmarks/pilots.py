@@ -22,7 +22,7 @@ from adadiff.calibration.calibrating import CALIBRATION_SEED, work_of
 from adadiff.calibration.recording import measure_weights, record
 from adadiff.cli import setting
 from adadiff.data.canvases import CLASSES, DIGITS, NAMES, Canvases, canvas_features, follow_rules
-from adadiff.data.digits import sources
+from adadiff.data import sources
 from adadiff.evaluation.frechet import FeatureStatistics
 from adadiff.evaluation.quality import evaluate_samples
 from adadiff.output.pictures import make_grid, to_pixels, write_json, write_png

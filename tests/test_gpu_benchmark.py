@@ -1,11 +1,9 @@
 """The GPU suites without a GPU: every suite at tiny sizes, kernels interpreted, and what becomes of their rows."""
 
-import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +20,7 @@ import gpu.tables
 import harness
 import rows
 import tables
-from gpu.session import DeviceTimer, OutOfTime, Session, Task
+from gpu.session import Session
 
 CPU = torch.device("cpu")
 GPU = {"gpu": "a GPU", "gpu_gib": 1.0}
@@ -35,10 +33,6 @@ class Kept(Session):
 
     def __post_init__(self) -> None:
         pass
-
-
-class Measured(Kept):
-    dry = False
 
 
 @pytest.fixture
@@ -82,13 +76,45 @@ def test_passes(kept: Kept) -> None:
     written = run_suite(kept, "passes")
     assert {row["variant"] for row in written} == {"fused", "fused, no score", "eager", "compiled"}
     by_way = {row["variant"]: row for row in written[:4]}
-    for row in by_way.values():
-        moved = 4 * 2 * 5 * 32 * 2
+    by_rows = {row["parameters"]["rows"]: row for row in written if row["parameters"]["shape"] == "tiny"}
+    assert {rows: row["dtype"] for rows, row in by_rows.items()} == {
+        "bfloat16": "bfloat16",
+        "float32 beside bfloat16": "float32",
+    }
+    for row in [*by_way.values(), *by_rows.values()]:
+        moved = 2 * 2 * 5 * 32 * (2 + (4 if row["dtype"] == "float32" else 2))
         assert row["gb_per_second"] == pytest.approx(moved * row["sets"] / row["seconds"]["median"] / 1e9)
         assert row["share_of_copy"] == pytest.approx(row["gb_per_second"] / row["copy_gb_per_second"])
     assert by_way["fused, no score"]["over_no_score"] == 1
     (table,) = shown(written)
     assert len(table.body) == len(written) / 4
+
+
+@pytest.mark.parametrize(
+    ("batch", "outputs", "share", "added", "of_copy", "adds"),
+    [
+        (64, 1, 0.89, 0.031, "89%", "+3.1% *"),
+        (64, 16, 0.87, 0.029, "87% *", "+2.9%"),
+        (256, 64, 0.95, 0.099, "95%", "+9.9%"),
+        (64, 64, 0.95, 0.101, "95%", "+10.1% *"),
+        (8, 1, 0.5, 0.5, "50%", "+50.0%"),
+    ],
+)
+def test_what_misses_its_number_is_marked(batch, outputs, share, added, of_copy, adds) -> None:
+    row = {
+        "suite": "gpu-passes",
+        "kind": "pass",
+        "variant": "fused",
+        "usable": True,
+        "parameters": {"shape": "S", "rows": "bfloat16", "batch": batch, "outputs": outputs},
+        "machine": {"gpu": "a GPU"},
+        "versions": {"torch": "2.11"},
+        "gb_per_second": 1.0,
+        "share_of_copy": share,
+        "over_no_score": 1 + added,
+    }
+    (table,) = gpu.tables.passes([row])
+    assert table.body[0][3:5] == (of_copy, adds)
 
 
 def test_a_pass_that_is_wrong_is_not_measured(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,62 +186,6 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     gpu.run.main(["--suite", "ceilings", "--dry", "--out", str(tmp_path / "out")])
     assert not list(tmp_path.iterdir())
-
-
-def test_rows_are_made_once_for_each_commit_and_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu.session, "gpu_state", dict)
-    parameters = {"bytes": 4096}
-
-    def missing(device: dict[str, object], commit: str, asked: dict[str, object] = parameters) -> bool:
-        return Measured(CPU, rows.Rows(tmp_path, device, commit)).missing("gpu-ceilings", "copy", asked)
-
-    first = Kept(CPU, rows.Rows(tmp_path, GPU, "one"))
-    assert missing(GPU, "one")
-    gpu.run.ceilings.copy(first, 4096)
-    assert not missing(GPU, "one")
-    assert missing(GPU, "other")
-    assert missing({"gpu": "another"}, "one")
-    assert missing(GPU, "one", {"bytes": 8192})
-    lines = first.rows.path.read_text().splitlines()
-    first.rows.path.write_text(json.dumps({**json.loads(lines[0]), "last": False}) + "\n")
-    assert missing(GPU, "one")  # stopped between two rows of a comparison
-
-
-def test_no_comparison_starts_after_the_deadline(tmp_path: Path) -> None:
-    late = Measured(CPU, rows.Rows(tmp_path, GPU, "one"), deadline=0.0)
-    with pytest.raises(OutOfTime):
-        late.missing("gpu-ceilings", "copy", {})
-
-
-def test_a_comparison_that_fails_costs_the_others_nothing(tmp_path: Path, capfd) -> None:
-    ran = []
-
-    def tasks(session: Session) -> list[Task]:
-        return [Task("copy", {"n": n}, lambda n=n: ran.append(1 // n)) for n in (1, 0, 1)]
-
-    suite = SimpleNamespace(SUITE="gpu-ceilings", tasks=tasks)
-    assert gpu.run.run_suite(Measured(CPU, rows.Rows(tmp_path, GPU, "one")), suite) == 1
-    assert ran == [1, 1]
-    assert "ZeroDivisionError" in capfd.readouterr().err
-
-
-def test_rows_need_a_device(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="measured on a CUDA device, got cpu"):
-        Session(CPU, rows.Rows(tmp_path, GPU))
-
-
-def test_a_turn_is_one_stretch_over_many_calls() -> None:
-    now, calls = [0.0], []
-
-    def call() -> None:
-        calls.append(now[0])
-        now[0] += 3.0 if len(calls) == 1 else 1.0
-
-    timer = DeviceTimer(CPU, turn=12.0, clock=lambda: now[0])
-    assert timer(call) == 1.0  # the first call, 3 seconds long, says that four fill the turn
-    assert len(calls) == 5
-    assert DeviceTimer(CPU, turn=0.5, clock=lambda: now[0])(call) == 1.0  # a call longer than its turn counts itself
-    assert len(calls) == 6
 
 
 def test_interleaving_takes_another_timer() -> None:
@@ -293,7 +263,7 @@ def test_the_small_run_agrees_with_its_references() -> None:
     pytest.importorskip("adadiff_kernels.device_set")
     import gpu.small
 
-    assert len(gpu.small.run(CPU)) == 5
+    assert len(gpu.small.run(CPU)) == 6
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")

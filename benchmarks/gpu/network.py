@@ -17,8 +17,9 @@ from torch import Tensor
 
 import adadiff
 from adadiff import Evaluation, Model
-from adadiff.engine.counts import Counts, Planned, counts_from
 from adadiff.engine import device as device_engine
+from adadiff.engine.blocks import compile_advance
+from adadiff.engine.counts import Counts, Planned, counts_from
 from adadiff.exits import PAPER
 from adadiff.models.interface import Backbone
 from adadiff.rules import Replay
@@ -64,14 +65,14 @@ class Network:
             self.model = adadiff.build(preset, exits=PAPER).to(BRAIN)
         self.fixed = session.compile(run_block, dynamic=False)
         self.dynamic = session.compile(run_block, dynamic=True)
-        self.advance = session.compile(device_engine.advance, dynamic=True)
+        self.advance = device_engine.advance if session.dry else compile_advance()
 
 
 def measure(session: Session, made: list[Network], preset: str, B: int) -> None:
     if not made:
         made.append(Network(session, preset))
     inputs = inputs_of(session, made[0].model, B)
-    # kinds of block, with and without a score, one row or several: more than Dynamo compiles of one function by default
+    # kinds of block, four batches, one row or several: more than Dynamo compiles of one function by default
     with torch.inference_mode(), torch._dynamo.config.patch(recompile_limit=64):
         compare(session, made[0], inputs, {"preset": preset, "batch": B})
 

@@ -1,9 +1,11 @@
 """What the GPU suites share: the device and its clock, rows that are not measured twice, and a limit of time."""
 
 import os
+import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +18,24 @@ Call = Callable[[], object]
 MOST_CALLS = 10_000  # in one turn
 
 
-class OutOfTime(Exception):
-    """The limit came before the last comparison."""
+class OutOfTime(BaseException):
+    """The limit came before the last comparison. No error of a comparison: nobody but the command is to catch it."""
+
+
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raises OutOfTime after so many seconds, whatever is being compiled or measured. For the main thread."""
+
+    def stop(*_: object) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @dataclass(frozen=True)
@@ -38,12 +56,14 @@ class Session:
     rows: Rows | None = None
     deadline: float = float("inf")
     pool: Any = field(default=None, init=False)
+    keeper: Any = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if self.rows is not None and self.device.type != "cuda":
             raise ValueError(f"rows are measured on a CUDA device, got {self.device}; a dry run takes rows=None")
         if self.device.type == "cuda":
             object.__setattr__(self, "pool", torch.cuda.graph_pool_handle())
+            object.__setattr__(self, "keeper", kept_alive(self.pool))
 
     @property
     def dry(self) -> bool:
@@ -121,6 +141,14 @@ class Session:
 
     def normal(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.randn(shape, device=self.device, dtype=dtype)
+
+
+def kept_alive(pool: Any) -> torch.cuda.CUDAGraph:
+    """A graph that works in the pool: PyTorch refuses one whose graphs have all gone (pytorch pull request 133600)."""
+    some, graph = torch.zeros(1, device="cuda"), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        some.zero_()
+    return graph
 
 
 class DeviceTimer:

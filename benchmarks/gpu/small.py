@@ -19,6 +19,7 @@ from adadiff_kernels import (
     Swaps,
     join_skip,
     residual_uem,
+    save_rows,
     solver_step,
     swap_rows,
 )
@@ -27,7 +28,8 @@ from adadiff_kernels import (
 def run(device: torch.device) -> list[str]:
     """Names of what ran. RuntimeError where a kernel and its reference differ."""
     torch.manual_seed(0)
-    checks = {"residual_uem": fused, "swap_rows": swap, "join_skip": join, "solver_step": step, "DeviceSet": leave}
+    checks = {"residual_uem": fused, "swap_rows": swap, "join_skip": join, "save_rows": save, "solver_step": step}
+    checks["DeviceSet"] = leave
     for check in checks.values():
         check(device)
     if device.type == "cuda":
@@ -73,13 +75,24 @@ def join(device: torch.device) -> None:
     agree("join_skip", got, want, 0)
 
 
+def save(device: torch.device) -> None:
+    rows, saved = torch.randn(3, 5, 260, device=device), torch.randn(6, 5, 260, device=device)
+    lane = torch.tensor([2, 0, 5], dtype=torch.int32, device=device)
+    exit_layer = torch.tensor([0, 4, -4, 1, 4, 4], dtype=torch.int32, device=device)
+    want = saved.clone()
+    save_rows(rows, saved, lane, exit_layer, 4, backend="triton")
+    save_rows(rows, want, lane, exit_layer, 4, backend="reference")
+    agree("save_rows", saved, want, 0)
+
+
 def step(device: torch.device) -> None:
-    n, E = 4, 1030
+    n, C, E = 4, 2, 515
     whole = torch.arange(n, device=device)
-    x, base, eps, variance = torch.randn(4, n, E, device=device).unbind()
-    history, coefficients = torch.randn(n, 2, E, device=device), torch.randn(n, len(COLUMNS), device=device)
+    x, base, eps, variance = torch.randn(4, n, C, E, device=device).unbind()
+    history, coefficients = torch.randn(n, 2, C, E, device=device), torch.randn(n, len(COLUMNS), device=device)
     rows = StepRows(coefficients, whole % 3, whole % 2 == 0)
-    guidance = Guidance(torch.randn(2, E, device=device), torch.tensor([1, -1, 0, -1], device=device), whole.float())
+    uncond, row = torch.randn(2, C, E, device=device), torch.tensor([1, -1, 0, -1], device=device)
+    guidance = Guidance(uncond, row, whole.float(), whole % C + 1)
     states = [SolverState(x.clone(), base.clone(), history.clone()) for _ in range(2)]
     noise = Noise(whole + 7, whole * 3, 1)
     for state, backend in zip(states, ("triton", "reference"), strict=True):

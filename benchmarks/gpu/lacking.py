@@ -1,0 +1,76 @@
+"""What an image may lack and no GPU suite needs, bars (tqdm), files of weights (safetensors) and random examples
+(hypothesis), stands here in its place.
+
+pytest takes it as a plugin (-p gpu.lacking): tests of random examples are skipped then.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+
+class Bar:
+    """tqdm without the bar."""
+
+    def __init__(self, iterable: Iterable[Any] = (), **_: object) -> None:
+        self._iterable = iterable
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._iterable)
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def update(self, *_: object) -> None: ...
+
+    def set_postfix(self, **_: object) -> None: ...
+
+    @staticmethod
+    def write(text: str) -> None:
+        print(text, flush=True)
+
+
+def no_file(*_: object, **__: object) -> None:
+    raise ImportError("safetensors is not installed here")
+
+
+def given(*_: object, **__: object) -> Callable[[Callable], Callable]:
+    import pytest
+
+    def decorate(test: Callable) -> Callable:
+        return pytest.mark.skip(reason="hypothesis is not installed here")(functools.wraps(test)(lambda **_: None))
+
+    return decorate
+
+
+def unchanged(**_: object) -> Callable[[Callable], Callable]:
+    return lambda test: test
+
+
+files = SimpleNamespace(
+    SafetensorError=type("SafetensorError", (Exception,), {}), safe_open=no_file, save_file=no_file, load_file=no_file
+)
+# module -> what stands in for it. MagicMock makes strategies, and whatever else is taken from them
+STAND_INS = {
+    "tqdm": {"tqdm": SimpleNamespace(tqdm=Bar)},
+    "safetensors": {"safetensors": files, "safetensors.torch": files},
+    "hypothesis": {"hypothesis": MagicMock(given=given, settings=MagicMock(side_effect=unchanged))},
+}
+
+
+def missing() -> list[str]:
+    return [name for name in STAND_INS if name not in sys.modules and find_spec(name) is None]
+
+
+STOOD_IN = missing()
+for name in STOOD_IN:
+    for path, module in STAND_INS[name].items():
+        module.__spec__ = ModuleSpec(path, None)  # others ask where it lies
+        sys.modules[path] = module
