@@ -1,6 +1,6 @@
 """A tiny adaLN network, as DiT is one: gates, modulated norms, no skips, no extra tokens. Only tests use it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -61,11 +61,8 @@ class Block(nn.Module):
         super().__init__()
         self.mix = Mix(dim)
         self.mlp = Mlp(dim)
-        self.dim, self.index = dim, index
-
-    @property
-    def branches(self) -> Sequence[GatedBranch]:
-        return GatedBranch(self.mix, self.index, 0), GatedBranch(self.mlp, self.index, 1)
+        self.branches = (GatedBranch(self.mix, index, 0), GatedBranch(self.mlp, index, 1))
+        self.dim = dim
 
     def join(self, x: Tensor, skip: Tensor) -> Tensor:
         raise AssertionError("this network has no skips")

@@ -242,7 +242,8 @@ def test_spellings() -> None:
     assert counts_from(None) is None
 
 
-def test_what_does_not_go_together_is_refused() -> None:
+def test_what_does_not_go_together_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
     c = case("uvit", OFFICIAL, torch.float32)
 
     def refused(match: str, **options: object) -> None:

@@ -189,6 +189,7 @@ def test_an_evaluation_in_a_graph_keeps_its_set(monkeypatch: pytest.MonkeyPatch)
     def run() -> Evaluation:
         return evaluate(c.backbone, c.exits, Replay(), *c.given.all, threshold=threshold, counts="lagged")
 
+    monkeypatch.setattr(device_engine, "_idle", type(device_engine._idle)())  # no other test's
     usual = run()
     ((idle,),) = [sets for (B, *_), sets in device_engine._idle.__dict__.items() if B == BATCH]
     with monkeypatch.context() as patched:
