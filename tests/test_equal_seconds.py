@@ -129,6 +129,14 @@ def test_over_the_front_by_hand(seconds: float, frechet: float, ratio: float | N
         assert (found.value, found.low, found.high) == pytest.approx((ratio,) * 3)
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(0.8, 0.99, "below"), (0.8, 1.01, "undecided"), (0.99, 1.2, "undecided"), (1.01, 1.2, "above")],
+)
+def test_a_verdict_takes_the_whole_interval(low: float, high: float, verdict: str) -> None:
+    assert fronts.verdict(Interval((low + high) / 2, low, high)) == verdict
+
+
 def test_the_interval_holds_samples_and_rounds() -> None:
     """Draws of the distance from 2.7 to 3.3, in pairs with those of the others, and rounds 10 % apart."""
     wide = {"frechet": np.array([2.7, 3.3, 2.7, 3.3])}
