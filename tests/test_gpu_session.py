@@ -1,6 +1,7 @@
 """What the GPU suites share, without a GPU: rows made once, limits of time, graphs that share memory, and what an image
 may lack."""
 
+import importlib.util
 import json
 import sys
 import time
@@ -153,9 +154,8 @@ def test_what_an_image_lacks_is_stood_in_for(monkeypatch: pytest.MonkeyPatch, ca
         monkeypatch.delitem(sys.modules, path, raising=False)
     monkeypatch.setattr(lacking, "find_spec", lambda name: None)
     assert lacking.missing() == ["tqdm", "safetensors", "hypothesis"]
-    for parts in lacking.STAND_INS.values():
-        for path, module in parts.items():
-            monkeypatch.setitem(sys.modules, path, module)
+    lacking.install(lacking.STAND_INS)
+    assert [importlib.util.find_spec(path).origin for path in names] == [None] * len(names)
     made: dict[str, object] = {}
     exec(IMAGE, made)
     with pytest.raises(ImportError, match="safetensors is not installed here"):

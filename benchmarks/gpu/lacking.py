@@ -69,8 +69,12 @@ def missing() -> list[str]:
     return [name for name in STAND_INS if name not in sys.modules and find_spec(name) is None]
 
 
+def install(names: Iterable[str]) -> None:
+    for name in names:
+        for path, module in STAND_INS[name].items():
+            module.__spec__ = ModuleSpec(path, None)  # others ask where it lies
+            sys.modules[path] = module
+
+
 STOOD_IN = missing()
-for name in STOOD_IN:
-    for path, module in STAND_INS[name].items():
-        module.__spec__ = ModuleSpec(path, None)  # others ask where it lies
-        sys.modules[path] = module
+install(STOOD_IN)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adadiff_kernels import ActiveSet, DeviceSet, Seen, swap_rows, take_rows, upload
-from adadiff_kernels.device_set import TICKS, HostWord, _packed, kernel_missing, unpacked
+from adadiff_kernels.device_set import TICKS, HostWord, _packed, kernel_missing, start, unpacked
 
 Make = Callable[..., DeviceSet]
 NAN = math.nan
@@ -232,8 +232,12 @@ def test_what_a_graph_holds_is_unknown_until_it_is_replayed(monkeypatch: pytest.
     active.leave_where(everybody, 1, bound=4)
     assert active.seen() == Seen(1, 0)
     with monkeypatch.context() as patched:
-        patched.setattr(sys.modules["adadiff_kernels.device_set"], "captures", lambda device: True)
-        active.start()  # which happens here; a graph would only note it
+        module = sys.modules["adadiff_kernels.device_set"]
+        patched.setattr(module, "captures", lambda device: True)
+        for name in ("start", "leave"):  # a graph only notes what it will do
+            patched.setattr(module, name, lambda lane, *_: lane.new_zeros(2, 2))
+        patched.setattr(HostWord, "post", lambda *_: None)
+        active.start()
         active.leave_where(everybody, 1, bound=4)
         with pytest.raises(RuntimeError, match="made before a CUDA graph is captured"):
             DeviceSet(4, "cpu")
@@ -241,10 +245,13 @@ def test_what_a_graph_holds_is_unknown_until_it_is_replayed(monkeypatch: pytest.
     assert active.seen() == Seen(0, 4)
     with pytest.raises(RuntimeError, match="layer 1 is recorded in a CUDA graph, which has not been replayed"):
         active.wait(1)
+    start(active.lane, active.row, active.exit_layer, active._state, None)
+    active._word.post(_packed(active._state, 0))
     active.replayed()
-    assert not active.recorded
-    assert active.seen() == Seen(1, 0)
-    assert active.wait(1) == 0
+    assert active.seen() == Seen(0, 4)
+    active.leave_where(everybody, 2, bound=4)
+    assert active.wait(2) == 0
+    assert active.seen() == Seen(2, 0)
 
 
 def test_a_graph_holds_no_value_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:

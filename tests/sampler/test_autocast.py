@@ -8,6 +8,7 @@ from adadiff.engine.counts import Planned
 from adadiff.engine.evaluate import Evaluation, evaluate
 from adadiff.exits import OFFICIAL, PAPER, ExitConfig
 from adadiff.rules import Replay
+from adadiff_kernels import uem_score_reference
 from sampler.tiny import BATCH, case
 
 
@@ -40,3 +41,15 @@ def test_an_evaluation_under_autocast(kind: str, config: ExitConfig, counts: str
     asked = exact.scores.isfinite()
     assert torch.equal(asked, found.scores.isfinite())
     assert (found.scores - exact.scores)[asked].abs().max() < 0.02
+
+
+@pytest.mark.parametrize("config", [PAPER, OFFICIAL])
+def test_scores_are_of_float32_products(config: ExitConfig) -> None:
+    c = case("uvit", config, torch.float32)
+    rows, cond = c.backbone.begin(*c.given.all)
+    lanes = torch.arange(BATCH, dtype=torch.int32)
+    offsets = c.exits.offsets(cond.time)
+    u = uem_score_reference(rows, c.exits.score(3, offsets), lanes)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(c.exits.offsets(cond.time), offsets)
+        assert torch.equal(uem_score_reference(rows, c.exits.score(3, offsets), lanes), u)
