@@ -48,8 +48,8 @@ def test_scores_are_of_float32_products(config: ExitConfig) -> None:
     c = case("uvit", config, torch.float32)
     rows, cond = c.backbone.begin(*c.given.all)
     lanes = torch.arange(BATCH, dtype=torch.int32)
-    offsets = c.exits.offsets(cond.time)
+    offsets = c.exits.offsets(cond.time, c.given.t)
     u = uem_score_reference(rows, c.exits.score(3, offsets), lanes)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(c.exits.offsets(cond.time), offsets)
+        assert torch.equal(c.exits.offsets(cond.time, c.given.t), offsets)
         assert torch.equal(uem_score_reference(rows, c.exits.score(3, offsets), lanes), u)
