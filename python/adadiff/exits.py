@@ -15,6 +15,8 @@ does for language models (Pan et al. 2024, arXiv 2402.00518). A copy has the var
 is trained to keep the full network's variance (see training/losses.py).
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,33 +26,7 @@ from torch.nn import functional as F
 from adadiff_kernels import Score, layer_norm, no_autocast, residual_uem
 
 from .models.interface import Backbone
-
-
-@dataclass(frozen=True)
-class ExitConfig:
-    map: bool = False  # one uncertainty per patch (P = 1), or one per pixel and channel (P = p * p * C)
-    time: bool | str = True  # the UEM also reads tau(t); or not; or "bias": its bias is a function of t
-    shared_head: bool = False  # every layer uses the network's own head, or layers 1..L-1 have one each
-    every_token: bool = False  # u is the mean over all tokens, or over patches only
-    head: str = "linear"  # of layers 1..L-1: as the network's own (norm and linear map), or "mlp", one behind an MLP
-
-    def __post_init__(self) -> None:
-        if self.time != "bias" and not isinstance(self.time, bool):
-            raise ValueError(f"exits.time must be true, false or 'bias', got {self.time!r}")
-        for name in ("map", "shared_head", "every_token"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"exits.{name} must be true or false, got {getattr(self, name)!r}")
-        if self.head not in ("linear", "mlp"):
-            raise ValueError(f"exits.head must be 'linear' or 'mlp', got {self.head!r}")
-        if self.shared_head and self.head == "mlp":
-            raise ValueError("exits.head 'mlp' needs a head for every layer; set shared_head to false")
-
-
-TIME_SPAN, STRETCHES = 1000.0, 25  # every schedule tells the network times in [0, 1000]
-
-PAPER = ExitConfig()
-OFFICIAL = ExitConfig(map=True, time=False, shared_head=True)
-DUODIFF = ExitConfig(time=False, every_token=True)
+from .models.layers import Attention, Mlp
 
 
 class MlpHead(nn.Module):
@@ -65,11 +41,75 @@ class MlpHead(nn.Module):
         self.norm = nn.LayerNorm(D)
         self.fc1, self.fc2 = nn.Linear(D, D), nn.Linear(D, D)
         self.out = backbone.new_head()
-        nn.init.zeros_(self.fc2.weight)
-        nn.init.zeros_(self.fc2.bias)
+        _start_at_zero(self.fc2)
 
     def forward(self, patches: Tensor, cond: object = None, lanes: Tensor | None = None) -> Tensor:
         return self.out(patches + self.fc2(F.gelu(self.fc1(self.norm(patches)))), cond, lanes)
+
+    @staticmethod
+    def macs(dim: int, patches: int) -> int:
+        return 2 * dim**2 * patches
+
+
+class BlockHead(nn.Module):
+    """A head behind a transformer block of its own: y = x + attn(norm1(x)), out(y + mlp(norm2(y))), over the patches;
+    hidden width 4 D, 64 channels an attention head but four at least (where D allows). EE-Tuning's "layer" exit.
+
+    Both branches start at zero, so that it begins as the head without the block.
+    """
+
+    def __init__(self, backbone: Backbone):
+        super().__init__()
+        D = backbone.dim
+        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.attn = Attention(D, math.gcd(D, max(4, D // 64)), qkv_bias=False)
+        self.mlp = Mlp(D, 4 * D)
+        self.out = backbone.new_head()
+        _start_at_zero(self.attn.proj)
+        _start_at_zero(self.mlp.fc2)
+
+    def forward(self, patches: Tensor, cond: object = None, lanes: Tensor | None = None) -> Tensor:
+        y = patches + self.attn(self.norm1(patches))
+        return self.out(y + self.mlp(self.norm2(y)), cond, lanes)
+
+    @staticmethod
+    def macs(dim: int, patches: int) -> int:
+        return 12 * dim**2 * patches + 2 * patches**2 * dim
+
+
+HEADS: Mapping[str, type[MlpHead | BlockHead]] = {"mlp": MlpHead, "block": BlockHead}
+
+
+def _start_at_zero(linear: nn.Linear) -> None:
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+
+
+@dataclass(frozen=True)
+class ExitConfig:
+    map: bool = False  # one uncertainty per patch (P = 1), or one per pixel and channel (P = p * p * C)
+    time: bool | str = True  # the UEM also reads tau(t); or not; or "bias": its bias is a function of t
+    shared_head: bool = False  # every layer uses the network's own head, or layers 1..L-1 have one each
+    every_token: bool = False  # u is the mean over all tokens, or over patches only
+    head: str = "linear"  # of layers 1..L-1: as the network's own (norm and linear map), or one behind what HEADS names
+
+    def __post_init__(self) -> None:
+        if self.time != "bias" and not isinstance(self.time, bool):
+            raise ValueError(f"exits.time must be true, false or 'bias', got {self.time!r}")
+        for name in ("map", "shared_head", "every_token"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"exits.{name} must be true or false, got {getattr(self, name)!r}")
+        if self.head not in ("linear", *HEADS):
+            raise ValueError(f"exits.head must be 'linear', 'mlp' or 'block', got {self.head!r}")
+        if self.shared_head and self.head != "linear":
+            raise ValueError(f"exits.head {self.head!r} needs a head for every layer; set shared_head to false")
+
+
+TIME_SPAN, STRETCHES = 1000.0, 25  # every schedule tells the network times in [0, 1000]
+
+PAPER = ExitConfig()
+OFFICIAL = ExitConfig(map=True, time=False, shared_head=True)
+DUODIFF = ExitConfig(time=False, every_token=True)
 
 
 class Exits(nn.Module):
@@ -86,8 +126,8 @@ class Exits(nn.Module):
         self.time_bias = nn.Parameter(torch.zeros(STRETCHES + 1, L, P)) if config.time == "bias" else None
         self.heads = None
         if not config.shared_head:
-            mlp = config.head == "mlp"
-            self.heads = nn.ModuleList(MlpHead(backbone) if mlp else backbone.new_head() for _ in range(L - 1))
+            kind = HEADS.get(config.head)
+            self.heads = nn.ModuleList(kind(backbone) if kind else backbone.new_head() for _ in range(L - 1))
 
     def offsets(self, time: Tensor, t: Tensor) -> Tensor:
         """time: [B, Dt], tau(t); t: float [B], the network's times. Returns what the score adds per lane, float32
@@ -134,7 +174,8 @@ class Exits(nn.Module):
 
     def head_macs(self, patches: int) -> int:
         """Multiply-adds of the head of layers 1..L-1 beyond those of the network's own, for one lane."""
-        return 2 * self.weight.shape[2] ** 2 * patches if self.config.head == "mlp" else 0
+        kind = HEADS.get(self.config.head)
+        return kind.macs(self.weight.shape[2], patches) if kind else 0
 
     @torch.no_grad()
     def copy_heads(self, backbone: Backbone) -> None:
@@ -144,7 +185,7 @@ class Exits(nn.Module):
         """
         own = backbone.head if isinstance(backbone.head, nn.Module) else backbone
         values = own.state_dict()
-        heads = [head.out if isinstance(head, MlpHead) else head for head in self.heads or ()]
+        heads = [head.out if isinstance(head, tuple(HEADS.values())) else head for head in self.heads or ()]
         for key, value in heads[0].state_dict().items() if heads else ():
             if key not in values or values[key].shape != value.shape:
                 raise ValueError(f"the network's own head has no {key} of shape {tuple(value.shape)} to copy")

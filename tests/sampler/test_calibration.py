@@ -140,7 +140,7 @@ def test_it_travels_in_the_model_file(tmp_path: Path) -> None:
 
 
 def test_work_is_what_the_engine_counts() -> None:
-    for config in (ExitConfig(), ExitConfig(map=True), ExitConfig(head="mlp")):
+    for config in (ExitConfig(), ExitConfig(map=True), ExitConfig(head="mlp"), ExitConfig(head="block")):
         model = adadiff.Model(dataclasses.replace(SERVED, exits=config)).requires_grad_(False).eval()
         work = work_of(model)
         given = inputs(model.backbone, 4)

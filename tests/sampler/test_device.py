@@ -31,6 +31,7 @@ NETWORKS = [
     pytest.param("uvit", PAPER, id="uvit-paper"),
     pytest.param("uvit", OFFICIAL, id="uvit-official"),
     pytest.param("dit", PAPER, id="dit-paper"),
+    pytest.param("uvit", ExitConfig(head="block"), id="uvit-block"),
 ]
 OPTIONS = [{}, {"counts": "lagged"}, {"counts": "planned"}, {"batch_invariant": True}]
 FREE = [Lagged(), Planned((3.0,) * 6 + (1.0,) * 7)]  # of waiting for the device, but for the number of those parked

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from adadiff.config import PRESETS, ModelConfig
 from adadiff.conversion.convert import translate
 from adadiff.engine.evaluate import evaluate
-from adadiff.exits import DUODIFF, OFFICIAL, PAPER, ExitConfig, Exits, all_layers
+from adadiff.exits import DUODIFF, HEADS, OFFICIAL, PAPER, ExitConfig, Exits, all_layers
 from adadiff.model import Model
 from adadiff.models.uvit import UViT
 from adadiff.rules import Depth, Full, Patience, Threshold
@@ -186,9 +188,9 @@ def test_settings_that_are_no_truth_values_are_refused(name: str, value: object)
 
 
 @pytest.mark.parametrize("kind", ["uvit", "dit", "adaln"])
-@pytest.mark.parametrize("config", [ExitConfig(), ExitConfig(head="mlp")], ids=str)
+@pytest.mark.parametrize("config", [ExitConfig(), ExitConfig(head="mlp"), ExitConfig(head="block")], ids=str)
 def test_copied_heads_say_what_the_networks_own_says(kind: str, config: ExitConfig) -> None:
-    """An MLP starts as nothing, so that a head behind it is the copy, too."""
+    """An MLP or a block starts as nothing, so that a head behind it is the copy, too."""
     backbone = case(kind, PAPER, F32).backbone
     exits = Exits(backbone, config)
     exits.copy_heads(backbone)
@@ -213,13 +215,37 @@ def test_an_mlp_head_by_its_formula() -> None:
     assert Exits(backbone, PAPER).head_macs(16) == 0
 
 
-def test_work_counts_the_heads_that_were_taken() -> None:
+def test_a_block_head_by_its_formula() -> None:
+    """48 channels: four attention heads of 12, as 48 / 64 would be none."""
+    backbone = case("uvit", PAPER, F32).backbone
+    exits = Exits(backbone, ExitConfig(head="block"))
+    scramble(exits, 0.15, seed=4)
+    head, patches = exits.heads[2], torch.randn(3, 16, 48)
+    h = torch.nn.functional.layer_norm(patches, (48,), head.norm1.weight, head.norm1.bias)
+    q, k, v = (h @ head.attn.qkv.weight.T).unflatten(-1, (3, 4, 12)).permute(2, 0, 3, 1, 4)
+    mixed = (q @ k.transpose(-1, -2) / 12**0.5).softmax(-1) @ v
+    y = patches + mixed.transpose(1, 2).reshape(3, 16, 48) @ head.attn.proj.weight.T + head.attn.proj.bias
+    h = torch.nn.functional.layer_norm(y, (48,), head.norm2.weight, head.norm2.bias)
+    h = torch.nn.functional.gelu(h @ head.mlp.fc1.weight.T + head.mlp.fc1.bias)
+    y = y + h @ head.mlp.fc2.weight.T + head.mlp.fc2.bias
+    torch.testing.assert_close(head(patches), head.out(y), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_work_counts_the_heads_that_were_taken(kind: str) -> None:
+    """And a block's products as PyTorch counts them."""
     backbone = case("uvit", PAPER, F32).backbone
     given = inputs(backbone)
-    plain, mlp = (Exits(backbone, ExitConfig(head=head)) for head in ("linear", "mlp"))
+    plain, behind = (Exits(backbone, ExitConfig(head=head)) for head in ("linear", kind))
     for depth, early in ((7.0, 0), (4.0, BATCH)):
-        a, b = (evaluate(backbone, exits, Depth(depth), *given.all) for exits in (plain, mlp))
-        assert b.macs - a.macs == early * mlp.head_macs(16)
+        a, b = (evaluate(backbone, exits, Depth(depth), *given.all) for exits in (plain, behind))
+        assert b.macs - a.macs == early * behind.head_macs(16)
+    patches = torch.randn(1, 16, 48)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # whose products it knows
+        behind.heads[0](patches)
+    with FlopCounterMode(display=False) as own:
+        plain.heads[0](patches)
+    assert counter.get_total_flops() - own.get_total_flops() == 2 * behind.head_macs(16)
 
 
 def test_heads_without_a_counterpart_are_refused() -> None:
@@ -232,7 +258,12 @@ def test_heads_without_a_counterpart_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [({"head": "conv"}, "got 'conv'"), ({"shared_head": True, "head": "mlp"}, "shared_head")]
+    ("change", "message"),
+    [
+        ({"head": "conv"}, "got 'conv'"),
+        ({"shared_head": True, "head": "mlp"}, "shared_head"),
+        ({"shared_head": True, "head": "block"}, "shared_head"),
+    ],
 )
 def test_heads_that_cannot_be_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -304,7 +304,7 @@ def test_supervised_layers_learn_the_noise_and_uems_the_distance_to_the_last(out
             torch.testing.assert_close(prediction.grad, weight * 2 * (prediction - noise) / noise.numel())
 
 
-@pytest.mark.parametrize("config", [ExitConfig(), ExitConfig(head="mlp")], ids=str)
+@pytest.mark.parametrize("config", [ExitConfig(), ExitConfig(head="mlp"), ExitConfig(head="block")], ids=str)
 def test_relative_reaches_what_it_should(config: ExitConfig) -> None:
     uems = {"exits.weight", "exits.bias", "exits.time_weight"}
     neither, uem, ual = (gradients(config, *weights, relative_loss) for weights in ((0, 0), (1, 0), (0, 1)))

@@ -37,7 +37,7 @@ def test_learning_rate_by_hand() -> None:
         ({"network": {"detph": 2}}, "unknown key detph in network"),
         ({"network": {"depth": 3}}, "depth must be even"),
         ({"exit_options": {"layers": 2}}, "unknown key layers in exit_options"),
-        ({"exit_options": {"head": "conv"}}, "exits.head must be 'linear' or 'mlp', got 'conv'"),
+        ({"exit_options": {"head": "conv"}}, "exits.head must be 'linear', 'mlp' or 'block', got 'conv'"),
         ({"exit_options": {"head": "mlp", "shared_head": True}}, "set shared_head to false"),
         ({"exit_options": {"map": True}, "exits": False}, "but exits is false"),
         ({"steps": 0}, "steps must be a positive integer"),

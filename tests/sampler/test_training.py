@@ -228,7 +228,7 @@ def test_a_linear_start_is_one(tmp_path: Path) -> None:
     assert moved == set(before)
 
 
-@pytest.mark.parametrize("head", ["linear", "mlp"])
+@pytest.mark.parametrize("head", ["linear", "block"])
 def test_a_frozen_run_resumes_bit_for_bit(tmp_path: Path, head: str) -> None:
     config = dataclasses.replace(
         DIGITS,
