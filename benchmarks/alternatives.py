@@ -19,7 +19,8 @@ from adadiff.engine.switching import what_it_draws
 from adadiff.sampling.samples import Samples
 
 BATCH = 64  # samples at a time, everywhere
-OURS = ("ours, faithful", "ours, distribution", "ours, one threshold")
+BY_BUDGET = ("ours, faithful", "ours, distribution", "ours, early model")  # their settings begin with it
+OURS = (*BY_BUDGET, "ours, one threshold")
 CANDIDATES = 200  # single thresholds tried
 RECORDED, RECORDED_STEPS = 64, 20  # samples and steps by which they are chosen
 
@@ -148,6 +149,9 @@ def _methods(networks: Networks, sweep: Sweep, folder: Path, common: dict) -> It
         file = str(calibrated_file(networks.full, aim, common["solver"], common["steps"], sweep, folder))
         yield Method("static table", file, rule=f"table:{share:g}", setting=f"{share:g}, {aim}", **common)
         yield Method(f"ours, {aim}", file, rule=f"budget:{share:g}", setting=f"{share:g}", **common)
+        for t in sweep.switches if networks.shallow and aim == sweep.aims[0] else ():
+            own = {"early_model": networks.shallow, "t_switch": t, "rule": f"budget:{share:g}"}
+            yield Method("ours, early model", file, setting=f"{share:g}, t ≥ {t:g}", **own, **common)
     for first in sweep.first:
         for theta in single_thresholds(full, tuple(sweep.shares), first, False):
             rule, setting = f"threshold:{theta:g},first={first}", f"θ = {theta:g} from block {first}"

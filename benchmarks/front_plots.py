@@ -27,6 +27,7 @@ COLOURS = {
     "reuse": "tab:olive",
     "ours, faithful": "tab:blue",
     "ours, distribution": "tab:cyan",
+    "ours, early model": "mediumpurple",
     "ours, one threshold": "navy",
 }
 COSTS = {"seconds": "ms per image, one thread", "macs": "million multiply-adds per image"}

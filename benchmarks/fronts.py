@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from alternatives import OURS
+from alternatives import BY_BUDGET, OURS
 from cells import Table, number, select, warning, where
 from judges import share_interval
 from rows import Row
@@ -17,7 +17,6 @@ from rows import Row
 from adadiff.evaluation.frechet import Interval, centred_interval
 
 SUITE = "quality"
-BY_BUDGET = ("ours, faithful", "ours, distribution")
 MEASURES = {"frechet": "Fréchet distance", "error": "squared error", "accuracy": "accuracy"}
 HIGHER = {"accuracy"}  # is better
 
@@ -173,7 +172,8 @@ def front_table(timed: Sequence[Point], measured: Sequence[Row], data: str, meas
     groups: dict[str, list[Point]] = {}
     for point in timed:
         if point.ours:
-            groups.setdefault(point.setting if point.method in BY_BUDGET else "one threshold", []).append(point)
+            budget = point.setting.split(",")[0] if point.method in BY_BUDGET else "one threshold"
+            groups.setdefault(budget, []).append(point)
     body = []
     for name in sorted(groups):
         ratios = {i: over_front(point, others, "seconds", measure) for i, point in enumerate(groups[name])}
@@ -182,7 +182,7 @@ def front_table(timed: Sequence[Point], measured: Sequence[Row], data: str, meas
         body.append(
             (
                 name,
-                point.method.removeprefix("ours, ") if point.method in BY_BUDGET else point.setting,
+                way(point),
                 f"{point.steps}, {point.solver}",
                 number(point.seconds * 1e3, 2),
                 number(point.exit_layer, 2),
@@ -192,14 +192,21 @@ def front_table(timed: Sequence[Point], measured: Sequence[Row], data: str, meas
             )
         )
     header = (
-        f"{data}, ours by budget", "aim", "steps", "ms/image", "exit layer", MEASURES[measure],
+        f"{data}, ours by budget", "how", "steps", "ms/image", "exit layer", MEASURES[measure],
         "over the others' front", "it lies",
     )  # fmt: skip
     note = (
         "Over the others' front: ratio to the best of all alternatives at the same seconds, with its 95 % interval; "
-        "below 1 is better. Steps and aim: those of the budget that do best. "
+        "below 1 is better. How and steps: what does best with the budget, which is a share of the full network's "
+        "multiply-adds at as many steps. "
     )
     return Table(where(measured), header, body, note + warning(measured))
+
+
+def way(point: Point) -> str:
+    """What is left to say of a setting of ours where its budget stands beside it."""
+    how, (_, *more) = point.method.removeprefix("ours, "), point.setting.split(", ")
+    return ", ".join([how, *more]) if point.method in BY_BUDGET else point.setting
 
 
 def best_table(timed: Sequence[Point], measured: Sequence[Row], data: str) -> Table:
