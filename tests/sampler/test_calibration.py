@@ -16,7 +16,7 @@ from adadiff.calibration import calibrating as calibrating_module
 from adadiff.calibration import recording as recording_module
 from adadiff.calibration.calibrating import Calibrating, reliability_picture, work_of
 from adadiff.calibration.calibration import Budget, Budgeted, Calibration, Measured, Tables
-from adadiff.calibration.recording import measure_weights, noised_errors, record, run
+from adadiff.calibration.recording import Recording, measure_weights, noised_errors, record, run
 from adadiff.checkpoint import load, save
 from adadiff.engine.evaluate import evaluate
 from adadiff.exits import ExitConfig, all_layers
@@ -182,8 +182,29 @@ def test_recording_is_what_every_layer_says() -> None:
             square = (predictions[k] - predictions[-1]).square().flatten(1).mean(1)
             torch.testing.assert_close(recording.relative[i, k], square, rtol=2e-2, atol=1e-5)
             torch.testing.assert_close(recording.u[i, k], scores[k].mean((1, 2)), rtol=1e-3, atol=1e-4)
+    assert torch.equal(recording.error, recording.relative)
     parts = record(model, samples, 2)
     torch.testing.assert_close(parts.u, recording.u, rtol=1e-3, atol=1e-4)
+    check_errors_as_features_see_them(model, record(model, samples, 8, halves), seen)
+
+
+def halves(images: torch.Tensor) -> torch.Tensor:
+    """Features [n, 2]: the mean of the upper half and that of the lower half, three times as much."""
+    means = images.unflatten(2, (2, -1)).mean((1, 3, 4))
+    return means * torch.tensor([1.0, 3.0])
+
+
+def check_errors_as_features_see_them(model: adadiff.Model, recording: Recording, seen: list) -> None:
+    for i, (x, t, context) in enumerate(seen):
+        predictions, _, _ = all_layers(model.backbone, model.exits, x, t, context)
+        alpha_bar = float(model.schedule.log_alpha_bar(t[:1].double()).exp())
+        means = [
+            ((x - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5).clamp(-1, 1).unflatten(2, (2, -1)).mean((1, 3, 4))
+            for eps in predictions
+        ]
+        for k in range(4):
+            above, below = (means[k] - means[-1]).square().unbind(1)
+            torch.testing.assert_close(recording.error[i, k], (above + 9 * below) / 2, rtol=2e-2, atol=1e-5)
 
 
 def test_noised_errors_are_to_the_noise_put_in() -> None:
@@ -287,7 +308,7 @@ def test_weights_follow_the_final_errors(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def distance(place: tuple[int, int], _: torch.Tensor) -> float:
         at, layer = place
-        return float(wanted[at] * recording.relative[at, layer - 1].double().mean())
+        return float(wanted[at] * recording.error[at, layer - 1].double().mean())
 
     given = calibrating.model, calibrating._samples(n), recording
     torch.testing.assert_close(measure_weights(*given, distance, batch=n, places=3), wanted, rtol=1e-9, atol=0)

@@ -20,7 +20,7 @@ from ..rules import Rule
 from ..sampling.sampler import sample
 from ..sampling.samples import Samples, whole
 from .calibration import NEAR, Budget, Budgeted, Calibration, Measured, Scheduled, Tables
-from .recording import Recording, measure_weights, record
+from .recording import Extractor, Recording, measure_weights, record
 from .stopping import Work, adaptive_table, mixed, static_table
 
 AIMS = ("faithful", "distribution")
@@ -31,7 +31,6 @@ ROUNDS = 4  # of meeting the budget in runs with their own errors
 CLOSE = 0.003
 RESAMPLES = 1000
 PANELS = 6
-Extractor = Callable[[Tensor], Tensor]
 
 
 def work_of(model: Model) -> Work:
@@ -48,8 +47,9 @@ class Calibrating:
     """A calibration about to be made: thresholds for every timestep and layer, for each of `budgets`, shares in (0, 1]
     of the full network's multiply-adds.
 
-    aim: "faithful" weighs errors by what they do to each image, "distribution" by how far the images as a whole move in
-    the space of `features` (images [n, C, H, W] -> [n, F]; default: those of the digits or of their canvases).
+    aim: "faithful" counts errors of the predicted noise, weighed by what they do to each image; "distribution" those of
+    the image it leads to as `features` see it (images [n, C, H, W] -> [n, F]; default: those of the digits or of their
+    canvases), weighed by how far the images as a whole move in their space, the Fréchet distance.
     n samples, seeds `seed` and on, are recorded; as many more, never looked at before, are measured on. Everything is
     deterministic. `recording` is there after `run`. Raises ValueError for what cannot be, before any work.
     """
@@ -98,13 +98,13 @@ class Calibrating:
 
     def _run(self, bar: tqdm) -> Calibration:
         model = self.model
-        self.recording = recording = record(model, self._samples(self.n), self.batch)
+        self.recording = recording = record(model, self._samples(self.n), self.batch, self._features)
         bar.update()
         first = self._samples(min(self.n, self.batch))
         weights = measure_weights(
             model, first, recording, self._distance, batch=self.batch, places=PLACES, tick=bar.update
         )
-        error = recording.relative.double() * weights[:, None, None]
+        error = recording.error.double() * weights[:, None, None]
         full, _ = sample(model, self.n, **self._settings(self.seed + self.n), rule="full")
         bar.update()
         budgets = []

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..diffusion.schedules import NoiseSchedule
 from ..engine import evaluate as engine
 from ..engine.evaluate import Evaluation
 from ..exits import Exits, all_layers
@@ -17,6 +18,7 @@ from ..sampling.batch import Batch
 from ..sampling.samples import Samples
 
 Distance = Callable[[Tensor, Tensor], float]  # of images [n, C, H, W] from the full network's, for the mean sample
+Extractor = Callable[[Tensor], Tensor]  # images [n, C, H, W] in [-1, 1] -> features [n, F]
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Recording:
     t: Tensor  # float64 [S], the network's times, in the order of the run
     u: Tensor  # float32 [S, K, n], uncertainties
     relative: Tensor  # float32 [S, K, n], mean squared difference to the last layer's prediction
+    error: Tensor  # float32 [S, K, n], what leaving would get wrong: `relative`, or as features see it
     images: Tensor  # float32 [samples, C, H, W]
 
 
@@ -56,13 +59,14 @@ def run(model: Model, samples: Samples, batch: int, evaluator: Callable[[], Call
     return images
 
 
-def record(model: Model, samples: Samples, batch: int) -> Recording:
+def record(model: Model, samples: Samples, batch: int, features: Extractor | None = None) -> Recording:
     """samples: with the rule "full" and equally many steps each. Lanes are in order, the unconditional ones of each
-    batch after its conditional ones."""
-    watched: list[list[tuple[float, Tensor, Tensor]]] = []
+    batch after its conditional ones. features: errors are the mean squared differences of the features of what each
+    prediction makes of the noisy image, the image it leads to at once; else those of the predictions themselves."""
+    watched: list[list[tuple[float, Tensor, Tensor, Tensor]]] = []
 
     def evaluator() -> Callable[..., Evaluation]:
-        rows: list[tuple[float, Tensor, Tensor]] = []
+        rows: list[tuple[float, Tensor, Tensor, Tensor]] = []
         watched.append(rows)
 
         def evaluate(
@@ -75,17 +79,28 @@ def record(model: Model, samples: Samples, batch: int) -> Recording:
             **_: object,
         ) -> Evaluation:
             predictions, u, relative = watch(backbone, exits, x, t, context)
-            rows.append((float(t[0]), u, relative))
+            error = relative if features is None else _feature_errors(features, model.schedule, x, t, predictions)
+            rows.append((float(t[0]), u, relative, error))
             return _whole(predictions[-1])
 
         return evaluate
 
     images = run(model, samples, batch, evaluator)
     t = torch.tensor([row[0] for row in watched[0]], dtype=torch.float64)
-    u, relative = (
-        torch.stack([torch.cat([rows[i][part] for rows in watched], 1) for i in range(len(t))]) for part in (1, 2)
+    u, relative, error = (
+        torch.stack([torch.cat([rows[i][part] for rows in watched], 1) for i in range(len(t))]) for part in (1, 2, 3)
     )
-    return Recording(t, u, relative, images)
+    return Recording(t, u, relative, error, images)
+
+
+def _feature_errors(
+    features: Extractor, schedule: NoiseSchedule, x: Tensor, t: Tensor, predictions: Sequence[Tensor]
+) -> Tensor:
+    """float32 [K, B]."""
+    alpha_bar = schedule.log_alpha_bar(t[:1].double().cpu()).exp()
+    signal, noise = float(alpha_bar.sqrt()), float((1 - alpha_bar).sqrt())
+    *early, full = (features(((x - noise * eps) / signal).clamp(-1, 1)) for eps in predictions)
+    return torch.stack([(own - full).square().mean(1).float() for own in early])
 
 
 def measure_weights(
@@ -98,7 +113,7 @@ def measure_weights(
     places: int = 8,
     tick: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """What a unit of relative error at one evaluation does to the images, float64 [S].
+    """What a unit of error at one evaluation does to the images, float64 [S].
 
     At `places` evaluations, evenly spread, the full prediction is replaced by that of a shallow layer, and in a second
     run of one less shallow; the rest of the run is full. The final distance over the mean error put in is averaged
@@ -115,7 +130,7 @@ def measure_weights(
         own = []
         for layer in layers:
             images = run(model, samples, batch, partial(_replacing, at, layer))
-            put_in = float(recording.relative[at, layer - 1, : samples.lanes].double().mean())
+            put_in = float(recording.error[at, layer - 1, : samples.lanes].double().mean())
             own.append(np.log(max(distance(images, reference), 1e-30) / max(put_in, 1e-30)))
             tick()
         logs.append(float(np.mean(own)))
