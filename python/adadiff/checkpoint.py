@@ -117,7 +117,8 @@ def load(name_or_file: str | Path) -> Model:
 
 def find(name_or_file: str | Path) -> Path:
     """The file behind a shipped name or a path."""
-    shipped = {Path(file.name).stem: file for file in resources.files("adadiff").joinpath("checkpoints").iterdir()}
+    folder = resources.files("adadiff").joinpath("checkpoints")
+    shipped = {Path(file.name).stem: file for file in folder.iterdir() if file.name.endswith(".safetensors")}
     if str(name_or_file) in shipped:
         return Path(str(shipped[str(name_or_file)]))
     if not Path(name_or_file).is_file():

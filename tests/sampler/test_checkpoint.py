@@ -76,7 +76,7 @@ def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["absent.safetensors", ".", "no such name"])
 def test_where_there_is_no_file_the_shipped_names_are_told(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=r"neither a file nor one of .*digits"):
+    with pytest.raises(ValueError, match=r"neither a file nor one of canvases, .*digits"):
         load(tmp_path / name)
     with pytest.raises(ValueError, match="no such file"):
         read_tensors(tmp_path / name)

@@ -102,18 +102,33 @@ def test_what_the_model_does_not_take_is_refused_before_work(
 ) -> None:
     labelled = saved(tmp_path / "labelled.safetensors", config())
     plain = saved(tmp_path / "plain.safetensors", ModelConfig(UViTConfig(8, 1, 4, 16, 2, 2), "linear"))
+    imagenet64 = ModelConfig(UViTConfig(8, 3, 4, 16, 2, 2, num_classes=1000), "vp")  # 1000 classes, none of them null
+    classes = saved(tmp_path / "classes.safetensors", imagenet64)
     for model, options, words in (
         (labelled, "--prompt cat", "takes no text; leave --prompt and --text-encoder out"),
         (labelled, "--text-encoder clip", "takes no text; leave --prompt and --text-encoder out"),
         (text, "", "takes text; give --prompt"),
         (text, "--prompt cat --labels 1", "takes text; leave --labels out"),
         (text, "--prompt a b c d", "4 prompts for 3 samples"),
+        (text, "--prompt cat --solver euler", "no solver 'euler'"),
+        (text, "--prompt cat --rule threshold:0.5", "this model has no exits"),
+        (text, "--prompt cat --format png --shard 2", "--shard is for --format npz"),
         (labelled, "--guidance-interval 100,800", "give --guidance, too"),
         (labelled, "--guidance 1 --guidance-interval 800,100", "low <= high"),
         (labelled, "--guidance 1 --guidance-interval nan,5", "low <= high"),
         (plain, "--guidance 1", "guidance needs a model with a null class"),
         (plain, "--guidance 1 --guidance-interval 1,2", "guidance needs a model with a null class"),
+        (
+            labelled,
+            "--guidance 1 --guidance-interval 1000,2000",
+            "none of the network's times, 0..999: (1000.0, 2000.0)",
+        ),
         (plain, "--labels 1", "has no classes"),
+        (classes, "--labels 1000", "labels must be in 0..999, got [1000]"),
+        (classes, "--labels -1", "labels must be in 0..999, got [-1]"),
+        (classes, "", "needs labels in 0..999"),
+        (classes, "--labels 7 --guidance 1", "guidance needs a model with a null class"),
+        (classes, "--labels 1,2,3,4", "4 labels for 3 samples"),
     ):
         assert run(f"sample {model} --out {tmp_path}/o -n 3 {options}") == 2
         captured = capsys.readouterr()
@@ -127,7 +142,9 @@ def test_what_the_model_does_not_take_is_refused_before_work(
         assert "takes two numbers, LOW,HIGH" in capsys.readouterr().err
 
 
-def test_text_models_are_not_calibrated(text: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_text_models_are_not_evaluated_or_calibrated(text: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(f"evaluate {text} --n 3") == 2
+    assert "this model takes text, so name a folder that is drawn" in error_line(capsys.readouterr().err)
     model = saved(tmp_path / "exits.safetensors", dataclasses.replace(TEXT, exits=ExitConfig()))
     assert run(f"calibrate {model} --budget 0.5 --out {tmp_path}/c.safetensors") == 2
     assert "of classes or of nothing; this model takes text" in error_line(capsys.readouterr().err)

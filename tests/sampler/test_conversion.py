@@ -232,6 +232,19 @@ def test_a_dit_of_diffusers_computes_what_it_was_served_to(served_by: str, pipel
     assert want.std() > 0.1
 
 
+def test_a_pipeline_s_autoencoder_tells_the_scale_of_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    diffusers_folder(tmp_path / "folder", pipeline=True)
+    (tmp_path / "folder" / "vae").mkdir()
+    (tmp_path / "folder" / "vae" / "config.json").write_text(json.dumps({"scaling_factor": 0.25}))
+    with pytest.raises(ValueError, match=r"scaling_factor is 0\.25, that of preset tiny_dit None"):
+        convert(tmp_path / "folder", tmp_path / "b", served_by="dit")
+    monkeypatch.setattr(conversion, "PRESETS", {"latents": dataclasses.replace(DI_T, latent_scale=0.25)})
+    assert convert(tmp_path / "folder", tmp_path / "b", served_by="dit").config.latent_scale == 0.25
+    monkeypatch.setattr(conversion, "PRESETS", {})
+    convert(tmp_path / "folder", tmp_path / "c", served_by="dit")
+    assert adadiff.load(tmp_path / "c").config == dataclasses.replace(DI_T, latent_scale=0.25)
+
+
 @pytest.mark.parametrize("save", [{"max_shard_size": "100KB"}, {"safe_serialization": False}], ids=["shards", "pickle"])
 def test_diffusers_other_ways_of_saving_are_read(save: dict, tmp_path: Path) -> None:
     theirs = diffusers_folder(tmp_path / "folder", **save)
@@ -267,7 +280,7 @@ def put(**tensors: Tensor) -> Callable[[dict], dict]:
         (uvit_state, put(pos_embed=torch.zeros(1, 5, 48)), "tiny_uvit", r"d is \(1, 5, 48\), expected \(1, 18, 48\)"),
         (uvit_state, put(step=torch.zeros(2).long()), "tiny_uvit", r"step in .*a\.pth is torch\.int64"),
         (uvit_state, put(step=3), "tiny_uvit", r"step in .*a\.pth is a int; a state dict holds tensors only"),
-        (uvit_state, dict, "tiny_dit", r"missing x_embedder.* and \d+ more"),
+        (uvit_state, dict, "tiny_dit", r"x_embedder.* more; its shapes are those of tiny_uvit and tiny_duodiff$"),
         (uvit_state, dict, None, "tiny_uvit and tiny_duodiff have the shapes of .*name the preset"),
         (uvit_state, drop("norm.bias"), None, "no preset has the shapes"),
         (uvit_state, dict, "tiny", "unknown preset 'tiny', known: tiny_uvit, tiny_duodiff, tiny_dit; or name a JSON"),
@@ -326,12 +339,15 @@ def test_files_and_folders_that_will_not_do(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "config.json").write_text('{"_class_name": "AdaDiffTransformer"}')
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text('{"_class_name": "DiTTransformer2DModel"}')
     for given, message in (
         (tmp_path / "absent.pth", "no such file or folder"),
         (tmp_path / "empty", r"holds no nnet_ema\.pth"),
         (tmp_path / "vae", "holds a AutoencoderKL of diffusers"),
+        (tmp_path / "ours", r"ours is of a pipeline of ours already; AdaDiffPipeline\.from_pretrained opens it"),
         (tmp_path / "bare", r"holds no diffusion_pytorch_model\.safetensors"),
         (tmp_path / "ours.safetensors", "a checkpoint of ours already"),
     ):

@@ -56,6 +56,15 @@ def test_folders(tmp_path: Path) -> None:
     assert describe(theirs.training_folder(tmp_path))["presets"] == ["tiny_uvit", "tiny_duodiff"]
 
 
+def test_a_transformer_of_diffusers_without_its_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its schedule is told by a preset, or by nobody."""
+    theirs.diffusers_folder(tmp_path / "folder")
+    assert describe(tmp_path / "folder")["schedule"] == "linear"
+    monkeypatch.setattr(conversion, "PRESETS", {})
+    found = describe(tmp_path / "folder")
+    assert (found["schedule"], found["presets"], found["blocks"]) == (None, [], 5)
+
+
 def test_a_network_of_no_preset_is_counted(tmp_path: Path) -> None:
     state = theirs.state_of(UViT(dataclasses.replace(UVIT, depth=2)))
     found = describe(theirs.saved(tmp_path / "a.pth", state))

@@ -93,10 +93,14 @@ def test_sample_decodes_with_the_scale_of_the_model(tmp_path: Path, capsys: pyte
     assert report["configuration"]["decoder"] == str(tmp_path / "vae")
     capsys.readouterr()
     images = shell.saved(tmp_path / "images.safetensors", shell.config())
+    unscaled = shell.saved(tmp_path / "unscaled.safetensors", shell.config(channels=4))
+    tiny(latent_channels=3).save_pretrained(tmp_path / "three")
     for wrong, words in (
         (f"{line} --format npz", "--format npz keeps latents; leave --decoder out"),
         (f"sample {images} --decoder {tmp_path}", "this model makes images, not latents; leave --decoder out"),
+        (f"sample {unscaled} --decoder {tmp_path / 'vae'}", "has no latent_scale; convert it with --preset"),
         (line.replace("/vae", "/none"), "cannot open an autoencoder"),
+        (line.replace("/vae", "/three"), "latents must be float [n, 3, h, w] for this autoencoder"),
     ):
         assert shell.run(f"{wrong} --out {tmp_path / 'wrong'}") == 2
         assert words in capsys.readouterr().err

@@ -14,15 +14,17 @@ from diffusers import AutoencoderKL
 import adadiff
 from adadiff.config import ModelConfig
 from adadiff.exits import PAPER
-from adadiff.models.uvit import UViTConfig
+from adadiff.models.uvit import UViT, UViTConfig
 from adadiff.pipelines.latents import decode
 from adadiff.pipelines.pipeline import AdaDiffPipeline, AdaDiffTransformer
 from adadiff.sampling.sampler import sample
+from sampler.test_calibration import HALF, made
 from sampler.tiny import SERVED, served
 
 LATENT = ModelConfig(
     UViTConfig(4, 4, 2, 16, 4, 2, num_classes=4), "linear", null_label=3, exits=PAPER, latent_scale=0.18215
 )
+PLAIN = ModelConfig(UViTConfig(4, 1, 2, 16, 4, 2), "linear")
 TEXT = ModelConfig(UViTConfig(4, 1, 2, 16, 4, 2, context_tokens=3, context_dim=5), "stable_diffusion")
 
 
@@ -101,6 +103,20 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert torch.equal(after.images, before.images)
     assert torch.equal(after.report.exit_layer, before.report.exit_layer)
     assert (loaded.tokenizer, loaded.text_encoder) == (None, None)
+
+
+def test_a_calibration_is_saved_with_the_model(tmp_path: Path) -> None:
+    model = adadiff.Model(SERVED).eval()
+    model.load_state_dict(served().state_dict())
+    model.calibration = made(HALF)
+    AdaDiffPipeline(model).save_pretrained(tmp_path)
+    loaded = AdaDiffPipeline.from_pretrained(tmp_path)
+    assert loaded.transformer.model.calibration == model.calibration
+    loaded.set_progress_bar_config(disable=True)
+    given = {"num_images": 2, "num_inference_steps": 3, "rule": "budget:0.5", "output_type": "pt"}
+    outputs = [pipe(generator=seeded(), **given) for pipe in (AdaDiffPipeline(model), loaded)]
+    assert torch.equal(outputs[0].images, outputs[1].images)
+    assert torch.equal(outputs[0].report.exit_layer, outputs[1].report.exit_layer)
 
 
 def test_latents_are_decoded_with_the_scale_of_the_model() -> None:
@@ -187,19 +203,31 @@ def test_prompts_reach_the_network() -> None:
         (SERVED, {"num_inference_steps": 0}, "num_inference_steps must be an integer >= 1"),
         (SERVED, {"class_labels": [0, 1], "num_images": 3}, r"disagree on how many images: \[2, 3\]"),
         (SERVED, {"class_labels": []}, "num_images must be an integer >= 1"),
+        (SERVED, {"class_labels": 1}, "class_labels must be a list, one per image, got 1"),
+        (SERVED, {"class_labels": [-1]}, r"labels must be in 0\.\.2"),
         (SERVED, {"class_labels": [3]}, r"labels must be in 0\.\.2"),
         (SERVED, {"generator": [seeded()] * 2}, "one or a list of 1"),
+        (SERVED, {"generator": 3}, "one or a list of 1, one per image, got 3"),
+        (SERVED, {"generator": [3]}, "one or a list of 1, one per image, got 3"),
         (SERVED, {"solver": "euler"}, "no solver 'euler'"),
         (SERVED, {"prompt": "a cat"}, "prompts take a tokenizer and a text_encoder"),
         (SERVED, {"callback_on_step_end_tensor_inputs": ["noise"]}, "callbacks may ask for latents"),
         (LATENT, {}, "give the pipeline a vae, or ask for output_type='latent'"),
-        (TEXT, {}, "takes text"),
+        (TEXT, {}, "takes text: give prompt"),
+        (PLAIN, {"guidance_scale": 2.0}, "guidance needs a model with a null class"),
     ],
     ids=str,
 )
 def test_bad_input(config: ModelConfig, settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pipeline(config)(**settings)
+
+
+def test_an_autoencoder_of_other_latents_is_named_before_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(UViT, "begin", lambda *_, **__: pytest.fail("the network was called"))
+    other = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=4, latent_channels=3)
+    with pytest.raises(ValueError, match=r"latents must be float \[n, 3, h, w\] for this autoencoder"):
+        pipeline(LATENT, vae=other)(class_labels=[1])
 
 
 def test_diffusers_is_needed_only_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

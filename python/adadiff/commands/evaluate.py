@@ -45,6 +45,10 @@ def _of_model(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, An
     model, n = checkpoint.load(options.model), options.n
     if n < 2:
         raise ValueError(f"evaluation takes n >= 2 samples, better thousands, got {n}")
+    if model.config.network.context_tokens:
+        raise ValueError(
+            "evaluation draws samples of classes or of nothing; this model takes text, so name a folder that is drawn"
+        )
     decode = decoder(options, model)
     shape = model.backbone.sample_shape
     shown = shape if decode is None else tuple(decode(torch.zeros(0, *shape)).shape[1:])

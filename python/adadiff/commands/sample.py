@@ -37,8 +37,7 @@ def sample(options: argparse.Namespace) -> None:
         "batch_invariant": options.batch_invariant,
         **_given(options, "guidance_interval", "prompt", "text_encoder", "decoder"),
     }
-    contexts = _contexts(options, model)
-
+    told = _untold(options, model)  # stands for what prompts become while all else is checked
     early = None if options.early_model is None else checkpoint.load(options.early_model)
     if early is not None:
         configuration |= {"early_model": options.early_model, "early_sha256": digest(options.early_model)}
@@ -58,16 +57,15 @@ def sample(options: argparse.Namespace) -> None:
             tied=options.tied,
             batch=options.batch,
             batch_invariant=options.batch_invariant,
-            **contexts(slots),
+            **told(slots),
             early_model=early,
             t_switch=options.t_switch,
             progress=progress,
         )
 
-    decoded = decoder(options, model)
-    if decoded is not None and options.format == "npz":
+    if options.decoder is not None and options.format == "npz":
         raise ValueError("--format npz keeps latents; leave --decoder out")
-    pictures = decoded is not None or model.backbone.sample_shape[0] in CHANNELS
+    pictures = options.decoder is not None or model.backbone.sample_shape[0] in CHANNELS
     kind = options.format or ("png" if pictures and n <= PNG_MOST else "npz")
     if kind == "png":
         if not pictures:
@@ -84,15 +82,19 @@ def sample(options: argparse.Namespace) -> None:
     else:
         shard = SHARD if options.shard is None else options.shard
         manifest = Manifest.of(model, {**configuration, "shard": shard})
-    sampling(range(n))  # for its checks, before the folder is touched
+    sampling(range(n))  # for its checks, before anything is loaded or the folder touched
+    decoded, told = decoder(options, model), _told(options, model)
     if kind == "png":
         _fill_with_pictures(PictureFolder(options.out, configuration, model.layers), configuration, sampling, decoded)
     else:
         _fill_with_shards(ShardFolder(options.out, manifest, process), sampling)
 
 
-def _contexts(options: argparse.Namespace, model: Model) -> Callable[[Sequence[int]], dict[str, Tensor]]:
-    """What text models are told, of the samples at `slots`: contexts of --prompt, cycled, and that of no prompt."""
+Told = Callable[[Sequence[int]], dict[str, Tensor]]  # slots -> contexts of the samples there
+
+
+def _untold(options: argparse.Namespace, model: Model) -> Told:
+    """Zeros where `_told` has contexts. ValueError for options that do not fit the model."""
     network, prompts = model.config.network, options.prompt
     if not network.context_tokens:
         if prompts is not None or options.text_encoder is not None:
@@ -103,6 +105,15 @@ def _contexts(options: argparse.Namespace, model: Model) -> Callable[[Sequence[i
     if options.labels is not None:
         raise ValueError("this model takes text; leave --labels out")
     cycled("prompts", prompts, options.n, ())  # for its check
+    zeros = torch.zeros(()).expand(network.context_tokens, network.context_dim)
+    return lambda slots: {"context": zeros.expand(len(slots), *zeros.shape), "null_context": zeros}
+
+
+def _told(options: argparse.Namespace, model: Model) -> Told:
+    """What text models are told: contexts of --prompt, cycled, and that of no prompt."""
+    network, prompts = model.config.network, options.prompt
+    if not network.context_tokens:
+        return lambda slots: {}
     *made, null = TextEncoder.load(options.text_encoder or CLIP)([*prompts, ""])
     wanted = (network.context_tokens, network.context_dim)
     if null.shape != wanted:

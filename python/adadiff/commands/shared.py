@@ -5,10 +5,12 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import checkpoint
 from ..model import Model
+from ..output.pictures import CHANNELS
 from ..pipelines import latents
 
 DEFAULT_RULE = "threshold:0.1"
@@ -65,7 +67,11 @@ def decoder(options: argparse.Namespace, model: Model) -> Callable[[Tensor], Ten
     """What makes images of samples, where --decoder asks for it."""
     if options.decoder is None:
         return None
-    if model.config.latent_scale is None:
-        raise ValueError("this model makes images, not latents; leave --decoder out")
+    shape, scale = model.backbone.sample_shape, model.config.latent_scale
+    if scale is None:
+        if shape[0] in CHANNELS:
+            raise ValueError("this model makes images, not latents; leave --decoder out")
+        raise ValueError("the model's configuration has no latent_scale; convert it with --preset and one that has")
     autoencoder = latents.load_autoencoder(options.decoder)
-    return lambda samples: latents.decode(samples, autoencoder, model.config.latent_scale)
+    latents.decode(torch.zeros(0, *shape), autoencoder, scale)  # for its checks
+    return lambda samples: latents.decode(samples, autoencoder, scale)

@@ -63,7 +63,13 @@ def convert(
         raise ValueError(f"served_by is for folders of diffusers; {found.file} is not from there")
     else:
         config, preset = _configured(found, layout, preset)
-    tensors = translate(layout, found.tensors, config, str(found.file))
+    try:
+        tensors = translate(layout, found.tensors, config, str(found.file))
+    except ValueError as error:
+        fitting = _fitting(layout, found.tensors) if layout != "diffusers" else []
+        if preset in fitting or not fitting:
+            raise
+        raise ValueError(f"{error}; its shapes are those of {' and '.join(fitting)}") from None
     with found.file.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     notes = {"converted_from": found.file.name, "part": found.part, "sha256": digest, "layout": layout}
@@ -75,10 +81,11 @@ def convert(
 
 def recognise(source: Path) -> tuple[Source, str, dict[str, ModelConfig]]:
     """What lies at `source`, its layout, and what it may be: by the name of each preset that has its shapes, or "" for
-    a folder of diffusers that no preset is like. Raises ValueError where `convert` would, presets aside."""
+    a folder of diffusers that no preset is like, whose schedule only its `scheduler` tells. Raises ValueError where
+    `convert` would, presets aside."""
     found = read(source)
     if found.network is not None:
-        config, preset = _served(found, None, "diffusers")
+        config, preset = _served(replace(found, scheduler=found.scheduler or LINEAR), None, "diffusers")
         return found, "diffusers", {preset or "": config}
     layout = layout_of(found.tensors)
     names = _fitting(layout, found.tensors)
@@ -96,7 +103,7 @@ def translate(layout: str, tensors: Mapping[str, Tensor], config: ModelConfig, s
 def from_transformer(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> DiT:
     """The DiT that a `DiTTransformer2DModel` of diffusers is, run as diffusers runs it: its state dict and its
     configuration. Raises ValueError where they are not those of one."""
-    found = Source(Path("transformer"), state, network=config, scheduler=SCHEDULES["linear"])
+    found = Source(Path("transformer"), state, network=config, scheduler=LINEAR)
     ours, _ = _served(found, None, "diffusers")  # of which only the network is asked for
     model = Model(ours)
     load_strictly(model, translate("diffusers", state, ours, "the transformer"), "the transformer")
@@ -152,8 +159,9 @@ REQUIRED = {
     "norm_elementwise_affine": False,
     "norm_type": "ada_norm_zero",
 }
+LINEAR = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
 SCHEDULES = {
-    "linear": {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
+    "linear": LINEAR,
     "cosine": {"beta_schedule": "squaredcos_cap_v2"},
 }
 
@@ -199,10 +207,15 @@ def _served(found: Source, preset: str | None, served_by: str | None) -> tuple[M
         raise ValueError(f"{found.file} is not of preset {preset}: {_differences(released, named.network)}")
     schedule = None if found.scheduler is None else _schedule(found.scheduler)
     if named is None and schedule is None:
-        raise ValueError(f"neither a preset nor a scheduler beside {found.file} tells the schedule; name a preset")
+        raise ValueError(
+            f"neither a preset nor a scheduler beside {found.file} tells the schedule; name a preset, or a JSON file"
+        )
     if named is not None and schedule not in (None, named.schedule):
         raise ValueError(f"the scheduler's schedule is {schedule}, that of preset {preset} {named.schedule}")
-    config = named or ModelConfig(network, schedule, null_label=network.num_classes - 1)
+    scale = None if found.autoencoder is None else found.autoencoder.get("scaling_factor")
+    if named is not None and scale not in (None, named.latent_scale):
+        raise ValueError(f"the autoencoder's scaling_factor is {scale}, that of preset {preset} {named.latent_scale}")
+    config = named or ModelConfig(network, schedule, null_label=network.num_classes - 1, latent_scale=scale)
     guided = None if served_by == "diffusers" else config.guided_channels  # its pipeline guides all
     return replace(config, network=network, exits=None, guided_channels=guided), preset
 

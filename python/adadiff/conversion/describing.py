@@ -69,6 +69,8 @@ def _foreign(path: Path) -> dict[str, Any]:
         return {**content, "parameters": sum(value.numel() for value in found.tensors.values())}
     with torch.device("meta"):
         model = Model(next(iter(configs.values())))
+    if found.network is not None and found.scheduler is None and not content["presets"]:
+        return {**content, **network(model), "schedule": None}
     # shapes do not tell it, and presets of the same shapes differ in it
     schedules = {config.schedule: name for name, config in configs.items()}
     several = ", ".join(f"{schedule} ({name})" for schedule, name in schedules.items())

@@ -26,13 +26,14 @@ WEIGHTS = "diffusion_pytorch_model"  # of diffusers, without its ending
 @dataclass(frozen=True)
 class Source:
     """What was found: the file that holds the weights, its tensors, the part of it that they are (None: all); for
-    diffusers the configurations of network and scheduler."""
+    diffusers the configurations of network, scheduler and autoencoder."""
 
     file: Path
     tensors: Mapping[str, Tensor]
     part: str | None = None
     network: Mapping[str, Any] | None = None
     scheduler: Mapping[str, Any] | None = None
+    autoencoder: Mapping[str, Any] | None = None
 
 
 def read(source: Path) -> Source:
@@ -51,12 +52,17 @@ def read(source: Path) -> Source:
 
 def _read_folder(folder: Path) -> Source:
     if (folder / "model_index.json").is_file():
-        scheduler = folder / "scheduler" / "scheduler_config.json"
         found = _read_folder(folder / "transformer")
-        return replace(found, scheduler=read_json(scheduler) if scheduler.is_file() else None)
+        beside = {
+            "scheduler": folder / "scheduler" / "scheduler_config.json",
+            "autoencoder": folder / "vae" / "config.json",
+        }
+        return replace(found, **{name: read_json(file) for name, file in beside.items() if file.is_file()})
     if (folder / "config.json").is_file():
         network = read_json(folder / "config.json")
         kind = network.get("_class_name")
+        if kind == "AdaDiffTransformer":
+            raise ValueError(f"{folder} is of a pipeline of ours already; AdaDiffPipeline.from_pretrained opens it")
         if kind not in ("DiTTransformer2DModel", "Transformer2DModel"):  # its name of old
             raise ValueError(f"{folder} holds a {kind} of diffusers; DiTTransformer2DModel is read")
         return replace(_read_parts(folder), network=network)

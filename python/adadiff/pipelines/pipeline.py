@@ -13,6 +13,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
+from ..calibration.calibration import Calibration
 from ..config import ModelConfig
 from ..diffusion.solvers import solver_from
 from ..diffusion.tables import Solver
@@ -31,18 +32,20 @@ Callback = Callable[["AdaDiffPipeline", int, float, dict[str, Any]], Mapping[str
 
 
 class AdaDiffTransformer(ModelMixin, ConfigMixin):
-    """A `Model` as a component of pipelines; model_config: its configuration as `ModelConfig.to_dict` writes it."""
+    """A `Model` as a component of pipelines; model_config, calibration: as `to_dict` of its own writes them."""
 
     @register_to_config
-    def __init__(self, model_config: Mapping[str, Any]):
+    def __init__(self, model_config: Mapping[str, Any], calibration: Mapping[str, Any] | None = None):
         super().__init__()
         self.model = Model(ModelConfig.from_dict(model_config))
+        self.model.calibration = None if calibration is None else Calibration.from_dict(calibration)
 
     @staticmethod
     def of(model: Model) -> "AdaDiffTransformer":
         """It shares the weights of `model`."""
+        calibration = None if model.calibration is None else model.calibration.to_dict()
         with torch.device("meta"):
-            made = AdaDiffTransformer(model.config.to_dict())
+            made = AdaDiffTransformer(model.config.to_dict(), calibration)
         made.model = model
         return made.eval()
 
@@ -58,8 +61,8 @@ class AdaDiffPipelineOutput(BaseOutput):
 
 
 class AdaDiffPipeline(DiffusionPipeline):
-    """Samples of a U-ViT or DiT whose samples leave early. vae: for latent models; tokenizer, text_encoder: for text
-    models (CLIP ViT-L/14)."""
+    """Samples of a U-ViT or DiT whose samples leave early. transformer: may be a `Model`, as `adadiff.load` opens it;
+    vae: for latent models; tokenizer, text_encoder: for text models (CLIP ViT-L/14)."""
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _optional_components = ["vae", "tokenizer", "text_encoder"]  # noqa: RUF012 (diffusers reads it from the class)
@@ -67,12 +70,14 @@ class AdaDiffPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        transformer: AdaDiffTransformer,
+        transformer: AdaDiffTransformer | Model,
         vae: AutoencoderKL | None = None,
         tokenizer: Any = None,
         text_encoder: Any = None,
     ):
         super().__init__()
+        if isinstance(transformer, Model):
+            transformer = AdaDiffTransformer.of(transformer)
         self.register_modules(transformer=transformer, vae=vae, tokenizer=tokenizer, text_encoder=text_encoder)
         self._interrupt = False
 
@@ -116,8 +121,12 @@ class AdaDiffPipeline(DiffusionPipeline):
         model: Model = self.transformer.model
         if output_type not in OUTPUTS:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUTS)}, got {output_type!r}")
-        if model.config.latent_scale is not None and self.vae is None and output_type != "latent":
-            raise ValueError("this model makes latents: give the pipeline a vae, or ask for output_type='latent'")
+        if model.config.latent_scale is not None and output_type != "latent":
+            if self.vae is None:
+                raise ValueError("this model makes latents: give the pipeline a vae, or ask for output_type='latent'")
+            self._finish(torch.zeros(0, *model.backbone.sample_shape), "pt")  # for its checks
+        if model.config.network.context_tokens and prompt is None and "context" not in settings:
+            raise ValueError("this model takes text: give prompt")
         if set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(f"callbacks may ask for latents, got {list(callback_on_step_end_tensor_inputs)}")
         whole("num_inference_steps", num_inference_steps, 1)
@@ -196,7 +205,10 @@ class AdaDiffPipeline(DiffusionPipeline):
 
 
 def _count(labels: Sequence[int] | None, prompts: Sequence[str] | None, num_images: int | None) -> int:
-    counts = {len(given) for given in (labels, prompts) if given is not None} | ({num_images} - {None})
+    try:
+        counts = {len(given) for given in (labels, prompts) if given is not None} | ({num_images} - {None})
+    except TypeError:
+        raise ValueError(f"class_labels must be a list, one per image, got {labels!r}") from None
     if len(counts) > 1:
         raise ValueError(f"class_labels, prompt and num_images disagree on how many images: {sorted(counts)}")
     n = counts.pop() if counts else 1
@@ -209,6 +221,6 @@ def _seeds(generator: torch.Generator | Sequence[torch.Generator] | None, n: int
     if generator is None or isinstance(generator, torch.Generator):
         device = "cpu" if generator is None else generator.device
         return torch.randint(2**63 - 1, (n,), generator=generator, device=device).cpu()
-    if len(generator) != n:
-        raise ValueError(f"generator must be one or a list of {n}, one per image, got {len(generator)}")
+    if not isinstance(generator, Sequence) or len(generator) != n:
+        raise ValueError(f"generator must be one or a list of {n}, one per image, got {generator!r}")
     return torch.cat([_seeds(own, 1) for own in generator])

@@ -94,7 +94,7 @@ class Samples:
             raise ValueError(f"seeds must be >= 0, got {int(seeds.min())}")
         guidance = _per_sample("guidance", guidance, n, torch.float32)
         guided = bool(guidance.ne(0).any())
-        interval = _interval(guidance_interval, n)
+        interval = _interval(guidance_interval, n, model.schedule)
         channels = _channels(model, guided_channels, n)
         if model.config.network.context_tokens:
             if labels is not None:
@@ -167,7 +167,7 @@ def _per_sample(name: str, value: object, n: int, dtype: torch.dtype) -> Tensor:
     return given
 
 
-def _interval(given: Sequence[float] | Tensor | None, n: int) -> Tensor:
+def _interval(given: Sequence[float] | Tensor | None, n: int, schedule: NoiseSchedule) -> Tensor:
     if given is None:
         return torch.tensor([-torch.inf, torch.inf]).repeat(n, 1)
     try:
@@ -179,6 +179,9 @@ def _interval(given: Sequence[float] | Tensor | None, n: int) -> Tensor:
     interval = interval.expand(n, 2)
     if not bool((interval[:, 0] <= interval[:, 1]).all()):
         raise ValueError(f"guidance_interval must have low <= high, got {given!r}")
+    high, low = schedule.times
+    if bool(((interval[:, 0] > high) | (interval[:, 1] < low)).any()):
+        raise ValueError(f"guidance_interval holds none of the network's times, {low:.3g}..{high:g}: {given!r}")
     return interval
 
 
