@@ -228,9 +228,18 @@ def _add_calibrate(known: Any) -> None:
     )
     _add_sampling(one, n=256, rule=False, seed=CALIBRATION_SEED)
     one.add_argument("--guidance", type=float, default=0.0, help="classifier-free scale (default: 0, none)")
+    _add_features(one, "what errors are seen in")
     one.add_argument("--picture", type=Path, metavar="FILE.png", help="draw uncertainties against true errors")
     one.add_argument(
         "--data", help="show errors to the true noise in it, too, on held-out images of this training data"
+    )
+
+
+def _add_features(one: argparse.ArgumentParser, what: str) -> None:
+    one.add_argument(
+        "--features",
+        help=f"{what}: digits, canvases, inception:FILE (weights of pytorch-fid) or the file of a TorchScript module, "
+        "images float32 [N, C, H, W] in [-1, 1] to [N, F] (default: the model's own, of digits and canvases)",
     )
 
 
@@ -250,12 +259,7 @@ def _add_evaluate(known: Any) -> None:
         help="real images, as above, or a .npz file with mu and sigma, as of U-ViT, pytorch-fid or guided-diffusion "
         "(default: the held-out digits or canvases)",
     )
-    one.add_argument(
-        "--features",
-        help="what distances are between: digits, canvases, inception:FILE (weights of pytorch-fid) or the file of a "
-        "TorchScript module, images float32 [N, C, H, W] in [-1, 1] to [N, F] (default: the model's own, of digits and "
-        "canvases)",
-    )
+    _add_features(one, "what distances are between")
     one.add_argument("--labels", type=whole_numbers, help="classes, cycled over the samples (default: all in turn)")
     _add_sampling(one, n=1000, many_rules=True)
     one.add_argument("--guidance", type=float, default=0.0, help="classifier-free scale (default: 0, none)")

@@ -314,6 +314,16 @@ def test_weights_follow_the_final_errors(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(measure_weights(*given, distance, batch=n, places=3), wanted, rtol=1e-9, atol=0)
 
 
+def test_a_faithful_aim_counts_errors_as_features_see_them() -> None:
+    calibrating = Calibrating(served(), [0.6], n=8, steps=3, features=halves)
+    budget = calibrating.run().budgets[0]
+    model, labels = calibrating.model, [i % 3 for i in range(8)]
+    samples = Samples.of(model, 8, steps=3, seeds=list(range(calibrating.seed, calibrating.seed + 8)), labels=labels)
+    assert torch.equal(calibrating.recording.error, record(model, samples, 64, halves).error)
+    assert not torch.equal(calibrating.recording.error, calibrating.recording.relative)
+    assert budget.adaptive.frechet is not None
+
+
 def test_reliability_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     calibrating, _ = calibrated("faithful")

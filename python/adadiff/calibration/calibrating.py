@@ -47,9 +47,10 @@ class Calibrating:
     """A calibration about to be made: thresholds for every timestep and layer, for each of `budgets`, shares in (0, 1]
     of the full network's multiply-adds.
 
-    aim: "faithful" counts errors of the predicted noise, weighed by what they do to each image; "distribution" those of
-    the image it leads to as `features` see it (images [n, C, H, W] -> [n, F]; default: those of the digits or of their
-    canvases), weighed by how far the images as a whole move in their space, the Fréchet distance.
+    What leaving would get wrong is counted as `features` see the image that a prediction leads to (images [n, C, H, W]
+    -> [n, F]; default: those of the digits or of their canvases): what they do not see, later steps mostly mend. Where
+    none are known, as the predicted noise. aim: "faithful" weighs it by what it does to each image, "distribution" by
+    how far the images as a whole move in the space of the features, the Fréchet distance.
     n samples, seeds `seed` and on, are recorded; as many more, never looked at before, are measured on. Everything is
     deterministic. `recording` is there after `run`. Raises ValueError for what cannot be, before any work.
     """
@@ -87,7 +88,9 @@ class Calibrating:
         self.model, self.budgets, self.aim = model, sorted(budgets), aim
         self.n, self.steps, self.solver, self.guidance = n, steps, solver, guidance
         self.seed, self.batch = seed, batch
-        self._features = (features or default_features(model)) if aim == "distribution" else None
+        self._features = features or default_features(model)
+        if aim == "distribution" and self._features is None:
+            raise ValueError("no features are known for this model's images; give some, or take the aim 'faithful'")
         self._samples(n)  # for its checks
         self.recording: Recording | None = None
 
@@ -174,7 +177,7 @@ class Calibrating:
         return Samples.of(self.model, n, **{k: v[:n] if isinstance(v, list) else v for k, v in given.items()})
 
     def _distance(self, images: Tensor, full: Tensor) -> float:
-        if self._features is None:
+        if self.aim == "faithful":
             return float((images - full).double().square().mean())
         return self._frechet(images, full)
 
@@ -200,14 +203,14 @@ class Calibrating:
         return measured, error
 
 
-def default_features(model: Model) -> Extractor:
-    """The digits' own features, or their canvases'. Raises ValueError for a model that draws anything else."""
+def default_features(model: Model) -> Extractor | None:
+    """The digits' own features, or their canvases'; None for a model that draws anything else."""
     shape, classes = model.backbone.sample_shape, model.config.classes
     if shape == (1, canvases.CELL, canvases.CELL):
         return digits_network().features
     if classes == canvases.CLASSES and shape in [canvases.Canvases(side).shape for side in (2, 3)]:
         return canvas_features
-    raise ValueError("no features are known for this model's images; give `features`, or take the aim 'faithful'")
+    return None
 
 
 def _mixed(share: float, less: tuple[Measured, Tensor], more: tuple[Measured, Tensor]) -> tuple[Measured, Tensor]:

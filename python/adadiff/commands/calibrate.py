@@ -9,6 +9,7 @@ from .. import checkpoint
 from ..calibration.calibrating import Calibrating, matplotlib_figure, reliability_picture
 from ..calibration.recording import noised_errors
 from ..data import sources
+from ..evaluation.extractors import features_from
 from ..model import Model
 from .shared import show
 
@@ -34,8 +35,12 @@ def calibrate(options: argparse.Namespace) -> None:
         "seed": options.seed,
         "batch": options.batch,
     }
-    calibration = Calibrating(model, options.budget, **settings)  # for its checks
-    show({"model": options.model, "budget": options.budget, **settings, "out": options.out})
+    features = None if options.features is None else features_from(options.features)
+    if features is not None:
+        features.dims(tuple(model.backbone.sample_shape))  # for its checks
+    calibration = Calibrating(model, options.budget, features=features, **settings)  # and its
+    shown = {"features": options.features or "the model's own, if known"}
+    show({"model": options.model, "budget": options.budget, **settings, **shown, "out": options.out})
     model.calibration = calibration.run(progress=True)
     notes = checkpoint.read_tensors(checkpoint.find(options.model))[1].get("notes", {})
     checkpoint.save(model, options.out, notes)
