@@ -25,7 +25,7 @@ from alternatives import COARSE, QUICK, Networks, Sweep, default_networks
 from equal_seconds import Comparison
 from gpu.session import gpu_facts
 from harness import threads
-from judges import DATA
+from judging import DATA
 from network import Setting
 from rows import ROOT, Rows, cores, machine, say
 from tables import all_tables, plain
