@@ -19,7 +19,7 @@ from torch import Tensor
 import adadiff
 from adadiff.calibration.calibrating import CALIBRATION_SEED, work_of
 from adadiff.calibration.recording import measure_weights, record
-from adadiff.cli import setting
+from adadiff.commands.values import setting
 from adadiff.data import sources
 from adadiff.data.canvases import CLASSES, DIGITS, Canvases
 from adadiff.evaluation.canvases import canvas_features, follow_rules

@@ -30,7 +30,7 @@ from network import Setting
 from rows import ROOT, Rows, cores, machine, say
 from tables import all_tables, plain
 
-from adadiff.cli import shares, whole_numbers
+from adadiff.commands.values import shares, whole_numbers
 
 OUT = ROOT / "benchmarks" / "out"
 
