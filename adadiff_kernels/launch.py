@@ -1,8 +1,9 @@
 """What every Triton launcher checks before it launches, and whether Triton can serve at all."""
 
 import functools
-import importlib.metadata
+import importlib
 import os
+import re
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -16,11 +17,11 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def triton_missing() -> str | None:
     """Why Triton cannot serve on this machine, or None."""
     try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
+        triton = importlib.import_module("triton")  # asked itself: not every image calls its distribution so
+    except ModuleNotFoundError:
         return "Triton is not installed; pip install 'adadiff_kernels[gpu]'"
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
-        return f"Triton {'.'.join(map(str, OLDEST))} or newer is needed, got {version}"
+    if tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2]) < OLDEST:
+        return f"Triton {'.'.join(map(str, OLDEST))} or newer is needed, got {triton.__version__}"
     return None
 
 

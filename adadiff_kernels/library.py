@@ -21,7 +21,15 @@ from adadiff_kernels.compaction import Swaps
 from adadiff_kernels.extension import traced
 from adadiff_kernels.join_skip import check_join, join_skip_reference
 from adadiff_kernels.ops import Backend
-from adadiff_kernels.residual_uem import Norm, Score, check_score, check_sum, core_scores, residual_uem_reference
+from adadiff_kernels.residual_uem import (
+    Norm,
+    Score,
+    check_score,
+    check_sum,
+    core_scores,
+    learns,
+    residual_uem_reference,
+)
 from adadiff_kernels.save_rows import check_save
 from adadiff_kernels.solver_step import Guidance, Noise, SolverState, StepRows, check_step
 
@@ -81,8 +89,7 @@ def _pass(
 
 def _core_scores(x: Tensor, branch: Tensor, score: Score | None) -> bool:
     """The core is faster than what compilers make of the score. Gradients are PyTorch's."""
-    learns = torch.is_grad_enabled() and (x.requires_grad or branch.requires_grad)
-    return score is not None and not learns and core_scores(x, score)
+    return score is not None and not learns(x, branch) and core_scores(x, score)
 
 
 _residual_uem = _register(

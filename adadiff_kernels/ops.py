@@ -3,7 +3,7 @@ names as library.py has them, which tells compilers about them.
 
 backend: "reference" is plain PyTorch on any device; "cpu" the compiled core; "triton" a fused kernel on a CUDA device,
 or in Triton's interpreter. A choice that cannot be honoured raises RuntimeError and says what is missing. None takes
-Triton on a CUDA device and the core on the CPU, each where it is there, and else PyTorch.
+Triton on a CUDA device and the core on the CPU, each where it is there, and else PyTorch, which alone has gradients.
 """
 
 from dataclasses import replace
@@ -21,6 +21,7 @@ from adadiff_kernels.residual_uem import (
     check_score,
     check_sum,
     core_scores,
+    learns,
     residual_uem_reference,
     score_rows,
     uem_score_core,
@@ -54,7 +55,8 @@ def residual_uem(
     check_sum(x, branch, lanes, gate, bias, out)
     if score is not None:
         check_score(x, score, lanes)
-    chosen = choose(backend, x)
+    parts = (*(() if score is None else (score.weight, score.offset)), *(() if norm is None else norm.parameters))
+    chosen = choose(backend, x, learns=learns(x, branch, gate, bias, *parts))
     given = {"lanes": lanes, "gate": gate, "bias": bias, "score": score, "norm": norm, "out": out}
     if chosen == "triton":
         from adadiff_kernels.triton_residual_uem import launch_residual_uem
@@ -120,7 +122,7 @@ def join_skip(
     n rows in order. Raises ValueError where shapes or dtypes do not fit.
     """
     check_join(x, skip, lanes, index)
-    if choose(backend, x, core=False) == "triton":
+    if choose(backend, x, core=False, learns=learns(x, skip)) == "triton":
         from adadiff_kernels.triton_rows import launch_join_skip
 
         with on_device_of(x):
@@ -177,10 +179,13 @@ def solver_step(
         solver_step_pytorch(*given)
 
 
-def choose(backend: Backend | None, x: Tensor, core: bool = True) -> Backend | None:
-    """What serves tensors on x's device; None: PyTorch, with the core where it can. core: it has this function."""
+def choose(backend: Backend | None, x: Tensor, core: bool = True, learns: bool = False) -> Backend | None:
+    """What serves tensors on x's device; None: PyTorch, with the core where it can. core: it has this function.
+    learns: gradients are to pass."""
     if backend is None:
-        return "triton" if x.is_cuda and triton_missing() is None else None
+        return "triton" if x.is_cuda and not learns and triton_missing() is None else None
+    if backend in ("cpu", "triton") and learns:
+        raise RuntimeError(f"backend={backend!r} has no gradients; take 'reference', or call it under torch.no_grad()")
     if backend == "triton":
         if (missing := triton_missing()) is not None:
             raise RuntimeError(f"backend='triton': {missing}")

@@ -39,6 +39,10 @@ class Norm:
         if (self.weight is None) != (self.bias is None) or (self.scale is None) != (self.shift is None):
             raise ValueError("a norm takes weight with bias, scale with shift, or none of them")
 
+    @property
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        return self.weight, self.bias, self.scale, self.shift
+
 
 @dataclass(frozen=True)
 class Score:
@@ -81,7 +85,7 @@ def uem_score(y: Tensor, score: Score, lanes: Tensor) -> Tensor:
 
 def score_rows(y: Tensor, score: Score, lanes: Tensor) -> Tensor:
     """By the compiled core where it can, else as the reference."""
-    core = core_scores(y, score) and not traced(y)
+    core = core_scores(y, score) and not traced(y) and not learns(y, score.weight, score.offset)
     return uem_score_core(y, score, lanes) if core else uem_score_reference(y, score, lanes)
 
 
@@ -116,6 +120,11 @@ def core_scores(y: Tensor, score: Score) -> bool:
         and y.dtype in (torch.float32, torch.bfloat16)
         and y.is_contiguous()
     )
+
+
+def learns(*tensors: Tensor | None) -> bool:
+    """Whether gradients are to pass one of them; they are PyTorch's, kernels and core have none."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def residual_uem_reference(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from drawing import Artist, Method, fingerprint, load
-from judges import DATA
+from judging import DATA
 
 import adadiff
 from adadiff.calibration.calibrating import CALIBRATION_SEED, Calibrating, reliability_picture, work_of

@@ -14,7 +14,7 @@ import reuse
 from alternatives import BATCH, OURS, Networks, Sweep, calibrate, methods
 from drawing import Artist, Drawn, Method, fingerprint, in_engine, in_plain_loop, load, seeds_and_labels
 from harness import interleave, threads
-from judges import Judge, judge_of
+from judging import Judging, judging_of
 from quality import depth
 from rows import Row, Rows, say
 from safetensors.torch import load_file
@@ -40,11 +40,11 @@ class Comparison:
     def __post_init__(self) -> None:
         """Raises ValueError for networks that cannot be compared, or draw something else."""
         self.networks.check()
-        self.judge()
+        self.judging()
 
-    def judge(self) -> Judge:
+    def judging(self) -> Judging:
         model = load(self.networks.full)
-        return judge_of(self.data, tuple(model.backbone.sample_shape), model.config.classes)
+        return judging_of(self.data, tuple(model.backbone.sample_shape), model.config.classes)
 
     @property
     def cache(self) -> Path:
@@ -70,8 +70,8 @@ class Comparison:
         found = self.rows.find(SUITE, "quality", method.name, parameters)
         if found is not None:
             return found
-        judge = self.judge()
-        seeds, labels = seeds_and_labels(run, samples, judge.classes)
+        judging = self.judging()
+        seeds, labels = seeds_and_labels(run, samples, judging.judge.classes)
         drawn = artist.draw(method, seeds, labels)
         return self.rows.write(
             SUITE,
@@ -80,8 +80,7 @@ class Comparison:
             parameters,
             dtype="float32",
             rule=method.rule,
-            accuracy_of=judge.accuracy,
-            **judge.measure(drawn.images, labels, self.reference(artist, samples, run)),
+            **judging.measure(drawn.images, labels, self.reference(artist, samples, run)),
             **done(method, drawn, run),
         )
 
@@ -102,7 +101,7 @@ class Comparison:
         path = self.cache / f"{fingerprint(full)}-{steps}-{samples}-{run}.safetensors"
         if not path.exists():
             method = Method("reference", full, steps=steps, batch=BATCH)
-            images = artist.draw(method, *seeds_and_labels(run, samples, self.judge().classes)).images
+            images = artist.draw(method, *seeds_and_labels(run, samples, self.judging().judge.classes)).images
             write_tensors(path, {"images": images}, {})
         return load_file(path)["images"]
 
@@ -113,7 +112,7 @@ class Comparison:
             return
         say(f"{self.data}: seconds of {len(missing)} settings, {BATCH} samples at a time, one thread")
         with threads(1):
-            given = seeds_and_labels(0, BATCH, self.judge().classes)
+            given = seeds_and_labels(0, BATCH, self.judging().judge.classes)
             first = max((m for m in chosen if m.name == "fewer steps"), key=lambda m: m.steps)
             variants: dict[str, Callable[[], object]] = {}
             for method in [first, *(m for m in missing if m != first)]:

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from alternatives import BY_BUDGET, OURS
 from cells import Table, number, select, warning, where
-from judges import share_interval
 from rows import Row
 
-from adadiff.evaluation.frechet import Interval, centred_interval
+from adadiff.evaluation.intervals import Interval, centred_interval, share_interval
 
 SUITE = "quality"
 MEASURES = {"frechet": "Fréchet distance", "error": "squared error", "accuracy": "accuracy"}
@@ -87,7 +86,7 @@ def _point(runs: Sequence[Row], speed: Row | None) -> Point:
     draws = {name: np.mean([run[f"{name}_draws"] for run in runs], axis=0) for name in ("frechet", "error")}
     measures = {name: centred_interval(mean(name), torch.from_numpy(own)) for name, own in draws.items()}
     samples = row["parameters"]["samples"] * len(runs)
-    measures["accuracy"] = Interval(*share_interval(mean("accuracy"), samples))
+    measures["accuracy"] = share_interval(mean("accuracy"), samples)
     return Point(
         method=row["variant"],
         setting=row["parameters"]["setting"],

@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import adadiff
 from adadiff.calibration.calibrating import CALIBRATION_SEED, work_of
 from adadiff.calibration.recording import measure_weights, record
-from adadiff.cli import setting
+from adadiff.commands.values import setting
 from adadiff.data import sources
 from adadiff.data.canvases import CLASSES, DIGITS, Canvases
 from adadiff.evaluation.canvases import canvas_features, follow_rules
@@ -124,7 +123,6 @@ def examples(path: Path, side: int) -> None:
     """A row of digits alone, and three of canvases that count."""
     labels = torch.cat([torch.arange(DIGITS), torch.arange(DIGITS, CLASSES).repeat(3)])
     images, _ = Canvases(side).draw(len(labels), labels=labels)
-    images = F.pad(images, (2, 2, 2, 2), value=0.2)
     write_png(path, make_grid([to_pixels(image) for image in images]))
 
 

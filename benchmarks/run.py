@@ -25,12 +25,12 @@ from alternatives import COARSE, QUICK, Networks, Sweep, default_networks
 from equal_seconds import Comparison
 from gpu.session import gpu_facts
 from harness import threads
-from judges import DATA
+from judging import DATA
 from network import Setting
 from rows import ROOT, Rows, cores, machine, say
 from tables import all_tables, plain
 
-from adadiff.cli import shares, whole_numbers
+from adadiff.commands.values import shares, whole_numbers
 
 OUT = ROOT / "benchmarks" / "out"
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest
 
 import adadiff
 from adadiff.calibration.calibrating import work_of
 from adadiff.config import ModelConfig
 from adadiff.data.canvases import Canvases
+from adadiff.evaluation import judges
 from adadiff.evaluation.canvases import follow_rules
 from adadiff.evaluation.quality import evaluate_samples
 from adadiff.exits import PAPER
@@ -31,7 +31,7 @@ import drawing
 import equal_seconds
 import front_plots
 import fronts
-import judges
+import judging
 import plots
 import rows
 import run
@@ -60,8 +60,8 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> alternatives.Networks:
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judges, "RESAMPLES", 5)
-    monkeypatch.setattr(judges, "REAL_CANVASES", 700)
+    monkeypatch.setattr(judging, "RESAMPLES", 5)
+    monkeypatch.setattr(judges, "HELD_OUT", 700)
     monkeypatch.setattr(alternatives, "RECORDED", 20)
     monkeypatch.setattr(alternatives, "RECORDED_STEPS", 6)
 
@@ -73,7 +73,7 @@ def test_the_digits_judge_says_what_evaluation_says() -> None:
     torch.manual_seed(0)
     images, labels = torch.randn(60, 1, 8, 8).clamp(-1.5, 1.5), torch.arange(60) % 10
     reference = images + 0.1 * torch.randn_like(images)
-    found = judges.judge_of("digits", (1, 8, 8), 10).measure(images, labels, reference)
+    found = judging.judging_of("digits", (1, 8, 8), 10).measure(images, labels, reference)
     wanted = evaluate_samples(images, labels, paired=reference, resamples=5)
     for name in ("frechet", "frechet_low", "frechet_high", "accuracy", "psnr_median"):
         assert found[name] == pytest.approx(getattr(wanted, name), rel=1e-6)
@@ -85,7 +85,7 @@ def test_the_digits_judge_says_what_evaluation_says() -> None:
 
 
 def test_the_canvases_judge_goes_by_their_rules() -> None:
-    judge = judges.judge_of("canvases", (1, 16, 16), 20)
+    judge = judging.judging_of("canvases", (1, 16, 16), 20)
     labels = torch.arange(60) % 20
     images, _ = Canvases(2).draw(60, "test", seed=5, labels=labels)
     found = judge.measure(images, labels, images)
@@ -97,19 +97,11 @@ def test_the_canvases_judge_goes_by_their_rules() -> None:
     assert judge.measure(-images, labels, images)["frechet"] > 3 * found["frechet"]
 
 
-@pytest.mark.parametrize(("right", "n"), [(0, 5), (3, 7), (50, 50), (990, 1000)])
-def test_intervals_of_shares(right: int, n: int) -> None:
-    share, low, high = judges.share_interval(right / n, n)
-    wanted = binomtest(right, n).proportion_ci(method="wilson")
-    assert share == right / n
-    assert (low, high) == pytest.approx((wanted.low, wanted.high), abs=1e-6)
-
-
 def test_data_that_nobody_can_judge() -> None:
     with pytest.raises(ValueError, match="there are digits, canvases"):
-        judges.judge_of("faces", (1, 8, 8), 10)
+        judging.judging_of("faces", (1, 8, 8), 10)
     with pytest.raises(ValueError, match=r"the model draws \(1, 8, 8\) in 20"):
-        judges.judge_of("canvases", (1, 8, 8), 20)
+        judging.judging_of("canvases", (1, 8, 8), 20)
 
 
 # Methods
@@ -234,7 +226,7 @@ def test_the_whole_suite_and_its_resumption(
     check_pages(measured, tmp_path)
 
     monkeypatch.undo()
-    monkeypatch.setattr(judges, "RESAMPLES", 5)  # the thresholds are remembered
+    monkeypatch.setattr(judging, "RESAMPLES", 5)  # the thresholds are remembered
     lines = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "rows.jsonl").write_text("".join(lines[:2] + lines[3:-1]))
     again = compare()

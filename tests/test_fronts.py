@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adadiff.evaluation.frechet import Interval
+from adadiff.evaluation.intervals import Interval
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

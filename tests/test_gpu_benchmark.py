@@ -201,6 +201,12 @@ def test_without_a_device_one_line_says_so(main, name: str) -> None:
         main()
 
 
+@pytest.mark.parametrize(("cuda", "words"), [(None, "is built without CUDA"), ("13.0", "is built for CUDA 13.0")])
+def test_a_build_of_pytorch_that_sees_no_gpu_is_named(monkeypatch: pytest.MonkeyPatch, cuda, words: str) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert gpu.session.no_device() == f"PyTorch finds no CUDA device here (torch {torch.__version__} {words})"
+
+
 def test_what_the_build_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu.check, "find_spec", lambda name: None)
     monkeypatch.setattr(gpu.check.shutil, "which", lambda name, path=None: None)

@@ -17,6 +17,7 @@ import torch
 from rows import ROOT, cores
 
 from gpu import lacking
+from gpu.session import no_device
 
 LIMIT = 530.0  # seconds
 SANITIZED = 120.0  # seconds for one tool
@@ -131,7 +132,7 @@ def summary(outcomes: Mapping[str, str]) -> str:
 
 def main() -> None:
     if not torch.cuda.is_available():
-        sys.exit("gpu-check: PyTorch finds no CUDA device here")
+        sys.exit(f"gpu-check: {no_device()}")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {PYTHON}")
     if lacking.STOOD_IN:
         print(f"not installed here, and stood in for (gpu/lacking.py): {', '.join(lacking.STOOD_IN)}")

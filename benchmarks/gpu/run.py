@@ -21,7 +21,7 @@ from tables import latest, plain
 
 from gpu import ceilings, decision, gemm, lacking, network, passes
 from gpu import tables as gpu_tables
-from gpu.session import OutOfTime, Session, gpu_facts, limited
+from gpu.session import OutOfTime, Session, gpu_facts, limited, no_device
 
 OUT = ROOT / "benchmarks" / "out" / "gpu"
 SUITES = {"ceilings": ceilings, "passes": passes, "decision": decision, "gemm": gemm, "network": network}
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"dry run of {', '.join(suites)}: nothing was measured")
         return
     if not torch.cuda.is_available():
-        sys.exit("gpu-bench: PyTorch finds no CUDA device here; --dry runs without one, and measures nothing")
+        sys.exit(f"gpu-bench: {no_device()}; --dry runs without one, and measures nothing")
     device = torch.device("cuda", torch.cuda.current_device())
     try:
         rows = Rows(chosen.out, gpu_facts(), chosen.commit)

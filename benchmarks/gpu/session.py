@@ -181,6 +181,12 @@ def check_close(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
         raise RuntimeError(f"{name} is off by {error:.2e} of the norm, allowed {tolerance:.0e}; not measured")
 
 
+def no_device() -> str:
+    """Why there is no GPU to use: the machine has none, or PyTorch is a build that would not see it."""
+    build = "is built without CUDA" if torch.version.cuda is None else f"is built for CUDA {torch.version.cuda}"
+    return f"PyTorch finds no CUDA device here (torch {torch.__version__} {build})"
+
+
 def gpu_facts() -> Row:
     """What the numbers depend on, for rows of this device."""
     found = torch.cuda.get_device_properties(torch.cuda.current_device())

@@ -6,7 +6,6 @@ Exit codes: 0; 2 for unusable input, with a line saying why; 130 after Ctrl-C, w
 import argparse
 import dataclasses
 import sys
-import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from . import __version__
 from .calibration.calibrating import AIMS, CALIBRATION_SEED
 from .commands import calibrate, evaluate, models, sample, train
 from .commands.shared import DEFAULT_RULE
+from .commands.values import Settings, interval, setting, shares, whole_numbers
 from .conversion import convert as conversion
 from .data import datasets
 from .engine.switching import T_SWITCH
@@ -268,49 +268,6 @@ def _add_evaluate(known: Any) -> None:
     one.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
     of_models = ("n", "steps", "solver", "rule", "seed", "batch", "guidance", "decoder")
     one.set_defaults(sampling={name: one.get_default(name) for name in of_models})
-
-
-class Settings(argparse.Action):
-    """Gathers KEY=VALUE pairs in a dictionary."""
-
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
-        setattr(namespace, self.dest, dict(values))
-
-
-def setting(text: str) -> tuple[str, Any]:
-    """The pair behind "depth=2", "time=false" or "head=mlp"."""
-    key, equals, value = text.partition("=")
-    if not (key and equals):
-        raise argparse.ArgumentTypeError(f"takes KEY=VALUE, got {text!r}")
-    try:
-        return key, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return key, value
-
-
-def shares(text: str) -> list[float]:
-    """The list behind "0.4,0.55"."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"takes numbers separated by commas, got {text!r}") from None
-
-
-def interval(text: str) -> tuple[float, float]:
-    """The pair behind "100,800"."""
-    try:
-        low, high = map(float, text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"takes two numbers, LOW,HIGH, got {text!r}") from None
-    return low, high
-
-
-def whole_numbers(text: str) -> list[int]:
-    """The list behind "20,30"."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"takes whole numbers separated by commas, got {text!r}") from None
 
 
 def _command(known: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:

@@ -4,15 +4,17 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from adadiff_kernels import Score, extension, launch, ops
+from adadiff_kernels import Norm, Score, extension, launch, ops, uem_score
 
 X, LANES = torch.zeros(2, 3, 8), torch.zeros(2, dtype=torch.int32)
+SOURCES = (Path(__file__).parents[2], Path(__file__).parents[2] / "python")
 SCORE = Score(torch.zeros(1, 8), torch.zeros(2, 1), 0)
 
 
@@ -32,7 +34,7 @@ def test_a_name_nobody_has_is_refused() -> None:
     [(None, r"pip install 'adadiff_kernels\[gpu\]'"), ("3.5.1", "3.6 or newer is needed, got 3.5.1")],
 )
 def test_triton_missing_or_old_is_said(monkeypatch, version: str | None, message: str) -> None:
-    monkeypatch.setattr(launch.importlib.metadata, "version", lambda name: _version(version))
+    monkeypatch.setitem(sys.modules, "triton", None if version is None else SimpleNamespace(__version__=version))
     launch.triton_missing.cache_clear()
     try:
         with pytest.raises(RuntimeError, match=message):
@@ -42,10 +44,60 @@ def test_triton_missing_or_old_is_said(monkeypatch, version: str | None, message
         launch.triton_missing.cache_clear()
 
 
-def _version(version: str | None) -> str:
-    if version is None:
-        raise launch.importlib.metadata.PackageNotFoundError("triton")
-    return version
+@pytest.mark.parametrize("version", ["3.6.0", "3.10.0+git12ab34cd", "4.0rc1"])
+def test_versions_of_any_spelling_serve(monkeypatch, version: str) -> None:
+    """NVIDIA's images and nightly builds call the distribution pytorch-triton: what counts is the module."""
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=version))
+    assert launch.triton_missing.__wrapped__() is None
+
+
+WITHOUT = """
+import sys, torch
+sys.modules["triton"] = None  # as if it were not there
+import adadiff, adadiff_kernels
+model = adadiff.load("digits")
+images, _ = adadiff.sample(model, 2, steps=2, rule="threshold:0.2", labels=[0, 1])
+assert images.isfinite().all()
+x, lanes = torch.zeros(2, 3, 8), torch.zeros(2, dtype=torch.int32)
+try:
+    adadiff_kernels.residual_uem(x, x, lanes=lanes, backend="triton")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_a_machine_without_triton_samples_and_says_what_is_missing() -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, SOURCES), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", WITHOUT], check=True, env=environment, capture_output=True, text=True)
+    assert done.stdout == "backend='triton': Triton is not installed; pip install 'adadiff_kernels[gpu]'\n"
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_gradients_are_pytorchs(outputs: int) -> None:
+    """The core has none, and would return scores that nothing learns from."""
+    x, weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(outputs, 8, requires_grad=True)
+    score = Score(weight, torch.zeros(2, outputs), 0)
+    _, _, u = ops.residual_uem(x, X, lanes=LANES, score=score)
+    wanted = torch.autograd.grad(torch.sigmoid(x @ weight.T).mean((1, 2)).sum(), (x, weight))
+    torch.testing.assert_close(torch.autograd.grad(u.sum(), (x, weight)), wanted)
+    for given in (uem_score(x, score, LANES), uem_score(X, score, LANES)):
+        assert given.requires_grad
+    with torch.no_grad():
+        assert not ops.residual_uem(x, X, lanes=LANES, score=score)[2].requires_grad
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_backends_without_gradients_refuse_to_lose_them(backend: str) -> None:
+    x = torch.zeros(2, 3, 8, requires_grad=True)
+    weight = Score(torch.zeros(1, 8, requires_grad=True), SCORE.offset, 0)
+    for call in (
+        lambda: ops.residual_uem(x, X, lanes=LANES, backend=backend),
+        lambda: ops.residual_uem(X, X, lanes=LANES, score=weight, backend=backend),
+        lambda: ops.residual_uem(X, X, lanes=LANES, norm=Norm(1e-6, x[0, 0], x[0, 1]), backend=backend),
+        lambda: ops.join_skip(X, x, backend=backend),
+    ):
+        with pytest.raises(RuntimeError, match=f"backend='{backend}' has no gradients; take 'reference'"):
+            call()
 
 
 def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch) -> None:

@@ -80,6 +80,17 @@ def read(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
 
+def grid_cells(grid: np.ndarray, rows: int, columns: int) -> list[np.ndarray]:
+    """Cells of 64 pixels by rows; all that is between them, 4 pixels wide, must be white."""
+    assert grid.shape == (rows * 68 - 4, columns * 68 - 4)
+    left = grid.copy()
+    for i in range(rows * columns):
+        y, x = 68 * (i // columns), 68 * (i % columns)
+        left[y : y + 64, x : x + 64] = 255
+    assert (left == 255).all()
+    return [grid[68 * (i // columns) :, 68 * (i % columns) :][:64, :64] for i in range(rows * columns)]
+
+
 def error_line(captured: str) -> str:
     """The last line, which must be all there is beside progress bars."""
     *others, last = captured.strip().splitlines()

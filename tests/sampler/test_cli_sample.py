@@ -14,7 +14,7 @@ import adadiff
 from adadiff.commands.shared import DEFAULT_RULE
 from adadiff.output import pictures
 from sampler import shell
-from sampler.shell import config, error_line, interrupt_call, pixels, read, run, saved
+from sampler.shell import config, error_line, grid_cells, interrupt_call, pixels, read, run, saved
 
 ctrl_c, tiny = shell.ctrl_c, shell.tiny
 
@@ -66,11 +66,21 @@ def test_sample_writes_the_images_that_python_draws(tiny, tmp_path, capsys):
 def test_grid_shows_the_pictures_in_order(tiny, tmp_path):
     assert run(f"sample {tiny} --out {tmp_path} --n 7 --steps 2") == 0
     grid = read(tmp_path / "grid.png")  # 3 columns, cells of 64 pixels, two of them empty
-    cells = grid.reshape(3, 64, 3, 64).transpose(0, 2, 1, 3).reshape(9, 64, 64)
+    cells = grid_cells(grid, 3, 3)
     for slot in range(7):
         expected = np.kron(read(tmp_path / f"{slot:06d}.png"), np.ones((8, 8), np.uint8))
         np.testing.assert_array_equal(cells[slot], expected)
-    assert (cells[7:] == 255).all()
+    assert all((cell == 255).all() for cell in cells[7:])
+
+
+def test_one_picture_has_no_frame_and_two_have_a_gap():
+    """In colour, neither square nor of a size that a cell is a multiple of."""
+    picture = np.arange(5 * 3 * 3, dtype=np.uint8).reshape(5, 3, 3)
+    shown = np.kron(picture, np.ones((12, 12, 1), np.uint8))
+    np.testing.assert_array_equal(pictures.make_grid([picture]), shown)
+    np.testing.assert_array_equal(
+        pictures.make_grid([picture, picture]), np.hstack([shown, np.full((60, 4, 3), 255, np.uint8), shown])
+    )
 
 
 def test_default_rule_follows_the_model(tiny, tmp_path):

@@ -13,6 +13,7 @@ from .. import checkpoint
 from ..engine.switching import T_SWITCH
 from ..model import Model
 from ..output.filling import Process, ShardFolder
+from ..output.locking import only_launch
 from ..output.pictures import CHANNELS, PictureFolder
 from ..output.shards import ADVICE, MANIFEST, Manifest
 from ..pipelines.text import CLIP, TextEncoder
@@ -84,10 +85,12 @@ def sample(options: argparse.Namespace) -> None:
         manifest = Manifest.of(model, {**configuration, "shard": shard})
     sampling(range(n))  # for its checks, before anything is loaded or the folder touched
     decoded, told = decoder(options, model), _told(options, model)
-    if kind == "png":
-        _fill_with_pictures(PictureFolder(options.out, configuration, model.layers), configuration, sampling, decoded)
-    else:
-        _fill_with_shards(ShardFolder(options.out, manifest, process), sampling)
+    with only_launch(options.out, process.rank, process.world):
+        if kind == "png":
+            folder = PictureFolder(options.out, configuration, model.layers)
+            _fill_with_pictures(folder, configuration, sampling, decoded)
+        else:
+            _fill_with_shards(ShardFolder(options.out, manifest, process), sampling)
 
 
 Told = Callable[[Sequence[int]], dict[str, Tensor]]  # slots -> contexts of the samples there

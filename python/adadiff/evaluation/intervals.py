@@ -60,13 +60,12 @@ def seed_interval(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def share_interval(right: Tensor) -> Interval:
-    """Share of bool [n], n >= 1, and its Wilson interval, which has a width at shares of 0 and 1, too, where resampling
-    would find none."""
-    n = len(right)
-    if n == 0:
+def share_interval(share: float, n: int) -> Interval:
+    """A share of n >= 1 and its Wilson interval, which has a width at shares of 0 and 1, too, where resampling would
+    find none."""
+    if n < 1:
         raise ValueError("a share takes at least one sample")
-    p, z2 = float(right.double().mean()), NORMAL**2
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = NORMAL * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return Interval(p, max(0.0, centre - half), min(1.0, centre + half))
+    z2 = NORMAL**2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = NORMAL * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))

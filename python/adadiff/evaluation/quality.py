@@ -68,9 +68,9 @@ class Measured:
         """Sums it up, with distances to the reference."""
         values = {} if reference is None else distances(self.features, reference, resamples=resamples, seed=seed)
         if self.right is not None:
-            share = share_interval(self.right)
+            share = share_of(self.right)
             values |= {"accuracy": share.value, "accuracy_low": share.low, "accuracy_high": share.high}
-            values["shares"] = {k: share_interval(self.right[own]) for k, own in self.groups.items() if bool(own.any())}
+            values["shares"] = {k: share_of(self.right[own]) for k, own in self.groups.items() if bool(own.any())}
         if self.psnr is not None:
             values |= {"psnr_median": lower_quantile(self.psnr, 0.5), "psnr_p5": lower_quantile(self.psnr, 0.05)}
         return Quality(self.count, max_difference=self.max_difference, **values)
@@ -203,6 +203,11 @@ def check_pair(images: Tensor, reference: Tensor) -> None:
         raise ValueError(f"a pair takes equal shapes [N, ...], got {list(images.shape)} and {list(reference.shape)}")
     if not (images.isfinite().all() and reference.isfinite().all()):
         raise ValueError("the images hold NaN or infinity; a sampler that makes them is broken")
+
+
+def share_of(right: Tensor) -> Interval:
+    """Of bool [n], n >= 1."""
+    return share_interval(float(right.double().mean()), len(right))
 
 
 def lower_quantile(values: Tensor, level: float) -> float:

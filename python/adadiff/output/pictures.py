@@ -17,6 +17,7 @@ from ..sampling.reports import Report
 CHANNELS = (1, 3)  # of a picture; anything else is a latent
 GRID_MOST = 100  # pictures in a grid
 GRID_CELL = 64  # pixels; smaller pictures are enlarged by a whole factor
+GRID_GAP = 4  # white pixels between two pictures; many have no border of their own
 TOTALS = ("evaluations", "blocks", "blocks_full", "macs", "macs_full", "seconds")
 
 
@@ -34,15 +35,17 @@ def to_pixels(image: Tensor) -> np.ndarray:
 
 
 def make_grid(pictures: list[np.ndarray]) -> np.ndarray:
-    """pictures: one or more, uint8 [H, W] or [H, W, 3], all alike. Returns a near-square grid by rows."""
+    """pictures: one or more, uint8 [H, W] or [H, W, 3], all alike. Returns a near-square grid by rows, GRID_GAP white
+    pixels between them and none around."""
     columns = math.ceil(math.sqrt(len(pictures)))
     rows = math.ceil(len(pictures) / columns)
-    height, width = pictures[0].shape[:2]
-    scale = max(1, GRID_CELL // max(height, width))
-    grid = np.full((rows, height * scale, columns, width * scale, *pictures[0].shape[2:]), 255, np.uint8)
+    scale = max(1, GRID_CELL // max(pictures[0].shape[:2]))
+    height, width = (side * scale + GRID_GAP for side in pictures[0].shape[:2])
+    grid = np.full((rows, height, columns, width, *pictures[0].shape[2:]), 255, np.uint8)
     for i, picture in enumerate(pictures):
-        grid[i // columns, :, i % columns] = picture.repeat(scale, 0).repeat(scale, 1)
-    return grid.reshape(rows * height * scale, columns * width * scale, *pictures[0].shape[2:])
+        grid[i // columns, :-GRID_GAP, i % columns, :-GRID_GAP] = picture.repeat(scale, 0).repeat(scale, 1)
+    grid = grid.reshape(rows * height, columns * width, *pictures[0].shape[2:])
+    return grid[:-GRID_GAP, :-GRID_GAP]
 
 
 def write_png(path: Path, pixels: np.ndarray, rank: int = 0) -> None:

@@ -24,6 +24,7 @@ from ..model import Model
 from ..rules import Rule
 from .ordering import ExpectedDepth
 from .reports import Totals
+from .rule_set import RuleSet
 from .samples import Samples
 
 SPARE = 64  # tables and rules that nobody uses any more are dropped once there are so many
@@ -69,7 +70,7 @@ class Batch:
         self._evaluate = evaluate or engine.evaluate
         self._free = list(range(capacity))[::-1]
         self._running = torch.zeros(capacity, dtype=torch.bool)
-        self._tables, self._rules = TableSet(model.schedule, self.device), _Kinds()
+        self._tables, self._rules = TableSet(model.schedule, self.device), RuleSet()
         integers = torch.zeros(7, capacity, dtype=torch.int64)
         self._seed, self._step, self._steps, self._table, self._rule, self._tied, self._channels = integers
         self._threshold, self._guidance = torch.zeros(2, capacity)
@@ -328,34 +329,3 @@ class _Lanes:
 def _no_memory(error: Exception) -> bool:
     """Whether memory ran out; on a CPU PyTorch says so in words only."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
-class _Kinds:
-    """Rules in use. Those that differ in nothing but their threshold, which is kept by sample, are one kind."""
-
-    def __init__(self) -> None:
-        self._index: dict[object, int] = {}
-        self.kinds: list[Rule] = []
-
-    def __len__(self) -> int:
-        return len(self.kinds)
-
-    def add(self, rule: Rule) -> int:
-        index = self._index.setdefault(self._kind(rule), len(self.kinds))
-        if index == len(self.kinds):
-            self.kinds.append(rule)
-        return index
-
-    def keep(self, used: Tensor) -> Tensor:
-        """Forgets all but the kinds used: int64 [n]. Returns their new indices, int64 [n]."""
-        kept, index = used.unique(return_inverse=True)
-        self.kinds = [self.kinds[i] for i in kept.tolist()]
-        self._index = {self._kind(rule): i for i, rule in enumerate(self.kinds)}
-        return index
-
-    @staticmethod
-    def _kind(rule: Rule) -> object:
-        if not dataclasses.is_dataclass(rule):
-            return rule
-        settings = ((f.name, getattr(rule, f.name)) for f in dataclasses.fields(rule) if f.name != "threshold")
-        return type(rule), *settings

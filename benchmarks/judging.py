@@ -1,0 +1,77 @@
+"""What rows say of how good images are: by the features, held-out images and judge that `adadiff evaluate` takes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from adadiff.evaluation.extractors import Features, features_from
+from adadiff.evaluation.frechet import FeatureStatistics, bootstrap_frechet, frechet_distance
+from adadiff.evaluation.intervals import centred_interval, resampled, share_interval
+from adadiff.evaluation.judges import JUDGES, Judge, judge_of
+from adadiff.evaluation.quality import lower_quantile, paired_psnr
+
+ACCURACY = {"digits": "of the class", "canvases": "after the rule"}  # what is shared out
+DATA = tuple(ACCURACY)
+RESAMPLES = 100
+
+
+@dataclass(frozen=True)
+class Judging:
+    """real: of the features of images that no training saw."""
+
+    judge: Judge
+    features: Features
+    real: FeatureStatistics
+
+    @torch.inference_mode()
+    def measure(self, images: Tensor, labels: Tensor, reference: Tensor) -> dict[str, object]:
+        """What a row says of images, float [n, C, H, W]; reference: those of the same noises by which they should go.
+
+        Fréchet distance to real images, share of images that are right, and mean squared difference from the reference
+        (of pixels in [-1, 1]), each with the ends of its 95 % interval. Draws are of samples drawn with replacement,
+        the same ones for every method, so that differences between methods can be resampled in pairs.
+        """
+        shown, reference = images.clamp(-1, 1), reference.clamp(-1, 1)
+        features = self.features(shown)
+        frechet = frechet_distance(FeatureStatistics.of(features), self.real)
+        draws = bootstrap_frechet(features, self.real, resamples=RESAMPLES)
+        errors = (shown - reference).double().square().flatten(1).mean(1)
+        error_draws = torch.stack([errors[own].mean() for own in resampled(len(errors), RESAMPLES, seed=0)])
+        psnr = lower_quantile(paired_psnr(images, reference), 0.5)
+        share = share_interval(float(self.judge.right(shown, labels).double().mean()), len(images))
+        return {
+            **_with_interval("frechet", frechet, draws),
+            **_with_interval("error", float(errors.mean()), error_draws),
+            "accuracy": share.value,
+            "accuracy_low": share.low,
+            "accuracy_high": share.high,
+            "accuracy_of": ACCURACY[self.judge.name],
+            "psnr_median": psnr if psnr < float("inf") else "inf",
+        }
+
+
+@cache
+def judging_of(data: str, shape: tuple[int, int, int], classes: int) -> Judging:
+    """shape: C, H, W of the samples. Raises ValueError for a data set that is not of this shape and classes."""
+    if data not in DATA:
+        raise ValueError(f"no data {data!r} to judge; there are {', '.join(DATA)}")
+    judge = judge_of(shape, classes, data)
+    if judge is None:
+        known = " or ".join(f"{own.shape} in {own.classes} classes" for own in JUDGES if own.name == data)
+        raise ValueError(f"{data} are {known}; the model draws {shape} in {classes}")
+    features = features_from(data)
+    with torch.inference_mode():
+        return Judging(judge, features, FeatureStatistics.of(features(judge.held_out()[0])))
+
+
+def _with_interval(name: str, value: float, draws: Tensor) -> dict[str, float | Sequence[float]]:
+    interval = centred_interval(value, draws)
+    return {
+        name: value,
+        f"{name}_low": interval.low,
+        f"{name}_high": interval.high,
+        f"{name}_draws": [float(f"{draw:.5g}") for draw in draws.tolist()],
+    }

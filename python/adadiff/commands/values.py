@@ -1,0 +1,48 @@
+"""What options are written as: text from the command line to values."""
+
+import argparse
+import tomllib
+from typing import Any
+
+
+class Settings(argparse.Action):
+    """Gathers KEY=VALUE pairs in a dictionary."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        setattr(namespace, self.dest, dict(values))
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """The pair behind "depth=2", "time=false" or "head=mlp"."""
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise argparse.ArgumentTypeError(f"takes KEY=VALUE, got {text!r}")
+    try:
+        return key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, value
+
+
+def shares(text: str) -> list[float]:
+    """The list behind "0.4,0.55"."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes numbers separated by commas, got {text!r}") from None
+
+
+def interval(text: str) -> tuple[float, float]:
+    """The pair behind "100,800"."""
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes two numbers, LOW,HIGH, got {text!r}") from None
+    return low, high
+
+
+def whole_numbers(text: str) -> list[int]:
+    """The list behind "20,30"."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes whole numbers separated by commas, got {text!r}") from None
