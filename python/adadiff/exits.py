@@ -157,7 +157,8 @@ class Exits(nn.Module):
     def heads_by_lane(self, patches: Tensor, cond: object, lanes: Tensor, layer: Tensor) -> Tensor:
         """Each lane through the head of its own layer, without the host knowing which: [B, C or 2 C, H, W].
 
-        patches: [B, T - extras, D] of the lanes i32 [B]; layer: i32 [B]; what lanes at layer L get is of no use.
+        patches: [B, T - extras, D] of the lanes i32 [B]; layer: i32 [B]; what lanes at layer L get is of no use. Holds
+        a copy of its head for every lane, which for "block" are as many weights as B blocks have.
         """
         index = (layer - 1).clamp(0, len(self.heads) - 1)
         heads = [dict(head.named_parameters()) for head in self.heads]
