@@ -73,13 +73,13 @@ def default_networks(data: str) -> Networks:
 class Sweep:
     """The range of every method."""
 
-    steps: Sequence[int] = (6, 8, 10, 14, 20, 30, 50)
+    steps: Sequence[int] = (4, 6, 8, 10, 14, 20, 30, 50)
     solvers: Sequence[str] = ("ddim", "dpm++2m")
     budgets: Sequence[float] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of rules and tables, shares of the multiply-adds
     aims: Sequence[str] = ("faithful", "distribution")
     calibrated_on: int = 256  # samples
     depths: Sequence[float] = (0.25, 0.4, 0.55, 0.7)  # shares of the blocks
-    switches: Sequence[float] = (800.0, 700.0, 600.0, 500.0, 400.0)
+    switches: Sequence[float] = (800.0, 700.0, 600.0, 500.0, 400.0, 300.0)
     shares: Sequence[float] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # that one threshold for all is set for
     first: Sequence[int] = (1, 3)  # layers that one threshold is asked from
     every: Sequence[int] = (2, 3, 5)
@@ -95,11 +95,10 @@ class Sweep:
 
 
 COARSE = Sweep(
-    steps=(6, 10, 20),
-    budgets=(0.4, 0.6, 0.8),
-    calibrated_on=128,
-    depths=(0.25, 0.55),
-    switches=(700.0, 500.0),
+    steps=(4, 6, 10, 20),
+    budgets=(0.4, 0.55, 0.7, 0.9),
+    depths=(0.3, 0.45),
+    switches=(700.0, 500.0, 300.0),
     shares=(0.5, 0.7),
     first=(3,),
     every=(2, 3),
