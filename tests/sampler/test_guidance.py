@@ -124,8 +124,8 @@ def lanes_of(call: Callable[[Callable[..., Evaluation]], object]) -> list[int]:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_no_lane_is_run_for_guidance_that_is_not_there(tied: bool) -> None:
-    """Three samples; the first is guided at 999 and 832, the second from 499 on, the third never."""
-    intervals = torch.tensor([[700.0, 1000.0], [-1.0, 499.0], [-5.0, -4.0]])
+    """Three samples; the first is guided at 999 and 832, the second from 499 on, the third between two steps."""
+    intervals = torch.tensor([[700.0, 1000.0], [-1.0, 499.0], [600.0, 610.0]])
 
     def run(counted: Callable[..., Evaluation]) -> None:
         batch = Batch(served(LATENT), 3, evaluate=counted)
