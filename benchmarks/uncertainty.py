@@ -91,7 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     network = options.network or NETWORKS[options.data]
     rows, shown = Rows(options.out), []
     for variant, (loss, time) in VARIANTS.items():
-        changes = {"init": network, "loss": loss, "steps": options.steps, "exit_options": {"head": "block", "time": time}}
+        exits = {"head": "block", "time": time}
+        changes = {"init": network, "loss": loss, "steps": options.steps, "exit_options": exits}
         config = load_config(f"{options.data}_frozen", changes)
         parameters = {"data": options.data, "network": network, "training_steps": options.steps, "n": options.n}
         row = rows.find(SUITE, "calibrated", variant, parameters)
