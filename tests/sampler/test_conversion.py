@@ -333,6 +333,15 @@ def test_truncated_and_foreign_files_are_named(keep: int, tmp_path: Path) -> Non
         convert(tmp_path / "text.pth", tmp_path / "b", "tiny_uvit")
 
 
+def test_safetensors_are_read_by_whatever_name_they_have(tmp_path: Path) -> None:
+    save_file(uvit_state(), tmp_path / "renamed.pth")
+    convert(tmp_path / "renamed.pth", tmp_path / "b", "tiny_uvit")
+    convert(saved(tmp_path / "a.pth", uvit_state()), tmp_path / "c", "tiny_uvit")
+    renamed, straight = load_file(tmp_path / "b"), load_file(tmp_path / "c")
+    assert renamed.keys() == straight.keys()
+    assert all(torch.equal(renamed[key], straight[key]) for key in straight)
+
+
 def test_files_and_folders_that_will_not_do(tmp_path: Path) -> None:
     source = saved(tmp_path / "a.pth", uvit_state())
     convert(source, tmp_path / "ours.safetensors", "tiny_uvit")

@@ -88,7 +88,7 @@ def _read_parts(folder: Path) -> Source:
 
 
 def _read_file(file: Path) -> Source:
-    if file.suffix == ".safetensors":
+    if file.suffix == ".safetensors" or _begins_as_safetensors(file):
         try:
             with safe_open(file, framework="pt") as opened:
                 if "format_version" in (opened.metadata() or {}):
@@ -103,6 +103,12 @@ def _read_file(file: Path) -> Source:
     if not isinstance(values, Mapping):
         raise ValueError(f"{file} holds a {type(values).__name__}, not a state dict")
     return Source(file, dict(_tensors(values, file)))
+
+
+def _begins_as_safetensors(file: Path) -> bool:
+    """Whatever its name says: eight bytes of a length, then JSON, which no pickle or archive begins with."""
+    with file.open("rb") as opened:
+        return opened.read(9)[8:] == b"{"
 
 
 def _tensors(values: Mapping[str, object], file: Path) -> Iterator[tuple[str, Tensor]]:
