@@ -14,7 +14,7 @@ from adadiff.diffusion.noise import INITIAL, SOLVER_STEP, initial_noise, step_no
 from adadiff.diffusion.schedules import NoiseSchedule
 from adadiff.diffusion.singlestep import DPMSolverFast, DPMSolverPPFast
 from adadiff.diffusion.solvers import DDIM, DDPM, DPMSolverPP2M, EulerMaruyama, solver_from
-from adadiff.diffusion.tables import PackedTables, Solver, SolverTable, pack
+from adadiff.diffusion.tables import PackedTables, Solver, SolverTable, TableSet, pack
 from adadiff_kernels import COLUMNS, SolverState, philox_normal, solver_step, solver_step_reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
@@ -413,3 +413,20 @@ def test_bad_input() -> None:
             packed.rows(zero + table, zero + step)
     with pytest.raises(ValueError, match=r"got \[1\] and \[2\]"):
         packed.rows(zero, torch.tensor([0, 1]))
+
+
+def test_samples_that_step_alike_share_one_table_made_once() -> None:
+    """Of 64 samples with three numbers of steps, admitted in two goes: three tables, however many ask for one."""
+    made = []
+
+    @dataclass(frozen=True)
+    class Counted:
+        def table(self, schedule: NoiseSchedule, steps: int) -> SolverTable:
+            made.append(steps)
+            return DDIM().table(schedule, steps)
+
+    tables = TableSet(NoiseSchedule("vp"))
+    first = tables.add(Counted(), torch.tensor([4, 9] * 16))
+    second = tables.add(Counted(), torch.tensor([9, 5] * 16))
+    assert made == [4, 9, 5] and len(tables) == 3
+    assert tables.packed.steps[first].tolist() == [4, 9] * 16 and tables.packed.steps[second].tolist() == [9, 5] * 16

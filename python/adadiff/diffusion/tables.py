@@ -140,7 +140,8 @@ class TableSet:
         index of its table, int64[n]; those that are new are made."""
         first = torch.zeros_like(steps) if first is None else first
         keys = [(solver, *pair) for pair in zip(steps.tolist(), first.tolist(), strict=True)]
-        new = {key: _begin(solver.table(self._schedule, key[1]), key[2]) for key in keys if key not in self._tables}
+        missing = dict.fromkeys(key for key in keys if key not in self._tables)
+        new = {key: _begin(solver.table(self._schedule, key[1]), key[2]) for key in missing}
         if new:
             self._tables.update(new)
             self._pack()
