@@ -428,5 +428,7 @@ def test_samples_that_step_alike_share_one_table_made_once() -> None:
     tables = TableSet(NoiseSchedule("vp"))
     first = tables.add(Counted(), torch.tensor([4, 9] * 16))
     second = tables.add(Counted(), torch.tensor([9, 5] * 16))
-    assert made == [4, 9, 5] and len(tables) == 3
-    assert tables.packed.steps[first].tolist() == [4, 9] * 16 and tables.packed.steps[second].tolist() == [9, 5] * 16
+    assert made == [4, 9, 5]
+    assert len(tables) == 3
+    assert tables.packed.steps[first].tolist() == [4, 9] * 16
+    assert tables.packed.steps[second].tolist() == [9, 5] * 16
