@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from cells import select
-from fronts import HIGHER, SUITE, Point, data_sets, front, points
+from fronts import HIGHER, SCALE, SUITE, Point, data_sets, front, points
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import LogLocator, NullLocator
@@ -36,7 +36,7 @@ LABELS = {
     "error": "squared error to the full network",
     "accuracy": "share of images that are right",
 }
-SCALE = {"seconds": 1e3, "macs": 1e-6}
+MANY, SHARE = 50, 0.97  # of so many settings, the best ones are shown; a few are so bad that they would hide all else
 SHOWN = {"ours, faithful": 3, "ours, distribution": 1, "ours, one threshold": 1, "batch mean": 1}  # panels of exits
 
 
@@ -103,8 +103,14 @@ def _curves(panel: Axes, found: Sequence[Point], axis: str, measure: str) -> Non
     panel.set(xlabel=COSTS[axis], ylabel=LABELS[measure], xscale="log")
     if measure not in HIGHER:
         panel.set_yscale("log")
+    if len(found) >= MANY:
+        higher = measure in HIGHER
+        values = [p.measures[measure].value for p in found]
+        worst = np.quantile(values, 1 - SHARE if higher else SHARE)
+        shown = [p.measures[measure] for p in found if (p.measures[measure].value >= worst) == higher]
+        panel.set_ylim(min(i.low for i in shown) / 1.03, max(i.high for i in shown) * 1.03)
     for scaled in (panel.xaxis, panel.yaxis) if measure not in HIGHER else (panel.xaxis,):
-        scaled.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        scaled.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
         scaled.set_major_formatter("{x:g}")
         scaled.set_minor_locator(NullLocator())
     panel.grid(alpha=0.3)

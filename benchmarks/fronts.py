@@ -18,6 +18,8 @@ from adadiff.evaluation.intervals import Interval, centred_interval, share_inter
 SUITE = "quality"
 MEASURES = {"frechet": "Fréchet distance", "error": "squared error", "accuracy": "accuracy"}
 HIGHER = {"accuracy"}  # is better
+COSTS = {"seconds": "ms/image", "macs": "million MACs"}
+SCALE = {"seconds": 1e3, "macs": 1e-6}
 
 
 @dataclass(frozen=True)
@@ -158,24 +160,29 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     for data in data_sets(rows):
         all_points = points(rows, data)
         timed = [point for point in all_points if point.seconds is not None]
-        measured = [row for row in select(rows, SUITE, "speed") if row["parameters"]["data"] == data]
-        if timed:
-            made += [front_table(timed, measured, data, measure) for measure in ("frechet", "error")]
-            made.append(best_table(timed, measured, data))
+        good, measured = (
+            [row for row in select(rows, SUITE, kind) if row["parameters"]["data"] == data]
+            for kind in ("quality", "speed")
+        )
+        for measure in ("frechet", "error"):
+            made += [front_table(timed, measured, data, measure, "seconds")] if timed else []
+            made.append(front_table(all_points, good, data, measure, "macs"))
+        made += [best_table(timed, measured, data)] if timed else []
     return made
 
 
-def front_table(timed: Sequence[Point], measured: Sequence[Row], data: str, measure: str) -> Table:
-    """For every budget, and for one threshold for all, that setting of ours which does best against the others."""
-    others = front([point for point in timed if not point.ours], "seconds", measure)
+def front_table(found: Sequence[Point], rows: Sequence[Row], data: str, measure: str, axis: str) -> Table:
+    """For every budget, and for one threshold for all, that setting of ours which does best against the others at the
+    same cost. rows: that the costs come from."""
+    others = front([point for point in found if not point.ours], axis, measure)
     groups: dict[str, list[Point]] = {}
-    for point in timed:
+    for point in found:
         if point.ours:
             budget = point.setting.split(",")[0] if point.method in BY_BUDGET else "one threshold"
             groups.setdefault(budget, []).append(point)
     body = []
     for name in sorted(groups):
-        ratios = {i: over_front(point, others, "seconds", measure) for i, point in enumerate(groups[name])}
+        ratios = {i: over_front(point, others, axis, measure) for i, point in enumerate(groups[name])}
         i = min(ratios, key=lambda i: ratios[i].value if ratios[i] else 0.0)
         point, ratio = groups[name][i], ratios[i]
         body.append(
@@ -183,7 +190,7 @@ def front_table(timed: Sequence[Point], measured: Sequence[Row], data: str, meas
                 name,
                 way(point),
                 f"{point.steps}, {point.solver}",
-                number(point.seconds * 1e3, 2),
+                number(point.cost(axis) * SCALE[axis], 2),
                 number(point.exit_layer, 2),
                 f"{point.measures[measure].value:.4g}",
                 f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})" if ratio else "",
@@ -191,15 +198,19 @@ def front_table(timed: Sequence[Point], measured: Sequence[Row], data: str, meas
             )
         )
     header = (
-        f"{data}, ours by budget", "how", "steps", "ms/image", "exit layer", MEASURES[measure],
+        f"{data}, ours by budget", "how", "steps", COSTS[axis], "exit layer", MEASURES[measure],
         "over the others' front", "it lies",
     )  # fmt: skip
     note = (
-        "Over the others' front: ratio to the best of all alternatives at the same seconds, with its 95 % interval; "
-        "below 1 is better. How and steps: what does best with the budget, which is a share of the full network's "
-        "multiply-adds at as many steps. "
+        f"Over the others' front: ratio to the best of all alternatives at the same {axis_name(axis)}, with its 95 % "
+        "interval; below 1 is better. How and steps: what does best with the budget, which is a share of the full "
+        "network's multiply-adds at as many steps. "
     )
-    return Table(where(measured), header, body, note + warning(measured))
+    return Table(where(rows), header, body, note + (warning(rows) if axis == "seconds" else ""))
+
+
+def axis_name(axis: str) -> str:
+    return "multiply-adds" if axis == "macs" else axis
 
 
 def way(point: Point) -> str:

@@ -3,7 +3,7 @@
 python benchmarks/run.py [--quick]            both suites, short: under 8 minutes (90 s) on 2 cores
 python benchmarks/run.py --suite network      U-ViT-S/2 at batch 8 and 64, both dtypes, compiled baseline
 python benchmarks/run.py --suite serving      throughput and latency of continuous batching: 50 minutes (--quick: 1)
-python benchmarks/run.py --suite quality --data canvases     every method over its range, at equal seconds: 20 minutes
+python benchmarks/run.py --suite quality --data canvases     every method over its range, at equal seconds: 40 minutes
 python benchmarks/run.py --suite models       every published network: on a GPU all, on a CPU the small ones
 python benchmarks/run.py --suite digits --samples 10000 --seeds 3 --quality-only --out DIR
 """

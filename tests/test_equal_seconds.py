@@ -278,8 +278,12 @@ def check_pages(measured: list[rows.Row], folder: Path) -> None:
     found = {table.header[0]: table for table in tables.all_tables(measured)}
     assert set(found) == {"digits, ours by budget", "digits, best for their seconds"}
     text = [tables.plain(table) for table in tables.all_tables(measured)]
-    assert "Fréchet distance" in text[0]
-    assert "squared error" in text[1]
+    costs = [table.header[3] for table in tables.all_tables(measured)[:4]]
+    assert costs == ["ms/image", "million MACs"] * 2
+    assert ["Fréchet distance" in page for page in text[:4]] == [True, True, False, False]
+    assert ["squared error" in page for page in text[:4]] == [False, False, True, True]
+    untimed = [row for row in measured if row["kind"] == "quality"]
+    assert [table.header[3] for table in tables.all_tables(untimed)] == ["million MACs"] * 2
     assert [line[0] for line in found["digits, ours by budget"].body] == ["0.6", "one threshold"]
     words = {"below", "above", "undecided", "no other so fast"}
     assert {line[-1] for line in found["digits, ours by budget"].body} <= words
