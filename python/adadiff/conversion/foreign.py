@@ -95,7 +95,7 @@ def _read_file(file: Path) -> Source:
                     raise ValueError(f"{file} is a checkpoint of ours already")
                 return Source(file, {key: opened.get_tensor(key) for key in opened.keys()})  # noqa: SIM118
         except SafetensorError as error:
-            raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
+            raise ValueError(f"{file} is not a readable safetensors file (truncated, or damaged): {error}") from error
     values = _unpickle(file)
     for part in WRAPPERS:
         if isinstance(values, Mapping) and isinstance(values.get(part), Mapping):
