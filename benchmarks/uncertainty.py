@@ -99,7 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if row is None:
             say(f"{options.data}: {variant}")
             file = Trainer(config, options.out / f"{options.data}-{loss}-{time}".lower()).run()
-            row = rows.write(SUITE, "calibrated", variant, parameters, **measure(file, options.n, BUDGETS))
+            measured = measure(file, options.n, BUDGETS)
+            row = rows.write(SUITE, "calibrated", variant, parameters, dtype="float32", **measured)
         shown.append(row)
     print(table(shown))
 
