@@ -145,6 +145,9 @@ def test_every_training_setting_is_an_option(tmp_path):
     assert dataclasses.asdict(resolved(f"{file} --lr 2 --tensorboard")) == {**values, "lr": 2.0}
     assert resolved("--plain") == resolved("--no-exits") == resolved("digits_plain")
     assert resolved("canvases --network depth=2").model.network.depth == 2
+    assert resolved("digits_tuned --plain").exit_options == {}  # the baseline of equal budget of any configuration
+    with pytest.raises(ValueError, match="exits is false"):
+        resolved("digits_tuned --plain --exit-options head=mlp")
 
 
 def test_a_folder_is_named_after_the_configuration(tmp_path, monkeypatch, capsys):

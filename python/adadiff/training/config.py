@@ -150,6 +150,8 @@ def load_config(name_or_file: str | Path | None, changes: Mapping[str, Any]) -> 
     except ValueError as error:
         raise ValueError(f"{path} is not {kind}: {error}") from None
     if isinstance(values, dict):
+        if changes.get("exits") is False:
+            values.pop("exit_options", None)  # of exits that there are none of now
         values |= changes
     try:
         return from_dict(TrainConfig, values, "a training")
