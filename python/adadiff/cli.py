@@ -226,6 +226,11 @@ def _add_calibrate(known: Any) -> None:
         default=AIMS[0],
         help="faithful: the full network's images; distribution: images as good, perhaps others (default: faithful)",
     )
+    one.add_argument(
+        "--refit",
+        action="store_true",
+        help="fit the UEMs anew, in closed form, to what leaving costs the samples of one timestep",
+    )
     _add_sampling(one, n=256, rule=False, seed=CALIBRATION_SEED)
     one.add_argument("--guidance", type=float, default=0.0, help="classifier-free scale (default: 0, none)")
     _add_features(one, "what errors are seen in")

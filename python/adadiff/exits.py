@@ -18,6 +18,7 @@ is trained to keep the full network's variance (see training/losses.py).
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -194,11 +195,17 @@ class Exits(nn.Module):
             head.load_state_dict({key: values[key] for key in head.state_dict()})
 
 
-def all_layers(
-    backbone: Backbone, exits: Exits, x: Tensor, t: Tensor, context: Tensor | None
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Every layer's noise [B, C, H, W], its uncertainties [B, T - extras, P] and, where the network learns one, its
-    variance [B, C, H, W] (else none); differentiable, for training.
+class Layers(NamedTuple):
+    """Of every layer."""
+
+    predictions: list[Tensor]  # the noise [B, C, H, W]
+    scores: list[Tensor]  # uncertainties [B, T - extras, P]
+    variances: list[Tensor]  # [B, C, H, W]; none where the network learns none
+    rows: list[Tensor]  # [B, T, D]
+
+
+def all_layers(backbone: Backbone, exits: Exits, x: Tensor, t: Tensor, context: Tensor | None) -> Layers:
+    """What every layer says; differentiable, for training.
 
     The UEMs read detached rows, as in the official code, so that their loss cannot bend the network; under autocast
     they and their sigmoid stay in float32. Raises ValueError for exits that score every token: they come trained, and
@@ -228,4 +235,4 @@ def all_layers(
         with torch.autocast(rows.device.type, enabled=False):
             s = F.linear(patches.detach().float(), exits.weight[layer - 1].float()) + offsets[layer - 1][:, None]
             scores.append(torch.sigmoid(s))
-    return predictions, scores, variances
+    return Layers(predictions, scores, variances, outputs)

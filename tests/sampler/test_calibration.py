@@ -176,7 +176,7 @@ def test_recording_is_what_every_layer_says() -> None:
     torch.testing.assert_close(recording.images, images, rtol=1e-4, atol=1e-4)
     assert recording.u.shape == recording.relative.shape == (4, 4, 5)
     for i, (x, t, context) in enumerate(seen):
-        predictions, scores, _ = all_layers(model.backbone, model.exits, x, t, context)
+        predictions, scores, *_ = all_layers(model.backbone, model.exits, x, t, context)
         assert float(recording.t[i]) == float(t[0])
         for k in range(4):
             square = (predictions[k] - predictions[-1]).square().flatten(1).mean(1)
@@ -196,7 +196,7 @@ def halves(images: torch.Tensor) -> torch.Tensor:
 
 def check_errors_as_features_see_them(model: adadiff.Model, recording: Recording, seen: list) -> None:
     for i, (x, t, context) in enumerate(seen):
-        predictions, _, _ = all_layers(model.backbone, model.exits, x, t, context)
+        predictions, _, *_ = all_layers(model.backbone, model.exits, x, t, context)
         alpha_bar = float(model.schedule.log_alpha_bar(t[:1].double()).exp())
         means = [
             ((x - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5).clamp(-1, 1).unflatten(2, (2, -1)).mean((1, 3, 4))
@@ -217,7 +217,7 @@ def test_noised_errors_are_to_the_noise_put_in() -> None:
         noise = torch.randn(6, 1, 4, 4, generator=draw)
         a = torch.cumprod(1 - beta, 0)[t]
         x = (a.sqrt() * images + (1 - a).sqrt() * noise).float()
-        predictions, scores, _ = all_layers(model.backbone, model.exits, x, torch.full((6,), float(t)), labels)
+        predictions, scores, *_ = all_layers(model.backbone, model.exits, x, torch.full((6,), float(t)), labels)
         for k in range(4):
             torch.testing.assert_close(errors[i, k], (predictions[k] - noise).square().mean((1, 2, 3)))
             torch.testing.assert_close(u[i, k], scores[k].mean((1, 2)))
@@ -310,7 +310,7 @@ def test_weights_follow_the_final_errors(monkeypatch: pytest.MonkeyPatch) -> Non
         at, layer = place
         return float(wanted[at] * recording.error[at, layer - 1].double().mean())
 
-    given = calibrating.model, calibrating._samples(n), recording
+    given = calibrating.model, calibrating._samples(n, calibrating.seed), recording
     torch.testing.assert_close(measure_weights(*given, distance, batch=n, places=3), wanted, rtol=1e-9, atol=0)
 
 

@@ -95,7 +95,7 @@ def test_official_exits_are_those_of_their_loop(quantile: float) -> None:
 @pytest.mark.parametrize("kind", ["uvit", "dit", "adaln"])
 def test_training_sees_what_inference_decides_by(kind: str, config: ExitConfig) -> None:
     c, exact = case(kind, config, F32), case(kind, config, F32, exact=True)
-    predictions, scores, _ = all_layers(c.backbone, c.exits, *c.given.all)
+    predictions, scores, *_ = all_layers(c.backbone, c.exits, *c.given.all)
     assert_as_accurate(torch.stack(predictions), c.predictions, exact.predictions)
     outputs = c.backbone.patch_outputs if config.map else 1
     assert {score.shape for score in scores} == {(BATCH, c.backbone.tokens - c.backbone.extras, outputs)}

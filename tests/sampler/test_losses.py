@@ -126,7 +126,7 @@ def gradients(config: ExitConfig, uem: float, ual: float, loss=paper_loss) -> di
     scramble(backbone, 0.15, seed=1)
     scramble(exits, 0.15, seed=2)
     given = inputs(backbone, 4)
-    predictions, scores, _ = all_layers(backbone, exits, *given.all)
+    predictions, scores, *_ = all_layers(backbone, exits, *given.all)
     loss(predictions, scores, torch.ones_like(given.x), backbone.patchify, uem, ual).total.backward()
     return {
         f"{part}.{name}": parameter.grad

@@ -21,6 +21,7 @@ from ..sampling.sampler import sample
 from ..sampling.samples import Samples, whole
 from .calibration import NEAR, Budget, Budgeted, Calibration, Measured, Scheduled, Tables
 from .recording import Extractor, Recording, measure_weights, record
+from .refitting import Refitting
 from .stopping import Work, adaptive_table, mixed, static_table
 
 AIMS = ("faithful", "distribution")
@@ -52,7 +53,9 @@ class Calibrating:
     none are known, as the predicted noise. aim: "faithful" weighs it by what it does to each image, "distribution" by
     how far the images as a whole move in the space of the features, the Fréchet distance.
     n samples, seeds `seed` and on, are recorded; as many more, never looked at before, are measured on. Everything is
-    deterministic. `recording` is there after `run`. Raises ValueError for what cannot be, before any work.
+    deterministic. refit: UEMs are fitted anew to those errors, on another n samples (see refitting.py), and everything
+    is done with them. After `run`, `model` has the UEMs that the calibration is for (the one given keeps its own), and
+    `recording` is there. Raises ValueError for what cannot be, before any work.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Calibrating:
         seed: int = CALIBRATION_SEED,
         batch: int = 64,
         features: Extractor | None = None,
+        refit: bool = False,
     ):
         if model.exits is None:
             raise ValueError("this model has no exits to calibrate; `adadiff train` with recipe = 'frozen' adds some")
@@ -87,23 +91,28 @@ class Calibrating:
             raise ValueError(f"the least that this network can run is {least:.3f} of its work, got {min(budgets)}")
         self.model, self.budgets, self.aim = model, sorted(budgets), aim
         self.n, self.steps, self.solver, self.guidance = n, steps, solver, guidance
-        self.seed, self.batch = seed, batch
+        self.seed, self.batch, self.refit = seed, batch, refit
         self._features = features or default_features(model)
         if aim == "distribution" and self._features is None:
             raise ValueError("no features are known for this model's images; give some, or take the aim 'faithful'")
-        self._samples(n)  # for its checks
+        self._samples(n, seed)  # for its checks
         self.recording: Recording | None = None
 
     def run(self, progress: bool = False) -> Calibration:
-        runs = 2 + PLACES * LAYERS_PERTURBED + len(self.budgets) * (ROUNDS + 3)
+        runs = 2 + self.refit + PLACES * LAYERS_PERTURBED + len(self.budgets) * (ROUNDS + 3)
         with tqdm(total=runs, disable=not progress, unit="run", dynamic_ncols=True) as bar:
             return self._run(bar)
 
     def _run(self, bar: tqdm) -> Calibration:
+        if self.refit:
+            refitting = Refitting(self.model)
+            record(self.model, self._samples(self.n, self.seed + 2 * self.n), self.batch, self._features, refitting)
+            self.model = refitting.fitted()
+            bar.update()
         model = self.model
-        self.recording = recording = record(model, self._samples(self.n), self.batch, self._features)
+        self.recording = recording = record(model, self._samples(self.n, self.seed), self.batch, self._features)
         bar.update()
-        first = self._samples(min(self.n, self.batch))
+        first = self._samples(min(self.n, self.batch), self.seed)
         weights = measure_weights(
             model, first, recording, self._distance, batch=self.batch, places=PLACES, tick=bar.update
         )
@@ -131,6 +140,7 @@ class Calibrating:
             guidance=float(self.guidance),
             n=self.n,
             seed=self.seed,
+            refit=self.refit,
             layers=model.layers,
             t=tuple(recording.t.tolist()),
             weights=tuple(weights.tolist()),
@@ -170,9 +180,8 @@ class Calibrating:
             "batch": self.batch,
         }
 
-    def _samples(self, n: int) -> Samples:
-        """The first n of those that are recorded."""
-        given = self._settings(self.seed)
+    def _samples(self, n: int, seed: int) -> Samples:
+        given = self._settings(seed)
         del given["batch"]
         return Samples.of(self.model, n, **{k: v[:n] if isinstance(v, list) else v for k, v in given.items()})
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,16 +33,22 @@ class Recording:
     images: Tensor  # float32 [samples, C, H, W]
 
 
+class Watched(NamedTuple):
+    """One evaluation of B lanes."""
+
+    predictions: list[Tensor]  # every layer's, L of [B, C, H, W]
+    u: Tensor  # float32 [K, B]
+    relative: Tensor  # float32 [K, B], as in Recording
+    rows: Tensor  # [K, B, D], after each block, the mean over the tokens that have a say
+
+
 @torch.no_grad()
-def watch(
-    backbone: Backbone, exits: Exits, x: Tensor, t: Tensor, context: Tensor | None
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Every layer's prediction, L of [B, C, H, W]; uncertainties and errors relative to the last, float32 [K, B]."""
-    predictions, scores, _ = all_layers(backbone, exits, x, t, context)
+def watch(backbone: Backbone, exits: Exits, x: Tensor, t: Tensor, context: Tensor | None) -> Watched:
+    predictions, scores, _, rows = all_layers(backbone, exits, x, t, context)
     u = torch.stack([score.flatten(1).mean(1) for score in scores[:-1]])
     full = predictions[-1].float()
     relative = torch.stack([(p.float() - full).square().flatten(1).mean(1) for p in predictions[:-1]])
-    return predictions, u, relative
+    return Watched(predictions, u, relative, torch.stack([own[:, exits.extras :].mean(1) for own in rows[:-1]]))
 
 
 def run(model: Model, samples: Samples, batch: int, evaluator: Callable[[], Callable[..., Evaluation]]) -> Tensor:
@@ -59,10 +66,17 @@ def run(model: Model, samples: Samples, batch: int, evaluator: Callable[[], Call
     return images
 
 
-def record(model: Model, samples: Samples, batch: int, features: Extractor | None = None) -> Recording:
+def record(
+    model: Model,
+    samples: Samples,
+    batch: int,
+    features: Extractor | None = None,
+    visit: Callable[[int, float, Tensor, Tensor], object] = lambda *_: None,
+) -> Recording:
     """samples: with the rule "full" and equally many steps each. Lanes are in order, the unconditional ones of each
     batch after its conditional ones. features: errors are the mean squared differences of the features of what each
-    prediction makes of the noisy image, the image it leads to at once; else those of the predictions themselves."""
+    prediction makes of the noisy image, the image it leads to at once; else those of the predictions themselves.
+    visit: called with every evaluation's number, from 0 to S - 1, its time, rows as `Watched` has them, and error."""
     watched: list[list[tuple[float, Tensor, Tensor, Tensor]]] = []
 
     def evaluator() -> Callable[..., Evaluation]:
@@ -78,9 +92,12 @@ def record(model: Model, samples: Samples, batch: int, features: Extractor | Non
             context: Tensor | None = None,
             **_: object,
         ) -> Evaluation:
-            predictions, u, relative = watch(backbone, exits, x, t, context)
-            error = relative if features is None else _feature_errors(features, model.schedule, x, t, predictions)
-            rows.append((float(t[0]), u, relative, error))
+            seen = watch(backbone, exits, x, t, context)
+            predictions, error = seen.predictions, seen.relative
+            if features is not None:
+                error = _feature_errors(features, model.schedule, x, t, predictions)
+            visit(len(rows), float(t[0]), seen.rows, error)
+            rows.append((float(t[0]), seen.u, seen.relative, error))
             return _whole(predictions[-1])
 
         return evaluate
@@ -153,7 +170,7 @@ def _replacing(at: int, layer: int) -> Callable[..., Evaluation]:
         nonlocal calls
         calls += 1
         if calls == at + 1:
-            return _whole(watch(backbone, exits, x, t, context)[0][layer - 1])
+            return _whole(watch(backbone, exits, x, t, context).predictions[layer - 1])
         return engine.evaluate(backbone, exits, rule, x, t, context, **given)
 
     return evaluate
@@ -177,7 +194,7 @@ def noised_errors(
     for time, alpha_bar in zip(t, schedule.log_alpha_bar(t).exp(), strict=True):
         noise = torch.randn(images.shape, generator=generator)
         x = (alpha_bar.sqrt() * images + (1 - alpha_bar).sqrt() * noise).float()
-        predictions, own, _ = watch(model.backbone, model.exits, x, time.float().expand(len(x)), labels)
-        u.append(own)
-        errors.append(torch.stack([(p - noise).square().flatten(1).mean(1) for p in predictions[:-1]]))
+        seen = watch(model.backbone, model.exits, x, time.float().expand(len(x)), labels)
+        u.append(seen.u)
+        errors.append(torch.stack([(p - noise).square().flatten(1).mean(1) for p in seen.predictions[:-1]]))
     return torch.stack(u), torch.stack(errors)

@@ -34,6 +34,7 @@ def calibrate(options: argparse.Namespace) -> None:
         "guidance": options.guidance,
         "seed": options.seed,
         "batch": options.batch,
+        "refit": options.refit,
     }
     features = None if options.features is None else features_from(options.features)
     if features is not None:
@@ -41,7 +42,9 @@ def calibrate(options: argparse.Namespace) -> None:
     calibration = Calibrating(model, options.budget, features=features, **settings)  # and its
     shown = {"features": options.features or "the model's own, if known"}
     show({"model": options.model, "budget": options.budget, **settings, **shown, "out": options.out})
-    model.calibration = calibration.run(progress=True)
+    found = calibration.run(progress=True)
+    model = calibration.model
+    model.calibration = found
     notes = checkpoint.read_tensors(checkpoint.find(options.model))[1].get("notes", {})
     checkpoint.save(model, options.out, notes)
     print(f"\n{model.calibration}\n")

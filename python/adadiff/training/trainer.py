@@ -48,7 +48,7 @@ class Objective(nn.Module):
                 prediction, *variances = backbone(x, t, labels).split(x.shape[1], dim=1)
                 predictions, scores = [prediction], []
             else:
-                predictions, scores, variances = all_layers(backbone, exits, x, t, labels)
+                predictions, scores, variances, _ = all_layers(backbone, exits, x, t, labels)
         predictions = [prediction.float() for prediction in predictions]
         if exits is None:
             loss = F.mse_loss(predictions[0], noise)

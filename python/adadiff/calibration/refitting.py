@@ -1,0 +1,161 @@
+"""UEMs fitted anew to what leaving costs, in closed form.
+
+A trained UEM knows best how errors differ between timesteps, for that is most of what its loss sees. Thresholds of a
+calibration are by timestep, and need no more than to know which of the samples of one timestep loses least by leaving.
+That is fitted here on recorded runs. For layer k, x the mean of a lane's rows after it over the tokens that have a say,
+and y the logarithm of what leaving there would get wrong, centred and in units of its spread over all that is recorded:
+
+    w_k    = argmin_w sum_(s, n) (y - mean_s y - w . (x - mean_s x))^2 + penalty_k |w|^2     within each timestep s
+    a_sk   = mean_s y - w_k . mean_s x                         to which the time part of the UEM, a_k(t), is then fitted
+    u      = mean over tokens of sigmoid(w_k . L + a_k(t))     the UEM's own formula; about sigmoid of the y expected
+
+|w|^2 is in units of each channel's spread. penalty_k is, of PENALTIES, the one that does best on the half of the
+lanes that it was not fitted on, both ways. Only sums over lanes are kept, so memory does not grow with them.
+
+S evaluations, L layers, K = L - 1 that can be left after, D channels.
+"""
+
+import copy
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..exits import STRETCHES, TIME_SPAN
+from ..model import Model
+
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # beside each channel's sum of squares, scaled to 1
+LEAST = 1e-12  # of errors, whose logarithm is taken
+SMOOTH = 1e-6  # penalty of the time part, beside the mean square of its inputs
+
+
+class Sums:
+    """Of the lanes added, float64. The products are summed over evaluations, as w is the same at all of them."""
+
+    def __init__(self, K: int, D: int):
+        self.n: list[int] = []  # an entry for each evaluation
+        self.x: list[Tensor] = []  # [K, D]
+        self.y: list[Tensor] = []  # [K]
+        zeros = partial(torch.zeros, dtype=torch.float64)
+        self.xx, self.xy, self.yy = zeros(K, D, D), zeros(K, D), zeros(K)
+
+    def add(self, step: int, x: Tensor, y: Tensor) -> None:
+        """Some lanes at evaluation number `step`: x [K, n, D], y [K, n]."""
+        if step == len(self.n):
+            self.n.append(0)
+            self.x.append(torch.zeros_like(self.xy))
+            self.y.append(torch.zeros_like(self.yy))
+        self.n[step] += x.shape[1]
+        self.x[step] += x.sum(1)
+        self.y[step] += y.sum(1)
+        self.xx += x.mT @ x
+        self.xy += (x.mT @ y[..., None])[..., 0]
+        self.yy += y.square().sum(1)
+
+    def __add__(self, other: "Sums") -> "Sums":
+        both = Sums(*self.xy.shape)
+        for name, own in vars(self).items():
+            its = getattr(other, name)
+            setattr(both, name, [a + b for a, b in zip(own, its, strict=True)] if isinstance(own, list) else own + its)
+        return both
+
+    def means(self) -> tuple[Tensor, Tensor, Tensor]:
+        """How many lanes, [S]; their mean x [S, K, D] and y [S, K]."""
+        n = torch.tensor(self.n, dtype=torch.float64)
+        return n, torch.stack(self.x) / n[:, None, None], torch.stack(self.y) / n[:, None]
+
+    def within(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The products of deviations from the means of each evaluation, [K, D, D], [K, D] and [K]."""
+        n, x, y = self.means()
+        xx, xy = torch.einsum("s,skd,ske->kde", n, x, x), torch.einsum("s,skd,sk->kd", n, x, y)
+        return self.xx - xx, self.xy - xy, self.yy - torch.einsum("s,sk,sk->k", n, y, y)
+
+
+def ridge(sums: Sums, penalty: Tensor) -> Tensor:
+    """penalty: [K], of PENALTIES. Returns w [K, D]."""
+    xx, xy, _ = sums.within()
+    spread = xx.diagonal(dim1=1, dim2=2)
+    # a channel that is always the same has no say
+    spread = spread.clamp(min=0).where(spread > 1e-12 * spread.amax(1, keepdim=True), 0)
+    scale = torch.where(spread > 0, spread.rsqrt(), 0)
+    own = scale[:, :, None] * xx * scale[:, None] + torch.diag_embed(penalty[:, None] + (spread == 0))
+    return scale * torch.linalg.solve(own, scale * xy)
+
+
+def held_out_error(sums: Sums, w: Tensor) -> Tensor:
+    """float64 [K]: the sum of squares that w [K, D] leaves within evaluations."""
+    xx, xy, yy = sums.within()
+    return yy - 2 * (w * xy).sum(1) + torch.einsum("kd,kde,ke->k", w, xx, w)
+
+
+def fit(halves: tuple[Sums, Sums]) -> tuple[Tensor, Tensor]:
+    """Returns w [K, D] and a [S, K]."""
+    K = len(halves[0].yy)
+    losses = []
+    for penalty in PENALTIES:
+        given = torch.full((K,), penalty, dtype=torch.float64)
+        losses.append(sum(held_out_error(halves[1 - i], ridge(halves[i], given)) for i in (0, 1)))
+    both = halves[0] + halves[1]
+    w = ridge(both, torch.tensor(PENALTIES, dtype=torch.float64)[torch.stack(losses).argmin(0)])
+    _, x, y = both.means()
+    return w, y - torch.einsum("kd,skd->sk", w, x)
+
+
+class Refitting:
+    """Visits what `recording.record` watches, and makes UEMs of it."""
+
+    def __init__(self, model: Model):
+        self._model = model
+        self._t: list[float] = []
+        self._halves = tuple(Sums(model.layers - 1, model.backbone.dim) for _ in range(2))
+
+    def __call__(self, step: int, t: float, rows: Tensor, error: Tensor) -> None:
+        """Evaluation number `step`, at time t, of B lanes: rows [K, B, D], means over tokens; error [K, B]."""
+        if step == len(self._t):
+            self._t.append(t)
+        x, y = rows.double().cpu(), error.double().cpu().clamp(min=LEAST).log()
+        for i, half in enumerate(self._halves):
+            half.add(step, x[:, i::2], y[:, i::2])
+
+    def fitted(self) -> Model:
+        """The model with UEMs fitted anew. It shares the network and the heads with the one given."""
+        w, a = fit(self._halves)
+        both = self._halves[0] + self._halves[1]
+        count = sum(both.n) * len(w)
+        centre = sum(both.y).sum() / count
+        spread = (both.yy.sum() / count - centre**2).clamp(min=LEAST).sqrt()
+        shared = self._model.backbone, *(self._model.exits.heads or ())
+        model = copy.deepcopy(self._model, {id(part): part for part in shared})
+        model.calibration = None
+        self._set(model, w / spread, (a - centre) / spread)
+        return model
+
+    @torch.no_grad()
+    def _set(self, model: Model, w: Tensor, a: Tensor) -> None:
+        """w: [K, D]; a: [S, K]. All P outputs of a patch say the same; the last layer, never asked, keeps its own."""
+        exits, K = model.exits, len(w)
+        exits.weight[:K] = w[:, None].to(exits.weight)
+        exits.bias[:K] = a.mean(0)[:, None].to(exits.bias)
+        if exits.time_bias is not None:
+            rising = np.argsort(self._t)
+            ends = np.linspace(0, TIME_SPAN, STRETCHES + 1)
+            curves = [np.interp(ends, np.array(self._t)[rising], a[rising, k].numpy()) for k in range(K)]
+            exits.bias[:K] = 0
+            exits.time_bias[:, :K] = torch.from_numpy(np.stack(curves, 1))[..., None].to(exits.time_bias)
+        if exits.time_weight is not None:
+            tau = self._embedded(model).double()  # [S, Dt]
+            mean = tau.mean(0)
+            own = tau - mean
+            kernel = own @ own.T  # [S, S], as S is small beside Dt
+            kernel += SMOOTH * kernel.diagonal().mean() * torch.eye(len(own), dtype=torch.float64)
+            weight = torch.linalg.solve(kernel, a - a.mean(0)).T @ own  # [K, Dt]
+            exits.time_weight[:K] = weight[:, None].to(exits.time_weight)
+            exits.bias[:K] = (a.mean(0) - weight @ mean)[:, None].to(exits.bias)
+
+    def _embedded(self, model: Model) -> Tensor:
+        """tau at every evaluation, [S, Dt]."""
+        S, device = len(self._t), model.device
+        x, t = torch.zeros(S, *model.backbone.sample_shape, device=device), torch.tensor(self._t, device=device)
+        labels = torch.zeros(S, dtype=torch.long) if model.config.classes else None
+        return model.backbone.begin(x, t, labels)[1].time.cpu()
