@@ -72,9 +72,20 @@ def seeds_and_labels(run: int, n: int, classes: int = CLASSES) -> tuple[Tensor, 
     return run * SEED_STRIDE + torch.arange(n), torch.arange(n) % classes
 
 
+class Switched:
+    """Two plain networks, called like one, for lanes of one time: the first from t_switch up."""
+
+    def __init__(self, early: Callable[..., Tensor], late: Callable[..., Tensor], t_switch: float):
+        self._early, self._late, self._t_switch = early, late, t_switch
+        self.sample_shape = late.sample_shape
+
+    def __call__(self, x: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
+        return (self._early if float(t[0]) >= self._t_switch else self._late)(x, t, context)
+
+
 @torch.inference_mode()
 def lockstep(
-    backbone: Backbone,
+    backbone: Backbone | Switched,
     schedule: NoiseSchedule,
     seeds: Tensor,
     labels: Tensor,
@@ -103,10 +114,22 @@ def draw(method: Method, seeds: Tensor, labels: Tensor) -> Drawn:
     return in_engine(method, seeds, labels, batch)
 
 
-def in_plain_loop(method: Method, seeds: Tensor, labels: Tensor, batch: int) -> Tensor:
+def in_plain_loop(method: Method, seeds: Tensor, labels: Tensor, batch: int, compiled: bool = False) -> Tensor:
+    """method: of the rule "full"; it may have an early model. compiled: the networks are `compiled_network`s."""
     model = load(method.model)
-    given = seeds, labels, method.steps, batch, method.solver, method.reuse
-    return lockstep(model.backbone, model.schedule, *given)
+
+    def network(name: str) -> Callable[..., Tensor]:
+        return compiled_network(name) if compiled else load(name).backbone
+
+    own = network(method.model)
+    if method.early_model is not None:
+        own = Switched(network(method.early_model), own, method.t_switch)
+    return lockstep(own, model.schedule, seeds, labels, method.steps, batch, method.solver, method.reuse)
+
+
+@cache
+def compiled_network(name: str) -> Callable[..., Tensor]:
+    return torch.compile(load(name).backbone, dynamic=False)
 
 
 def in_engine(method: Method, seeds: Tensor, labels: Tensor, batch: int) -> Drawn:

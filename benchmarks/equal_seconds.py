@@ -1,8 +1,9 @@
 """Does leaving early beat the alternatives at equal seconds? Quality and measured seconds of every method.
 
 All methods draw the same samples (same noises, same labels), 64 at a time. Seconds are measured apart from the quality,
-on one thread, in rounds in which all settings take turns; a plain network is timed in the ordinary loop and in the
-engine, and the faster way counts. What the rows have is not measured again.
+on one thread, in rounds in which all settings take turns; plain networks, DuoDiff's two among them, are timed in the
+ordinary loop, in the same loop compiled, and in the engine, and the fastest way counts. What the rows have is not
+measured again.
 """
 
 import dataclasses
@@ -11,8 +12,19 @@ from pathlib import Path
 from shutil import copyfile
 
 import reuse
+import torch
 from alternatives import BATCH, OURS, Networks, Sweep, calibrate, methods
-from drawing import Artist, Drawn, Method, fingerprint, in_engine, in_plain_loop, load, seeds_and_labels
+from drawing import (
+    Artist,
+    Drawn,
+    Method,
+    compiled_network,
+    fingerprint,
+    in_engine,
+    in_plain_loop,
+    load,
+    seeds_and_labels,
+)
 from harness import interleave, threads
 from judging import Judging, judging_of
 from quality import depth
@@ -25,7 +37,7 @@ from adadiff.checkpoint import write_tensors
 from adadiff.diffusion.solvers import solver_from
 
 SUITE = "quality"
-LOOP, ENGINE = "loop", "engine"
+LOOP, COMPILED, ENGINE = "loop", "compiled loop", "engine"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,15 +126,17 @@ class Comparison:
         with threads(1):
             given = seeds_and_labels(0, BATCH, self.judging().judge.classes)
             first = max((m for m in chosen if m.name == "fewer steps"), key=lambda m: m.steps)
+            compiles = can_compile(self.networks, *given)
             variants: dict[str, Callable[[], object]] = {}
             for method in [first, *(m for m in missing if m != first)]:
-                for way in ways(method):
+                for way in ways(method, compiles):
                     variants[title(method, way)] = timed(method, way, *given)
             measured = interleave(
                 variants, self.sweep.repeats, warmup=0, limit=self.sweep.limit, label=f"{self.data}, seconds"
             )
             for method in missing:
-                way = min(ways(method), key=lambda way: measured.median(title(method, way)))
+                taken = {way: measured.median(title(method, way)) for way in ways(method, compiles)}
+                way = min(taken, key=taken.__getitem__)
                 name = title(method, way)
                 self.rows.write(
                     SUITE,
@@ -134,14 +148,29 @@ class Comparison:
                     rounds=list(measured.times[name].samples),
                     seconds_per_image=measured.median(name) / BATCH,
                     way=way,
-                    other_way=next((measured.median(title(method, w)) for w in ways(method) if w != way), None),
+                    ways=taken,
                 )
 
 
-def ways(method: Method) -> tuple[str, ...]:
-    if not method.plain:
+def ways(method: Method, compiles: bool) -> tuple[str, ...]:
+    if method.rule != "full":
         return (ENGINE,)
-    return (LOOP, ENGINE) if method.reuse == 1 else (LOOP,)
+    if method.reuse != 1:
+        return (LOOP,)
+    return (LOOP, ENGINE, COMPILED) if compiles else (LOOP, ENGINE)
+
+
+def can_compile(networks: Networks, seeds: Tensor, labels: Tensor) -> bool:
+    """Compiles the networks, which takes a C++ compiler; says so where there is none."""
+    torch.compiler.reset()
+    compiled_network.cache_clear()
+    try:
+        for name in filter(None, (networks.full, networks.plain, networks.shallow)):
+            in_plain_loop(Method("compiling", name, steps=1), seeds, labels, BATCH, compiled=True)
+    except (RuntimeError, OSError) as error:  # Inductor and a missing compiler raise both
+        say(f"torch.compile fails here; the compiled loop is left out: {str(error).splitlines()[0]}")
+        return False
+    return True
 
 
 def title(method: Method, way: str) -> str:
@@ -149,9 +178,10 @@ def title(method: Method, way: str) -> str:
 
 
 def timed(method: Method, way: str, seeds: Tensor, labels: Tensor) -> Callable[[], object]:
-    drawing = in_plain_loop if way == LOOP else in_engine
     load(method.model)
-    return lambda: drawing(method, seeds, labels, BATCH)
+    if way == ENGINE:
+        return lambda: in_engine(method, seeds, labels, BATCH)
+    return lambda: in_plain_loop(method, seeds, labels, BATCH, compiled=way == COMPILED)
 
 
 def done(method: Method, drawn: Drawn, run: int) -> dict[str, object]:

@@ -156,6 +156,8 @@ def test_every_method_draws_what_the_sampler_draws(networks: alternatives.Networ
     drawn = drawing.draw(duo, seeds, labels)
     torch.testing.assert_close(drawn.images, wanted, rtol=1e-4, atol=1e-4)
     assert drawn.macs == (report.macs, report.macs_full)
+    torch.testing.assert_close(drawing.in_plain_loop(duo, seeds, labels, 4), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(drawing.in_plain_loop(duo, seeds, labels, 4, True), wanted, rtol=1e-4, atol=1e-4)
     plain = drawing.Method("fewer steps", networks.full, **common)
     torch.testing.assert_close(
         drawing.draw(plain, seeds, labels).images, adadiff.sample(full, 6, **given)[0], rtol=1e-4, atol=1e-4
@@ -234,6 +236,18 @@ def test_the_whole_suite_and_its_resumption(
     assert again[-2]["frechet"] == measured[2]["frechet"]
 
 
+def test_without_a_compiler_there_is_one_way_less(
+    networks: alternatives.Networks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("no compiler\nhere")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    assert not equal_seconds.can_compile(networks, *drawing.seeds_and_labels(0, 2))
+    assert "left out: no compiler" in capsys.readouterr().out
+    assert equal_seconds.ways(drawing.Method("plain network", networks.full), False) == ("loop", "engine")
+
+
 def check_rows(by_name: dict[str, rows.Row], networks: alternatives.Networks) -> None:
     full, shallow = drawing.load(networks.full), drawing.load(networks.shallow)
     cost = {name: int(work_of_whole(made)) for name, made in (("full", full), ("shallow", shallow))}
@@ -267,11 +281,10 @@ def check_speed(speed: list[rows.Row]) -> None:
         assert row["threads"] == 1
         assert row["seconds_per_image"] == pytest.approx(row["seconds"]["median"] / 64)
         assert len(row["rounds"]) == row["seconds"]["n"] >= 3
-        twice = row["variant"] in ("fewer steps", "plain network", "shallow network")
-        assert (row["other_way"] is not None) == twice
-        if twice:
-            assert row["seconds"]["median"] <= row["other_way"]
-        assert row["way"] == "loop" or row["variant"] != "reuse"
+        plain = row["variant"] in ("fewer steps", "plain network", "shallow network", "DuoDiff")
+        ways = ["loop", "engine", "compiled loop"] if plain else ["loop" if row["variant"] == "reuse" else "engine"]
+        assert list(row["ways"]) == ways
+        assert row["seconds"]["median"] == row["ways"][row["way"]] == min(row["ways"].values())
 
 
 def check_pages(measured: list[rows.Row], folder: Path) -> None:
