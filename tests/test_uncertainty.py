@@ -32,7 +32,9 @@ def test_share_within_a_timestep() -> None:
 def test_the_script_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(uncertainty, "STEPS", 3)
     monkeypatch.setattr(uncertainty, "BUDGETS", (0.5, 0.8))
-    kept = {name: uncertainty.VARIANTS[name] for name in ("paper's target", "relative, bias by time")}
+    kept = {
+        name: uncertainty.VARIANTS[name] for name in ("relative", "relative, bias by time", "relative, fitted anew")
+    }
     monkeypatch.setattr(uncertainty, "VARIANTS", kept)
     arguments = ["--data", "digits", "--out", str(tmp_path), "--steps", "2", "-n", "8"]
     uncertainty.main(arguments)
