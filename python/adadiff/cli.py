@@ -138,6 +138,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"the early model's are T and above, in the network's time 0..999 (default: {T_SWITCH:g})",
     )
     one.add_argument("--batch-invariant", action="store_true", help="the same bits whatever BATCH and SHARD; slower")
+    one.add_argument("--compiled", action="store_true", help="blocks through torch.compile, which takes a while first")
     one.add_argument(
         "--format",
         choices=("png", "npz"),

@@ -1,15 +1,19 @@
 """Block calls go through torch.compile whole, and one graph serves any number of rows."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import adadiff
 from adadiff.engine import device as device_engine
+from adadiff.engine import evaluate as host_engine
 from adadiff.engine.blocks import advance, compile_advance
 from adadiff.engine.evaluate import evaluate
 from adadiff.exits import PAPER
 from adadiff.rules import Replay
-from sampler.tiny import BATCH, case
+from sampler.tiny import BATCH, SERVED, case, served
 
 
 @pytest.mark.parametrize("kind", ["uvit", "dit", "adaln"])
@@ -67,3 +71,51 @@ def test_blocks_of_every_kind_stay_compiled(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(device_engine, "advance", one)
         with pytest.raises(Exception, match="recompile_limit"):
             run(5, 1, 8)
+
+
+@pytest.mark.parametrize("counts", [None, "lagged"])
+def test_compiled_samples_are_the_same(counts: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the host's plan and by the device's, with an early model; without a compiler's minutes."""
+    calls = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        def run(*inputs: object) -> object:
+            calls.append(len(inputs))
+            return graph(*inputs)
+
+        return run
+
+    torch.compiler.reset()
+    made = compile_advance(backend=backend)
+    for module in (host_engine, device_engine):
+        monkeypatch.setattr(module, "compiled_advance", lambda: made)
+    model = served()
+    shallow = served(dataclasses.replace(SERVED, network=dataclasses.replace(SERVED.network, depth=2), exits=None))
+    given = {"steps": 4, "seeds": [3, 1, 4, 1, 5], "labels": [0, 1, 2, 0, 1], "rule": "threshold:0.5", "counts": counts}
+    given |= {"early_model": shallow, "t_switch": 600.0}
+    plain, before = adadiff.sample(model, 5, **given)
+    assert not calls
+    images, report = adadiff.sample(model, 5, **given, compiled=True)
+    assert calls
+    assert torch.equal(report.exit_layer, before.exit_layer)
+    torch.testing.assert_close(images, plain, rtol=1e-4, atol=1e-4)
+    calls.clear()
+    with adadiff.Engine(model, capacity=4, compiled=True, counts=counts) as engine:
+        image = engine.submit(seed=3, label=0, steps=4, rule="threshold:0.5").result()
+    assert calls
+    torch.testing.assert_close(
+        image,
+        adadiff.sample(model, 1, steps=4, seeds=[3], labels=[0], rule="threshold:0.5")[0][0],
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+def test_lane_by_lane_is_not_compiled() -> None:
+    model = served()
+    for make in (
+        lambda **given: adadiff.sample(model, 2, steps=2, labels=0, **given),
+        lambda **given: adadiff.Engine(model, capacity=2, start=False, **given),
+    ):
+        with pytest.raises(ValueError, match="is not compiled; leave one"):
+            make(compiled=True, batch_invariant=True)

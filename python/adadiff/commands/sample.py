@@ -36,6 +36,7 @@ def sample(options: argparse.Namespace) -> None:
         "guidance": options.guidance,
         "tied": options.tied,
         "batch_invariant": options.batch_invariant,
+        "compiled": options.compiled,
         **_given(options, "guidance_interval", "prompt", "text_encoder", "decoder"),
     }
     told = _untold(options, model)  # stands for what prompts become while all else is checked
@@ -58,6 +59,7 @@ def sample(options: argparse.Namespace) -> None:
             tied=options.tied,
             batch=options.batch,
             batch_invariant=options.batch_invariant,
+            compiled=options.compiled,
             **told(slots),
             early_model=early,
             t_switch=options.t_switch,

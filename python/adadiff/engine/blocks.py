@@ -95,6 +95,12 @@ def compile_advance(**options: object) -> Callable[..., tuple[Tensor, Tensor | N
     return call
 
 
+@cache
+def compiled_advance() -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """`compile_advance`, one for all evaluations, so that nothing is compiled twice."""
+    return compile_advance()
+
+
 def block_range(layer: int, nvtx: bool) -> AbstractContextManager:
     """A range named "block LAYER" for NVIDIA's profilers, where asked for."""
     return torch.cuda.nvtx.range(f"block {layer}") if nvtx else nullcontext()

@@ -17,7 +17,7 @@ from adadiff_kernels import DeviceSet, save_rows, swap_rows
 
 from ..exits import Exits
 from ..models.interface import Backbone
-from .blocks import Evaluation, advance, block_range
+from .blocks import Evaluation, advance, block_range, compiled_advance
 from .counts import Counts, Lagged
 from .decision import Decision
 
@@ -60,13 +60,14 @@ def evaluate_on_device(
     partner: Tensor | None,
     counts: Counts,
     record: bool,
+    compiled: bool,
     nvtx: bool,
 ) -> DeviceEvaluation:
     """`adadiff.evaluate`, once everything is checked and on x's device. partner: i32 [B], who a lane is tied to."""
     B = len(x)
     rows, cond = backbone.begin(x, t, context)
     offsets = exits.offsets(cond.time, t) if decision.scored else None
-    lanes = _Lanes(backbone, exits, decision, rows, cond, offsets, partner, record, nvtx)
+    lanes = _Lanes(backbone, exits, decision, rows, cond, offsets, partner, record, compiled, nvtx)
     with _device_set(B, x.device) as active:
         lanes.run(active, rows, counts)
         if lanes.parked:
@@ -96,11 +97,13 @@ class _Lanes:
         offsets: Tensor | None,
         partner: Tensor | None,
         record: bool,
+        compiled: bool,
         nvtx: bool,
     ):
         B, L = len(rows), len(backbone.blocks)
         self._backbone, self._exits, self._decision, self._cond = backbone, exits, decision, cond
         self._partner, self._nvtx = partner, nvtx
+        self._advance = compiled_advance() if compiled else advance
         self._offsets = offsets
         self._needed = {block.skip_from for block in backbone.blocks} - {None}
         self._skips: dict[int, tuple[Tensor, Tensor]] = {}  # block -> its rows, and the row of each lane in them
@@ -129,7 +132,7 @@ class _Lanes:
             scored = layer in decision.scored
             score = self._exits.score(layer, self._offsets) if scored else None
             with block_range(layer, self._nvtx):
-                y, u = advance(block, rows, skip, self._cond, lanes, score, index=index)
+                y, u = self._advance(block, rows, skip, self._cond, lanes, score, index=index)
             self.rows[layer - 1] += bound
             arrived = None
             if parked is not None and layer <= self.parked[-1]:

@@ -1,7 +1,7 @@
 """One evaluation of a network with exits: block, score, decide, leave, head."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from adadiff_kernels import ActiveSet, Swaps, swap_rows, take_rows, upload
 from ..exits import Exits
 from ..models.interface import Backbone, Block, Conditioning
 from ..rules import Rule
-from .blocks import Evaluation, advance, block_range
+from .blocks import Evaluation, advance, block_range, compiled_advance
 from .counts import Counts, Planned, Sync, check_rules, counts_from
 from .decision import Decision
 from .device import evaluate_on_device
@@ -47,6 +47,7 @@ def evaluate(
     group: int | None = None,
     record: bool = False,
     counts: Counts | str | None = None,
+    compiled: bool = False,
     nvtx: bool = False,
 ) -> Evaluation:
     """The network's prediction for B lanes, each at its own timestep, each leaving when its rule says so.
@@ -62,8 +63,9 @@ def evaluate(
     counts: how the host learns how many rows still run: "sync", "sync:4", "lagged", "lagged:2", or a `Counts`, such as
     Planned(depth). All give the same exits, and images up to rounding. Default: "sync" on a GPU; on a CPU, and
     if batch_invariant, the host decides and knows. nvtx: name the blocks for NVIDIA's profilers.
+    compiled: blocks go through torch.compile, for any number of rows; the first evaluations take seconds to minutes.
     Raises ValueError for inputs that require grad, thresholds the rule refuses, pairs that are none or whose two lanes
-    have two thresholds, or a rule that needs missing exits.
+    have two thresholds, a rule that needs missing exits, or compiled with batch_invariant.
     """
     B, L, device = len(x), len(backbone.blocks), x.device
     if x.requires_grad:
@@ -77,6 +79,7 @@ def evaluate(
         _check_pairs(pairs, decision.threshold, which)
     if nvtx and not torch.backends.cuda.is_built():
         raise ValueError("nvtx names blocks for NVIDIA's profilers, which takes a PyTorch built for CUDA")
+    check_compiled(compiled, batch_invariant)
     counts = counts_from(counts, batch_invariant)
     _check_counts(counts, decision, B, group)
     if counts is None and device.type != "cpu" and not batch_invariant and group is None:
@@ -84,7 +87,7 @@ def evaluate(
     t, pairs = upload(t, device), None if pairs is None else upload(pairs, device)
     decision.to(device)
     if counts is not None:
-        given = {"counts": counts, "record": record, "nvtx": nvtx}
+        given = {"counts": counts, "record": record, "compiled": compiled, "nvtx": nvtx}
         partner = None if pairs is None else pairs.int()
         return evaluate_on_device(backbone, exits, decision, x, t, context, partner=partner, **given)
     if batch_invariant and B:
@@ -101,6 +104,7 @@ def evaluate(
         group = group_size(backbone) if device.type == "cpu" else max(1, B)
     costs = [block.macs(backbone.tokens) for block in backbone.blocks]
     macs, ran = 0, []
+    run = compiled_advance() if compiled else advance
 
     for layer, block in enumerate(backbone.blocks, start=1):
         lanes = upload(active.running, device)  # the plan is the host's
@@ -117,7 +121,7 @@ def evaluate(
             if batch_invariant:
                 rows, u = _run_each(block, rows, skip, index, cohorts, lanes, layer_exits, layer)
             else:
-                rows, u = _run_block(block, rows, skip, index, cohorts[0], lanes, layer_exits, layer, group)
+                rows, u = _run_block(run, block, rows, skip, index, cohorts[0], lanes, layer_exits, layer, group)
         macs += n * costs[layer - 1]
         if scored:
             macs += n * exits.macs(backbone.tokens - exits.extras)
@@ -159,6 +163,12 @@ def evaluate(
     return Evaluation(eps, exit_layer, macs + ends, full, active.moved, scores, tuple(ran), variance)
 
 
+def check_compiled(compiled: bool, batch_invariant: bool) -> None:
+    """Raises ValueError where both are asked for."""
+    if compiled and batch_invariant:
+        raise ValueError("batch_invariant runs lane by lane, which is not compiled; leave one of the two out")
+
+
 def _begin(
     backbone: Backbone, exits: Exits | None, decision: Decision, x: Tensor, t: Tensor, context: Tensor | None
 ) -> tuple[Tensor, list[_Cohort]]:
@@ -167,6 +177,7 @@ def _begin(
 
 
 def _run_block(
+    run: Callable[..., tuple[Tensor, Tensor | None]],
     block: Block,
     rows: Tensor,
     skip: Tensor | None,
@@ -177,18 +188,19 @@ def _run_block(
     layer: int,
     group: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """One block over all running rows, a group of them at a time. Returns its output and u (None without exits)."""
+    """One block over all running rows, a group of them at a time. run: `advance`, compiled or not. Returns its output
+    and u (None without exits)."""
     n = len(rows)
     score = exits.score(layer, cohort.offsets) if exits is not None else None
     if n <= group:
         here = take_rows(skip, index, n) if skip is not None else None
-        return advance(block, rows, here, cohort.cond, lanes, score)
+        return run(block, rows, here, cohort.cond, lanes, score)
     out, us = torch.empty_like(rows), []
     for part in _groups(n, group):
         here = None
         if skip is not None:
             here = skip[part] if index is None else skip.index_select(0, index[part])
-        _, u = advance(block, rows[part], here, cohort.cond, lanes[part], score, out=out[part])
+        _, u = run(block, rows[part], here, cohort.cond, lanes[part], score, out=out[part])
         us.append(u)
     return out, torch.cat(us) if score is not None else None
 

@@ -49,8 +49,8 @@ class Batch:
 
     What the host decides by lies on the CPU; what the network and the solver see, on `device` (default: the model's),
     which is waited for once a tick, when everything is queued: for the exit layers.
-    batch_invariant: images and exits are the same bits in any company, see `evaluate`. counts: see there; "planned"
-    learns its plan. evaluate: in place of `adadiff.evaluate`, for experiments and tests.
+    batch_invariant: images and exits are the same bits in any company, see `evaluate`. counts, compiled: see there;
+    "planned" learns its plan. evaluate: in place of `adadiff.evaluate`, for experiments and tests.
     """
 
     @torch.inference_mode(False)  # whatever mode the caller is in, another thread may continue
@@ -61,12 +61,14 @@ class Batch:
         *,
         batch_invariant: bool = False,
         counts: Counts | str | None = None,
+        compiled: bool = False,
         evaluate: Callable[..., Evaluation] | None = None,
         device: torch.device | None = None,
     ):
         self.model, self.capacity, self.batch_invariant = model, capacity, batch_invariant
         self.counts, self.device = counts_from(counts, batch_invariant), device or model.device
-        self.totals = Totals()
+        engine.check_compiled(compiled, batch_invariant)
+        self.compiled, self.totals = compiled, Totals()
         self._evaluate = evaluate or engine.evaluate
         self._free = list(range(capacity))[::-1]
         self._running = torch.zeros(capacity, dtype=torch.bool)
@@ -258,7 +260,7 @@ class Batch:
             if len(lanes.guided):
                 uncond = lanes.half.nonzero().squeeze(1)
                 context[self._there(uncond)] = self._null[self._there(place[uncond])]
-        options = {}
+        options = {"compiled": True} if self.compiled else {}
         if self.counts is not None:
             planned = isinstance(self.counts, Planned) and self.counts.depth is None
             options["counts"] = self.counts.of(self._expected.most(t).tolist()) if planned else self.counts

@@ -8,6 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..engine.counts import Counts, counts_from
+from ..engine.evaluate import check_compiled
 from ..engine.switching import switching
 from ..model import Model
 from .batch import Batch
@@ -34,7 +35,7 @@ class Sampling:
 
     settings: what the samples ask for, see `Samples.of` (steps, solver, rule, thresholds, seeds, labels, guidance,
     tied, context, start, strength). batch_invariant: a sample is the same bits in any batch, at some cost.
-    counts: how the host learns who still runs, see `evaluate`; "planned" learns while it draws.
+    counts: how the host learns who still runs, see `evaluate`; "planned" learns while it draws. compiled: see there.
     early_model: a shallower model of the same samples that takes the place of `model` at the noisy timesteps, those of
     t_switch (in the network's time; default 700) and above, whatever the rule (DuoDiff).
     Raises ValueError for anything that does not fit, before any work.
@@ -48,6 +49,7 @@ class Sampling:
         batch: int = 64,
         batch_invariant: bool = False,
         counts: Counts | str | None = None,
+        compiled: bool = False,
         early_model: Model | None = None,
         t_switch: float | None = None,
         progress: bool = False,
@@ -58,7 +60,8 @@ class Sampling:
         self.samples = Samples.of(model, n, **settings)
         self.model, self.n, self.progress = model, n, progress
         self.batch, self.batch_invariant = min(batch, n), batch_invariant
-        self.counts = counts_from(counts, batch_invariant)
+        self.counts, self.compiled = counts_from(counts, batch_invariant), compiled
+        check_compiled(compiled, batch_invariant)
         self._clear()
 
     def _clear(self) -> None:
@@ -76,8 +79,8 @@ class Sampling:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self._clear()
-        own = {"batch_invariant": self.batch_invariant, "counts": self.counts, "evaluate": self._evaluate}
-        batch = Batch(self.model, self.batch, **own)
+        own = {"batch_invariant": self.batch_invariant, "counts": self.counts, "compiled": self.compiled}
+        batch = Batch(self.model, self.batch, **own, evaluate=self._evaluate)
         slot = torch.zeros(self.batch, dtype=torch.int64)  # place -> sample
         begun = 0
         bar = tqdm(total=self.n, disable=not self.progress, unit="image", dynamic_ncols=True)

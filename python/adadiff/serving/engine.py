@@ -37,7 +37,8 @@ class Engine:
 
     capacity: lanes evaluated together (a guided request takes two), or the bytes they may take as "512MiB" or "2GiB".
     queue: requests that may wait. patience: seconds, see above. batch_invariant: an image and its exits are the same
-    bits whatever else runs, at some cost. counts: how the host learns who still runs, see `evaluate`.
+    bits whatever else runs, at some cost. counts: how the host learns who still runs; compiled: blocks go through
+    torch.compile, see `evaluate`.
     early_model, t_switch: another network at the noisy timesteps of all requests, see `Sampling`.
     start=False: no thread of its own, `step` makes each tick.
     clock: seconds, for tests and simulations; evaluate: see `Batch`.
@@ -53,6 +54,7 @@ class Engine:
         patience: float = 60.0,
         batch_invariant: bool = False,
         counts: Counts | str | None = None,
+        compiled: bool = False,
         early_model: Model | None = None,
         t_switch: float | None = None,
         start: bool = True,
@@ -67,8 +69,8 @@ class Engine:
         self.model, self.queue, self.patience = model, queue, float(patience)
         self.capacity = min(capacity_of(one, capacity) for one in (model, early_model) if one is not None)
         self._clock = clock
-        own = {"batch_invariant": batch_invariant, "counts": counts, "evaluate": switch or evaluate}
-        self._batch = Batch(model, self.capacity, **own)
+        own = {"batch_invariant": batch_invariant, "counts": counts, "compiled": compiled}
+        self._batch = Batch(model, self.capacity, **own, evaluate=switch or evaluate)
         self._changed = threading.Condition()  # guards everything below
         self._heap: list[tuple[float, int, Handle]] = []  # due, number, handle; ended ones are skipped later
         self._waiting = 0  # of the heap, those that have not ended
