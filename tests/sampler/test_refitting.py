@@ -144,6 +144,15 @@ def test_errors_that_are_all_alike_teach_nothing() -> None:
     assert all(bool(value.isfinite().all()) for value in exits.parameters())
 
 
+@pytest.mark.parametrize("given", [{"steps": 1}, {"steps": 3, "batch": 1}, {"steps": 3, "guidance": 1.5, "batch": 3}])
+def test_single_steps_and_single_lanes_will_do(given: dict) -> None:
+    calibrating = Calibrating(served(), [0.6], n=8, refit=True, **given)
+    calibrating.run()
+    assert all(bool(value.isfinite().all()) for value in calibrating.model.exits.parameters())
+    u = calibrating.recording.u
+    assert float(u.std(-1).mean()) > 0.01
+
+
 def test_by_command(tmp_path: Path) -> None:
     model = adadiff.Model(SERVED)
     scramble(model, 0.25, seed=3)

@@ -108,15 +108,19 @@ class Refitting:
     def __init__(self, model: Model):
         self._model = model
         self._t: list[float] = []
+        self._seen: list[int] = []  # lanes at each evaluation
         self._halves = tuple(Sums(model.layers - 1, model.backbone.dim) for _ in range(2))
 
     def __call__(self, step: int, t: float, rows: Tensor, error: Tensor) -> None:
         """Evaluation number `step`, at time t, of B lanes: rows [K, B, D], means over tokens; error [K, B]."""
         if step == len(self._t):
             self._t.append(t)
+            self._seen.append(0)
         x, y = rows.double().cpu(), error.double().cpu().clamp(min=LEAST).log()
         for i, half in enumerate(self._halves):
-            half.add(step, x[:, i::2], y[:, i::2])
+            own = slice((i + self._seen[step]) % 2, None, 2)  # whatever the size of a batch
+            half.add(step, x[:, own], y[:, own])
+        self._seen[step] += x.shape[1]
 
     def fitted(self) -> Model:
         """The model with UEMs fitted anew. It shares the network and the heads with the one given."""
@@ -148,7 +152,7 @@ class Refitting:
             mean = tau.mean(0)
             own = tau - mean
             kernel = own @ own.T  # [S, S], as S is small beside Dt
-            kernel += SMOOTH * kernel.diagonal().mean() * torch.eye(len(own), dtype=torch.float64)
+            kernel += (SMOOTH * kernel.diagonal().mean()).clamp(min=LEAST) * torch.eye(len(own), dtype=torch.float64)
             weight = torch.linalg.solve(kernel, a - a.mean(0)).T @ own  # [K, Dt]
             exits.time_weight[:K] = weight[:, None].to(exits.time_weight)
             exits.bias[:K] = (a.mean(0) - weight @ mean)[:, None].to(exits.bias)
