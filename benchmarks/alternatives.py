@@ -185,10 +185,11 @@ def calibrate(networks: Networks, sweep: Sweep, folder: Path, artist: Artist) ->
 def _calibrate(task: tuple[str, str, str, int, tuple[float, ...], int, str]) -> None:
     full, aim, solver, steps, budgets, n, file = task
     model = adadiff.load(full)
-    own = Calibrating(model, budgets, aim=aim, n=n, steps=steps, solver=solver, batch=BATCH)
-    model.calibration = own.run()
+    own = Calibrating(model, budgets, aim=aim, n=n, steps=steps, solver=solver, batch=BATCH, refit=True)
+    calibration = own.run()
+    own.model.calibration = calibration
     reliability_picture(own.recording, Path(file).with_suffix(".png"))
-    adadiff.save(model, file)
+    adadiff.save(own.model, file)
 
 
 @cache

@@ -203,8 +203,10 @@ def check_errors_as_features_see_them(model: adadiff.Model, recording: Recording
             for eps in predictions
         ]
         for k in range(4):
-            above, below = (means[k] - means[-1]).square().unbind(1)
-            torch.testing.assert_close(recording.error[i, k], (above + 9 * below) / 2, rtol=2e-2, atol=1e-5)
+            above, below = (means[k] - means[-1]).square().mean(0)
+            torch.testing.assert_close(recording.error[i, k].mean(), (above + 9 * below) / 2, rtol=2e-2, atol=1e-5)
+    error, relative = recording.error, recording.relative
+    torch.testing.assert_close(error * relative.mean(-1, keepdim=True), relative * error.mean(-1, keepdim=True))
 
 
 def test_noised_errors_are_to_the_noise_put_in() -> None:

@@ -48,13 +48,14 @@ class Calibrating:
     """A calibration about to be made: thresholds for every timestep and layer, for each of `budgets`, shares in (0, 1]
     of the full network's multiply-adds.
 
-    What leaving would get wrong is counted as `features` see the image that a prediction leads to (images [n, C, H, W]
-    -> [n, F]; default: those of the digits or of their canvases): what they do not see, later steps mostly mend. Where
-    none are known, as the predicted noise. aim: "faithful" weighs it by what it does to each image, "distribution" by
+    What leaving at a timestep and layer gets wrong on the mean is counted as `features` see the image that a prediction
+    leads to (images [n, C, H, W] -> [n, F]; default: those of the digits or of their canvases): what they do not see,
+    later steps mostly mend. Samples differ in it as in the predicted noise, which counts alone where no features are
+    known. aim: "faithful" weighs it by what it does to each image, "distribution" by
     how far the images as a whole move in the space of the features, the Fréchet distance.
     n samples, seeds `seed` and on, are recorded; as many more, never looked at before, are measured on. Everything is
-    deterministic. refit: UEMs are fitted anew to those errors, on another n samples (see refitting.py), and everything
-    is done with them. After `run`, `model` has the UEMs that the calibration is for (the one given keeps its own), and
+    deterministic. refit: UEMs are fitted anew to how samples differ, on another n of them (see refitting.py), and used
+    from there on. After `run`, `model` has the UEMs that the calibration is for (the one given keeps its own), and
     `recording` is there. Raises ValueError for what cannot be, before any work.
     """
 

@@ -29,7 +29,7 @@ class Recording:
     t: Tensor  # float64 [S], the network's times, in the order of the run
     u: Tensor  # float32 [S, K, n], uncertainties
     relative: Tensor  # float32 [S, K, n], mean squared difference to the last layer's prediction
-    error: Tensor  # float32 [S, K, n], what leaving would get wrong: `relative`, or as features see it
+    error: Tensor  # float32 [S, K, n], what leaving would get wrong: `relative`, its means as features see them
     images: Tensor  # float32 [samples, C, H, W]
 
 
@@ -74,9 +74,10 @@ def record(
     visit: Callable[[int, float, Tensor, Tensor], object] = lambda *_: None,
 ) -> Recording:
     """samples: with the rule "full" and equally many steps each. Lanes are in order, the unconditional ones of each
-    batch after its conditional ones. features: errors are the mean squared differences of the features of what each
-    prediction makes of the noisy image, the image it leads to at once; else those of the predictions themselves.
-    visit: called with every evaluation's number, from 0 to S - 1, its time, rows as `Watched` has them, and error."""
+    batch after its conditional ones. features: the mean error of an evaluation and layer is the mean squared difference
+    of the features of what its prediction makes of the noisy image, the image it leads to at once, and lanes differ in
+    error as in `relative`: what features make of one lane, its rows can hardly tell.
+    visit: called with every evaluation's number, from 0 to S - 1, its time, and rows and relative as in `Watched`."""
     watched: list[list[tuple[float, Tensor, Tensor, Tensor]]] = []
 
     def evaluator() -> Callable[..., Evaluation]:
@@ -93,12 +94,12 @@ def record(
             **_: object,
         ) -> Evaluation:
             seen = watch(backbone, exits, x, t, context)
-            predictions, error = seen.predictions, seen.relative
+            error = seen.relative
             if features is not None:
-                error = _feature_errors(features, model.schedule, x, t, predictions)
-            visit(len(rows), float(t[0]), seen.rows, error)
+                error = _feature_errors(features, model.schedule, x, t, seen.predictions)
+            visit(len(rows), float(t[0]), seen.rows, seen.relative)
             rows.append((float(t[0]), seen.u, seen.relative, error))
-            return _whole(predictions[-1])
+            return _whole(seen.predictions[-1])
 
         return evaluate
 
@@ -107,6 +108,9 @@ def record(
     u, relative, error = (
         torch.stack([torch.cat([rows[i][part] for rows in watched], 1) for i in range(len(t))]) for part in (1, 2, 3)
     )
+    if features is not None:
+        means = (value.double().mean(-1, keepdim=True) for value in (error, relative))
+        error = (relative * torch.div(*means).nan_to_num(0, 0)).float()
     return Recording(t, u, relative, error, images)
 
 

@@ -1,9 +1,9 @@
-"""UEMs fitted anew to what leaving costs, in closed form.
+"""UEMs fitted anew to what leaving gets wrong, in closed form.
 
 A trained UEM knows best how errors differ between timesteps, for that is most of what its loss sees. Thresholds of a
 calibration are by timestep, and need no more than to know which of the samples of one timestep loses least by leaving.
 That is fitted here on recorded runs. For layer k, x the mean of a lane's rows after it over the tokens that have a say,
-and y the logarithm of what leaving there would get wrong, centred and in units of its spread over all that is recorded:
+and y the logarithm of the error relative to the full network, centred and in units of its spread over all recorded:
 
     w_k    = argmin_w sum_(s, n) (y - mean_s y - w . (x - mean_s x))^2 + penalty_k |w|^2     within each timestep s
     a_sk   = mean_s y - w_k . mean_s x                         to which the time part of the UEM, a_k(t), is then fitted
@@ -111,12 +111,12 @@ class Refitting:
         self._seen: list[int] = []  # lanes at each evaluation
         self._halves = tuple(Sums(model.layers - 1, model.backbone.dim) for _ in range(2))
 
-    def __call__(self, step: int, t: float, rows: Tensor, error: Tensor) -> None:
-        """Evaluation number `step`, at time t, of B lanes: rows [K, B, D], means over tokens; error [K, B]."""
+    def __call__(self, step: int, t: float, rows: Tensor, relative: Tensor) -> None:
+        """Evaluation number `step`, at time t, of B lanes: rows [K, B, D], means over tokens; relative [K, B]."""
         if step == len(self._t):
             self._t.append(t)
             self._seen.append(0)
-        x, y = rows.double().cpu(), error.double().cpu().clamp(min=LEAST).log()
+        x, y = rows.double().cpu(), relative.double().cpu().clamp(min=LEAST).log()
         for i, half in enumerate(self._halves):
             own = slice((i + self._seen[step]) % 2, None, 2)  # whatever the size of a batch
             half.add(step, x[:, own], y[:, own])
