@@ -102,7 +102,7 @@ COARSE = Sweep(
     shares=(0.5, 0.7),
     first=(3,),
     every=(2, 3),
-    repeats=7,
+    repeats=5,
 )
 QUICK = Sweep(
     steps=(4, 8),
