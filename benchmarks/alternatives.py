@@ -35,8 +35,12 @@ class Networks:
     shallow: str | None
 
     @property
+    def names(self) -> tuple[str | None, ...]:
+        return self.full, self.plain, self.shallow
+
+    @property
     def checkpoints(self) -> list[str | None]:
-        return [name and fingerprint(name) for name in (self.full, self.plain, self.shallow)]
+        return [name and fingerprint(name) for name in self.names]
 
     def check(self) -> None:
         """Raises ValueError for networks that cannot be compared."""

@@ -8,6 +8,7 @@ measured again.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from shutil import copyfile
 
@@ -27,6 +28,7 @@ from drawing import (
 )
 from harness import interleave, threads
 from judging import Judging, judging_of
+from network import compiles
 from quality import depth
 from rows import Row, Rows, say
 from safetensors.torch import load_file
@@ -164,13 +166,8 @@ def can_compile(networks: Networks, seeds: Tensor, labels: Tensor) -> bool:
     """Compiles the networks, which takes a C++ compiler; says so where there is none."""
     torch.compiler.reset()
     compiled_network.cache_clear()
-    try:
-        for name in filter(None, (networks.full, networks.plain, networks.shallow)):
-            in_plain_loop(Method("compiling", name, steps=1), seeds, labels, BATCH, compiled=True)
-    except (RuntimeError, OSError) as error:  # Inductor and a missing compiler raise both
-        say(f"torch.compile fails here; the compiled loop is left out: {str(error).splitlines()[0]}")
-        return False
-    return True
+    alone = [Method("compiling", name, steps=1) for name in networks.names if name is not None]
+    return compiles(*(partial(in_plain_loop, method, seeds, labels, BATCH, compiled=True) for method in alone))
 
 
 def title(method: Method, way: str) -> str:

@@ -190,13 +190,19 @@ def compile_network(
     torch.compiler.reset()
     network = torch.compile(model.backbone, dynamic=False)
     block = torch.compile(run_block, dynamic=True)
+    return (network, block) if compiles(lambda: network(*inputs)) else (None, None)
+
+
+def compiles(*calls: Callable[[], object]) -> bool:
+    """Makes calls to what goes through torch.compile, for the first time; where that fails, says so."""
     try:
         with torch.inference_mode():
-            network(*inputs)
-            return network, block
+            for call in calls:
+                call()
+        return True
     except (RuntimeError, OSError) as error:  # Inductor and a missing compiler raise both
         say(f"torch.compile fails here; the compiled baseline is left out: {str(error).splitlines()[0]}")
-        return None, None
+        return False
 
 
 def run_block(block: torch.nn.Module, *inputs: Tensor) -> Tensor:

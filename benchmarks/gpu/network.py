@@ -7,7 +7,6 @@ as a graph of its own: stem, head, and each block the faster way on just its row
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from unittest import mock
 
 import torch
 from attainable import PlainPieces, rows_per_layer, share_of_flop_ideal
@@ -17,8 +16,6 @@ from torch import Tensor
 
 import adadiff
 from adadiff import Evaluation, Model
-from adadiff.engine import device as device_engine
-from adadiff.engine.blocks import compile_advance
 from adadiff.engine.counts import Counts, Planned, counts_from
 from adadiff.exits import PAPER
 from adadiff.models.interface import Backbone
@@ -65,7 +62,7 @@ class Network:
             self.model = adadiff.build(preset, exits=PAPER).to(BRAIN)
         self.fixed = session.compile(run_block, dynamic=False)
         self.dynamic = session.compile(run_block, dynamic=True)
-        self.advance = device_engine.advance if session.dry else compile_advance()
+        self.compiled = not session.dry
 
 
 def measure(session: Session, made: list[Network], preset: str, B: int) -> None:
@@ -93,7 +90,7 @@ def compare(session: Session, network: Network, inputs: Inputs, parameters: dict
     for name, exits in wanted.items():
         for strategy in STRATEGIES:
             run = f"{name}, {strategy}"
-            runs[run] = through(network.advance, evaluation(model, inputs, exits, strategy))
+            runs[run] = evaluation(model, inputs, exits, strategy, network.compiled)
             results[run] = runs[run]()
             check(run, results, exits, first=f"{name}, {STRATEGIES[0]}")
 
@@ -120,24 +117,14 @@ def plain(backbone: Backbone, through: Callable[..., Tensor], inputs: Inputs) ->
     return backbone.head(outputs[-1][:, backbone.extras :], cond, lanes)
 
 
-def evaluation(model: Model, inputs: Inputs, exits: Tensor, strategy: str) -> Callable[[], Evaluation]:
-    counts = counts_of(strategy, exits)
-    return lambda: adadiff.evaluate(model.backbone, model.exits, Replay(), *inputs, threshold=exits, counts=counts)
+def evaluation(model: Model, inputs: Inputs, exits: Tensor, strategy: str, compiled: bool) -> Callable[[], Evaluation]:
+    given = {"threshold": exits, "counts": counts_of(strategy, exits), "compiled": compiled}
+    return lambda: adadiff.evaluate(model.backbone, model.exits, Replay(), *inputs, **given)
 
 
 def counts_of(strategy: str, exits: Tensor) -> Counts:
     """A plan is at its best: it knows the depths that are replayed."""
     return Planned(tuple(exits.tolist())) if strategy == "planned" else counts_from(strategy)
-
-
-def through(advance: Callable[..., object], call: Callable[[], Evaluation]) -> Callable[[], Evaluation]:
-    """The call, its blocks advanced by `advance`."""
-
-    def patched() -> Evaluation:
-        with mock.patch.object(device_engine, "advance", advance):
-            return call()
-
-    return patched
 
 
 def check(name: str, results: dict[str, Evaluation], exits: Tensor, first: str) -> None:

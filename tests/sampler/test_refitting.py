@@ -38,10 +38,14 @@ def summed(x: Tensor, y: Tensor, batch: int) -> Sums:
     return sums
 
 
+def halved(x: Tensor, y: Tensor) -> tuple[Sums, Sums]:
+    return summed(x[:, :, ::2], y[:, :, ::2], 64), summed(x[:, :, 1::2], y[:, :, 1::2], 64)
+
+
 def test_the_regression_is_numpys_on_deviations_from_each_evaluation() -> None:
     x, y, _ = observed(23, noise=3.0)
     penalty = torch.tensor(PENALTIES[-2:], dtype=torch.float64)  # one for each layer
-    found = ridge(summed(x, y, 7), penalty)
+    found = ridge(summed(x, y, 7).within(), penalty)
     for k in range(K):
         own = (x - x.mean(2, keepdim=True))[:, k].flatten(0, 1).numpy()
         seen = (y - y.mean(2, keepdim=True))[:, k].flatten().numpy()
@@ -53,21 +57,21 @@ def test_the_regression_is_numpys_on_deviations_from_each_evaluation() -> None:
 
 def test_what_is_linear_is_found_and_noise_is_not() -> None:
     x, y, w = observed(400, noise=0.1)
-    found, a = fit((summed(x[:, :, ::2], y[:, :, ::2], 64), summed(x[:, :, 1::2], y[:, :, 1::2], 64)))
+    found, a = fit(halved(x, y))
     torch.testing.assert_close(found, w, rtol=0.05, atol=0.05)
     left = y - torch.einsum("skni,ki->skn", x, found)
     torch.testing.assert_close(a, left.mean(2))
     x, y = x[:, :, :40], observed(40, noise=1.0, seed=1)[1]  # of other x
-    halves = summed(x[:, :, ::2], y[:, :, ::2], 64), summed(x[:, :, 1::2], y[:, :, 1::2], 64)
+    halves = halved(x, y)
     told = (fit(halves)[0][:, None] * x).sum(-1).std(2)
-    freely = (ridge(halves[0] + halves[1], torch.zeros(K, dtype=torch.float64))[:, None] * x).sum(-1).std(2)
+    freely = (ridge((halves[0] + halves[1]).within(), torch.zeros(K, dtype=torch.float64))[:, None] * x).sum(-1).std(2)
     assert bool((told < 0.7 * freely).all())
 
 
 def test_a_channel_that_is_always_the_same_has_no_say() -> None:
     x, y, _ = observed(40, noise=0.1)
     x[..., 2] = 7.0
-    found, a = fit((summed(x[:, :, ::2], y[:, :, ::2], 64), summed(x[:, :, 1::2], y[:, :, 1::2], 64)))
+    found, a = fit(halved(x, y))
     assert float(found[:, 2].abs().max()) == 0
     assert bool(a.isfinite().all())
 
@@ -98,10 +102,8 @@ def test_the_uem_says_what_the_regression_found(config: ExitConfig) -> None:
     assert torch.equal(logs, before.error.double().log())
     fitted = refitting.fitted()
     said, t = torch.zeros(5, 4, 40), before.t.float()
-    tau = model.backbone.begin(torch.zeros(5, *model.backbone.sample_shape), t, torch.zeros(5, dtype=torch.long))[
-        1
-    ].time
-    offsets = fitted.exits.offsets(tau, t)  # [L, S, P]
+    _, cond = model.backbone.begin(torch.zeros(5, *model.backbone.sample_shape), t, torch.zeros(5, dtype=torch.long))
+    offsets = fitted.exits.offsets(cond.time, t)  # [L, S, P]
     for s in range(5):
         rows = torch.cat([g[2] for g in seen if g[0] == s], 1)  # [K, n, D]
         said[s] = (
@@ -142,6 +144,20 @@ def test_errors_that_are_all_alike_teach_nothing() -> None:
     exits = refitting.fitted().exits
     assert float(exits.weight[:-1].abs().max()) < 1e-6
     assert all(bool(value.isfinite().all()) for value in exits.parameters())
+
+
+def test_batches_do_not_matter() -> None:
+    """One lane at a time, too, both halves get their share."""
+    model, draw = served(), torch.Generator().manual_seed(0)
+    rows, relative = torch.randn(2, 4, 13, 16, generator=draw), torch.rand(2, 4, 13, generator=draw) + 0.1
+    found = []
+    for batch in (13, 1, 4):
+        refitting = Refitting(model)
+        for lanes in torch.arange(13).split(batch):
+            for step, t in enumerate((900.0, 100.0)):
+                refitting(step, t, rows[step, :, lanes], relative[step, :, lanes])
+        found.append(refitting.fitted().exits.state_dict())
+    torch.testing.assert_close(found[1:], found[:1] * 2, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("given", [{"steps": 1}, {"steps": 3, "batch": 1}, {"steps": 3, "guidance": 1.5, "batch": 3}])

@@ -51,8 +51,8 @@ class Calibrating:
     What leaving at a timestep and layer gets wrong on the mean is counted as `features` see the image that a prediction
     leads to (images [n, C, H, W] -> [n, F]; default: those of the digits or of their canvases): what they do not see,
     later steps mostly mend. Samples differ in it as in the predicted noise, which counts alone where no features are
-    known. aim: "faithful" weighs it by what it does to each image, "distribution" by
-    how far the images as a whole move in the space of the features, the Fréchet distance.
+    known. aim: "faithful" weighs it by what it does to each image, "distribution" by how far the images as a whole move
+    in the space of the features, the Fréchet distance.
     n samples, seeds `seed` and on, are recorded; as many more, never looked at before, are measured on. Everything is
     deterministic. refit: UEMs are fitted anew to how samples differ, on another n of them (see refitting.py), and used
     from there on. After `run`, `model` has the UEMs that the calibration is for (the one given keeps its own), and
@@ -107,7 +107,7 @@ class Calibrating:
     def _run(self, bar: tqdm) -> Calibration:
         if self.refit:
             refitting = Refitting(self.model)
-            record(self.model, self._samples(self.n, self.seed + 2 * self.n), self.batch, self._features, refitting)
+            record(self.model, self._samples(self.n, self.seed + 2 * self.n), self.batch, visit=refitting)
             self.model = refitting.fitted()
             bar.update()
         model = self.model

@@ -55,7 +55,7 @@ class Calibration:
     t: tuple[float, ...]
     weights: tuple[float, ...]  # what a unit of error at t adds to the final error, measured
     budgets: tuple[Budget, ...]
-    refit: bool = False  # whether the UEMs are those fitted to its own recording, or as they were trained
+    refit: bool = False  # whether the UEMs were fitted anew for it, or are as they were trained
 
     def __post_init__(self) -> None:
         S, K = len(self.t), self.layers - 1

@@ -39,7 +39,7 @@ class Watched(NamedTuple):
     predictions: list[Tensor]  # every layer's, L of [B, C, H, W]
     u: Tensor  # float32 [K, B]
     relative: Tensor  # float32 [K, B], as in Recording
-    rows: Tensor  # [K, B, D], after each block, the mean over the tokens that have a say
+    rows: list[Tensor]  # after every block, L of [B, T, D]
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def watch(backbone: Backbone, exits: Exits, x: Tensor, t: Tensor, context: Tenso
     u = torch.stack([score.flatten(1).mean(1) for score in scores[:-1]])
     full = predictions[-1].float()
     relative = torch.stack([(p.float() - full).square().flatten(1).mean(1) for p in predictions[:-1]])
-    return Watched(predictions, u, relative, torch.stack([own[:, exits.extras :].mean(1) for own in rows[:-1]]))
+    return Watched(predictions, u, relative, rows)
 
 
 def run(model: Model, samples: Samples, batch: int, evaluator: Callable[[], Callable[..., Evaluation]]) -> Tensor:
@@ -71,13 +71,14 @@ def record(
     samples: Samples,
     batch: int,
     features: Extractor | None = None,
-    visit: Callable[[int, float, Tensor, Tensor], object] = lambda *_: None,
+    visit: Callable[[int, float, Tensor, Tensor], object] | None = None,
 ) -> Recording:
     """samples: with the rule "full" and equally many steps each. Lanes are in order, the unconditional ones of each
     batch after its conditional ones. features: the mean error of an evaluation and layer is the mean squared difference
     of the features of what its prediction makes of the noisy image, the image it leads to at once, and lanes differ in
     error as in `relative`: what features make of one lane, its rows can hardly tell.
-    visit: called with every evaluation's number, from 0 to S - 1, its time, and rows and relative as in `Watched`."""
+    visit: called with every evaluation's number, from 0 to S - 1, its time, the lanes' rows after each block but the
+    last [K, B, D], means over the tokens that have a say, and relative [K, B]."""
     watched: list[list[tuple[float, Tensor, Tensor, Tensor]]] = []
 
     def evaluator() -> Callable[..., Evaluation]:
@@ -97,7 +98,9 @@ def record(
             error = seen.relative
             if features is not None:
                 error = _feature_errors(features, model.schedule, x, t, seen.predictions)
-            visit(len(rows), float(t[0]), seen.rows, seen.relative)
+            if visit is not None:
+                means = torch.stack([own[:, exits.extras :].mean(1) for own in seen.rows[:-1]])
+                visit(len(rows), float(t[0]), means, seen.relative)
             rows.append((float(t[0]), seen.u, seen.relative, error))
             return _whole(seen.predictions[-1])
 

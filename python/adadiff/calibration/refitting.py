@@ -30,6 +30,9 @@ LEAST = 1e-12  # of errors, whose logarithm is taken
 SMOOTH = 1e-6  # penalty of the time part, beside the mean square of its inputs
 
 
+Products = tuple[Tensor, Tensor, Tensor]  # as `Sums.within` makes them
+
+
 class Sums:
     """Of the lanes added, float64. The products are summed over evaluations, as w is the same at all of them."""
 
@@ -65,16 +68,16 @@ class Sums:
         n = torch.tensor(self.n, dtype=torch.float64)
         return n, torch.stack(self.x) / n[:, None, None], torch.stack(self.y) / n[:, None]
 
-    def within(self) -> tuple[Tensor, Tensor, Tensor]:
+    def within(self) -> Products:
         """The products of deviations from the means of each evaluation, [K, D, D], [K, D] and [K]."""
         n, x, y = self.means()
         xx, xy = torch.einsum("s,skd,ske->kde", n, x, x), torch.einsum("s,skd,sk->kd", n, x, y)
         return self.xx - xx, self.xy - xy, self.yy - torch.einsum("s,sk,sk->k", n, y, y)
 
 
-def ridge(sums: Sums, penalty: Tensor) -> Tensor:
+def ridge(within: Products, penalty: Tensor) -> Tensor:
     """penalty: [K], of PENALTIES. Returns w [K, D]."""
-    xx, xy, _ = sums.within()
+    xx, xy, _ = within
     spread = xx.diagonal(dim1=1, dim2=2)
     # a channel that is always the same has no say
     spread = spread.clamp(min=0).where(spread > 1e-12 * spread.amax(1, keepdim=True), 0)
@@ -83,21 +86,21 @@ def ridge(sums: Sums, penalty: Tensor) -> Tensor:
     return scale * torch.linalg.solve(own, scale * xy)
 
 
-def held_out_error(sums: Sums, w: Tensor) -> Tensor:
+def held_out_error(within: Products, w: Tensor) -> Tensor:
     """float64 [K]: the sum of squares that w [K, D] leaves within evaluations."""
-    xx, xy, yy = sums.within()
+    xx, xy, yy = within
     return yy - 2 * (w * xy).sum(1) + torch.einsum("kd,kde,ke->k", w, xx, w)
 
 
 def fit(halves: tuple[Sums, Sums]) -> tuple[Tensor, Tensor]:
     """Returns w [K, D] and a [S, K]."""
-    K = len(halves[0].yy)
+    penalties = torch.tensor(PENALTIES, dtype=torch.float64)
+    one, other = (half.within() for half in halves)
     losses = []
-    for penalty in PENALTIES:
-        given = torch.full((K,), penalty, dtype=torch.float64)
-        losses.append(sum(held_out_error(halves[1 - i], ridge(halves[i], given)) for i in (0, 1)))
+    for penalty in penalties[:, None].expand(-1, len(halves[0].yy)):
+        losses.append(held_out_error(other, ridge(one, penalty)) + held_out_error(one, ridge(other, penalty)))
     both = halves[0] + halves[1]
-    w = ridge(both, torch.tensor(PENALTIES, dtype=torch.float64)[torch.stack(losses).argmin(0)])
+    w = ridge(both.within(), penalties[torch.stack(losses).argmin(0)])
     _, x, y = both.means()
     return w, y - torch.einsum("kd,skd->sk", w, x)
 
@@ -108,19 +111,19 @@ class Refitting:
     def __init__(self, model: Model):
         self._model = model
         self._t: list[float] = []
-        self._seen: list[int] = []  # lanes at each evaluation
         self._halves = tuple(Sums(model.layers - 1, model.backbone.dim) for _ in range(2))
 
     def __call__(self, step: int, t: float, rows: Tensor, relative: Tensor) -> None:
         """Evaluation number `step`, at time t, of B lanes: rows [K, B, D], means over tokens; relative [K, B]."""
         if step == len(self._t):
             self._t.append(t)
-            self._seen.append(0)
+            seen = 0
+        else:
+            seen = sum(half.n[step] for half in self._halves)
         x, y = rows.double().cpu(), relative.double().cpu().clamp(min=LEAST).log()
         for i, half in enumerate(self._halves):
-            own = slice((i + self._seen[step]) % 2, None, 2)  # whatever the size of a batch
+            own = slice((i + seen) % 2, None, 2)  # whatever the size of a batch
             half.add(step, x[:, own], y[:, own])
-        self._seen[step] += x.shape[1]
 
     def fitted(self) -> Model:
         """The model with UEMs fitted anew. It shares the network and the heads with the one given."""
@@ -138,14 +141,13 @@ class Refitting:
     @torch.no_grad()
     def _set(self, model: Model, w: Tensor, a: Tensor) -> None:
         """w: [K, D]; a: [S, K]. All P outputs of a patch say the same; the last layer, never asked, keeps its own."""
-        exits, K = model.exits, len(w)
+        exits, K, bias = model.exits, len(w), a.mean(0)
         exits.weight[:K] = w[:, None].to(exits.weight)
-        exits.bias[:K] = a.mean(0)[:, None].to(exits.bias)
         if exits.time_bias is not None:
             rising = np.argsort(self._t)
             ends = np.linspace(0, TIME_SPAN, STRETCHES + 1)
             curves = [np.interp(ends, np.array(self._t)[rising], a[rising, k].numpy()) for k in range(K)]
-            exits.bias[:K] = 0
+            bias = torch.zeros_like(bias)
             exits.time_bias[:, :K] = torch.from_numpy(np.stack(curves, 1))[..., None].to(exits.time_bias)
         if exits.time_weight is not None:
             tau = self._embedded(model).double()  # [S, Dt]
@@ -153,9 +155,10 @@ class Refitting:
             own = tau - mean
             kernel = own @ own.T  # [S, S], as S is small beside Dt
             kernel += (SMOOTH * kernel.diagonal().mean()).clamp(min=LEAST) * torch.eye(len(own), dtype=torch.float64)
-            weight = torch.linalg.solve(kernel, a - a.mean(0)).T @ own  # [K, Dt]
+            weight = torch.linalg.solve(kernel, a - bias).T @ own  # [K, Dt]
             exits.time_weight[:K] = weight[:, None].to(exits.time_weight)
-            exits.bias[:K] = (a.mean(0) - weight @ mean)[:, None].to(exits.bias)
+            bias = bias - weight @ mean
+        exits.bias[:K] = bias[:, None].to(exits.bias)
 
     def _embedded(self, model: Model) -> Tensor:
         """tau at every evaluation, [S, Dt]."""
