@@ -11,8 +11,9 @@ from drawing import Artist, Method, fingerprint, load
 from judging import DATA
 
 import adadiff
-from adadiff.calibration.calibrating import CALIBRATION_SEED, Calibrating, reliability_picture, work_of
+from adadiff.calibration.calibrating import CALIBRATION_SEED, Calibrating, work_of
 from adadiff.calibration.recording import record
+from adadiff.calibration.reliability import reliability_picture
 from adadiff.calibration.stopping import exit_layers, total
 from adadiff.checkpoint import find
 from adadiff.engine.switching import what_it_draws
@@ -190,8 +191,7 @@ def _calibrate(task: tuple[str, str, str, int, tuple[float, ...], int, str]) -> 
     full, aim, solver, steps, budgets, n, file = task
     model = adadiff.load(full)
     own = Calibrating(model, budgets, aim=aim, n=n, steps=steps, solver=solver, batch=BATCH, refit=True)
-    calibration = own.run()
-    own.model.calibration = calibration
+    own.run()
     reliability_picture(own.recording, Path(file).with_suffix(".png"))
     adadiff.save(own.model, file)
 

@@ -125,6 +125,8 @@ def test_the_model_given_keeps_its_uems_and_shares_the_rest() -> None:
     calibrating = Calibrating(given, [0.6], n=16, steps=4, refit=True)
     calibration, made = calibrating.run(), calibrating.model
     assert calibration.refit
+    assert made.calibration is calibration
+    assert given.calibration is None
     assert all(torch.equal(value, before[name]) for name, value in given.state_dict().items())
     changed = {name for name, value in made.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"exits.weight", "exits.bias", "exits.time_weight"}

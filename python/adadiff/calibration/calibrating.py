@@ -1,9 +1,9 @@
 """Calibration: record, weigh, choose, and measure what was chosen on samples that it was not chosen on."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ..evaluation.features import digits_network
 from ..evaluation.frechet import FeatureStatistics, frechet_distance
 from ..evaluation.quality import lower_quantile, paired_psnr
 from ..model import Model
-from ..output.pictures import CHANNELS, replace_file
+from ..output.pictures import CHANNELS
 from ..rules import Rule
 from ..sampling.sampler import sample
 from ..sampling.samples import Samples, whole
@@ -31,7 +31,6 @@ LAYERS_PERTURBED = 2
 ROUNDS = 4  # of meeting the budget in runs with their own errors
 CLOSE = 0.003
 RESAMPLES = 1000
-PANELS = 6
 
 
 def work_of(model: Model) -> Work:
@@ -55,8 +54,8 @@ class Calibrating:
     in the space of the features, the Fréchet distance.
     n samples, seeds `seed` and on, are recorded; as many more, never looked at before, are measured on. Everything is
     deterministic. refit: UEMs are fitted anew to how samples differ, on another n of them (see refitting.py), and used
-    from there on. After `run`, `model` has the UEMs that the calibration is for (the one given keeps its own), and
-    `recording` is there. Raises ValueError for what cannot be, before any work.
+    from there on. After `run`, `model` has the calibration and the UEMs that it is for, and shares network and heads with
+    the one given, which stays as it was; `recording` is there. Raises ValueError for what cannot be, before any work.
     """
 
     def __init__(
@@ -110,6 +109,8 @@ class Calibrating:
             record(self.model, self._samples(self.n, self.seed + 2 * self.n), self.batch, visit=refitting)
             self.model = refitting.fitted()
             bar.update()
+        else:
+            self.model = copy.copy(self.model)  # its parameters are the same
         model = self.model
         self.recording = recording = record(model, self._samples(self.n, self.seed), self.batch, self._features)
         bar.update()
@@ -134,7 +135,7 @@ class Calibrating:
             rows, ratio = tuple(map(tuple, thresholds.tolist())), _ratio(our_errors, static_errors)
             budgets.append(Budget(share, rows, tuple(depths.tolist()), ours, static, ratio))
         bar.total = bar.n
-        return Calibration(
+        model.calibration = Calibration(
             aim=self.aim,
             solver=self.solver,
             steps=self.steps,
@@ -147,6 +148,7 @@ class Calibrating:
             weights=tuple(weights.tolist()),
             budgets=tuple(budgets),
         )
+        return model.calibration
 
     def _meet(self, share: float, error: Tensor, bar: tqdm) -> tuple[Tensor, float]:
         """Thresholds [S, K] whose runs, with their own errors, take `share` or about that, and what they take: the
@@ -253,42 +255,3 @@ def _ratio(ours: Tensor, theirs: Tensor) -> tuple[float, float, float] | None:
     if not bool((below > 0).all()):
         return None
     return float(ours.mean() / theirs.mean()), *_ends(above / below)
-
-
-def matplotlib_figure() -> type:
-    """Its class of figures, which need no window. Raises ImportError, with the remedy, where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'adadiff_kernels[bench]'") from error
-    return Figure
-
-
-def reliability_picture(recording: Recording, path: Path, noised: tuple[Tensor, Tensor, Tensor] | None = None) -> None:
-    """Uncertainty against error relative to the full network, along its runs; a panel for each of up to 6 layers, a dot
-    for each sample and timestep, coloured by timestep, and the median as a line.
-
-    noised: t [S], u and errors [S, K, n] of real images with noise on them (`recording.noised_errors`): a second row,
-    of errors to the true noise. Raises ImportError, with the remedy, where matplotlib is missing.
-    """
-    figure_kind = matplotlib_figure()
-    rows = {"to the full network": (recording.t, recording.u, recording.relative)}
-    if noised is not None:
-        rows["to the true noise"] = noised
-    K = recording.u.shape[1]
-    layers = torch.linspace(0, K - 1, min(K, PANELS)).round().long().tolist()
-    figure = figure_kind(figsize=(2.4 * len(layers), 3 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), len(layers), sharex=True, sharey="row", squeeze=False)
-    for line, (name, (t, u, errors)) in zip(axes, rows.items(), strict=True):
-        times = t[:, None].expand(-1, u.shape[-1]).flatten()
-        for axis, k in zip(line, layers, strict=True):
-            own, error = u[:, k].flatten(), errors[:, k].flatten().clamp(min=1e-9)
-            dots = axis.scatter(own, error, c=times, s=1, alpha=0.3, vmin=0, vmax=1000, rasterized=True)
-            bins = own.argsort().chunk(20)
-            axis.plot([float(own[b].median()) for b in bins], [float(error[b].median()) for b in bins], "k-", lw=1)
-            axis.set_yscale("log")
-            axis.set_title(f"after block {k + 1}", fontsize=9)
-        line[0].set_ylabel(f"squared error {name}", fontsize=9)
-    figure.colorbar(dots, ax=axes, label="timestep").solids.set_alpha(1)
-    figure.supxlabel("uncertainty")
-    replace_file(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))

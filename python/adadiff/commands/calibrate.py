@@ -6,8 +6,9 @@ import os
 import torch
 
 from .. import checkpoint
-from ..calibration.calibrating import Calibrating, matplotlib_figure, reliability_picture
+from ..calibration.calibrating import Calibrating
 from ..calibration.recording import noised_errors
+from ..calibration.reliability import matplotlib_figure, reliability_picture
 from ..data import sources
 from ..evaluation.extractors import features_from
 from ..model import Model
@@ -39,22 +40,21 @@ def calibrate(options: argparse.Namespace) -> None:
     features = None if options.features is None else features_from(options.features)
     if features is not None:
         features.dims(tuple(model.backbone.sample_shape))  # for its checks
-    calibration = Calibrating(model, options.budget, features=features, **settings)  # and its
+    calibrating = Calibrating(model, options.budget, features=features, **settings)  # and its
     shown = {"features": options.features or "the model's own, if known"}
     show({"model": options.model, "budget": options.budget, **settings, **shown, "out": options.out})
-    found = calibration.run(progress=True)
-    model = calibration.model
-    model.calibration = found
+    calibration = calibrating.run(progress=True)
+    model = calibrating.model
     notes = checkpoint.read_tensors(checkpoint.find(options.model))[1].get("notes", {})
     checkpoint.save(model, options.out, notes)
-    print(f"\n{model.calibration}\n")
+    print(f"\n{calibration}\n")
     if options.picture is not None:
-        t = calibration.recording.t
+        t = calibrating.recording.t
         t = t[torch.linspace(0, len(t) - 1, min(TIMES, len(t))).round().long()]
         noised = None if real is None else (t, *noised_errors(model, *real, t.tolist(), options.seed))
-        reliability_picture(calibration.recording, options.picture, noised)
+        reliability_picture(calibrating.recording, options.picture, noised)
         print(f"wrote {options.picture}")
-    print(f"wrote {options.out}; sample it with --rule budget:{model.calibration.budgets[0].share:g}")
+    print(f"wrote {options.out}; sample it with --rule budget:{calibration.budgets[0].share:g}")
 
 
 def _held_out(model: Model, options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -1,0 +1,50 @@
+"""A picture of how far uncertainties can be relied on."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..output.pictures import replace_file
+from .recording import Recording
+
+PANELS = 6
+
+
+def matplotlib_figure() -> type:
+    """Its class of figures, which need no window. Raises ImportError, with the remedy, where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install 'adadiff_kernels[bench]'") from error
+    return Figure
+
+
+def reliability_picture(recording: Recording, path: Path, noised: tuple[Tensor, Tensor, Tensor] | None = None) -> None:
+    """Uncertainty against error relative to the full network, along its runs; a panel for each of up to 6 layers, a dot
+    for each sample and timestep, coloured by timestep, and the median as a line.
+
+    noised: t [S], u and errors [S, K, n] of real images with noise on them (`recording.noised_errors`): a second row,
+    of errors to the true noise. Raises ImportError, with the remedy, where matplotlib is missing.
+    """
+    figure_kind = matplotlib_figure()
+    rows = {"to the full network": (recording.t, recording.u, recording.relative)}
+    if noised is not None:
+        rows["to the true noise"] = noised
+    K = recording.u.shape[1]
+    layers = torch.linspace(0, K - 1, min(K, PANELS)).round().long().tolist()
+    figure = figure_kind(figsize=(2.4 * len(layers), 3 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), len(layers), sharex=True, sharey="row", squeeze=False)
+    for line, (name, (t, u, errors)) in zip(axes, rows.items(), strict=True):
+        times = t[:, None].expand(-1, u.shape[-1]).flatten()
+        for axis, k in zip(line, layers, strict=True):
+            own, error = u[:, k].flatten(), errors[:, k].flatten().clamp(min=1e-9)
+            dots = axis.scatter(own, error, c=times, s=1, alpha=0.3, vmin=0, vmax=1000, rasterized=True)
+            bins = own.argsort().chunk(20)
+            axis.plot([float(own[b].median()) for b in bins], [float(error[b].median()) for b in bins], "k-", lw=1)
+            axis.set_yscale("log")
+            axis.set_title(f"after block {k + 1}", fontsize=9)
+        line[0].set_ylabel(f"squared error {name}", fontsize=9)
+    figure.colorbar(dots, ax=axes, label="timestep").solids.set_alpha(1)
+    figure.supxlabel("uncertainty")
+    replace_file(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
