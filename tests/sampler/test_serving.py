@@ -263,7 +263,7 @@ def test_cancelled_requests_leave_no_trace_while_the_engine_is_busy() -> None:
     longest = 0
     for k in range(800):
         engine.submit(seed=k, steps=1, priority=k % 3).cancel()
-        longest = max(longest, len(engine._heap))
+        longest = max(longest, len(engine._waiting.all()))
         if k % 100 == 0:
             engine.step()
     assert longest <= 66

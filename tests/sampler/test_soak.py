@@ -147,7 +147,7 @@ class Crowd:
 
 def nothing_is_left(engine: Engine) -> None:
     report = engine.report
-    assert (report.waiting, report.running, engine._batch.free, engine._heap) == (0, 0, engine.capacity, [])
+    assert (report.waiting, report.running, engine._batch.free, engine._waiting.all()) == (0, 0, engine.capacity, [])
     assert len(engine._batch._tables) <= SPARE + engine.capacity
     assert len(engine._batch._rules) <= 8
 
@@ -184,7 +184,7 @@ def test_everything_at_once_step_by_step(seed: int, capacity: int, n: int, batch
         clock.now += draw.random()
         report = engine.report
         assert report.waiting <= QUEUE
-        assert len(engine._heap) <= 64 + 2 * QUEUE + 1
+        assert len(engine._waiting.all()) <= 64 + 2 * QUEUE + 1
         assert report.running + engine._batch.free == capacity
     engine.close()
     fates = crowd.check()

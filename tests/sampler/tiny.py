@@ -237,4 +237,4 @@ def images_are_right(handles: list[Handle], wanted: list[dict]) -> None:
 def is_empty(engine: Engine) -> bool:
     """No place is lost, and nobody is waiting."""
     report = engine.report
-    return (report.waiting, report.running, engine._batch.free, len(engine._heap)) == (0, 0, engine.capacity, 0)
+    return (report.waiting, report.running, engine._batch.free, engine._waiting.all()) == (0, 0, engine.capacity, [])

@@ -54,8 +54,9 @@ class Calibrating:
     in the space of the features, the Fréchet distance.
     n samples, seeds `seed` and on, are recorded; as many more, never looked at before, are measured on. Everything is
     deterministic. refit: UEMs are fitted anew to how samples differ, on another n of them (see refitting.py), and used
-    from there on. After `run`, `model` has the calibration and the UEMs that it is for, and shares network and heads with
-    the one given, which stays as it was; `recording` is there. Raises ValueError for what cannot be, before any work.
+    from there on. After `run`, `model` has the calibration and the UEMs that it is for, and shares network and heads
+    with the one given, which stays as it was; `recording` is there. Raises ValueError for what cannot be, before
+    any work.
     """
 
     def __init__(

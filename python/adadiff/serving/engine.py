@@ -1,13 +1,6 @@
-"""Continuous batching: requests arrive at any time, share every evaluation, and end one by one.
-
-Admission: every request has a due time, its deadline or `patience` seconds after it was submitted; each level of
-priority moves it `patience` seconds earlier. The earliest due is admitted first. Due times do not change, so whoever
-waits is overtaken only by requests submitted within the next (priority + 1) x patience seconds: nobody starves.
-"""
+"""Continuous batching: requests arrive at any time, share every evaluation, and end one by one."""
 
 import atexit
-import heapq
-import itertools
 import math
 import threading
 import time
@@ -27,6 +20,7 @@ from ..model import Model
 from ..sampling.batch import Batch, Tick
 from ..sampling.samples import Samples, whole
 from .handles import DeadlineExceeded, EngineClosed, EngineFull, EngineReport, Handle
+from .waiting import Waiting
 
 MOST_PRIORITY = 100
 EXIT_SECONDS = 60.0  # that the end of the interpreter waits for the tick that is under way
@@ -36,8 +30,8 @@ class Engine:
     """Draws samples for requests that come from any thread.
 
     capacity: lanes evaluated together (a guided request takes two), or the bytes they may take as "512MiB" or "2GiB".
-    queue: requests that may wait. patience: seconds, see above. batch_invariant: an image and its exits are the same
-    bits whatever else runs, at some cost. counts: how the host learns who still runs; compiled: blocks go through
+    queue: requests that may wait. patience: seconds, see waiting.py. batch_invariant: an image and its exits are the
+    same bits whatever else runs, at some cost. counts: how the host learns who still runs; compiled: blocks go through
     torch.compile, see `evaluate`.
     early_model, t_switch: another network at the noisy timesteps of all requests, see `Sampling`.
     start=False: no thread of its own, `step` makes each tick.
@@ -66,17 +60,14 @@ class Engine:
         switch = switching(model, early_model, t_switch)
         if switch is not None and evaluate is not None:
             raise ValueError("early_model and evaluate both say how to evaluate; give one")
-        self.model, self.queue, self.patience = model, queue, float(patience)
+        self.model, self.queue = model, queue
         self.capacity = min(capacity_of(one, capacity) for one in (model, early_model) if one is not None)
         self._clock = clock
         own = {"batch_invariant": batch_invariant, "counts": counts, "compiled": compiled}
         self._batch = Batch(model, self.capacity, **own, evaluate=switch or evaluate)
         self._changed = threading.Condition()  # guards everything below
-        self._heap: list[tuple[float, int, Handle]] = []  # due, number, handle; ended ones are skipped later
-        self._waiting = 0  # of the heap, those that have not ended
-        self._number = itertools.count()
+        self._waiting = Waiting(float(patience))
         self._at: dict[int, Handle] = {}  # place -> request
-        self._soonest = math.inf  # no deadline of those who wait is earlier
         self._closing = self._aborting = False
         self._broken: BaseException | None = None  # what ended the thread
         self._ended = {"finished": 0, "failed": 0, "cancelled": 0}
@@ -130,20 +121,17 @@ class Engine:
             raise ValueError(f"a guided request takes {samples.lanes} lanes, but the capacity is {self.capacity}")
         with self._changed:
             until = time.monotonic() + wait
-            while self._waiting >= self.queue and not self._closing:
+            while self._waiting.count >= self.queue and not self._closing:
                 left = until - time.monotonic()
                 if left <= 0 or self._inside == threading.get_ident():  # who would make room?
-                    raise EngineFull(f"{self._waiting} requests wait already, the most this engine holds")
+                    raise EngineFull(f"{self._waiting.count} requests wait already, the most this engine holds")
                 self._changed.wait(min(left, threading.TIMEOUT_MAX))
             if self._closing:
                 raise EngineClosed("this engine is closed") from self._broken
             now = self._clock()
             end = math.inf if deadline is None else now + deadline
             handle = Handle(samples, self.model.layers, now, end, on_step)
-            due = min(end, now + self.patience) - priority * self.patience
-            self._waiting += 1
-            self._soonest = min(self._soonest, end)
-            heapq.heappush(self._heap, (due, next(self._number), handle))
+            self._waiting.add(handle, priority)
             handle.add_done_callback(self._on_end)
             self._changed.notify_all()
         return handle
@@ -171,7 +159,7 @@ class Engine:
     @property
     def report(self) -> EngineReport:
         with self._changed:
-            return EngineReport(self._waiting, len(self._at), **self._ended, batch=self._batch.totals)
+            return EngineReport(self._waiting.count, len(self._at), **self._ended, batch=self._batch.totals)
 
     def close(self, drain: bool = True, timeout: float | None = None) -> None:
         """Takes no more requests; finishes those it has (drain), or cancels them after the tick that is under way.
@@ -206,9 +194,9 @@ class Engine:
         try:
             while True:
                 with self._changed:
-                    while not self._waiting and not self._at and not self._closing:
+                    while not self._waiting.count and not self._at and not self._closing:
                         self._changed.wait()
-                    if self._aborting or (self._closing and not self._waiting and not self._at):
+                    if self._aborting or (self._closing and not self._waiting.count and not self._at):
                         break
                 self.step()
         except BaseException as error:  # a defect of ours; nobody must wait for ever
@@ -228,28 +216,20 @@ class Engine:
                 self._end(handle, error=_too_late(handle))
 
     def _admit(self) -> None:
-        failed = []
         with self._changed:
             now = self._clock()
-            if now >= self._soonest:  # wherever they stand in the queue
-                waiting = [handle for _, _, handle in self._heap if not handle.done()]
-                failed = [(handle, _too_late(handle)) for handle in waiting if now >= handle.deadline]
-                self._soonest = min((h.deadline for h in waiting if now < h.deadline), default=math.inf)
+            failed = [(handle, _too_late(handle)) for handle in self._waiting.late(now)]
             lanes = sum(handle._lanes for handle in self._at.values())
-            while self._heap:
-                handle = self._heap[0][2]
-                if not handle.done() and now < handle.deadline:
-                    if lanes + handle._lanes > self.capacity:
-                        break
-                    try:
-                        place = int(self._batch.admit(handle.samples, _ONLY))
-                    except Exception as error:
-                        failed.append((handle, error))
-                    else:
-                        self._at[place], handle._admitted = handle, now
-                        self._waiting -= 1
-                        lanes += handle._lanes
-                heapq.heappop(self._heap)
+            while (handle := self._waiting.first(now)) and lanes + handle._lanes <= self.capacity:
+                self._waiting.pop()
+                try:
+                    place = int(self._batch.admit(handle.samples, _ONLY))
+                except Exception as error:
+                    failed.append((handle, error))
+                else:
+                    self._at[place], handle._admitted = handle, now
+                    self._waiting.left()
+                    lanes += handle._lanes
             self._changed.notify_all()  # there may be room in the queue
         for handle, error in failed:
             self._end(handle, error=error)
@@ -305,17 +285,14 @@ class Engine:
         with self._changed:
             self._ended[kind] += 1
             if handle._admitted is None:
-                self._waiting -= 1
-                if len(self._heap) > 64 + 2 * self._waiting:
-                    self._heap = [entry for entry in self._heap if not entry[2].done()]
-                    heapq.heapify(self._heap)
+                self._waiting.left()
             self._changed.notify_all()
 
     def _fail_all(self, error: BaseException) -> None:
         with self._changed:
             self._closing = self._aborting = True
             self._broken = error
-            handles = [*self._at.values(), *(handle for _, _, handle in self._heap)]
+            handles = [*self._at.values(), *self._waiting.all()]
         for handle in handles:
             if not handle.done():
                 self._end(handle, error=error)
@@ -324,8 +301,7 @@ class Engine:
         """Cancels whatever is left."""
         with self._changed:
             self._closing = self._aborting = True
-            waiting = [handle for _, _, handle in self._heap]
-            self._heap.clear()
+            waiting = self._waiting.clear()
         while self._at:
             self._give_up(next(iter(self._at))).cancel()
         for handle in waiting:
