@@ -108,6 +108,7 @@ COARSE = Sweep(
     first=(3,),
     every=(2, 3),
     repeats=5,
+    limit=1800.0,
 )
 QUICK = Sweep(
     steps=(4, 8),

@@ -2,13 +2,12 @@
 
 All methods draw the same samples (same noises, same labels), 64 at a time. Seconds are measured apart from the quality,
 on one thread, in rounds in which all settings take turns; plain networks, DuoDiff's two among them, are timed in the
-ordinary loop, in the same loop compiled, and in the engine, and the fastest way counts. What the rows have is not
-measured again.
+ordinary loop, in the same loop compiled, and in the engine, the others in the engine, its blocks compiled and not, and
+the fastest way counts. What the rows have is not measured again.
 """
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from shutil import copyfile
 
@@ -39,7 +38,7 @@ from adadiff.checkpoint import write_tensors
 from adadiff.diffusion.solvers import solver_from
 
 SUITE = "quality"
-LOOP, COMPILED, ENGINE = "loop", "compiled loop", "engine"
+LOOP, COMPILED, ENGINE, COMPILED_ENGINE = "loop", "compiled loop", "engine", "compiled engine"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +127,7 @@ class Comparison:
         with threads(1):
             given = seeds_and_labels(0, BATCH, self.judging().judge.classes)
             first = max((m for m in chosen if m.name == "fewer steps"), key=lambda m: m.steps)
-            compiles = can_compile(self.networks, *given)
+            compiles = can_compile(chosen, *given)
             variants: dict[str, Callable[[], object]] = {}
             for method in [first, *(m for m in missing if m != first)]:
                 for way in ways(method, compiles):
@@ -156,18 +155,21 @@ class Comparison:
 
 def ways(method: Method, compiles: bool) -> tuple[str, ...]:
     if method.rule != "full":
-        return (ENGINE,)
+        return (ENGINE, COMPILED_ENGINE) if compiles else (ENGINE,)
     if method.reuse != 1:
         return (LOOP,)
     return (LOOP, ENGINE, COMPILED) if compiles else (LOOP, ENGINE)
 
 
-def can_compile(networks: Networks, seeds: Tensor, labels: Tensor) -> bool:
-    """Compiles the networks, which takes a C++ compiler; says so where there is none."""
+def can_compile(chosen: list[Method], seeds: Tensor, labels: Tensor) -> bool:
+    """Compiles what methods of every name run, which takes a C++ compiler; says so where there is none."""
     torch.compiler.reset()
     compiled_network.cache_clear()
-    alone = [Method("compiling", name, steps=1) for name in networks.names if name is not None]
-    return compiles(*(partial(in_plain_loop, method, seeds, labels, BATCH, compiled=True) for method in alone))
+    calls: dict[str, Callable[[], object]] = {}
+    for method in chosen:
+        for way in {COMPILED, COMPILED_ENGINE}.intersection(ways(method, True)):
+            calls.setdefault(method.name, timed(method, way, seeds, labels))
+    return compiles(*calls.values())
 
 
 def title(method: Method, way: str) -> str:
@@ -176,8 +178,8 @@ def title(method: Method, way: str) -> str:
 
 def timed(method: Method, way: str, seeds: Tensor, labels: Tensor) -> Callable[[], object]:
     load(method.model)
-    if way == ENGINE:
-        return lambda: in_engine(method, seeds, labels, BATCH)
+    if way in (ENGINE, COMPILED_ENGINE):
+        return lambda: in_engine(method, seeds, labels, BATCH, compiled=way == COMPILED_ENGINE)
     return lambda: in_plain_loop(method, seeds, labels, BATCH, compiled=way == COMPILED)
 
 

@@ -3,7 +3,7 @@
 python benchmarks/run.py [--quick]            both suites, short: under 8 minutes (90 s) on 2 cores
 python benchmarks/run.py --suite network      U-ViT-S/2 at batch 8 and 64, both dtypes, compiled baseline
 python benchmarks/run.py --suite serving      throughput and latency of continuous batching: 50 minutes (--quick: 1)
-python benchmarks/run.py --suite quality --data canvases     every method over its range, at equal seconds: 40 minutes
+python benchmarks/run.py --suite quality --data canvases     every method over its range, at equal seconds: 50 minutes
 python benchmarks/run.py --suite models       every published network: on a GPU all, on a CPU the small ones
 python benchmarks/run.py --suite digits --samples 10000 --seeds 3 --quality-only --out DIR
 """
@@ -11,6 +11,7 @@ python benchmarks/run.py --suite digits --samples 10000 --seeds 3 --quality-only
 import argparse
 import dataclasses
 import datetime
+import math
 import sys
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "a name that ships, a file, or nothing to leave it out (default: DATA, DATA_plain and DATA_shallow, shipped or "
         "in runs/)",
     )
+    parser.add_argument("--rounds", type=_positive, help="suite quality: of timing; more where the machine is busy")
     parser.add_argument("--full-sweep", action="store_true", help="suite quality: every setting there is, for hours")
     parser.add_argument("--steps", type=whole_numbers, help="suite quality: numbers of solver steps, as in 6,10,20")
     parser.add_argument("--budgets", type=shares, help="suite quality: shares of the work, as in 0.4,0.55")
@@ -155,6 +157,8 @@ def compared(rows: Rows, chosen: argparse.Namespace) -> Comparison:
     sweep = QUICK if chosen.quick else Sweep() if chosen.full_sweep else COARSE
     given = {"steps": chosen.steps, "budgets": chosen.budgets}
     sweep = dataclasses.replace(sweep, **{name: tuple(value) for name, value in given.items() if value})
+    if chosen.rounds:
+        sweep = dataclasses.replace(sweep, repeats=chosen.rounds, limit=math.inf)
     models = dict(chosen.models)
     networks = Networks(**models) if len(models) == 3 else dataclasses.replace(default_networks(chosen.data), **models)
     for role, name in dataclasses.asdict(networks).items():

@@ -200,6 +200,13 @@ def test_arguments_that_do_not_fit(argument: str, capsys: pytest.CaptureFixture[
     assert "error" in capsys.readouterr().err
 
 
+def test_rounds_that_are_asked_for_are_all_measured(networks: alternatives.Networks, tmp_path: Path) -> None:
+    models = [f"{role}={name}" for role, name in dataclasses.asdict(networks).items()]
+    chosen = run.arguments(["--suite", "quality", "--rounds", "12", "--models", *models])
+    sweep = run.compared(rows.Rows(tmp_path), chosen).sweep
+    assert (sweep.repeats, sweep.limit) == (12, float("inf"))
+
+
 # The suite
 
 
@@ -243,9 +250,11 @@ def test_without_a_compiler_there_is_one_way_less(
         raise RuntimeError("no compiler\nhere")
 
     monkeypatch.setattr(torch, "compile", fails)
-    assert not equal_seconds.can_compile(networks, *drawing.seeds_and_labels(0, 2))
+    plain = drawing.Method("plain network", networks.full, steps=1)
+    assert not equal_seconds.can_compile([plain], *drawing.seeds_and_labels(0, 2))
     assert "left out: no compiler" in capsys.readouterr().out
-    assert equal_seconds.ways(drawing.Method("plain network", networks.full), False) == ("loop", "engine")
+    assert equal_seconds.ways(plain, False) == ("loop", "engine")
+    assert equal_seconds.ways(dataclasses.replace(plain, rule="depth:2"), False) == ("engine",)
 
 
 def check_rows(by_name: dict[str, rows.Row], networks: alternatives.Networks) -> None:
@@ -282,8 +291,8 @@ def check_speed(speed: list[rows.Row]) -> None:
         assert row["seconds_per_image"] == pytest.approx(row["seconds"]["median"] / 64)
         assert len(row["rounds"]) == row["seconds"]["n"] >= 3
         plain = row["variant"] in ("fewer steps", "plain network", "shallow network", "DuoDiff")
-        ways = ["loop", "engine", "compiled loop"] if plain else ["loop" if row["variant"] == "reuse" else "engine"]
-        assert list(row["ways"]) == ways
+        ways = ["loop", "engine", "compiled loop"] if plain else ["engine", "compiled engine"]
+        assert list(row["ways"]) == (["loop"] if row["variant"] == "reuse" else ways)
         assert row["seconds"]["median"] == row["ways"][row["way"]] == min(row["ways"].values())
 
 
