@@ -77,8 +77,9 @@ def evaluate_on_device(
         else:
             exit_layer = active.exit_layer.clone()
         lanes.moved.append(active.moved.clone())
+        order = active.lane.clone() if counts.exact else None
     outputs = x.shape[1] * (2 if backbone.learned_variance else 1)
-    eps, variance = lanes.heads(exit_layer) if B else rows.new_empty(0, outputs, *x.shape[2:]), None
+    eps, variance = lanes.heads(exit_layer, order) if B else rows.new_empty(0, outputs, *x.shape[2:]), None
     if backbone.learned_variance:
         eps, variance = eps.chunk(2, dim=1)
     return DeviceEvaluation(eps, variance, exit_layer, lanes.scores, lanes.macs_by_depth, lanes.moved, lanes.rows)
@@ -174,13 +175,24 @@ class _Lanes:
         self.run(second, rows, Lagged(), self.parked[0] + 1, exit_layer)
         self.moved.append(second.moved - before)
 
-    def heads(self, exit_layer: Tensor) -> Tensor:
-        """[B, C or 2 C, H, W]. One call where the head is shared; else one for the last layer, one for all others."""
+    def heads(self, exit_layer: Tensor, order: Tensor | None) -> Tensor:
+        """[B, C or 2 C, H, W]. One call where the head is shared; else one for the last layer, one for all others.
+
+        order: i32 [B], the lanes as they lie at the end, where `rows` says how many ran each block: larger heads are
+        then called once for each layer, on those who left there.
+        """
         backbone, exits, cond = self._backbone, self._exits, self._cond
         patches = self._saved[:, backbone.extras :]
+        own = exits is not None and exits.heads is not None and bool(self._decision.asked)
+        if own and order is not None and exits.config.head != "linear":
+            ends = enumerate(zip(self.rows, [*self.rows[1:], 0], strict=True), start=1)
+            left = [(layer, order[after:before]) for layer, (before, after) in ends if after < before][::-1]
+            parts = [exits.head(backbone, layer)(patches.index_select(0, lanes), cond, lanes) for layer, lanes in left]
+            eps = torch.cat(parts)
+            return torch.empty_like(eps).index_copy_(0, order.long(), eps)
         lanes = torch.arange(len(patches), dtype=torch.int32, device=patches.device)
         eps = backbone.head(patches, cond, lanes)
-        if exits is None or exits.heads is None or not self._decision.asked:
+        if not own:
             return eps
         last = (exit_layer == len(backbone.blocks)).view(-1, 1, 1, 1)
         return torch.where(last, eps, exits.heads_by_lane(patches, cond, lanes, exit_layer))
