@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from adadiff.config import ModelConfig
+from adadiff.engine import memory
 from adadiff.engine.evaluate import evaluate, group_size
 from adadiff.engine.memory import capacity_of, lane_bytes, peak_bytes
-from adadiff.exits import OFFICIAL, PAPER
+from adadiff.exits import OFFICIAL, PAPER, ExitConfig
 from adadiff.model import Model
 from adadiff.models.uvit import UViTConfig
 from adadiff.rules import Full, Replay
@@ -97,6 +98,24 @@ def test_as_many_lanes_as_fit(name: str, lanes: int) -> None:
     if lanes >= 5:
         more = -(-fit * 13 // 10)
         assert evaluation(made, more, [7]) + kept(made) * more > bytes_
+
+
+def test_on_a_device_the_way_that_holds_most_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head for every lane, where the host does not know who left where; else those of a layer share one."""
+    config = dataclasses.replace(MODELS["paper"][0], exits=ExitConfig(head="block"))
+    made = Model(config).requires_grad_(False).eval()
+    x, t, context = torch.zeros(5, 3, 8, 8), torch.zeros(5), torch.zeros(5, dtype=torch.int64)
+    given = made.backbone, made.exits, Replay(), x, t, context
+    peaks = {
+        counts: peak_bytes(lambda counts=counts: evaluate(*given, threshold=torch.arange(5.0) + 1, counts=counts))
+        for counts in ("sync", "lagged")
+    }
+    weights = sum(parameter.nbytes for parameter in made.exits.heads[0].parameters())
+    assert peaks["lagged"] > 5 * weights > peaks["sync"]
+    ways = []
+    monkeypatch.setattr(memory, "evaluate", lambda *_, **options: ways.append(options["counts"]))
+    lane_bytes(made.to("meta"))
+    assert set(ways) == {"lagged"}
 
 
 def test_bytes_of_a_call_by_hand() -> None:

@@ -45,15 +45,16 @@ def lane_bytes(model: Model) -> tuple[int, int, int]:
     """Bytes a lane takes all the time, bytes it takes while it is inside a block, and lanes inside at a time."""
     backbone = model.backbone
     parameter = next(backbone.parameters())
-    grouped = {"group": 1} if parameter.device.type == "cpu" else {}
+    # on a device, the way that holds most: with a head for every lane
+    way = {"group": 1} if parameter.device.type == "cpu" else {"counts": "lagged"}
 
     def peak(n: int) -> int:
         x = torch.zeros(n, *backbone.sample_shape, dtype=parameter.dtype, device=parameter.device)
         t = torch.zeros(n, device=parameter.device)
         context, last = _context(model, n, parameter), torch.full_like(t, model.layers)
         if model.exits is None:
-            return peak_bytes(lambda: evaluate(backbone, None, Full(), x, t, context, **grouped))
-        return peak_bytes(lambda: evaluate(backbone, model.exits, Replay(), x, t, context, threshold=last, **grouped))
+            return peak_bytes(lambda: evaluate(backbone, None, Full(), x, t, context, **way))
+        return peak_bytes(lambda: evaluate(backbone, model.exits, Replay(), x, t, context, threshold=last, **way))
 
     one, two = peak(1), peak(2)
     group = group_size(backbone) if parameter.device.type == "cpu" else 2**31
