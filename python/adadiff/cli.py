@@ -1,10 +1,12 @@
 """The command line.
 
-Exit codes: 0; 2 for unusable input, with a line saying why; 130 after Ctrl-C, with one on what is on disk.
+Exit codes: 0; 2 for unusable input, with a line saying why; 130 after Ctrl-C, with one on what is on disk; 141 where
+nobody reads the output any more, as after `| head`.
 """
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -101,9 +103,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         options.run(options)
+        sys.stdout.flush()
     except KeyboardInterrupt as interrupt:
         print(f"adadiff: interrupted; {str(interrupt) or 'no results are on disk'}", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at the end
+        return 141
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"adadiff: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -37,6 +37,15 @@ COMMANDS = {
 }
 
 
+def test_who_reads_no_further_gets_no_error() -> None:
+    """As `adadiff inspect digits | head`: the output is a pipe whose other end is closed."""
+    command = [sys.executable, "-m", "adadiff", "inspect", "digits"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == ("", 141)
+    process.stderr.close()
+
+
 def test_bad_files_and_folders_end_in_one_line(tiny, tmp_path, capsys):
     file = tmp_path / "file"
     file.write_bytes(Path(tiny).read_bytes()[:-100])
