@@ -3,11 +3,13 @@
 All methods draw the same samples (same noises, same labels), 64 at a time. Seconds are measured apart from the quality,
 on one thread, in rounds in which all settings take turns; plain networks, DuoDiff's two among them, are timed in the
 ordinary loop, in the same loop compiled, and in the engine, the others in the engine, its blocks compiled and not, and
-the fastest way counts. What the rows have is not measured again.
+the fastest way counts. What the rows have is not measured again, and an interrupted run goes on with its next setting
+or round.
 """
 
 import dataclasses
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from shutil import copyfile
 
@@ -29,7 +31,7 @@ from harness import interleave, threads
 from judging import Judging, judging_of
 from network import compiles
 from quality import depth
-from rows import Row, Rows, say
+from rows import Row, Rows, say, versions
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
@@ -132,8 +134,9 @@ class Comparison:
             for method in [first, *(m for m in missing if m != first)]:
                 for way in ways(method, compiles):
                     variants[title(method, way)] = timed(method, way, *given)
+            kept = self.rounds(variants)
             measured = interleave(
-                variants, self.sweep.repeats, warmup=0, limit=self.sweep.limit, label=f"{self.data}, seconds"
+                variants, self.sweep.repeats, 0, limit=self.sweep.limit, kept=kept, label=f"{self.data}, seconds"
             )
             for method in missing:
                 taken = {way: measured.median(title(method, way)) for way in ways(method, compiles)}
@@ -151,6 +154,13 @@ class Comparison:
                     way=way,
                     ways=taken,
                 )
+        kept.unlink()
+
+    def rounds(self, variants: Iterable[str]) -> Path:
+        """Where the rounds of a comparison of these lie until its rows are written: one file for all that seconds
+        depend on."""
+        what = (self.rows.machine, versions(), self.rows.commit, self.networks.checkpoints, *variants)
+        return self.cache / f"rounds-{hashlib.sha256(repr(what).encode()).hexdigest()[:12]}.json"
 
 
 def ways(method: Method, compiles: bool) -> tuple[str, ...]:

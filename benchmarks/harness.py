@@ -1,9 +1,12 @@
 """Timing: the variants of a comparison take turns, the first under two names, which shows the noise."""
 
+import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -88,6 +91,7 @@ def interleave(
     pairs: Mapping[str, str] | None = None,
     turn: float = 0.0,
     limit: float = float("inf"),
+    kept: Path | None = None,
     label: str = "",
     clock: Callable[[], float] = time.perf_counter,
     timer: Callable[[Callable[[], object]], float] | None = None,
@@ -97,7 +101,8 @@ def interleave(
     repeats: rounds. warmup: rounds that are thrown away. pairs: variants that run right after one another, to be
     compared by `Comparison.ratio`; which of the two is first alternates. turn: a shorter call is repeated within
     its turn until this many seconds have passed, and its mean taken. limit: after MIN_ROUNDS rounds, no further
-    one starts that would end later than this many seconds after the first one started. timer: takes a call's turn and
+    one starts that would make them take longer than this many seconds together. kept: the file of this comparison's
+    rounds; each is written there when it ends, and those found there are not run again. timer: takes a call's turn and
     returns the seconds of one call, where the host's clock cannot: on a device that is still at work.
     """
     if not variants or repeats < 1 or warmup < 0:
@@ -109,26 +114,38 @@ def interleave(
         raise ValueError(f"a variant belongs to one pair at most, got {pairs}")
     timer = timer or (lambda call: _turn(call, turn, clock))
     units = [[name, *([pairs[name]] if name in pairs else [])] for name in calls if name not in pairs.values()]
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    with (
-        torch.inference_mode(),
-        tqdm(total=len(calls) * (warmup + repeats), desc=label, leave=False, disable=None) as bar,
-    ):
-        for number in range(warmup + repeats):
-            started = clock()
-            if number == warmup:
-                first = started
-            elif number - warmup >= MIN_ROUNDS and (started - first) * (number - warmup + 1) > limit * (
-                number - warmup
-            ):
+    rounds = _read(kept)
+    bar = tqdm(total=len(calls) * (warmup + repeats), desc=label, leave=False, disable=None)
+    bar.update(len(calls) * len(rounds))
+    with torch.inference_mode(), bar:
+        for number in (*range(warmup), *range(warmup + len(rounds), warmup + repeats)):
+            if len(rounds) >= MIN_ROUNDS and sum(taken for taken, _ in rounds) * (1 + 1 / len(rounds)) > limit:
                 break
+            started = clock()
+            seconds = {}
             for index in np.random.default_rng(number).permutation(len(units)):
                 for name in units[index][:: -1 if number % 2 else 1]:
-                    seconds = timer(calls[name])
-                    if number >= warmup:
-                        samples[name].append(seconds)
+                    seconds[name] = timer(calls[name])
                     bar.update()
-    return Comparison({name: Times(tuple(samples[name])) for name in names}, Times(tuple(samples[""])))
+            if number >= warmup:
+                rounds.append((clock() - started, seconds))
+                _write(kept, rounds)
+    times = {name: Times(tuple(seconds[name] for _, seconds in rounds[:repeats])) for name in calls}
+    return Comparison({name: times[name] for name in names}, times[""])
+
+
+Round = tuple[float, dict[str, float]]  # how long it took, and the seconds of every variant
+
+
+def _read(kept: Path | None) -> list[Round]:
+    return json.loads(kept.read_text()) if kept is not None and kept.exists() else []
+
+
+def _write(kept: Path | None, rounds: list[Round]) -> None:
+    if kept is not None:
+        part = kept.with_name(kept.name + ".part")
+        part.write_text(json.dumps(rounds))
+        os.replace(part, kept)  # killed at any moment, the file is a whole one
 
 
 def _turn(call: Callable[[], object], least: float, clock: Callable[[], float]) -> float:

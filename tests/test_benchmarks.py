@@ -145,6 +145,30 @@ def test_pairs_run_right_after_one_another_and_are_compared_round_by_round() -> 
         harness.interleave(variants, 4, 0, pairs={"a": "b", "b": "c"}, clock=clock)
 
 
+def test_an_interrupted_comparison_goes_on_with_its_next_round(tmp_path: Path) -> None:
+    def variants(clock: Clock) -> dict[str, Callable[[], None]]:
+        return {name: clock.variant(name, *seconds) for name, seconds in (("a", (1.0,)), ("b", range(1, 99)))}
+
+    whole, before, after = Clock(), Clock(), Clock()
+    wanted = harness.interleave(variants(whole), 6, 1, clock=whole)
+
+    def interrupted() -> None:
+        if len(before.calls) >= 9:  # in the third round after one of warming up
+            raise KeyboardInterrupt
+        calls["b"]()
+
+    calls = variants(before)
+    kept = tmp_path / "rounds.json"
+    with pytest.raises(KeyboardInterrupt):
+        harness.interleave({"a": calls["a"], "b": interrupted}, 6, 1, kept=kept, clock=before)
+    measured = harness.interleave(variants(after), 6, 1, kept=kept, clock=after)
+    assert measured.times["b"].samples == (*wanted.times["b"].samples[:2], 2.0, 3.0, 4.0, 5.0)
+    assert len(after.calls) == 3 * (1 + 4)  # warmed up again, then what was missing
+    assert after.calls[3:] == whole.calls[9:]  # each round in its own order
+    again = harness.interleave(variants(after), 6, 0, kept=kept, limit=0.0, clock=after)
+    assert again == measured
+
+
 @pytest.mark.parametrize("arguments", [({}, 1, 0), ({"a": int}, 0, 0), ({"a": int}, 1, -1)])
 def test_comparisons_that_are_none(arguments: tuple) -> None:
     with pytest.raises(ValueError, match="comparison"):

@@ -244,6 +244,7 @@ def test_the_whole_suite_and_its_resumption(
     again = compare()
     assert [row["variant"] for row in again[-2:]] == [measured[2]["variant"], measured[-1]["variant"]]
     assert again[-2]["frechet"] == measured[2]["frechet"]
+    assert not list((tmp_path / "cache").glob("rounds-*"))  # the rows have them
 
 
 def test_without_a_compiler_there_is_one_way_less(
