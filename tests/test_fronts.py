@@ -14,6 +14,7 @@ from adadiff.evaluation.intervals import Interval
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import fronts
+import recipes
 
 
 def point(method: str, seconds: float, frechet: float, setting: str | None = None, **more: object) -> fronts.Point:
@@ -116,3 +117,31 @@ def test_neighbours_that_change_places_in_a_draw() -> None:
     ours = point("ours, faithful", 1.005, 4.0, rounds=(1.0, 1.005, 1.0), draws={"frechet": np.full(50, 4.0)})
     found = fronts.over_front(ours, close, "seconds", "frechet")
     assert 4 / 8 - 2 < found.low <= found.value <= found.high < 4 / 2 + 2  # finite, within what the two can make of it
+
+
+def test_recipes_are_compared_along_their_own_fronts() -> None:
+    """Only what exits early counts, and what an early model adds can be left out."""
+    first = [
+        point("ours, faithful", 1.0, 8.0, "0.4"),
+        point("ours, faithful", 4.0, 2.0, "0.9"),
+        point("ours, early model", 1.5, 3.0, "0.4, t ≥ 500"),
+        point("fewer steps", 1.0, 1.0),
+    ]
+    second = [
+        point("ours, one threshold", 2.0, 5.0, "θ = 0.5"),
+        point("ours, faithful", 3.0, 6.0, "0.7"),  # beaten by the one before
+        point("ours, early model", 1.5, 4.5, "0.4, t ≥ 500"),
+        point("static table", 0.5, 0.1),
+    ]
+    alone = recipes.over(second, first, early=False)
+    assert [(row[0], row[2], row[4]) for row in alone.body] == [("θ = 0.5", "2000.0", "1.250 (1.250 to 1.250)")]
+    together = recipes.over(second, first, early=True)
+    assert [(row[0], row[4]) for row in together.body] == [("early model, 0.4, t ≥ 500", "1.500 (1.500 to 1.500)")]
+
+
+def test_recipes_without_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows.jsonl").touch()
+    for path, message in ((tmp_path / "rows.jsonl", "no rows of the quality suite of canvases"), (tmp_path, "[Errno")):
+        with pytest.raises(SystemExit):
+            recipes.main([str(path), str(path)])
+        assert f"error: {message}" in capsys.readouterr().err
