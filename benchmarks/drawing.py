@@ -132,7 +132,7 @@ def compiled_network(name: str) -> Callable[..., Tensor]:
     return torch.compile(load(name).backbone, dynamic=False)
 
 
-def in_engine(method: Method, seeds: Tensor, labels: Tensor, batch: int, compiled: bool = False) -> Drawn:
+def in_engine(method: Method, seeds: Tensor, labels: Tensor, batch: int) -> Drawn:
     images, report = adadiff.sample(
         load(method.model),
         len(seeds),
@@ -144,7 +144,6 @@ def in_engine(method: Method, seeds: Tensor, labels: Tensor, batch: int, compile
         batch=batch,
         early_model=None if method.early_model is None else load(method.early_model),
         t_switch=method.t_switch,
-        compiled=compiled,
     )
     return Drawn(images, report.exit_layer[..., 0], (report.macs, report.macs_full))
 

@@ -1,10 +1,9 @@
 """Does leaving early beat the alternatives at equal seconds? Quality and measured seconds of every method.
 
-All methods draw the same samples (same noises, same labels), 64 at a time. Seconds are measured apart from the quality,
-on one thread, in rounds in which all settings take turns; plain networks, DuoDiff's two among them, are timed in the
-ordinary loop, in the same loop compiled, and in the engine, the others in the engine, its blocks compiled and not, and
-the fastest way counts. What the rows have is not measured again, and an interrupted run goes on with its next setting
-or round.
+All methods draw the same samples (same noises, same labels). Seconds are measured apart from the quality, on one
+thread, in rounds in which all settings take turns. Plain networks, DuoDiff's two among them, are timed in the ordinary
+loop and in the same compiled, in batches of the best size, and in the engine, the others in the engine; the fastest way
+counts. What the rows have is not measured again, and an interrupted run goes on with its next setting or round.
 """
 
 import dataclasses
@@ -40,7 +39,9 @@ from adadiff.checkpoint import write_tensors
 from adadiff.diffusion.solvers import solver_from
 
 SUITE = "quality"
-LOOP, COMPILED, ENGINE, COMPILED_ENGINE = "loop", "compiled loop", "engine", "compiled engine"
+LOOP, COMPILED, ENGINE = "loop", "compiled loop", "engine"
+LARGER = "compiled loop, batches of 128"  # which shallow networks like, deep ones the usual BATCH
+AT_ONCE = 256  # samples timed, and the engine's capacity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,13 +122,13 @@ class Comparison:
         return load_file(path)["images"]
 
     def speed(self, chosen: list[Method]) -> None:
-        """Seconds of drawing one batch. The first variant, measured twice, is the full network."""
+        """Seconds of drawing AT_ONCE samples. The first variant, measured twice, is the full network."""
         missing = [m for m in chosen if self.rows.find(SUITE, "speed", m.name, self.parameters(m)) is None]
         if not missing:
             return
-        say(f"{self.data}: seconds of {len(missing)} settings, {BATCH} samples at a time, one thread")
+        say(f"{self.data}: seconds of {len(missing)} settings, {AT_ONCE} samples, one thread")
         with threads(1):
-            given = seeds_and_labels(0, BATCH, self.judging().judge.classes)
+            given = seeds_and_labels(0, AT_ONCE, self.judging().judge.classes)
             first = max((m for m in chosen if m.name == "fewer steps"), key=lambda m: m.steps)
             compiles = can_compile(chosen, *given)
             variants: dict[str, Callable[[], object]] = {}
@@ -150,7 +151,8 @@ class Comparison:
                     dtype="float32",
                     **measured.row(name),
                     rounds=list(measured.times[name].samples),
-                    seconds_per_image=measured.median(name) / BATCH,
+                    at_once=AT_ONCE,
+                    seconds_per_image=measured.median(name) / AT_ONCE,
                     way=way,
                     ways=taken,
                 )
@@ -165,20 +167,20 @@ class Comparison:
 
 def ways(method: Method, compiles: bool) -> tuple[str, ...]:
     if method.rule != "full":
-        return (ENGINE, COMPILED_ENGINE) if compiles else (ENGINE,)
+        return (ENGINE,)
     if method.reuse != 1:
         return (LOOP,)
-    return (LOOP, ENGINE, COMPILED) if compiles else (LOOP, ENGINE)
+    return (LOOP, ENGINE, COMPILED, LARGER) if compiles else (LOOP, ENGINE)
 
 
 def can_compile(chosen: list[Method], seeds: Tensor, labels: Tensor) -> bool:
-    """Compiles what methods of every name run, which takes a C++ compiler; says so where there is none."""
+    """Compiles the plain networks of every name, which takes a C++ compiler; says so where there is none."""
     torch.compiler.reset()
     compiled_network.cache_clear()
     calls: dict[str, Callable[[], object]] = {}
     for method in chosen:
-        for way in {COMPILED, COMPILED_ENGINE}.intersection(ways(method, True)):
-            calls.setdefault(method.name, timed(method, way, seeds, labels))
+        for way in {COMPILED, LARGER}.intersection(ways(method, True)):
+            calls.setdefault(f"{method.name}, {way}", timed(method, way, seeds, labels))
     return compiles(*calls.values())
 
 
@@ -188,9 +190,10 @@ def title(method: Method, way: str) -> str:
 
 def timed(method: Method, way: str, seeds: Tensor, labels: Tensor) -> Callable[[], object]:
     load(method.model)
-    if way in (ENGINE, COMPILED_ENGINE):
-        return lambda: in_engine(method, seeds, labels, BATCH, compiled=way == COMPILED_ENGINE)
-    return lambda: in_plain_loop(method, seeds, labels, BATCH, compiled=way == COMPILED)
+    if way == ENGINE:
+        whole = method.name != "batch mean"  # which in other batches would decide otherwise
+        return lambda: in_engine(method, seeds, labels, len(seeds) if whole else BATCH)
+    return lambda: in_plain_loop(method, seeds, labels, 128 if way == LARGER else BATCH, compiled=way != LOOP)
 
 
 def done(method: Method, drawn: Drawn, run: int) -> dict[str, object]:
