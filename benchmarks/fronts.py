@@ -20,6 +20,7 @@ MEASURES = {"frechet": "Fréchet distance", "error": "squared error", "accuracy"
 HIGHER = {"accuracy"}  # is better
 COSTS = {"seconds": "ms/image", "macs": "million MACs"}
 SCALE = {"seconds": 1e3, "macs": 1e-6}
+ROUNDING = 5e-4  # of the tables; rows keep five digits of a draw
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,8 @@ def _between(at: np.ndarray | float, costs: Sequence, values: Sequence) -> np.nd
 def verdict(ratio: Interval | None) -> str:
     if ratio is None:
         return "no other so fast"
+    if max(ratio.high - 1, 1 - ratio.low) < ROUNDING:
+        return "on it"
     if ratio.high < 1:
         return "below"
     return "above" if ratio.low > 1 else "undecided"

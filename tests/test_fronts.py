@@ -60,7 +60,7 @@ OTHERS = [point("fewer steps", 1.0, 8.0), point("fewer steps", 4.0, 2.0)]
     [
         (2.0, 3.0, 0.75, "below"),
         (2.0, 5.0, 1.25, "above"),
-        (1.0, 8.0, 1.0, "undecided"),  # as good as one that is there
+        (1.0, 8.0, 1.0, "on it"),  # as good as one that is there
         (4.0, 1.0, 0.5, "below"),
         (9.0, 3.0, 1.5, "above"),  # whoever has more time may take less
         (0.5, 9.0, None, "no other so fast"),
@@ -77,7 +77,8 @@ def test_over_the_front_by_hand(seconds: float, frechet: float, ratio: float | N
 
 @pytest.mark.parametrize(
     ("low", "high", "verdict"),
-    [(0.8, 0.99, "below"), (0.8, 1.01, "undecided"), (0.99, 1.2, "undecided"), (1.01, 1.2, "above")],
+    [(0.8, 0.99, "below"), (0.8, 1.01, "undecided"), (0.99, 1.2, "undecided"), (1.01, 1.2, "above")]
+    + [(1.00001, 1.00002, "on it"), (0.9999, 1.01, "undecided"), (0.9, 0.9999, "below")],
 )
 def test_a_verdict_takes_the_whole_interval(low: float, high: float, verdict: str) -> None:
     assert fronts.verdict(Interval((low + high) / 2, low, high)) == verdict
