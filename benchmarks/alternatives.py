@@ -19,7 +19,7 @@ from adadiff.checkpoint import find
 from adadiff.engine.switching import what_it_draws
 from adadiff.sampling.samples import Samples
 
-BATCH = 64  # samples at a time, everywhere
+BATCH = 64  # samples at a time, for quality
 BY_BUDGET = ("ours, faithful", "ours, distribution", "ours, early model")  # their settings begin with it
 OURS = (*BY_BUDGET, "ours, one threshold")
 CANDIDATES = 200  # single thresholds tried

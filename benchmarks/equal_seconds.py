@@ -40,7 +40,8 @@ from adadiff.diffusion.solvers import solver_from
 
 SUITE = "quality"
 LOOP, COMPILED, ENGINE = "loop", "compiled loop", "engine"
-LARGER = "compiled loop, batches of 128"  # which shallow networks like, deep ones the usual BATCH
+LARGER_BATCH = 2 * BATCH  # which shallow networks like
+LARGER = f"{COMPILED}, batches of {LARGER_BATCH}"
 AT_ONCE = 256  # samples timed, and the engine's capacity
 
 
@@ -193,7 +194,7 @@ def timed(method: Method, way: str, seeds: Tensor, labels: Tensor) -> Callable[[
     if way == ENGINE:
         whole = method.name != "batch mean"  # which in other batches would decide otherwise
         return lambda: in_engine(method, seeds, labels, len(seeds) if whole else BATCH)
-    return lambda: in_plain_loop(method, seeds, labels, 128 if way == LARGER else BATCH, compiled=way != LOOP)
+    return lambda: in_plain_loop(method, seeds, labels, LARGER_BATCH if way == LARGER else BATCH, compiled=way != LOOP)
 
 
 def done(method: Method, drawn: Drawn, run: int) -> dict[str, object]:

@@ -20,7 +20,7 @@ MEASURES = {"frechet": "Fréchet distance", "error": "squared error", "accuracy"
 HIGHER = {"accuracy"}  # is better
 COSTS = {"seconds": "ms/image", "macs": "million MACs"}
 SCALE = {"seconds": 1e3, "macs": 1e-6}
-ROUNDING = 5e-4  # of the tables; rows keep five digits of a draw
+ROUNDING = 5e-4  # of the tables: what they show as 1.000 throughout is neither below nor above
 
 
 @dataclass(frozen=True)

@@ -270,6 +270,17 @@ def test_a_rule_that_looks_at_the_batch_is_timed_in_the_batches_it_was_judged_in
         assert equal_seconds.timed(drawing.Method(name, networks.full), "engine", *given)() == batch
 
 
+def test_plain_loops_are_timed_in_the_batches_their_ways_say(
+    networks: alternatives.Networks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(equal_seconds, "in_plain_loop", lambda *given, compiled: (given[-1], compiled))
+    method, given = drawing.Method("plain network", networks.full), drawing.seeds_and_labels(0, 200)
+    ways = [way for way in equal_seconds.ways(method, True) if "loop" in way]
+    found = {way: equal_seconds.timed(method, way, *given)() for way in ways}
+    batches = {"loop": (64, False), "compiled loop": (64, True), "compiled loop, batches of 128": (128, True)}
+    assert found == batches
+
+
 def check_rows(by_name: dict[str, rows.Row], networks: alternatives.Networks) -> None:
     full, shallow = drawing.load(networks.full), drawing.load(networks.shallow)
     cost = {name: int(work_of_whole(made)) for name, made in (("full", full), ("shallow", shallow))}

@@ -82,7 +82,7 @@ def test_over_the_front_by_hand(seconds: float, frechet: float, ratio: float | N
         (0.8, 1.01, "undecided"),
         (0.99, 1.2, "undecided"),
         (1.01, 1.2, "above"),
-        (1.00001, 1.00002, "on it"),  # up to the rounding of the draws that rows keep
+        (1.00001, 1.00002, "on it"),  # as a setting of theirs, with scores that nobody left by
         (0.9999, 1.01, "undecided"),
         (0.9, 0.9999, "below"),
     ],
