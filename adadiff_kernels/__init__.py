@@ -3,7 +3,8 @@
 from adadiff_kernels.compaction import ActiveSet, Swaps, leave_reference, take_rows
 from adadiff_kernels.device_set import DeviceSet, Seen
 from adadiff_kernels.join_skip import join_skip_reference
-from adadiff_kernels.library import join_skip, residual_uem, save_rows, solver_step, swap_rows
+from adadiff_kernels.library import join_skip, residual_uem, settle_rows, solver_step, swap_rows
+from adadiff_kernels.ops import fuses
 from adadiff_kernels.philox import philox4x32, philox_normal
 from adadiff_kernels.residual_uem import (
     Norm,
@@ -14,7 +15,7 @@ from adadiff_kernels.residual_uem import (
     uem_score,
     uem_score_reference,
 )
-from adadiff_kernels.save_rows import save_rows_reference
+from adadiff_kernels.settle_rows import settle_rows_reference
 from adadiff_kernels.solver_step import (
     COLUMNS,
     Guidance,
@@ -24,7 +25,7 @@ from adadiff_kernels.solver_step import (
     guide,
     solver_step_reference,
 )
-from adadiff_kernels.upload import upload
+from adadiff_kernels.upload import captures, upload
 
 __all__ = [
     "COLUMNS",
@@ -38,6 +39,8 @@ __all__ = [
     "SolverState",
     "StepRows",
     "Swaps",
+    "captures",
+    "fuses",
     "guide",
     "join_skip",
     "join_skip_reference",
@@ -48,8 +51,8 @@ __all__ = [
     "philox_normal",
     "residual_uem",
     "residual_uem_reference",
-    "save_rows",
-    "save_rows_reference",
+    "settle_rows",
+    "settle_rows_reference",
     "solver_step",
     "solver_step_reference",
     "swap_rows",

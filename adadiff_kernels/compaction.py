@@ -160,28 +160,17 @@ def swap_rows_core(swaps: Swaps, *rows: Tensor) -> None:
 
 
 def swap_rows_reference(swaps: Swaps, *rows: Tensor) -> None:
-    """`swap_rows` in PyTorch. Pairs of the CPU are checked; others nobody looks at, and (-1, -1) among them is none."""
-    if not swaps.pairs.is_cpu:
-        _swap_unseen(swaps.pairs.long(), *rows)
-        return
+    """`swap_rows` in PyTorch. Pairs are checked where they lie on the CPU; elsewhere that would wait."""
     here = swaps.pairs.flatten().long()
     there = swaps.pairs.flip(1).flatten().long()
-    if len(here) and (here.min() < 0 or here.max() >= swaps.before or len(here.unique()) < len(here)):
+    if (
+        swaps.pairs.is_cpu
+        and len(here)
+        and (here.min() < 0 or here.max() >= swaps.before or len(here.unique()) < len(here))
+    ):
         raise ValueError(f"pairs must name rows of [0, {swaps.before}), each at most once")
     for tensor in rows:
         tensor.index_copy_(0, here, tensor.index_select(0, there))
-
-
-def _swap_unseen(pairs: Tensor, *rows: Tensor) -> None:
-    """No value is read by the host: where there is no pair, row 0 gets once more what it gets anyway."""
-    for tensor in rows:
-        if not len(tensor):
-            continue
-        order = torch.arange(len(tensor) + 1, device=pairs.device)  # the last one is nobody's
-        known = pairs.where(pairs >= 0, len(tensor))
-        order[known.flatten()] = known.flip(1).flatten()
-        touched = pairs.clamp(min=0).flatten()
-        tensor.index_copy_(0, touched, tensor.index_select(0, order[touched]))
 
 
 def core_swaps(swaps: Swaps) -> bool:

@@ -45,8 +45,9 @@ class DeviceSet:
     """The lanes that still run, and the row of every lane, on a device. Starts as the identity, everybody running.
 
     lane: int32 [B], row -> lane.            row: int32 [B], lane -> row (its inverse).
-    exit_layer: int32 [B] by lane: 0 while the lane runs, -layer where it is parked after so many blocks.
-    count: int32 [1], n, rows running.       moved: int32 [1], rows moved by swaps so far, two a pair.
+    exit_layer: int32 [B] by lane, 0 while the lane runs.
+    count: int32 [1], n, rows running.       moved: int32 [1], rows that changed places so far, two a pair.
+    tickets: int32 [B], zeros for the fused pass (`Score`).
     lanes: B.                                recorded: the last start went into a CUDA graph.
 
     The tensors belong to the set and keep their addresses, so captured graphs may hold them while the set lives; one
@@ -86,7 +87,7 @@ class DeviceSet:
         self.device, self.lanes = device, B
         self.lane = torch.arange(B, dtype=torch.int32, device=device)
         self.row = self.lane.clone()
-        self.exit_layer = torch.zeros_like(self.lane)
+        self.exit_layer, self.tickets = torch.zeros_like(self.lane), torch.zeros_like(self.lane)
         self._state = torch.zeros(3, dtype=torch.int32, device=device)  # count, moved, tick
         self.count, self.moved = self._state[:1], self._state[1:2]
         self.count.fill_(B)
@@ -113,47 +114,40 @@ class DeviceSet:
 
     def leave(
         self,
-        u: Tensor,
+        u: Tensor | None,
         threshold: Tensor,
         layer: int,
         *,
         bound: int,
-        asked: Tensor | None = None,
         partner: Tensor | None = None,
+        snapshot: Tensor | None = None,
     ) -> Tensor:
         """Lets the running rows with u < threshold leave at `layer`; NaN never leaves. Posts the new count.
 
-        u: float32 [bound] by row; rows from the count on do not matter. threshold: float32 [B] by lane.
-        asked: bool [B] by lane, who may leave now (None: everybody). partner: int32 [B], the lane that a lane is tied
-        to, itself if none: tied lanes leave together or not at all, so where both may.
-        layer: 1 or more, later than the last; bound: no fewer than the rows that run, no more than B.
-        Returns the rows to exchange, int32 [bound // 2, 2] as for `swap_rows`, (-1, -1) where there is no more.
+        u: float32 [bound] by row, or None; rows from the count on do not matter. threshold: float32 [B] by lane;
+        where it is infinite, the lane leaves whatever its u, even NaN or None.
+        partner: int32 [B], the lane that a lane is tied to, itself if none: tied lanes leave together or not at all, so
+        where both may. layer: 1 or more, later than the last; bound: no fewer than the rows that run, no more than B.
+        snapshot: int32 [B], receives `row` as it is afterwards, to be kept beside a long skip that is written now.
+        Returns what `settle_rows` does with every tensor by row, int32 [bound, 3]: a row that leaves, its lane, and the
+        row that takes its place, -1 if none; one leaving row after another, upwards, then rows of -1.
         Raises ValueError, with nothing queued, for arguments of other kinds.
         """
         need("u", u, (bound,), self.lane, (torch.float32,))
         need("threshold", threshold, (self.lanes,), self.lane, (torch.float32,))
-        return self._leave(layer, bound, u=u, threshold=threshold, asked=asked, partner=partner)
+        return self._leave(layer, bound, u=u, threshold=threshold, partner=partner, snapshot=snapshot)
 
     def leave_where(
-        self, mask: Tensor, layer: int, *, bound: int, asked: Tensor | None = None, partner: Tensor | None = None
+        self, mask: Tensor, layer: int, *, bound: int, partner: Tensor | None = None, snapshot: Tensor | None = None
     ) -> Tensor:
         """`leave` of the running rows with a true mask, bool [bound] by row."""
         need("mask", mask, (bound,), self.lane, (torch.bool,))
-        return self._leave(layer, bound, mask=mask, asked=asked, partner=partner)
+        return self._leave(layer, bound, mask=mask, partner=partner, snapshot=snapshot)
 
-    def park(self, room: int, layer: int, *, bound: int, partner: Tensor | None = None) -> Tensor:
-        """Takes out what `room` rows cannot hold after `layer`, rows [room, n) and whoever is tied to one of them.
-
-        They are to run on from there in a later pass: exit_layer is -layer, and their rows lie first in the tail.
-        May follow a `leave` of the same layer. Arguments, result and errors otherwise as for `leave`.
-        """
-        if not isinstance(room, int) or room < 0:
-            raise ValueError(f"room must be an int of 0 or more, got {room!r}")
-        return self._leave(layer, bound, room=room, partner=partner)
-
-    def finish(self, layer: int) -> None:
-        """Everybody still running leaves at `layer`, the last; no row moves."""
-        self._leave(layer, self.lanes)
+    def finish(self, layer: int, *, bound: int | None = None) -> Tensor:
+        """Everybody still running leaves at `layer`, the last. bound and result as of `leave` (None: B); no row takes
+        another's place."""
+        return self._leave(layer, self.lanes if bound is None else bound)
 
     def seen(self) -> Seen:
         """The last count of this tick that the host can see, without waiting: an upper bound of the rows that run."""
@@ -201,22 +195,21 @@ class DeviceSet:
         u: Tensor | None = None,
         threshold: Tensor | None = None,
         mask: Tensor | None = None,
-        room: int | None = None,
-        asked: Tensor | None = None,
         partner: Tensor | None = None,
+        snapshot: Tensor | None = None,
     ) -> Tensor:
-        need("asked", asked, (self.lanes,), self.lane, (torch.bool,))
         need("partner", partner, (self.lanes,), self.lane, (torch.int32,))
+        need("snapshot", snapshot, (self.lanes,), self.lane, (torch.int32,))
         bound = self._bound(bound)
-        if not isinstance(layer, int) or not max(1, self._layer + (room is None)) <= layer < TICKS:
+        if not isinstance(layer, int) or not self._layer < layer < TICKS:
             raise ValueError(f"layer must be an int after {self._layer}, the last, and below {TICKS}, got {layer!r}")
         self._layer = layer
         step = torch.ops.adadiff_kernels.device_leave if self._kernel and traced(self.lane) else leave
-        given = (u, threshold, mask, asked, partner, bound, layer, room)
-        pairs = step(self.lane, self.row, self.exit_layer, self._state, *given, self._address)
+        given = (u, threshold, mask, partner, snapshot, bound, layer)
+        moves = step(self.lane, self.row, self.exit_layer, self._state, *given, self._address)
         if not self._kernel:
             self._word.post(_packed(self._state, layer))
-        return pairs
+        return moves
 
     def _bound(self, bound: int) -> int:
         if not isinstance(bound, int) or not 0 <= bound <= self.lanes:
@@ -245,21 +238,20 @@ def leave(
     u: Tensor | None,
     threshold: Tensor | None,
     mask: Tensor | None,
-    asked: Tensor | None,
     partner: Tensor | None,
+    snapshot: Tensor | None,
     bound: int,
     layer: int,
-    room: int | None,
     word: int | None,
 ) -> Tensor:
     """As `leave_on_device_reference`, by the kernel if there is a word (see `start`)."""
-    inputs = (u, threshold, mask, asked, partner)
+    inputs = (u, threshold, mask, partner)
     if word is None:
-        return leave_on_device_reference(lane, row, exit_layer, state, *inputs, bound, layer, room)
-    pairs = lane.new_empty(bound // 2, 2)
-    sizes = (bound, lane.shape[0], layer, -1 if room is None else room)
-    _C.compact(*_addresses(lane, row, exit_layer, state, *inputs, pairs), *sizes, word, *_place(lane))
-    return pairs
+        return leave_on_device_reference(lane, row, exit_layer, state, *inputs, snapshot, bound, layer)
+    moves = lane.new_empty(bound, 3)
+    addresses = _addresses(lane, row, exit_layer, state, *inputs, moves, snapshot)
+    _C.compact(*addresses, bound, lane.shape[0], layer, word, *_place(lane))
+    return moves
 
 
 def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
@@ -278,50 +270,49 @@ def leave_on_device_reference(
     u: Tensor | None,
     threshold: Tensor | None,
     mask: Tensor | None,
-    asked: Tensor | None,
     partner: Tensor | None,
+    snapshot: Tensor | None,
     bound: int,
     layer: int,
-    room: int | None,
 ) -> Tensor:
-    """One step of a `DeviceSet` in PyTorch, on any device, without waiting for it.
+    """One `leave` of a `DeviceSet` in PyTorch, on any device, without waiting for it.
 
-    Changes lane, row, exit_layer (int32 [B]) and state (int32 [3]: count, moved, tick) in place. Rows leave by
-    u < threshold, by mask, or all; with room, rows from there on are parked. Returns the pairs.
+    Changes lane, row, exit_layer, snapshot (int32 [B]) and state (int32 [3]: count, moved, tick) in place. Rows leave
+    by u < threshold, by mask, or all. Returns the moves.
     """
     r = torch.arange(bound, dtype=torch.int32, device=lane.device)
     n = state[:1]
     fault = (n < 0) | (n > bound)
     running = (r < n) & ~fault
     lanes = lane[:bound].long()
-    goes = running if room is None else running & (r >= room)
-    if u is not None:
-        goes = goes & (u < threshold[lanes])
+    goes = running
+    if threshold is not None:
+        own = threshold[lanes]
+        goes = goes & (own.isposinf() if u is None else (u < own) | own.isposinf())
     if mask is not None:
         goes = goes & mask
-    if asked is not None:
-        goes = goes & asked[lanes]
     if partner is not None and bound:
         other = row[partner[lanes].long()].long()  # where the partner lies
-        partner_goes = goes[other.clamp(max=bound - 1)] & (other < bound)
-        goes = goes & partner_goes if room is None else (goes | partner_goes) & running
+        goes = goes & goes[other.clamp(max=bound - 1)] & (other < bound)
     kept = running & ~goes
     after = kept.sum(dtype=torch.int32)
 
-    # Pair k is the k-th row to go below `after` and the k-th kept one from there on; the others share a spare place.
-    pairs = torch.full((bound // 2 + 1, 2), -1, dtype=torch.int32, device=lane.device)
-    for side, rows in enumerate((goes & (r < after), kept & (r >= after))):
-        pairs[:, side].scatter_(0, torch.where(rows, rows.cumsum(0) - 1, bound // 2), r)
-    pairs = pairs[:-1]
-    exit_layer[lanes] = torch.where(goes, layer if room is None else -layer, exit_layer[lanes])
+    # Move k is of the k-th row to go, and of the k-th kept one from `after` on; the others share a spare place.
+    moves = torch.full((bound + 1, 3), -1, dtype=torch.int32, device=lane.device)
+    for column, rows, value in ((0, goes, r), (1, goes, lane[:bound]), (2, kept & (r >= after), r)):
+        moves[:, column].scatter_(0, torch.where(rows, rows.cumsum(0) - 1, bound), value)
+    moves = moves[:-1]
+    exit_layer[lanes] = torch.where(goes, layer, exit_layer[lanes])
     order = torch.arange(bound + 1, device=lane.device)
-    here, there = pairs.long().where(pairs >= 0, bound).unbind(1)
-    order[here], order[there] = there, here
+    low, _, high = moves.long().where(moves[:, 2:] >= 0, bound).unbind(1)
+    order[low], order[high] = high, low
     lane[:bound] = lanes[order[:bound]].int()
     row[lane[:bound].long()] = r
     state[0] = after.where(~fault, -1)[0]
-    state[1] += 2 * (pairs[:, 0] >= 0).sum(dtype=torch.int32)
-    return pairs
+    state[1] += 2 * (moves[:, 2] >= 0).sum(dtype=torch.int32)
+    if snapshot is not None:
+        snapshot.copy_(row)
+    return moves
 
 
 def kernel_missing(device: torch.device) -> str | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from adadiff_kernels import device_set, ops
-from adadiff_kernels.compaction import Swaps
+from adadiff_kernels.compaction import Swaps, check_rows
 from adadiff_kernels.extension import traced
 from adadiff_kernels.join_skip import check_join, join_skip_reference
 from adadiff_kernels.ops import Backend
@@ -30,7 +30,7 @@ from adadiff_kernels.residual_uem import (
     learns,
     residual_uem_reference,
 )
-from adadiff_kernels.save_rows import check_save
+from adadiff_kernels.settle_rows import check_settle
 from adadiff_kernels.solver_step import Guidance, Noise, SolverState, StepRows, check_step
 
 _LIBRARY = torch.library.Library("adadiff_kernels", "DEF")
@@ -51,11 +51,13 @@ def _kernel_serves(backend: Backend | None, x: Tensor) -> bool:
     return backend in ("cpu", "triton") or (backend is None and x.is_cuda)
 
 
-# residual_uem: two operators, since one may not return what it was given. Absent results are empty.
+# residual_uem: two operators, since one may not return what it was given. Absent results are empty. Tickets are as
+# before when a call ends, so they count as read only: where a graph mutates its inputs, compilers capture none.
 
 _PASS = (
-    "Tensor lanes, Tensor? gate, Tensor? bias, Tensor? score_weight, Tensor? score_offset, SymInt extras, float? eps, "
-    "Tensor? norm_weight, Tensor? norm_bias, Tensor? norm_scale, Tensor? norm_shift, str? backend"
+    "Tensor lanes, Tensor? gate, Tensor? bias, Tensor? score_weight, Tensor? score_offset, SymInt extras, "
+    "Tensor? tickets, float? eps, Tensor? norm_weight, Tensor? norm_bias, Tensor? norm_scale, Tensor? norm_shift, "
+    "str? backend"
 )
 
 
@@ -69,12 +71,13 @@ def _pass(
     weight: Tensor | None,
     offset: Tensor | None,
     extras: int,
+    tickets: Tensor | None,
     eps: float | None,
     *norm: Tensor | str | None,
     fake: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     *parameters, backend = norm
-    score = None if weight is None else Score(weight, offset, extras)
+    score = None if weight is None else Score(weight, offset, extras, tickets)
     given = {"lanes": lanes, "gate": gate, "bias": bias, "score": score}
     given["norm"] = None if eps is None else Norm(eps, *parameters)
     if fake:
@@ -123,7 +126,7 @@ def residual_uem(
         )
     flat = (
         *(lanes, gate, bias),
-        *((None, None, 0) if score is None else (score.weight, score.offset, score.extras)),
+        *((None, None, 0, None) if score is None else (score.weight, score.offset, score.extras, score.tickets)),
         *((None,) * 5 if norm is None else (norm.eps, norm.weight, norm.bias, norm.scale, norm.shift)),
         backend,
     )
@@ -131,30 +134,18 @@ def residual_uem(
     return y, None if norm is None else h, None if score is None else u
 
 
-# swap_rows: before is None for pairs of a `DeviceSet`.
-
-
-def _swaps(pairs: Tensor, before: int | None) -> Swaps | Tensor:
-    return pairs if before is None else Swaps(pairs, before, 0)
-
-
-def _check_swaps(pairs: Tensor, before: int | None, rows: list[Tensor], backend: Backend | None) -> None:
-    ops.planned(_swaps(pairs, before), *rows)
-
-
 _swap_rows = _register(
-    "swap_rows(Tensor pairs, SymInt? before, Tensor(a!)[] rows, str? backend) -> ()",
-    lambda pairs, before, rows, backend: ops.swap_rows(_swaps(pairs, before), *rows, backend=backend),
-    _check_swaps,
+    "swap_rows(Tensor pairs, SymInt before, Tensor(a!)[] rows, str? backend) -> ()",
+    lambda pairs, before, rows, backend: ops.swap_rows(Swaps(pairs, before, 0), *rows, backend=backend),
+    lambda pairs, before, rows, backend: check_rows(Swaps(pairs, before, 0), *rows),
 )
 
 
 @wraps(ops.swap_rows)
-def swap_rows(swaps: Swaps | Tensor, *rows: Tensor, backend: Backend | None = None) -> None:
+def swap_rows(swaps: Swaps, *rows: Tensor, backend: Backend | None = None) -> None:
     if not (rows and traced(rows[0])):
         return ops.swap_rows(swaps, *rows, backend=backend)
-    pairs, before = (swaps, None) if isinstance(swaps, Tensor) else (swaps.pairs, swaps.before)
-    return _swap_rows(pairs, before, list(rows), backend)
+    return _swap_rows(swaps.pairs, swaps.before, list(rows), backend)
 
 
 _join_skip = _register(
@@ -178,20 +169,18 @@ def join_skip(
     return ops.join_skip(x, skip, lanes, index, backend=backend)
 
 
-_save_rows = _register(
-    "save_rows(Tensor rows, Tensor(a!) saved, Tensor lane, Tensor exit_layer, SymInt layer, str? backend) -> ()",
-    lambda *given: ops.save_rows(*given[:-1], backend=given[-1]),
-    lambda *given: check_save(*given[:-1]),
+_settle_rows = _register(
+    "settle_rows(Tensor moves, Tensor(a!) rows, Tensor(b!) saved, str? backend) -> ()",
+    lambda *given: ops.settle_rows(*given[:-1], backend=given[-1]),
+    lambda *given: check_settle(*given[:-1]),
 )
 
 
-@wraps(ops.save_rows)
-def save_rows(
-    rows: Tensor, saved: Tensor, lane: Tensor, exit_layer: Tensor, layer: int, *, backend: Backend | None = None
-) -> None:
+@wraps(ops.settle_rows)
+def settle_rows(moves: Tensor, rows: Tensor, saved: Tensor, *, backend: Backend | None = None) -> None:
     if traced(rows) and _kernel_serves(backend, rows):
-        return _save_rows(rows, saved, lane, exit_layer, layer, backend)
-    return ops.save_rows(rows, saved, lane, exit_layer, layer, backend=backend)
+        return _settle_rows(moves, rows, saved, backend)
+    return ops.settle_rows(moves, rows, saved, backend=backend)
 
 
 def _step(
@@ -254,10 +243,8 @@ def solver_step(
 _SET = "Tensor(a!) lane, Tensor(b!) row, Tensor(c!) exit_layer, Tensor(d!) state"
 _register(f"device_start({_SET}, int? word) -> ()", device_set.start, lambda *given: None)
 _register(
-    f"device_leave({_SET}, Tensor? u, Tensor? threshold, Tensor? mask, Tensor? asked, Tensor? partner, "
-    "SymInt bound, SymInt layer, SymInt? room, int? word) -> Tensor",
+    f"device_leave({_SET}, Tensor? u, Tensor? threshold, Tensor? mask, Tensor? partner, Tensor(e!)? snapshot, "
+    "SymInt bound, SymInt layer, int? word) -> Tensor",
     device_set.leave,
-    lambda lane, row, exit_layer, state, u, threshold, mask, asked, partner, bound, *rest: lane.new_empty(
-        bound // 2, 2
-    ),
+    lambda lane, row, exit_layer, state, u, threshold, mask, partner, snapshot, bound, *_: lane.new_empty(bound, 3),
 )

@@ -6,7 +6,6 @@ or in Triton's interpreter. A choice that cannot be honoured raises RuntimeError
 Triton on a CUDA device and the core on the CPU, each where it is there, and else PyTorch, which alone has gradients.
 """
 
-from dataclasses import replace
 from typing import Literal, get_args
 
 from torch import Tensor
@@ -27,7 +26,7 @@ from adadiff_kernels.residual_uem import (
     uem_score_core,
     uem_score_reference,
 )
-from adadiff_kernels.save_rows import check_save, save_rows_reference
+from adadiff_kernels.settle_rows import check_settle, settle_rows_reference
 from adadiff_kernels.solver_step import Guidance, Noise, SolverState, StepRows, check_step, solver_step_pytorch
 
 Backend = Literal["reference", "cpu", "triton"]
@@ -72,16 +71,20 @@ def residual_uem(
     return residual_uem_reference(x, branch, **given, scorer=scorer)
 
 
-def swap_rows(swaps: Swaps | Tensor, *rows: Tensor, backend: Backend | None = None) -> None:
-    """Exchanges the rows of `swaps` in place along dim 0, in each tensor.
+def fuses(x: Tensor) -> bool:
+    """Whether `residual_uem` is one kernel for tensors like x: [n, T, D] that need no gradients. Where it is not, its
+    parts are no faster for being asked for together."""
+    return choose(None, x, core=False) == "triton"
 
-    swaps: of `ActiveSet.leave`; or the pairs of `DeviceSet.leave`, int32 [k, 2], of which (-1, -1) stands for none.
-    rows: any dtype, [before or more, ...] on the device of the pairs; every row contiguous, rows
-    any distance apart. Raises ValueError, with nothing moved, for other tensors or overlapping pairs (elsewhere than on
-    the CPU the pairs are taken as they are made there, so that nobody waits for them).
+
+def swap_rows(swaps: Swaps, *rows: Tensor, backend: Backend | None = None) -> None:
+    """Exchanges the rows of `swaps`, of `ActiveSet.leave`, in place along dim 0, in each tensor.
+
+    rows: any dtype, [before or more, ...] on the device of the pairs; every row contiguous, rows any distance apart.
+    Raises ValueError, with nothing moved, for other tensors or overlapping pairs (elsewhere than on the CPU pairs are
+    taken as they are, so that nobody waits for them).
     """
-    padded = isinstance(swaps, Tensor)
-    swaps = planned(swaps, *rows)
+    check_rows(swaps, *rows)
     chosen = choose(backend, swaps.pairs)
     if chosen == "triton":
         from adadiff_kernels.triton_rows import launch_swap_rows
@@ -89,22 +92,12 @@ def swap_rows(swaps: Swaps | Tensor, *rows: Tensor, backend: Backend | None = No
         with on_device_of(swaps.pairs):
             launch_swap_rows(swaps.pairs, *rows)
         return
-    if padded and swaps.pairs.is_cpu:
-        swaps = replace(swaps, pairs=swaps.pairs[swaps.pairs[:, 0] >= 0])
     if not len(swaps.pairs):
         return
     if chosen == "cpu" or (chosen is None and core_swaps(swaps)):
         swap_rows_core(swaps, *rows)
     else:
         swap_rows_reference(swaps, *rows)
-
-
-def planned(swaps: Swaps | Tensor, *rows: Tensor) -> Swaps:
-    """The swaps of `swap_rows`, checked. Of a `DeviceSet`, how many rows ran, only the device knows."""
-    if isinstance(swaps, Tensor):
-        swaps = Swaps(swaps, min((tensor.shape[0] for tensor in rows if tensor.dim()), default=0), 0)
-    check_rows(swaps, *rows)
-    return swaps
 
 
 def join_skip(
@@ -130,22 +123,21 @@ def join_skip(
     return join_skip_reference(x, skip, lanes, index)
 
 
-def save_rows(
-    rows: Tensor, saved: Tensor, lane: Tensor, exit_layer: Tensor, layer: int, *, backend: Backend | None = None
-) -> None:
-    """Keeps the rows of lanes that stopped after `layer`: saved[lane[r]] = rows[r] where |exit_layer[lane[r]]| = layer.
+def settle_rows(moves: Tensor, rows: Tensor, saved: Tensor, *, backend: Backend | None = None) -> None:
+    """Does what a leave asks for: saved[lane] = rows[row] of those that leave, then rows[row] = rows[source] of those
+    that take their places.
 
-    rows: any dtype, [n, ...] in the order after the leave of `layer`; saved: [B, ...], by lane; lane: int32 [n], row ->
-    lane; exit_layer: int32 [B]. Raises ValueError where shapes or dtypes do not fit.
+    moves: int32 [k, 3] of `DeviceSet.leave`; rows: any dtype, [k or more, ...]; saved: [B, ...], by lane; every row
+    contiguous. Raises ValueError where shapes or dtypes do not fit.
     """
-    check_save(rows, saved, lane, exit_layer, layer)
+    check_settle(moves, rows, saved)
     if choose(backend, rows, core=False) == "triton":
-        from adadiff_kernels.triton_save_rows import launch_save_rows
+        from adadiff_kernels.triton_settle_rows import launch_settle_rows
 
         with on_device_of(rows):
-            launch_save_rows(rows, saved, lane, exit_layer, layer)
+            launch_settle_rows(moves, rows, saved)
     else:
-        save_rows_reference(rows, saved, lane, exit_layer, layer)
+        settle_rows_reference(moves, rows, saved)
 
 
 def solver_step(

@@ -46,11 +46,16 @@ class Norm:
 
 @dataclass(frozen=True)
 class Score:
-    """One layer's UEM: `weight` [P, D], `offset` float32 [B, P] by lane; the first `extras` tokens have no say."""
+    """One layer's UEM: `weight` [P, D], `offset` float32 [B, P] by lane; the first `extras` tokens have no say.
+
+    tickets: int32 of n elements or more, zeros, by which the programs of a GPU kernel tell which of them ends a row. It
+    leaves zeros, so that the next call may use them, but no other call at the same time. None: made for each call.
+    """
 
     weight: Tensor
     offset: Tensor
     extras: int
+    tickets: Tensor | None = None
 
 
 def _by_row(values: Tensor, lanes: Tensor) -> Tensor:
@@ -184,5 +189,9 @@ def check_score(y: Tensor, score: Score, lanes: Tensor) -> None:
         )
     if offset.dtype != torch.float32:
         raise ValueError(f"score.offset must be float32, got {offset.dtype}")
+    if score.tickets is not None and (score.tickets.dtype != torch.int32 or score.tickets.shape[0] < n):
+        raise ValueError(
+            f"score.tickets must be int32 of {n} or more, got {score.tickets.dtype} {tuple(score.tickets.shape)}"
+        )
     if not 0 <= score.extras < T:
         raise ValueError(f"score.extras must leave at least one of {T} tokens, got {score.extras}")

@@ -53,7 +53,9 @@ def _residual_uem_kernel(
     shift_ptr,  # [B, D]
     y_ptr,  # [n, T, D], may be x or branch
     h_ptr,  # [n, T, D] or None
-    partial_ptr,  # f32 [n, tiles]
+    partial_ptr,  # f32 [n, tiles], or None without a score
+    ticket_ptr,  # i32 [n], zeros before and after
+    u_ptr,  # f32 [n]
     stride_gate,
     stride_offset,
     stride_scale,
@@ -61,6 +63,7 @@ def _residual_uem_kernel(
     T,
     extras,
     eps,
+    count,  # patch tokens times P
     D: tl.constexpr,
     P: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -69,6 +72,7 @@ def _residual_uem_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     tiles = tl.cdiv(T, BLOCK_M)
     row = (tl.program_id(0) // tiles).to(tl.int64)
@@ -155,20 +159,14 @@ def _residual_uem_kernel(
             patch = (tokens >= extras) & (tokens < T) & (outputs < P)
             partial = tl.sum(tl.sum(tl.where(patch, tl.sigmoid(logits), 0.0), 1), 0)
         tl.store(partial_ptr + tl.program_id(0), partial)
-
-
-@triton.jit
-def _mean_kernel(
-    partial_ptr,  # f32 [n, tiles]
-    u_ptr,  # f32 [n]
-    tiles,
-    count,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0)
-    tile = tl.arange(0, BLOCK)
-    partial = tl.load(partial_ptr + row.to(tl.int64) * tiles + tile, mask=tile < tiles, other=0.0)
-    tl.store(u_ptr + row, tl.sum(partial, 0) / count)
+        tl.debug_barrier()  # the sum is there before its ticket is taken
+        ticket = tl.atomic_add(ticket_ptr + row, 1, sem="acq_rel", scope="gpu")
+        if ticket == tiles - 1:
+            tile = tl.arange(0, TILES)
+            at = partial_ptr + row * tiles + tile
+            partials = tl.load(at, mask=tile < tiles, other=0.0, cache_modifier=".cg")  # others wrote them
+            tl.store(u_ptr + row, tl.sum(partials, 0) / count)
+            tl.store(ticket_ptr + row, 0)
 
 
 def launch_residual_uem(
@@ -182,8 +180,9 @@ def launch_residual_uem(
     norm: Norm | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As `residual_uem`. x, branch, out, lanes, bias and the score's weight contiguous; tensors by lane with
-    contiguous rows; all on one device; D up to 1536, P up to 64. Lanes are not checked against B."""
+    """As `residual_uem`. x, branch, out, lanes, bias, the score's weight and tickets contiguous; tensors by lane with
+    contiguous rows; all on one device; D up to 1536, P up to 64. Lanes are not checked against B, nor tickets for being
+    zero."""
     n, T, D = x.shape
     P = 1 if score is None else len(score.weight)
     _check(x, branch, lanes, gate, bias, score, norm, out)
@@ -194,9 +193,10 @@ def launch_residual_uem(
     BLOCK_M = BLOCK_T if P == 1 else 32
     BLOCK_D = min(512 // x.element_size(), max(16, triton.next_power_of_2(D)))
     tiles = triton.cdiv(T, BLOCK_M)
-    u = partial = None
+    u = partial = tickets = None
     if score is not None:
         u, partial = x.new_empty(n, dtype=torch.float32), x.new_empty(n, tiles, dtype=torch.float32)
+        tickets = x.new_zeros(n, dtype=torch.int32) if score.tickets is None else score.tickets
     if y.numel() == 0:
         return y, h, u
     scale, shift = (None, None) if norm is None else (norm.scale, norm.shift)
@@ -204,12 +204,13 @@ def launch_residual_uem(
         *(x, branch, lanes, gate, bias),
         *((None, None) if score is None else (score.weight, score.offset)),
         *((None, None) if norm is None else (norm.weight, norm.bias)),
-        *(scale, shift, y, h, partial),
+        *(scale, shift, y, h, partial, tickets, u),
         0 if gate is None else gate.stride(0),
         0 if score is None else score.offset.stride(0),
         0 if scale is None else scale.stride(0),
         0 if shift is None else shift.stride(0),
         *(T, 0 if score is None else score.extras, 0.0 if norm is None else norm.eps),
+        0.0 if score is None else float((T - score.extras) * P),
         D=D,
         P=P,
         CHUNKS=triton.cdiv(D, BLOCK_D),
@@ -218,15 +219,11 @@ def launch_residual_uem(
         BLOCK_D=BLOCK_D,
         BLOCK_P=max(16, triton.next_power_of_2(P)),
         BLOCK_K=min(256 // x.element_size(), max(16, triton.next_power_of_2(D))),
+        TILES=triton.next_power_of_2(tiles),
         num_warps=4,
         num_stages=2,
         enable_fp_fusion=True,
     )
-    if score is not None:
-        count = float((T - score.extras) * P)
-        _mean_kernel[(n,)](
-            partial, u, tiles, count, BLOCK=triton.next_power_of_2(tiles), num_warps=1, enable_fp_fusion=True
-        )
     return y, h, u
 
 
@@ -254,6 +251,7 @@ def _check(
             raise ValueError(f"score takes 1 to {MOST_OUTPUTS} outputs a token, got {len(score.weight)}")
         need("score.weight", score.weight, ("P", D), x)
         need("score.offset", score.offset, ("B", len(score.weight)), x, (torch.float32,), rows_apart=True)
+        need("score.tickets", score.tickets, ("B",), x, (torch.int32,))
     if norm is not None:
         need("norm.weight", norm.weight, (D,), x, FLOATS)
         need("norm.bias", norm.bias, (D,), x, FLOATS)

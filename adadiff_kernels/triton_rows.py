@@ -13,7 +13,7 @@ WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 @triton.jit
 def _swap_rows_kernel(
     rows_ptr,  # [rows, width] of integers
-    pairs_ptr,  # i32 [k, 2], -1 where a pair is unused
+    pairs_ptr,  # i32 [k, 2]
     stride,
     width,
     BLOCK: tl.constexpr,
@@ -23,7 +23,7 @@ def _swap_rows_kernel(
     at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     first = tl.load(pairs_ptr + 2 * pair).to(tl.int64)
     second = tl.load(pairs_ptr + 2 * pair + 1).to(tl.int64)
-    inside = at < tl.where(first < 0, 0, width)
+    inside = at < width
     here = rows_ptr + first * stride + at
     there = rows_ptr + second * stride + at
     ours = tl.load(here, mask=inside)
@@ -65,7 +65,7 @@ def _join_skip_kernel(
 
 
 def launch_swap_rows(pairs: Tensor, *rows: Tensor) -> None:
-    """pairs: int32 [k, 2], (-1, -1) for none; rows: [any, ...], each row contiguous, of 1, 2, 4 or 8 bytes an element.
+    """pairs: int32 [k, 2]; rows: [any, ...], each row contiguous, of 1, 2, 4 or 8 bytes an element.
     Pairs must be disjoint rows of theirs, as those of `ActiveSet.leave` are: on a GPU nobody looks."""
     need("pairs", pairs, ("k", 2), pairs, (torch.int32,))
     for position, tensor in enumerate(rows):

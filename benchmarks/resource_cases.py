@@ -32,7 +32,7 @@ def fused(T: int, D: int, P: int, kind: str, x: torch.dtype, branch: torch.dtype
         lanes=tensor(n, dtype=torch.int32),
         gate=by_lane[:, 2 * D : 3 * D] if kind == "modulated" else None,
         bias=tensor(D, dtype=branch),
-        score=Score(tensor(P, D), tensor(n, P), T % 256) if P else None,
+        score=Score(tensor(P, D), tensor(n, P), T % 256, tensor(n, dtype=torch.int32)) if P else None,
         norm=norm,
     )
 
@@ -50,11 +50,11 @@ def joins(T: int, D: int, dtype: torch.dtype) -> None:
     launch_join_skip(rows, rows, index, index)
 
 
-def saves(T: int, D: int, dtype: torch.dtype, layer: int = 7) -> None:
-    from adadiff_kernels.triton_save_rows import launch_save_rows
+def settles(T: int, D: int, dtype: torch.dtype) -> None:
+    from adadiff_kernels.triton_settle_rows import launch_settle_rows
 
-    rows, index = tensor(64, T, D, dtype=dtype), tensor(64, dtype=torch.int32)
-    launch_save_rows(rows, rows, index, index, layer)
+    rows = tensor(64, T, D, dtype=dtype)
+    launch_settle_rows(tensor(64, 3, dtype=torch.int32), rows, rows)
 
 
 def step(size: int, dtype: torch.dtype, everything: bool, channels: int = 4) -> None:
@@ -88,9 +88,9 @@ CASES: dict[str, tuple[str, Callable[..., None], tuple[Any, ...]]] = {
     "DiT-XL/2, fp16, map of 16": (FUSED, fused, (256, 1152, 16, "modulated", HALF)),
     "D = 1536, bf16, map of 64": (FUSED, fused, (334, 1536, 64, "affine", BRAIN)),
     "D = 1536, float32": (FUSED, fused, (334, 1536, 1, "modulated", SINGLE)),
-    "partial scores, T = 1024": ("_mean_kernel", fused, (1024, 512, 1, "none", BRAIN)),
+    "T = 1024, bf16": (FUSED, fused, (1024, 512, 1, "none", BRAIN)),
     "swap, U-ViT-H/2, bf16": ("_swap_rows_kernel", swaps, (258, 1152, BRAIN)),
-    "save, U-ViT-L/2, bf16": ("_save_rows_kernel", saves, (257, 1024, BRAIN)),
+    "settle, U-ViT-L/2, bf16": ("_settle_rows_kernel", settles, (257, 1024, BRAIN)),
     "join, U-ViT-L/2, bf16": ("_join_skip_kernel", joins, (257, 1024, BRAIN)),
     "join, U-ViT-H/2, float32": ("_join_skip_kernel", joins, (258, 1152, SINGLE)),
     "step, 32x32 latents, everything": ("_solver_step_kernel", step, (32, BRAIN, True)),
@@ -99,9 +99,8 @@ CASES: dict[str, tuple[str, Callable[..., None], tuple[Any, ...]]] = {
 # Triton takes a number that is 1 for a constant, which its interpreter does not: such kernels are others.
 ONES: dict[str, tuple[str, Callable[..., None], tuple[Any, ...]]] = {
     "one token, channel and output": (FUSED, fused, (1, 1, 1, "modulated", BRAIN)),
-    "one partial score": ("_mean_kernel", fused, (1, 1, 1, "none", BRAIN)),
     "swap of one number": ("_swap_rows_kernel", swaps, (1, 1, BRAIN)),
-    "save of one number after layer 1": ("_save_rows_kernel", saves, (1, 1, BRAIN, 1)),
+    "settle of one number": ("_settle_rows_kernel", settles, (1, 1, BRAIN)),
     "join of one number": ("_join_skip_kernel", joins, (1, 1, BRAIN)),
     "step of one number": ("_solver_step_kernel", step, (1, BRAIN, True, 1)),
 }

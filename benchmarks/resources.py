@@ -62,7 +62,7 @@ class Resources:
     narrow_stores: int
 
 
-MODULES = ("triton_residual_uem", "triton_rows", "triton_save_rows", "triton_solver_step")
+MODULES = ("triton_residual_uem", "triton_rows", "triton_settle_rows", "triton_solver_step")
 
 
 class Recorder:

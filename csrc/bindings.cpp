@@ -65,17 +65,17 @@ void def_uem_score(py::module_& m, const char* name) {
 
 #ifdef ADADIFF_CUDA
 void compact(std::uintptr_t lane, std::uintptr_t row, std::uintptr_t exit_layer, std::uintptr_t state,
-             std::uintptr_t u, std::uintptr_t threshold, std::uintptr_t mask, std::uintptr_t asked,
-             std::uintptr_t partner, std::uintptr_t pairs, std::int32_t bound, std::int32_t lanes, std::int32_t layer,
-             std::int32_t room, std::uintptr_t word, int device, std::uintptr_t stream) {
+             std::uintptr_t u, std::uintptr_t threshold, std::uintptr_t mask, std::uintptr_t partner,
+             std::uintptr_t moves, std::uintptr_t snapshot, std::int32_t bound, std::int32_t lanes,
+             std::int32_t layer, std::uintptr_t word, int device, std::uintptr_t stream) {
   using std::int32_t;
   const adadiff::compact::Arguments arguments{
-      pointer<int32_t>(lane),           pointer<int32_t>(row),
-      pointer<int32_t>(exit_layer),     pointer<adadiff::compact::State>(state),
-      pointer<const float>(u),          pointer<const float>(threshold),
-      pointer<const std::uint8_t>(mask), pointer<const std::uint8_t>(asked),
-      pointer<const int32_t>(partner),  pointer<int32_t>(pairs),
-      pointer<volatile std::uint64_t>(word), bound, lanes, layer, room};
+      pointer<int32_t>(lane),            pointer<int32_t>(row),
+      pointer<int32_t>(exit_layer),      pointer<adadiff::compact::State>(state),
+      pointer<const float>(u),           pointer<const float>(threshold),
+      pointer<const std::uint8_t>(mask), pointer<const int32_t>(partner),
+      pointer<int32_t>(moves),           pointer<int32_t>(snapshot),
+      pointer<volatile std::uint64_t>(word), bound, lanes, layer};
   adadiff::cuda::compact(arguments, device, stream);
 }
 
@@ -91,9 +91,8 @@ void def_cuda(py::module_& m) {
   using adadiff::cuda::MappedWord;
   m.attr("max_lanes") = adadiff::compact::kMaxLanes;
   m.def("compact", &compact, py::arg("lane"), py::arg("row"), py::arg("exit_layer"), py::arg("state"), py::arg("u"),
-        py::arg("threshold"), py::arg("mask"), py::arg("asked"), py::arg("partner"), py::arg("pairs"),
-        py::arg("bound"), py::arg("lanes"), py::arg("layer"), py::arg("room"), py::arg("word"), py::arg("device"),
-        py::arg("stream"));
+        py::arg("threshold"), py::arg("mask"), py::arg("partner"), py::arg("moves"), py::arg("snapshot"),
+        py::arg("bound"), py::arg("lanes"), py::arg("layer"), py::arg("word"), py::arg("device"), py::arg("stream"));
   m.def("start", &start, py::arg("lane"), py::arg("row"), py::arg("exit_layer"), py::arg("state"), py::arg("lanes"),
         py::arg("word"), py::arg("device"), py::arg("stream"));
   py::class_<MappedWord>(m, "MappedWord")

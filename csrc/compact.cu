@@ -29,6 +29,8 @@ __global__ void __launch_bounds__(kThreads) compact_kernel(const Arguments a) {
   compact::list(a, shared, t);
   __syncthreads();
   compact::exchange(a, shared, t, threads);
+  __syncthreads();
+  compact::record(a, t, threads);
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -83,10 +85,9 @@ void compact(const Arguments& a, int device, std::uintptr_t stream) {
   require(a.lanes >= 0 && a.lanes <= compact::kMaxLanes, "compact: lanes must lie in [0, 32768]");
   require(a.bound >= 0 && a.bound <= a.lanes, "compact: bound must lie in [0, lanes]");
   require(a.layer >= 1 && a.layer <= 0xFFFF, "compact: layer must lie in [1, 65535]");
-  require(a.room >= -1, "compact: room must be -1 or more");
   require((a.lane && a.row && a.exit_layer) || a.lanes == 0, "compact: lane, row or exit_layer is null");
   require(a.state && a.word, "compact: state or word is null");
-  require(a.pairs || a.bound < 2, "compact: pairs is null");
+  require(a.moves || a.bound == 0, "compact: moves is null");
   require(!a.u || a.threshold, "compact: u needs threshold");
   launch(compact_kernel, a.bound, device, stream, a);
 }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #ifdef __CUDACC__
 #define ADADIFF_BOTH __host__ __device__ inline
@@ -26,23 +27,27 @@ struct State {
   int32_t tick;   // starts so far, in 16 bits
 };
 
+// Who leaves: a row whose u is below the threshold of its lane, or whose threshold is infinity, u or not; a row with a
+// true mask; everybody, where neither is given.
 struct Arguments {
   int32_t* lane;                // [lanes] row -> lane
   int32_t* row;                 // [lanes] lane -> row
   int32_t* exit_layer;          // [lanes] by lane
   State* state;
   const float* u;               // [bound] by row, or null
-  const float* threshold;       // [lanes] by lane; with u
+  const float* threshold;       // [lanes] by lane, or null
   const std::uint8_t* mask;     // [bound] by row, or null
-  const std::uint8_t* asked;    // [lanes] by lane, or null: everybody
   const int32_t* partner;       // [lanes] lane -> lane tied to it, itself if none; or null
-  int32_t* pairs;               // [bound / 2][2] out: rows to exchange, -1 where there is no more
+  int32_t* moves;               // [bound][3] out: a leaving row, its lane, and the row that takes its place, -1 if none;
+                                // in the order of the rows, then rows of -1
+  int32_t* snapshot;            // [lanes] out: row, as it is afterwards; or null
   volatile std::uint64_t* word; // out: pack(tick, layer, count)
   int32_t bound;                // of the rows that run; at most lanes
   int32_t lanes;                // at most kMaxLanes
   int32_t layer;                // 1 or more
-  int32_t room;                 // -1; or rows from here on are parked: their exit layer is -layer
 };
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // What the threads of the block share.
 struct Shared {
@@ -76,21 +81,22 @@ ADADIFF_BOTH int32_t bits(std::uint32_t word) {
 // NaN is below nothing, so it never leaves. Loads do not wait for the count: what lies beyond it is read in vain.
 ADADIFF_BOTH bool passes(const Arguments& a, int32_t running, int32_t lane, int32_t row) {
   if (row >= a.bound) return false;
-  bool does = row >= a.room;
-  if (a.asked) does &= a.asked[lane] != 0;
-  if (a.mask) does &= a.mask[row] != 0;
-  if (a.u) does &= a.u[row] < a.threshold[lane];
+  bool does = true;
+  if (a.mask) does = a.mask[row] != 0;
+  if (a.threshold) {
+    const float threshold = a.threshold[lane];
+    does &= threshold == kInfinity || (a.u && a.u[row] < threshold);
+  }
   return does && row < running;
 }
 
-// Tied lanes leave if both may, and are parked if either must be.
+// Tied lanes leave if both may.
 ADADIFF_BOTH bool goes(const Arguments& a, int32_t running, int32_t row) {
   const int32_t lane = a.lane[row];
   const bool own = passes(a, running, lane, row);
   if (!a.partner || row >= running) return own;
   const int32_t other = a.partner[lane];
-  const bool tied = passes(a, running, other, a.row[other]);
-  return a.room >= 0 ? own || tied : own && tied;
+  return own && passes(a, running, other, a.row[other]);
 }
 
 ADADIFF_BOTH Thread decide(const Arguments& a, Shared& shared, int32_t index, int32_t threads) {
@@ -150,36 +156,49 @@ ADADIFF_BOTH void count(const Arguments& a, Shared& shared, Thread& t, int32_t t
 // barrier: shared.below
 
 ADADIFF_BOTH void list(const Arguments& a, const Shared& shared, const Thread& t) {
-  // Pair k: the k-th row to go below the new count, and the k-th kept one from there on.
+  // Move k: the k-th row to leave, and the k-th kept one from the new count on, if there is one. Rows that leave below
+  // the new count come first, and are as many as those kept ones.
   int32_t kept = t.before;
   for (int32_t r = t.begin; r < t.end; ++r) {
     const std::uint32_t bit = std::uint32_t{1} << (r - t.begin);
     if (t.goes & bit) {
-      a.exit_layer[a.lane[r]] = a.room >= 0 ? -a.layer : a.layer;
-      if (r < t.after) a.pairs[2 * (r - kept)] = r;
+      const int32_t lane = a.lane[r];
+      int32_t* move = a.moves + 3 * (r - kept);
+      move[0] = r;
+      move[1] = lane;
+      a.exit_layer[lane] = a.layer;
     } else if (t.kept & bit) {
-      if (r >= t.after) a.pairs[2 * (kept - shared.below) + 1] = r;
+      if (r >= t.after) a.moves[3 * (kept - shared.below) + 2] = r;
       ++kept;
     }
   }
 }
-// barrier: the pairs, and no more reads of lane by the old rows
+// barrier: the moves, and no more reads of lane by the old rows
 
 ADADIFF_BOTH void exchange(const Arguments& a, const Shared& shared, const Thread& t, int32_t threads) {
-  const int32_t used = t.after < t.running ? t.after - shared.below : 0;
-  for (int32_t k = t.index; k < a.bound / 2; k += threads) {
-    if (k >= used) {
-      a.pairs[2 * k] = a.pairs[2 * k + 1] = -1;
+  const int32_t leaving = t.running - t.after;
+  const int32_t filled = leaving ? t.after - shared.below : 0;
+  for (int32_t k = t.index; k < a.bound; k += threads) {
+    int32_t* move = a.moves + 3 * k;
+    if (k >= leaving) move[0] = move[1] = -1;
+    if (k >= filled) {
+      move[2] = -1;
       continue;
     }
-    const int32_t low = a.pairs[2 * k], high = a.pairs[2 * k + 1];
-    const int32_t leaving = a.lane[low], staying = a.lane[high];
+    const int32_t low = move[0], high = move[2];
+    const int32_t gone = move[1], staying = a.lane[high];
     a.lane[low] = staying;
-    a.lane[high] = leaving;
+    a.lane[high] = gone;
     a.row[staying] = low;
-    a.row[leaving] = high;
+    a.row[gone] = high;
   }
-  if (t.index == 0) a.state->moved += 2 * used;
+  if (t.index == 0) a.state->moved += 2 * filled;
+}
+// barrier: row, where there is a snapshot
+
+ADADIFF_BOTH void record(const Arguments& a, const Thread& t, int32_t threads) {
+  if (!a.snapshot) return;
+  for (int32_t l = t.index; l < a.lanes; l += threads) a.snapshot[l] = a.row[l];
 }
 
 // Everybody runs again. The word says so with layer 0.

@@ -9,7 +9,7 @@
 
 namespace adadiff::cuda {
 
-// One leave, by one block: u and threshold, or mask, or neither (everybody asked leaves), or room.
+// One leave, by one block.
 void compact(const compact::Arguments& arguments, int device, std::uintptr_t stream);
 
 // Everybody runs again, and the tick counts up.

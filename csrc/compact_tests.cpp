@@ -30,6 +30,7 @@ struct Block {
     each([&](std::int32_t i) { compact::count(a, shared, t[i], threads); });
     each([&](std::int32_t i) { compact::list(a, shared, t[i]); });
     each([&](std::int32_t i) { compact::exchange(a, shared, t[i], threads); });
+    each([&](std::int32_t i) { compact::record(a, t[i], threads); });
   }
 
   explicit Block(std::int32_t threads, unsigned seed) : order(threads), random(seed) {
@@ -50,19 +51,21 @@ struct Set {
     });
   }
 
-  // Exactly as many pairs as promised, so that one too many is seen by AddressSanitizer.
+  // Exactly as many moves as promised, so that one too many is seen by AddressSanitizer.
   Ints leave(compact::Arguments a) {
-    Ints pairs(2 * (a.bound / 2), -7);
+    Ints moves(3 * a.bound, -7), snapshot(lanes, -7);
     a.lane = lane.data();
     a.row = row.data();
     a.exit_layer = exit_layer.data();
     a.state = &state;
-    a.pairs = pairs.data();
+    a.moves = moves.data();
+    if (a.layer % 2) a.snapshot = snapshot.data();
     a.word = &word;
     a.lanes = lanes;
     block.run(a);
     CHECK(word == compact::pack(state.tick, a.layer, state.count));
-    return pairs;
+    CHECK(snapshot == (a.layer % 2 ? row : Ints(lanes, -7)));
+    return moves;
   }
 
   Ints lane, row, exit_layer;
@@ -76,8 +79,26 @@ compact::Arguments at(std::int32_t layer, std::int32_t bound) {
   compact::Arguments a{};
   a.layer = layer;
   a.bound = bound;
-  a.room = -1;
   return a;
+}
+
+// What `leave` of active_set.h does, and the moves that make its result: bound rows of (row, lane, source).
+Ints leave_on_host(const Mask& mask, Ints& lane, Ints& row, Ints& exit_layer, std::int32_t& n, std::int32_t bound,
+                   std::int32_t layer) {
+  const Ints before = lane;
+  Ints pairs(2 * (n / 2)), moves(3 * bound, -1);
+  const auto result = adadiff::leave(mask.data(), lane.data(), row.data(), exit_layer.data(), pairs.data(), n,
+                                     static_cast<std::int32_t>(lane.size()), layer);
+  std::int32_t k = 0;
+  for (std::int32_t r = 0; r < n; ++r) {
+    if (!mask[r]) continue;
+    moves[3 * k] = r;
+    moves[3 * k + 1] = before[r];
+    if (k < result.swaps) moves[3 * k + 2] = pairs[2 * k + 1];
+    ++k;
+  }
+  n = result.after;
+  return moves;
 }
 
 // One run: a few layers of leaves, each decided at random and by another of the ways to decide.
@@ -91,7 +112,6 @@ void check_run(std::int32_t lanes, std::int32_t threads, std::mt19937& random) {
   for (std::int32_t l = 0; l < lanes; ++l) CHECK(lane[l] == l && row[l] == l && exit_layer[l] == 0);
 
   std::vector<float> threshold(lanes);
-  Mask asked(lanes);
   Ints partner(lanes);
   std::iota(partner.begin(), partner.end(), 0);
   for (std::int32_t l = 0; l + 1 < lanes; l += 2) {
@@ -104,25 +124,22 @@ void check_run(std::int32_t lanes, std::int32_t threads, std::mt19937& random) {
     Mask mask(bound);
     for (float& value : u) value = random() % 8 == 0 ? NAN : random() % 4 < share ? 0.25f : 0.75f;
     for (auto& value : mask) value = random() % 4 < share ? 1 + random() % 255 : 0;
-    for (auto& value : asked) value = random() % 4 != 0;
-    for (float& value : threshold) value = random() % 4 ? 0.5f : 0.25f;  // 0.25 is not below itself
+    // 0.25 is not below itself; infinity lets leave whatever u is, and minus infinity nobody
+    for (float& value : threshold) value = random() % 4 ? 0.5f : random() % 4 ? 0.25f : INFINITY;
+    for (float& value : threshold) value = random() % 8 ? value : -INFINITY;
 
-    const unsigned way = random() % 16;
+    const unsigned way = random() % 8;
     compact::Arguments a = at(layer, bound);
     if (way % 4 == 1) a.mask = mask.data();
-    if (way % 4 >= 2) {
-      a.u = u.data();
-      a.threshold = threshold.data();
-    }
-    if (way & 4) a.asked = asked.data();
-    if (way & 8) a.partner = partner.data();
-    if (way % 4 == 0) {
-      if (layer < 5) continue;
-      a.asked = nullptr;  // everybody
-    }
+    if (way % 4 >= 2) a.threshold = threshold.data();
+    if (way % 4 == 2) a.u = u.data();
+    if (way & 4) a.partner = partner.data();
+    if (way % 4 == 0 && layer < 5) continue;  // everybody
     const auto alone = [&](std::int32_t r) {
-      if (a.asked && !asked[lane[r]]) return false;
-      return a.mask ? mask[r] != 0 : a.u ? u[r] < threshold[lane[r]] : true;
+      if (a.mask) return mask[r] != 0;
+      if (!a.threshold) return true;
+      const float own = threshold[lane[r]];
+      return std::isinf(own) ? own > 0 : a.u && u[r] < own;
     };
     Mask leaving(n);
     for (std::int32_t r = 0; r < n; ++r) {
@@ -131,11 +148,8 @@ void check_run(std::int32_t lanes, std::int32_t threads, std::mt19937& random) {
       const std::int32_t other = row[partner[lane[r]]];
       leaving[r] = leaving[r] && other < n && alone(other);
     }
-    Ints expected(2 * (bound / 2), -1);
-    const auto result = adadiff::leave(leaving.data(), lane.data(), row.data(), exit_layer.data(), expected.data(), n,
-                                       lanes, layer);
-    n = result.after;
-    moved += 2 * result.swaps;
+    const Ints expected = leave_on_host(leaving, lane, row, exit_layer, n, bound, layer);
+    for (std::int32_t k = 0; k < bound; ++k) moved += expected[3 * k + 2] < 0 ? 0 : 2;
     CHECK(set.leave(a) == expected);
     CHECK(set.lane == lane && set.row == row && set.exit_layer == exit_layer);
     CHECK(set.state.count == n && set.state.moved == moved);
@@ -154,40 +168,38 @@ void test_patterns_of_a_block() {
         }
         Block block(threads, 3);
         Set set(n, block);
-        Ints lane = set.lane, row = set.row, exit_layer = set.exit_layer, expected(2 * (n / 2), -1);
-        const auto result =
-            adadiff::leave(mask.data(), lane.data(), row.data(), exit_layer.data(), expected.data(), n, n, 2);
+        Ints lane = set.lane, row = set.row, exit_layer = set.exit_layer;
+        std::int32_t after = n;
+        const Ints expected = leave_on_host(mask, lane, row, exit_layer, after, n, 2);
         compact::Arguments a = at(2, n);
         a.mask = mask.data();
         CHECK(set.leave(a) == expected);
-        CHECK(set.lane == lane && set.row == row && set.exit_layer == exit_layer && set.state.count == result.after);
+        CHECK(set.lane == lane && set.row == row && set.exit_layer == exit_layer && set.state.count == after);
       }
     }
   }
 }
 
-// Rows [room, n), and who is tied to one of them: out of the running with -layer, the others where they were or swapped.
-void test_parking() {
+// By hand: of rows 0 to 6 the first and the fifth leave, then the one tied to another goes with it or not at all.
+void test_moves_by_hand() {
   Block block(64, 5);
   Set set(7, block);
+  const Mask mask{1, 0, 0, 0, 1, 0, 1};
   compact::Arguments a = at(3, 7);
-  a.room = 5;
-  CHECK((set.leave(a) == Ints{-1, -1, -1, -1, -1, -1}));
-  CHECK(set.state.count == 5 && (set.exit_layer == Ints{0, 0, 0, 0, 0, -3, -3}));
-  const Ints partner{4, 1, 2, 3, 0, 6, 5};
+  a.mask = mask.data();
+  Ints expected{0, 0, 5, 4, 4, -1, 6, 6, -1};
+  expected.resize(21, -1);
+  CHECK(set.leave(a) == expected);
+  CHECK(set.state.count == 4 && set.state.moved == 2 && (set.exit_layer == Ints{3, 0, 0, 0, 3, 0, 3}));
+  CHECK((set.lane == Ints{5, 1, 2, 3, 4, 0, 6}) && (set.row == Ints{5, 1, 2, 3, 4, 0, 6}));
+  // Lanes 5 and 1 are tied and both may leave; lane 2 is tied to 3, which may not.
+  const Ints partner{0, 5, 3, 2, 4, 1, 6};
+  const Mask wanted{1, 1, 1, 0};
+  a = at(4, 4);
+  a.mask = wanted.data();
   a.partner = partner.data();
-  a.bound = 6;
-  a.room = 4;
-  a.layer = 4;
-  CHECK((set.leave(a) == Ints{0, 3, -1, -1, -1, -1}));
-  CHECK(set.state.count == 3 && (set.exit_layer == Ints{-4, 0, 0, 0, -4, -3, -3}));
-  CHECK((set.lane == Ints{3, 1, 2, 0, 4, 5, 6}) && (set.row == Ints{3, 1, 2, 0, 4, 5, 6}));
-  // A lane tied to one that is parked does not leave without it.
-  const Ints tied{0, 4, 2, 3, 1, 5, 6};
-  a = at(5, 3);
-  a.partner = tied.data();
-  CHECK((set.leave(a) == Ints{0, 1}));
-  CHECK(set.state.count == 1 && (set.exit_layer == Ints{-4, 0, 5, 5, -4, -3, -3}));
+  CHECK((set.leave(a) == Ints{0, 5, 2, 1, 1, 3, -1, -1, -1, -1, -1, -1}));
+  CHECK(set.state.count == 2 && (set.lane == Ints{2, 3, 5, 1, 4, 0, 6}));
 }
 
 // A bound below the count: nothing moves, and the count says so until the next start.
@@ -195,9 +207,9 @@ void test_faults() {
   Block block(32, 9);
   Set set(4, block);
   const Ints lane = set.lane, exit_layer = set.exit_layer;
-  CHECK((set.leave(at(1, 3)) == Ints{-1, -1}));
+  CHECK(set.leave(at(1, 3)) == Ints(9, -1));
   CHECK(set.state.count == compact::kFault && set.state.moved == 0);
-  CHECK((set.leave(at(2, 4)) == Ints{-1, -1, -1, -1}));
+  CHECK(set.leave(at(2, 4)) == Ints(12, -1));
   CHECK(set.state.count == compact::kFault && set.lane == lane && set.row == lane && set.exit_layer == exit_layer);
 }
 
@@ -211,6 +223,6 @@ void test_compact() {
   }
   for (const std::int32_t lanes : {1023, 1025, 3000}) check_run(lanes, compact::kThreads, random);
   check_run(compact::kMaxLanes, compact::kThreads, random);
-  test_parking();
+  test_moves_by_hand();
   test_faults();
 }

@@ -18,7 +18,7 @@ from adadiff_kernels import (
     extension,
     join_skip,
     residual_uem,
-    save_rows,
+    settle_rows,
     solver_step,
     swap_rows,
 )
@@ -81,20 +81,14 @@ def fused_pass(n: int, backend: str | None, P: int = 1) -> Case:
 
 
 def swaps(n: int, backend: str | None) -> Case:
-    def call(swaps: tuple, padded: Tensor, x: Tensor, y: Tensor) -> Results:
+    def call(swaps: tuple, x: Tensor, y: Tensor) -> Results:
         own = x.relu()
         swap_rows(Swaps(*swaps), own, y, backend=backend)
-        swap_rows(padded, y, backend=backend)
         return own, y
 
     made = ActiveSet(4 * n).leave(torch.arange(4 * n) % 2 == 0, 1)
     pairs = made.pairs.to(DEVICE)
-    return call, (
-        (pairs, made.before, made.after),
-        torch.cat([pairs, pairs.new_full((n, 2), -1)]),
-        normal(4 * n, 5),
-        normal(4 * n, 2, 3),
-    )
+    return call, ((pairs, made.before, made.after), normal(4 * n, 5), normal(4 * n, 2, 3))
 
 
 def skips(n: int, backend: str | None) -> Case:
@@ -104,13 +98,14 @@ def skips(n: int, backend: str | None) -> Case:
     return call, (normal(n, 3, 4), normal(B, 3, 4), some_lanes(n), torch.randperm(B, device=DEVICE).int())
 
 
-def saves(n: int, backend: str | None) -> Case:
-    def call(rows: Tensor, saved: Tensor, lane: Tensor, exit_layer: Tensor, layer: int) -> Results:
-        save_rows(rows.relu(), saved, lane, exit_layer, layer, backend=backend)
-        return (saved,)
+def settles(n: int, backend: str | None) -> Case:
+    def call(moves: Tensor, rows: Tensor, saved: Tensor) -> Results:
+        own = rows.relu()
+        settle_rows(moves, own, saved, backend=backend)
+        return own, saved
 
-    stops = torch.randint(-2, 3, (B,), device=DEVICE).int()
-    return call, (normal(n, 3, 4), normal(B, 3, 4), some_lanes(n), stops, 2)
+    moves = torch.tensor([[0, 5, n - 1], [1, 2, -1], *([[-1] * 3] * (n - 2))], dtype=torch.int32, device=DEVICE)
+    return call, (moves[:n], normal(n, 3, 4), normal(B, 3, 4))
 
 
 def steps(n: int, backend: str | None) -> Case:
@@ -125,4 +120,4 @@ def steps(n: int, backend: str | None) -> Case:
     return call, (p.state, p.eps, p.rows, p.slots, p.variance, p.guidance, p.noise)
 
 
-CASES = [fused_pass, swaps, skips, saves, steps]
+CASES = [fused_pass, swaps, skips, settles, steps]

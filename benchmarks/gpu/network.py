@@ -16,7 +16,6 @@ from torch import Tensor
 
 import adadiff
 from adadiff import Evaluation, Model
-from adadiff.engine.counts import Counts, Planned, counts_from
 from adadiff.exits import PAPER
 from adadiff.models.interface import Backbone
 from adadiff.rules import Replay
@@ -26,7 +25,7 @@ SUITE = "gpu-network"
 BRAIN = torch.bfloat16
 PRESETS = ("cifar10_uvit_small", "imagenet256_uvit_large", "imagenet256_uvit_huge")
 BATCHES = (1, 8, 64, 256)
-STRATEGIES = ("sync", "sync:4", "lagged", "lagged:2", "planned")
+STRATEGIES = ("sync", "sync:4", "lagged", "lagged:2")
 PLAIN = "plain, eager"
 GRAPH = "plain, compiled, graph"
 Inputs = tuple[Tensor, Tensor, Tensor | None]
@@ -118,13 +117,8 @@ def plain(backbone: Backbone, through: Callable[..., Tensor], inputs: Inputs) ->
 
 
 def evaluation(model: Model, inputs: Inputs, exits: Tensor, strategy: str, compiled: bool) -> Callable[[], Evaluation]:
-    given = {"threshold": exits, "counts": counts_of(strategy, exits), "compiled": compiled}
+    given = {"threshold": exits, "counts": strategy, "compiled": compiled}
     return lambda: adadiff.evaluate(model.backbone, model.exits, Replay(), *inputs, **given)
-
-
-def counts_of(strategy: str, exits: Tensor) -> Counts:
-    """A plan is at its best: it knows the depths that are replayed."""
-    return Planned(tuple(exits.tolist())) if strategy == "planned" else counts_from(strategy)
 
 
 def check(name: str, results: dict[str, Evaluation], exits: Tensor, first: str) -> None:

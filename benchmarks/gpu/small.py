@@ -19,7 +19,7 @@ from adadiff_kernels import (
     Swaps,
     join_skip,
     residual_uem,
-    save_rows,
+    settle_rows,
     solver_step,
     swap_rows,
 )
@@ -28,7 +28,7 @@ from adadiff_kernels import (
 def run(device: torch.device) -> list[str]:
     """Names of what ran. RuntimeError where a kernel and its reference differ."""
     torch.manual_seed(0)
-    checks = {"residual_uem": fused, "swap_rows": swap, "join_skip": join, "save_rows": save, "solver_step": step}
+    checks = {"residual_uem": fused, "swap_rows": swap, "join_skip": join, "settle_rows": settle, "solver_step": step}
     checks["DeviceSet"] = leave
     for check in checks.values():
         check(device)
@@ -50,12 +50,14 @@ def fused(device: torch.device) -> None:
         gate, scale, shift = torch.randn(3, B, D, device=device).to(dtype).unbind()
         bias = torch.randn(D, device=device).to(dtype)
         for P, norm in ((1, Norm(1e-5, bias + 1, bias)), (12, Norm(1e-6, None, None, scale, shift)), (1, None)):
-            score = Score(torch.randn(P, D, device=device) / 8, torch.randn(B, P, device=device), 2)
+            tickets = torch.zeros(B, dtype=torch.int32, device=device)
+            score = Score(torch.randn(P, D, device=device) / 8, torch.randn(B, P, device=device), 2, tickets)
             given = {"lanes": lanes, "gate": gate, "bias": bias, "score": score, "norm": norm}
             got, want = (residual_uem(x, branch, **given, backend=backend) for backend in ("triton", "reference"))
             for part, one, other in zip("yhu", got, want, strict=True):
                 if one is not None:
                     agree(f"residual_uem, {part}, P = {P}", one, other, tolerance)
+            agree("tickets", tickets, torch.zeros_like(tickets), 0)
 
 
 def swap(device: torch.device) -> None:
@@ -75,14 +77,14 @@ def join(device: torch.device) -> None:
     agree("join_skip", got, want, 0)
 
 
-def save(device: torch.device) -> None:
-    rows, saved = torch.randn(3, 5, 260, device=device), torch.randn(6, 5, 260, device=device)
-    lane = torch.tensor([2, 0, 5], dtype=torch.int32, device=device)
-    exit_layer = torch.tensor([0, 4, -4, 1, 4, 4], dtype=torch.int32, device=device)
-    want = saved.clone()
-    save_rows(rows, saved, lane, exit_layer, 4, backend="triton")
-    save_rows(rows, want, lane, exit_layer, 4, backend="reference")
-    agree("save_rows", saved, want, 0)
+def settle(device: torch.device) -> None:
+    moves = torch.tensor([[0, 2, 3], [2, 5, -1], [-1, -1, -1]], dtype=torch.int32, device=device)
+    rows, saved = torch.randn(4, 5, 1260, device=device), torch.randn(6, 5, 1260, device=device)
+    others = rows.clone(), saved.clone()
+    settle_rows(moves, rows, saved, backend="triton")
+    settle_rows(moves, *others, backend="reference")
+    for name, one, other in zip(("rows", "saved"), (rows, saved), others, strict=True):
+        agree(f"settle_rows, {name}", one, other, 0)
 
 
 def step(device: torch.device) -> None:
@@ -110,10 +112,15 @@ def leave(device: torch.device) -> None:
     for layer in (1, 2, 3):
         u = torch.rand(B, device=device)
         u[5] = torch.nan
-        pairs = [active.leave(u, threshold, layer, bound=B) for active in (own, want)]
+        snapshots = [torch.empty_like(own.row) for _ in range(2)]
+        moves = [
+            active.leave(u, threshold, layer, bound=B, snapshot=snapshot)
+            for active, snapshot in zip((own, want), snapshots, strict=True)
+        ]
         counts = [active.wait(layer) for active in (own, want)]
         for name, one, other in (
-            ("pairs", *pairs),
+            ("moves", *moves),
+            ("snapshot", *snapshots),
             ("count", *(torch.tensor(count) for count in counts)),
             ("lane", own.lane, want.lane),
             ("row", own.row, want.row),

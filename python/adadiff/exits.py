@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adadiff_kernels import Score, layer_norm, no_autocast, residual_uem
+from adadiff_kernels import Score, captures, layer_norm, no_autocast, residual_uem
 
 from .models.interface import Backbone
 from .models.layers import Attention, Mlp
@@ -126,6 +126,7 @@ class Exits(nn.Module):
         self.time_weight = nn.Parameter(torch.zeros(L, P, backbone.time_dim)) if config.time is True else None
         self.time_bias = nn.Parameter(torch.zeros(STRETCHES + 1, L, P)) if config.time == "bias" else None
         self.heads = None
+        self._stacked: tuple[list[tuple[int, int]], dict[str, Tensor]] | None = None
         if not config.shared_head:
             kind = HEADS.get(config.head)
             self.heads = nn.ModuleList(kind(backbone) if kind else backbone.new_head() for _ in range(L - 1))
@@ -145,9 +146,9 @@ class Exits(nn.Module):
         with no_autocast(time):
             return torch.einsum("lpd,bd->lbp", self.time_weight.float(), time.float()) + bias
 
-    def score(self, layer: int, offsets: Tensor) -> Score:
-        """The UEM after block `layer` (1..L), for the fused pass."""
-        return Score(self.weight[layer - 1], offsets[layer - 1], self.extras)
+    def score(self, layer: int, offsets: Tensor, tickets: Tensor | None = None) -> Score:
+        """The UEM after block `layer` (1..L), for the fused pass. tickets: see `Score`."""
+        return Score(self.weight[layer - 1], offsets[layer - 1], self.extras, tickets)
 
     def head(self, backbone: Backbone, layer: int) -> nn.Module:
         """What a sample leaving after block `layer` takes, called like the network's own `head`."""
@@ -155,6 +156,7 @@ class Exits(nn.Module):
             return backbone.head
         return self.heads[layer - 1]
 
+    @torch.no_grad()
     def heads_by_lane(self, patches: Tensor, cond: object, lanes: Tensor, layer: Tensor) -> Tensor:
         """Each lane through the head of its own layer, without the host knowing which: [B, C or 2 C, H, W].
 
@@ -162,13 +164,27 @@ class Exits(nn.Module):
         a copy of its head for every lane, which for "block" are as many weights as B blocks have.
         """
         index = (layer - 1).clamp(0, len(self.heads) - 1)
-        heads = [dict(head.named_parameters()) for head in self.heads]
-        own = {name: torch.stack([head[name] for head in heads]).index_select(0, index) for name in heads[0]}
+        own = {name: values.index_select(0, index) for name, values in self._stacked_heads().items()}
 
         def head(parameters: dict[str, Tensor], rows: Tensor, lane: Tensor) -> Tensor:
             return torch.func.functional_call(self.heads[0], parameters, (rows[None], cond, lane[None]))[0]
 
         return torch.vmap(head)(own, patches, lanes)
+
+    def _stacked_heads(self) -> dict[str, Tensor]:
+        """Every parameter of the heads of layers 1..L-1, [L - 1, ...]; stacked again when one of them has changed."""
+        named = [dict(head.named_parameters()) for head in self.heads]
+        made_of = [
+            (id(value), value.data_ptr(), 0 if value.is_inference() else value._version)
+            for head in named
+            for value in head.values()
+        ]
+        if self._stacked is not None and self._stacked[0] == made_of:
+            return self._stacked[1]
+        stacked = {name: torch.stack([head[name] for head in named]) for name in named[0]}
+        if not captures(self.weight.device):  # memory of a graph is nobody else's
+            self._stacked = made_of, stacked
+        return stacked
 
     def macs(self, tokens: int) -> int:
         """Multiply-adds of one layer's score for one lane, of which so many tokens have a say."""

@@ -32,6 +32,36 @@ class Rule(Protocol):
         """bool [n]."""
 
 
+class Limits:
+    """To inherit from: a rule by which a lane leaves when its u lies below a limit of its own, known beforehand.
+
+    So all limits are made once for an evaluation, and a kernel on a GPU decides by them.
+    """
+
+    stateful = False
+    by_lane = True
+
+    def limits(self, layers: int, t: Tensor, threshold: Tensor) -> Tensor:
+        """t, threshold: float [n]. Returns float32 [layers - 1, n]: below which u a lane leaves after each layer;
+        infinity: it leaves whatever u is, unscored or NaN; minus infinity: it stays."""
+        raise NotImplementedError
+
+    def leave(self, u: Tensor | None, layer: int, layers: int, t: Tensor, threshold: Tensor, state: Tensor) -> Tensor:
+        return below(u, self.limits(layers, t, threshold)[layer - 1])
+
+
+def below(u: Tensor | None, limit: Tensor) -> Tensor:
+    """bool [n]: who leaves. u: float32 [n] or None; limit: float32 [n], see `Limits.limits`."""
+    always = limit.isposinf()
+    return always if u is None else (u < limit) | always
+
+
+def from_depth(layers: int, depth: Tensor) -> Tensor:
+    """Limits by which lanes leave after depth: float [n] blocks, whatever their u."""
+    layer = torch.arange(1, layers, device=depth.device)[:, None]
+    return torch.where(layer >= depth, torch.inf, -torch.inf).float()
+
+
 def layers_asked(rule: Rule, layers: int) -> frozenset[int]:
     """The layers after which `rule` asks in a network of so many. ValueError where a scored rule asks at none."""
     asked = frozenset(rule.asks(layers))
@@ -46,12 +76,9 @@ def _check_uncertainties(thresholds: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class Threshold:
-    """AdaDiff's rule: leave at the first layer with u < threshold, every lane on its own.
-
-    `first` is the first layer asked. The UEM learns how far a layer is from the true noise; how far it is from the
-    full network it cannot tell, and the shallowest heads are often the ones to avoid.
-    """
+class _ByUncertainty:
+    """`first` is the first layer asked. The UEM learns how far a layer is from the true noise; how far it is from the
+    full network it cannot tell, and the shallowest heads are often the ones to avoid."""
 
     threshold: float
     first: int = 1
@@ -70,12 +97,21 @@ class Threshold:
     def check(self, thresholds: Tensor) -> None:
         _check_uncertainties(thresholds)
 
-    def leave(self, u: Tensor, layer: int, layers: int, t: Tensor, threshold: Tensor, state: Tensor) -> Tensor:
-        return u < threshold
+
+@dataclass(frozen=True)
+class Threshold(Limits, _ByUncertainty):
+    """AdaDiff's rule: leave at the first layer with u < threshold, every lane on its own."""
+
+    def limits(self, layers: int, t: Tensor, threshold: Tensor) -> Tensor:
+        limits = threshold.float().expand(layers - 1, -1)
+        if self.first > 1:
+            limits = limits.clone()
+            limits[: self.first - 1] = -torch.inf
+        return limits
 
 
 @dataclass(frozen=True)
-class Patience(Threshold):
+class Patience(_ByUncertainty):
     """The official code's rule (libs/uvit.py, forward): among the in-blocks the first u < threshold is ignored."""
 
     stateful = True
@@ -90,7 +126,7 @@ class Patience(Threshold):
 
 
 @dataclass(frozen=True)
-class BatchMean(Threshold):
+class BatchMean(_ByUncertainty):
     """A baseline, not for use: one decision for the batch, by its mean uncertainty, as in the official sampler."""
 
     by_lane = False
@@ -100,11 +136,10 @@ class BatchMean(Threshold):
 
 
 @dataclass(frozen=True)
-class Full:
+class Full(Limits):
     """Nobody leaves, and nothing is scored: the plain network."""
 
     scored = False
-    stateful = False
     threshold = None
 
     def asks(self, layers: int) -> Sequence[int]:
@@ -113,12 +148,12 @@ class Full:
     def check(self, thresholds: Tensor) -> None:
         raise ValueError("the rule 'full' takes no thresholds")
 
-    def leave(self, u: None, layer: int, layers: int, t: Tensor, threshold: Tensor, state: Tensor) -> Tensor:
-        return torch.zeros(len(t), dtype=torch.bool, device=t.device)
+    def limits(self, layers: int, t: Tensor, threshold: Tensor) -> Tensor:
+        return torch.full((layers - 1, len(t)), -torch.inf, device=t.device)
 
 
 @dataclass(frozen=True)
-class Depth:
+class Depth(Limits):
     """Everybody leaves after `threshold` blocks, unscored.
 
     A fraction is spread over timesteps: 7.3 means 7 blocks at about 70 % of them and 8 at the others, evenly (the
@@ -127,7 +162,6 @@ class Depth:
 
     threshold: float
     scored = False
-    stateful = False
 
     def __post_init__(self) -> None:
         self.check(torch.tensor([float(self.threshold)]))
@@ -139,20 +173,19 @@ class Depth:
         if not bool((torch.isfinite(thresholds) & (thresholds >= 1)).all()):
             raise ValueError(f"a depth is at least 1 block, got {thresholds.flatten().tolist()[:8]}")
 
-    def leave(self, u: None, layer: int, layers: int, t: Tensor, threshold: Tensor, state: Tensor) -> Tensor:
+    def limits(self, layers: int, t: Tensor, threshold: Tensor) -> Tensor:
         deeper = torch.frac(t.double() * GOLDEN) < torch.frac(threshold.double())
-        return layer >= torch.floor(threshold) + deeper
+        return from_depth(layers, torch.floor(threshold) + deeper)
 
 
 @dataclass(frozen=True)
-class Replay:
+class Replay(Limits):
     """Lanes leave after the number of blocks given as their threshold; scores are computed as if they were read.
 
     For measuring: the cost of a known exit pattern, decisions included.
     """
 
     scored: bool = True
-    stateful = False
     threshold = None
 
     def asks(self, layers: int) -> Sequence[int]:
@@ -162,8 +195,8 @@ class Replay:
         if not bool((thresholds >= 1).all()):
             raise ValueError(f"a replayed exit layer is at least 1, got {thresholds.flatten().tolist()[:8]}")
 
-    def leave(self, u: Tensor | None, layer: int, layers: int, t: Tensor, threshold: Tensor, state: Tensor) -> Tensor:
-        return layer >= threshold
+    def limits(self, layers: int, t: Tensor, threshold: Tensor) -> Tensor:
+        return from_depth(layers, threshold)
 
 
 RULES = {"threshold": Threshold, "patience": Patience, "batch-mean": BatchMean, "depth": Depth}

@@ -32,12 +32,11 @@ def test_cuda_says_itself_what_is_missing(cuda_core: ModuleType) -> None:
         cuda_core.start(8, 8, 8, 8, 4, 8, 0, 0)
 
 
-GOOD = dict.fromkeys(("lane", "row", "exit_layer", "state", "u", "threshold", "pairs", "word"), 8) | {
-    **dict.fromkeys(("mask", "asked", "partner", "device", "stream"), 0),
+GOOD = dict.fromkeys(("lane", "row", "exit_layer", "state", "u", "threshold", "moves", "word"), 8) | {
+    **dict.fromkeys(("mask", "partner", "snapshot", "device", "stream"), 0),
     "bound": 3,
     "lanes": 4,
     "layer": 1,
-    "room": -1,
 }
 
 
@@ -50,11 +49,10 @@ GOOD = dict.fromkeys(("lane", "row", "exit_layer", "state", "u", "threshold", "p
         ({"bound": -1}, "bound must lie"),
         ({"layer": 0}, r"layer must lie in \[1, 65535\]"),
         ({"layer": 65536}, "layer must lie"),
-        ({"room": -2}, "room must be -1 or more"),
         ({"row": 0}, "lane, row or exit_layer is null"),
         ({"state": 0}, "state or word is null"),
         ({"word": 0}, "state or word is null"),
-        ({"pairs": 0}, "pairs is null"),
+        ({"moves": 0}, "moves is null"),
         ({"threshold": 0}, "u needs threshold"),
     ],
 )

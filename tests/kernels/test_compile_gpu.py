@@ -53,15 +53,13 @@ def test_rows_move_in_16_bytes(found: dict[Variant, Resources], case: str) -> No
     kernel = CASES[case][0]
     for chip in SHARED:
         got = found[Variant(case, chip)]
-        if kernel == "_mean_kernel":
-            continue  # one short row of floats
         assert got.wide_loads > 0, case
         assert got.wide_stores > 0, case
         if case not in MIXED:
-            # what is narrow is one number: the lane, the offset, pairs and indices; the partial score. A map has more
-            # offsets: two loads under Triton 3.9, four under 3.6
-            assert got.narrow_loads <= (5 if case in MAPS else 3), case
-            assert got.narrow_stores <= (1 if kernel == FUSED else 0), case
+            # what is narrow is one number: the lane, the offset, partial scores, moves and indices are read; a partial
+            # score, the mean and the ticket written. A map has more offsets: two loads under Triton 3.9, four under 3.6
+            assert got.narrow_loads <= (6 if case in MAPS else 4), case
+            assert got.narrow_stores <= (3 if kernel == FUSED else 0), case
 
 
 @pytest.mark.slow

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adadiff_kernels import ActiveSet, DeviceSet, Seen, swap_rows, take_rows, upload
+from adadiff_kernels import ActiveSet, DeviceSet, Seen, settle_rows, take_rows, upload
 from adadiff_kernels.device_set import TICKS, HostWord, _packed, kernel_missing, start, unpacked
 
 Make = Callable[..., DeviceSet]
-NAN = math.nan
+NAN, INF = math.nan, math.inf
 # 31, 32, 33: around one warp of the kernel and one row a thread; 1025: two rows a thread.
 BATCHES = [0, 1, 2, 3, 31, 32, 33, 65, 1025]
 PATTERNS = {
@@ -51,24 +51,23 @@ class Lists:
         self.n = lanes
         self.moved = 0
 
-    def leave(self, goes: list[bool], value: int) -> list[tuple[int, int]]:
-        """goes: by row, of those that run."""
-        for lane, leaves in zip(self.lane, goes, strict=False):
-            if leaves:
-                self.exit_layer[lane] = value
+    def leave(self, goes: list[bool], layer: int) -> list[list[int]]:
+        """goes: by row, of those that run. Returns the moves."""
+        rows = [r for r, leaves in enumerate(goes) if leaves]
         self.n = goes.count(False)
-        down = [r for r, leaves in enumerate(goes) if leaves and r < self.n]
         up = [r for r, leaves in enumerate(goes) if not leaves and r >= self.n]
-        pairs = list(zip(down, up, strict=True))
-        for a, b in pairs:
-            self.lane[a], self.lane[b] = self.lane[b], self.lane[a]
-        self.moved += 2 * len(pairs)
-        return pairs
+        moves = [[r, self.lane[r], up[k] if k < len(up) else -1] for k, r in enumerate(rows)]
+        for row, lane, source in moves:
+            self.exit_layer[lane] = layer
+            if source >= 0:
+                self.lane[row], self.lane[source] = self.lane[source], lane
+        self.moved += 2 * len(up)
+        return moves
 
 
-def assert_same(active: DeviceSet, lists: Lists, pairs: Tensor, expected: list[tuple[int, int]]) -> None:
-    assert pairs.dtype == torch.int32
-    assert pairs.tolist() == [*map(list, expected), *([[-1, -1]] * (len(pairs) - len(expected)))]
+def assert_same(active: DeviceSet, lists: Lists, moves: Tensor, expected: list[list[int]]) -> None:
+    assert moves.dtype == torch.int32
+    assert moves.tolist() == [*expected, *([[-1, -1, -1]] * (len(moves) - len(expected)))]
     assert active.lane.tolist() == lists.lane
     assert active.row.tolist() == [lists.lane.index(lane) for lane in range(len(lists.lane))]
     assert active.exit_layer.tolist() == lists.exit_layer
@@ -82,10 +81,15 @@ def test_chosen_patterns_as_on_the_host(made: Make, pattern: str, n: int) -> Non
     mask = torch.tensor(PATTERNS[pattern](n), dtype=torch.bool)
     host, active = ActiveSet(n), made(n)
     swaps = host.leave(mask, 4)
-    pairs = active.leave_where(mask.to(active.device), 4, bound=n)
-    assert pairs.shape == (n // 2, 2)
-    assert torch.equal(pairs[: len(swaps.pairs)].cpu(), swaps.pairs)
-    assert bool((pairs[len(swaps.pairs) :] == -1).all())
+    snapshot = torch.empty_like(active.row)
+    moves = active.leave_where(mask.to(active.device), 4, bound=n, snapshot=snapshot)
+    assert moves.shape == (n, 3)
+    leaving = n - swaps.after
+    assert moves[:leaving, 0].tolist() == mask.nonzero().flatten().tolist() == moves[:leaving, 1].tolist()
+    assert torch.equal(moves[: len(swaps.pairs), [0, 2]].cpu(), swaps.pairs)
+    assert bool((moves[len(swaps.pairs) :, 2] == -1).all())
+    assert bool((moves[leaving:] == -1).all())
+    assert torch.equal(snapshot.cpu(), host.row)
     for name in ("lane", "row", "exit_layer"):
         assert torch.equal(getattr(active, name).cpu(), getattr(host, name)), name
     assert active.count.tolist() == [swaps.after]
@@ -95,14 +99,13 @@ def test_chosen_patterns_as_on_the_host(made: Make, pattern: str, n: int) -> Non
 
 @st.composite
 def runs(draw: st.DrawFn) -> tuple[int, list[dict]]:
-    """Lanes and layers: scores by lane, who is asked, who is tied, how far the bound lies above the count."""
+    """Lanes and layers: scores and limits by lane, who is tied, how far the bound lies above the count."""
     lanes = draw(st.integers(0, 40))
-    bools = st.lists(st.booleans(), min_size=lanes, max_size=lanes)
-    scores = st.sampled_from([0.1, 0.5, 0.9, NAN, math.inf, -math.inf])
+    scores = st.sampled_from([0.1, 0.5, 0.9, NAN, INF, -INF])
     layer = st.fixed_dictionaries(
         {
-            "u": st.lists(scores, min_size=lanes, max_size=lanes),
-            "asked": st.none() | bools,
+            "u": st.none() | st.lists(scores, min_size=lanes, max_size=lanes),
+            "threshold": st.lists(st.sampled_from([0.5, 0.6, INF, -INF]), min_size=lanes, max_size=lanes),
             "tied": st.booleans(),
             "slack": st.integers(0, lanes),
         }
@@ -115,37 +118,43 @@ def test_random_runs(made: Make, run: tuple[int, list[dict]]) -> None:
     """u < threshold of the lane, or of both tied lanes; rows beyond the count hold what would leave at once."""
     lanes, layers = run
     active, lists = made(lanes), Lists(lanes)
-    threshold = [(0.5, 0.6)[lane % 3 == 0] for lane in range(lanes)]
     partner = [lane ^ 1 if lane ^ 1 < lanes and lane % 8 < 4 else lane for lane in range(lanes)]
     x = torch.arange(lanes, device=active.device)[:, None].repeat(1, 3)  # every lane's data is its number
+    saved = torch.full_like(x, -1)
     skips: list[tuple[Tensor, Tensor]] = []
     for layer, given_ in enumerate(layers, start=1):
         bound = min(lists.n + given_["slack"], lanes)
-        u, asked = given_["u"], given_["asked"]
-        alone = [u[lane] < threshold[lane] and (asked is None or asked[lane]) for lane in range(lanes)]
+        u, threshold = given_["u"], given_["threshold"]
+        alone = [threshold[lane] == INF or (u is not None and u[lane] < threshold[lane]) for lane in range(lanes)]
         running = lists.lane[: lists.n]
         tied = partner if given_["tied"] else list(range(lanes))
         goes = [alone[lane] and alone[tied[lane]] and tied[lane] in running for lane in running]
+        snapshot = torch.full_like(active.row, -7)
         skips.append((x[:bound] + 100 * layer, active.snapshot()))
 
-        pairs = active.leave(
-            on(active, [u[lane] for lane in running] + [-1.0] * (bound - lists.n), torch.float32),
+        moves = active.leave(
+            None
+            if u is None
+            else on(active, [u[lane] for lane in running] + [-1.0] * (bound - lists.n), torch.float32),
             on(active, threshold, torch.float32),
             layer,
             bound=bound,
-            asked=None if asked is None else on(active, asked, torch.bool),
             partner=on(active, partner, torch.int32) if given_["tied"] else None,
+            snapshot=snapshot,
         )
-        assert_same(active, lists, pairs, lists.leave(goes, layer))
-        swap_rows(pairs, x)
-        assert x[:, 1].tolist() == lists.lane
-        for written, (skip, snapshot) in enumerate(skips, start=1):
-            index = active.locate(snapshot, lists.n)
+        assert_same(active, lists, moves, lists.leave(goes, layer))
+        assert torch.equal(snapshot, active.row)
+        settle_rows(moves, x, saved)
+        assert x[: lists.n, 1].tolist() == lists.lane[: lists.n]
+        assert saved[:, 2].tolist() == [lane if lists.exit_layer[lane] else -1 for lane in range(lanes)]
+        for written, (skip, then) in enumerate(skips, start=1):
+            index = active.locate(then, lists.n)
             found = take_rows(skip, index.long(), lists.n)[:, 0].tolist()
             assert found == [100 * written + lane for lane in lists.lane[: lists.n]]
         assert active.wait(layer) == lists.n
         assert active.seen() == Seen(layer, lists.n)
-    active.finish(9)
+    moves = active.finish(9, bound=lists.n)
+    assert moves.tolist() == [[r, lists.lane[r], -1] for r in range(lists.n)]
     assert active.exit_layer.tolist() == [layer or 9 for layer in lists.exit_layer]
     assert active.lane.tolist() == lists.lane
     assert active.wait(9) == 0
@@ -165,40 +174,21 @@ def test_rows_beyond_the_count_lie_in_old_skips(made: Make) -> None:
             assert len(index.unique()) == bound
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_rows_without_room_are_parked(made: Make, tied: bool) -> None:
-    active, lists = made(9), Lists(9)
-    partner = [8, *range(1, 8), 0]
-    mask = [r == 2 for r in range(9)]
-    first = active.leave_where(on(active, mask, torch.bool), 3, bound=9)
-    assert_same(active, lists, first, lists.leave(mask, 3))
-    assert lists.lane == [0, 1, 8, 3, 4, 5, 6, 7, 2]
-    pairs = active.park(6, 3, bound=9, partner=on(active, partner, torch.int32) if tied else None)
-    assert_same(active, lists, pairs, lists.leave([r >= 6 for r in range(8)], -3))
-    assert active.seen() == Seen(3, 6)
-    pairs = active.park(2, 5, bound=6, partner=on(active, partner, torch.int32) if tied else None)
-    assert_same(active, lists, pairs, lists.leave([r >= 2 or (tied and r == 0) for r in range(6)], -5))
-    assert lists.n == (1 if tied else 2)
-    active.finish(7)
-    assert active.exit_layer.tolist() == [layer or 7 for layer in lists.exit_layer]
-
-
 def test_a_lane_does_not_leave_without_its_partner(made: Make) -> None:
     active = made(4)
-    everybody = on(active, [True] * 4, torch.bool)
     partner = on(active, [3, 1, 2, 0], torch.int32)
-    active.park(3, 1, bound=4)
-    pairs = active.leave_where(everybody, 2, bound=4, partner=partner)
-    assert pairs.tolist() == [[-1, -1], [-1, -1]]
-    assert active.exit_layer.tolist() == [0, 2, 2, -1]
+    active.leave_where(on(active, [False, False, False, True], torch.bool), 1, bound=4)  # not tied yet
+    moves = active.leave_where(on(active, [True] * 4, torch.bool), 2, bound=4, partner=partner)
+    assert moves.tolist() == [[1, 1, -1], [2, 2, -1], [-1, -1, -1], [-1, -1, -1]]
+    assert active.exit_layer.tolist() == [0, 2, 2, 1]
     assert active.wait(2) == 1
 
 
 def test_a_bound_below_the_count_is_seen(made: Make) -> None:
     active = made(5)
     for layer, bound in ((1, 4), (2, 5)):  # and it stays
-        pairs = active.leave_where(on(active, [True] * bound, torch.bool), layer, bound=bound)
-        assert bool((pairs == -1).all())
+        moves = active.leave_where(on(active, [True] * bound, torch.bool), layer, bound=bound)
+        assert bool((moves == -1).all())
         with pytest.raises(RuntimeError, match=f"before layer {layer} was given a bound below the rows that ran"):
             active.wait(layer)
         with pytest.raises(RuntimeError, match="bound below"):
@@ -235,7 +225,7 @@ def test_what_a_graph_holds_is_unknown_until_it_is_replayed(monkeypatch: pytest.
         module = sys.modules["adadiff_kernels.device_set"]
         patched.setattr(module, "captures", lambda device: True)
         for name in ("start", "leave"):  # a graph only notes what it will do
-            patched.setattr(module, name, lambda lane, *_: lane.new_zeros(2, 2))
+            patched.setattr(module, name, lambda lane, *_: lane.new_zeros(4, 3))
         patched.setattr(HostWord, "post", lambda *_: None)
         active.start()
         active.leave_where(everybody, 1, bound=4)
@@ -315,8 +305,8 @@ U, THRESHOLD = torch.zeros(3), torch.ones(4)
         ({"u": torch.zeros(6)[::2]}, r"u must be contiguous, got strides \(2,\)"),
         ({"threshold": U}, r"threshold must be \[4\], got \[3\]"),
         ({"threshold": THRESHOLD.to("meta")}, "threshold must be on cpu, got meta"),
-        ({"asked": torch.ones(4)}, "asked must be bool, got float32"),
-        ({"asked": torch.ones(3, dtype=torch.bool)}, r"asked must be \[4\], got \[3\]"),
+        ({"snapshot": torch.zeros(4)}, "snapshot must be int32, got float32"),
+        ({"snapshot": torch.zeros(3, dtype=torch.int32)}, r"snapshot must be \[4\], got \[3\]"),
         ({"partner": torch.arange(4)}, "partner must be int32, got int64"),
         ({"bound": 5, "u": torch.zeros(5)}, "bound must be an int from 0 to 4, the lanes, got 5"),
         ({"bound": torch.tensor(3)}, "bound must be an int"),
@@ -339,12 +329,10 @@ def test_bad_input_is_named_and_changes_nothing(change: dict, message: str) -> N
     assert active.exit_layer.tolist() == [2, 3, 3, 3]
 
 
-def test_bad_masks_rooms_and_snapshots_are_named() -> None:
+def test_bad_masks_and_snapshots_are_named() -> None:
     active = DeviceSet(4, "cpu")
     with pytest.raises(ValueError, match="mask must be bool, got uint8"):
         active.leave_where(torch.zeros(4, dtype=torch.uint8), 1, bound=4)
-    with pytest.raises(ValueError, match="room must be an int of 0 or more, got -1"):
-        active.park(-1, 1, bound=4)
     with pytest.raises(ValueError, match=r"snapshot must be \[4\], got \[3\]"):
         active.locate(active.row[:3], 4)
     with pytest.raises(ValueError, match="bound must be an int from 0 to 4"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adadiff_kernels import ActiveSet, DeviceSet, Seen, swap_rows
+from adadiff_kernels import ActiveSet, DeviceSet, Seen, settle_rows
 from adadiff_kernels.device_set import kernel_missing
 
 pytestmark = pytest.mark.gpu
@@ -31,9 +31,13 @@ def test_many_lanes_as_on_the_host(lanes: int) -> None:
     for layer, u in enumerate(scores(5, lanes, lanes), start=1):
         bound = min(lanes, host.count + 7)
         swaps = host.leave(u[: host.count] < threshold[: host.count], layer)
-        pairs = active.leave(u[:bound].cuda(), threshold.cuda(), layer, bound=bound).cpu()
-        assert torch.equal(pairs[: len(swaps.pairs)], swaps.pairs)
-        assert bool((pairs[len(swaps.pairs) :] == -1).all())
+        snapshot = torch.empty_like(active.row)
+        moves = active.leave(u[:bound].cuda(), threshold.cuda(), layer, bound=bound, snapshot=snapshot).cpu()
+        assert torch.equal(moves[: len(swaps.pairs), [0, 2]], swaps.pairs)
+        assert bool((moves[len(swaps.pairs) :, 2] == -1).all())
+        assert bool((moves[: swaps.before - swaps.after] >= 0)[:, :2].all())
+        assert bool((moves[swaps.before - swaps.after :] == -1).all())
+        assert torch.equal(snapshot.cpu(), host.row)
         for name in ("lane", "row", "exit_layer"):
             assert torch.equal(getattr(active, name).cpu(), getattr(host, name)), name
         assert active.seen() == Seen(layer, swaps.after)
@@ -48,13 +52,13 @@ def test_a_captured_tick_replays() -> None:
     lanes, layers = 64, 4
     active = DeviceSet(lanes, "cuda", backend="cuda")
     u, threshold = torch.empty(layers, lanes, device="cuda"), torch.full((lanes,), 0.3, device="cuda")
-    x = torch.empty(lanes, 33, device="cuda")
+    x, saved = torch.empty(2, lanes, 33, device="cuda")
 
     def tick() -> None:
         active.start()
         x.copy_(torch.arange(lanes, device="cuda")[:, None].expand(lanes, 33))
         for layer in range(1, layers + 1):
-            swap_rows(active.leave(u[layer - 1], threshold, layer, bound=lanes), x)
+            settle_rows(active.leave(u[layer - 1], threshold, layer, bound=lanes), x, saved)
 
     tick()  # what compiles on first use
     torch.cuda.synchronize()
@@ -72,24 +76,25 @@ def test_a_captured_tick_replays() -> None:
         torch.cuda.synchronize()
         assert torch.equal(active.lane.cpu(), host.lane)
         assert torch.equal(active.exit_layer.cpu(), host.exit_layer)
-        assert x[:, 7].tolist() == host.lane.tolist()
+        assert x[: host.count, 7].tolist() == host.running.tolist()
+        left = host.exit_layer > 0
+        assert saved[left.cuda(), 7].tolist() == left.nonzero().flatten().tolist()
 
 
 @pytest.mark.parametrize("backend", ["reference", "cuda"])
 def test_nothing_waits_for_the_device(backend: str) -> None:
     active = DeviceSet(64, "cuda", backend=backend)
     u, threshold = torch.zeros(64, device="cuda"), torch.full((64,), 0.5, device="cuda")
-    asked, partner = torch.ones(64, dtype=torch.bool, device="cuda"), active.lane.clone()
-    x = torch.zeros(64, 8, device="cuda")
+    partner, snapshot = active.lane.clone(), active.lane.clone()
+    x, saved = torch.zeros(2, 64, 8, device="cuda")
 
     def tick() -> None:
         active.start()
-        pairs = active.leave(u, threshold, 1, bound=64, asked=asked, partner=partner)
-        swap_rows(pairs, x, backend="triton")
-        swap_rows(pairs, x, backend="reference")
-        active.park(5, 1, bound=64)
+        moves = active.leave(u, threshold, 1, bound=64, partner=partner, snapshot=snapshot)
+        settle_rows(moves, x, saved, backend="triton")
+        settle_rows(moves, x, saved, backend="reference")
         active.locate(active.snapshot(), 64)
-        active.finish(2)
+        active.finish(2, bound=64)
 
     tick()  # kernels are compiled or loaded at their first call, which may wait
     torch.cuda.synchronize()

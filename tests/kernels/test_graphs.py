@@ -9,8 +9,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from adadiff_kernels import ActiveSet, DeviceSet, Score, Swaps, residual_uem, swap_rows
-from operators import CASES, DEVICE, B, Results, fused_pass, normal, saves, serves, skips, steps, swaps
+from adadiff_kernels import ActiveSet, DeviceSet, Score, Swaps, residual_uem, settle_rows, swap_rows
+from operators import CASES, DEVICE, B, Results, fused_pass, normal, serves, settles, skips, steps, swaps
 
 
 def copied(value: object) -> object:
@@ -30,8 +30,8 @@ def operators_of(counter: CompileCounterWithBackend) -> list[str]:
         (fused_pass, "cpu", {"residual_uem", "residual_uem_out"}),
         (swaps, None, {"swap_rows"}),
         (skips, "triton", {"join_skip"}),
-        (saves, "triton", {"save_rows"}),
-        (saves, "reference", set()),
+        (settles, "triton", {"settle_rows"}),
+        (settles, "reference", set()),
         (steps, "reference", {"solver_step"}),
     ],
 )
@@ -84,37 +84,44 @@ def test_a_set_leaves_inside_a_graph() -> None:
             super().__init__(B, DEVICE, backend="reference")
             self._kernel = True
 
-    def call(active: DeviceSet, u: Tensor, threshold: Tensor, y: Tensor) -> Results:
+    def call(active: DeviceSet, u: Tensor, threshold: Tensor, y: Tensor, saved: Tensor) -> Results:
         active.start()
-        swap_rows(active.leave(u, threshold, 1, bound=B), y)
-        swap_rows(active.park(2, 2, bound=B), y)
-        return active.lane + 0, active.exit_layer + 0, active.count + 0
+        settle_rows(active.leave(u, threshold, 1, bound=B), y, saved)
+        snapshot = torch.empty_like(active.row)
+        settle_rows(active.leave(None, (u - 0.5).sign() * torch.inf, 2, bound=B, snapshot=snapshot), y, saved)
+        return active.lane + 0, active.exit_layer + 0, active.count + 0, snapshot
 
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(call, backend=counter, fullgraph=True)
     eager, traced = DeviceSet(B, DEVICE, backend="reference"), Opaque()
     for _ in range(4):
-        u, threshold, y = torch.rand(B, device=DEVICE), torch.rand(B, device=DEVICE), normal(B, 3)
-        other = y.clone()
-        for found, wanted in zip(compiled(traced, u, threshold, y), call(eager, u, threshold, other), strict=True):
+        given = (
+            torch.rand(B, device=DEVICE),
+            torch.rand(B, device=DEVICE),
+            normal(B, 3),
+            torch.zeros(B, 3, device=DEVICE),
+        )
+        other = copied(given)
+        for found, wanted in zip(compiled(traced, *given), call(eager, *other), strict=True):
             assert torch.equal(found, wanted)
-        assert torch.equal(y, other)
+        torch.testing.assert_close(given, other, rtol=0, atol=0)
     assert counter.frame_count <= 2
-    assert operators_of(counter) == ["device_start", "device_leave", "swap_rows", "device_leave", "swap_rows"]
+    leaves = ["device_leave"] if DEVICE == "cpu" else ["device_leave", "settle_rows"]  # PyTorch serves on the CPU
+    assert operators_of(counter) == ["device_start", *leaves, *leaves]
 
 
 @pytest.mark.gpu
 def test_a_captured_graph_replays_every_operator() -> None:
     """New values in the same memory, and a set whose count only the device knows: the same results as eager calls."""
     active, other = DeviceSet(B, DEVICE), DeviceSet(B, DEVICE)
-    everything = [case(5, "triton") for case in (fused_pass, skips, saves, steps)]
-    threshold, y = torch.rand(B, device=DEVICE), normal(B, 3)
+    everything = [case(5, "triton") for case in (fused_pass, skips, settles, steps)]
+    threshold, y, saved = torch.rand(B, device=DEVICE), normal(B, 3), normal(B, 3)
     u = torch.rand(B, device=DEVICE)
 
     def run(own: DeviceSet, calls: list, y: Tensor) -> list[Results]:
         own.start()
-        swap_rows(own.leave(u, threshold, 1, bound=B), y)
+        settle_rows(own.leave(u, threshold, 1, bound=B), y, saved)
         return [call(*given) for call, given in calls]
 
     def again() -> list:

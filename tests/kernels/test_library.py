@@ -14,12 +14,13 @@ from torch.utils._pytree import tree_map_only
 
 from adadiff_kernels import (
     DeviceSet,
+    Score,
     SolverState,
     StepRows,
     Swaps,
     join_skip,
     residual_uem,
-    save_rows,
+    settle_rows,
     solver_step,
     swap_rows,
 )
@@ -31,11 +32,12 @@ OPS = torch.ops.adadiff_kernels
 def fused(n: int, T: int, D: int, P: int, out: bool, parts: str, backend: str) -> tuple:
     x, branch = normal(n, T, D), normal(n, T, D)
     score = (normal(P, D), normal(B, P), T - 1) if "score" in parts else (None, None, 0)
+    tickets = torch.zeros(B, dtype=torch.int32, device=DEVICE) if "tickets" in parts else None
     affine = (normal(D), normal(D)) if "affine" in parts else (None, None)
     modulated = (normal(B, D), normal(B, D)) if "modulated" in parts else (None, None)
     gate, bias = (normal(B, D), normal(D)) if "gate" in parts else (None, None)
     norm = (1e-6 if "norm" in parts else None, *affine, *modulated)
-    return (x, branch, *[normal(n, T, D)] * out, some_lanes(n), gate, bias, *score, *norm, backend)
+    return (x, branch, *[normal(n, T, D)] * out, some_lanes(n), gate, bias, *score, tickets, *norm, backend)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +49,7 @@ def fused(n: int, T: int, D: int, P: int, out: bool, parts: str, backend: str) -
         pytest.param((1, 1, 1, 1), True, "", "reference", id="the sum alone, of one number"),
         pytest.param((3, 5, 12, 1), False, "score affine norm", "cpu", id="core"),
         pytest.param((2, 3, 12, 2), False, "gate score affine modulated norm", "triton", id="all of it in Triton"),
-        pytest.param((2, 3, 12, 1), True, "score norm", "triton", id="in place in Triton"),
+        pytest.param((2, 3, 12, 1), True, "score tickets norm", "triton", id="in place in Triton"),
         pytest.param((0, 3, 12, 1), True, "score norm", "triton", id="no rows in Triton"),
     ],
 )
@@ -62,14 +64,13 @@ def test_moves_are_what_they_declare(backend: str) -> None:
     pairs = torch.tensor([[0, 4], [2, 5], [-1, -1]], dtype=torch.int32, device=DEVICE)
     rows = [wide, torch.arange(6, dtype=torch.int16, device=DEVICE)]
     opcheck(OPS.swap_rows.default, (pairs[:2], 6, rows, serves(backend)))
-    opcheck(OPS.swap_rows.default, (pairs, None, rows, backend))
     if backend == "cpu":
         return
     x, skip, index = normal(3, 2, 5), normal(B, 2, 5), torch.randperm(B, device=DEVICE)
     for lanes, own in ((some_lanes(3), index), (None, None)):
         opcheck(OPS.join_skip.default, (x, skip, lanes, own, backend))
-    stops = torch.tensor([0, 2, -2, 1, 2, 3, 2], dtype=torch.int32, device=DEVICE)
-    opcheck(OPS.save_rows.default, (normal(3, 2, 5), normal(B, 2, 5), some_lanes(3), stops, 2, backend))
+    moves = torch.tensor([[0, 4, 2], [1, 6, -1], [-1, -1, -1]], dtype=torch.int32, device=DEVICE)
+    opcheck(OPS.settle_rows.default, (moves, normal(3, 2, 5), normal(B, 2, 5), backend))
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -84,10 +85,10 @@ def test_the_steps_of_a_set_are_what_they_declare() -> None:
     active = DeviceSet(B, DEVICE, backend="reference")
     own = (active.lane, active.row, active.exit_layer, active._state)
     opcheck(OPS.device_start.default, (*own, None))
-    asked, partner = torch.arange(B).to(DEVICE) > 1, torch.arange(B).int().to(DEVICE)
-    u, threshold = torch.rand(B).to(DEVICE), torch.rand(B).to(DEVICE)
-    opcheck(OPS.device_leave.default, (*own, u, threshold, None, asked, partner, B, 1, None, None))
-    opcheck(OPS.device_leave.default, (*own, None, None, None, None, partner, B, 1, 2, None))
+    partner, snapshot = torch.arange(B).int().to(DEVICE), torch.zeros(B, dtype=torch.int32, device=DEVICE)
+    u, threshold, mask = torch.rand(B).to(DEVICE), torch.rand(B).to(DEVICE), torch.arange(B).to(DEVICE) > 1
+    opcheck(OPS.device_leave.default, (*own, u, threshold, None, partner, snapshot, B, 1, None))
+    opcheck(OPS.device_leave.default, (*own, None, None, mask, None, None, B, 1, None))
 
 
 class Dispatched(TorchDispatchMode):
@@ -126,7 +127,7 @@ def test_tensors_without_values_get_the_same_results(case: Callable) -> None:
 def test_what_is_recorded_of_real_tensors_is_the_operator() -> None:
     def call(x: Tensor, pairs: Tensor) -> Tensor:
         own = x + 1
-        swap_rows(pairs, own)
+        swap_rows(Swaps(pairs, 3, 2), own)
         return own
 
     pairs = torch.tensor([[0, 2]], dtype=torch.int32, device=DEVICE)
@@ -141,13 +142,17 @@ def step_without_noise(x: Tensor) -> None:
     solver_step(SolverState(x), x, StepRows(normal(2, 8), kinds, kinds == 0, history=False, inner=False))
 
 
+def ticketed(x: Tensor) -> Score:
+    return Score(x[0, :1], x[:, 0, :1], 0, LANES[:1])
+
+
 LANES = torch.zeros(2, dtype=torch.int32, device=DEVICE)
 REFUSED = [
     (r"bias must be \[8\], got \(2,\)", lambda x: residual_uem(x, x, lanes=LANES, bias=LANES)),
     (r"out must be \(2, 3, 8\)", lambda x: residual_uem(x, x, lanes=LANES, out=x[:1])),
     (r"skip must have a row for each of 2 rows", lambda x: join_skip(x, x[:1])),
-    (r"exit_layer must be int32 \[2\]", lambda x: save_rows(x, x, LANES, LANES[:1], 1)),
-    (r"pairs must be int32 \[k, 2\]", lambda x: swap_rows(LANES, x)),
+    (r"moves must be int32 \[k, 3\]", lambda x: settle_rows(LANES, x, x)),
+    (r"score.tickets must be int32 of 2 or more", lambda x: residual_uem(x, x, lanes=LANES, score=ticketed(x))),
     (r"rows\[1\] must have 2 rows or more", lambda x: swap_rows(Swaps(LANES.view(1, 2), 2, 1), x, x[:1])),
     ("a row adds noise, but z is None", step_without_noise),
 ]

@@ -1,6 +1,7 @@
 """The Triton kernel of the fused pass: against float64, and what its launcher refuses. Interpreted without a GPU."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -127,6 +128,18 @@ def test_an_offset_for_all_lanes_may_be_expanded() -> None:
     assert torch.equal(p.run(score=expanded)[2], p.run(score=copied)[2])
 
 
+@pytest.mark.parametrize("outputs", [1, 12])
+def test_tickets_are_left_as_they_were_found(outputs: int) -> None:
+    """One tensor serves calls of any number of rows and tokens, one after the other."""
+    tickets = torch.zeros(9, dtype=torch.int32, device=DEVICE)
+    for n, T in ((5, 35), (2, 70), (5, 1), (0, 35), (5, 35)):
+        p = Problem((n, T, 40, outputs, 0, 6), (SINGLE, SINGLE))
+        alone = p.run()[2]
+        p.score = replace(p.score, tickets=tickets)
+        assert torch.equal(p.run()[2], alone)
+        assert not tickets.any()
+
+
 def other_device(value: Tensor) -> Tensor:
     return value.to("meta")
 
@@ -146,6 +159,7 @@ def other_device(value: Tensor) -> Tensor:
         (lambda p: {"norm": Norm(1e-6, p.bias[:3], p.bias)}, r"norm.weight must be \[16\], got \[3\]"),
         (lambda p: {"norm": Norm(1e-6, None, None, p.gate, p.gate[:, :3])}, r"norm.shift must be \[B, 16\]"),
         (lambda p: {"score": Score(p.x.new_zeros(65, 16), p.x.new_zeros(3, 65), 0)}, "1 to 64 outputs a token, got 65"),
+        (lambda p: {"score": replace(p.score, tickets=torch.zeros(4, dtype=torch.int32)[::2])}, "tickets must be cont"),
         (lambda p: {"score": Score(p.x.new_zeros(16, 2).T, p.x.new_zeros(3, 2), 0)}, "score.weight must be contiguous"),
     ],
 )

@@ -43,22 +43,6 @@ def test_pairs_change_places(pattern: list[int], width: int) -> None:
     torch.testing.assert_close(parent, before, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference", None])
-@pytest.mark.parametrize("used", [0, 1, 2])
-def test_pairs_may_be_unused(used: int, backend: str | None) -> None:
-    """As `DeviceSet.leave` returns them: the host does not know how many there are."""
-    listed = [[0, 6], [2, 4], [-1, -1], [-1, -1]]
-    pairs = torch.tensor(listed[2 - used : 5 - used], dtype=torch.int32, device=DEVICE)
-    parent = torch.full((11, 1300), math.nan, device=DEVICE)  # row -1 of the rows is of others
-    rows = parent[2:9]
-    rows.copy_(values(7, 1300))
-    before, order = parent.clone(), list(range(11))
-    for a, b in listed[2 - used : 2]:
-        order[a + 2], order[b + 2] = order[b + 2], order[a + 2]
-    swap_rows(pairs, rows, backend=backend)
-    torch.testing.assert_close(parent, before[order], rtol=0, atol=0, equal_nan=True)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_dtype_moves_bit_for_bit(dtype: torch.dtype) -> None:
     swaps = Swaps(torch.tensor([[0, 5], [3, 4]], dtype=torch.int32, device=DEVICE), 6, 4)

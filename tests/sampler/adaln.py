@@ -24,6 +24,7 @@ class GatedBranch:
     body: nn.Module
     block: int
     branch: int
+    bias = None  # the body adds its own
 
     def _of(self, cond: Modulation, which: int) -> Tensor:
         return cond.values[:, self.block, self.branch, which]

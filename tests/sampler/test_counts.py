@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adadiff.engine.counts import Counts, Lagged, Planned, Sync, counts_from
+from adadiff.engine.counts import Counts, Lagged, Sync, bucket, counts_from
 from adadiff.engine.decision import Decision
 from adadiff.engine.evaluate import Evaluation, evaluate
 from adadiff.exits import OFFICIAL, PAPER, ExitConfig
@@ -79,13 +79,7 @@ def assert_same(found: Evaluation, wanted: Evaluation, config: ExitConfig) -> No
         torch.testing.assert_close(found.eps, wanted.eps, rtol=1e-5, atol=1e-5)
 
 
-def strategies(layers: int) -> st.SearchStrategy[Counts]:
-    depth = st.lists(st.integers(0, layers + 1), min_size=BATCH, max_size=BATCH)
-    return st.one_of(
-        st.builds(Sync, st.integers(1, 4)),
-        st.builds(Lagged, st.sampled_from([None, 1, 2, 5])),
-        st.builds(lambda depth: Planned(tuple(map(float, depth))), depth),
-    )
+STRATEGIES = st.one_of(st.builds(Sync, st.integers(1, 4)), st.builds(Lagged, st.sampled_from([None, 1, 2, 5])))
 
 
 @pytest.mark.usefixtures("alone")
@@ -96,7 +90,7 @@ def strategies(layers: int) -> st.SearchStrategy[Counts]:
 def test_every_strategy_gives_the_same(kind, config, rules, data) -> None:
     wanted = run(kind, config, rules, None)
     assert len(wanted.exit_layer.unique()) >= 3 or rules == "full"
-    counts = data.draw(strategies(len(wanted.scores)))
+    counts = data.draw(STRATEGIES)
     delays = data.draw(st.lists(st.sampled_from([0, 1, 2, 3, math.inf]), min_size=1, max_size=8))
     with pytest.MonkeyPatch.context() as monkeypatch:
         late(monkeypatch, itertools.cycle(delays).__next__)
@@ -106,29 +100,58 @@ def test_every_strategy_gives_the_same(kind, config, rules, data) -> None:
     assert all(there >= here for there, here in bounds)
 
 
-@pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("room", [0, 1, 2, 5])
-@pytest.mark.parametrize("rules", ["threshold", "patience, tied", "mixed"])
-def test_rows_beyond_the_plan_are_resumed_and_nobody_is_forced_out(rules, room, monkeypatch) -> None:
-    """As bad as a plan can be: room for so many lanes from the second layer on, whoever they turn out to be."""
-    late(monkeypatch, NEVER)
-    wanted = run("uvit", OFFICIAL, rules, None)
-    found = run("uvit", OFFICIAL, rules, Planned(tuple([9.0] * room + [1.0] * (BATCH - room))))
-    assert_same(found, wanted, OFFICIAL)
-    assert found.rows[-1] > room  # both passes together
+@pytest.mark.parametrize("B", [1, 16, 17, 64, 100, 256])
+def test_buckets_hold_their_rows_and_are_few(B: int) -> None:
+    buckets = [bucket(n, B) for n in range(B + 1)]
+    assert all(n <= rows <= B for n, rows in enumerate(buckets))
+    assert buckets == sorted(buckets)
+    assert buckets[: min(B, 16) + 1] == list(range(min(B, 16) + 1))
+    assert len(set(buckets)) <= 50
+    assert all(rows - n < max(1, B / 32) for n, rows in enumerate(buckets))
+    assert [bucket(rows, B) for rows in buckets] == buckets
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("rules", ["depth", "threshold", "patience, tied"])
-def test_a_plan_that_shrinks_late_resumes_lanes_at_several_layers(rules, monkeypatch) -> None:
-    """Rows parked inside the in-blocks and after them: each finds its own long skips, of both passes, and nobody leaves
-    at a layer of the second pass that is before his."""
-    wanted = run("uvit", OFFICIAL, rules, None)
-    late(monkeypatch, NEVER)
-    depth = torch.tensor([7, 7, 6, 6, 5, 5, 4, 3, 2, 2, 1, 1, 1]).double()
-    for margin in (0, -1, -2, -3):
-        found = run("uvit", OFFICIAL, rules, Planned(tuple((depth + margin).tolist())))
-        assert_same(found, wanted, OFFICIAL)
+@pytest.mark.parametrize("counts", [Sync(), Lagged()], ids=str)
+def test_blocks_run_over_buckets_of_rows(counts) -> None:
+    """Of 70 lanes one leaves after each block, later many: multiples of two rows, and rows in vain change nothing."""
+    c = case("uvit", OFFICIAL, torch.float32)
+    lanes = torch.arange(70) % BATCH
+    depth = torch.where(torch.arange(70) < 3, torch.arange(70) + 1.0, 7.0)
+    depth[3:50] = 5
+    given = (c.backbone, c.exits, Replay(), *c.given[lanes].all)
+    found, exact = (evaluate(*given, threshold=depth, counts=how, record=True) for how in (counts, None))
+    assert exact.rows == (70, 69, 68, 67, 67, 20, 20)
+    assert found.rows == (70, 70, 68, 68, 68, 20, 20)
+    assert torch.equal(found.exit_layer, exact.exit_layer)
+    torch.testing.assert_close(found.eps, exact.eps, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(found.scores, exact.scores, rtol=0, atol=5e-6, equal_nan=True)
+
+
+def test_rules_with_limits_decide_as_they_do_alone() -> None:
+    """One table of all lanes' limits, of several rules: NaN leaves by depth alone, infinite limits need no score."""
+    rules = (Threshold(0.5, first=3), Depth(2.5), Full(), Replay())
+    which, t = torch.arange(32) % 4, torch.linspace(0, 999, 32)
+    threshold = torch.where(which == 0, 0.3 + t / 2000, 1.0 + torch.arange(32) % 5)
+    decision = Decision(rules, which, 7, t, threshold).to(torch.device("cpu"))
+    assert decision.limits.shape == (6, 32)
+    u = torch.rand(32).where(torch.arange(32) % 7 != 3, math.nan)
+    for layer in range(1, 7):
+        found = decision.leave(u, layer, LANES_OF_32)
+        alone = torch.zeros(32, dtype=torch.bool)
+        for index, rule in enumerate(rules):
+            own = which == index
+            alone[own] = rule.leave(u[own], layer, 7, t[own], threshold[own], torch.zeros(8))
+        assert torch.equal(found, alone)
+        assert not found[which == 2].any()
+        by_depth = torch.where(which == 1, torch.floor(threshold) + (threshold % 1 > 0), threshold)
+        assert torch.equal(found[which % 2 == 1], layer >= by_depth[which % 2 == 1])
+        assert torch.equal(found[which == 0], (u < threshold)[which == 0] & (layer >= 3))
+        unscored = decision.leave(None, layer, LANES_OF_32)
+        assert torch.equal(unscored, found & (which % 2 == 1))
+
+
+LANES_OF_32 = torch.arange(32, dtype=torch.int32)
 
 
 def test_rows_that_are_not_asked_keep_their_state_and_stay() -> None:
@@ -157,13 +180,10 @@ def test_what_each_strategy_launches() -> None:
     assert rows_run(Sync(2), NEVER) == tuple(exact[k] for k in (0, 1, 1, 3, 3, 5, 5))
     assert rows_run(Lagged(), lambda: 1) == (BATCH, BATCH, BATCH, *exact[2:-1])
     assert rows_run(Lagged(), NEVER) == (BATCH,) * len(exact)
-    depth = tuple(wanted.exit_layer.double().tolist())
-    assert rows_run(Planned(depth), NEVER) == exact
-    assert rows_run(Planned((99.0,) * BATCH), NEVER) == (BATCH,) * len(exact)
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("counts", [Sync(3), Lagged(), Planned((1.0,) * BATCH)], ids=str)
+@pytest.mark.parametrize("counts", [Sync(3), Lagged()], ids=str)
 def test_nan_in_a_sample_reaches_nobody_through_rows_that_are_not_used(counts, monkeypatch) -> None:
     late(monkeypatch, NEVER)
     c = case("uvit", OFFICIAL, torch.float32)
@@ -181,7 +201,7 @@ def test_nan_in_a_sample_reaches_nobody_through_rows_that_are_not_used(counts, m
 
 
 @pytest.mark.parametrize("config", [PAPER, OFFICIAL], ids=["paper", "official"])
-@pytest.mark.parametrize("counts", ["sync", "sync:3", "lagged", "lagged:2", Planned((2.0,) * BATCH)], ids=str)
+@pytest.mark.parametrize("counts", ["sync", "sync:3", "lagged", "lagged:2"])
 def test_the_usual_products_change_rounding_only(counts, config, monkeypatch) -> None:
     """Replayed exits, products over as many rows as are launched, long skips joined through the composed maps."""
     late(monkeypatch, NEVER)
@@ -196,24 +216,20 @@ def test_the_usual_products_change_rounding_only(counts, config, monkeypatch) ->
     torch.testing.assert_close(found.scores, usual.scores, rtol=0, atol=5e-6, equal_nan=True)
 
 
-def test_what_moved_is_counted_over_both_passes() -> None:
+def test_what_moved_is_counted() -> None:
     """Everybody at an even place leaves after block 1: as the host's own plan would move them."""
     c, threshold = case("uvit", OFFICIAL, torch.float32), torch.where(LANES % 2 == 0, 1.0, 7.0)
     given = (c.backbone, c.exits, Replay(), *c.given.all)
     assert evaluate(*given, threshold=threshold, counts="lagged").moved == evaluate(*given, threshold=threshold).moved
-    # room for three: of the six that stay, those at rows 3 to 5 are parked, where they lie
-    plan = Planned((9.0,) * 3 + (1.0,) * 10)
-    assert evaluate(*given, threshold=threshold, counts=plan).moved == evaluate(*given, threshold=threshold).moved
 
 
 @pytest.mark.parametrize("n", [0, 1])
-@pytest.mark.parametrize("counts", ["sync", "lagged", "planned"])
+@pytest.mark.parametrize("counts", ["sync", "lagged"])
 def test_no_lane_and_one_lane(counts, n) -> None:
     for config in (PAPER, OFFICIAL):
         c = case("uvit", config, torch.float32)
-        how = Planned((1.0,) * n) if counts == "planned" else counts
         few, threshold = inputs(c.backbone)[slice(0, n)], torch.full((n,), 3.0)
-        result = evaluate(c.backbone, c.exits, Replay(), *few.all, threshold=threshold, counts=how)
+        result = evaluate(c.backbone, c.exits, Replay(), *few.all, threshold=threshold, counts=counts)
         assert result.exit_layer.tolist() == [3] * n
         torch.testing.assert_close(result.eps, c.predictions[2, :n], rtol=1e-5, atol=2e-5)
 
@@ -222,7 +238,7 @@ def test_batch_mean_is_asked_where_the_count_is_exact() -> None:
     c, rule = case("uvit", OFFICIAL, torch.float32), BatchMean(0.5)
     given = (c.backbone, c.exits, rule, *c.given.all)
     assert torch.equal(evaluate(*given, counts="sync").exit_layer, evaluate(*given).exit_layer)
-    for counts in ("sync:2", "lagged", Planned((9.0,) * BATCH)):
+    for counts in ("sync:2", "lagged"):
         with pytest.raises(ValueError, match="whole batch"):
             evaluate(*given, counts=counts)
     batch = Batch(served(), 2, counts="lagged")
@@ -230,14 +246,14 @@ def test_batch_mean_is_asked_where_the_count_is_exact() -> None:
         batch.admit(Samples.of(served(), 1, rule=rule), torch.tensor([0]))
 
 
-@pytest.mark.parametrize("spelling", ["sync:0", "sync:", "lagged:x", "planned:2", "late", "sync:-1", "sync:1.5", 3])
+@pytest.mark.parametrize("spelling", ["sync:0", "sync:", "lagged:x", "planned", "late", "sync:-1", "sync:1.5", 3])
 def test_spellings_that_are_none(spelling) -> None:
     with pytest.raises(ValueError, match=r"sync|every|strategy"):
         counts_from(spelling)
 
 
 def test_spellings() -> None:
-    known = {"sync": Sync(1), "sync:4": Sync(4), "lagged": Lagged(), "lagged:2": Lagged(2), "planned": Planned()}
+    known = {"sync": Sync(1), "sync:4": Sync(4), "lagged": Lagged(), "lagged:2": Lagged(2)}
     assert {spelling: counts_from(spelling) for spelling in known} == known
     assert counts_from(None) is None
 
@@ -252,17 +268,13 @@ def test_what_does_not_go_together_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
     refused("leave counts out", counts="lagged", batch_invariant=True)
     refused("leave counts or group out", counts="lagged", group=4)
-    refused("expected of each of 13 lanes, got none", counts="planned")
-    refused("expected of each of 13 lanes, got 12", counts=Planned((1.0,) * 12))
     refused("NVIDIA's profilers", nvtx=True)
-    with pytest.raises(ValueError, match="finite"):
-        Planned((math.nan,))
     for make in (lambda **o: sample(served(), 1, **o), lambda **o: Engine(served(), 1, start=False, **o)):
         with pytest.raises(ValueError, match="leave counts out"):
             make(batch_invariant=True, counts="lagged")
 
 
-@pytest.mark.parametrize("counts", ["sync:2", "lagged", "planned"])
+@pytest.mark.parametrize("counts", ["sync:2", "lagged"])
 def test_samples_are_the_same_under_every_strategy(counts, monkeypatch) -> None:
     """Whole runs, guided and tied, with products that round as they please: close, where no decision is."""
     settings = {
@@ -281,25 +293,3 @@ def test_samples_are_the_same_under_every_strategy(counts, monkeypatch) -> None:
     with Engine(served(), 3, counts=counts, start=False) as engine:
         handle = engine.submit(seed=0, steps=4, rule="depth:2.5", label=0)
     torch.testing.assert_close(handle.result(0), images[0], rtol=1e-3, atol=1e-3 * float(images[0].abs().max()))
-
-
-def test_a_plan_is_learnt_from_the_timesteps() -> None:
-    """In the first tick nobody knows, so there is room for everybody; later there is room for those who need it."""
-    ran = []
-
-    def watch(*args, counts, **options):
-        result = evaluate(*args, counts=counts, **options)
-        ran.append((sum(result.rows), int(result.exit_layer.sum())))
-        return result
-
-    batch = Batch(served(), 4, counts="planned", evaluate=watch)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        late(monkeypatch, NEVER)
-        for seeds in range(0, 48, 4):
-            samples = Samples.of(served(), 4, steps=4, rule="depth:2", seeds=[*range(seeds, seeds + 4)])
-            batch.admit(samples, torch.arange(4))
-            for _ in range(4):
-                done = batch.tick().done
-            batch.take(done)
-    assert ran[0] == (4 * served().layers, 4 * 2)
-    assert ran[-1] == (4 * 2, 4 * 2)

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from adadiff.engine import device as device_engine
-from adadiff.engine.counts import Counts, Lagged, Planned, Sync
+from adadiff.engine.counts import Counts, Lagged, Sync
 from adadiff.engine.evaluate import Evaluation, evaluate
 from adadiff.exits import OFFICIAL, PAPER, ExitConfig, Exits
 from adadiff.models.uvit import UViT
 from adadiff.rules import Depth, Full, Patience, Replay, Threshold
 from adadiff.sampling.sampler import sample
 from adadiff.serving.engine import Engine
-from adadiff_kernels import DeviceSet, Seen, Swaps, swap_rows
+from adadiff_kernels import DeviceSet, Seen, Swaps, settle_rows, swap_rows
 from late import use_sets
 from pretend import DEVICE, OnDevice, PretendDevice, TensorsMadeFromValues, Waits
 from sampler.tiny import BATCH, case, requests, served
@@ -33,8 +33,7 @@ NETWORKS = [
     pytest.param("dit", PAPER, id="dit-paper"),
     pytest.param("uvit", ExitConfig(head="block"), id="uvit-block"),
 ]
-OPTIONS = [{}, {"counts": "lagged"}, {"counts": "planned"}, {"batch_invariant": True}]
-FREE = [Lagged(), Planned((3.0,) * 6 + (1.0,) * 7)]  # of waiting for the device, but for the number of those parked
+OPTIONS = [{}, {"counts": "lagged"}, {"batch_invariant": True}]
 
 
 class Polled(DeviceSet):
@@ -120,11 +119,10 @@ def assert_close(found: Evaluation, wanted: Evaluation) -> None:
 
 
 @pytest.mark.usefixtures("pretended")
-@pytest.mark.parametrize("counts", FREE, ids=["lagged", "planned"])
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize(("kind", "config"), NETWORKS)
-def test_nothing_waits_for_the_device(kind, config, rules, counts) -> None:
-    assert_close(*run(kind, config, rules, strict=True, counts=counts))
+def test_nothing_waits_for_the_device(kind, config, rules) -> None:
+    assert_close(*run(kind, config, rules, strict=True, counts="lagged"))
 
 
 @pytest.mark.usefixtures("pretended")
@@ -166,21 +164,24 @@ def test_blocks_are_named_for_profilers_where_asked(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("used", [0, 1, 2])
-def test_rows_change_places_without_a_look_at_the_pairs(used: int) -> None:
-    """By PyTorch, where Triton is missing: of unused pairs as of others, in any dtype."""
-    pairs = torch.tensor([[0, 6], [2, 4], [-1, -1], [-1, -1]][2 - used : 5 - used], dtype=torch.int32)
-    rows = [torch.arange(14.0).view(7, 2), torch.arange(7) % 2 == 0, torch.zeros(0, 3)[:0]]
-    order = torch.arange(7)
-    for a, b in pairs.tolist()[:used]:
-        order[a], order[b] = b, a
-    held = [OnDevice(value.clone()) for value in rows]
+def test_rows_settle_without_a_look_at_the_moves(used: int) -> None:
+    """By PyTorch, where Triton is missing: of unused moves as of others, in any dtype; and pairs of a host's plan."""
+    moves = torch.tensor([[0, 3, 6], [2, 1, -1], [-1, -1, -1], [-1, -1, -1]][2 - used : 5 - used], dtype=torch.int32)
+    for rows in (torch.arange(14.0).view(7, 2), (torch.arange(14) % 3 == 0).view(7, 2)):
+        saved = torch.zeros_like(rows[:5])
+        held = OnDevice(rows.clone()), OnDevice(saved.clone())
+        for row, lane, source in moves.tolist()[:used]:
+            saved[lane] = rows[row]
+            rows[row] = rows[source if source >= 0 else row]
+        with PretendDevice(strict=True):
+            settle_rows(OnDevice(moves), *held)
+            settle_rows(OnDevice(moves[:0]), *held)
+        assert torch.equal(held[0].held, rows)
+        assert torch.equal(held[1].held, saved)
+    held = OnDevice(torch.arange(7))
     with PretendDevice(strict=True):
-        swap_rows(OnDevice(pairs), *held[:2])
-        swap_rows(OnDevice(pairs), held[2])
-        swap_rows(Swaps(OnDevice(pairs[:used]), 7, 5), *held[:2])  # back again, as a host plans them
-        swap_rows(OnDevice(pairs), *held[:2])
-    for found, value in zip(held[:2], rows, strict=False):
-        assert torch.equal(found.held, value[order])
+        swap_rows(Swaps(OnDevice(torch.tensor([[0, 6], [2, 4]], dtype=torch.int32)[:used]), 7, 5), held)
+    assert held.held.tolist() == [[0, 1, 2, 3, 4, 5, 6], [6, 1, 2, 3, 4, 5, 0], [6, 1, 4, 3, 2, 5, 0]][used]
 
 
 def test_an_evaluation_in_a_graph_keeps_its_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,12 +294,12 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[UViT, Exits, Tensor,
         yield given
 
 
-@pytest.mark.parametrize(("rule", "counts"), [*zip((Threshold(0.5), Patience(0.5)), FREE, strict=True)], ids=str)
+@pytest.mark.parametrize("rule", [Threshold(0.5), Patience(0.5)], ids=str)
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # and no kernel is given it
-def test_no_value_is_read(fake, rule, counts: Counts, monkeypatch) -> None:
+def test_no_value_is_read(fake, rule, monkeypatch) -> None:
     use_sets(monkeypatch, lambda B, device: Blind(B, device, backend="reference", word=NoWord()))
     pairs = torch.arange(BATCH, device=DEVICE)
-    result = evaluate(fake[0], fake[1], rule, *fake[2:], record=True, counts=counts, pairs=pairs)
+    result = evaluate(fake[0], fake[1], rule, *fake[2:], record=True, counts="lagged", pairs=pairs)
     assert {v.device for v in (result.eps, result.exit_layer, result.scores)} == {DEVICE}
     assert result.eps.shape == fake[2].shape
 
@@ -310,10 +311,9 @@ def test_a_value_that_is_read_is_noticed(fake, monkeypatch) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("counts", FREE, ids=["lagged", "planned"])
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize(("kind", "config"), NETWORKS)
-def test_a_gpu_is_not_waited_for(kind, config, rules, counts) -> None:
+def test_a_gpu_is_not_waited_for(kind, config, rules) -> None:
     c, given = case(kind, config, torch.float32), settings(kind, config, rules)
     backbone, exits = copy.deepcopy(c.backbone).cuda(), copy.deepcopy(c.exits).cuda()
     x = c.given.x.cuda()
@@ -322,11 +322,11 @@ def test_a_gpu_is_not_waited_for(kind, config, rules, counts) -> None:
         return evaluate(backbone, exits, x=x, t=c.given.t, context=c.given.context, **given, counts=how)
 
     exact = call(Sync())
-    call(counts)  # sets, pinned memory and kernels are made at the first call
+    call(Lagged())  # sets, pinned memory and kernels are made at the first call
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        result = call(counts)
+        result = call(Lagged())
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(result.exit_layer, exact.exit_layer)

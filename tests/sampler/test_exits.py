@@ -268,3 +268,35 @@ def test_heads_without_a_counterpart_are_refused() -> None:
 def test_heads_that_cannot_be_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ExitConfig(**change)
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_heads_by_lane_are_stacked_again_when_one_changes(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an optimiser's step in place, by other weights, by another dtype; and not otherwise."""
+    backbone = UViT(UVIT)
+    exits = Exits(backbone, ExitConfig(head=head))
+    scramble(exits, 0.3, seed=5)
+    patches, lanes = torch.randn(6, backbone.tokens - backbone.extras, backbone.dim), torch.arange(6).int()
+    layer = torch.tensor([1, 3, 2, 1, 4, 2], dtype=torch.int32)
+    stacks, usual = [], torch.stack
+    monkeypatch.setattr(torch, "stack", lambda *given, **named: stacks.append(1) or usual(*given, **named))
+
+    def check(again: bool) -> None:
+        stacks.clear()
+        rows = patches.to(exits.weight.dtype)
+        found = exits.heads_by_lane(rows, None, lanes, layer)
+        assert bool(stacks) == again
+        for lane in range(6):
+            own = exits.heads[layer[lane] - 1](rows[lane : lane + 1], None, lanes[lane : lane + 1])
+            torch.testing.assert_close(found[lane : lane + 1], own, rtol=1e-4, atol=1e-5)
+
+    check(again=True)
+    check(again=False)
+    with torch.no_grad():
+        next(exits.heads[2].parameters()).mul_(2)
+    check(again=True)
+    exits.load_state_dict({name: value * 0.5 for name, value in exits.state_dict().items()})
+    check(again=True)
+    exits.double()
+    check(again=True)
+    check(again=False)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rules import Rule
+from ..rules import Limits, Rule, from_depth
 
 NEAR = 1e-5  # shares closer than this are the same
 
@@ -140,24 +140,23 @@ class Tables:
         self.left = sorted(set(self.depths.flatten().tolist()) - {self.layers})
         self._places: dict[torch.device, tuple[Tensor, ...]] = {}
 
-    def at(self, t: Tensor, share: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """t, share: float [n]. The thresholds after `layer` and the depths that apply, [n] each, on t's device."""
+    def at(self, t: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+        """t, share: float [n]. The thresholds [n, L - 1] and depths [n] that apply, on t's device."""
         if t.device not in self._places:
             own = (self.shares, self.edges, self.thresholds, self.depths)
             self._places[t.device] = tuple(value.to(t.device) for value in own)
         shares, edges, thresholds, depths = self._places[t.device]
         budget = (share[:, None] - shares).abs().argmin(1)
         time = torch.bucketize(t.float(), edges)
-        return thresholds[budget, time, layer - 1], depths[budget, time]
+        return thresholds[budget, time], depths[budget, time]
 
 
 @dataclass(frozen=True)
-class _Calibrated:
+class _Calibrated(Limits):
     """`threshold` is the share asked for, by lane where samples ask for different ones."""
 
     threshold: float
     tables: Tables
-    stateful = False
 
     def check(self, thresholds: Tensor) -> None:
         known = self.tables.shares
@@ -184,8 +183,8 @@ class Budgeted(_Calibrated):
         self._check_layers(layers)
         return self.tables.asked
 
-    def leave(self, u: Tensor, layer: int, layers: int, t: Tensor, threshold: Tensor, state: Tensor) -> Tensor:
-        return u < self.tables.at(t, threshold, layer)[0]
+    def limits(self, layers: int, t: Tensor, threshold: Tensor) -> Tensor:
+        return self.tables.at(t, threshold)[0].T
 
 
 @dataclass(frozen=True)
@@ -198,8 +197,8 @@ class Scheduled(_Calibrated):
         self._check_layers(layers)
         return self.tables.left
 
-    def leave(self, u: None, layer: int, layers: int, t: Tensor, threshold: Tensor, state: Tensor) -> Tensor:
-        return layer >= self.tables.at(t, threshold, layer)[1]
+    def limits(self, layers: int, t: Tensor, threshold: Tensor) -> Tensor:
+        return from_depth(layers, self.tables.at(t, threshold)[1])
 
 
 def calibrated_rule(text: str, calibration: Calibration | None) -> Rule | None:

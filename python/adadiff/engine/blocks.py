@@ -36,11 +36,13 @@ def advance(
     score: Score | None,
     out: Tensor | None = None,
     index: Tensor | None = None,
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """One block: rows, skip, out [n, T, D]; lanes i32 [n]. Returns the block's output and u, float32 [n] or None.
 
-    index: i32 [B], the row of each lane in skip, where that is as its block wrote it. Under autocast, products and
-    branches are of its dtype, and the rows stay what they are.
+    index: i32 [B], the row of each lane in skip, where that is as its block wrote it. fused: each branch's bias and the
+    norm after it belong to the pass that adds the branch, see `fuses`. Under autocast, products and branches are of its
+    dtype, and the rows stay what they are.
     """
     if isinstance(block, WholeBlock):
         y = block.whole(rows, cond, lanes)
@@ -48,14 +50,19 @@ def advance(
     if skip is not None:
         joined = block.join(rows, skip) if index is None else block.join(rows, skip, lanes, index)
         rows = joined.to(rows.dtype)
-    *first, last = block.branches
-    for branch in first:
-        b = branch(layer_norm(rows, branch.norm(cond), lanes))
-        rows, _, _ = residual_uem(rows, b, lanes=lanes, gate=branch.gate(cond), out=_ours(b, rows))
-    b = last(layer_norm(rows, last.norm(cond), lanes))
-    out = _ours(b, rows) if out is None else out
-    y, _, u = residual_uem(rows, b, lanes=lanes, gate=last.gate(cond), score=score, out=out)
-    return y, u
+    branches = block.branches
+    h = layer_norm(rows, branches[0].norm(cond), lanes)
+    for branch, after in zip(branches, (*branches[1:], None), strict=True):
+        b = branch(h, add_bias=False) if fused and branch.bias is not None else branch(h)
+        target = _ours(b, rows) if after is not None or out is None else out
+        given = {"lanes": lanes, "gate": branch.gate(cond), "out": target, "score": score if after is None else None}
+        norm = None if after is None else after.norm(cond)
+        if fused:
+            rows, h, u = residual_uem(rows, b, bias=branch.bias, norm=norm, **given)
+        else:
+            rows, _, u = residual_uem(rows, b, **given)
+            h = None if norm is None else layer_norm(rows, norm, lanes)
+    return rows, u
 
 
 def _ours(branch: Tensor, rows: Tensor) -> Tensor | None:
@@ -87,10 +94,12 @@ def compile_advance(**options: object) -> Callable[..., tuple[Tensor, Tensor | N
         score: Score | None,
         out: Tensor | None = None,
         index: Tensor | None = None,
+        fused: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         there = tuple(None if value is None else len(value) == 1 for value in (rows, skip, out, index))
         one = score is not None and len(score.offset) == 1
-        return own(type(block), score is None, one, *there)(block, rows, skip, cond, lanes, score, out, index)
+        compiled = own(type(block), score is None, one, fused, *there)
+        return compiled(block, rows, skip, cond, lanes, score, out, index, fused)
 
     return call
 

@@ -1,12 +1,10 @@
 """How the host learns how many rows still run on a device.
 
 The device decides who leaves and holds the exact count; the host launches every block over a bound of the rows. Rows
-between the count and the bound are computed and never looked at; rows beyond a bound that is too small are parked and
-resumed in a later pass. So all of these give the same images and exits, and differ in what they wait for and waste.
+between the count and the bound are computed and never looked at. So all of these give the same images and exits, and
+differ in what they wait for and waste.
 """
 
-import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,7 +14,6 @@ from adadiff_kernels import DeviceSet
 
 class Counts(Protocol):
     exact: bool  # the bound is the count, after every layer that is asked
-    parks: bool  # the bound may be below the count
 
     def bound(self, active: DeviceSet, layers: Sequence[int], bound: int) -> int:
         """Rows for the blocks after layers[-1], at most `bound`, those of the block before.
@@ -30,7 +27,6 @@ class Sync:
     """The host waits for the count after every `every` layers at which somebody is asked."""
 
     every: int = 1
-    parks = False
 
     def __post_init__(self) -> None:
         _check_whole("every", self.every)
@@ -51,7 +47,6 @@ class Lagged:
 
     most: int | None = None
     exact = False
-    parks = False
 
     def __post_init__(self) -> None:
         if self.most is not None:
@@ -63,34 +58,11 @@ class Lagged:
         return min(bound, active.seen().count)
 
 
-@dataclass(frozen=True)
-class Planned:
-    """The host goes by how deep the lanes are expected to run, and waits once, for the number of those parked.
-
-    depth: blocks expected of each lane of one evaluation, in any order. `sample` and `Engine` learn it by timestep.
-    """
-
-    depth: tuple[float, ...] | None = None
-    exact = False
-    parks = True
-
-    def __post_init__(self) -> None:
-        if self.depth is not None and not all(math.isfinite(depth) for depth in self.depth):
-            raise ValueError(f"expected depths must be finite, got {self.depth[:8]}")
-
-    def of(self, depth: Sequence[float]) -> "Planned":
-        return dataclasses.replace(self, depth=tuple(depth))
-
-    def bound(self, active: DeviceSet, layers: Sequence[int], bound: int) -> int:
-        room = sum(depth > layers[-1] for depth in self.depth)
-        return min(bound, active.seen().count, room)
-
-
-STRATEGIES = {"sync": Sync, "lagged": Lagged, "planned": Planned}
+STRATEGIES = {"sync": Sync, "lagged": Lagged}
 
 
 def counts_from(counts: Counts | str | None, batch_invariant: bool = False) -> Counts | None:
-    """A strategy, or its spelling: "sync", "sync:4", "lagged", "lagged:2", "planned". None stays None."""
+    """A strategy, or its spelling: "sync", "sync:4", "lagged", "lagged:2". None stays None."""
     if counts is not None and batch_invariant:
         raise ValueError("batch_invariant runs lane by lane, on a host that knows the count; leave counts out")
     if not isinstance(counts, str):
@@ -98,9 +70,23 @@ def counts_from(counts: Counts | str | None, batch_invariant: bool = False) -> C
             raise ValueError(f"counts is a strategy or a spelling such as 'lagged', got {counts!r}")
         return counts
     name, colon, value = counts.partition(":")
-    if name not in STRATEGIES or (colon and (name == "planned" or not value.isdecimal())):
-        raise ValueError(f"no counts {counts!r}; there are sync, sync:BLOCKS, lagged, lagged:BLOCKS and planned")
+    if name not in STRATEGIES or (colon and not value.isdecimal()):
+        raise ValueError(f"no counts {counts!r}; there are sync, sync:BLOCKS, lagged and lagged:BLOCKS")
     return STRATEGIES[name](int(value)) if colon else STRATEGIES[name]()
+
+
+ALL_EXACT = 16  # up to so many rows every number is a bucket
+BUCKETS = 32  # of a batch, beyond
+
+
+def bucket(n: int, B: int) -> int:
+    """Rows that blocks are launched over where n of B run: n itself up to 16, then the next multiple of B / 32.
+
+    Libraries choose and keep a plan for every number of rows they meet (cuDNN's attention takes long over one), so they
+    are to meet few.
+    """
+    step = max(1, B // BUCKETS)
+    return n if n <= ALL_EXACT else min(B, -(-n // step) * step)
 
 
 def check_rules(counts: Counts | None, by_lane: bool) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from adadiff_kernels import upload
 
-from ..rules import Rule, Threshold, layers_asked
+from ..rules import Limits, Rule, below, layers_asked
 
 
 class Decision:
@@ -36,16 +36,14 @@ class Decision:
         self.threshold = self._thresholds(threshold)  # float [B], NaN where a rule has none
         self._state = torch.zeros(len(t), device=t.device)
         self._by_row: tuple[Tensor, Tensor, Tensor] | None = None  # until somebody leaves
+        self.limits: Tensor | None = (
+            None  # float32 [layers - 1, B], see `Limits`; made by `to`, for rules that have them
+        )
 
     @property
     def by_lane(self) -> bool:
         """Whether no rule looks at the whole batch."""
         return all(getattr(rule, "by_lane", True) for rule, _ in self._rules)
-
-    @property
-    def compares(self) -> bool:
-        """Whether u < threshold is all that is asked, so that a kernel can decide."""
-        return [type(rule) for rule, _ in self._rules] == [Threshold] and self.threshold.dtype == torch.float32
 
     def to(self, device: torch.device) -> "Decision":
         """Takes what is known by lane to `device`."""
@@ -53,7 +51,20 @@ class Decision:
         self._which = None if self._which is None else upload(self._which, device)
         if self._state.device != device:
             self._state = torch.zeros(self._state.shape, device=device)
+        if self.asked and all(isinstance(rule, Limits) for rule, _ in self._rules):
+            self.limits = self._limits()
         return self
+
+    def _limits(self) -> Tensor:
+        layers, t, threshold, which = self._layers, self._t, self.threshold, self._which
+        if which is None:
+            return self._rules[0][0].limits(layers, t, threshold).contiguous()
+        limits = torch.full((layers - 1, len(t)), -torch.inf, device=t.device)
+        for index, (rule, asked) in enumerate(self._rules):
+            if asked:
+                own = rule.limits(layers, t, threshold)
+                limits = torch.where(which == index, own, limits)
+        return limits.contiguous()
 
     def leave_blindly(self, u: Tensor | None, layer: int, lanes: Tensor, asked: Tensor) -> Tensor:
         """`leave` of the rows asked, bool [n], without a look at any value, so that nobody waits for a device: every
@@ -73,6 +84,8 @@ class Decision:
 
     def leave(self, u: Tensor | None, layer: int, lanes: Tensor) -> Tensor:
         """bool [n]: who of the running rows leaves. u: float32 [n]; lanes: i32 [n], row -> lane."""
+        if self.limits is not None:
+            return below(u, self.limits[layer - 1].index_select(0, lanes))
         if self._by_row is None:
             self._by_row = self._t[lanes], self.threshold[lanes], self._state[lanes]
         if self._which is None:

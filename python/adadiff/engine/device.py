@@ -1,8 +1,8 @@
 """One evaluation on a device: who runs is known there, and the host launches every block over a bound of the rows.
 
-Blocks write fresh rows. Those of a lane that stops, because it leaves or is parked, are saved by lane before the next
-block runs, by a kernel that looks up on the device which they are. So whatever the host launches over rows that have
-left, what a lane delivers is what it had at its own layer.
+Blocks write fresh rows. Those of a lane that leaves are saved by lane before the next block runs, by a kernel that
+looks up on the device which they are. So whatever the host launches over rows that have left, what a lane delivers is
+what it had at its own layer.
 """
 
 import threading
@@ -13,12 +13,12 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from adadiff_kernels import DeviceSet, save_rows, swap_rows
+from adadiff_kernels import DeviceSet, fuses, settle_rows
 
 from ..exits import Exits
 from ..models.interface import Backbone
 from .blocks import Evaluation, advance, block_range, compiled_advance
-from .counts import Counts, Lagged
+from .counts import Counts, bucket
 from .decision import Decision
 
 
@@ -32,7 +32,7 @@ class DeviceEvaluation(Evaluation):
         exit_layer: Tensor,
         scores: Tensor | None,
         macs_by_depth: Sequence[int],
-        moved: Sequence[Tensor],
+        moved: Tensor,
         rows: Sequence[int],
     ):
         own = {"eps": eps, "variance": variance, "exit_layer": exit_layer, "scores": scores, "rows": tuple(rows)}
@@ -46,7 +46,7 @@ class DeviceEvaluation(Evaluation):
 
     @property
     def moved(self) -> int:
-        return sum(int(moved) for moved in self._moved)
+        return int(self._moved)
 
 
 def evaluate_on_device(
@@ -70,19 +70,13 @@ def evaluate_on_device(
     lanes = _Lanes(backbone, exits, decision, rows, cond, offsets, partner, record, compiled, nvtx)
     with _device_set(B, x.device) as active:
         lanes.run(active, rows, counts)
-        if lanes.parked:
-            with _device_set(B, x.device) as second:
-                lanes.resume(active.exit_layer, second)
-                exit_layer = torch.where(active.exit_layer > 0, active.exit_layer, second.exit_layer)
-        else:
-            exit_layer = active.exit_layer.clone()
-        lanes.moved.append(active.moved.clone())
+        exit_layer, moved = active.exit_layer.clone(), active.moved.clone()
         order = active.lane.clone() if counts.exact else None
     outputs = x.shape[1] * (2 if backbone.learned_variance else 1)
     eps, variance = lanes.heads(exit_layer, order) if B else rows.new_empty(0, outputs, *x.shape[2:]), None
     if backbone.learned_variance:
         eps, variance = eps.chunk(2, dim=1)
-    return DeviceEvaluation(eps, variance, exit_layer, lanes.scores, lanes.macs_by_depth, lanes.moved, lanes.rows)
+    return DeviceEvaluation(eps, variance, exit_layer, lanes.scores, lanes.macs_by_depth, moved, lanes.rows)
 
 
 class _Lanes:
@@ -108,85 +102,59 @@ class _Lanes:
         self._offsets = offsets
         self._needed = {block.skip_from for block in backbone.blocks} - {None}
         self._skips: dict[int, tuple[Tensor, Tensor]] = {}  # block -> its rows, and the row of each lane in them
-        self._saved = torch.empty_like(rows)  # [B, T, D] by lane: where it left, or is parked
+        self._saved = torch.empty_like(rows)  # [B, T, D] by lane: what it had where it left
         self.scores = torch.full((L, B), torch.nan, device=rows.device) if record else None
-        self.parked: list[int] = []  # layers after which rows may have been parked
-        self.moved: list[Tensor] = []
-        self.rows = [0] * L
+        self.rows = [0] * L  # over which each block was launched
+        self._left: list[tuple[int, int, int]] = []  # layer, rows before and after, where the host knows them exactly
 
-    def run(
-        self, active: DeviceSet, rows: Tensor, counts: Counts, first: int = 1, parked: Tensor | None = None
-    ) -> None:
-        """The blocks from `first` on over rows [n, T, D] of `active`, until all its lanes have left or are parked.
-
-        parked: i32 [B] by lane, -layer where a lane is to run on after that layer. Until then it keeps its row.
-        """
+    def run(self, active: DeviceSet, rows: Tensor, counts: Counts) -> None:
+        """All blocks over rows [n, T, D] of `active`, until all its lanes have left."""
         blocks, decision, saved = self._backbone.blocks, self._decision, self._saved
-        bound, asked_at, row = len(rows), [], None
-        for layer, block in enumerate(blocks[first - 1 :], start=first):
+        bound = count = len(rows)
+        asked_at, index_now, fused = [], active.snapshot(), fuses(rows)
+        for layer, block in enumerate(blocks, start=1):
             if not bound:
                 return
             lanes, rows = active.lane[:bound], rows[:bound]
             skip, index = None, None
-            if block.skip_from is not None:  # a second pass needs those of the first
-                skip, index = self._skips[block.skip_from] if counts.parks else self._skips.pop(block.skip_from)
+            if block.skip_from is not None:
+                skip, index = self._skips.pop(block.skip_from)
             scored = layer in decision.scored
-            score = self._exits.score(layer, self._offsets) if scored else None
+            score = self._exits.score(layer, self._offsets, active.tickets) if scored else None
             with block_range(layer, self._nvtx):
-                y, u = self._advance(block, rows, skip, self._cond, lanes, score, index=index)
+                rows, u = self._advance(block, rows, skip, self._cond, lanes, score, index=index, fused=fused)
             self.rows[layer - 1] += bound
-            arrived = None
-            if parked is not None and layer <= self.parked[-1]:
-                arrived = parked > -layer  # [B]
-                y = torch.where(_by_row(arrived, lanes), y, rows)
             if scored and self.scores is not None:
-                self._record(layer, u, active, lanes, arrived)
+                self._record(layer, u, active, lanes)
+            needed = layer - 1 in self._needed
             if layer in decision.asked and layer < len(blocks):
                 asked_at.append(layer)
-                swap_rows(self._leave(active, u, layer, lanes, arrived), y)
-                after = counts.bound(active, asked_at, bound)
-                if counts.parks and after < bound:
-                    swap_rows(active.park(after, layer, bound=bound, partner=self._partner), y)
-                    self.parked.append(layer)
-                save_rows(y, saved, lanes, active.exit_layer, layer)
-                bound, row = after, None
-            rows = y
-            if layer - 1 in self._needed:
-                row = active.snapshot() if row is None else row
-                if arrived is not None:
-                    skip, index = self._skips[layer - 1]
-                    lanes = active.lane[: len(y)]
-                    own = index[lanes].clamp(max=len(skip) - 1)  # who has arrived may have no row there
-                    y = torch.where(_by_row(arrived, lanes), y, skip[own])
-                self._skips[layer - 1] = y, row
-        if bound:
-            active.finish(len(blocks))
-            if decision.asked:
-                save_rows(rows[:bound], saved, active.lane[:bound], active.exit_layer, len(blocks))
-            else:
-                self._saved = rows
-
-    def resume(self, exit_layer: Tensor, second: DeviceSet) -> None:
-        """Lanes that are parked, i32 [B] -layer in exit_layer, run on, each after that layer."""
-        second.leave_where(exit_layer > 0, 1, bound=len(exit_layer))  # nobody has left after layer 1 or before yet
-        before = second.moved.clone()
-        n = second.wait(1)
-        rows = self._saved.index_select(0, second.lane[:n])
-        self.run(second, rows, Lagged(), self.parked[0] + 1, exit_layer)
-        self.moved.append(second.moved - before)
+                index_now = torch.empty_like(active.row) if needed else None
+                settle_rows(self._leave(active, u, layer, lanes, index_now), rows, saved)
+                before, count = count, counts.bound(active, asked_at, bound)
+                self._left.append((layer, before, count))
+                bound = min(bound, bucket(count, len(saved))) if decision.by_lane else count
+            if needed:
+                index_now = active.snapshot() if index_now is None else index_now
+                self._skips[layer - 1] = rows, index_now
+        self._left.append((len(blocks), count, 0))
+        moves = active.finish(len(blocks), bound=bound)
+        if decision.asked:
+            settle_rows(moves, rows[:bound], saved)
+        else:
+            self._saved = rows
 
     def heads(self, exit_layer: Tensor, order: Tensor | None) -> Tensor:
         """[B, C or 2 C, H, W]. One call where the head is shared; else one for the last layer, one for all others.
 
-        order: i32 [B], the lanes as they lie at the end, where `rows` says how many ran each block: larger heads are
-        then called once for each layer, on those who left there.
+        order: i32 [B], the lanes as they lie at the end, where the host knew every count: larger heads are then called
+        once for each layer, on those who left there.
         """
         backbone, exits, cond = self._backbone, self._exits, self._cond
         patches = self._saved[:, backbone.extras :]
         own = exits is not None and exits.heads is not None and bool(self._decision.asked)
         if own and order is not None and exits.config.head != "linear":
-            ends = enumerate(zip(self.rows, [*self.rows[1:], 0], strict=True), start=1)
-            left = [(layer, order[after:before]) for layer, (before, after) in ends if after < before][::-1]
+            left = [(layer, order[after:before]) for layer, before, after in self._left if after < before][::-1]
             parts = [exits.head(backbone, layer)(patches.index_select(0, lanes), cond, lanes) for layer, lanes in left]
             eps = torch.cat(parts)
             return torch.empty_like(eps).index_copy_(0, order.long(), eps)
@@ -209,31 +177,25 @@ class _Lanes:
         *inner, last = accumulate(each)
         return [sum(blocks) + ends, *(macs + early + ends for macs in inner), last + ends]
 
-    def _leave(self, active: DeviceSet, u: Tensor | None, layer: int, lanes: Tensor, arrived: Tensor | None) -> Tensor:
-        bound, partner, decision = len(lanes), self._partner, self._decision
-        if decision.compares:
-            given = {"asked": arrived, "partner": partner}
-            return active.leave(u, decision.threshold, layer, bound=bound, **given)
-        if partner is not None and u is not None:
+    def _leave(self, active: DeviceSet, u: Tensor | None, layer: int, lanes: Tensor, snapshot: Tensor | None) -> Tensor:
+        given = {"bound": len(lanes), "partner": self._partner, "snapshot": snapshot}
+        decision = self._decision
+        if decision.limits is not None:
+            return active.leave(u, decision.limits[layer - 1], layer, **given)
+        if self._partner is not None and u is not None:
             by_lane = torch.zeros(len(active.lane), device=u.device).index_copy_(0, lanes.long(), u)
-            u = torch.maximum(u, by_lane.index_select(0, partner.index_select(0, lanes)))
-        mask = decision.leave_blindly(u, layer, lanes, _running(active, lanes, arrived))
-        return active.leave_where(mask, layer, bound=bound, partner=partner)
+            u = torch.maximum(u, by_lane.index_select(0, self._partner.index_select(0, lanes)))
+        mask = decision.leave_blindly(u, layer, lanes, _running(active, lanes))
+        return active.leave_where(mask, layer, **given)
 
-    def _record(self, layer: int, u: Tensor, active: DeviceSet, lanes: Tensor, arrived: Tensor | None) -> None:
+    def _record(self, layer: int, u: Tensor, active: DeviceSet, lanes: Tensor) -> None:
         own, lanes = self.scores[layer - 1], lanes.long()
-        own.index_copy_(0, lanes, torch.where(_running(active, lanes, arrived), u, own.index_select(0, lanes)))
+        own.index_copy_(0, lanes, torch.where(_running(active, lanes), u, own.index_select(0, lanes)))
 
 
-def _running(active: DeviceSet, lanes: Tensor, arrived: Tensor | None) -> Tensor:
-    """bool [n]: rows that run, of lanes that have arrived."""
-    running = torch.arange(len(lanes), device=lanes.device) < active.count
-    return running if arrived is None else running & arrived.index_select(0, lanes)
-
-
-def _by_row(by_lane: Tensor, lanes: Tensor) -> Tensor:
-    """[B] -> [n, 1, 1]."""
-    return by_lane.index_select(0, lanes).view(-1, 1, 1)
+def _running(active: DeviceSet, lanes: Tensor) -> Tensor:
+    """bool [n]: rows that run."""
+    return torch.arange(len(lanes), device=lanes.device) < active.count
 
 
 _idle = threading.local()

@@ -13,7 +13,7 @@ from ..exits import Exits
 from ..models.interface import Backbone, Block, Conditioning
 from ..rules import Rule
 from .blocks import Evaluation, advance, block_range, compiled_advance
-from .counts import Counts, Planned, Sync, check_rules, counts_from
+from .counts import Counts, Sync, check_rules, counts_from
 from .decision import Decision
 from .device import evaluate_on_device
 from .lane_by_lane import lane_by_lane
@@ -60,9 +60,9 @@ def evaluate(
     batch_invariant: every product is computed lane by lane, on a CPU each on one thread, so that a lane's prediction,
     score and exit are the same bits in any batch (on one machine).
     group: lanes per block call (default: `group_size` on a CPU, else all); without effect if batch_invariant.
-    counts: how the host learns how many rows still run: "sync", "sync:4", "lagged", "lagged:2", or a `Counts`, such as
-    Planned(depth). All give the same exits, and images up to rounding. Default: "sync" on a GPU; on a CPU, and
-    if batch_invariant, the host decides and knows. nvtx: name the blocks for NVIDIA's profilers.
+    counts: how the host learns how many rows still run: "sync", "sync:4", "lagged", "lagged:2", or a `Counts`. All give
+    the same exits, and images up to rounding. Default: "sync" on a GPU; on a CPU, and if batch_invariant, the host
+    decides and knows. nvtx: name the blocks for NVIDIA's profilers.
     compiled: blocks go through torch.compile, for any number of rows; the first evaluations take seconds to minutes.
     Raises ValueError for inputs that require grad, thresholds the rule refuses, pairs that are none or whose two lanes
     have two thresholds, a rule that needs missing exits, or compiled with batch_invariant.
@@ -81,7 +81,7 @@ def evaluate(
         raise ValueError("nvtx names blocks for NVIDIA's profilers, which takes a PyTorch built for CUDA")
     check_compiled(compiled, batch_invariant)
     counts = counts_from(counts, batch_invariant)
-    _check_counts(counts, decision, B, group)
+    _check_counts(counts, decision, group)
     if counts is None and device.type != "cpu" and not batch_invariant and group is None:
         counts = Sync()
     t, pairs = upload(t, device), None if pairs is None else upload(pairs, device)
@@ -281,13 +281,10 @@ def _heads_each(
     return torch.empty_like(eps).index_copy_(0, lane.long(), eps)
 
 
-def _check_counts(counts: Counts | None, decision: Decision, B: int, group: int | None) -> None:
+def _check_counts(counts: Counts | None, decision: Decision, group: int | None) -> None:
     if counts is not None and group is not None:
         raise ValueError("groups are for a host that knows the count; leave counts or group out")
     check_rules(counts, decision.by_lane)
-    if isinstance(counts, Planned) and (counts.depth is None or len(counts.depth) != B):
-        given = "none" if counts.depth is None else str(len(counts.depth))
-        raise ValueError(f"Planned needs the depth expected of each of {B} lanes, got {given}")
 
 
 def _check_pairs(pairs: Tensor, threshold: Tensor, which: Tensor | None) -> None:

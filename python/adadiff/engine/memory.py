@@ -21,7 +21,7 @@ CONTEXTS = 3  # of a sample: its own, that of no class or prompt, and the one ga
 
 
 def capacity_of(model: Model, capacity: int | str) -> int:
-    """Lanes: the number itself, or as many as fit into bytes spelt "512MiB" (two evaluations are run to find out).
+    """Lanes: the number itself, or as many as fit into bytes spelt "512MiB" (a few evaluations are run to find out).
 
     Raises ValueError for another spelling, and where not one lane fits.
     """
@@ -56,6 +56,7 @@ def lane_bytes(model: Model) -> tuple[int, int, int]:
             return peak_bytes(lambda: evaluate(backbone, None, Full(), x, t, context, **way))
         return peak_bytes(lambda: evaluate(backbone, model.exits, Replay(), x, t, context, threshold=last, **way))
 
+    peak(1)  # what is made once, such as stacked heads, is no lane's
     one, two = peak(1), peak(2)
     group = group_size(backbone) if parameter.device.type == "cpu" else 2**31
     context = _context(model, 1, parameter)

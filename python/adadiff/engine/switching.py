@@ -15,7 +15,7 @@ from ..model import Model
 from ..models.interface import Backbone
 from ..rules import Full, Rule
 from .blocks import Evaluation
-from .counts import Counts, Planned
+from .counts import Counts
 from .evaluate import evaluate
 
 T_SWITCH = 700.0  # DuoDiff's README: the first 300 of 1000 steps are the shallow network's
@@ -65,12 +65,11 @@ class Switching:
                     *_take(late, x, t, context),
                     **dict(zip(("which", "threshold"), _take(late, which, threshold), strict=True)),
                     pairs=_pairs(pairs, first, late),
-                    counts=_plan(counts, late),
+                    counts=counts,
                     record=record,
                     **options,
                 )
             )
-        counts = counts.of([len(self.early.blocks)] * len(early)) if isinstance(counts, Planned) else counts
         parts.append(evaluate(self.early, None, Full(), *_take(early, x, t, context), counts=counts, **options))
         return _merge(parts, torch.cat([late, early]), backbone, record)
 
@@ -128,12 +127,6 @@ def _pairs(pairs: Tensor | None, first: Tensor, late: Tensor) -> Tensor | None:
     if not torch.equal(first[partner], first):
         raise ValueError("tied lanes leave together, so they need one network; these lie on both sides of t_switch")
     return (~first).long().cumsum(0)[partner[late]] - 1
-
-
-def _plan(counts: Counts | str | None, lanes: Tensor) -> Counts | str | None:
-    if not isinstance(counts, Planned) or counts.depth is None:
-        return counts
-    return counts.of([counts.depth[i] for i in lanes.tolist()])
 
 
 class _Merged(Evaluation):

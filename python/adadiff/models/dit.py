@@ -104,6 +104,10 @@ class GatedBranch:
     branch: int
     eps: float
 
+    @property
+    def bias(self) -> Tensor:
+        return self.body.bias
+
     def norm(self, cond: DiTConditioning) -> Norm:
         shift, scale, _ = cond.modulation[:, self.block, self.branch].unbind(1)
         return Norm(eps=self.eps, shift=shift, scale=scale)
@@ -111,8 +115,8 @@ class GatedBranch:
     def gate(self, cond: DiTConditioning) -> Tensor:
         return cond.modulation[:, self.block, self.branch, 2]
 
-    def __call__(self, h: Tensor) -> Tensor:
-        return self.body(h)
+    def __call__(self, h: Tensor, add_bias: bool = True) -> Tensor:
+        return self.body(h, add_bias)
 
 
 class Block(nn.Module):

@@ -22,13 +22,16 @@ class Conditioning(Protocol):
 
 
 class Branch(Protocol):
+    bias: Tensor | None  # [D], what the last product adds and could leave out
+
     def norm(self, cond: Any) -> Norm: ...
 
     def gate(self, cond: Any) -> Tensor | None:
         """[B, D] by lane, or None for a plain residual."""
 
-    def __call__(self, h: Tensor) -> Tensor:
-        """h: normalised rows [n, T, D]. Returns fresh rows [n, T, D]; the engine writes its sum over them."""
+    def __call__(self, h: Tensor, add_bias: bool = True) -> Tensor:
+        """h: normalised rows [n, T, D]. Returns fresh rows [n, T, D]; the engine writes its sum over them. Without
+        add_bias, which only a branch that has a `bias` is asked for, the engine adds it in the pass of the sum."""
 
 
 class Block(Protocol):

@@ -30,6 +30,11 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)  # [B, N, D]
 
 
+def product(linear: nn.Module, h: Tensor, add_bias: bool) -> Tensor:
+    """linear(h), or without its bias."""
+    return linear(h) if add_bias else F.linear(h, linear.weight)
+
+
 class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, qkv_bias: bool):
         super().__init__()
@@ -37,10 +42,17 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, h: Tensor) -> Tensor:
+    @property
+    def bias(self) -> Tensor:
+        """[D], of the last product."""
+        return self.proj.bias
+
+    def forward(self, h: Tensor, add_bias: bool = True) -> Tensor:
+        """h: [n, T, D]. Returns [n, T, D], without `bias` where it is not to be added."""
         n, T, D = h.shape
         q, k, v = self.qkv(h).view(n, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # [n, H, T, D/H]
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, T, D))
+        values = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, T, D)
+        return product(self.proj, values, add_bias)
 
 
 class Mlp(nn.Module):
@@ -52,8 +64,14 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
         self.approximate = approximate
 
-    def forward(self, h: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(h), approximate=self.approximate))
+    @property
+    def bias(self) -> Tensor:
+        """[D], of the last product."""
+        return self.fc2.bias
+
+    def forward(self, h: Tensor, add_bias: bool = True) -> Tensor:
+        """h: [n, T, D]. Returns [n, T, D], without `bias` where it is not to be added."""
+        return product(self.fc2, F.gelu(self.fc1(h), approximate=self.approximate), add_bias)
 
 
 def unpatchify(values: Tensor, patch: int) -> Tensor:

@@ -84,14 +84,18 @@ class AffineBranch:
     def __init__(self, norm: nn.LayerNorm, body: nn.Module):
         self._norm, self._body = norm, body
 
+    @property
+    def bias(self) -> Tensor:
+        return self._body.bias
+
     def norm(self, cond: UViTConditioning) -> Norm:
         return Norm(eps=self._norm.eps, weight=self._norm.weight, bias=self._norm.bias)
 
     def gate(self, cond: UViTConditioning) -> None:
         return None
 
-    def __call__(self, h: Tensor) -> Tensor:
-        return self._body(h)
+    def __call__(self, h: Tensor, add_bias: bool = True) -> Tensor:
+        return self._body(h, add_bias)
 
 
 class Block(nn.Module):

@@ -18,7 +18,7 @@ from adadiff_kernels import SolverState, guide, solver_step, upload
 from ..diffusion.noise import initial_noise, step_noise
 from ..diffusion.tables import TableSet
 from ..engine import evaluate as engine
-from ..engine.counts import Counts, Planned, check_rules, counts_from
+from ..engine.counts import Counts, check_rules, counts_from
 from ..engine.evaluate import Evaluation
 from ..model import Model
 from ..rules import Rule
@@ -49,8 +49,8 @@ class Batch:
 
     What the host decides by lies on the CPU; what the network and the solver see, on `device` (default: the model's),
     which is waited for once a tick, when everything is queued: for the exit layers.
-    batch_invariant: images and exits are the same bits in any company, see `evaluate`. counts, compiled: see there;
-    "planned" learns its plan. evaluate: in place of `adadiff.evaluate`, for experiments and tests.
+    batch_invariant: images and exits are the same bits in any company, see `evaluate`. counts, compiled: see there.
+    evaluate: in place of `adadiff.evaluate`, for experiments and tests.
     """
 
     @torch.inference_mode(False)  # whatever mode the caller is in, another thread may continue
@@ -262,8 +262,7 @@ class Batch:
                 context[self._there(uncond)] = self._null[self._there(place[uncond])]
         options = {"compiled": True} if self.compiled else {}
         if self.counts is not None:
-            planned = isinstance(self.counts, Planned) and self.counts.depth is None
-            options["counts"] = self.counts.of(self._expected.most(t).tolist()) if planned else self.counts
+            options["counts"] = self.counts
         return self._evaluate(
             self.model.backbone,
             self.model.exits,

@@ -18,16 +18,11 @@ class ExpectedDepth:
 
     def __init__(self, layers: int, places: int):
         self._curve = torch.linspace(layers, 1, BINS)
-        self._most = torch.full((BINS,), float(layers))
         self._own = torch.zeros(places, 2)  # by place and lane (conditional, unconditional)
 
     def order(self, t: Tensor, places: Tensor, half: Tensor) -> Tensor:
         """int64 [n]: positions of the lanes, deepest first. t: float [n]; places, half: int64 [n], half in {0, 1}."""
         return torch.argsort(self._curve[self._bin(t)] + self._own[places, half], descending=True, stable=True)
-
-    def most(self, t: Tensor) -> Tensor:
-        """float [n]: whole blocks that hardly any lane at t: float [n] runs more of; all, until t has been seen."""
-        return self._most[self._bin(t)].round()
 
     def learn(self, t: Tensor, places: Tensor, half: Tensor, depth: Tensor) -> None:
         """depth: [n], blocks that the lanes ran at t."""
@@ -36,9 +31,6 @@ class ExpectedDepth:
         self._own[places, half] += RATE * (off - self._own[places, half])
         count = torch.bincount(index, minlength=BINS)
         self._curve += RATE * torch.zeros(BINS).index_add_(0, index, off) / count.clamp(min=1)
-        # Up at once, down slowly: rows that a plan has no room for cost a pass more, and empty ones little.
-        seen = self._most.scatter_reduce(0, index, depth.float(), "amax", include_self=False)
-        self._most = torch.maximum(seen, self._most + RATE * (seen - self._most))
 
     def forget(self, places: Tensor) -> None:
         """Other samples take these places."""

@@ -35,7 +35,7 @@ class Sampling:
 
     settings: what the samples ask for, see `Samples.of` (steps, solver, rule, thresholds, seeds, labels, guidance,
     tied, context, start, strength). batch_invariant: a sample is the same bits in any batch, at some cost.
-    counts: how the host learns who still runs, see `evaluate`; "planned" learns while it draws. compiled: see there.
+    counts: how the host learns who still runs, see `evaluate`. compiled: see there.
     early_model: a shallower model of the same samples that takes the place of `model` at the noisy timesteps, those of
     t_switch (in the network's time; default 700) and above, whatever the rule (DuoDiff).
     Raises ValueError for anything that does not fit, before any work.

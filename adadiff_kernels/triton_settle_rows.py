@@ -1,0 +1,66 @@
+"""Rows that leave, and those that take their places, on a GPU and bit for bit. Formula and reference: settle_rows.py.
+
+How many rows leave, only the device knows, and most often it is none. So there are as many programs as keep a GPU busy,
+no more; each takes every so-manieth piece of the rows that leave, and ends when there are no more.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from adadiff_kernels.launch import need
+from adadiff_kernels.triton_rows import WORDS
+
+PROGRAMS = 512
+
+
+@triton.jit
+def _settle_rows_kernel(
+    moves_ptr,  # i32 [k, 3]
+    rows_ptr,  # [n, width] of integers
+    saved_ptr,  # [B, width]
+    stride_rows,
+    stride_saved,
+    width,
+    items,
+    BLOCK: tl.constexpr,
+):
+    blocks = tl.cdiv(width, BLOCK)
+    item = tl.program_id(0)
+    row = tl.load(moves_ptr + 3 * (item // blocks), mask=item < items, other=-1)
+    while row >= 0:
+        move = moves_ptr + 3 * (item // blocks)
+        lane = tl.load(move + 1).to(tl.int64)
+        source = tl.load(move + 2)
+        at = item % blocks * BLOCK + tl.arange(0, BLOCK)
+        here = rows_ptr + row.to(tl.int64) * stride_rows + at
+        leaving = tl.load(here, mask=at < width)
+        moved = at < tl.where(source < 0, 0, width)
+        staying = tl.load(rows_ptr + source.to(tl.int64) * stride_rows + at, mask=moved)
+        tl.store(saved_ptr + lane * stride_saved + at, leaving, mask=at < width)
+        tl.store(here, staying, mask=moved)
+        item += tl.num_programs(0)
+        row = tl.load(moves_ptr + 3 * (item // blocks), mask=item < items, other=-1)
+
+
+def launch_settle_rows(moves: Tensor, rows: Tensor, saved: Tensor) -> None:
+    """As `settle_rows`. Every row contiguous, of 1, 2, 4 or 8 bytes an element; all on one device. Rows and lanes are
+    not checked against their ranges."""
+    if rows.element_size() not in WORDS:
+        raise ValueError(f"rows must have elements of 1, 2, 4 or 8 bytes, got {rows.dtype}")
+    shape = tuple(rows.shape[1:])
+    need("rows", rows, ("n", *shape), rows, (rows.dtype,), rows_apart=True)
+    need("saved", saved, ("B", *shape), rows, (rows.dtype,), rows_apart=True)
+    need("moves", moves, ("k", 3), rows, (moves.dtype,))
+    width = rows[0].numel() if len(moves) else 0
+    if not width:
+        return
+    BLOCK = 8192 // rows.element_size()  # four loads of 16 bytes a thread
+    word = WORDS[rows.element_size()]
+    items = len(moves) * triton.cdiv(width, BLOCK)
+    _settle_rows_kernel[(min(items, PROGRAMS),)](
+        *(moves, rows.view(word), saved.view(word), rows.stride(0), saved.stride(0), width, items),
+        BLOCK=BLOCK,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
