@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := adadiff_kernels benchmarks python tests setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install bench test lint resources sanitize gpu-check gpu-bench gpu-python
+.PHONY: help install bench test lint resources sanitize gpu-verdict gpu-bench gpu-python
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -43,8 +43,8 @@ sanitize: install ## test the C++ core under AddressSanitizer and UndefinedBehav
 gpu-python:
 	@$(PYTHON) -c 'import torch' 2>/dev/null || { echo "$(PYTHON) has no PyTorch; name one that has it: PYTHON=..."; exit 1; }
 
-gpu-check: gpu-python ## build in place and test everything on this machine's GPU, in 9 minutes; installs nothing
-	@PYTHONPATH=.:python:benchmarks $(PYTHON) -m gpu.check
+gpu-verdict: gpu-python ## tests, measurements and traces on this machine's GPU, in 10 minutes; ARGS="--only tests,passes"
+	@PYTHONPATH=.:python:benchmarks $(PYTHON) -m gpu.verdict $(ARGS)
 
-gpu-bench: gpu-python ## measure on this machine's GPU: SUITE=ceilings|passes|decision|gemm|network|all
+gpu-bench: gpu-python ## measure more on it: SUITE=ceilings|attention|passes|network|serving|decision|all
 	@PYTHONPATH=.:python:benchmarks $(PYTHON) -m gpu.run --suite $(or $(SUITE),all) $(ARGS)

@@ -17,6 +17,7 @@ from adadiff_kernels.residual_uem import Norm, Score
 
 WIDEST = 1536  # channels of which a warp holds a token in registers
 MOST_OUTPUTS = 64
+MAP_TILE = 32  # tokens of a program where a score is a map: enough to repay reading its weights
 INTERPRETED = tl.constexpr(interpreted())
 
 
@@ -188,9 +189,8 @@ def launch_residual_uem(
     _check(x, branch, lanes, gate, bias, score, norm, out)
     y = torch.empty_like(x) if out is None else out
     h = None if norm is None else torch.empty_like(branch)
-    # Two tokens a warp where their share fits in few registers. One tile of a map must repay reading its weights.
-    BLOCK_T = 8 if D <= 512 else 4
-    BLOCK_M = BLOCK_T if P == 1 else 32
+    BLOCK_T = 8 if D <= 512 else 4  # two tokens a warp where their share fits in few registers
+    BLOCK_M = BLOCK_T if P == 1 else MAP_TILE
     BLOCK_D = min(512 // x.element_size(), max(16, triton.next_power_of_2(D)))
     tiles = triton.cdiv(T, BLOCK_M)
     u = partial = tickets = None

@@ -6,9 +6,10 @@
 n_l rows run block l; t_l(n) is the time of the fastest plain block on exactly n rows. Which way is the fastest is
 found out beforehand, piece by piece. What the pieces of a pattern take together is measured in turns with it: as
 the sum of their own times where there are many patterns, or in one go right beside it (`replay`). U-ViT has two
-kinds of block: "in" (in-blocks, the middle) and "out" (with the skip product).
+kinds of block: "in" (in-blocks, the middle) and "out" (with the skip product); a DiT's are all "in".
 """
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -17,7 +18,7 @@ import torch
 from harness import Comparison
 from torch import Tensor
 
-from adadiff.models.uvit import Block, UViT
+from adadiff.models.interface import Backbone, Block, Conditioning
 
 Call = Callable[[], object]
 
@@ -27,8 +28,15 @@ def rows_per_layer(exit_layer: Tensor, layers: int) -> list[int]:
     return [int((exit_layer >= layer).sum()) for layer in range(1, layers + 1)]
 
 
-def kinds(backbone: UViT) -> list[str]:
+def kinds(backbone: Backbone) -> list[str]:
     return ["out" if block.skip_from is not None else "in" for block in backbone.blocks]
+
+
+def of_lanes(cond: Conditioning, lanes: slice) -> Conditioning:
+    """What is known of some lanes: every field of a conditioning is by lane."""
+    return dataclasses.replace(
+        cond, **{field.name: getattr(cond, field.name)[lanes] for field in dataclasses.fields(cond)}
+    )
 
 
 def share_of_flop_ideal(speedup: float, macs: int, macs_full: int) -> float:
@@ -45,13 +53,15 @@ class PlainPieces:
 
     def __init__(
         self,
-        backbone: UViT,
+        backbone: Backbone,
         inputs: tuple[Tensor, ...],
         counts: Mapping[str, Iterable[int]],
         sizes: Iterable[int] = (),
         compiled: Callable[..., Tensor] | None = None,
     ):
         self.backbone, self._inputs, self._compiled = backbone, inputs, compiled
+        with torch.inference_mode():
+            _, self._cond = backbone.begin(*inputs)
         like = {"dtype": backbone.pos_embed.dtype, "device": backbone.pos_embed.device}
         self._rows = torch.randn(len(inputs[0]), backbone.tokens, backbone.dim, **like)
         self._skip = torch.randn_like(self._rows)
@@ -60,9 +70,10 @@ class PlainPieces:
 
     def variants(self) -> dict[str, Call]:
         patches = self._rows[:, self.backbone.extras :]
+        lanes = torch.arange(len(patches), dtype=torch.int32, device=patches.device)
         calls: dict[str, Call] = {
             "stem": lambda: self.backbone.begin(*self._inputs),
-            "head": lambda: self.backbone.head(patches),
+            "head": lambda: self.backbone.head(patches, self._cond, lanes),
         }
         for kind, counts in self._counts.items():
             for n in counts:
@@ -75,11 +86,11 @@ class PlainPieces:
 
     def _block(self, kind: str, n: int, size: int, through: Callable[..., Tensor] | None = None) -> Call:
         blocks = self._cycle(kind)
-        pieces = -(-n // size)
-        parts = [
-            (rows,) if kind == "in" else (rows, skip)
-            for rows, skip in zip(self._rows[:n].tensor_split(pieces), self._skip[:n].tensor_split(pieces), strict=True)
-        ]
+        parts = []
+        for lanes in torch.arange(n).tensor_split(-(-n // size)):
+            part = slice(int(lanes[0]), int(lanes[-1]) + 1)
+            skip = () if kind == "in" else (self._skip[part],)
+            parts.append((self._rows[part], of_lanes(self._cond, part), *skip))
 
         def call() -> None:
             block = next(blocks)

@@ -159,6 +159,30 @@ def _turn(call: Callable[[], object], least: float, clock: Callable[[], float]) 
             return taken / calls
 
 
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that PyTorch's allocator has out at once during a call, above weights and inputs; what operators
+    need inside themselves is counted, too, and compiled code allocates past every operator."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        with torch.inference_mode():
+            call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with (
+        torch.inference_mode(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler,
+    ):
+        call()
+    live = most = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        most = max(most, live)
+    return most
+
+
 @contextmanager
 def threads(number: int) -> Iterator[None]:
     """PyTorch's threads inside one operator."""

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -15,8 +16,8 @@ from adadiff import Evaluation, Model
 from adadiff.diffusion.noise import initial_noise
 from adadiff.diffusion.solvers import DDIM
 from adadiff.diffusion.tables import TableSet
-from adadiff.rules import Threshold
-from adadiff_kernels import ActiveSet, SolverState, solver_step
+from adadiff.rules import BatchMean, Limits, from_depth
+from adadiff_kernels import ActiveSet, SolverState, solver_step, upload
 
 LOCK_STEP = "lock step, plain"
 PLAIN = "continuous, plain"
@@ -33,7 +34,7 @@ Evaluate = Callable[..., Evaluation]
 
 
 @dataclass(frozen=True)
-class DepthTable:
+class DepthTable(Limits):
     """A lane leaves after the number of blocks that the table holds for its timestep, plus its threshold.
 
     depths: over equal parts of the network's time, the image's end first. scored: scores are computed after every
@@ -44,8 +45,11 @@ class DepthTable:
     depths: tuple[int, ...]
     scored: bool = True
     together: str | None = None
-    stateful = False
     threshold = 0.0
+
+    @property
+    def by_lane(self) -> bool:
+        return self.together is None
 
     def __post_init__(self) -> None:
         if not self.depths or min(self.depths) < 1:
@@ -65,17 +69,23 @@ class DepthTable:
     def depth(self, t: Tensor, threshold: Tensor) -> Tensor:
         """Blocks to run, float [n], at least 1."""
         part = (t * (len(self.depths) / TIME)).long().clamp(0, len(self.depths) - 1)
-        depth = torch.tensor(self.depths, dtype=torch.float32)[part] + threshold
+        depth = depths_on(self.depths, t.device)[part] + threshold
         if self.together is not None:
             depth = (depth.mean() if self.together == "mean" else depth.max()).expand(len(t))
         return depth.round().clamp(min=1)
 
-    def leave(self, u: Tensor | None, layer: int, layers: int, t: Tensor, threshold: Tensor, state: Tensor) -> Tensor:
-        return layer >= self.depth(t, threshold)
+    def limits(self, layers: int, t: Tensor, threshold: Tensor) -> Tensor:
+        return from_depth(layers, self.depth(t, threshold))
+
+
+@cache
+def depths_on(depths: tuple[int, ...], device: torch.device) -> Tensor:
+    """float32, made once: making a tensor of values waits for a GPU."""
+    return torch.tensor(depths, dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True)
-class AllAgree(Threshold):
+class AllAgree(BatchMean):
     """One decision for the batch: it leaves when the most uncertain of its lanes may."""
 
     def leave(self, u: Tensor, layer: int, layers: int, t: Tensor, threshold: Tensor, state: Tensor) -> Tensor:
@@ -98,12 +108,13 @@ def calibrated(model: Model, exit_layer: Tensor, parts: int = 20) -> tuple[int, 
     return tuple(max(1, round(float(depth[part == i].mean()))) for i in range(parts))
 
 
-def plain_network(size: int) -> Evaluate:
-    """The plain network on `size` lanes at a time, called as `adadiff.evaluate` is."""
+def plain_network(size: int, network: Callable[..., Tensor] | None = None) -> Evaluate:
+    """The plain network on `size` lanes at a time, called as `adadiff.evaluate` is. network: in the backbone's place,
+    such as a compiled one."""
 
     def evaluate(backbone, exits, rule, x, t, context=None, **_: object) -> Evaluation:
         inputs = (x, t) if context is None else (x, t, context)
-        eps = in_batches(backbone, inputs, size)()
+        eps = in_batches(network or backbone, inputs, size)()
         return Evaluation(eps, torch.full((len(x),), len(backbone.blocks), dtype=torch.int32), 0, 0, 0, None)
 
     return evaluate
@@ -157,12 +168,13 @@ class Plain:
     def __init__(self, model: Model, capacity: int, evaluate: Evaluate):
         self.model = model
         self._evaluate = evaluate
-        self._tables = TableSet(model.schedule)
+        self._tables = TableSet(model.schedule, model.device)
         self._waiting: deque[tuple[Future, int, int, int, int]] = deque()
         self._free = list(range(capacity))
         self._running: dict[int, Future] = {}
         self._step, self._table, self._label = torch.zeros(3, capacity, dtype=torch.int64)
-        self._state = SolverState.start(torch.zeros(capacity, *model.backbone.sample_shape), base=False, history=False)
+        x = torch.zeros(capacity, *model.backbone.sample_shape, device=model.device)
+        self._state = SolverState.start(x, base=False, history=False)
 
     def submit(
         self, *, seed: int, steps: int, label: int = 0, start: Tensor | None = None, strength: float = 1.0
@@ -172,24 +184,29 @@ class Plain:
         self._waiting.append((future, seed, steps, steps - int(strength * steps + 1e-6), label))
         return future
 
-    @torch.inference_mode()
     def step(self) -> bool:
+        with torch.inference_mode():
+            return self._step_all()
+
+    def _step_all(self) -> bool:
         while self._waiting and self._free:
             future, seed, steps, first, label = self._waiting.popleft()
             place = self._free.pop()
             self._running[place] = future
             self._step[place], self._label[place] = first, label
             self._table[place] = self._tables.add(DDIM(), torch.tensor([steps]))
-            self._state.x[place] = initial_noise(torch.tensor([seed]), self.model.backbone.sample_shape)[0]
+            shape, device = self.model.backbone.sample_shape, self.model.device
+            self._state.x[place] = initial_noise(torch.tensor([seed]), shape, device)[0]
         if not self._running:
             return False
         places = torch.tensor(list(self._running))
-        tables = self._tables.packed
+        tables, device = self._tables.packed, self.model.device
         t, rows = tables.rows(self._table[places], self._step[places])
-        state = self._state.take(places)
-        context = self._label[places] if self.model.config.network.num_classes else None
+        there, t = upload(places, device), upload(t, device)
+        state = self._state.take(there)
+        context = upload(self._label[places], device) if self.model.config.network.num_classes else None
         solver_step(state, self._evaluate(self.model.backbone, None, None, state.x, t, context).eps, rows)
-        self._state.put(places, state)
+        self._state.put(there, state)
         self._step[places] += 1
         for place in places[self._step[places] == tables.steps[self._table[places]]].tolist():
             self._free.append(place)

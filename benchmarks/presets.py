@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from attainable import Call
 from gpu.session import DeviceTimer, check_close
-from harness import Comparison, interleave
+from harness import Comparison, interleave, peak_bytes
 from network import compile_network, patterns
 from rows import Rows, dtype_name, say
 from torch import Tensor
@@ -136,7 +136,7 @@ def measure(rows: Rows, setting: Setting, name: str, model: Model, inputs: Input
     for pattern, exits in wanted.items():
         if results[pattern].exit_layer.tolist() != exits.tolist():
             raise RuntimeError(f"{name}, {pattern}: lanes left after {results[pattern].exit_layer.tolist()} blocks")
-    peaks = {variant: most_bytes(call, device) for variant, call in calls.items()}
+    peaks = {variant: peak_bytes(call, device) for variant, call in calls.items()}
     timer = DeviceTimer(device, 0.02) if device.type == "cuda" else None
     measured = interleave(
         calls, setting.repeats, turn=0.02, limit=setting.limit, label=f"{name}, batch {B}", timer=timer
@@ -146,30 +146,6 @@ def measure(rows: Rows, setting: Setting, name: str, model: Model, inputs: Input
 
 def evaluation(model: Model, inputs: Inputs, exits: Tensor) -> Callable[[], Evaluation]:
     return lambda: adadiff.evaluate(model.backbone, model.exits, Replay(), *inputs, threshold=exits)
-
-
-def most_bytes(call: Call, device: torch.device) -> int:
-    """The most bytes that PyTorch's allocator has out at once during a call, above weights and inputs; what operators
-    need inside themselves is counted, too, and compiled code allocates past every operator."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        with torch.inference_mode():
-            call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with (
-        torch.inference_mode(),
-        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler,
-    ):
-        call()
-    live = most = 0
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        most = max(most, live)
-    return most
 
 
 def write(

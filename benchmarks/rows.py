@@ -1,6 +1,7 @@
 """Rows: one JSON object a line, each complete in itself: what was measured, on what, with what, when."""
 
 import datetime
+import hashlib
 import json
 import os
 import platform
@@ -20,6 +21,7 @@ import adadiff
 
 Row = dict[str, object]
 ROOT = Path(__file__).resolve().parent.parent
+SOURCES = {".py", ".h", ".cpp", ".cu", ".txt"}
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86 and ARM names
 
 
@@ -62,12 +64,22 @@ def versions() -> Row:
 
 @cache
 def commit() -> str:
-    """Hash of HEAD, with "+dirty" where the tree differs from it; "unknown" outside a repository."""
+    """Hash of HEAD, with "+dirty" where the tree differs from it; outside a repository that of its sources."""
     try:
         head = _git("rev-parse", "HEAD")
         return head + ("+dirty" if _git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return f"source-{source_digest(ROOT)}"
+
+
+def source_digest(root: Path) -> str:
+    """Twelve digits that stand for what is measured where there is no git: the sources of the packages and of these
+    scripts, by name and content. Made of a checkout, it says which commit that was."""
+    digest = hashlib.sha256()
+    folders = [root / name for name in ("adadiff_kernels", "benchmarks", "csrc", "python")]
+    for path in sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in SOURCES):
+        digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
 
 
 def _git(*arguments: str) -> str:

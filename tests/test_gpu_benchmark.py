@@ -1,9 +1,11 @@
 """The GPU suites without a GPU: every suite at tiny sizes, kernels interpreted, and what becomes of their rows."""
 
+import gzip
+import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,15 +14,17 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import gpu.check
-import gpu.conditional
 import gpu.run
 import gpu.session
 import gpu.tables
+import gpu.tail_launch
+import gpu.traces
 import harness
 import rows
 import tables
-from gpu.session import Session
+from gpu.session import Session, Task
+
+from pretend import DEVICE, PretendDevice
 
 CPU = torch.device("cpu")
 GPU = {"gpu": "a GPU", "gpu_gib": 1.0}
@@ -42,9 +46,8 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kept:
 
 
 def run_suite(kept: Kept, name: str) -> list[rows.Row]:
-    needed = {"passes": ["triton"], "gemm": ["triton"], "decision": ["triton", "adadiff_kernels.device_set"]}
-    for module in needed.get(name, []):
-        pytest.importorskip(module)
+    if name == "passes":
+        pytest.importorskip("triton")
     gpu.run.run_suite(kept, gpu.run.SUITES[name])
     written = rows.read(kept.rows.path)
     assert written
@@ -74,8 +77,11 @@ def test_ceilings(kept: Kept) -> None:
 
 def test_passes(kept: Kept) -> None:
     written = run_suite(kept, "passes")
-    assert {row["variant"] for row in written} == {"fused", "fused, no score", "eager", "compiled"}
-    by_way = {row["variant"]: row for row in written[:4]}
+    single = [row for row in written if row["parameters"]["outputs"] == 1]
+    assert {row["variant"] for row in single} == {"fused", "fused, no score", "eager", "compiled"}
+    tiles = {"fused, tiles of 16", "fused, tiles of 32"}
+    assert {row["variant"] for row in written} == {"fused", "fused, no score", "eager", "compiled", *tiles}
+    by_way = {row["variant"]: row for row in single[:4]}
     by_rows = {row["parameters"]["rows"]: row for row in written if row["parameters"]["shape"] == "tiny"}
     assert {rows: row["dtype"] for rows, row in by_rows.items()} == {
         "bfloat16": "bfloat16",
@@ -87,14 +93,15 @@ def test_passes(kept: Kept) -> None:
         assert row["share_of_copy"] == pytest.approx(row["gb_per_second"] / row["copy_gb_per_second"])
     assert by_way["fused, no score"]["over_no_score"] == 1
     (table,) = shown(written)
-    assert len(table.body) == len(written) / 4
+    assert len(table.body) == len(single) / 4 + sum(row["variant"] in tiles for row in written) / 2
+    assert [line[5] != "" for line in table.body] == ["P = 1," not in line[0] for line in table.body]
 
 
 @pytest.mark.parametrize(
     ("batch", "outputs", "share", "added", "of_copy", "adds"),
     [
         (64, 1, 0.89, 0.031, "89%", "+3.1% *"),
-        (64, 16, 0.87, 0.029, "87% *", "+2.9%"),
+        (64, 16, 0.87, 0.031, "87% *", "+3.1%"),
         (256, 64, 0.95, 0.099, "95%", "+9.9%"),
         (64, 64, 0.95, 0.101, "95%", "+10.1% *"),
         (8, 1, 0.5, 0.5, "50%", "+50.0%"),
@@ -131,43 +138,74 @@ def test_a_pass_that_is_wrong_is_not_measured(kept: Kept, monkeypatch: pytest.Mo
     assert not kept.rows.rows
 
 
+def test_attention(kept: Kept) -> None:
+    written = run_suite(kept, "attention")
+    assert {row["parameters"]["rows"] for row in written} == {1, 2}
+    assert "default" in {row["variant"] for row in written}
+    for row in written:
+        n = row["parameters"]["rows"]
+        assert row["tflops"] == pytest.approx(4 * n * 2 * 5 * 5 * 8 / row["seconds"]["median"] / 1e12)
+        assert row["first_seconds"] > 0 < row["host_seconds"]
+    (table,) = shown(written)
+    assert len(table.body) == len(written)
+
+
 def test_decision(kept: Kept) -> None:
     written = run_suite(kept, "decision")
-    assert {row["kind"] for row in written} == {"decision", "layer"}
-    assert {row["variant"] for row in written if row["kind"] == "layer"} == {"eager", "graph", "graph, decided"}
-    assert len(shown(written)) == 2
-
-
-def test_gemm(kept: Kept) -> None:
-    if pytest.importorskip("triton").__version__.startswith("3.6."):
-        pytest.skip("the interpreter of Triton 3.6 takes no loop bound from memory beside this NumPy")
-    written = run_suite(kept, "gemm")
-    for row in written:
-        if row["variant"].startswith("persistent"):  # one tile size for any number of rows
-            assert row["same_bits_at"] == [1, 3]
-            assert row["same_bits_last"]
-        macs = row["parameters"]["samples"] * 5 * 32 * 48
-        assert row["tflops"] == pytest.approx(2 * macs / row["seconds"]["median"] / 1e12)
+    assert {row["kind"] for row in written} == {"decision"}  # there is no device to launch graphs
+    assert {row["parameters"]["leaving"] for row in written} == {"nobody", "every other"}
     (table,) = shown(written)
-    assert [line[0] for line in table.body] == ["tiny, cuBLAS", "tiny, grouped_mm", "tiny, persistent, 32 x 16"]
+    assert [line[0] for line in table.body] == [row["variant"] for row in written[:5]]
 
 
-@pytest.mark.parametrize("M", [0, 1, 33, 208])  # 208: thirteen tiles down, eight of one band and five of the next
-def test_a_product_of_as_many_rows_as_the_device_says(M: int) -> None:
-    if pytest.importorskip("triton").__version__.startswith("3.6."):
-        pytest.skip("see test_gemm")
-    from gpu.kernels import Product
+def test_a_decision_that_counts_wrong_is_not_measured(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    from adadiff_kernels import DeviceSet
 
-    a, w = torch.randn(208, 32).bfloat16(), torch.randn(40, 32).bfloat16()
-    out = Product(a, w, torch.tensor([M], dtype=torch.int32), (16, 16, 16), programs=3)()
-    torch.testing.assert_close(out[:M], (a[:M].float() @ w.float().T).bfloat16(), rtol=2**-7, atol=1e-5)
-    assert out[M:].isnan().all()  # as they were allocated
+    monkeypatch.setattr(DeviceSet, "wait", lambda self, layer: 1)
+    with pytest.raises(RuntimeError, match="known to the host counts 1 rows, 3 stay; not measured"):
+        gpu.run.run_suite(kept, gpu.run.SUITES["decision"])
+
+
+def test_tail_launches_are_shown() -> None:
+    row = {
+        "suite": "gpu-decision",
+        "kind": "tail launch",
+        "parameters": {},
+        "usable": True,
+        "machine": {"gpu": "a GPU"},
+        "versions": {"torch": "2.11"},
+        "launches": 100,
+        "accepts": {"product": "yes", "GELU": "cudaErrorNotSupported"},
+    }
+    rows_ = [{**row, "variant": name, "seconds": {"median": s}} for name, s in (("1", 10e-6), ("100", 307e-6))]
+    (table,) = gpu.tables.decision(rows_)
+    assert table.body == [("one launch, µs", "3.00"), ("product", "yes"), ("GELU", "cudaErrorNotSupported")]
+
+
+def test_serving(kept: Kept) -> None:
+    written = run_suite(kept, "serving")
+    names = ["continuous, plain", "continuous, plain, compiled", "ours, sync", "ours, lagged"]
+    assert [row["variant"] for row in written] == names
+    for row in written:
+        assert row["images_per_second"] == pytest.approx(4 / row["seconds"]["median"] / 50)
+        assert row["fastest_plain"] in names[:2]
+    (table,) = shown(written)
+    assert [line[0] for line in table.body] == names
+
+
+def test_a_trace_is_written_whole(tmp_path: Path) -> None:
+    session = Session(CPU)
+    text = gpu.traces.trace(session, gpu.traces.evaluation(session, 2), tmp_path / "trace-2.json.gz")
+    assert "aten::addmm" in text
+    (found,) = tmp_path.iterdir()
+    with gzip.open(found) as file:
+        assert json.load(file)["traceEvents"]
 
 
 def test_network(kept: Kept) -> None:
     written = run_suite(kept, "network")
     by_name = {row["variant"]: row for row in written}
-    assert [name for name in by_name if name.startswith("plain")] == list(by_name)[:3]
+    assert [name for name in by_name if name.startswith("plain")] == list(by_name)[:4]
     for strategy in gpu.run.network.STRATEGIES:
         blocks = {"nobody": 65, "same": 35, "spread": 3 + 6 + 8 + 10 + 13, "two-phase": 3 * 2 + 2 * 13}
         for pattern, number in blocks.items():
@@ -194,90 +232,70 @@ def test_interleaving_takes_another_timer() -> None:
     assert measured.ratio("b", "a").samples == (2.0,) * 3
 
 
+@pytest.mark.parametrize("suite", ["network", "serving", "attention", "decision"])
+def test_suites_mix_no_devices(suite: str, kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a pretended device what would raise on a GPU raises: an index, a table or an input left on the CPU."""
+    monkeypatch.setattr(torch, "inference_mode", lambda mode=True: torch.no_grad())  # which its tensors cannot be in
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # its tensors cannot change in place
+    try:
+        with PretendDevice():
+            gpu.run.run_suite(Kept(DEVICE, kept.rows), gpu.run.SUITES[suite])
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    assert {row["suite"] for row in rows.read(kept.rows.path)} == {f"gpu-{suite}"}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize(("main", "name"), [(gpu.check.main, "gpu-check"), (lambda: gpu.run.main([]), "gpu-bench")])
-def test_without_a_device_one_line_says_so(main, name: str) -> None:
-    with pytest.raises(SystemExit, match=f"^{name}: PyTorch finds no CUDA device here[^\n]*$"):
-        main()
+def test_without_a_device_one_line_says_so() -> None:
+    with pytest.raises(SystemExit, match=r"^gpu-bench: PyTorch finds no CUDA device here[^\n]*$"):
+        gpu.run.main([])
 
 
-@pytest.mark.parametrize(("cuda", "words"), [(None, "is built without CUDA"), ("13.0", "is built for CUDA 13.0")])
-def test_a_build_of_pytorch_that_sees_no_gpu_is_named(monkeypatch: pytest.MonkeyPatch, cuda, words: str) -> None:
-    monkeypatch.setattr(torch.version, "cuda", cuda)
-    assert gpu.session.no_device() == f"PyTorch finds no CUDA device here (torch {torch.__version__} {words})"
+def test_why_there_is_no_device_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    words = f"torch {torch.__version__} is built without CUDA"
+    assert gpu.session.no_device() == f"PyTorch finds no CUDA device here ({words})"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
 
+    def init() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update.")
 
-def test_what_the_build_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu.check, "find_spec", lambda name: None)
-    monkeypatch.setattr(gpu.check.shutil, "which", lambda name, path=None: None)
-    check = gpu.check.Check()
-    gpu.check.build(check)
-    assert check.outcomes["build"] == (
-        "left out, missing: setuptools, pybind11, cmake, ninja, a C++ compiler; PyTorch takes the extension's place"
+    monkeypatch.setattr(torch.cuda, "init", init)
+    assert gpu.session.no_device() == (
+        "PyTorch finds no CUDA device here (The NVIDIA driver on your system is too old (found version 11040).)"
     )
-    assert not check.failed
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    assert gpu.session.no_device().endswith(f"(torch {torch.__version__} is built for CUDA 13.0)")
 
 
-def test_files_with_gpu_tests_are_found() -> None:
-    found = gpu.check.marked()
-    assert {"tests/gpu/test_engine.py", "tests/gpu/test_kernels.py"} <= set(found)
-    assert "tests/sampler/test_cli.py" not in found
+def test_what_needs_more_memory_than_there_is_costs_the_others_nothing(tmp_path: Path, capsys) -> None:
+    ran = []
 
+    def measure(size: int) -> None:
+        if size > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 96 GiB\nmore")
+        ran.append(size)
 
-@pytest.mark.parametrize(
-    ("code", "seconds", "outcome", "failed"),
-    [
-        ("print('fine')", 60.0, "ok, ", False),
-        ("print('bad'); raise SystemExit(3)", 60.0, "FAILED, ", True),
-        ("import time; time.sleep(60)", 0.3, "not finished after 0 s", True),
-        ("", -1.0, "not run: no time left", True),
-    ],
-)
-def test_a_step_says_what_came_of_it(code: str, seconds: float, outcome: str, failed: bool, capfd) -> None:
-    check = gpu.check.Check(limit=seconds)
-    done = check.command("step", [sys.executable, "-c", code])
-    assert check.outcomes["step"].startswith(outcome)
-    assert check.failed is failed
-    assert (done is None) == outcome.startswith("not")
-    if done is not None:
-        assert done.stdout.strip() in capfd.readouterr().out
-    check.note("a later one", "ok")
-    assert check.failed is failed
-
-
-@pytest.mark.parametrize(
-    ("status", "outcome", "failed"), [(0, "ok", False), (9, "FAILED", True), (1, "left out: the tool does not", False)]
-)
-def test_a_sanitizer_that_finds_nothing_fails_nothing(monkeypatch, status: int, outcome: str, failed: bool) -> None:
-    """Nor does one that cannot work on this machine; what it finds does."""
-    check = gpu.check.Check()
-
-    def command(name: str, line: list[str], *_: object, **__: object) -> subprocess.CompletedProcess[str]:
-        ended = status if "--tool" in line else 0
-        check.note(name, "FAILED" if ended else "ok", ended != 0)
-        return subprocess.CompletedProcess(line, ended, "Device not supported\n")
-
-    monkeypatch.setattr(check, "command", command)
-    monkeypatch.setattr(gpu.check.shutil, "which", lambda name: name)
-    gpu.check.sanitize(check)
-    assert check.outcomes["compute-sanitizer memcheck"].startswith(outcome)
-    assert check.failed is failed
+    tasks = [Task("copy", {"n": n}, lambda n=n: measure(n)) for n in (1, 2, 1)]
+    suite = SimpleNamespace(SUITE="gpu-ceilings", tasks=lambda session: tasks)
+    assert gpu.run.run_suite(Session(CPU), suite) == 1
+    assert ran == [1, 1]
+    assert "needs more memory than there is: CUDA out of memory. Tried to allocate 96 GiB\n" in capsys.readouterr().out
 
 
 def test_the_small_run_agrees_with_its_references() -> None:
     pytest.importorskip("triton")
-    pytest.importorskip("adadiff_kernels.device_set")
     import gpu.small
 
     assert len(gpu.small.run(CPU)) == 6
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
-def test_graphs_with_if_nodes_compile(tmp_path: Path) -> None:
-    assert gpu.conditional.compile_library(tmp_path, "sm_90").stat().st_size > 0
+def test_graphs_that_launch_themselves_compile(tmp_path: Path) -> None:
+    assert gpu.tail_launch.compile_library(tmp_path, "sm_90").stat().st_size > 0
 
 
-def test_why_there_are_no_if_nodes_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu.conditional.shutil, "which", lambda name: None)
+def test_why_there_are_no_tail_launches_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.tail_launch.shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match="there is no nvcc"):
-        gpu.conditional.compile_library(tmp_path)
+        gpu.tail_launch.compile_library(tmp_path)

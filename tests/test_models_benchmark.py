@@ -16,6 +16,7 @@ from adadiff.models.uvit import UViTConfig
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import harness
 import presets
 import rows
 import run
@@ -100,10 +101,10 @@ def test_bytes_are_those_alive_at_once() -> None:
         third = second.repeat(3)  # 4,000 and 12,000
         return third[:10].clone()
 
-    assert presets.most_bytes(call, CPU) == 16_000 + 10 * 4
+    assert harness.peak_bytes(call, CPU) == 16_000 + 10 * 4
     model, given = adadiff.load("digits"), torch.randn(3, 1, 8, 8)
     plain = lambda: model.backbone(given, torch.ones(3), torch.arange(3))  # noqa: E731
-    assert presets.most_bytes(plain, CPU) >= peak_bytes(plain)
+    assert harness.peak_bytes(plain, CPU) >= peak_bytes(plain)
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,12 @@
-"""One evaluation of U-ViT-S/2, L/2 and H/2 with replayed exits, by each way of keeping the count of rows, beside the
-plain network eager, compiled and recorded as one CUDA graph. Random weights, bfloat16.
+"""One evaluation of a network with replayed exits, by each way of keeping the count of rows, beside the plain network
+eager, compiled, and each of the two recorded as one CUDA graph. Random weights, bfloat16.
 
 Blocks are compiled one by one (two kinds of block, whatever the depth). What a pattern could cost at best is recorded
 as a graph of its own: stem, head, and each block the faster way on just its rows, everything known beforehand.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -16,25 +17,32 @@ from torch import Tensor
 
 import adadiff
 from adadiff import Evaluation, Model
+from adadiff.config import PRESETS as PRESETS_BY_NAME
 from adadiff.exits import PAPER
+from adadiff.models.dit import DiTConfig
 from adadiff.models.interface import Backbone
+from adadiff.models.uvit import UViTConfig
 from adadiff.rules import Replay
 from gpu.session import Call, Session, Task, check_close, teraflops
 
 SUITE = "gpu-network"
 BRAIN = torch.bfloat16
-PRESETS = ("cifar10_uvit_small", "imagenet256_uvit_large", "imagenet256_uvit_huge")
-BATCHES = (1, 8, 64, 256)
-STRATEGIES = ("sync", "sync:4", "lagged", "lagged:2")
-PLAIN = "plain, eager"
-GRAPH = "plain, compiled, graph"
+PRESETS = ("imagenet256_uvit_large", "dit_xl_2_256", "imagenet256_uvit_huge", "cifar10_uvit_small")
+BATCHES = (64, 8, 1, 256)
+STRATEGIES = ("sync", "lagged")
+PLAIN, COMPILED = "plain, eager", "plain, compiled"
+GRAPHS = {PLAIN: "plain, eager, graph", COMPILED: "plain, compiled, graph"}
+TINY = {
+    "uvit": UViTConfig(8, 1, 2, 64, 12, 4, num_classes=5),
+    "dit": DiTConfig(8, 2, 2, 24, 13, 3, num_classes=5),
+}
 Inputs = tuple[Tensor, Tensor, Tensor | None]
 
 
 def tasks(session: Session) -> Iterator[Task]:
-    for preset in ("digits",) if session.dry else PRESETS:
+    for preset in session.chosen(PRESETS, session.presets):
         made: list[Network] = []  # for the first of them that is measured
-        for B in (5,) if session.dry else BATCHES:
+        for B in (5,) if session.dry else session.chosen(BATCHES, session.batches):
             yield Task("pattern", {"preset": preset, "batch": B}, partial(measure, session, made, preset, B))
 
 
@@ -51,17 +59,29 @@ def patterns(batch: int, layers: int) -> dict[str, Tensor]:
 
 
 class Network:
-    """A model on the device, and its blocks compiled: for one batch, for any number of rows, and as the engine runs
-    them. What is compiled for any number of rows serves every batch."""
+    """A model on the device, and its blocks compiled: for one batch, and for any number of rows."""
 
     def __init__(self, session: Session, preset: str) -> None:
-        torch.manual_seed(0)
         torch.compiler.reset()
-        with session.device:
-            self.model = adadiff.build(preset, exits=PAPER).to(BRAIN)
+        self.model = random_model(session, preset)
         self.fixed = session.compile(run_block, dynamic=False)
         self.dynamic = session.compile(run_block, dynamic=True)
-        self.compiled = not session.dry
+
+
+def random_model(session: Session, preset: str) -> Model:
+    """bfloat16, exits included, what starts at zero (as the gates of a DiT) random, too. In a dry run a tiny one of the
+    same family."""
+    torch.manual_seed(0)
+    config = replace(PRESETS_BY_NAME[preset], exits=PAPER)
+    if session.dry:
+        config = replace(config, network=TINY[config.family], null_label=None, guided_channels=None)
+    with session.device:
+        model = Model(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.02)
+    return model.to(BRAIN).requires_grad_(False).eval()
 
 
 def measure(session: Session, made: list[Network], preset: str, B: int) -> None:
@@ -79,9 +99,9 @@ def compare(session: Session, network: Network, inputs: Inputs, parameters: dict
     def compiled() -> Tensor:
         return plain(model.backbone, network.fixed, inputs)
 
-    baselines: dict[str, Call] = {PLAIN: lambda: model.backbone(*inputs), "plain, compiled": compiled}
+    baselines: dict[str, Call] = {PLAIN: lambda: model.backbone(*inputs), COMPILED: compiled}
     check_close("the compiled network", compiled(), baselines[PLAIN](), 2e-2)
-    baselines[GRAPH] = session.captured(compiled, shared=True)
+    baselines |= {graph: session.captured(baselines[name], shared=True) for name, graph in GRAPHS.items()}
 
     results: dict[str, Evaluation] = {}
     runs: dict[str, Call] = {}
@@ -89,7 +109,7 @@ def compare(session: Session, network: Network, inputs: Inputs, parameters: dict
     for name, exits in wanted.items():
         for strategy in STRATEGIES:
             run = f"{name}, {strategy}"
-            runs[run] = evaluation(model, inputs, exits, strategy, network.compiled)
+            runs[run] = evaluation(model, inputs, exits, strategy)
             results[run] = runs[run]()
             check(run, results, exits, first=f"{name}, {STRATEGIES[0]}")
 
@@ -102,22 +122,23 @@ def inputs_of(session: Session, model: Model, B: int) -> Inputs:
     x = session.normal(B, *model.backbone.sample_shape, dtype=BRAIN)
     t = torch.linspace(1, 999, B, device=session.device)
     classes = model.config.network.num_classes
-    return x, t, torch.arange(B, device=session.device) % classes if classes else None
+    labels = torch.arange(B, device=session.device) % classes if classes else None
+    return x, t, labels
 
 
-def plain(backbone: Backbone, through: Callable[..., Tensor], inputs: Inputs) -> Tensor:
-    """The network at full depth, with its blocks called as `through(block, *rows)`."""
+def plain(backbone: Backbone, through: Callable[..., Tensor], inputs: Sequence[Tensor | None]) -> Tensor:
+    """The network at full depth, with its blocks called as `through(block, rows, cond, skip)`."""
     rows, cond = backbone.begin(*inputs)
     outputs: list[Tensor] = []
     for block in backbone.blocks:
         skip = () if block.skip_from is None else (outputs[block.skip_from],)
-        outputs.append(through(block, outputs[-1] if outputs else rows, *skip))
+        outputs.append(through(block, outputs[-1] if outputs else rows, cond, *skip))
     lanes = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
     return backbone.head(outputs[-1][:, backbone.extras :], cond, lanes)
 
 
-def evaluation(model: Model, inputs: Inputs, exits: Tensor, strategy: str, compiled: bool) -> Callable[[], Evaluation]:
-    given = {"threshold": exits, "counts": strategy, "compiled": compiled}
+def evaluation(model: Model, inputs: Inputs, exits: Tensor, strategy: str) -> Callable[[], Evaluation]:
+    given = {"threshold": exits, "counts": strategy}
     return lambda: adadiff.evaluate(model.backbone, model.exits, Replay(), *inputs, **given)
 
 
@@ -136,7 +157,7 @@ def attainables(
     wanted: dict[str, Tensor],
     compiled: Callable[..., Tensor],
 ) -> dict[str, Call]:
-    counts = {name: rows_per_layer(exits, model.layers) for name, exits in wanted.items()}
+    counts = {name: rows_per_layer(exits.cpu(), model.layers) for name, exits in wanted.items()}
     pieces = PlainPieces(model.backbone, inputs, counts_by_kind(model, list(counts.values())), compiled=compiled)
     ways = {name: session.captured(call, shared=True) for name, call in pieces.variants().items()}
     found = session.compare(ways, repeats=3)
@@ -167,7 +188,7 @@ def write(
     rows = {}
     for name, result in results.items():
         share = measured.ratio(attainable(name.rpartition(", ")[0]), name)
-        counts = rows_per_layer(result.exit_layer, model.layers)
+        counts = rows_per_layer(result.exit_layer.cpu(), model.layers)
         own = common(name, result.macs)
         rows[name] = {
             **own,

@@ -1,6 +1,6 @@
 """Measures on a CUDA device, and writes rows. Run again, it goes on where it stopped.
 
-make gpu-bench SUITE=NAME                    ceilings, passes, decision, gemm, network or all
+make gpu-bench SUITE=NAME                    ceilings, attention, passes, network, serving, decision or all
 make gpu-bench SUITE=all ARGS='--out DIR'    rows of this commit and GPU that DIR has are not measured again
 python3 -m gpu.run --dry                     every suite at tiny sizes on the CPU, nothing timed or written
 
@@ -19,21 +19,30 @@ import torch
 from rows import ROOT, Rows, say
 from tables import latest, plain
 
-from gpu import ceilings, decision, gemm, lacking, network, passes
+from gpu import attention, ceilings, decision, lacking, network, passes, serving
 from gpu import tables as gpu_tables
-from gpu.session import OutOfTime, Session, gpu_facts, limited, no_device
+from gpu.session import OutOfTime, Session, device_or_exit, gpu_facts, limited
 
 OUT = ROOT / "benchmarks" / "out" / "gpu"
-SUITES = {"ceilings": ceilings, "passes": passes, "decision": decision, "gemm": gemm, "network": network}
+SUITES = {
+    "ceilings": ceilings,
+    "attention": attention,
+    "passes": passes,
+    "network": network,
+    "serving": serving,
+    "decision": decision,
+}
 LIMIT = 500.0  # seconds; a command shall take at most nine minutes
-GRACE = 25.0  # for the comparison that has begun by then
+GRACE = 0.2  # of that, 25 seconds at most, for the comparison that has begun by then
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=(*SUITES, "all"), default="all")
+    parser.add_argument("--suite", choices=(*SUITES, "all"), action="append", help="may be repeated (default: all)")
     parser.add_argument("--out", type=Path, default=OUT, help="folder for rows (default: benchmarks/out/gpu)")
     parser.add_argument("--commit", help="what rows say where the tree is no git repository")
+    parser.add_argument("--preset", action="append", default=[], help="of the suite network; may be repeated")
+    parser.add_argument("--batch", action="append", type=int, default=[], help="of the suite network; may be repeated")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds after which no comparison starts")
     parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU: shows that every line runs")
     return parser.parse_args(argv)
@@ -48,6 +57,10 @@ def run_suite(session: Session, suite: ModuleType) -> int:
         if session.missing(suite.SUITE, task.kind, task.parameters):
             try:
                 task.measure()
+            except torch.OutOfMemoryError as error:
+                torch.cuda.empty_cache()
+                say(f"needs more memory than there is: {str(error).splitlines()[0]}")
+                failed += 1
             except Exception:
                 if session.dry:
                     raise
@@ -58,16 +71,14 @@ def run_suite(session: Session, suite: ModuleType) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     chosen = arguments(argv)
-    suites = list(SUITES) if chosen.suite == "all" else [chosen.suite]
+    suites = [name for name in SUITES if not chosen.suite or {name, "all"} & set(chosen.suite)]
     if chosen.dry:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated, which is later
         for name in suites:
-            run_suite(Session(torch.device("cpu")), SUITES[name])
+            run_suite(Session(torch.device("cpu"), presets=chosen.preset), SUITES[name])
         print(f"dry run of {', '.join(suites)}: nothing was measured")
         return
-    if not torch.cuda.is_available():
-        sys.exit(f"gpu-bench: {no_device()}; --dry runs without one, and measures nothing")
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = device_or_exit("gpu-bench")
     try:
         rows = Rows(chosen.out, gpu_facts(), chosen.commit)
     except ValueError as error:
@@ -75,10 +86,10 @@ def main(argv: list[str] | None = None) -> None:
     say("  ".join(f"{name}: {value}" for name, value in rows.machine.items()))
     if lacking.STOOD_IN:
         say(f"not installed here, and not needed: {', '.join(lacking.STOOD_IN)}")
-    session = Session(device, rows, time.perf_counter() + chosen.limit)
+    session = Session(device, rows, time.perf_counter() + chosen.limit, chosen.preset, chosen.batch)
     before, stopped, failed = len(rows.rows), False, 0
     try:
-        with limited(chosen.limit + GRACE):
+        with limited(chosen.limit + min(25.0, GRACE * chosen.limit)):
             for name in suites:
                 failed += run_suite(session, SUITES[name])
     except (OutOfTime, KeyboardInterrupt):

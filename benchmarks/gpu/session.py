@@ -3,19 +3,30 @@
 import os
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from harness import Comparison, interleave
+from harness import Comparison, interleave, peak_bytes
 from rows import Row, Rows, dtype_name, say
 from torch import Tensor
 
 Call = Callable[[], object]
 MOST_CALLS = 10_000  # in one turn
+
+
+@dataclass(frozen=True)
+class Measured(Comparison):
+    """peaks: the most bytes that PyTorch's allocator had out during one call, above what it had before."""
+
+    peaks: Mapping[str, int]
+
+    def row(self, name: str) -> dict[str, object]:
+        return {**super().row(name), "peak_bytes": self.peaks[name]}
 
 
 class OutOfTime(BaseException):
@@ -49,25 +60,33 @@ class Task:
 
 @dataclass(frozen=True)
 class Session:
-    """rows: where results go, or None for a dry run on the CPU: every line runs, and nothing is claimed of a second.
-    deadline: on the clock of time.perf_counter; no comparison starts after it."""
+    """rows: where results go (None: nowhere). deadline: on the clock of time.perf_counter; no comparison starts after
+    it. presets, batches: those to measure of whatever a suite has (none: all)."""
 
     device: torch.device
     rows: Rows | None = None
     deadline: float = float("inf")
+    presets: Sequence[str] = ()
+    batches: Sequence[int] = ()
     pool: Any = field(default=None, init=False)
     keeper: Any = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if self.rows is not None and self.device.type != "cuda":
-            raise ValueError(f"rows are measured on a CUDA device, got {self.device}; a dry run takes rows=None")
+            raise ValueError(f"rows are measured on a CUDA device, got {self.device}; a dry run has none")
         if self.device.type == "cuda":
             object.__setattr__(self, "pool", torch.cuda.graph_pool_handle())
             object.__setattr__(self, "keeper", kept_alive(self.pool))
 
     @property
     def dry(self) -> bool:
-        return self.rows is None
+        """Without a GPU: every line runs, at tiny sizes, and nothing is claimed of a second."""
+        return self.device.type != "cuda"
+
+    @staticmethod
+    def chosen(everything: Sequence[Any], wanted: Sequence[Any]) -> list[Any]:
+        """Those of a suite's own that are wanted; nothing wanted: all."""
+        return [one for one in everything if not wanted or one in wanted]
 
     def missing(self, suite: str, kind: str, parameters: Mapping[str, object]) -> bool:
         """Whether this commit has yet to make these rows on this GPU. Raises OutOfTime where there is no time to."""
@@ -86,11 +105,20 @@ class Session:
         say(f"{suite}: {', '.join(f'{name} {value}' for name, value in parameters.items())}")
         return True
 
-    def compare(self, calls: Mapping[str, Call], repeats: int = 9, turn: float = 0.02, **options: Any) -> Comparison:
+    def compare(self, calls: Mapping[str, Call], repeats: int = 9, turn: float = 0.02, **options: Any) -> Measured:
         """Each call in turns; a turn is one stretch of wall time over many calls that were enqueued without waiting."""
+        peaks = {name: self.peak(call) for name, call in calls.items()}
         if self.dry:
-            return interleave(calls, 1, 0, timer=DeviceTimer(self.device, 0.0))
-        return interleave(calls, repeats, timer=DeviceTimer(self.device, turn), **options)
+            measured = interleave(calls, 1, 0, timer=DeviceTimer(self.device, 0.0))
+        else:
+            measured = interleave(calls, repeats, timer=DeviceTimer(self.device, turn), **options)
+        return Measured(measured.times, measured.again, peaks)
+
+    def peak(self, call: Call) -> int:
+        """Bytes, see `Measured`; of a graph those that its call took when it was captured. 0 on a CPU."""
+        if isinstance(call, Captured):
+            return call.peak
+        return 0 if self.device.type != "cuda" else peak_bytes(call, self.device)
 
     def write(
         self,
@@ -109,6 +137,10 @@ class Session:
             given = {"dtype": dtype_name(dtype), "gpu_state": clocks, "last": position == len(results)}
             self.rows.write(suite, kind, variant, parameters, **given, **measured.row(variant), **own)
 
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def captured(self, call: Call, shared: bool = False) -> Call:
         """The call's kernels as one CUDA graph, so that replaying them costs the host one launch.
 
@@ -120,20 +152,13 @@ class Session:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), torch.inference_mode():
-            for _ in range(2):  # compile and allocate what is made once
-                call()
+            call()  # compiles and allocates what is made once
+            peak = peak_bytes(call, self.device)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode(), torch.cuda.graph(graph, pool=self.pool if shared else None):
+        with torch.inference_mode(), torch.cuda.graph(graph, pool=self.pool if shared else None, stream=stream):
             result = call()
-
-        kept = None if shared else result
-
-        def replay() -> object:
-            graph.replay()
-            return kept
-
-        return replay
+        return Captured(graph, None if shared else result, peak)
 
     def compile(self, function: Callable[..., Any], dynamic: bool, mode: str = "default") -> Callable[..., Any]:
         """torch.compile; in a dry run the function itself."""
@@ -141,6 +166,19 @@ class Session:
 
     def normal(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.randn(shape, device=self.device, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A call as one CUDA graph. result: what it returned, in the graph's memory; peak: bytes, see `Measured`."""
+
+    graph: Any
+    result: object
+    peak: int
+
+    def __call__(self) -> object:
+        self.graph.replay()
+        return self.result
 
 
 def kept_alive(pool: Any) -> torch.cuda.CUDAGraph:
@@ -182,9 +220,22 @@ def check_close(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
 
 
 def no_device() -> str:
-    """Why there is no GPU to use: the machine has none, or PyTorch is a build that would not see it."""
-    build = "is built without CUDA" if torch.version.cuda is None else f"is built for CUDA {torch.version.cuda}"
-    return f"PyTorch finds no CUDA device here (torch {torch.__version__} {build})"
+    """Why there is no GPU to use: the machine has none, its driver is too old, or PyTorch would not see it."""
+    if torch.version.cuda is None:
+        return f"PyTorch finds no CUDA device here (torch {torch.__version__} is built without CUDA)"
+    try:
+        torch.cuda.init()
+        why = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}"
+    except (RuntimeError, AssertionError) as error:  # which says whether there is no driver, or an old one
+        why = str(error).strip().splitlines()[0]
+    return f"PyTorch finds no CUDA device here ({why})"
+
+
+def device_or_exit(command: str) -> torch.device:
+    """The current CUDA device; without one the command ends with a line that says so."""
+    if not torch.cuda.is_available():
+        sys.exit(f"{command}: {no_device()}")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def gpu_facts() -> Row:

@@ -1,9 +1,11 @@
 """Every kernel once, at sizes that fill no tile, against its reference: small enough to run under compute-sanitizer.
 
-python3 -m gpu.small       on the CUDA device, where the extension may be built or not
+python3 -m gpu.small           on the CUDA device, where the extension may be built or not
+python3 -m gpu.small --dry     on the CPU, kernels interpreted
 """
 
-import sys
+import argparse
+import os
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from adadiff_kernels import (
     solver_step,
     swap_rows,
 )
+from gpu.session import device_or_exit
 
 
 def run(device: torch.device) -> list[str]:
@@ -129,7 +132,16 @@ def leave(device: torch.device) -> None:
             agree(f"DeviceSet, {name} after layer {layer}", one, other, 0)
 
 
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry", action="store_true", help="without a GPU")
+    if parser.parse_args(argv).dry:
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated, which is later
+        device = torch.device("cpu")
+    else:
+        device = device_or_exit("gpu.small")
+    print("ran:", ", ".join(run(device)))
+
+
 if __name__ == "__main__":
-    if not torch.cuda.is_available():
-        sys.exit("gpu.small: PyTorch finds no CUDA device here")
-    print("ran:", ", ".join(run(torch.device("cuda", torch.cuda.current_device()))))
+    main()

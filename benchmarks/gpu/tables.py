@@ -38,6 +38,29 @@ def ceilings(rows: Sequence[Row]) -> list[Table]:
     return [Table(device(found), ("at best", "rate"), body, note + warning(found))] if found else []
 
 
+def mebibytes(row: Row) -> str:
+    return number(row["peak_bytes"] / 2**20, 0) if "peak_bytes" in row else ""
+
+
+def attention(rows: Sequence[Row]) -> list[Table]:
+    found = select(rows, "gpu-attention", "attention")
+    body = [
+        (
+            f"{row['parameters']['shape']}, {row['variant']}",
+            str(row["parameters"]["rows"]),
+            number(row["seconds"]["median"] * 1e6, 1) + mark(row),
+            number(row["tflops"], 0),
+            number(row["host_seconds"] * 1e6, 1),
+            number(row["first_seconds"] * 1e3, 1),
+            mebibytes(row),
+        )
+        for row in found
+    ]
+    header = ("attention", "rows", "µs", "TFLOP/s", "host, µs", "first call, ms", "MiB")
+    note = "First call: at this number of rows, from the host asking to the device being done. "
+    return [Table(device(found), header, body, note + warning(found))] if found else []
+
+
 def passes(rows: Sequence[Row]) -> list[Table]:
     found = select(rows, "gpu-passes", "pass")
     groups: dict[tuple[object, ...], dict[str, Row]] = {}
@@ -47,6 +70,7 @@ def passes(rows: Sequence[Row]) -> list[Table]:
     for (shape, of, batch, outputs), ways in groups.items():
         fused = ways["fused"]
         added = fused["over_no_score"] - 1
+        tiles = {name.rpartition(" ")[2]: row for name, row in ways.items() if name.startswith("fused, tiles of")}
         body.append(
             (
                 f"{shape}, P = {outputs}, {of}",
@@ -54,17 +78,18 @@ def passes(rows: Sequence[Row]) -> list[Table]:
                 number(fused["gb_per_second"], 0) + mark(fused),
                 number(fused["share_of_copy"], 0, percent=True) + missed(batch >= 64 and fused["share_of_copy"] < 0.88),
                 f"{added:+.1%}" + missed(batch >= 64 and added > wanted_of_the_uem(outputs)),
+                " / ".join(f"{number(row['share_of_copy'], 0, percent=True)} at {tile}" for tile, row in tiles.items()),
                 *(
                     number(ways[name]["share_of_copy"], 0, percent=True) if name in ways else ""
                     for name in ("eager", "compiled")
                 ),
             )
         )
-    header = ("residual_uem", "batch", "GB/s", "of a copy", "the UEM adds", "eager", "compiled")
+    header = ("residual_uem", "batch", "GB/s", "of a copy", "the UEM adds", "in tiles of", "eager", "compiled")
     note = (
         "Bytes: x and branch read, sum and normalised rows written. Of a copy: a copy of 1 GiB in the same rounds; "
-        "PyTorch's bytes are counted as if it had fused them too. Wanted from batch 64 on: 88 % of a copy; of the UEM "
-        "3 % up to P = 16 and 10 % up to 64; * where it is missed. "
+        "PyTorch's bytes are counted as if it had fused them too. In tiles of so many tokens: a map's share of a copy. "
+        "Wanted from batch 64 on: 88 % of a copy; of the UEM 3 % at one output, 10 % of a map; * where it is missed. "
     )
     return [Table(device(found), header, body, note + warning(found))] if found else []
 
@@ -75,52 +100,57 @@ def missed(does: bool) -> str:
 
 def wanted_of_the_uem(outputs: int) -> float:
     """What it may add to the pass at most."""
-    return 0.03 if outputs <= 16 else 0.10
+    return 0.03 if outputs == 1 else 0.10
 
 
 def decision(rows: Sequence[Row]) -> list[Table]:
-    def microseconds(row: Row) -> str:
-        return f"{row['seconds']['median'] * 1e6:.1f}"
-
     tables = []
-    for kind, title in (("decision", "one decision, µs"), ("layer", "one block, µs"), ("if", "4 segments, µs")):
-        if found := select(rows, "gpu-decision", kind):
-            columns, body = grid(
-                found,
-                lambda row: ", ".join(filter(None, (row["parameters"].get("preset"), row["variant"]))),
-                lambda row: row["parameters"].get("batch", 1),
-                microseconds,
-            )
-            header = (title, *(f"batch {one}" for one in columns)) if kind != "if" else (title, "")
-            tables.append(Table(device(found), header, body, warning(found)))
+    if found := select(rows, "gpu-decision", "decision"):
+        columns, body = grid(
+            found,
+            lambda row: row["variant"],
+            lambda row: (row["parameters"]["batch"], row["parameters"]["leaving"]),
+            lambda row: f"{row['seconds']['median'] * 1e6:.1f}",
+        )
+        header = ("rows leave, µs", *columns)
+        tables.append(Table(device(found), header, body, "Batch, and who leaves. " + warning(found)))
+    if found := select(rows, "gpu-decision", "tail launch"):
+        one, many = (row["seconds"]["median"] for row in found)
+        each = (many - one) / (found[0]["launches"] - 1)
+        body = [("one launch, µs", f"{each * 1e6:.2f}" + mark(found[0])), *found[0]["accepts"].items()]
+        header = ("graphs that the device launches", "")
+        tables.append(Table(device(found), header, body, "Whether a graph of it can be launched so. " + warning(found)))
     return tables
 
 
-def gemm(rows: Sequence[Row]) -> list[Table]:
-    found = select(rows, "gpu-gemm", "product")
+def serving(rows: Sequence[Row]) -> list[Table]:
+    found = select(rows, "gpu-serving", "throughput")
+    body = [
+        (
+            row["variant"],
+            number(row["images_per_second"], 1) + mark(row),
+            f"{row['seconds']['median'] * 1e3:.2f}",
+            number(row["speedup"], 2),
+            mebibytes(row),
+        )
+        for row in found
+    ]
     if not found:
         return []
-    columns, body = grid(
-        found,
-        lambda row: f"{row['parameters']['product']}, {row['variant']}",
-        lambda row: row["parameters"]["samples"],
-        lambda row: number(row["tflops"], 0),
+    given = found[0]["parameters"]
+    title = f"{given['preset']}, capacity {given['capacity']}, {device(found)}"
+    note = (
+        "Saturated, mixed timesteps; the first half of each sample's steps leaves after block 2, the second runs all. "
+        "Speed-up: over the fastest continuous batching of the plain network. "
     )
-    same = {
-        f"{row['parameters']['product']}, {row['variant']}": row["same_bits_at_all"] and row["same_bits_last"]
-        for row in found
-    }
-    body = [[*line, "yes" if same[line[0]] else "no"] for line in body]
-    header = ("TFLOP/s at n x 257 rows, n =", *columns, "same bits")
-    note = "Same bits: a sample's rows do not depend on how many others share the product, nor on where it lies. "
-    return [Table(device(found), header, body, note + warning(found))]
+    return [Table(title, ("serving", "images/s", "ms a tick", "speed-up", "MiB"), body, note + warning(found))]
 
 
 def network(rows: Sequence[Row]) -> list[Table]:
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in select(rows, "gpu-network", "baseline") + select(rows, "gpu-network", "pattern"):
         groups.setdefault((row["parameters"]["preset"], row["parameters"]["batch"]), []).append(row)
-    header = ("replayed exits", "ms", "TFLOP/s", "blocks", "speed-up", "of attainable", "of FLOP ideal")
+    header = ("replayed exits", "ms", "TFLOP/s", "blocks", "speed-up", "of attainable", "of FLOP ideal", "MiB")
     note = (
         "Speed-up: over the fastest plain one. Of attainable: a graph of the plain network's fastest pieces on exactly "
         "the rows that still ran, over the measured time. "
@@ -136,6 +166,7 @@ def network(rows: Sequence[Row]) -> list[Table]:
                 number(row["speedup"], 2),
                 number(row.get("share_of_attainable"), 3),
                 number(row.get("share_of_flop_ideal"), 3),
+                mebibytes(row),
             )
             for row in group
         ]
@@ -167,7 +198,7 @@ def network_side_by_side(rows: Sequence[Row]) -> list[Table]:
                 else ["", "", ""]
             )
         body.append(cells)
-    note = "Speed-up: over the fastest of the plain network eager, compiled, and compiled in one CUDA graph. "
+    note = "Speed-up: over the fastest of the plain network eager, compiled, and either in one CUDA graph. "
     return [Table(device(found), header, body, note + warning(found))] if body else []
 
 
@@ -175,7 +206,7 @@ def strategy(row: Row) -> str:
     return row["variant"].rpartition(", ")[2]
 
 
-ALL = (ceilings, passes, decision, gemm, network)
+ALL = (ceilings, attention, passes, network, serving, decision)
 
 
 def all_tables(rows: Iterable[Row]) -> list[Table]:

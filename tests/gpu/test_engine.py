@@ -53,7 +53,7 @@ def predictions(dtype: torch.dtype, exact: bool = False) -> Tensor:
     rows, cond = own.backbone.begin(*given)
     outputs: list[Tensor] = []
     for block in own.backbone.blocks:
-        rows = block(rows) if block.skip_from is None else block(rows, outputs[block.skip_from])
+        rows = block(rows, cond, None if block.skip_from is None else outputs[block.skip_from])
         outputs.append(rows)
     heads = [own.exits.head(own.backbone, layer) for layer in range(1, LAYERS + 1)]
     return torch.stack([head(h[:, 1:], cond, None) for head, h in zip(heads, outputs, strict=True)])

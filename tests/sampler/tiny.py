@@ -122,7 +122,7 @@ def _layers(backbone: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> list[
     skips = outputs.copy()
     outputs.append(rows := backbone.mid_block(rows))
     for block in backbone.out_blocks:
-        outputs.append(rows := block(rows, skips.pop()))
+        outputs.append(rows := block(rows, skip=skips.pop()))
     return outputs
 
 

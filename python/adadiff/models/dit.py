@@ -132,7 +132,7 @@ class Block(nn.Module):
     def join(self, x: Tensor, skip: Tensor, lanes: Tensor | None = None, index: Tensor | None = None) -> Tensor:
         raise NotImplementedError("DiT has no long skips")
 
-    def forward(self, x: Tensor, cond: DiTConditioning) -> Tensor:
+    def forward(self, x: Tensor, cond: DiTConditioning, skip: None = None) -> Tensor:
         """x: [B, T, D], rows in the order of the lanes."""
         for branch in self.branches:
             norm = branch.norm(cond)

@@ -38,6 +38,9 @@ class Block(Protocol):
     branches: Sequence[Branch]
     skip_from: int | None  # index of the block whose output joins this one's input
 
+    def __call__(self, x: Tensor, cond: Any, skip: Tensor | None = None) -> Tensor:
+        """The plain block: x, skip [B, T, D], rows in the order of the lanes -> [B, T, D]."""
+
     def join(self, x: Tensor, skip: Tensor, lanes: Tensor | None = None, index: Tensor | None = None) -> Tensor:
         """x, skip: [n, T, D] -> [n, T, D]. Only called where `skip_from` is set.
 

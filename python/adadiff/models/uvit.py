@@ -115,7 +115,7 @@ class Block(nn.Module):
         joined = torch.cat([x, skip], dim=-1) if index is None else join_skip(x, skip, lanes, index)
         return self.skip_linear(joined)
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, cond: object = None, skip: Tensor | None = None) -> Tensor:
         if self.skip_linear is not None:
             x = self.join(x, skip)
         x = x + self.attn(self.norm1(x))
@@ -230,7 +230,7 @@ class UViT(nn.Module):
             skips.append(x)
         x = self.mid_block(x)
         for block in self.out_blocks:
-            x = block(x, skips.pop())
+            x = block(x, skip=skips.pop())
         return self.head(x[:, self.extras :])
 
     def fixed_macs(self) -> tuple[int, int]:

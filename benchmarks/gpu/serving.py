@@ -1,0 +1,64 @@
+"""Serving with mixed timesteps: ticks of saturated servers of U-ViT-L/2, random weights, bfloat16.
+
+The noisy half of each sample's steps leaves after block 2, the other half runs every block, and samples stand at evenly
+spread steps. Ours, by each way of knowing the count of rows, against continuous batching of the plain network, eager
+and compiled.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import policies
+import torch
+from network import run_block
+from policies import DepthTable, Plain, Saturated, plain_network
+from torch import Tensor
+
+import adadiff
+from gpu.network import plain, random_model
+from gpu.session import Session, Task
+
+SUITE = "gpu-serving"
+BRAIN = torch.bfloat16
+STEPS, TICKS = 50, 20
+PRESET, CAPACITY = "imagenet256_uvit_large", 64
+STRATEGIES = ("sync", "lagged")
+
+
+def tasks(session: Session) -> Iterator[Task]:
+    given = {"preset": PRESET, "capacity": 4 if session.dry else CAPACITY}
+    yield Task("throughput", given, partial(measure, session, given))
+
+
+def measure(session: Session, parameters: dict[str, object]) -> None:
+    B = parameters["capacity"]
+    model = random_model(session, parameters["preset"])
+    block = session.compile(run_block, dynamic=False)
+
+    def compiled(*inputs: Tensor) -> Tensor:
+        return plain(model.backbone, block, inputs)
+
+    shape, label = model.backbone.sample_shape, {"label": 1} if model.config.network.num_classes else {}
+    rule = DepthTable(policies.two_phase(model.layers))
+    plains = {policies.PLAIN: None, f"{policies.PLAIN}, compiled": compiled}
+    calls = {
+        name: Saturated(Plain(model, B, plain_network(B, network)), shape, B, STEPS, **label)
+        for name, network in plains.items()
+    }
+    for counts in STRATEGIES:
+        engine = adadiff.Engine(model, B, start=False, counts=counts)
+        calls[f"{policies.OURS}, {counts}"] = Saturated(engine, shape, B, STEPS, rule=rule, **label)
+    with torch.inference_mode():
+        for call in calls.values():  # compiles
+            call()
+    measured = session.compare(calls, repeats=TICKS, turn=0.0)
+    fastest = min(plains, key=measured.median)
+    results = {
+        name: {
+            "images_per_second": B / measured.median(name) / STEPS,
+            "speedup": measured.ratio(fastest, name).median,
+            "fastest_plain": fastest,
+        }
+        for name in calls
+    }
+    session.write(SUITE, "throughput", parameters, measured, results, BRAIN)
