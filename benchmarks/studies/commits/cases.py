@@ -1,0 +1,63 @@
+"""What is drawn by two commits, said in no commit's words: each commit has a dialect that spells it."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+N = 64
+STEPS = (5, 6, 8)  # of samples in turn, so that they part ways
+BATCH = 24  # fewer than N: places are used again
+PLACEMENTS = ("sample", "batch-invariant", "device, sync", "device, lagged", "engine")
+SOLVERS = ("ddim", "ddim:0.5", "ddpm", "dpm++2m", "dpm-fast", "dpm++fast")
+POLICIES = (
+    ("full", {}),
+    ("threshold", {"theta": 0.135, "first": 3}),
+    ("patience", {"theta": 0.12, "first": 1}),
+    ("batch-mean", {"theta": 0.12, "first": 1}),
+    ("depth", {"depth": 7.3}),
+    ("budget", {"share": 0.55}),
+    ("table", {"share": 0.55}),
+)
+# The scale as diffusers counts it, 1 is none; less 1 it is exact. By sample in turn.
+GUIDANCE = (
+    {"scales": (1.0,)},
+    {"scales": (2.5,)},
+    {"scales": (1.0, 2.5, 4.0), "tied": True},
+    {"scales": (2.5,), "interval": (150.0, 800.0)},
+)
+EVERY = 5  # of the cases, for every placement but the first
+
+
+@dataclass(frozen=True)
+class Case:
+    """policy: name and numbers of one of POLICIES. model: "canvases" where it takes a calibration, else "digits"."""
+
+    placement: str
+    solver: str
+    policy: str
+    numbers: dict = field(hash=False)
+    scales: tuple[float, ...]
+    tied: bool = False
+    interval: tuple[float, float] | None = None
+
+    @property
+    def model(self) -> str:
+        return "canvases" if "share" in self.numbers else "digits"
+
+    @property
+    def name(self) -> str:
+        guidance = "/".join(map(str, self.scales)) + (" tied" if self.tied else "")
+        guidance += f" in {self.interval}" if self.interval else ""
+        return f"{self.placement}; {self.solver}; {self.policy}; guidance {guidance}"
+
+    def by_sample(self, values: tuple) -> list:
+        return [values[i % len(values)] for i in range(N)]
+
+
+def cases() -> Iterator[Case]:
+    for number, (solver, (policy, numbers), guidance) in enumerate(itertools.product(SOLVERS, POLICIES, GUIDANCE)):
+        for k, placement in enumerate(PLACEMENTS):
+            looks_at_the_batch = policy == "batch-mean"
+            if k and (number % EVERY != k % EVERY or (looks_at_the_batch and placement in PLACEMENTS[3:])):
+                continue  # nothing is the same in another batch, or refused
+            yield Case(placement, solver, policy, numbers, **guidance)
