@@ -30,7 +30,7 @@ lint: install ## check style and format
 
 resources: install ## write what the GPU kernels take: registers, memory, loads (needs nvcc 13.0, no GPU)
 	$(BIN)/python -m pip install --quiet triton==3.9.0
-	$(BIN)/python benchmarks/resources.py
+	$(BIN)/python -m benchmarks.gpu.resources
 
 sanitize: install ## test the C++ core under AddressSanitizer and UndefinedBehaviourSanitizer
 	$(BIN)/python -m pip install --quiet 'cmake>=3.24' 'ninja>=1.11'
@@ -44,7 +44,7 @@ gpu-python:
 	@$(PYTHON) -c 'import torch' 2>/dev/null || { echo "$(PYTHON) has no PyTorch; name one that has it: PYTHON=..."; exit 1; }
 
 gpu-verdict: gpu-python ## tests, measurements and traces on this machine's GPU, in 10 minutes; ARGS="--only tests,passes"
-	@PYTHONPATH=.:python:benchmarks $(PYTHON) -m gpu.verdict $(ARGS)
+	@PYTHONPATH=python $(PYTHON) -m benchmarks.gpu.verdict $(ARGS)
 
 gpu-bench: gpu-python ## measure more on it: SUITE=ceilings|attention|passes|network|serving|decision|all
-	@PYTHONPATH=.:python:benchmarks $(PYTHON) -m gpu.run --suite $(or $(SUITE),all) $(ARGS)
+	@PYTHONPATH=python $(PYTHON) -m benchmarks.gpu.run --suite $(or $(SUITE),all) $(ARGS)

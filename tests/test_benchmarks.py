@@ -16,22 +16,13 @@ from adadiff.config import ModelConfig
 from adadiff.evaluation.quality import evaluate_samples, frechet_ratio
 from adadiff.exits import PAPER
 from adadiff.models.uvit import UViTConfig
+from benchmarks import __main__ as run
+from benchmarks import harness, rows
+from benchmarks.baselines import attainable
+from benchmarks.report import plots, readme, tables
+from benchmarks.suites import digits, drawing, network, quality
 
-# ruff: noqa: E402  (scripts, which import each other by bare names)
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import attainable
-import digits
-import drawing
-import harness
-import network
-import plots
-import quality
-import readme
-import rows
-import run
-import tables
 
 
 class Clock:
@@ -185,7 +176,7 @@ def test_comparisons_that_are_none(arguments: tuple) -> None:
 )
 def test_best_micro_batch(batch: int, cost: Callable[[int], float], best: int, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr("harness.time.perf_counter", clock)
+    monkeypatch.setattr("benchmarks.harness.time.perf_counter", clock)
 
     def call(size: int) -> None:
         assert 1 <= size <= batch
@@ -322,7 +313,7 @@ def test_patterns_are_the_stated_ones() -> None:
 
 
 def test_a_network_comparison_writes_what_the_engine_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("network.adadiff.build", lambda name, exits: tiny(classes=0))
+    monkeypatch.setattr("benchmarks.suites.network.adadiff.build", lambda name, exits: tiny(classes=0))
     file = rows.Rows(tmp_path)
     network.run(file, [network.Setting(6, torch.float32, threads=1, repeats=1)])
     written = {row["variant"]: row for row in file.rows if row["kind"] == "pattern"}
@@ -497,4 +488,4 @@ def test_the_readme_tables_replace_what_lies_between_the_marks() -> None:
 @pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: str(page.relative_to(rows.ROOT)))
 def test_the_pages_show_the_committed_rows(page: Path) -> None:
     text = page.read_text()
-    assert readme.replace(text, readme.render(readme.PAGES[page])) == text, "run python benchmarks/readme.py"
+    assert readme.replace(text, readme.render(readme.PAGES[page])) == text, "run python -m benchmarks.report.readme"

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,20 +21,12 @@ from adadiff.models.uvit import UViTConfig
 from adadiff.rules import Replay
 from adadiff.sampling.batch import Batch
 from adadiff.sampling.samples import Samples
+from benchmarks import __main__ as run
+from benchmarks import rows
+from benchmarks.baselines import alternatives
+from benchmarks.report import front_plots, fronts, plots, tables
+from benchmarks.suites import drawing, equal_seconds, judging
 from sampler.tiny import scramble
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import alternatives
-import drawing
-import equal_seconds
-import front_plots
-import fronts
-import judging
-import plots
-import rows
-import run
-import tables
 
 SWEEP = dataclasses.replace(
     alternatives.QUICK, steps=(3,), aims=("faithful",), calibrated_on=8, first=(1,), reference_steps=5, limit=1.0

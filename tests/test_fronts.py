@@ -1,7 +1,6 @@
 """Fronts of the comparison at equal seconds, by hand and by brute force."""
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adadiff.evaluation.intervals import Interval
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import fronts
-import recipes
+from benchmarks.report import fronts
+from benchmarks.studies import recipes
 
 
 def point(method: str, seconds: float, frechet: float, setting: str | None = None, **more: object) -> fronts.Point:

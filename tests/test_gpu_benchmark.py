@@ -3,27 +3,21 @@
 import gzip
 import json
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-# ruff: noqa: E402  (scripts, which import each other by bare names)
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import gpu.run
-import gpu.session
-import gpu.tables
-import gpu.tail_launch
-import gpu.traces
-import harness
-import rows
-import tables
-from gpu.session import Session, Task
-
+from benchmarks import harness, rows
+from benchmarks.gpu import run as gpu_run
+from benchmarks.gpu import session as gpu_session
+from benchmarks.gpu import small as gpu_small
+from benchmarks.gpu import tables as gpu_tables
+from benchmarks.gpu import tail_launch as gpu_tail_launch
+from benchmarks.gpu import traces as gpu_traces
+from benchmarks.gpu.session import Session, Task
+from benchmarks.report import tables
 from pretend import DEVICE, PretendDevice
 
 CPU = torch.device("cpu")
@@ -41,14 +35,14 @@ class Kept(Session):
 
 @pytest.fixture
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kept:
-    monkeypatch.setattr(gpu.session, "gpu_state", dict)
+    monkeypatch.setattr(gpu_session, "gpu_state", dict)
     return Kept(CPU, rows.Rows(tmp_path, GPU, "a commit"))
 
 
 def run_suite(kept: Kept, name: str) -> list[rows.Row]:
     if name == "passes":
         pytest.importorskip("triton")
-    gpu.run.run_suite(kept, gpu.run.SUITES[name])
+    gpu_run.run_suite(kept, gpu_run.SUITES[name])
     written = rows.read(kept.rows.path)
     assert written
     assert all(row["suite"] == f"gpu-{name}" and row["machine"]["gpu"] == "a GPU" for row in written)
@@ -57,7 +51,7 @@ def run_suite(kept: Kept, name: str) -> list[rows.Row]:
 
 
 def shown(written: list[rows.Row]) -> list[tables.Table]:
-    found = gpu.tables.all_tables(written)
+    found = gpu_tables.all_tables(written)
     for table in found:
         assert all(len(line) == len(table.header) for line in table.body)
         assert all(isinstance(cell, str) for line in table.body for cell in line)
@@ -120,21 +114,21 @@ def test_what_misses_its_number_is_marked(batch, outputs, share, added, of_copy,
         "share_of_copy": share,
         "over_no_score": 1 + added,
     }
-    (table,) = gpu.tables.passes([row])
+    (table,) = gpu_tables.passes([row])
     assert table.body[0][3:5] == (of_copy, adds)
 
 
 def test_a_pass_that_is_wrong_is_not_measured(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    right = gpu.run.passes.residual_uem
+    right = gpu_run.passes.residual_uem
 
     def wrong(*given: object, **named: object) -> tuple[torch.Tensor | None, ...]:
         y, h, u = right(*given, **named)
         return y, h, None if u is None else u + 0.1
 
-    monkeypatch.setattr(gpu.run.passes, "residual_uem", wrong)
+    monkeypatch.setattr(gpu_run.passes, "residual_uem", wrong)
     with pytest.raises(RuntimeError, match=r"u of fused .* is off by"):
-        gpu.run.run_suite(kept, gpu.run.passes)
+        gpu_run.run_suite(kept, gpu_run.passes)
     assert not kept.rows.rows
 
 
@@ -163,7 +157,7 @@ def test_a_decision_that_counts_wrong_is_not_measured(kept: Kept, monkeypatch: p
 
     monkeypatch.setattr(DeviceSet, "wait", lambda self, layer: 1)
     with pytest.raises(RuntimeError, match="known to the host counts 1 rows, 3 stay; not measured"):
-        gpu.run.run_suite(kept, gpu.run.SUITES["decision"])
+        gpu_run.run_suite(kept, gpu_run.SUITES["decision"])
 
 
 def test_tail_launches_are_shown() -> None:
@@ -178,7 +172,7 @@ def test_tail_launches_are_shown() -> None:
         "accepts": {"product": "yes", "GELU": "cudaErrorNotSupported"},
     }
     rows_ = [{**row, "variant": name, "seconds": {"median": s}} for name, s in (("1", 10e-6), ("100", 307e-6))]
-    (table,) = gpu.tables.decision(rows_)
+    (table,) = gpu_tables.decision(rows_)
     assert table.body == [("one launch, µs", "3.00"), ("product", "yes"), ("GELU", "cudaErrorNotSupported")]
 
 
@@ -195,7 +189,7 @@ def test_serving(kept: Kept) -> None:
 
 def test_a_trace_is_written_whole(tmp_path: Path) -> None:
     session = Session(CPU)
-    text = gpu.traces.trace(session, gpu.traces.evaluation(session, 2), tmp_path / "trace-2.json.gz")
+    text = gpu_traces.trace(session, gpu_traces.evaluation(session, 2), tmp_path / "trace-2.json.gz")
     assert "aten::addmm" in text
     (found,) = tmp_path.iterdir()
     with gzip.open(found) as file:
@@ -206,7 +200,7 @@ def test_network(kept: Kept) -> None:
     written = run_suite(kept, "network")
     by_name = {row["variant"]: row for row in written}
     assert [name for name in by_name if name.startswith("plain")] == list(by_name)[:4]
-    for strategy in gpu.run.network.STRATEGIES:
+    for strategy in gpu_run.network.STRATEGIES:
         blocks = {"nobody": 65, "same": 35, "spread": 3 + 6 + 8 + 10 + 13, "two-phase": 3 * 2 + 2 * 13}
         for pattern, number in blocks.items():
             row = by_name[f"{pattern}, {strategy}"]
@@ -216,13 +210,13 @@ def test_network(kept: Kept) -> None:
             ideal = row["macs_full"] / row["macs"]
             assert row["share_of_flop_ideal"] == pytest.approx(row["speedup"] / ideal)
     assert shown(written)
-    page = gpu.tables.network_side_by_side([{**row, "parameters": {"preset": "p", "batch": 8}} for row in written])
+    page = gpu_tables.network_side_by_side([{**row, "parameters": {"preset": "p", "batch": 8}} for row in written])
     assert [line[0] for line in page[0].body] == ["p, nobody", "p, same", "p, spread", "p, two-phase"]
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    gpu.run.main(["--suite", "ceilings", "--dry", "--out", str(tmp_path / "out")])
+    gpu_run.main(["--suite", "ceilings", "--dry", "--out", str(tmp_path / "out")])
     assert not list(tmp_path.iterdir())
 
 
@@ -239,7 +233,7 @@ def test_suites_mix_no_devices(suite: str, kept: Kept, monkeypatch: pytest.Monke
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # its tensors cannot change in place
     try:
         with PretendDevice():
-            gpu.run.run_suite(Kept(DEVICE, kept.rows), gpu.run.SUITES[suite])
+            gpu_run.run_suite(Kept(DEVICE, kept.rows), gpu_run.SUITES[suite])
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(False)
     assert {row["suite"] for row in rows.read(kept.rows.path)} == {f"gpu-{suite}"}
@@ -248,24 +242,24 @@ def test_suites_mix_no_devices(suite: str, kept: Kept, monkeypatch: pytest.Monke
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_device_one_line_says_so() -> None:
     with pytest.raises(SystemExit, match=r"^gpu-bench: PyTorch finds no CUDA device here[^\n]*$"):
-        gpu.run.main([])
+        gpu_run.main([])
 
 
 def test_why_there_is_no_device_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     words = f"torch {torch.__version__} is built without CUDA"
-    assert gpu.session.no_device() == f"PyTorch finds no CUDA device here ({words})"
+    assert gpu_session.no_device() == f"PyTorch finds no CUDA device here ({words})"
     monkeypatch.setattr(torch.version, "cuda", "13.0")
 
     def init() -> None:
         raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update.")
 
     monkeypatch.setattr(torch.cuda, "init", init)
-    assert gpu.session.no_device() == (
+    assert gpu_session.no_device() == (
         "PyTorch finds no CUDA device here (The NVIDIA driver on your system is too old (found version 11040).)"
     )
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
-    assert gpu.session.no_device().endswith(f"(torch {torch.__version__} is built for CUDA 13.0)")
+    assert gpu_session.no_device().endswith(f"(torch {torch.__version__} is built for CUDA 13.0)")
 
 
 def test_what_needs_more_memory_than_there_is_costs_the_others_nothing(tmp_path: Path, capsys) -> None:
@@ -278,24 +272,23 @@ def test_what_needs_more_memory_than_there_is_costs_the_others_nothing(tmp_path:
 
     tasks = [Task("copy", {"n": n}, lambda n=n: measure(n)) for n in (1, 2, 1)]
     suite = SimpleNamespace(SUITE="gpu-ceilings", tasks=lambda session: tasks)
-    assert gpu.run.run_suite(Session(CPU), suite) == 1
+    assert gpu_run.run_suite(Session(CPU), suite) == 1
     assert ran == [1, 1]
     assert "needs more memory than there is: CUDA out of memory. Tried to allocate 96 GiB\n" in capsys.readouterr().out
 
 
 def test_the_small_run_agrees_with_its_references() -> None:
     pytest.importorskip("triton")
-    import gpu.small
 
-    assert len(gpu.small.run(CPU)) == 6
+    assert len(gpu_small.run(CPU)) == 6
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 def test_graphs_that_launch_themselves_compile(tmp_path: Path) -> None:
-    assert gpu.tail_launch.compile_library(tmp_path, "sm_90").stat().st_size > 0
+    assert gpu_tail_launch.compile_library(tmp_path, "sm_90").stat().st_size > 0
 
 
 def test_why_there_are_no_tail_launches_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu.tail_launch.shutil, "which", lambda name: None)
+    monkeypatch.setattr(gpu_tail_launch.shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match="there is no nvcc"):
-        gpu.tail_launch.compile_library(tmp_path)
+        gpu_tail_launch.compile_library(tmp_path)

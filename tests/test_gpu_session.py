@@ -13,16 +13,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-# ruff: noqa: E402  (scripts, which import each other by bare names)
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import gpu.run
-import gpu.session
-import rows
-from gpu.session import DeviceTimer, OutOfTime, Session, Task
-
-from gpu import lacking
+from benchmarks import rows
+from benchmarks.gpu import lacking
+from benchmarks.gpu import run as gpu_run
+from benchmarks.gpu import session as gpu_session
+from benchmarks.gpu.session import DeviceTimer, OutOfTime, Session, Task
 
 CPU = torch.device("cpu")
 GPU = {"gpu": "a GPU", "gpu_gib": 1.0}
@@ -42,7 +37,7 @@ class Measured(Kept):
 
 
 def test_rows_are_made_once_for_each_commit_and_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu.session, "gpu_state", dict)
+    monkeypatch.setattr(gpu_session, "gpu_state", dict)
     parameters = {"bytes": 4096}
 
     def missing(device: dict[str, object], commit: str, asked: dict[str, object] = parameters) -> bool:
@@ -50,7 +45,7 @@ def test_rows_are_made_once_for_each_commit_and_device(tmp_path: Path, monkeypat
 
     first = Kept(CPU, rows.Rows(tmp_path, GPU, "one"))
     assert missing(GPU, "one")
-    gpu.run.ceilings.copy(first, 4096)
+    gpu_run.ceilings.copy(first, 4096)
     assert not missing(GPU, "one")
     assert missing(GPU, "other")
     assert missing({"gpu": "another"}, "one")
@@ -73,7 +68,7 @@ def test_a_comparison_that_fails_costs_the_others_nothing(tmp_path: Path, capfd)
         return [Task("copy", {"n": n}, lambda n=n: ran.append(1 // n)) for n in (1, 0, 1)]
 
     suite = SimpleNamespace(SUITE="gpu-ceilings", tasks=tasks)
-    assert gpu.run.run_suite(Measured(CPU, rows.Rows(tmp_path, GPU, "one")), suite) == 1
+    assert gpu_run.run_suite(Measured(CPU, rows.Rows(tmp_path, GPU, "one")), suite) == 1
     assert ran == [1, 1]
     assert "ZeroDivisionError" in capfd.readouterr().err
 
@@ -108,10 +103,10 @@ def test_the_limit_stops_what_has_begun(tmp_path: Path) -> None:
     suite = SimpleNamespace(
         SUITE="gpu-ceilings", tasks=lambda session: [Task("copy", {"n": n}, measure) for n in (1, 2)]
     )
-    with pytest.raises(OutOfTime), gpu.session.limited(0.05):
-        gpu.run.run_suite(Measured(CPU, rows.Rows(tmp_path, GPU, "one")), suite)
+    with pytest.raises(OutOfTime), gpu_session.limited(0.05):
+        gpu_run.run_suite(Measured(CPU, rows.Rows(tmp_path, GPU, "one")), suite)
     assert began == [1]
-    with gpu.session.limited(0.05):
+    with gpu_session.limited(0.05):
         pass
     time.sleep(0.1)  # nothing is left over
 
@@ -137,7 +132,7 @@ def test_graphs_share_a_pool_from_comparison_to_comparison(monkeypatch: pytest.M
     pools, some = Pools(), torch.zeros(1)
     for name, value in {"CUDAGraph": Graph, "graph": pools.graph, "graph_pool_handle": lambda: 7}.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(gpu.session.torch, "zeros", lambda *_, **__: some)
+    monkeypatch.setattr(gpu_session.torch, "zeros", lambda *_, **__: some)
     session = Session(torch.device("cuda", 0))
     assert pools.users == {7: 1}
     for _ in range(2):

@@ -11,14 +11,12 @@ from pathlib import Path
 
 import pytest
 
-# ruff: noqa: E402  (scripts, which import each other by bare names)
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+from benchmarks import rows
+from benchmarks.gpu import testing as gpu_testing
+from benchmarks.gpu import verdict as gpu_verdict
+from benchmarks.gpu.verdict import Outcome, Part, Run
 
-import gpu.testing
-import gpu.verdict
-import rows
-from gpu.verdict import Outcome, Part, Run
+ROOT = Path(__file__).resolve().parents[1]
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/python:{ROOT}/benchmarks"}
 
@@ -78,7 +76,7 @@ def test_nothing_starts_too_late(tmp_path: Path) -> None:
     late = run.run(python(""))
     assert (late.status, late.why) == ("not run", "49 s were left")
     now[0] = 535.0
-    memcheck = gpu.verdict.PARTS["memcheck"]
+    memcheck = gpu_verdict.PARTS["memcheck"]
     assert run.run(python("", name=memcheck.name, most=memcheck.most)).status == "ok"  # 55 s will do
     now[0] = 546.0
     assert run.run(python("", name=memcheck.name, most=memcheck.most)).status == "not run"
@@ -86,21 +84,21 @@ def test_nothing_starts_too_late(tmp_path: Path) -> None:
 
 def test_the_limits_fit_into_ten_minutes() -> None:
     """Even if every part before them takes all of its time, the verdict itself has been given."""
-    first = [part for part in gpu.verdict.chosen_parts(None) if part.name not in ("serving", "decision", "memcheck")]
-    assert sum(part.limit for part in first) <= gpu.verdict.END
-    second = gpu.verdict.chosen_parts("tests,network64,dit64,dit8")
+    first = [part for part in gpu_verdict.chosen_parts(None) if part.name not in ("serving", "decision", "memcheck")]
+    assert sum(part.limit for part in first) <= gpu_verdict.END
+    second = gpu_verdict.chosen_parts("tests,network64,dit64,dit8")
     assert sum(part.limit for part in second) <= 400
 
 
 def test_what_the_build_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu.verdict, "find_spec", lambda name: None)
-    monkeypatch.setattr(gpu.verdict.shutil, "which", lambda name, path=None: None)
+    monkeypatch.setattr(gpu_verdict, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpu_verdict.shutil, "which", lambda name, path=None: None)
     run = Run(tmp_path, "a commit", dry=True)
-    outcome = run.run(gpu.verdict.PARTS["build"])
+    outcome = run.run(gpu_verdict.PARTS["build"])
     assert outcome == Outcome(
         "build", "left out", 0.0, "missing: setuptools, pybind11, cmake, ninja, a C++ compiler, nvcc"
     )
-    assert run.run(gpu.verdict.PARTS["tests"]) == Outcome("tests", "left out", 0.0, "missing: pytest")
+    assert run.run(gpu_verdict.PARTS["tests"]) == Outcome("tests", "left out", 0.0, "missing: pytest")
 
 
 @pytest.mark.parametrize(("code", "status"), [(0, "ok"), (9, "failed"), (255, "left out")])
@@ -108,34 +106,37 @@ def test_a_sanitizer_that_cannot_work_fails_nothing(tmp_path: Path, monkeypatch,
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(f"#!/bin/sh\necho Device not supported\nexit {code}\n")
     tool.chmod(0o755)
-    monkeypatch.setattr(gpu.verdict.shutil, "which", lambda name: str(tool))
+    monkeypatch.setattr(gpu_verdict.shutil, "which", lambda name: str(tool))
     run = Run(tmp_path, "a commit", dry=True)
     run.dry = False
-    outcome = run.run(gpu.verdict.PARTS["memcheck"])
+    outcome = run.run(gpu_verdict.PARTS["memcheck"])
     assert outcome.status == status
     assert status != "left out" or outcome.why == "the tool does not work here: Device not supported"
 
 
 def test_parts_are_chosen_by_name() -> None:
-    names = [part.name for part in gpu.verdict.chosen_parts(None)]
+    names = [part.name for part in gpu_verdict.chosen_parts(None)]
     assert names[:3] == ["build", "small", "tests"]
     assert not {"dit64", "dit8"} & set(names)
-    assert [part.name for part in gpu.verdict.chosen_parts("network64, tests")] == ["tests", "network64"]
+    assert [part.name for part in gpu_verdict.chosen_parts("network64, tests")] == ["tests", "network64"]
     for only in ("tests,nothing", ","):
         with pytest.raises(ValueError, match=r"^no part .*; there are build, small, tests"):
-            gpu.verdict.chosen_parts(only)
+            gpu_verdict.chosen_parts(only)
 
 
 @pytest.mark.slow
 def test_every_part_runs_dry_and_the_folder_is_complete(tmp_path: Path) -> None:
     """The commands as they will be run, each at its smallest: no argument, path or index fails there at first."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "gpu.verdict", "--dry", "--out", str(tmp_path), "--commit", "a commit"]
-    command += ["--only", ",".join(name for name in gpu.verdict.PARTS if name != "build")]  # which test_build.py does
+    command = [sys.executable, "-m", "benchmarks.gpu.verdict", "--dry", "--out", str(tmp_path), "--commit", "a commit"]
+    command += [
+        "--only",
+        ",".join(name for name in gpu_verdict.PARTS if name != "build"),
+    ]  # which test_build.py does
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     found = json.loads((tmp_path / "summary.json").read_text())
-    assert [part["status"] for part in found["parts"]] == ["ok"] * (len(gpu.verdict.PARTS) - 1)
+    assert [part["status"] for part in found["parts"]] == ["ok"] * (len(gpu_verdict.PARTS) - 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *("junit.xml", "log.txt", "summary.json", "trace-2.json.gz", "trace-3.json.gz"),
     ]
@@ -144,11 +145,11 @@ def test_every_part_runs_dry_and_the_folder_is_complete(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_says_so_and_leaves_no_process(tmp_path: Path, sign: signal.Signals) -> None:
-    command = [sys.executable, "-m", "gpu.verdict", "--dry", "--out", str(tmp_path), "--only", "tests,small"]
+    command = [sys.executable, "-m", "benchmarks.gpu.verdict", "--dry", "--out", str(tmp_path), "--only", "tests,small"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True, **pipes)
     for line in process.stdout:
-        if "gpu.small" in line:
+        if "benchmarks.gpu.small" in line:
             process.send_signal(sign)
             break
     rest, _ = process.communicate(timeout=60)
@@ -162,7 +163,9 @@ def test_an_interrupted_run_says_so_and_leaves_no_process(tmp_path: Path, sign: 
 
 
 def test_without_a_gpu_one_line_says_so() -> None:
-    done = subprocess.run([sys.executable, "-m", "gpu.verdict"], env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu.verdict"], env=ENVIRONMENT, capture_output=True, text=True
+    )
     if done.returncode == 0:
         pytest.skip("there is a GPU")
     (line,) = done.stderr.splitlines()
@@ -173,7 +176,18 @@ def test_without_a_gpu_one_line_says_so() -> None:
 def test_every_test_is_in_one_shard(tmp_path: Path) -> None:
     code = "import pytest\n@pytest.mark.parametrize('n', range(7))\ndef test_one(n): pass\ndef test_other(): pass\n"
     (tmp_path / "test_shards.py").write_text(code)
-    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "gpu.shards", "-k", "one", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--collect-only",
+        "-p",
+        "benchmarks.gpu.shards",
+        "-k",
+        "one",
+        str(tmp_path),
+    ]
 
     def collected(shard: str) -> list[str]:
         more = ["--shard", shard, "--rootdir", str(tmp_path)]
@@ -187,9 +201,9 @@ def test_every_test_is_in_one_shard(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("xdist", [False, True])
 def test_tests_are_run_by_whatever_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, xdist: bool) -> None:
-    monkeypatch.setattr(gpu.testing, "find_spec", lambda name: xdist or None)
-    stage = gpu.testing.stages(dry=False)[0]
-    made = gpu.testing.commands(stage, tmp_path, 4)
+    monkeypatch.setattr(gpu_testing, "find_spec", lambda name: xdist or None)
+    stage = gpu_testing.stages(dry=False)[0]
+    made = gpu_testing.commands(stage, tmp_path, 4)
     assert len(made) == (1 if xdist else 4)
     for i, (command, report) in enumerate(made):
         assert f"--junitxml={report}" in command
@@ -206,7 +220,7 @@ def test_reports_become_one_even_if_one_is_broken(tmp_path: Path) -> None:
     for name, tests in (("one", 5), ("two", 7)):
         (tmp_path / name).write_text(text.format(tests))
     (tmp_path / "broken").write_text("<testsuites><testsu")
-    counts = gpu.testing.merge([tmp_path / name for name in ("one", "broken", "two")], tmp_path / "junit.xml")
+    counts = gpu_testing.merge([tmp_path / name for name in ("one", "broken", "two")], tmp_path / "junit.xml")
     assert counts == {"tests": 12, "failures": 2, "errors": 0, "skipped": 4, "passed": 6}
     assert len(ET.parse(tmp_path / "junit.xml").getroot().findall("testsuite/testcase")) == 2
 
@@ -214,13 +228,13 @@ def test_reports_become_one_even_if_one_is_broken(tmp_path: Path) -> None:
 def test_a_late_stage_reports_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = tmp_path / "test_slow.py"
     slow.write_text("import time\ndef test_quick(): pass\ndef test_slow(): time.sleep(60)\n")
-    monkeypatch.setattr(gpu.testing, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu.testing, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpu_testing, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_testing, "find_spec", lambda name: None)
     monkeypatch.setenv("PYTHONPATH", ENVIRONMENT["PYTHONPATH"])
-    stage = gpu.testing.Stage("slow", [str(slow)], "not gpu")
-    fine, reports = gpu.testing.run(stage, tmp_path, 1, 6.0)
+    stage = gpu_testing.Stage("slow", [str(slow)], "not gpu")
+    fine, reports = gpu_testing.run(stage, tmp_path, 1, 6.0)
     assert not fine
-    counts = gpu.testing.merge(reports, tmp_path / "junit.xml")
+    counts = gpu_testing.merge(reports, tmp_path / "junit.xml")
     assert counts["tests"] >= 1 <= counts["passed"]
 
 

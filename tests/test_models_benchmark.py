@@ -11,16 +11,10 @@ from adadiff.config import PRESETS, ModelConfig
 from adadiff.engine.memory import peak_bytes
 from adadiff.models.dit import DiTConfig
 from adadiff.models.uvit import UViTConfig
-
-# ruff: noqa: E402  (scripts, which import each other by bare names)
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import harness
-import presets
-import rows
-import run
-import tables
+from benchmarks import __main__ as run
+from benchmarks import harness, rows
+from benchmarks.report import tables
+from benchmarks.suites import models as presets
 
 TINY = {
     "uvit": ModelConfig(UViTConfig(8, 3, 4, 8, 2, 2, num_classes=5), "vp", null_label=4),

@@ -7,10 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import pilots  # noqa: E402  (a script)
+from benchmarks.studies import pilots
 
 
 def test_depth_needed_is_where_the_error_stays_below() -> None:

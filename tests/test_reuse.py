@@ -1,23 +1,16 @@
 """Layer-level reuse against the plain sampler, and against its definition written with the networks' own modules."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adadiff.models.dit import DiT
-from sampler.tiny import DIT, UVIT, inputs, scramble
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import drawing
-import reuse
-
 from adadiff.diffusion.schedules import NoiseSchedule
+from adadiff.models.dit import DiT
 from adadiff.models.uvit import UViT
+from benchmarks.baselines import reuse
+from benchmarks.suites import drawing
+from sampler.tiny import DIT, UVIT, inputs, scramble
 
 TIMES = (950.0, 700.0, 450.0, 200.0, 50.0)
 

@@ -17,20 +17,13 @@ from adadiff.config import ModelConfig
 from adadiff.exits import PAPER
 from adadiff.models.uvit import UViTConfig
 from adadiff.rules import Replay
-
-# ruff: noqa: E402  (scripts, which import each other by bare names)
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import latency
-import plots
-import policies
-import rows
-import run
-import serving
-import tables
-from policies import DepthTable, Plain, Recorder, Saturated
-from simulation import Costs, Request, SimulatedNetwork, VirtualClock, serve, workload
+from benchmarks import __main__ as run
+from benchmarks import rows
+from benchmarks.baselines import servers as policies
+from benchmarks.baselines.servers import DepthTable, Plain, Recorder, Saturated
+from benchmarks.baselines.simulation import Costs, Request, SimulatedNetwork, VirtualClock, serve, workload
+from benchmarks.report import plots, tables
+from benchmarks.suites import latency, serving
 
 
 def tiny(classes: int = 11) -> adadiff.Model:
@@ -261,8 +254,8 @@ def test_a_saturated_server_raises_what_a_request_failed_with() -> None:
 
 
 def test_throughput_and_overhead_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.adadiff.build", lambda name, exits: tiny(classes=0))
-    monkeypatch.setattr("serving.drawing.load", lambda name: tiny())
+    monkeypatch.setattr("benchmarks.suites.serving.adadiff.build", lambda name, exits: tiny(classes=0))
+    monkeypatch.setattr("benchmarks.suites.serving.drawing.load", lambda name: tiny())
     sizes = serving.Sizes(capacity=4, ticks=3, digits_ticks=1, arrivals=latency.QUICK)
     file = rows.Rows(tmp_path)
     serving.throughput(file, sizes)
@@ -290,9 +283,9 @@ def test_throughput_and_overhead_rows(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_latency_rows_tables_and_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latency.drawing.load", lambda name: tiny())
-    monkeypatch.setattr("latency.CALIBRATION", 2)
-    monkeypatch.setattr("simulation.STEPS", (1, 3))
+    monkeypatch.setattr("benchmarks.suites.latency.drawing.load", lambda name: tiny())
+    monkeypatch.setattr("benchmarks.suites.latency.CALIBRATION", 2)
+    monkeypatch.setattr("benchmarks.baselines.simulation.STEPS", (1, 3))
     monkeypatch.setitem(latency.PRESETS, "imagenet256_uvit_large", tiny().config)
     sizes = latency.Sizes(6, (0.8,), 3, ("imagenet256_uvit_large",), (1, 2), 1)
     file = rows.Rows(tmp_path)

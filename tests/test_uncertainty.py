@@ -1,16 +1,12 @@
 """The uncertainty benchmark: its statistics by hand, and the whole script in small."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import uncertainty  # noqa: E402  (a script)
+from benchmarks.studies import uncertainty
 
 
 def test_rank_correlation_sees_order_only() -> None:

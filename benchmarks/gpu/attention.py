@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gpu.session import Call, Session, Task, teraflops
+from benchmarks.gpu.session import Call, Session, Task, teraflops
 
 SUITE = "gpu-attention"
 BRAIN = torch.bfloat16

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from gpu.session import Session, Task, copy_of, gigabytes, teraflops
+from benchmarks.gpu.session import Session, Task, copy_of, gigabytes, teraflops
 
 SUITE = "gpu-ceilings"
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from rows import say
 from torch import Tensor
 
 from adadiff_kernels import settle_rows
-from gpu.session import Call, Session, Task
-from gpu.tail_launch import probe
+from benchmarks.gpu.session import Call, Session, Task
+from benchmarks.gpu.tail_launch import probe
+from benchmarks.rows import say
 
 SUITE = "gpu-decision"
 BRAIN = torch.bfloat16

@@ -1,7 +1,7 @@
 """What an image may lack and no GPU suite needs, bars (tqdm), files of weights (safetensors) and random examples
 (hypothesis), stands here in its place.
 
-pytest takes it as a plugin (-p gpu.lacking): tests of random examples are skipped then.
+pytest takes it as a plugin (-p benchmarks.gpu.lacking): tests of random examples are skipped then.
 """
 
 import functools

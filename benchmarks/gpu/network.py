@@ -10,9 +10,6 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from attainable import PlainPieces, rows_per_layer, share_of_flop_ideal
-from harness import Comparison
-from network import attainable, counts_by_kind, run_block
 from torch import Tensor
 
 import adadiff
@@ -23,7 +20,10 @@ from adadiff.models.dit import DiTConfig
 from adadiff.models.interface import Backbone
 from adadiff.models.uvit import UViTConfig
 from adadiff.rules import Replay
-from gpu.session import Call, Session, Task, check_close, teraflops
+from benchmarks.baselines.attainable import PlainPieces, rows_per_layer, share_of_flop_ideal
+from benchmarks.gpu.session import Call, Session, Task, check_close, teraflops
+from benchmarks.harness import Comparison
+from benchmarks.suites.network import attainable, counts_by_kind, run_block
 
 SUITE = "gpu-network"
 BRAIN = torch.bfloat16

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adadiff_kernels import Norm, Score, residual_uem
-from gpu.session import Call, Session, Task, check_close, copy_of, gigabytes
+from benchmarks.gpu.session import Call, Session, Task, check_close, copy_of, gigabytes
 
 SUITE = "gpu-passes"
 SINGLE, BRAIN = torch.float32, torch.bfloat16

@@ -2,9 +2,9 @@
 
 make gpu-bench SUITE=NAME                    ceilings, attention, passes, network, serving, decision or all
 make gpu-bench SUITE=all ARGS='--out DIR'    rows of this commit and GPU that DIR has are not measured again
-python3 -m gpu.run --dry                     every suite at tiny sizes on the CPU, nothing timed or written
+python3 -m benchmarks.gpu.run --dry                     every suite at tiny sizes on the CPU, nothing timed or written
 
-With PYTHONPATH=.:python:benchmarks, which make sets.
+With PYTHONPATH=python, which make sets.
 """
 
 import argparse
@@ -16,12 +16,12 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from rows import ROOT, Rows, say
-from tables import latest, plain
 
-from gpu import attention, ceilings, decision, lacking, network, passes, serving
-from gpu import tables as gpu_tables
-from gpu.session import OutOfTime, Session, device_or_exit, gpu_facts, limited
+from benchmarks.gpu import attention, ceilings, decision, lacking, network, passes, serving
+from benchmarks.gpu import tables as gpu_tables
+from benchmarks.gpu.session import OutOfTime, Session, device_or_exit, gpu_facts, limited
+from benchmarks.report.tables import latest, plain
+from benchmarks.rows import ROOT, Rows, say
 
 OUT = ROOT / "benchmarks" / "out" / "gpu"
 SUITES = {

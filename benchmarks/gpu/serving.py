@@ -8,15 +8,15 @@ and compiled.
 from collections.abc import Iterator
 from functools import partial
 
-import policies
 import torch
-from network import run_block
-from policies import DepthTable, Plain, Saturated, plain_network
 from torch import Tensor
 
 import adadiff
-from gpu.network import plain, random_model
-from gpu.session import Session, Task
+from benchmarks.baselines import servers as policies
+from benchmarks.baselines.servers import DepthTable, Plain, Saturated, plain_network
+from benchmarks.gpu.network import plain, random_model
+from benchmarks.gpu.session import Session, Task
+from benchmarks.suites.network import run_block
 
 SUITE = "gpu-serving"
 BRAIN = torch.bfloat16

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from harness import Comparison, interleave, peak_bytes
-from rows import Row, Rows, dtype_name, say
 from torch import Tensor
+
+from benchmarks.harness import Comparison, interleave, peak_bytes
+from benchmarks.rows import Row, Rows, dtype_name, say
 
 Call = Callable[[], object]
 MOST_CALLS = 10_000  # in one turn

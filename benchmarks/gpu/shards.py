@@ -1,4 +1,4 @@
-"""A plugin of pytest (-p gpu.shards --shard 2/8): every eighth of the chosen tests, the third one first.
+"""A plugin of pytest (-p benchmarks.gpu.shards --shard 2/8): every eighth of the chosen tests, the third one first.
 
 Stands in for pytest-xdist, where that is missing: Triton compiles on one core, and each process has one.
 """

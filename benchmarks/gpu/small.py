@@ -1,7 +1,7 @@
 """Every kernel once, at sizes that fill no tile, against its reference: small enough to run under compute-sanitizer.
 
-python3 -m gpu.small           on the CUDA device, where the extension may be built or not
-python3 -m gpu.small --dry     on the CPU, kernels interpreted
+python3 -m benchmarks.gpu.small           on the CUDA device, where the extension may be built or not
+python3 -m benchmarks.gpu.small --dry     on the CPU, kernels interpreted
 """
 
 import argparse
@@ -25,7 +25,7 @@ from adadiff_kernels import (
     solver_step,
     swap_rows,
 )
-from gpu.session import device_or_exit
+from benchmarks.gpu.session import device_or_exit
 
 
 def run(device: torch.device) -> list[str]:
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated, which is later
         device = torch.device("cpu")
     else:
-        device = device_or_exit("gpu.small")
+        device = device_or_exit("benchmarks.gpu.small")
     print("ran:", ", ".join(run(device)))
 
 

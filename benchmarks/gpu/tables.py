@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
-from cells import Table, number, select, warning
-from rows import Row
+from benchmarks.report.cells import Table, number, select, warning
+from benchmarks.rows import Row
 
 BATCHES_ON_A_PAGE = (8, 64)
 

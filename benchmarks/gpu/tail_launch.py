@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adadiff_kernels import Score, residual_uem
-from gpu.session import Call, Session
+from benchmarks.gpu.session import Call, Session
 
 SOURCE = Path(__file__).with_suffix(".cu")
 LAUNCHES = 100  # in one chain

@@ -1,7 +1,7 @@
 """Runs the tests on this machine's GPU, several processes at once, and writes one junit.xml.
 
-python3 -m gpu.testing --out DIR      first the tests marked `gpu`, then those of tests/kernels in the interpreter's
-                                      shapes, which run on the device where there is one
+python3 -m benchmarks.gpu.testing --out DIR    first the tests marked `gpu`, then those of tests/kernels in the
+                                               interpreter's shapes, which run on the device where there is one
 """
 
 import argparse
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from rows import ROOT, cores
+from benchmarks.rows import ROOT, cores
 
 WORKERS = 8
 GPU_SHARE = 0.65  # of the time, for the tests marked `gpu`
@@ -52,15 +52,16 @@ def marked() -> list[str]:
 
 def commands(stage: Stage, folder: Path, workers: int) -> list[tuple[list[str], Path]]:
     """Each with the file it reports to: one command of pytest-xdist where that is, else one for each worker."""
-    base = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", "-p", "gpu.lacking"]
-    base += [*stage.paths, "-m", stage.marker]
+    base = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
+    base += ["-p", "benchmarks.gpu.lacking", *stage.paths, "-m", stage.marker]
     if find_spec("xdist") is not None:
         report = folder / f"junit-{stage.name}.xml"
         return [([*base, "-n", str(workers), f"--junitxml={report}"], report)]
     made = []
     for i in range(workers):
         report = folder / f"junit-{stage.name}-{i}.xml"
-        made.append(([*base, "-p", "gpu.shards", "--shard", f"{i}/{workers}", f"--junitxml={report}"], report))
+        shard = ["-p", "benchmarks.gpu.shards", "--shard", f"{i}/{workers}", f"--junitxml={report}"]
+        made.append(([*base, *shard], report))
     return made
 
 
@@ -121,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dry", action="store_true", help="a few tests, to see that everything runs")
     chosen = parser.parse_args(argv)
     if find_spec("pytest") is None:
-        sys.exit("gpu.testing: pytest is not installed")
+        sys.exit("benchmarks.gpu.testing: pytest is not installed")
     started, reports, failed = time.monotonic(), [], False
     chosen.out.mkdir(parents=True, exist_ok=True)
     for stage, share in zip(stages(chosen.dry), (GPU_SHARE, 1.0), strict=True):

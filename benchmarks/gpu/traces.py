@@ -1,6 +1,6 @@
 """Profiler traces of one evaluation of U-ViT-L/2 with exits, and what its kernels take together.
 
-python3 -m gpu.traces --out DIR       writes DIR/trace-BATCH.json.gz, for Perfetto or chrome://tracing
+python3 -m benchmarks.gpu.traces --out DIR       writes DIR/trace-BATCH.json.gz, for Perfetto or chrome://tracing
 """
 
 import argparse
@@ -13,8 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 import adadiff
 from adadiff import Evaluation
 from adadiff.rules import Threshold
-from gpu.network import inputs_of, random_model
-from gpu.session import Session, device_or_exit
+from benchmarks.gpu.network import inputs_of, random_model
+from benchmarks.gpu.session import Session, device_or_exit
 
 PRESET, BATCHES = "imagenet256_uvit_large", (8, 64)
 SHARE = 0.1  # of the scores below the threshold: some leave, most stay
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the traces")
     parser.add_argument("--dry", action="store_true", help="a tiny network on the CPU")
     chosen = parser.parse_args(argv)
-    session = Session(torch.device("cpu") if chosen.dry else device_or_exit("gpu.traces"))
+    session = Session(torch.device("cpu") if chosen.dry else device_or_exit("benchmarks.gpu.traces"))
     chosen.out.mkdir(parents=True, exist_ok=True)
     for B in (2, 3) if chosen.dry else BATCHES:
         call = evaluation(session, B)

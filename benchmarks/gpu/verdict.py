@@ -3,7 +3,7 @@
 make gpu-verdict                                       all parts
 make gpu-verdict ARGS="--only tests,network64,dit64"   some of them
 make gpu-verdict ARGS="--out DIR --commit HASH"        where to write, and what rows say of the commit
-python3 -m gpu.verdict --dry                           every part at tiny sizes, without a GPU: nothing is measured
+python3 -m benchmarks.gpu.verdict --dry                every part at tiny sizes, without a GPU: nothing is measured
 
 Each part is a process group of its own with a limit of its own; one that fails or takes too long costs the others
 nothing. After each the folder is complete: log.txt, rows.jsonl, summary.json, junit.xml, trace-8.json.gz and
@@ -27,17 +27,20 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from rows import ROOT, commit, read
-from tables import latest, plain
 
-from gpu import lacking
-from gpu import tables as gpu_tables
-from gpu.session import device_or_exit, gpu_facts
+from benchmarks.gpu import lacking
+from benchmarks.gpu import tables as gpu_tables
+from benchmarks.gpu.session import device_or_exit, gpu_facts
+from benchmarks.report.tables import latest, plain
+from benchmarks.rows import ROOT, commit, read
 
 OUT = ROOT / "benchmarks" / "out" / "verdict"
 LAST_START, END = 540.0, 590.0  # seconds: no part starts after the first, none runs beyond the second
 FOUND = 9  # exit status with which compute-sanitizer says that it found something
-PYTHON = [sys.executable, "-m"]
+
+
+def module(name: str, *arguments: object) -> list[str]:
+    return [sys.executable, "-m", f"benchmarks.gpu.{name}", *map(str, arguments)]
 
 
 @dataclass(frozen=True)
@@ -69,17 +72,7 @@ def suites(
         named = [word for name in names for word in ("--suite", name)]
         named += [word for preset in presets for word in ("--preset", preset)]
         named += [word for batch in batches for word in ("--batch", str(batch))]
-        return [
-            *PYTHON,
-            "gpu.run",
-            *named,
-            "--out",
-            str(run.out),
-            "--commit",
-            run.commit,
-            "--limit",
-            f"{0.8 * limit:.0f}",
-        ]
+        return module("run", *named, "--out", run.out, "--commit", run.commit, "--limit", f"{0.8 * limit:.0f}")
 
     return command
 
@@ -94,7 +87,7 @@ def build(run: "Run", limit: float) -> list[str]:
 def memcheck(run: "Run", limit: float) -> list[str]:
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     checked = [tool, "--tool", "memcheck", "--error-exitcode", str(FOUND)] if tool and not run.dry else []
-    return [*checked, *PYTHON, "gpu.small"]
+    return [*checked, *module("small")]
 
 
 L2, DIT = "imagenet256_uvit_large", "dit_xl_2_256"
@@ -102,12 +95,14 @@ PARTS = {
     part.name: part
     for part in (
         Part("build", 60, build),
-        Part("small", 45, lambda run, limit: [*PYTHON, "gpu.small"]),
+        Part("small", 45, lambda run, limit: module("small")),
         Part(
-            "tests", 120, lambda run, limit: [*PYTHON, "gpu.testing", "--out", str(run.out), "--limit", f"{limit:.0f}"]
+            "tests",
+            120,
+            lambda run, limit: module("testing", "--out", str(run.out), "--limit", f"{limit:.0f}"),
         ),
         Part("ceilings", 30, suites("ceilings", "attention")),
-        Part("traces", 30, lambda run, limit: [*PYTHON, "gpu.traces", "--out", str(run.out)]),
+        Part("traces", 30, lambda run, limit: module("traces", "--out", str(run.out))),
         Part("passes", 100, suites("passes")),
         Part("network64", 90, suites("network", presets=[L2], batches=[64])),
         Part("network8", 70, suites("network", presets=[L2], batches=[8])),

@@ -1,21 +1,15 @@
 """Every kernel compiles for the GPUs it is for, without one: no spills, shared memory that fits, 16-byte accesses."""
 
 import importlib.metadata
-import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-# ruff: noqa: E402
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import cuda_resources
-import resources
-from resource_cases import CASES, FUSED, ONES
-from resources import PINNED, SHARED, TABLE, Resources, Variant
+from benchmarks.gpu import cuda_resources, resources
+from benchmarks.gpu.resource_cases import CASES, FUSED, ONES
+from benchmarks.gpu.resources import PINNED, SHARED, TABLE, Resources, Variant
 
 # float32 rows beside bfloat16 ones: four elements a thread, so the narrower ones move 8 bytes
 MIXED = {case for case in CASES if "mixed" in case or case.startswith("step")}

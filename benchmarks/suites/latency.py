@@ -13,15 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 
-import drawing
 import numpy as np
-import policies
 import torch
-from attainable import PlainPieces, kinds
-from harness import AA_TOLERANCE, Comparison, Times, best_micro_batch, interleave
-from policies import DepthTable, Plain, Recorder
-from rows import Rows, cores, say
-from simulation import Clock, Costs, RealClock, Request, Served, SimulatedNetwork, VirtualClock, serve, workload
 from tqdm import tqdm
 
 import adadiff
@@ -30,6 +23,23 @@ from adadiff.config import PRESETS, ModelConfig
 from adadiff.exits import PAPER
 from adadiff.models.uvit import UViT, UViTConfig
 from adadiff.rules import Rule
+from benchmarks.baselines import servers as policies
+from benchmarks.baselines.attainable import PlainPieces, kinds
+from benchmarks.baselines.servers import DepthTable, Plain, Recorder
+from benchmarks.baselines.simulation import (
+    Clock,
+    Costs,
+    RealClock,
+    Request,
+    Served,
+    SimulatedNetwork,
+    VirtualClock,
+    serve,
+    workload,
+)
+from benchmarks.harness import AA_TOLERANCE, Comparison, Times, best_micro_batch, interleave
+from benchmarks.rows import Rows, cores, say
+from benchmarks.suites import drawing
 
 SUITE = "serving"
 DIGITS = "digits"

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from cells import Table, number, select, warning, where
-from gpu.tables import device as gpu
-from rows import Row
+from benchmarks.gpu.tables import device as gpu
+from benchmarks.report.cells import Table, number, select, warning, where
+from benchmarks.rows import Row
 
 WAYS = {"plain, eager": "plain", "plain, compiled": "compiled", "nobody leaves": "engine", "two-phase": "two-phase"}
 LAST = list(WAYS)[-1]

@@ -6,14 +6,7 @@ Every sampler is DDIM and all samples stand in lock step, so a tick is a step. Q
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import drawing
 import torch
-from attainable import Call, PlainPieces, rows_per_layer, share_of_flop_ideal
-from drawing import STEPS, lockstep, seeds_and_labels
-from harness import Comparison, best_micro_batch, interleave
-from network import in_batches
-from quality import SUITE
-from rows import Rows, dtype_name, machine, say
 
 import adadiff
 from adadiff import Model, Report
@@ -22,6 +15,13 @@ from adadiff.diffusion.solvers import DDIM
 from adadiff.diffusion.tables import pack
 from adadiff.rules import Full, Rule, Threshold
 from adadiff_kernels import solver_step
+from benchmarks.baselines.attainable import Call, PlainPieces, rows_per_layer, share_of_flop_ideal
+from benchmarks.harness import Comparison, best_micro_batch, interleave
+from benchmarks.rows import Rows, dtype_name, machine, say
+from benchmarks.suites import drawing
+from benchmarks.suites.drawing import STEPS, lockstep, seeds_and_labels
+from benchmarks.suites.network import in_batches
+from benchmarks.suites.quality import SUITE
 
 MODEL = "digits"
 PLAIN_MODEL = "digits_plain"  # trained with the same budget, without exits

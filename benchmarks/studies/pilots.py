@@ -1,7 +1,7 @@
 """Does depth matter on the canvases, and do samples differ in what they need? Two small trainings and a look at exits.
 
-python benchmarks/pilots.py [--out DIR] [--steps N] [--data SPEC] [--set KEY=VALUE ...]
-python benchmarks/pilots.py --picture FILE.png
+python -m benchmarks.studies.pilots [--out DIR] [--steps N] [--data SPEC] [--set KEY=VALUE ...]
+python -m benchmarks.studies.pilots --picture FILE.png
 
 Trains the full network and one of three blocks alike, then exits on the full one, whose weights stay; draws samples of
 each and lets the machine judge them. After a kill the same command goes on. One thread.

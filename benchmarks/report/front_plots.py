@@ -9,12 +9,13 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
-from cells import select
-from fronts import HIGHER, SCALE, SUITE, Point, data_sets, front, points
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import LogLocator, NullLocator
-from rows import Row
+
+from benchmarks.report.cells import select
+from benchmarks.report.fronts import HIGHER, SCALE, SUITE, Point, data_sets, front, points
+from benchmarks.rows import Row
 
 COLOURS = {
     "fewer steps": "black",

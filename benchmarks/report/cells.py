@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from rows import Row
+from benchmarks.rows import Row
 
 
 @dataclass(frozen=True)

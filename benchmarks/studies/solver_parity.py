@@ -1,6 +1,6 @@
 """Our solvers against their authors' own code, from the same noise, written as a table.
 
-    python benchmarks/solver_parity.py --reference U-ViT --dit DiT [--out FILE]
+    python -m benchmarks.studies.solver_parity --reference U-ViT --dit DiT [--out FILE]
 
 U-ViT and DiT are clones of github.com/baofff/U-ViT and github.com/facebookresearch/DiT, which stay outside this
 repository. The network is a nonlinear function with a variance of its own. float64: their code and our rows both in
@@ -32,7 +32,7 @@ from adadiff_kernels import solver_step, solver_step_reference
 SEEDS = torch.arange(4)
 SHAPE = (4, 16, 16)
 LIMITS = {torch.float64: 1e-10, torch.float32: 1e-4}
-OUT = Path(__file__).parent / "results" / "solver-parity.md"
+OUT = Path(__file__).parents[1] / "results" / "solver-parity.md"
 
 
 @dataclass(frozen=True)
@@ -176,12 +176,12 @@ def main() -> int:
     for folder, file in ((options.reference, "sde.py"), (options.dit, "diffusion/respace.py")):
         if not (folder / file).is_file():
             asked.error(f"{folder} holds no {file}")
-        sys.path.insert(0, str(folder.resolve()))
+    sys.path[:0] = [str(folder.resolve()) for folder in (options.dit, options.reference)]
     lines = [
         "# Solvers against their authors' code",
         "",
         f"U-ViT {commit(options.reference)}, DiT {commit(options.dit)}, torch {torch.__version__}; made by "
-        "`benchmarks/solver_parity.py`, which says what is compared.",
+        "`benchmarks/studies/solver_parity.py`, which says what is compared.",
         "",
         "| code | function | ours | schedule | evaluations | float64 | float32 |",
         "| --- | --- | --- | --- | ---: | ---: | ---: |",

@@ -1,6 +1,6 @@
 """Two recipes of training exits, compared by what their models reach at the same multiply-adds.
 
-python benchmarks/recipes.py ROWS OTHER_ROWS [--data digits|canvases]
+python -m benchmarks.studies.recipes ROWS OTHER_ROWS [--data digits|canvases]
 
 ROWS and OTHER_ROWS are the rows.jsonl of two runs of `run.py --suite quality --quality-only`. Printed, in Markdown: the
 front of the second model's settings with early exit, each over the front of the first's at the same multiply-adds; with
@@ -11,10 +11,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import fronts
-from cells import Table, number
-from rows import read
-from tables import markdown
+from benchmarks.report import fronts
+from benchmarks.report.cells import Table, number
+from benchmarks.report.tables import markdown
+from benchmarks.rows import read
 
 EARLY = "ours, early model"
 

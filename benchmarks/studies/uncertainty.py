@@ -1,6 +1,6 @@
 """What should uncertainty mean, and how should it know the time? Exits trained on one frozen network, compared.
 
-python benchmarks/uncertainty.py [--data digits|canvases] [--network FILE] [--out DIR] [--steps N] [-n N]
+python -m benchmarks.studies.uncertainty [--data digits|canvases] [--network FILE] [--out DIR] [--steps N] [-n N]
 
 Every variant trains its exits alike (or fits those of another anew, as `adadiff calibrate --refit`), is calibrated for
 the same budgets, and draws samples it has not seen. Printed and written as rows: how well u ranks the samples of one
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rows import Rows, say
 from torch import Tensor
 
 import adadiff
@@ -25,6 +24,7 @@ from adadiff.calibration.calibrating import Calibrating
 from adadiff.calibration.stopping import exit_layers
 from adadiff.training.config import load_config
 from adadiff.training.trainer import Trainer
+from benchmarks.rows import Rows, say
 
 SUITE = "uncertainty"
 BUDGETS = (0.4, 0.55, 0.7, 0.9)

@@ -7,8 +7,6 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from drawing import Artist, Method, fingerprint, load
-from judging import DATA
 
 import adadiff
 from adadiff.calibration.calibrating import CALIBRATION_SEED, Calibrating, work_of
@@ -18,6 +16,8 @@ from adadiff.calibration.stopping import exit_layers, total
 from adadiff.checkpoint import find
 from adadiff.engine.switching import what_it_draws
 from adadiff.sampling.samples import Samples
+from benchmarks.suites.drawing import Artist, Method, fingerprint, load
+from benchmarks.suites.judging import DATA
 
 BATCH = 64  # samples at a time, for quality
 BY_BUDGET = ("ours, faithful", "ours, distribution", "ours, early model")  # their settings begin with it

@@ -1,6 +1,6 @@
 """Writes the tables of benchmarks/results/*.jsonl into README.md (the main ones) and into the README beside the rows.
 
-python benchmarks/readme.py [--check]      with --check, nothing is written; fails unless they are there
+python -m benchmarks.report.readme [--check]      with --check, nothing is written; fails unless they are there
 """
 
 import argparse
@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from rows import ROOT, Row, read
-from tables import Table, all_tables, compact, markdown
+from benchmarks.report.tables import Table, all_tables, compact, markdown
+from benchmarks.rows import ROOT, Row, read
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = {ROOT / "README.md": compact, RESULTS / "README.md": all_tables}
@@ -38,7 +38,7 @@ def main() -> None:
         text = path.read_text()
         fresh = replace(text, render(tables))
         if check and fresh != text:
-            sys.exit(f"{path} does not show the committed rows; run python benchmarks/readme.py")
+            sys.exit(f"{path} does not show the committed rows; run python -m benchmarks.report.readme")
         if not check:
             path.write_text(fresh)
 

@@ -11,7 +11,6 @@ from multiprocessing import get_context
 
 import numpy as np
 import torch
-from reuse import Reusing
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,6 +22,7 @@ from adadiff.diffusion.solvers import solver_from
 from adadiff.diffusion.tables import pack
 from adadiff.models.interface import Backbone
 from adadiff_kernels import solver_step
+from benchmarks.baselines.reuse import Reusing
 
 STEPS = 20
 CHUNK = 256  # samples drawn at a time, by one process

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from alternatives import BY_BUDGET, OURS
-from cells import Table, number, select, warning, where
-from rows import Row
 
 from adadiff.evaluation.intervals import Interval, centred_interval, share_interval
+from benchmarks.baselines.alternatives import BY_BUDGET, OURS
+from benchmarks.report.cells import Table, number, select, warning, where
+from benchmarks.rows import Row
 
 SUITE = "quality"
 MEASURES = {"frechet": "Fréchet distance", "error": "squared error", "accuracy": "accuracy"}

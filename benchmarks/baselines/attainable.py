@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
-from harness import Comparison
 from torch import Tensor
 
 from adadiff.models.interface import Backbone, Block, Conditioning
+from benchmarks.harness import Comparison
 
 Call = Callable[[], object]
 

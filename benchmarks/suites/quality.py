@@ -4,13 +4,13 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
-from drawing import STEPS, Artist, Drawn, Method, fingerprint, load, seeds_and_labels
-from rows import Rows, say
 from safetensors.torch import load_file
 from torch import Tensor
 
 from adadiff.checkpoint import write_tensors
 from adadiff.evaluation.quality import evaluate_samples, frechet_ratio
+from benchmarks.rows import Rows, say
+from benchmarks.suites.drawing import STEPS, Artist, Drawn, Method, fingerprint, load, seeds_and_labels
 
 SUITE = "digits"
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
-from cells import Table, number, select, warning, where
-from rows import Row
+from benchmarks.report.cells import Table, number, select, warning, where
+from benchmarks.rows import Row
 
 SUITE = "serving"
 NAMES = {

@@ -9,7 +9,6 @@ from functools import cache
 
 import numpy as np
 import torch
-from network import in_batches
 from torch import Tensor
 
 from adadiff import Evaluation, Model
@@ -18,6 +17,7 @@ from adadiff.diffusion.solvers import DDIM
 from adadiff.diffusion.tables import TableSet
 from adadiff.rules import BatchMean, Limits, from_depth
 from adadiff_kernels import ActiveSet, SolverState, solver_step, upload
+from benchmarks.suites.network import in_batches
 
 LOCK_STEP = "lock step, plain"
 PLAIN = "continuous, plain"

@@ -8,17 +8,8 @@ policy in turn.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import drawing
-import latency
 import numpy as np
-import policies
 import torch
-from attainable import Call, PlainPieces, rows_per_layer
-from harness import Comparison, best_micro_batch, interleave
-from latency import DIGITS, DIGITS_RULE
-from network import PRESET, counts_by_kind
-from policies import DepthTable, Plain, Recorder, Saturated
-from rows import Rows, say
 
 import adadiff
 from adadiff import Engine, Model
@@ -28,6 +19,14 @@ from adadiff.engine.evaluate import group_size
 from adadiff.exits import PAPER
 from adadiff.rules import Rule
 from adadiff_kernels import solver_step
+from benchmarks.baselines import servers as policies
+from benchmarks.baselines.attainable import Call, PlainPieces, rows_per_layer
+from benchmarks.baselines.servers import DepthTable, Plain, Recorder, Saturated
+from benchmarks.harness import Comparison, best_micro_batch, interleave
+from benchmarks.rows import Rows, say
+from benchmarks.suites import drawing, latency
+from benchmarks.suites.latency import DIGITS, DIGITS_RULE
+from benchmarks.suites.network import PRESET, counts_by_kind
 
 SUITE = "serving"
 STEPS = 50

@@ -7,16 +7,17 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-import front_plots
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from policies import AGREE, LOCK_STEP, MEAN, OURS, PLAIN, STATIC
-from rows import Row
 from safetensors.torch import load_file
-from serving_tables import NAMES
-from tables import latest, qualities, select, title
+
+from benchmarks.baselines.servers import AGREE, LOCK_STEP, MEAN, OURS, PLAIN, STATIC
+from benchmarks.report import front_plots
+from benchmarks.report.serving_tables import NAMES
+from benchmarks.report.tables import latest, qualities, select, title
+from benchmarks.rows import Row
 
 METHODS = {
     "early exit": "tab:blue",

@@ -12,12 +12,12 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from attainable import PlainPieces
-from harness import Comparison
-from policies import DepthTable
 from torch import Tensor
 
 from adadiff import Evaluation
+from benchmarks.baselines.attainable import PlainPieces
+from benchmarks.baselines.servers import DepthTable
+from benchmarks.harness import Comparison
 
 STEPS = (10, 30)  # a request's number of steps lies between these
 

@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-SOURCE = Path(__file__).resolve().parents[1] / "csrc" / "compact.cu"
+SOURCE = Path(__file__).resolve().parents[2] / "csrc" / "compact.cu"
 PINNED = "13.0"
 KERNELS = ("compact_kernel", "start_kernel")
 CHIPS = (80, 90, 100)

@@ -1,6 +1,6 @@
 """Our networks beside the authors' own modules, at full size, with the same random weights.
 
-python benchmarks/parity.py --reference CLONE [--reference CLONE ...] [--only NAME,NAME] [--out FILE]
+python -m benchmarks.studies.parity --reference CLONE [--reference CLONE ...] [--only NAME,NAME] [--out FILE]
 
 CLONE is a folder with a checkout of baofff/U-ViT, facebookresearch/DiT (needs timm), Tangshengku/AdaDiff or
 razvanmatisan/duodiff (need einops); which, is seen from its files. Its module is imported from there, filled with
@@ -31,13 +31,14 @@ from adadiff import evaluate
 from adadiff.conversion.convert import convert
 from adadiff.rules import Full, Replay, Threshold
 
-TABLE = Path(__file__).parent / "results" / "parity.md"
+TABLE = Path(__file__).parents[1] / "results" / "parity.md"
 TIMES = torch.tensor([999.0, 20.5])  # one fraction, as U-ViT's solvers ask for
 TOLERANCE = 1e-5
 HEAD = """# The authors' modules and ours
 
 Random weights of full size, written by the authors' module, read by `adadiff convert`; two lanes. Written by
-`python benchmarks/parity.py --reference CLONE ...`. Errors are the largest, over the largest value of what is compared.
+`python -m benchmarks.studies.parity --reference CLONE ...`. Errors are the largest, over the largest value of what is
+compared.
 
 forward: the plain network; engine: `adadiff.evaluate`, nobody leaving; layers: each layer's prediction, left there; u:
 each layer's uncertainty. All of these in float32, where 1e-5 is allowed. bfloat16: one lane through our engine, and
@@ -89,7 +90,7 @@ def importing(clone: Path) -> Iterator[Callable[[str], ModuleType]]:
             sys.modules[name] = ModuleType(name)
             sys.modules[name].__dict__.update(values)
             own.add(name)
-    sys.path.insert(0, str(clone))
+    sys.path[:0] = [str(clone)]
     try:
         yield importlib.import_module
     finally:

@@ -4,9 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from attainable import Call, PlainPieces, kinds, rows_per_layer, share_of_flop_ideal
-from harness import Comparison, best_micro_batch, interleave, threads
-from rows import Rows, dtype_name, say
 from torch import Tensor
 
 import adadiff
@@ -15,6 +12,9 @@ from adadiff.engine.evaluate import group_size
 from adadiff.engine.memory import peak_bytes
 from adadiff.exits import PAPER
 from adadiff.rules import Full, Replay, Rule
+from benchmarks.baselines.attainable import Call, PlainPieces, kinds, rows_per_layer, share_of_flop_ideal
+from benchmarks.harness import Comparison, best_micro_batch, interleave, threads
+from benchmarks.rows import Rows, dtype_name, say
 
 SUITE = "network"
 PRESET = "cifar10_uvit_small"

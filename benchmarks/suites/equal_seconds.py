@@ -12,10 +12,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from shutil import copyfile
 
-import reuse
 import torch
-from alternatives import BATCH, OURS, Networks, Sweep, calibrate, methods
-from drawing import (
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from adadiff.checkpoint import write_tensors
+from adadiff.diffusion.solvers import solver_from
+from benchmarks.baselines import reuse
+from benchmarks.baselines.alternatives import BATCH, OURS, Networks, Sweep, calibrate, methods
+from benchmarks.harness import interleave, threads
+from benchmarks.rows import Row, Rows, say, versions
+from benchmarks.suites.drawing import (
     Artist,
     Drawn,
     Method,
@@ -26,17 +34,9 @@ from drawing import (
     load,
     seeds_and_labels,
 )
-from harness import interleave, threads
-from judging import Judging, judging_of
-from network import compiles
-from quality import depth
-from rows import Row, Rows, say, versions
-from safetensors.torch import load_file
-from torch import Tensor
-from tqdm import tqdm
-
-from adadiff.checkpoint import write_tensors
-from adadiff.diffusion.solvers import solver_from
+from benchmarks.suites.judging import Judging, judging_of
+from benchmarks.suites.network import compiles
+from benchmarks.suites.quality import depth
 
 SUITE = "quality"
 LOOP, COMPILED, ENGINE = "loop", "compiled loop", "engine"

@@ -4,14 +4,12 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import fronts
-import serving_tables
-from cells import Table, number, select, warning, where
-from preset_tables import models
-from rows import Row, key
-
 from adadiff.evaluation.intervals import Interval, seed_interval
-from gpu import tables as gpu_tables
+from benchmarks.gpu import tables as gpu_tables
+from benchmarks.report import fronts, serving_tables
+from benchmarks.report.cells import Table, number, select, warning, where
+from benchmarks.report.model_tables import models
+from benchmarks.rows import Row, key
 
 # About 40 % fewer blocks, as the paper's rule reaches them and asked from block 3 on, and what else does that work.
 COMPACT_DIGITS = (

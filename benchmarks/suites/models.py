@@ -11,11 +11,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
-from attainable import Call
-from gpu.session import DeviceTimer, check_close
-from harness import Comparison, interleave, peak_bytes
-from network import compile_network, patterns
-from rows import Rows, dtype_name, say
 from torch import Tensor
 
 import adadiff
@@ -23,6 +18,11 @@ from adadiff import Evaluation, Model
 from adadiff.config import PRESETS, ModelConfig
 from adadiff.exits import PAPER
 from adadiff.rules import Replay
+from benchmarks.baselines.attainable import Call
+from benchmarks.gpu.session import DeviceTimer, check_close
+from benchmarks.harness import Comparison, interleave, peak_bytes
+from benchmarks.rows import Rows, dtype_name, say
+from benchmarks.suites.network import compile_network, patterns
 
 SUITE = "models"
 MOST_MACS = 17e9  # of one lane: some two seconds for eight of them on two cores

@@ -1,6 +1,6 @@
 """Compiles the kernels for GPUs that need not be there, and reads registers, memory and loads from what comes out.
 
-python benchmarks/resources.py            writes benchmarks/results/resources.md, under the pinned Triton and nvcc only
+python -m benchmarks.gpu.resources    writes benchmarks/results/resources.md, under the pinned Triton and nvcc only
 
 Each variant is what a launcher asks for at a real shape: the launcher runs on tensors without memory, and what it
 would have launched is compiled instead.
@@ -20,11 +20,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import cuda_resources
 import torch
-from resource_cases import CASES, ONES
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.gpu import cuda_resources
+from benchmarks.gpu.resource_cases import CASES, ONES
+
+ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "benchmarks" / "results" / "resources.md"
 PINNED = "3.9.0"
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have: CUDA C++ guide, table of limits

@@ -1,0 +1,1 @@
+"""Measurements: what early exit is worth on this machine, beside the fastest thing a user would run instead."""

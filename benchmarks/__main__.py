@@ -1,0 +1,194 @@
+"""Measures early exit on this machine: speed, and beside it the quality of the images.
+
+python benchmarks/run.py [--quick]            both suites, short: under 8 minutes (90 s) on 2 cores
+python benchmarks/run.py --suite network      U-ViT-S/2 at batch 8 and 64, both dtypes, compiled baseline
+python benchmarks/run.py --suite serving      throughput and latency of continuous batching: 50 minutes (--quick: 1)
+python benchmarks/run.py --suite quality --data canvases     every method over its range, at equal seconds: 50 minutes
+python benchmarks/run.py --suite models       every published network: on a GPU all, on a CPU the small ones
+python benchmarks/run.py --suite digits --samples 10000 --seeds 3 --quality-only --out DIR
+"""
+
+import argparse
+import dataclasses
+import datetime
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+from adadiff.commands.values import shares, whole_numbers
+from benchmarks.baselines.alternatives import COARSE, QUICK, Networks, Sweep, default_networks
+from benchmarks.gpu.session import gpu_facts
+from benchmarks.harness import threads
+from benchmarks.report import plots
+from benchmarks.report.tables import all_tables, plain
+from benchmarks.rows import ROOT, Rows, cores, machine, say
+from benchmarks.suites import digits, network, quality, serving
+from benchmarks.suites import models as presets
+from benchmarks.suites.equal_seconds import Comparison
+from benchmarks.suites.judging import DATA
+from benchmarks.suites.network import Setting
+
+OUT = ROOT / "benchmarks" / "out"
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    suites = ("default", "digits", "models", "network", "quality", "serving")
+    parser.add_argument("--suite", choices=suites, default="default")
+    parser.add_argument("--quick", action="store_true", help="few repeats, few samples: shows that it works")
+    parser.add_argument("--out", type=Path, help="folder for rows and pictures (default: benchmarks/out/DATE)")
+    parser.add_argument("--presets", help="of the suite models, separated by commas (quick: digits)")
+    parser.add_argument(
+        "--samples", type=_positive, help="drawn by each method (default: 1000, suite quality: 512; quick: 200)"
+    )
+    parser.add_argument("--seeds", type=_positive, default=1, help="independent runs of so many samples (default: 1)")
+    parser.add_argument("--processes", type=_positive, default=cores(), help="that draw digits, one thread each")
+    parser.add_argument(
+        "--quality-only", action="store_true", help="no timing; rows that --out has are not drawn again"
+    )
+    parser.add_argument("--data", choices=DATA, default=DATA[0], help="of the suite quality (default: digits)")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        type=_model,
+        default=[],
+        metavar="ROLE=MODEL",
+        help="of the suite quality: full, with exits; plain, trained with equal budget; shallow, of its own training: "
+        "a name that ships, a file, or nothing to leave it out (default: DATA, DATA_plain and DATA_shallow, shipped or "
+        "in runs/)",
+    )
+    parser.add_argument("--rounds", type=_positive, help="suite quality: of timing; more where the machine is busy")
+    parser.add_argument("--full-sweep", action="store_true", help="suite quality: every setting there is, for hours")
+    parser.add_argument("--steps", type=whole_numbers, help="suite quality: numbers of solver steps, as in 6,10,20")
+    parser.add_argument("--budgets", type=shares, help="suite quality: shares of the work, as in 0.4,0.55")
+    chosen = parser.parse_args(argv)
+    if chosen.quality_only and chosen.suite in ("network", "serving", "models"):
+        parser.error(f"the suite {chosen.suite} measures no quality; use --suite digits")
+    if chosen.presets is not None and chosen.suite != "models":
+        parser.error("--presets are those of --suite models")
+    try:
+        chosen.preset_setting = preset_setting(chosen)
+    except ValueError as error:
+        parser.error(str(error))
+    chosen.samples = chosen.samples or (200 if chosen.quick else 512 if chosen.suite == "quality" else 1000)
+    chosen.out = chosen.out or OUT / datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
+    return chosen
+
+
+def _model(text: str) -> tuple[str, str | None]:
+    role, equals, name = text.partition("=")
+    if not equals or role not in (field.name for field in dataclasses.fields(Networks)):
+        raise argparse.ArgumentTypeError(f"takes full=MODEL, plain=MODEL or shallow=MODEL, got {text!r}")
+    return role, name or None
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, got {text!r}")
+    return int(text)
+
+
+def main() -> None:
+    chosen = arguments()
+    try:
+        cuda = chosen.suite == "models" and chosen.preset_setting.device.type == "cuda"
+        rows = Rows(chosen.out, gpu_facts() if cuda else None)
+        comparison = compared(rows, chosen) if chosen.suite == "quality" else None
+    except ValueError as error:
+        sys.exit(f"run.py: {error}")
+    say("  ".join(f"{name}: {value}" for name, value in machine().items()))
+    before = len(rows.rows)
+    interrupted = False
+    try:
+        if chosen.suite == "serving":
+            serving.run(rows, serving.QUICK if chosen.quick else serving.FULL)
+        if comparison is not None:
+            given = {"samples": chosen.samples, "runs": chosen.seeds, "processes": chosen.processes}
+            comparison.run(**given, timing=not chosen.quality_only)
+        if chosen.suite == "models":
+            presets.run(rows, chosen.preset_setting)
+        if chosen.suite in ("default", "digits"):
+            measure_digits(rows, chosen)
+        if chosen.suite in ("default", "network") and not chosen.quality_only:
+            network.run(rows, network_settings(chosen))
+    except KeyboardInterrupt:
+        interrupted = True
+    for table in all_tables(rows.rows):
+        print("\n" + plain(table))
+    pictures = plots.draw(rows.rows, chosen.out)
+    print(f"\n{len(rows.rows) - before} new rows in {rows.path}")
+    print(*(f"picture: {path}" for path in pictures), sep="\n")
+    if interrupted:
+        sys.exit("interrupted: what was finished is in the rows")
+
+
+def measure_digits(rows: Rows, chosen: argparse.Namespace) -> None:
+    middle = len(digits.THRESHOLDS) // 2
+    thresholds = digits.THRESHOLDS[middle : middle + 1] if chosen.quick else digits.THRESHOLDS
+    if not chosen.quality_only:
+        if chosen.quick:
+            digits.speed(rows, thresholds, samples=64, repeats=3, limit=5, grid=3)
+            digits.overhead(rows, [torch.float32], repeats=5, limit=3)
+        else:
+            digits.speed(rows, thresholds)
+            digits.overhead(rows)
+            if chosen.suite == "digits" and torch.get_num_threads() > 1:
+                with threads(1):
+                    digits.speed(rows, thresholds)
+                    digits.overhead(rows)
+    quality.measure(
+        rows,
+        digits.MODEL,
+        digits.PLAIN_MODEL,
+        thresholds,
+        digits.FEWER_STEPS,
+        samples=chosen.samples,
+        runs=chosen.seeds,
+        processes=chosen.processes,
+    )
+
+
+def compared(rows: Rows, chosen: argparse.Namespace) -> Comparison:
+    sweep = QUICK if chosen.quick else Sweep() if chosen.full_sweep else COARSE
+    given = {"steps": chosen.steps, "budgets": chosen.budgets}
+    sweep = dataclasses.replace(sweep, **{name: tuple(value) for name, value in given.items() if value})
+    if chosen.rounds:
+        sweep = dataclasses.replace(sweep, repeats=chosen.rounds, limit=math.inf)
+    models = dict(chosen.models)
+    networks = Networks(**models) if len(models) == 3 else dataclasses.replace(default_networks(chosen.data), **models)
+    for role, name in dataclasses.asdict(networks).items():
+        say(f"{role}: {name or 'none, so nothing that needs it is compared'}")
+    return Comparison(rows, chosen.data, networks, sweep)
+
+
+def preset_setting(chosen: argparse.Namespace) -> presets.Setting:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    names = None if chosen.presets is None else chosen.presets.split(",")
+    if chosen.quick:
+        return presets.Setting(device, names or ["digits"], repeats=2, limit=20)
+    return presets.Setting(device, names)
+
+
+def network_settings(chosen: argparse.Namespace) -> list[Setting]:
+    """bfloat16 where the CPU multiplies it itself; emulated, it would only measure the emulation."""
+    native = machine()["bfloat16"]
+    every = torch.get_num_threads()
+    dtype = torch.bfloat16 if native else torch.float32
+    if chosen.quick:
+        return [Setting(4, dtype, every, repeats=2)]
+    if chosen.suite == "network":
+        if not native:
+            say("bfloat16 is emulated on this CPU and is left out")
+        dtypes = (torch.float32, torch.bfloat16) if native else (torch.float32,)
+        settings = [Setting(batch, d, every, 9, 60 + 6 * batch, compiled=True) for d in dtypes for batch in (8, 64)]
+        return settings + [Setting(8, d, 1, 5, 120) for d in dtypes if every > 1]
+    settings = [Setting(8, dtype, every, 5, 40), Setting(32, dtype, every, 2)]
+    return settings + [Setting(8, dtype, 1, 2)] * (every > 1)
+
+
+if __name__ == "__main__":
+    main()

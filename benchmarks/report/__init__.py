@@ -1,0 +1,1 @@
+"""Rows as tables, pages and pictures. Measures nothing."""

@@ -1,0 +1,1 @@
+"""What `python benchmarks/run.py --suite NAME` measures."""
