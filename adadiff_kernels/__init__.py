@@ -1,7 +1,7 @@
 """Row-wise kernels for early exit at batch > 1. Rows and integers; knows nothing of diffusion."""
 
 from adadiff_kernels.compaction import ActiveSet, Swaps, leave_reference, take_rows
-from adadiff_kernels.device_set import DeviceSet, Seen
+from adadiff_kernels.device_set import CountSnapshot, DeviceSet
 from adadiff_kernels.join_skip import join_skip_reference
 from adadiff_kernels.library import join_skip, residual_uem, settle_rows, solver_step, swap_rows
 from adadiff_kernels.ops import fuses
@@ -30,12 +30,12 @@ from adadiff_kernels.upload import captures, upload
 __all__ = [
     "COLUMNS",
     "ActiveSet",
+    "CountSnapshot",
     "DeviceSet",
     "Guidance",
     "Noise",
     "Norm",
     "Score",
-    "Seen",
     "SolverState",
     "StepRows",
     "Swaps",

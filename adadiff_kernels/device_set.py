@@ -20,14 +20,14 @@ from adadiff_kernels.upload import captures
 TICKS = 1 << 16  # are told apart, and as many layers
 
 
-class Seen(NamedTuple):
+class CountSnapshot(NamedTuple):
     """What the host knows: the rows that ran after `layer`; layer 0 means that it has seen no leave yet."""
 
     layer: int
     count: int
 
 
-class HostWord:
+class PinnedCount:
     """One number in host memory that the device writes when it gets there, and the host reads without waiting."""
 
     def __init__(self, device: torch.device) -> None:
@@ -64,7 +64,7 @@ class DeviceSet:
         device: torch.device | str,
         *,
         backend: Literal["reference", "cuda"] | None = None,
-        word: HostWord | None = None,
+        word: PinnedCount | None = None,
     ) -> None:
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
@@ -91,7 +91,7 @@ class DeviceSet:
         self._state = torch.zeros(3, dtype=torch.int32, device=device)  # count, moved, tick
         self.count, self.moved = self._state[:1], self._state[1:2]
         self.count.fill_(B)
-        self._word = word or (_C.MappedWord(device.index) if self._kernel else HostWord(device))
+        self._word = word or (_C.MappedWord(device.index) if self._kernel else PinnedCount(device))
         self._address = self._word.device_address if self._kernel else None
         self._tick, self._layer, self.recorded = 0, 0, False
 
@@ -149,14 +149,14 @@ class DeviceSet:
         another's place."""
         return self._leave(layer, self.lanes if bound is None else bound)
 
-    def seen(self) -> Seen:
+    def seen(self) -> CountSnapshot:
         """The last count of this tick that the host can see, without waiting: an upper bound of the rows that run."""
         tick, layer, count = unpacked(self._word.read())
         if self.recorded or tick != self._tick or layer == 0:
-            return Seen(0, self.lanes)
+            return CountSnapshot(0, self.lanes)
         if count < 0:
             raise RuntimeError(f"a leave at or before layer {layer} was given a bound below the rows that ran")
-        return Seen(layer, count)
+        return CountSnapshot(layer, count)
 
     def wait(self, layer: int) -> int:
         """The rows that run after `layer`, at which a leave has been queued: waits for the device, by polling.

@@ -55,7 +55,7 @@ def _kernel_serves(backend: Backend | None, x: Tensor) -> bool:
 # before when a call ends, so they count as read only: where a graph mutates its inputs, compilers capture none.
 
 _PASS = (
-    "Tensor lanes, Tensor? gate, Tensor? bias, Tensor? score_weight, Tensor? score_offset, SymInt extras, "
+    "Tensor lanes, Tensor? gate, Tensor? bias, Tensor? score_weight, Tensor? score_offset, SymInt num_prefix_tokens, "
     "Tensor? tickets, float? eps, Tensor? norm_weight, Tensor? norm_bias, Tensor? norm_scale, Tensor? norm_shift, "
     "str? backend"
 )
@@ -70,14 +70,14 @@ def _pass(
     bias: Tensor | None,
     weight: Tensor | None,
     offset: Tensor | None,
-    extras: int,
+    num_prefix_tokens: int,
     tickets: Tensor | None,
     eps: float | None,
     *norm: Tensor | str | None,
     fake: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     *parameters, backend = norm
-    score = None if weight is None else Score(weight, offset, extras, tickets)
+    score = None if weight is None else Score(weight, offset, num_prefix_tokens, tickets)
     given = {"lanes": lanes, "gate": gate, "bias": bias, "score": score}
     given["norm"] = None if eps is None else Norm(eps, *parameters)
     if fake:
@@ -126,7 +126,11 @@ def residual_uem(
         )
     flat = (
         *(lanes, gate, bias),
-        *((None, None, 0, None) if score is None else (score.weight, score.offset, score.extras, score.tickets)),
+        *(
+            (None, None, 0, None)
+            if score is None
+            else (score.weight, score.offset, score.num_prefix_tokens, score.tickets)
+        ),
         *((None,) * 5 if norm is None else (norm.eps, norm.weight, norm.bias, norm.scale, norm.shift)),
         backend,
     )

@@ -46,7 +46,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Score:
-    """One layer's UEM: `weight` [P, D], `offset` float32 [B, P] by lane; the first `extras` tokens have no say.
+    """One layer's UEM: `weight` [P, D], `offset` float32 [B, P] by lane. Prefix tokens are excluded from the mean.
 
     tickets: int32 of n elements or more, zeros, by which the programs of a GPU kernel tell which of them ends a row. It
     leaves zeros, so that the next call may use them, but no other call at the same time. None: made for each call.
@@ -54,7 +54,7 @@ class Score:
 
     weight: Tensor
     offset: Tensor
-    extras: int
+    num_prefix_tokens: int
     tickets: Tensor | None = None
 
 
@@ -100,7 +100,7 @@ def uem_score_core(y: Tensor, score: Score, lanes: Tensor) -> Tensor:
     u = torch.empty(n, dtype=torch.float32, device="cpu")
     weight, offset, lanes = score.weight.float().contiguous(), score.offset, lanes.contiguous()
     (_C.uem_score_float32 if y.dtype == torch.float32 else _C.uem_score_bfloat16)(
-        *(y.data_ptr(), n, T, D, score.extras, weight.data_ptr()),
+        *(y.data_ptr(), n, T, D, score.num_prefix_tokens, weight.data_ptr()),
         *(offset.data_ptr(), offset.stride(0), len(offset), lanes.data_ptr(), u.data_ptr()),
     )
     return u
@@ -109,10 +109,10 @@ def uem_score_core(y: Tensor, score: Score, lanes: Tensor) -> Tensor:
 def uem_score_reference(y: Tensor, score: Score, lanes: Tensor) -> Tensor:
     """`uem_score` in PyTorch, for any device, dtype and P."""
     n, T, D = y.shape
-    # all tokens go through one product: slicing the extras off first would copy y
+    # all tokens go through one product: slicing the prefix tokens off first would copy y
     with no_autocast(y):
         s = F.linear(y.float().reshape(n * T, D), score.weight.float()).view(n, T, len(score.weight))
-    s = s[:, score.extras :]
+    s = s[:, score.num_prefix_tokens :]
     return torch.sigmoid(s + _by_row(score.offset, lanes)).mean(dim=(1, 2))
 
 
@@ -193,5 +193,7 @@ def check_score(y: Tensor, score: Score, lanes: Tensor) -> None:
         raise ValueError(
             f"score.tickets must be int32 of {n} or more, got {score.tickets.dtype} {tuple(score.tickets.shape)}"
         )
-    if not 0 <= score.extras < T:
-        raise ValueError(f"score.extras must leave at least one of {T} tokens, got {score.extras}")
+    if not 0 <= score.num_prefix_tokens < T:
+        raise ValueError(
+            f"score.num_prefix_tokens must leave at least one of {T} tokens, got {score.num_prefix_tokens}"
+        )

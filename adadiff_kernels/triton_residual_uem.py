@@ -62,7 +62,7 @@ def _residual_uem_kernel(
     stride_scale,
     stride_shift,
     T,
-    extras,
+    num_prefix_tokens,
     eps,
     count,  # patch tokens times P
     D: tl.constexpr,
@@ -122,7 +122,7 @@ def _residual_uem_kernel(
                 product += ys[c].to(tl.float32) * _vector(score_ptr, channel, BLOCK_T, D)
         if score_ptr is not None and P == 1:
             s = tl.sum(product, 1) + tl.load(offset_ptr)
-            partial += tl.sum(tl.where((token >= extras) & (token < T), tl.sigmoid(s), 0.0), 0)
+            partial += tl.sum(tl.where((token >= num_prefix_tokens) & (token < T), tl.sigmoid(s), 0.0), 0)
 
         if h_ptr is not None:
             mean = (tl.sum(total, 1) / D)[:, None]
@@ -157,7 +157,7 @@ def _residual_uem_kernel(
                     logits = _dot(part, (w.to(tl.float32) - near.to(tl.float32)).to(part.dtype), logits)
             outputs = tl.arange(0, BLOCK_P)[None, :]
             logits += tl.load(offset_ptr + outputs, mask=outputs < P, other=0.0)
-            patch = (tokens >= extras) & (tokens < T) & (outputs < P)
+            patch = (tokens >= num_prefix_tokens) & (tokens < T) & (outputs < P)
             partial = tl.sum(tl.sum(tl.where(patch, tl.sigmoid(logits), 0.0), 1), 0)
         tl.store(partial_ptr + tl.program_id(0), partial)
         tl.debug_barrier()  # the sum is there before its ticket is taken
@@ -209,8 +209,8 @@ def launch_residual_uem(
         0 if score is None else score.offset.stride(0),
         0 if scale is None else scale.stride(0),
         0 if shift is None else shift.stride(0),
-        *(T, 0 if score is None else score.extras, 0.0 if norm is None else norm.eps),
-        0.0 if score is None else float((T - score.extras) * P),
+        *(T, 0 if score is None else score.num_prefix_tokens, 0.0 if norm is None else norm.eps),
+        0.0 if score is None else float((T - score.num_prefix_tokens) * P),
         D=D,
         P=P,
         CHUNKS=triton.cdiv(D, BLOCK_D),

@@ -7,7 +7,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 import adadiff
 from adadiff.diffusion.solvers import DDIM, DPMSolverPP2M
 from adadiff.diffusion.tables import pack
-from adadiff.rules import Full, Replay
+from adadiff.policies.exit_policies import Full, Replay
 from adadiff_kernels import ActiveSet, Score, join_skip, ops, philox_normal, residual_uem, solver_step, swap_rows
 
 LANES = 64
@@ -43,7 +43,7 @@ def test_moves(benchmark: BenchmarkFixture) -> None:
 def test_fused_pass(benchmark: BenchmarkFixture, scored: bool) -> None:
     n = 7  # as many lanes as the engine takes at a time
     x, branch, lanes = torch.randn(n, T, D), torch.randn(n, T, D), torch.arange(n, dtype=torch.int32)
-    score = Score(torch.randn(1, D) / D**0.5, torch.zeros(n, 1), extras=1) if scored else None
+    score = Score(torch.randn(1, D) / D**0.5, torch.zeros(n, 1), num_prefix_tokens=1) if scored else None
     benchmark(residual_uem, x, branch, lanes=lanes, score=score, out=torch.empty_like(x))
 
 

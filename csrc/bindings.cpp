@@ -47,11 +47,11 @@ void philox(std::uintptr_t seeds, std::uintptr_t steps, std::int64_t n, std::int
 }
 
 template <typename Element>
-void uem_score(std::uintptr_t y, std::int64_t n, std::int64_t tokens, std::int64_t channels, std::int64_t extras,
-               std::uintptr_t weight, std::uintptr_t offset, std::int64_t offset_stride, std::int32_t B,
+void uem_score(std::uintptr_t y, std::int64_t n, std::int64_t tokens, std::int64_t channels,
+               std::int64_t num_prefix_tokens, std::uintptr_t weight, std::uintptr_t offset, std::int64_t offset_stride, std::int32_t B,
                std::uintptr_t lanes, std::uintptr_t u) {
   py::gil_scoped_release released;
-  adadiff::uem_score(pointer<const Element>(y), n, tokens, channels, extras, pointer<const float>(weight),
+  adadiff::uem_score(pointer<const Element>(y), n, tokens, channels, num_prefix_tokens, pointer<const float>(weight),
                      pointer<const float>(offset), offset_stride, B, pointer<const std::int32_t>(lanes),
                      pointer<float>(u));
 }
@@ -59,7 +59,7 @@ void uem_score(std::uintptr_t y, std::int64_t n, std::int64_t tokens, std::int64
 template <typename Element>
 void def_uem_score(py::module_& m, const char* name) {
   m.def(name, &uem_score<Element>, py::arg("y"), py::arg("n"), py::arg("tokens"), py::arg("channels"),
-        py::arg("extras"), py::arg("weight"), py::arg("offset"), py::arg("offset_stride"), py::arg("B"),
+        py::arg("num_prefix_tokens"), py::arg("weight"), py::arg("offset"), py::arg("offset_stride"), py::arg("B"),
         py::arg("lanes"), py::arg("u"));
 }
 

@@ -208,7 +208,7 @@ void test_scores() {
   std::mt19937 random(11);
   std::normal_distribution<float> normal;
   for (int channels : {1, 7, 8, 9, 31, 32, 33, 64, 100, 256}) {
-    const int n = 3, tokens = 6, extras = channels % 3, B = 5;
+    const int n = 3, tokens = 6, num_prefix_tokens = channels % 3, B = 5;
     std::vector<Element> y(n * tokens * channels);
     std::vector<double> exact(y.size());
     for (std::size_t i = 0; i < y.size(); ++i) {
@@ -229,18 +229,18 @@ void test_scores() {
     for (float& value : offset) value = normal(random);
     const Ints lanes{4, 0, 2};
     for (std::int64_t stride : {0, 1, 2}) {
-      adadiff::uem_score(y.data(), n, tokens, channels, extras, weight.data(), offset.data(), stride, B,
+      adadiff::uem_score(y.data(), n, tokens, channels, num_prefix_tokens, weight.data(), offset.data(), stride, B,
                          lanes.data(), u.data());
       for (int r = 0; r < n; ++r) {
         double mean = 0;
-        for (int t = extras; t < tokens; ++t) {
+        for (int t = num_prefix_tokens; t < tokens; ++t) {
           double score = offset[lanes[r] * stride];
           for (int d = 0; d < channels; ++d) score += exact[(r * tokens + t) * channels + d] * weight[d];
-          mean += 1 / (1 + std::exp(-score)) / (tokens - extras);
+          mean += 1 / (1 + std::exp(-score)) / (tokens - num_prefix_tokens);
         }
         CHECK(std::abs(u[r] - mean) < 1e-6);
         float alone = NAN;  // bit for bit: a row does not see its neighbours
-        adadiff::uem_score(y.data() + r * tokens * channels, 1, tokens, channels, extras, weight.data(),
+        adadiff::uem_score(y.data() + r * tokens * channels, 1, tokens, channels, num_prefix_tokens, weight.data(),
                            offset.data(), stride, B, lanes.data() + r, &alone);
         CHECK(std::memcmp(&alone, &u[r], sizeof alone) == 0);
       }
@@ -251,12 +251,12 @@ void test_scores() {
 void test_score_errors() {
   const std::vector<float> y(2 * 3 * 4), weight(4), offset(5);
   std::vector<float> u{7, 7};
-  const auto refuses = [&](std::int64_t n, std::int64_t tokens, std::int64_t channels, std::int64_t extras,
+  const auto refuses = [&](std::int64_t n, std::int64_t tokens, std::int64_t channels, std::int64_t num_prefix_tokens,
                            std::int64_t stride, std::int32_t B, const Ints& lanes, const std::string& part) {
     return raises(
                [&] {
-                 adadiff::uem_score(y.data(), n, tokens, channels, extras, weight.data(), offset.data(), stride, B,
-                                    lanes.data(), u.data());
+                 adadiff::uem_score(y.data(), n, tokens, channels, num_prefix_tokens, weight.data(), offset.data(),
+                                    stride, B, lanes.data(), u.data());
                },
                part) &&
            u == std::vector<float>{7, 7};

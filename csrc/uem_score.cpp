@@ -94,11 +94,12 @@ ADADIFF_WIDEST void dots(const bfloat16* y, const float* weight, std::int64_t ro
 
 template <typename Element>
 void uem_score(const Element* y, std::int64_t n, std::int64_t tokens, std::int64_t channels,
-               std::int64_t extras, const float* weight, const float* offset, std::int64_t offset_stride,
+               std::int64_t num_prefix_tokens, const float* weight, const float* offset, std::int64_t offset_stride,
                std::int32_t B, const std::int32_t* lanes, float* u) {
   require(n >= 0, "uem_score: n must be 0 or more");
   require(channels >= 1, "uem_score: channels must be 1 or more");
-  require(extras >= 0 && extras < tokens, "uem_score: extras must leave at least one token");
+  require(num_prefix_tokens >= 0 && num_prefix_tokens < tokens,
+          "uem_score: num_prefix_tokens must leave at least one token");
   require(B >= 0, "uem_score: B must be 0 or more");
   require(offset_stride >= 0, "uem_score: offset_stride must be 0 or more");
   require((y && weight && offset && lanes && u) || n == 0, "uem_score: a pointer is null");
@@ -106,10 +107,10 @@ void uem_score(const Element* y, std::int64_t n, std::int64_t tokens, std::int64
     require(lanes[r] >= 0 && lanes[r] < B, "uem_score: lanes name a lane outside [0, B)");
   }
 
-  const std::int64_t patches = tokens - extras;
+  const std::int64_t patches = tokens - num_prefix_tokens;
   std::vector<float> scores(static_cast<std::size_t>(n ? patches : 0));
   for (std::int64_t r = 0; r < n; ++r) {
-    dots(y + (r * tokens + extras) * channels, weight, patches, channels, scores.data());
+    dots(y + (r * tokens + num_prefix_tokens) * channels, weight, patches, channels, scores.data());
     const float own = offset[lanes[r] * offset_stride];
     double sum = 0;
     for (const float score : scores) sum += 1 / (1 + std::exp(-(score + own)));

@@ -10,7 +10,7 @@ struct bfloat16 {
   std::uint16_t bits;
 };
 
-// u[r] = mean over tokens t >= extras of sigmoid(weight . y[r, t] + offset[lanes[r] * offset_stride])
+// u[r] = mean over tokens t >= num_prefix_tokens of sigmoid(weight . y[r, t] + offset[lanes[r] * offset_stride])
 //
 //   y       [n][tokens][channels]  float or bfloat16
 //   weight  float[channels]
@@ -22,7 +22,7 @@ struct bfloat16 {
 // call are read from the cache into which the block has just written them.
 template <typename Element>
 void uem_score(const Element* y, std::int64_t n, std::int64_t tokens, std::int64_t channels,
-               std::int64_t extras, const float* weight, const float* offset, std::int64_t offset_stride,
+               std::int64_t num_prefix_tokens, const float* weight, const float* offset, std::int64_t offset_stride,
                std::int32_t B, const std::int32_t* lanes, float* u);
 
 }  // namespace adadiff

@@ -31,7 +31,7 @@ class Problem:
     """Every input, of unlike rows; parameters by lane are columns of wider rows filled with NaN."""
 
     def __init__(self, shape: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype], weights: torch.dtype = SINGLE):
-        self.n, self.T, self.D, self.P, self.extras, self.B = shape
+        self.n, self.T, self.D, self.P, self.num_prefix_tokens, self.B = shape
         self.draw = torch.Generator().manual_seed(0)
         self.x = inside_nan(self.normal(self.n, self.T, self.D, dtype=dtypes[0]) + 0.5)
         self.branch = inside_nan(self.normal(self.n, self.T, self.D, dtype=dtypes[1]))
@@ -40,7 +40,7 @@ class Problem:
         self.bias = inside_nan(self.normal(self.D, dtype=dtypes[1]))
         weight = inside_nan(self.normal(self.P, self.D, dtype=weights) / math.sqrt(self.D))
         offset = self.normal(self.B, self.P, dtype=SINGLE)
-        self.score = Score(weight, offset, self.extras)
+        self.score = Score(weight, offset, self.num_prefix_tokens)
         affine = inside_nan(self.normal(self.D, dtype=SINGLE) + 1), inside_nan(self.normal(self.D, dtype=SINGLE))
         self.norms = {
             "plain": Norm(1e-6),
@@ -66,7 +66,7 @@ class Problem:
         return self.x.double() + own * (self.branch.double() + self.bias.double())
 
     def exact_score(self, y: Tensor) -> Tensor:
-        s = y.double()[:, self.extras :] @ self.score.weight.double().T
+        s = y.double()[:, self.num_prefix_tokens :] @ self.score.weight.double().T
         return torch.sigmoid(s + self.score.offset.double()[self.lanes.long()][:, None]).mean((1, 2))
 
     def exact_norm(self, y: Tensor, norm: str, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from adadiff.engine import device as device_engine
+from adadiff.forward import device as device_engine
 from adadiff_kernels import DeviceSet
 
 
 class LateWord:
-    """In place of `HostWord`: what is posted shows `delay()` posts later, and never before what was posted earlier."""
+    """In place of `PinnedCount`: what is posted shows `delay()` posts later, never before what was posted earlier."""
 
     def __init__(self, delay: Callable[[], float]):
         self._delay, self._now = delay, 0

@@ -13,9 +13,9 @@ import torch
 
 import adadiff
 from adadiff.config import ModelConfig
-from adadiff.evaluation.quality import evaluate_samples, frechet_ratio
-from adadiff.exits import PAPER
+from adadiff.metrics.quality import evaluate_samples, frechet_ratio
 from adadiff.models.uvit import UViTConfig
+from adadiff.uem import PAPER
 from benchmarks import __main__ as run
 from benchmarks import harness, rows
 from benchmarks.baselines import attainable

@@ -13,14 +13,14 @@ import adadiff
 from adadiff.calibration.calibrating import work_of
 from adadiff.config import ModelConfig
 from adadiff.data.canvases import Canvases
-from adadiff.evaluation import judges
-from adadiff.evaluation.canvases import follow_rules
-from adadiff.evaluation.quality import evaluate_samples
-from adadiff.exits import PAPER
+from adadiff.metrics import judges
+from adadiff.metrics.canvases import follow_rules
+from adadiff.metrics.quality import evaluate_samples
 from adadiff.models.uvit import UViTConfig
-from adadiff.rules import Replay
+from adadiff.policies.exit_policies import Replay
 from adadiff.sampling.batch import Batch
-from adadiff.sampling.samples import Samples
+from adadiff.sampling.samples import SampleBatch
+from adadiff.uem import PAPER
 from benchmarks import __main__ as run
 from benchmarks import rows
 from benchmarks.baselines import alternatives
@@ -105,7 +105,7 @@ def test_single_thresholds_meet_the_share_along_the_full_way(networks: alternati
     seeds = range(alternatives.CALIBRATION_SEED, alternatives.CALIBRATION_SEED + 20)
     scores = []
 
-    def watched(*given: object, **options: object) -> adadiff.Evaluation:
+    def watched(*given: object, **options: object) -> adadiff.ForwardOutput:
         result = adadiff.evaluate(*given, **{**options, "record": True})
         scores.append(result.scores)
         return result
@@ -113,7 +113,7 @@ def test_single_thresholds_meet_the_share_along_the_full_way(networks: alternati
     batch = Batch(own, 20, evaluate=watched)
     given = {"steps": 6, "seeds": seeds, "labels": [i % 10 for i in range(20)]}
     given |= {"rule": Replay(), "thresholds": [5.0] * 20}  # nobody leaves, everybody is scored
-    batch.admit(Samples.of(own, 20, **given), torch.arange(20))
+    batch.admit(SampleBatch.of(own, 20, **given), torch.arange(20))
     while batch.count:
         batch.take(batch.tick().done)
     for first, by_mean in ((1, False), (2, False), (1, True)):
@@ -142,8 +142,8 @@ def test_every_method_draws_what_the_sampler_draws(networks: alternatives.Networ
     given = {"steps": 4, "solver": "dpm++2m", "seeds": seeds, "labels": labels}
     full, shallow = drawing.load(networks.full), drawing.load(networks.shallow)
     common = {"steps": 4, "solver": "dpm++2m", "batch": 4}
-    wanted, report = adadiff.sample(full, 6, early_model=shallow, t_switch=500.0, **given)
-    duo = drawing.Method("DuoDiff", networks.full, early_model=networks.shallow, t_switch=500.0, **common)
+    wanted, report = adadiff.sample(full, 6, shallow_model=shallow, t_switch=500.0, **given)
+    duo = drawing.Method("DuoDiff", networks.full, shallow_model=networks.shallow, t_switch=500.0, **common)
     drawn = drawing.draw(duo, seeds, labels)
     torch.testing.assert_close(drawn.images, wanted, rtol=1e-4, atol=1e-4)
     assert drawn.macs == (report.macs, report.macs_full)
@@ -297,7 +297,7 @@ def check_rows(by_name: dict[str, rows.Row], networks: alternatives.Networks) ->
 
 def work_of_whole(made: adadiff.Model) -> int:
     network = made.backbone
-    return sum(block.macs(network.tokens) for block in network.blocks) + sum(network.fixed_macs())
+    return sum(block.macs(network.tokens) for block in network.blocks) + sum(network.stem_and_head_macs())
 
 
 def check_speed(speed: list[rows.Row]) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adadiff.evaluation.intervals import Interval
+from adadiff.metrics.intervals import Interval
 from benchmarks.report import fronts
 from benchmarks.studies import recipes
 

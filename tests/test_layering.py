@@ -44,11 +44,11 @@ def short(path: Path) -> str:
 
 def test_imports_are_resolved():
     path = ROOT / "python" / "adadiff" / "models" / "x.py"
-    source = "import adadiff.cli\nfrom . import a\nfrom ..exits import B\nfrom adadiff_kernels import C as E"
+    source = "import adadiff.cli\nfrom . import a\nfrom ..uem import B\nfrom adadiff_kernels import C as E"
     assert imports(path, source) == {
         "adadiff.cli",
         "adadiff.models.a",
-        "adadiff.exits.B",
+        "adadiff.uem.B",
         "adadiff_kernels.C",
     }
 

@@ -8,9 +8,9 @@ import torch
 
 import adadiff
 from adadiff.config import PRESETS, ModelConfig
-from adadiff.engine.memory import peak_bytes
 from adadiff.models.dit import DiTConfig
 from adadiff.models.uvit import UViTConfig
+from adadiff.sampling.capacity import peak_bytes
 from benchmarks import __main__ as run
 from benchmarks import harness, rows
 from benchmarks.report import tables

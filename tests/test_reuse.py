@@ -30,7 +30,7 @@ def trajectory(kind: str, n: int = 3) -> tuple[list[Tensor], Tensor]:
 def by_definition(backbone: nn.Module, xs: list[Tensor], context: Tensor, every: int) -> list[Tensor]:
     predictions, kept = [], {}
     for i, (x, time) in enumerate(zip(xs, TIMES, strict=True)):
-        rows, cond = backbone.begin(x, torch.full((len(x),), time), context)
+        rows, cond = backbone.embed(x, torch.full((len(x),), time), context)
         outputs = []
         for number, block in enumerate(backbone.blocks):
             if block.skip_from is not None:
@@ -45,7 +45,7 @@ def by_definition(backbone: nn.Module, xs: list[Tensor], context: Tensor, every:
                     kept[number, which] = (block.attn, block.mlp)[which](h)
                 rows = rows + gate * kept[number, which]
             outputs.append(rows)
-        predictions.append(backbone.head(rows[:, backbone.extras :], cond, torch.arange(len(x))))
+        predictions.append(backbone.head(rows[:, backbone.num_prefix_tokens :], cond, torch.arange(len(x))))
     return predictions
 
 
@@ -101,10 +101,10 @@ def test_macs_are_those_of_the_products_that_run(kind: str) -> None:
     ours = reuse.Reusing(backbone, 2)
     for x, time in zip(xs, TIMES, strict=True):
         ours(x, torch.full((1,), time), context)
-    fixed = len(TIMES) * sum(backbone.fixed_macs())
+    fixed = len(TIMES) * sum(backbone.stem_and_head_macs())
     assert reuse.macs(backbone, len(TIMES), 2) == sum(ran) + fixed
     assert reuse.macs(backbone, len(TIMES), 1) == len(TIMES) * (
-        sum(block.macs(backbone.tokens) for block in backbone.blocks) + sum(backbone.fixed_macs())
+        sum(block.macs(backbone.tokens) for block in backbone.blocks) + sum(backbone.stem_and_head_macs())
     )
 
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 import adadiff
 from adadiff.config import ModelConfig
-from adadiff.exits import PAPER
 from adadiff.models.uvit import UViTConfig
-from adadiff.rules import Replay
+from adadiff.policies.exit_policies import Replay
+from adadiff.uem import PAPER
 from benchmarks import __main__ as run
 from benchmarks import rows
 from benchmarks.baselines import servers as policies
@@ -245,7 +245,7 @@ def test_a_saturated_server_always_holds_mixed_timesteps(ours: bool) -> None:
 
 
 def test_a_saturated_server_raises_what_a_request_failed_with() -> None:
-    def broken(*_: object, **__: object) -> adadiff.Evaluation:
+    def broken(*_: object, **__: object) -> adadiff.ForwardOutput:
         raise ArithmeticError("no evaluation")
 
     server = adadiff.Engine(tiny(classes=0), 2, start=False, evaluate=broken)

@@ -14,8 +14,8 @@ from adadiff.calibration.recording import record
 from adadiff.calibration.reliability import reliability_picture
 from adadiff.calibration.stopping import exit_layers, total
 from adadiff.checkpoint import find
-from adadiff.engine.switching import what_it_draws
-from adadiff.sampling.samples import Samples
+from adadiff.forward.two_stage import what_it_draws
+from adadiff.sampling.samples import SampleBatch
 from benchmarks.suites.drawing import Artist, Method, fingerprint, load
 from benchmarks.suites.judging import DATA
 
@@ -144,7 +144,7 @@ def _methods(networks: Networks, sweep: Sweep, folder: Path, common: dict) -> It
         yield Method("shallow network", networks.shallow, **common)
         for t, name in product(sweep.switches, filter(None, (full, networks.plain))):
             setting = f"t ≥ {t:g}{', plain' if name == networks.plain else ''}"
-            own = {"early_model": networks.shallow, "t_switch": t}
+            own = {"shallow_model": networks.shallow, "t_switch": t}
             yield Method("DuoDiff", name, setting=setting, **own, **common)
     for depth in sorted({max(1, round(share * layers)) for share in sweep.depths}):
         yield Method("fixed depth", full, rule=f"depth:{depth}", setting=f"{depth} blocks", **common)
@@ -155,7 +155,7 @@ def _methods(networks: Networks, sweep: Sweep, folder: Path, common: dict) -> It
         yield Method("static table", file, rule=f"table:{share:g}", setting=f"{share:g}, {aim}", **common)
         yield Method(f"ours, {aim}", file, rule=f"budget:{share:g}", setting=f"{share:g}", **common)
         for t in sweep.switches if networks.shallow and aim == sweep.aims[0] else ():
-            own = {"early_model": networks.shallow, "t_switch": t, "rule": f"budget:{share:g}"}
+            own = {"shallow_model": networks.shallow, "t_switch": t, "rule": f"budget:{share:g}"}
             yield Method("ours, early model", file, setting=f"{share:g}, t ≥ {t:g}", **own, **common)
     for first in sweep.first:
         for theta in single_thresholds(full, tuple(sweep.shares), first, False):
@@ -204,7 +204,7 @@ def single_thresholds(name: str, shares: tuple[float, ...], first: int, by_mean:
     model = adadiff.load(name)
     classes, seeds = model.config.classes, range(CALIBRATION_SEED, CALIBRATION_SEED + RECORDED)
     labels = [i % classes for i in range(RECORDED)] if classes else None
-    samples = Samples.of(model, RECORDED, steps=RECORDED_STEPS, seeds=seeds, labels=labels)
+    samples = SampleBatch.of(model, RECORDED, steps=RECORDED_STEPS, seeds=seeds, labels=labels)
     u = record(model, samples, RECORDED).u[:, first - 1 :].double()
     seen = torch.ones(len(u), first - 1, u.shape[-1])
     u = torch.cat([seen, u.mean(-1, keepdim=True).expand_as(u) if by_mean else u], 1)

@@ -61,7 +61,7 @@ class PlainPieces:
     ):
         self.backbone, self._inputs, self._compiled = backbone, inputs, compiled
         with torch.inference_mode():
-            _, self._cond = backbone.begin(*inputs)
+            _, self._cond = backbone.embed(*inputs)
         like = {"dtype": backbone.pos_embed.dtype, "device": backbone.pos_embed.device}
         self._rows = torch.randn(len(inputs[0]), backbone.tokens, backbone.dim, **like)
         self._skip = torch.randn_like(self._rows)
@@ -69,10 +69,10 @@ class PlainPieces:
         self._counts = {kind: sorted({n for n in ns if n}) for kind, ns in counts.items()}
 
     def variants(self) -> dict[str, Call]:
-        patches = self._rows[:, self.backbone.extras :]
+        patches = self._rows[:, self.backbone.num_prefix_tokens :]
         lanes = torch.arange(len(patches), dtype=torch.int32, device=patches.device)
         calls: dict[str, Call] = {
-            "stem": lambda: self.backbone.begin(*self._inputs),
+            "stem": lambda: self.backbone.embed(*self._inputs),
             "head": lambda: self.backbone.head(patches, self._cond, lanes),
         }
         for kind, counts in self._counts.items():

@@ -26,7 +26,7 @@ class Reusing:
         backbone, whole = self.backbone, self._calls % self.every == 0
         keeping = whole and self.every > 1
         self._calls += 1
-        rows, cond = backbone.begin(x, t, context)
+        rows, cond = backbone.embed(x, t, context)
         lanes = torch.arange(len(x), dtype=torch.int32)
         needed = {block.skip_from for block in backbone.blocks}
         skips: dict[int, Tensor] = {}
@@ -47,7 +47,7 @@ class Reusing:
                 rows = _reused(rows, block, cond, self._kept[number], fresh)
             if number in needed:
                 skips[number] = rows
-        return backbone.head(rows[:, backbone.extras :], cond, lanes)
+        return backbone.head(rows[:, backbone.num_prefix_tokens :], cond, lanes)
 
 
 def macs(backbone: Backbone, steps: int, every: int) -> int:
@@ -56,7 +56,7 @@ def macs(backbone: Backbone, steps: int, every: int) -> int:
     branches = min(blocks)  # of a block without a long skip
     joins = sum(cost - branches for cost in blocks)
     whole = -(-steps // every)
-    return steps * (sum(backbone.fixed_macs()) + joins) + whole * len(blocks) * branches
+    return steps * (sum(backbone.stem_and_head_macs()) + joins) + whole * len(blocks) * branches
 
 
 def _kept(block: Block, cond: Conditioning, said: list[Tensor]) -> list[Tensor]:

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adadiff import Evaluation, Model
+from adadiff import ForwardOutput, Model
 from adadiff.diffusion.noise import initial_noise
 from adadiff.diffusion.solvers import DDIM
 from adadiff.diffusion.tables import TableSet
-from adadiff.rules import BatchMean, Limits, from_depth
+from adadiff.policies.exit_policies import BatchMean, Limits, from_depth
 from adadiff_kernels import ActiveSet, SolverState, solver_step, upload
 from benchmarks.suites.network import in_batches
 
@@ -30,7 +30,7 @@ NO_EXITS = "our engine, no exits"
 
 TIME = 1000  # the networks' times are 0..1000
 
-Evaluate = Callable[..., Evaluation]
+Evaluate = Callable[..., ForwardOutput]
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,10 @@ def plain_network(size: int, network: Callable[..., Tensor] | None = None) -> Ev
     """The plain network on `size` lanes at a time, called as `adadiff.evaluate` is. network: in the backbone's place,
     such as a compiled one."""
 
-    def evaluate(backbone, exits, rule, x, t, context=None, **_: object) -> Evaluation:
+    def evaluate(backbone, exits, rule, x, t, context=None, **_: object) -> ForwardOutput:
         inputs = (x, t) if context is None else (x, t, context)
         eps = in_batches(network or backbone, inputs, size)()
-        return Evaluation(eps, torch.full((len(x),), len(backbone.blocks), dtype=torch.int32), 0, 0, 0, None)
+        return ForwardOutput(eps, torch.full((len(x),), len(backbone.blocks), dtype=torch.int32), 0, 0, 0, None)
 
     return evaluate
 
@@ -128,7 +128,7 @@ class Recorder:
         self.exit_layers: list[Tensor] = []  # of each call, by lane
         self.seconds: list[float] = []
 
-    def __call__(self, *args: object, **settings: object) -> Evaluation:
+    def __call__(self, *args: object, **settings: object) -> ForwardOutput:
         started = time.perf_counter()
         result = self._evaluate(*args, **settings)
         self.seconds.append(time.perf_counter() - started)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adadiff import Evaluation
+from adadiff import ForwardOutput
 from benchmarks.baselines.attainable import PlainPieces
 from benchmarks.baselines.servers import DepthTable
 from benchmarks.harness import Comparison
@@ -173,7 +173,7 @@ class SimulatedNetwork:
 
     def __call__(
         self, backbone, exits, rules, x: Tensor, t: Tensor, context=None, *, threshold=None, **_
-    ) -> Evaluation:
+    ) -> ForwardOutput:
         layers = len(self._costs.blocks)
         (rule,) = rules
         depth = torch.full((len(x),), layers)
@@ -184,4 +184,4 @@ class SimulatedNetwork:
         self._clock.advance(seconds)
         self._seconds += seconds
         self._least += self._costs.least(counts)
-        return Evaluation(torch.zeros_like(x), depth.int(), 0, 0, 0, None)
+        return ForwardOutput(torch.zeros_like(x), depth.int(), 0, 0, 0, None)

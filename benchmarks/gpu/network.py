@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 import adadiff
-from adadiff import Evaluation, Model
+from adadiff import ForwardOutput, Model
 from adadiff.config import PRESETS as PRESETS_BY_NAME
-from adadiff.exits import PAPER
 from adadiff.models.dit import DiTConfig
 from adadiff.models.interface import Backbone
 from adadiff.models.uvit import UViTConfig
-from adadiff.rules import Replay
+from adadiff.policies.exit_policies import Replay
+from adadiff.uem import PAPER
 from benchmarks.baselines.attainable import PlainPieces, rows_per_layer, share_of_flop_ideal
 from benchmarks.gpu.session import Call, Session, Task, check_close, teraflops
 from benchmarks.harness import Comparison
@@ -103,7 +103,7 @@ def compare(session: Session, network: Network, inputs: Inputs, parameters: dict
     check_close("the compiled network", compiled(), baselines[PLAIN](), 2e-2)
     baselines |= {graph: session.captured(baselines[name], shared=True) for name, graph in GRAPHS.items()}
 
-    results: dict[str, Evaluation] = {}
+    results: dict[str, ForwardOutput] = {}
     runs: dict[str, Call] = {}
     wanted = {name: exits.to(session.device) for name, exits in patterns(B, model.layers).items()}
     for name, exits in wanted.items():
@@ -128,21 +128,21 @@ def inputs_of(session: Session, model: Model, B: int) -> Inputs:
 
 def plain(backbone: Backbone, through: Callable[..., Tensor], inputs: Sequence[Tensor | None]) -> Tensor:
     """The network at full depth, with its blocks called as `through(block, rows, cond, skip)`."""
-    rows, cond = backbone.begin(*inputs)
+    rows, cond = backbone.embed(*inputs)
     outputs: list[Tensor] = []
     for block in backbone.blocks:
         skip = () if block.skip_from is None else (outputs[block.skip_from],)
         outputs.append(through(block, outputs[-1] if outputs else rows, cond, *skip))
     lanes = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
-    return backbone.head(outputs[-1][:, backbone.extras :], cond, lanes)
+    return backbone.head(outputs[-1][:, backbone.num_prefix_tokens :], cond, lanes)
 
 
-def evaluation(model: Model, inputs: Inputs, exits: Tensor, strategy: str) -> Callable[[], Evaluation]:
+def evaluation(model: Model, inputs: Inputs, exits: Tensor, strategy: str) -> Callable[[], ForwardOutput]:
     given = {"threshold": exits, "counts": strategy}
     return lambda: adadiff.evaluate(model.backbone, model.exits, Replay(), *inputs, **given)
 
 
-def check(name: str, results: dict[str, Evaluation], exits: Tensor, first: str) -> None:
+def check(name: str, results: dict[str, ForwardOutput], exits: Tensor, first: str) -> None:
     """Every strategy makes the exits that were asked for, and the images of the first."""
     found, wanted = results[name].exit_layer.cpu(), exits.int().cpu()
     if not torch.equal(found, wanted):
@@ -170,7 +170,7 @@ def write(
     model: Model,
     measured: Comparison,
     baselines: Sequence[str],
-    results: dict[str, Evaluation],
+    results: dict[str, ForwardOutput],
 ) -> None:
     B = parameters["batch"]
     fastest = min(baselines, key=measured.median)

@@ -25,12 +25,12 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class Shape:
-    """Rows of T tokens of D channels, the first extras of which have no say; modulated: gate, scale and shift by lane,
-    as in a DiT, instead of an affine norm."""
+    """Rows of T tokens of D channels, prefix tokens included; modulated: gate, scale and shift by lane, as in a DiT,
+    instead of an affine norm."""
 
     T: int
     D: int
-    extras: int
+    num_prefix_tokens: int
     modulated: bool = False
 
 
@@ -138,7 +138,7 @@ class Parameters:
         D = shape.D
         weight = session.normal(P, D, dtype=dtype) / D**0.5
         tickets = torch.zeros(B, dtype=torch.int32, device=session.device)
-        score = Score(weight, session.normal(B, P, dtype=torch.float32), shape.extras, tickets)
+        score = Score(weight, session.normal(B, P, dtype=torch.float32), shape.num_prefix_tokens, tickets)
         lanes = torch.arange(B, dtype=torch.int32, device=session.device)
         if shape.modulated:
             by_lane = session.normal(B, 6 * D, dtype=BRAIN)
@@ -155,7 +155,16 @@ class Parameters:
     @property
     def plain(self) -> tuple[Tensor | int | None, ...]:
         score, norm = self.score, self.norm
-        return self.gate, score.weight, score.offset, score.extras, norm.weight, norm.bias, norm.scale, norm.shift
+        return (
+            self.gate,
+            score.weight,
+            score.offset,
+            score.num_prefix_tokens,
+            norm.weight,
+            norm.bias,
+            norm.scale,
+            norm.shift,
+        )
 
 
 def plain_pass(
@@ -164,7 +173,7 @@ def plain_pass(
     gate: Tensor | None,
     score: Tensor,
     offset: Tensor,
-    extras: int,
+    num_prefix_tokens: int,
     weight: Tensor | None,
     bias: Tensor | None,
     scale: Tensor | None,
@@ -178,7 +187,7 @@ def plain_pass(
     if scale is not None:
         h = torch.addcmul(shift[:, None], h, 1 + scale[:, None])
     s = F.linear(y, score) if product else (y.float() * score.float()).sum(-1, keepdim=True)
-    u = torch.sigmoid(s[:, extras:].float() + offset[:, None]).mean((1, 2))
+    u = torch.sigmoid(s[:, num_prefix_tokens:].float() + offset[:, None]).mean((1, 2))
     return y, h, u
 
 

@@ -11,8 +11,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import adadiff
-from adadiff import Evaluation
-from adadiff.rules import Threshold
+from adadiff import ForwardOutput
+from adadiff.policies.exit_policies import Threshold
 from benchmarks.gpu.network import inputs_of, random_model
 from benchmarks.gpu.session import Session, device_or_exit
 
@@ -25,7 +25,7 @@ def evaluation(session: Session, B: int) -> Callable[[], object]:
     model = random_model(session, PRESET)
     x, t, labels = inputs_of(session, model, B)
 
-    def call(threshold: float, record: bool = False) -> Evaluation:
+    def call(threshold: float, record: bool = False) -> ForwardOutput:
         return adadiff.evaluate(model.backbone, model.exits, Threshold(threshold), x, t, labels, record=record)
 
     scores = call(1e-6, record=True).scores[:-1].float()

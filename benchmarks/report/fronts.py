@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from adadiff.evaluation.intervals import Interval, centred_interval, share_interval
+from adadiff.metrics.intervals import Interval, centred_interval, share_interval
 from benchmarks.baselines.alternatives import BY_BUDGET, OURS
 from benchmarks.report.cells import Table, number, select, warning, where
 from benchmarks.rows import Row

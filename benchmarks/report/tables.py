@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from adadiff.evaluation.intervals import Interval, seed_interval
+from adadiff.metrics.intervals import Interval, seed_interval
 from benchmarks.gpu import tables as gpu_tables
 from benchmarks.report import fronts, serving_tables
 from benchmarks.report.cells import Table, number, select, warning, where

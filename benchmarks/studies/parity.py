@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import adadiff
 from adadiff import evaluate
 from adadiff.conversion.convert import convert
-from adadiff.rules import Full, Replay, Threshold
+from adadiff.policies.exit_policies import Full, Replay, Threshold
 
 TABLE = Path(__file__).parents[1] / "results" / "parity.md"
 TIMES = torch.tensor([999.0, 20.5])  # one fraction, as U-ViT's solvers ask for

@@ -22,11 +22,11 @@ from adadiff.calibration.recording import measure_weights, record
 from adadiff.commands.values import setting
 from adadiff.data import sources
 from adadiff.data.canvases import CLASSES, DIGITS, Canvases
-from adadiff.evaluation.canvases import canvas_features, follow_rules
-from adadiff.evaluation.frechet import FeatureStatistics
-from adadiff.evaluation.quality import evaluate_samples
+from adadiff.metrics.canvases import canvas_features, follow_rules
+from adadiff.metrics.frechet import FeatureStatistics
+from adadiff.metrics.quality import evaluate_samples
 from adadiff.output.pictures import make_grid, to_pixels, write_json, write_png
-from adadiff.sampling.samples import Samples
+from adadiff.sampling.samples import SampleBatch
 from adadiff.training.config import TrainConfig, load_config
 from adadiff.training.trainer import Trainer
 
@@ -73,7 +73,7 @@ def needs(file: Path) -> dict[str, Any]:
     """
     model = adadiff.load(file)
     labels = torch.arange(RECORDED) % CLASSES
-    samples = Samples.of(
+    samples = SampleBatch.of(
         model, RECORDED, steps=SAMPLE_STEPS, labels=labels, seeds=range(CALIBRATION_SEED, CALIBRATION_SEED + RECORDED)
     )
     recording = record(model, samples, RECORDED)

@@ -13,7 +13,7 @@ from adadiff import Model, Report
 from adadiff.diffusion.noise import initial_noise
 from adadiff.diffusion.solvers import DDIM
 from adadiff.diffusion.tables import pack
-from adadiff.rules import Full, Rule, Threshold
+from adadiff.policies.exit_policies import Full, Rule, Threshold
 from adadiff_kernels import solver_step
 from benchmarks.baselines.attainable import Call, PlainPieces, rows_per_layer, share_of_flop_ideal
 from benchmarks.harness import Comparison, best_micro_batch, interleave

@@ -34,9 +34,9 @@ CLASSES = 10  # of the digits
 class Method:
     """`name` and `setting` are what tables show; `model` is a shipped name or a file.
 
-    rule "full" is drawn by the plain network in lock step, everything else by the engine, and so is whatever has an
-    early_model (a name or a file; it serves times of t_switch and above). reuse: every so many steps the plain network
-    runs whole, see reuse.py. batch: samples at a time (None: as many as are asked for).
+    rule "full" is drawn by the plain network in lock step, everything else by the engine, and so is whatever has a
+    shallow_model (a name or a file; it serves times of t_switch and above). reuse: every so many steps the plain
+    network runs whole, see reuse.py. batch: samples at a time (None: as many as are asked for).
     """
 
     name: str
@@ -45,7 +45,7 @@ class Method:
     steps: int = STEPS
     setting: str | int | None = None
     solver: str = "ddim"
-    early_model: str | None = None
+    shallow_model: str | None = None
     t_switch: float | None = None
     reuse: int = 1
     batch: int | None = None
@@ -53,7 +53,7 @@ class Method:
     @property
     def plain(self) -> bool:
         """Drawn in the ordinary loop, around the network as it is."""
-        return self.rule == "full" and self.early_model is None
+        return self.rule == "full" and self.shallow_model is None
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ def in_plain_loop(method: Method, seeds: Tensor, labels: Tensor, batch: int, com
         return compiled_network(name) if compiled else load(name).backbone
 
     own = network(method.model)
-    if method.early_model is not None:
-        own = Switched(network(method.early_model), own, method.t_switch)
+    if method.shallow_model is not None:
+        own = Switched(network(method.shallow_model), own, method.t_switch)
     return lockstep(own, model.schedule, seeds, labels, method.steps, batch, method.solver, method.reuse)
 
 
@@ -142,7 +142,7 @@ def in_engine(method: Method, seeds: Tensor, labels: Tensor, batch: int) -> Draw
         seeds=seeds,
         labels=labels,
         batch=batch,
-        early_model=None if method.early_model is None else load(method.early_model),
+        shallow_model=None if method.shallow_model is None else load(method.shallow_model),
         t_switch=method.t_switch,
     )
     return Drawn(images, report.exit_layer[..., 0], (report.macs, report.macs_full))

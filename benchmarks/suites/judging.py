@@ -7,11 +7,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from adadiff.evaluation.extractors import Features, features_from
-from adadiff.evaluation.frechet import FeatureStatistics, bootstrap_frechet, frechet_distance
-from adadiff.evaluation.intervals import centred_interval, resampled, share_interval
-from adadiff.evaluation.judges import JUDGES, Judge, judge_of
-from adadiff.evaluation.quality import lower_quantile, paired_psnr
+from adadiff.metrics.extractors import Features, features_from
+from adadiff.metrics.frechet import FeatureStatistics, bootstrap_frechet, frechet_distance
+from adadiff.metrics.intervals import centred_interval, resampled, share_interval
+from adadiff.metrics.judges import JUDGES, Judge, judge_of
+from adadiff.metrics.quality import lower_quantile, paired_psnr
 
 ACCURACY = {"digits": "of the class", "canvases": "after the rule"}  # what is shared out
 DATA = tuple(ACCURACY)

@@ -20,9 +20,9 @@ from tqdm import tqdm
 import adadiff
 from adadiff import Engine, Model
 from adadiff.config import PRESETS, ModelConfig
-from adadiff.exits import PAPER
 from adadiff.models.uvit import UViT, UViTConfig
-from adadiff.rules import Rule
+from adadiff.policies.exit_policies import Rule
+from adadiff.uem import PAPER
 from benchmarks.baselines import servers as policies
 from benchmarks.baselines.attainable import PlainPieces, kinds
 from benchmarks.baselines.servers import DepthTable, Plain, Recorder

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 import adadiff
-from adadiff import Evaluation, Model
+from adadiff import ForwardOutput, Model
 from adadiff.config import PRESETS, ModelConfig
-from adadiff.exits import PAPER
-from adadiff.rules import Replay
+from adadiff.policies.exit_policies import Replay
+from adadiff.uem import PAPER
 from benchmarks.baselines.attainable import Call
 from benchmarks.gpu.session import DeviceTimer, check_close
 from benchmarks.harness import Comparison, interleave, peak_bytes
@@ -65,7 +65,7 @@ def macs(config: ModelConfig) -> int:
     """Multiply-adds of one lane through all blocks."""
     with torch.device("meta"):
         network = Model(replace(config, exits=None)).backbone
-    return sum(network.fixed_macs()) + sum(block.macs(network.tokens) for block in network.blocks)
+    return sum(network.stem_and_head_macs()) + sum(block.macs(network.tokens) for block in network.blocks)
 
 
 def run(rows: Rows, setting: Setting) -> None:
@@ -122,7 +122,7 @@ def measure(rows: Rows, setting: Setting, name: str, model: Model, inputs: Input
     compiled, _ = compile_network(model, *inputs)
     if compiled is not None:
         calls[COMPILED] = lambda: compiled(*inputs)
-    results: dict[str, Evaluation] = {}
+    results: dict[str, ForwardOutput] = {}
     wanted = {pattern: exits.to(device) for pattern, exits in patterns(B, model.layers).items() if pattern in ENGINE}
     for pattern, exits in wanted.items():
         calls[pattern] = evaluation(model, inputs, exits)
@@ -144,7 +144,7 @@ def measure(rows: Rows, setting: Setting, name: str, model: Model, inputs: Input
     write(rows, setting, name, model, measured, results, peaks)
 
 
-def evaluation(model: Model, inputs: Inputs, exits: Tensor) -> Callable[[], Evaluation]:
+def evaluation(model: Model, inputs: Inputs, exits: Tensor) -> Callable[[], ForwardOutput]:
     return lambda: adadiff.evaluate(model.backbone, model.exits, Replay(), *inputs, threshold=exits)
 
 
@@ -154,7 +154,7 @@ def write(
     name: str,
     model: Model,
     measured: Comparison,
-    results: Mapping[str, Evaluation],
+    results: Mapping[str, ForwardOutput],
     peaks: Mapping[str, int],
 ) -> None:
     fastest = min((variant for variant in measured.times if variant not in results), key=measured.median)

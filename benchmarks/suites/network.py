@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 import adadiff
-from adadiff import Evaluation, Model
-from adadiff.engine.evaluate import group_size
-from adadiff.engine.memory import peak_bytes
-from adadiff.exits import PAPER
-from adadiff.rules import Full, Replay, Rule
+from adadiff import ForwardOutput, Model
+from adadiff.forward.forward import group_size
+from adadiff.policies.exit_policies import Full, Replay, Rule
+from adadiff.sampling.capacity import peak_bytes
+from adadiff.uem import PAPER
 from benchmarks.baselines.attainable import Call, PlainPieces, kinds, rows_per_layer, share_of_flop_ideal
 from benchmarks.harness import Comparison, best_micro_batch, interleave, threads
 from benchmarks.rows import Rows, dtype_name, say
@@ -81,7 +81,7 @@ def measure(rows: Rows, setting: Setting) -> None:
     for name, exit_layer in replayed.items():
         runs[name] = evaluation(model, Replay(), x, t, exit_layer)
     # one run of each before the clock starts: it counts bytes, and warms up
-    results: dict[str, Evaluation] = {}
+    results: dict[str, ForwardOutput] = {}
     peaks = {PLAIN: peak_bytes(baselines[PLAIN])}
     for name, call in runs.items():
         peaks[name] = peak_bytes(lambda name=name, call=call: results.update({name: call()}))
@@ -114,7 +114,7 @@ def write(
     model: Model,
     measured: Comparison,
     baselines: Sequence[str],
-    results: dict[str, Evaluation],
+    results: dict[str, ForwardOutput],
     peaks: dict[str, int],
 ) -> None:
     B, L = setting.batch, model.layers
@@ -166,7 +166,9 @@ def attainable(name: str) -> str:
     return f"{name}: plain pieces"
 
 
-def evaluation(model: Model, rule: Rule, x: Tensor, t: Tensor, exit_layer: Tensor | None) -> Callable[[], Evaluation]:
+def evaluation(
+    model: Model, rule: Rule, x: Tensor, t: Tensor, exit_layer: Tensor | None
+) -> Callable[[], ForwardOutput]:
     return lambda: adadiff.evaluate(model.backbone, model.exits, rule, x, t, threshold=exit_layer)
 
 

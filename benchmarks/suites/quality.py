@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from adadiff.checkpoint import write_tensors
-from adadiff.evaluation.quality import evaluate_samples, frechet_ratio
+from adadiff.metrics.quality import evaluate_samples, frechet_ratio
 from benchmarks.rows import Rows, say
 from benchmarks.suites.drawing import STEPS, Artist, Drawn, Method, fingerprint, load, seeds_and_labels
 

@@ -15,9 +15,9 @@ import adadiff
 from adadiff import Engine, Model
 from adadiff.diffusion.solvers import DDIM
 from adadiff.diffusion.tables import pack
-from adadiff.engine.evaluate import group_size
-from adadiff.exits import PAPER
-from adadiff.rules import Rule
+from adadiff.forward.forward import group_size
+from adadiff.policies.exit_policies import Rule
+from adadiff.uem import PAPER
 from adadiff_kernels import solver_step
 from benchmarks.baselines import servers as policies
 from benchmarks.baselines.attainable import Call, PlainPieces, rows_per_layer

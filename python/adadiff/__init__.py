@@ -4,10 +4,10 @@ import importlib
 
 from .checkpoint import load, save
 from .conversion.convert import convert
-from .engine.evaluate import Evaluation, evaluate
+from .forward.forward import ForwardOutput, evaluate
 from .model import Model, build
 from .sampling.reports import Report
-from .sampling.sampler import Sampling, sample
+from .sampling.sampler import SamplerRun, sample
 from .serving.engine import Engine
 from .serving.handles import DeadlineExceeded, EngineClosed, EngineFull, Handle
 
@@ -18,11 +18,11 @@ __all__ = [
     "Engine",
     "EngineClosed",
     "EngineFull",
-    "Evaluation",
+    "ForwardOutput",
     "Handle",
     "Model",
     "Report",
-    "Sampling",
+    "SamplerRun",
     "build",
     "convert",
     "disable_early_exit",

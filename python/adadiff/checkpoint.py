@@ -11,9 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .calibration.calibration import Calibration
 from .config import ModelConfig
 from .model import Model
+from .policies.calibrated import Calibration
 
 FORMAT_VERSION = 1
 

@@ -19,7 +19,7 @@ from .commands.shared import DEFAULT_RULE
 from .commands.values import Settings, interval, setting, shares, whole_numbers
 from .conversion import convert as conversion
 from .data import datasets
-from .engine.switching import T_SWITCH
+from .forward.two_stage import T_SWITCH
 from .pipelines.text import CLIP
 from .training.config import CHOICES, TrainConfig, shipped
 
@@ -27,7 +27,7 @@ EXAMPLES = {
     "sample": """examples:
   adadiff sample digits --out samples --n 40 --labels 0,1,2,3,4,5,6,7,8,9 --rule threshold:0.135,first=3
   adadiff sample digits --out samples --rule full --steps 20,50 --solver dpm++2m --guidance 1.5
-  adadiff sample digits_plain --out duo --early-model runs/shallow/model.safetensors --t-switch 600
+  adadiff sample digits_plain --out duo --shallow-model runs/shallow/model.safetensors --t-switch 600
   adadiff sample dit_xl.safetensors --out dogs --labels 207 --guidance 3 --guidance-interval 100,800 --decoder vae
   adadiff sample mscoco.safetensors --out cats --prompt "a cat" "two cats" --guidance 1 --decoder vae
   torchrun --nproc_per_node 2 -m adadiff sample digits --out many -n 50000
@@ -136,12 +136,12 @@ def parser() -> argparse.ArgumentParser:
         help="network's times at which there is guidance; at others no second evaluation is made (default: all)",
     )
     one.add_argument("--tied", action="store_true", help="both lanes of a guided sample leave together")
-    one.add_argument("--early-model", metavar="MODEL", help="a shallower model, for the noisy timesteps (DuoDiff)")
+    one.add_argument("--shallow-model", metavar="MODEL", help="a shallower model, for the noisy timesteps (DuoDiff)")
     one.add_argument(
         "--t-switch",
         type=float,
         metavar="T",
-        help=f"the early model's are T and above, in the network's time 0..999 (default: {T_SWITCH:g})",
+        help=f"the shallow model's are T and above, in the network's time 0..999 (default: {T_SWITCH:g})",
     )
     one.add_argument("--batch-invariant", action="store_true", help="the same bits whatever BATCH and SHARD; slower")
     one.add_argument("--compiled", action="store_true", help="blocks through torch.compile, which takes a while first")

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from .diffusion.schedules import NoiseSchedule
-from .exits import ExitConfig
 from .models import FAMILIES
 from .models.interface import NetworkConfig
 from .models.uvit import UViTConfig
+from .uem import ExitConfig
 
 T = TypeVar("T")
 

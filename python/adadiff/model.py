@@ -5,11 +5,11 @@ import dataclasses
 import torch
 from torch import nn
 
-from .calibration.calibration import Calibration
 from .config import PRESETS, ModelConfig
 from .diffusion.schedules import NoiseSchedule
-from .exits import ExitConfig, Exits
 from .models import FAMILIES
+from .policies.calibrated import Calibration
+from .uem import ExitConfig, Exits
 
 
 class Model(nn.Module):

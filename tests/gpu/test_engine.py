@@ -9,8 +9,8 @@ from torch import Tensor
 
 import adadiff
 from adadiff import Model
-from adadiff.exits import PAPER
-from adadiff.rules import Replay, Threshold
+from adadiff.policies.exit_policies import Replay, Threshold
+from adadiff.uem import PAPER
 from numerics import assert_as_accurate
 
 pytestmark = pytest.mark.gpu
@@ -50,7 +50,7 @@ def predictions(dtype: torch.dtype, exact: bool = False) -> Tensor:
     own, given = model(dtype), inputs(dtype)
     if exact:
         own, given = copy.deepcopy(own).double(), tuple(value.double() for value in given)
-    rows, cond = own.backbone.begin(*given)
+    rows, cond = own.backbone.embed(*given)
     outputs: list[Tensor] = []
     for block in own.backbone.blocks:
         rows = block(rows, cond, None if block.skip_from is None else outputs[block.skip_from])
@@ -63,7 +63,9 @@ def leaving(predicted: Tensor, exit_layer: list[int]) -> Tensor:
     return predicted[[layer - 1 for layer in exit_layer], range(BATCH)]
 
 
-def replay(dtype: torch.dtype, exit_layer: list[int], lanes: list[int] | None = None, **options) -> adadiff.Evaluation:
+def replay(
+    dtype: torch.dtype, exit_layer: list[int], lanes: list[int] | None = None, **options
+) -> adadiff.ForwardOutput:
     own, threshold = model(dtype), torch.tensor(exit_layer, dtype=torch.float32, device=DEVICE)
     x, t = (value if lanes is None else value[lanes] for value in inputs(dtype))
     return adadiff.evaluate(own.backbone, own.exits, Replay(), x, t, threshold=threshold, **options)
@@ -106,7 +108,7 @@ def test_an_evaluation_is_captured_and_replayed() -> None:
     own, threshold = model(torch.bfloat16), torch.tensor(PATTERNS["alternating"], device=DEVICE).float()
     x, t = (value.clone() for value in inputs(torch.bfloat16))
 
-    def run() -> adadiff.Evaluation:
+    def run() -> adadiff.ForwardOutput:
         return adadiff.evaluate(own.backbone, own.exits, Replay(), x, t, threshold=threshold, counts="lagged")
 
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()

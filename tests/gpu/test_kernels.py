@@ -24,7 +24,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
 WIDTHS = (128, 256, 384, 512, 768, 1024, 1152, 1536)
-LENGTHS = [  # T, of which extras: time; time and label; text
+LENGTHS = [  # T, of which num_prefix_tokens: time; time and label; text
     *((T, 1) for T in (17, 65, 257)),
     (256, 0),
     (258, 2),
@@ -40,9 +40,9 @@ def test_any_width(D: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize(("T", "extras"), LENGTHS)
-def test_any_length(T: int, extras: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    check(Problem((5, T, 512, 1, extras, 7), dtypes), "affine")
+@pytest.mark.parametrize(("T", "num_prefix_tokens"), LENGTHS)
+def test_any_length(T: int, num_prefix_tokens: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    check(Problem((5, T, 512, 1, num_prefix_tokens, 7), dtypes), "affine")
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)

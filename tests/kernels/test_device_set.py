@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adadiff_kernels import ActiveSet, DeviceSet, Seen, settle_rows, take_rows, upload
-from adadiff_kernels.device_set import TICKS, HostWord, _packed, kernel_missing, start, unpacked
+from adadiff_kernels import ActiveSet, CountSnapshot, DeviceSet, settle_rows, take_rows, upload
+from adadiff_kernels.device_set import TICKS, PinnedCount, _packed, kernel_missing, start, unpacked
 
 Make = Callable[..., DeviceSet]
 NAN, INF = math.nan, math.inf
@@ -94,7 +94,7 @@ def test_chosen_patterns_as_on_the_host(made: Make, pattern: str, n: int) -> Non
         assert torch.equal(getattr(active, name).cpu(), getattr(host, name)), name
     assert active.count.tolist() == [swaps.after]
     assert active.wait(4) == swaps.after
-    assert active.seen() == Seen(4, swaps.after)
+    assert active.seen() == CountSnapshot(4, swaps.after)
 
 
 @st.composite
@@ -152,7 +152,7 @@ def test_random_runs(made: Make, run: tuple[int, list[dict]]) -> None:
             found = take_rows(skip, index.long(), lists.n)[:, 0].tolist()
             assert found == [100 * written + lane for lane in lists.lane[: lists.n]]
         assert active.wait(layer) == lists.n
-        assert active.seen() == Seen(layer, lists.n)
+        assert active.seen() == CountSnapshot(layer, lists.n)
     moves = active.finish(9, bound=lists.n)
     assert moves.tolist() == [[r, lists.lane[r], -1] for r in range(lists.n)]
     assert active.exit_layer.tolist() == [layer or 9 for layer in lists.exit_layer]
@@ -197,14 +197,14 @@ def test_a_bound_below_the_count_is_seen(made: Make) -> None:
         assert active.lane.tolist() == list(range(5))
         assert active.exit_layer.tolist() == [0] * 5
     active.start()
-    assert active.seen() == Seen(0, 5)
+    assert active.seen() == CountSnapshot(0, 5)
 
 
 def test_ticks_start_afresh(made: Make) -> None:
     active = made(6)
     addresses = [tensor.data_ptr() for tensor in (active.lane, active.row, active.exit_layer, active.count)]
     for tick in range(3):
-        assert active.seen() == Seen(0, 6)
+        assert active.seen() == CountSnapshot(0, 6)
         active.leave_where(on(active, [r == tick for r in range(6)], torch.bool), 1 + tick, bound=6)
         assert active.wait(1 + tick) == 5
         assert active.exit_layer.tolist() == [(1 + tick) * (r == tick) for r in range(6)]
@@ -220,28 +220,28 @@ def test_what_a_graph_holds_is_unknown_until_it_is_replayed(monkeypatch: pytest.
     """The host's word is that of the tick before: taken for this one, it would be a bound below the rows that run."""
     active, everybody = DeviceSet(4, "cpu"), torch.ones(4, dtype=torch.bool)
     active.leave_where(everybody, 1, bound=4)
-    assert active.seen() == Seen(1, 0)
+    assert active.seen() == CountSnapshot(1, 0)
     with monkeypatch.context() as patched:
         module = sys.modules["adadiff_kernels.device_set"]
         patched.setattr(module, "captures", lambda device: True)
         for name in ("start", "leave"):  # a graph only notes what it will do
             patched.setattr(module, name, lambda lane, *_: lane.new_zeros(4, 3))
-        patched.setattr(HostWord, "post", lambda *_: None)
+        patched.setattr(PinnedCount, "post", lambda *_: None)
         active.start()
         active.leave_where(everybody, 1, bound=4)
         with pytest.raises(RuntimeError, match="made before a CUDA graph is captured"):
             DeviceSet(4, "cpu")
     assert active.recorded
-    assert active.seen() == Seen(0, 4)
+    assert active.seen() == CountSnapshot(0, 4)
     with pytest.raises(RuntimeError, match="layer 1 is recorded in a CUDA graph, which has not been replayed"):
         active.wait(1)
     start(active.lane, active.row, active.exit_layer, active._state, None)
     active._word.post(_packed(active._state, 0))
     active.replayed()
-    assert active.seen() == Seen(0, 4)
+    assert active.seen() == CountSnapshot(0, 4)
     active.leave_where(everybody, 2, bound=4)
     assert active.wait(2) == 0
-    assert active.seen() == Seen(2, 0)
+    assert active.seen() == CountSnapshot(2, 0)
 
 
 def test_a_graph_holds_no_value_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +250,7 @@ def test_a_graph_holds_no_value_of_the_host(monkeypatch: pytest.MonkeyPatch) -> 
         upload(torch.zeros(3), torch.device("cuda", 0))
 
 
-class LateWord(HostWord):
+class LateWord(PinnedCount):
     """A host that sees what was posted `late` posts ago."""
 
     def __init__(self, late: int) -> None:
@@ -274,8 +274,17 @@ def test_counts_seen_late_are_bounds_of_their_own_tick() -> None:
             bound = seen[-1].count
             assert int(active.count) == 6 - layer <= bound
         active.start()
-    none = Seen(0, 6)
-    assert seen == [none, none, Seen(1, 5), Seen(2, 4), none, none, Seen(1, 5), Seen(2, 4)]
+    none = CountSnapshot(0, 6)
+    assert seen == [
+        none,
+        none,
+        CountSnapshot(1, 5),
+        CountSnapshot(2, 4),
+        none,
+        none,
+        CountSnapshot(1, 5),
+        CountSnapshot(2, 4),
+    ]
 
 
 @pytest.mark.parametrize("count", [0, 1, 32768, -1])
@@ -291,7 +300,7 @@ def test_ticks_come_round() -> None:
     active._state[2] = active._tick = TICKS - 1
     active.start()
     active.leave_where(torch.tensor([True, False]), 1, bound=2)
-    assert active.seen() == Seen(1, 1)
+    assert active.seen() == CountSnapshot(1, 1)
 
 
 U, THRESHOLD = torch.zeros(3), torch.ones(4)

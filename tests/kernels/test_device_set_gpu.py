@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adadiff_kernels import ActiveSet, DeviceSet, Seen, settle_rows
+from adadiff_kernels import ActiveSet, CountSnapshot, DeviceSet, settle_rows
 from adadiff_kernels.device_set import kernel_missing
 
 pytestmark = pytest.mark.gpu
@@ -40,7 +40,7 @@ def test_many_lanes_as_on_the_host(lanes: int) -> None:
         assert torch.equal(snapshot.cpu(), host.row)
         for name in ("lane", "row", "exit_layer"):
             assert torch.equal(getattr(active, name).cpu(), getattr(host, name)), name
-        assert active.seen() == Seen(layer, swaps.after)
+        assert active.seen() == CountSnapshot(layer, swaps.after)
 
 
 def test_more_lanes_than_a_block_handles_are_refused() -> None:
@@ -102,12 +102,12 @@ def test_nothing_waits_for_the_device(backend: str) -> None:
     try:
         torch.cuda._sleep(200_000_000)  # cycles
         tick()
-        assert active.seen() == Seen(0, 64)
+        assert active.seen() == CountSnapshot(0, 64)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert active.wait(2) == 0
     torch.cuda.synchronize()
-    assert active.seen() == Seen(2, 0)
+    assert active.seen() == CountSnapshot(2, 0)
     assert active.exit_layer.tolist() == [1] * 64
 
 

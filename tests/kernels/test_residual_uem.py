@@ -9,11 +9,11 @@ from torch import Tensor
 from adadiff_kernels import Norm, Score, layer_norm, residual_uem, uem_score, uem_score_reference
 from numerics import assert_as_accurate
 
-SIZES = [  # n rows, T tokens, D channels, P outputs, extras, B lanes
+SIZES = [  # n rows, T tokens, D channels, P outputs, num_prefix_tokens, B lanes
     pytest.param((5, 18, 48, 1, 2, 13), id="classes"),
     pytest.param((3, 7, 33, 12, 1, 3), id="map-odd"),
     pytest.param((1, 1, 1, 1, 0, 1), id="one-element"),
-    pytest.param((4, 80, 16, 4, 78, 9), id="text"),  # two patches behind 78 extras
+    pytest.param((4, 80, 16, 4, 78, 9), id="text"),  # two patches behind 78 num_prefix_tokens
     pytest.param((0, 9, 20, 1, 0, 6), id="no-rows"),
 ]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -23,13 +23,13 @@ class Problem:
     """Random inputs; rows carry lanes in no order, and parameters by lane are filled for all B."""
 
     def __init__(self, sizes: tuple[int, ...], dtype: torch.dtype, seed: int = 0):
-        self.n, self.T, self.D, self.P, self.extras, self.B = sizes
+        self.n, self.T, self.D, self.P, self.num_prefix_tokens, self.B = sizes
         self.dtype, self.draw = dtype, torch.Generator().manual_seed(seed)
         self.x, self.branch = self.normal(self.n, self.T, self.D), self.normal(self.n, self.T, self.D)
         self.lanes = torch.randperm(self.B, generator=self.draw)[: self.n].int()
         self.gate = self.normal(self.B, self.D)
         offset = self.normal(self.B, self.P).float()
-        self.score = Score(self.normal(self.P, self.D) / math.sqrt(self.D), offset, self.extras)
+        self.score = Score(self.normal(self.P, self.D) / math.sqrt(self.D), offset, self.num_prefix_tokens)
         self.affine = Norm(1e-5, weight=self.normal(self.D) + 1, bias=self.normal(self.D))
         self.modulated = Norm(1e-6, scale=self.normal(self.B, self.D), shift=self.normal(self.B, self.D))
 
@@ -39,14 +39,14 @@ class Problem:
     def row(self, i: int, y: Tensor, norm: Norm, lane: int) -> tuple[Tensor, Tensor]:
         """u and the normalised tokens of stored row i, float64."""
         stored = y[i].double()
-        logits = stored[self.extras :] @ self.score.weight.double().T + self.score.offset[lane].double()
+        logits = stored[self.num_prefix_tokens :] @ self.score.weight.double().T + self.score.offset[lane].double()
         deviation = stored - stored.sum(1, keepdim=True) / self.D
         h = deviation / torch.sqrt(deviation.square().sum(1, keepdim=True) / self.D + norm.eps)
         if norm.weight is not None:
             h = h * norm.weight.double() + norm.bias.double()
         if norm.scale is not None:
             h = h * (1 + norm.scale[lane].double()) + norm.shift[lane].double()
-        return (1 / (1 + torch.exp(-logits))).sum() / ((self.T - self.extras) * self.P), h
+        return (1 / (1 + torch.exp(-logits))).sum() / ((self.T - self.num_prefix_tokens) * self.P), h
 
 
 @pytest.mark.usefixtures("core")
@@ -107,7 +107,7 @@ def test_compiled_scores_do_not_see_other_rows(dtype: torch.dtype, time: bool) -
     pytest.importorskip("adadiff_kernels._C", reason="the extension is not built")
     p = Problem((5, 18, 50, 1, 2, 13), dtype)
     if not time:
-        p.score = Score(p.score.weight, p.score.offset[:1].expand(p.B, -1), p.score.extras)
+        p.score = Score(p.score.weight, p.score.offset[:1].expand(p.B, -1), p.score.num_prefix_tokens)
     u = uem_score(p.x, p.score, p.lanes)
     torch.testing.assert_close(u, uem_score_reference(p.x, p.score, p.lanes), rtol=0, atol=1e-6)
     for i in range(p.n):

@@ -12,7 +12,7 @@ from fused import BRAIN, DEVICE, DTYPES, HALF, SINGLE, Problem, check
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-SHAPES = [  # n rows, T tokens, D channels, P outputs, extras, B lanes; most tiles do not end where a row ends
+SHAPES = [  # n rows, T tokens, D channels, P outputs, prefix tokens, B lanes; most tiles do not end where a row ends
     pytest.param((2, 17, 384, 1, 1, 5), id="one-token-over"),
     pytest.param((2, 65, 128, 1, 1, 3), id="one-chunk"),
     pytest.param((2, 17, 1152, 16, 1, 4), id="no-power-of-two"),
@@ -23,7 +23,7 @@ SHAPES = [  # n rows, T tokens, D channels, P outputs, extras, B lanes; most til
 LARGE = [
     pytest.param((1, 257, 128, 12, 1, 2), id="map-of-12"),
     pytest.param((1, 258, 128, 1, 2, 2), id="classes"),
-    pytest.param((1, 334, 128, 1, 78, 2), id="text"),  # whole tiles of extras
+    pytest.param((1, 334, 128, 1, 78, 2), id="text"),  # whole tiles of num_prefix_tokens
     pytest.param((1, 1024, 128, 64, 0, 1), id="map-of-64"),
     pytest.param((1, 17, 1536, 1, 0, 2), id="widest"),
 ]

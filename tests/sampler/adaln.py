@@ -87,16 +87,16 @@ class Head(nn.Module):
 class AdaLN(nn.Module):
     """D is no multiple of a vector, Dt is not D, and T is odd, so that no two sizes can be confused."""
 
-    extras, learned_variance = 0, False
+    num_prefix_tokens, learned_variance = 0, False
     dim, time_dim, depth, classes = 20, 12, 5, 4
     patch, side, channels = 2, 3, 3
     tokens = side**2
-    patch_outputs = patch**2 * channels
+    patch_dim = patch**2 * channels
     sample_shape = (channels, side * patch, side * patch)
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Linear(self.patch_outputs, self.dim)
+        self.stem = nn.Linear(self.patch_dim, self.dim)
         self.position = nn.Parameter(torch.zeros(self.tokens, self.dim))
         self.time = nn.Linear(2, self.time_dim)
         self.label = nn.Embedding(self.classes, self.time_dim)
@@ -105,17 +105,17 @@ class AdaLN(nn.Module):
         self.head = self.new_head()
         self.finish = nn.Linear(self.time_dim, 2 * self.dim)
 
-    def begin(self, x: Tensor, t: Tensor, context: Tensor | None) -> tuple[Tensor, Modulation]:
+    def embed(self, x: Tensor, t: Tensor, context: Tensor | None) -> tuple[Tensor, Modulation]:
         dtype = self.position.dtype
         angle = t.float()[:, None] / 1000
         label = self.label(upload(context, x.device))
         time = F.silu(self.time(torch.cat([angle.cos(), angle.sin()], 1).to(dtype)) + label)
-        rows = self.embed(self.patchify(x.to(dtype))) + self.position
+        rows = self.stem(self.patchify(x.to(dtype))) + self.position
         values = self.modulate(time).view(len(x), self.depth, 2, 3, self.dim)
         return rows, Modulation(time, values, self.finish(time).view(len(x), 2, self.dim))
 
     def new_head(self) -> Head:
-        return Head(self.dim, self.patch_outputs, self.unpatchify)
+        return Head(self.dim, self.patch_dim, self.unpatchify)
 
     def patchify(self, images: Tensor) -> Tensor:
         return F.unfold(images, self.patch, stride=self.patch).transpose(1, 2)
@@ -123,13 +123,13 @@ class AdaLN(nn.Module):
     def unpatchify(self, values: Tensor) -> Tensor:
         return F.fold(values.transpose(1, 2), self.sample_shape[1:], self.patch, stride=self.patch)
 
-    def fixed_macs(self) -> tuple[int, int]:
-        ends = self.tokens * self.dim * self.patch_outputs
+    def stem_and_head_macs(self) -> tuple[int, int]:
+        ends = self.tokens * self.dim * self.patch_dim
         return ends + 2 * self.time_dim + self.time_dim * (self.depth * 6 + 2) * self.dim, ends
 
     def layers(self, x: Tensor, t: Tensor, context: Tensor | None) -> list[Tensor]:
         """Rows after every block, by the formulas of DiT and not through branches."""
-        rows, cond = self.begin(x, t, context)
+        rows, cond = self.embed(x, t, context)
         outputs = []
         for block, values in zip(self.blocks, cond.values.unbind(1), strict=True):
             for body, (shift, scale, gate) in zip(
@@ -143,5 +143,5 @@ class AdaLN(nn.Module):
         return outputs
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
-        _, cond = self.begin(x, t, context)
+        _, cond = self.embed(x, t, context)
         return self.head(self.layers(x, t, context)[-1], cond, torch.arange(len(x)))

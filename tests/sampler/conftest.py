@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from adadiff.exits import Exits
 from adadiff.models import dit, layers, uvit
+from adadiff.uem import Exits
 from sampler import adaln
 
 fused = import_module("adadiff_kernels.ops")  # the package has a function of this name
@@ -43,7 +43,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in (layers.Attention, layers.Mlp, uvit.Head, dit.Head, adaln.Head, adaln.Mix, adaln.Mlp):
         patch(kind, "forward")
     for kind in (uvit.UViT, dit.DiT, adaln.AdaLN):
-        patch(kind, "begin")
+        patch(kind, "embed")
     for kind, name in ((uvit.UViT, "head"),):
         patch(kind, name)
     join = uvit.Block.join

@@ -14,8 +14,8 @@ from torch import Tensor
 import adadiff
 from adadiff import cli
 from adadiff.config import ModelConfig
-from adadiff.exits import ExitConfig
 from adadiff.models.uvit import UViTConfig
+from adadiff.uem import ExitConfig
 from sampler.tiny import scramble
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adadiff.engine.evaluate import Evaluation, evaluate
+from adadiff.forward.forward import ForwardOutput, evaluate
 from adadiff.serving.engine import DeadlineExceeded, Engine, EngineClosed, EngineFull, Handle
 from sampler.tiny import Clock, images_are_right, is_empty, requests, served, stepped
 
@@ -17,7 +17,7 @@ SHORT = {"steps": 1, "rule": "depth:1"}
 POISON = 2  # a label
 
 
-def lanes_of_calls(calls: list[int]) -> Callable[..., Evaluation]:
+def lanes_of_calls(calls: list[int]) -> Callable[..., ForwardOutput]:
     return lambda *args, **options: calls.append(len(args[3])) or evaluate(*args, **options)
 
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from adadiff.engine import blocks
-from adadiff.engine.evaluate import Evaluation, evaluate
-from adadiff.exits import OFFICIAL, PAPER, ExitConfig
-from adadiff.rules import Replay
+from adadiff.forward import blocks
+from adadiff.forward.forward import ForwardOutput, evaluate
+from adadiff.policies.exit_policies import Replay
+from adadiff.uem import OFFICIAL, PAPER, ExitConfig
 from adadiff_kernels import uem_score_reference
 from sampler.tiny import BATCH, case
 
@@ -22,7 +22,7 @@ def test_an_evaluation_under_autocast(kind: str, config: ExitConfig, counts: str
         dtypes.add((x.dtype, branch.dtype))
         return usual(x, branch, **given)
 
-    def run(how: object = None) -> Evaluation:
+    def run(how: object = None) -> ForwardOutput:
         layers = len(c.backbone.blocks)
         threshold = torch.arange(BATCH) % layers + 1.0
         given = {"threshold": threshold, "record": True, "counts": how}
@@ -45,7 +45,7 @@ def test_an_evaluation_under_autocast(kind: str, config: ExitConfig, counts: str
 @pytest.mark.parametrize("config", [PAPER, OFFICIAL])
 def test_scores_are_of_float32_products(config: ExitConfig) -> None:
     c = case("uvit", config, torch.float32)
-    rows, cond = c.backbone.begin(*c.given.all)
+    rows, cond = c.backbone.embed(*c.given.all)
     lanes = torch.arange(BATCH, dtype=torch.int32)
     offsets = c.exits.offsets(cond.time, c.given.t)
     u = uem_score_reference(rows, c.exits.score(3, offsets), lanes)

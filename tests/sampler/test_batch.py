@@ -12,11 +12,11 @@ from torch import Tensor
 
 from adadiff.diffusion.solvers import DDIM
 from adadiff.diffusion.tables import SolverTable
-from adadiff.engine.evaluate import Evaluation, evaluate
-from adadiff.rules import Threshold
+from adadiff.forward.forward import ForwardOutput, evaluate
+from adadiff.policies.exit_policies import Threshold
 from adadiff.sampling import batch as module
 from adadiff.sampling.batch import Batch
-from adadiff.sampling.samples import Samples
+from adadiff.sampling.samples import SampleBatch
 from sampler.tiny import alone, as_samples, requests, served
 
 ONLY = torch.zeros(1, dtype=torch.int64)
@@ -24,12 +24,12 @@ OTHERS = [{"seed": 40 + i, "steps": 1 + i % 3, "label": i % 2, "rule": "threshol
 POISON = {"seed": 9, "steps": 3, "label": 2, "rule": "threshold:0.5"}  # the only one with this label
 
 
-def make(capacity: int, call: Callable[..., Evaluation] = evaluate, batch_invariant: bool = True) -> Batch:
+def make(capacity: int, call: Callable[..., ForwardOutput] = evaluate, batch_invariant: bool = True) -> Batch:
     return Batch(served(), capacity, batch_invariant=batch_invariant, evaluate=call)
 
 
 def admit(batch: Batch, request: dict) -> int:
-    return int(batch.admit(Samples.of(served(), 1, **as_samples(request)), ONLY))
+    return int(batch.admit(SampleBatch.of(served(), 1, **as_samples(request)), ONLY))
 
 
 def run(batch: Batch, at: dict[int, int]) -> Iterator[tuple[int, Tensor | Exception]]:
@@ -52,11 +52,11 @@ def check(wanted: list[dict], ended: dict[int, Tensor | Exception]) -> None:
             assert torch.equal(image, alone(wanted[i])[0])
 
 
-def out_of_memory(lanes: int) -> tuple[Callable[..., Evaluation], list[int]]:
+def out_of_memory(lanes: int) -> tuple[Callable[..., ForwardOutput], list[int]]:
     """An evaluation for which more than so many lanes are too many, and the lanes of each call."""
     calls = []
 
-    def limited(*args: object, **options: object) -> Evaluation:
+    def limited(*args: object, **options: object) -> ForwardOutput:
         calls.append(len(args[3]))
         if calls[-1] > lanes:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -65,10 +65,10 @@ def out_of_memory(lanes: int) -> tuple[Callable[..., Evaluation], list[int]]:
     return limited, calls
 
 
-def refuses(error: Exception) -> Callable[..., Evaluation]:
+def refuses(error: Exception) -> Callable[..., ForwardOutput]:
     """An evaluation that fails whenever the poisoned sample is in it."""
 
-    def call(*args: object, **options: object) -> Evaluation:
+    def call(*args: object, **options: object) -> ForwardOutput:
         if bool((args[5] == POISON["label"]).any()):
             raise error
         return evaluate(*args, **options)
@@ -80,7 +80,7 @@ def test_samples_of_all_kinds_share_one_evaluation_a_tick() -> None:
     wanted = requests(12, seed=3)
     calls = []
     batch = make(12, lambda *args, **options: calls.append(len(args[3])) or evaluate(*args, **options))
-    samples = [Samples.of(served(), 1, **as_samples(request)) for request in wanted]
+    samples = [SampleBatch.of(served(), 1, **as_samples(request)) for request in wanted]
     at = {int(batch.admit(own, ONLY)): i for i, own in enumerate(samples)}
     assert (batch.count, batch.free) == (12, 0)
     check(wanted, dict(run(batch, at)))
@@ -169,7 +169,7 @@ def test_a_sample_that_cannot_be_evaluated_fails_alone(error: Exception, memory:
 
 
 def test_an_error_that_hits_everybody_ends_everybody() -> None:
-    def broken(*_: object, **__: object) -> Evaluation:
+    def broken(*_: object, **__: object) -> ForwardOutput:
         raise RuntimeError("no network")
 
     batch = make(5, broken)
@@ -184,7 +184,7 @@ def test_an_error_that_hits_everybody_ends_everybody() -> None:
 def test_who_keeps_an_error_keeps_no_tensors() -> None:
     kept = []
 
-    def broken(*_: object, **__: object) -> Evaluation:
+    def broken(*_: object, **__: object) -> ForwardOutput:
         activations = torch.zeros(1000)
         kept.append(weakref.ref(activations))
         raise RuntimeError("no network")
@@ -206,7 +206,7 @@ def test_an_interrupted_tick_has_changed_nothing(interrupted: int) -> None:
     """Ctrl-C is no fault of a sample's. The second call is one half of a tick, the third the other."""
     calls = []
 
-    def call(*args: object, **options: object) -> Evaluation:
+    def call(*args: object, **options: object) -> ForwardOutput:
         calls.append(len(args[3]))
         if len(calls) == interrupted:
             raise KeyboardInterrupt
@@ -241,11 +241,11 @@ class Broken:
 @pytest.mark.parametrize("what", ["rule", "solver"])
 def test_who_cannot_begin_takes_no_place(what: str) -> None:
     request = {"seed": 1, "steps": 2}
-    good = Samples.of(served(), 1, **as_samples(request))
+    good = SampleBatch.of(served(), 1, **as_samples(request))
     if what == "rule":
-        bad = Samples.of(served(), 1, seeds=[1], rule=Unhashable(0.5))
+        bad = SampleBatch.of(served(), 1, seeds=[1], rule=Unhashable(0.5))
     else:
-        bad = Samples(**{**vars(good), "solver": Broken()})
+        bad = SampleBatch(**{**vars(good), "solver": Broken()})
     batch = make(1)
     with pytest.raises((TypeError, RuntimeError)):
         batch.admit(bad, ONLY)
@@ -256,7 +256,7 @@ def test_who_cannot_begin_takes_no_place(what: str) -> None:
 def test_more_samples_than_places_are_refused() -> None:
     batch = make(2)
     with pytest.raises(ValueError, match="3 samples for 2 free places"):
-        batch.admit(Samples.of(served(), 3), torch.arange(3))
+        batch.admit(SampleBatch.of(served(), 3), torch.arange(3))
     assert batch.free == 2
 
 
@@ -277,7 +277,7 @@ def test_settings_that_nobody_uses_are_forgotten(monkeypatch) -> None:
     stays = admit(batch, long)
     for k in range(4 * spare):
         rule = Threshold(0.5, first=1 + k % 4)
-        own = Samples.of(served(), 1, seeds=[k], steps=1, solver=DDIM(k / (4 * spare)), rule=rule)
+        own = SampleBatch.of(served(), 1, seeds=[k], steps=1, solver=DDIM(k / (4 * spare)), rule=rule)
         place = int(batch.admit(own, ONLY))
         tick = batch.tick()
         assert tick.failed == {}
@@ -309,7 +309,7 @@ def test_the_mode_of_who_begins_it_is_not_the_batchs() -> None:
 
 
 def test_nan_stays_with_its_sample() -> None:
-    def hurt(*args: object, **options: object) -> Evaluation:
+    def hurt(*args: object, **options: object) -> ForwardOutput:
         result = evaluate(*args, **options)
         result.eps[args[5] == POISON["label"]] = math.nan
         return result

@@ -14,14 +14,14 @@ import adadiff
 from adadiff.calibration import calibrating as calibrating_module
 from adadiff.calibration import recording as recording_module
 from adadiff.calibration.calibrating import Calibrating, work_of
-from adadiff.calibration.calibration import Budgeted, Calibration, Tables
 from adadiff.calibration.recording import Recording, measure_weights, noised_errors, record, run
 from adadiff.calibration.reliability import reliability_picture
 from adadiff.checkpoint import save
-from adadiff.engine.evaluate import evaluate
-from adadiff.exits import ExitConfig, all_layers
-from adadiff.rules import Depth
-from adadiff.sampling.samples import Samples
+from adadiff.forward.forward import evaluate
+from adadiff.policies.calibrated import Budgeted, Calibration, Tables
+from adadiff.policies.exit_policies import Depth
+from adadiff.sampling.samples import SampleBatch
+from adadiff.uem import ExitConfig, all_layers
 from sampler.shell import run as command
 from sampler.tiny import SERVED, inputs, scramble, served
 
@@ -46,7 +46,7 @@ def test_work_is_what_the_engine_counts() -> None:
 def test_recording_is_what_every_layer_says() -> None:
     """By the sampler's own way: the last image, and each evaluation's x rebuilt from it, are those of `sample`."""
     model, labels = served(), [0, 1, 2, 0, 1]
-    samples = Samples.of(model, 5, steps=4, seeds=list(range(9, 14)), labels=labels)
+    samples = SampleBatch.of(model, 5, steps=4, seeds=list(range(9, 14)), labels=labels)
     seen = []
 
     def spy():
@@ -208,7 +208,9 @@ def test_a_faithful_aim_counts_errors_as_features_see_them() -> None:
     calibrating = Calibrating(served(), [0.6], n=8, steps=3, features=halves)
     budget = calibrating.run().budgets[0]
     model, labels = calibrating.model, [i % 3 for i in range(8)]
-    samples = Samples.of(model, 8, steps=3, seeds=list(range(calibrating.seed, calibrating.seed + 8)), labels=labels)
+    samples = SampleBatch.of(
+        model, 8, steps=3, seeds=list(range(calibrating.seed, calibrating.seed + 8)), labels=labels
+    )
     assert torch.equal(calibrating.recording.error, record(model, samples, 64, halves).error)
     assert not torch.equal(calibrating.recording.error, calibrating.recording.relative)
     assert budget.adaptive.frechet is not None

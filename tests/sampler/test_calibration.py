@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import adadiff
-from adadiff.calibration.calibration import Budget, Calibration, Measured
 from adadiff.checkpoint import load, save
-from adadiff.sampling.samples import Samples
+from adadiff.policies.calibrated import Budget, Calibration, Measured
+from adadiff.sampling.samples import SampleBatch
 from sampler.tiny import SERVED, served
 
 MEASURED = Measured(0.5, 2.0, 0.01, 0.005, 0.02, 30.0, None)
@@ -71,21 +71,21 @@ def test_budgets_it_lacks_are_refused(text: str, message: str) -> None:
     model = adadiff.Model(SERVED).eval()
     model.calibration = made(HALF, MOST)
     with pytest.raises(ValueError, match=message):
-        Samples.of(model, 2, rule=text)
+        SampleBatch.of(model, 2, rule=text)
     with pytest.raises(ValueError, match="calibrated for budgets"):
-        Samples.of(model, 2, rule="budget:0.5", thresholds=[0.5, 0.7])
+        SampleBatch.of(model, 2, rule="budget:0.5", thresholds=[0.5, 0.7])
 
 
 def test_a_model_without_calibration_says_how_to_get_one() -> None:
     with pytest.raises(ValueError, match=r"adadiff calibrate MODEL --budget 0\.5"):
-        Samples.of(served(), 1, rule="budget:0.5")
+        SampleBatch.of(served(), 1, rule="budget:0.5")
 
 
 def test_a_calibration_is_for_its_own_number_of_blocks() -> None:
     small = adadiff.Model(dataclasses.replace(SERVED, network=dataclasses.replace(SERVED.network, depth=2)))
     small.calibration = made(HALF)
     with pytest.raises(ValueError, match="a network of 5 blocks, this one has 3"):
-        Samples.of(small, 1, rule="budget:0.5")
+        SampleBatch.of(small, 1, rule="budget:0.5")
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from adadiff.data.canvases import BLANK, CLASSES, DIGITS, Canvases, follows
 from adadiff.data.digits import digits
 from adadiff.data.sources import load, parse
-from adadiff.evaluation.canvases import canvas_features, follow_rules, read
-from adadiff.evaluation.features import digits_network
+from adadiff.metrics.canvases import canvas_features, follow_rules, read
+from adadiff.metrics.features import digits_network
 
 EACH = torch.arange(CLASSES)
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from adadiff import checkpoint
 from adadiff.checkpoint import load, read_tensors, save, write_tensors
 from adadiff.config import PRESETS, ModelConfig
-from adadiff.exits import OFFICIAL, PAPER
 from adadiff.model import Model, build
+from adadiff.uem import OFFICIAL, PAPER
 from sampler.tiny import UVIT, inputs, scramble
 
 CONFIG = ModelConfig(dataclasses.replace(UVIT, depth=2), "cosine", null_label=4, exits=PAPER)

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 import adadiff
 from adadiff.config import ModelConfig
 from adadiff.data.canvases import CLASSES, DIGITS
-from adadiff.evaluation import judges
-from adadiff.evaluation.canvases import canvas_features, follow_rules
-from adadiff.evaluation.frechet import FeatureStatistics, frechet_distance
-from adadiff.evaluation.images import open_images
-from adadiff.evaluation.judges import CanvasesJudge
-from adadiff.evaluation.quality import Quality, evaluate_samples, frechet_ratio, paired_psnr
-from adadiff.exits import ExitConfig
+from adadiff.metrics import judges
+from adadiff.metrics.canvases import canvas_features, follow_rules
+from adadiff.metrics.frechet import FeatureStatistics, frechet_distance
+from adadiff.metrics.images import open_images
+from adadiff.metrics.judges import CanvasesJudge
+from adadiff.metrics.quality import Quality, evaluate_samples, frechet_ratio, paired_psnr
 from adadiff.models.uvit import UViTConfig
+from adadiff.uem import ExitConfig
 from sampler import shell
 from sampler.shell import config, error_line, run, saved, strict_json
 from sampler.test_latents import tiny as autoencoder

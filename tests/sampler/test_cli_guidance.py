@@ -11,10 +11,10 @@ from torch import Tensor
 
 import adadiff
 from adadiff.config import ModelConfig
-from adadiff.exits import ExitConfig
 from adadiff.models.uvit import UViTConfig
 from adadiff.output import shards
 from adadiff.pipelines.text import CLIP, TextEncoder
+from adadiff.uem import ExitConfig
 from sampler.clip import make_clip
 from sampler.shell import config, error_line, pixels, read, run, saved
 

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from adadiff.engine.evaluate import Evaluation, evaluate
+from adadiff.forward.forward import ForwardOutput, evaluate
 from adadiff.serving.engine import Engine, EngineClosed
 from sampler.tiny import images_are_right, is_empty, served
 
@@ -55,7 +55,7 @@ def test_close_says_when_it_takes_longer() -> None:
     """And may be called again, also to give up after all."""
     held, go = threading.Event(), threading.Event()
 
-    def hold(*args: object, **options: object) -> Evaluation:
+    def hold(*args: object, **options: object) -> ForwardOutput:
         held.set()
         assert go.wait(60)
         return evaluate(*args, **options)

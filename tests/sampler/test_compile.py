@@ -7,12 +7,12 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import adadiff
-from adadiff.engine import device as device_engine
-from adadiff.engine import evaluate as host_engine
-from adadiff.engine.blocks import advance, compile_advance
-from adadiff.engine.evaluate import evaluate
-from adadiff.exits import PAPER
-from adadiff.rules import Replay
+from adadiff.forward import device as device_engine
+from adadiff.forward import forward as host_engine
+from adadiff.forward.blocks import advance, compile_advance
+from adadiff.forward.forward import evaluate
+from adadiff.policies.exit_policies import Replay
+from adadiff.uem import PAPER
 from sampler.tiny import BATCH, SERVED, case, served
 
 
@@ -20,7 +20,7 @@ from sampler.tiny import BATCH, SERVED, case, served
 @torch.no_grad()
 def test_one_graph_for_any_number_of_rows(kind: str) -> None:
     c = case(kind, PAPER, torch.float32)
-    rows, cond = c.backbone.begin(*c.given.all)
+    rows, cond = c.backbone.embed(*c.given.all)
     score = c.exits.score(1, c.exits.offsets(cond.time, c.given.t))
     block = c.backbone.blocks[0]
     torch.compiler.reset()
@@ -75,7 +75,7 @@ def test_blocks_of_every_kind_stay_compiled(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("counts", [None, "lagged"])
 def test_compiled_samples_are_the_same(counts: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the host's plan and by the device's, with an early model; without a compiler's minutes."""
+    """By the host's plan and by the device's, with a shallow model; without a compiler's minutes."""
     calls = []
 
     def backend(graph: torch.fx.GraphModule, _: object) -> object:
@@ -92,7 +92,7 @@ def test_compiled_samples_are_the_same(counts: str | None, monkeypatch: pytest.M
     model = served()
     shallow = served(dataclasses.replace(SERVED, network=dataclasses.replace(SERVED.network, depth=2), exits=None))
     given = {"steps": 4, "seeds": [3, 1, 4, 1, 5], "labels": [0, 1, 2, 0, 1], "rule": "threshold:0.5", "counts": counts}
-    given |= {"early_model": shallow, "t_switch": 600.0}
+    given |= {"shallow_model": shallow, "t_switch": 600.0}
     plain, before = adadiff.sample(model, 5, **given)
     assert not calls
     images, report = adadiff.sample(model, 5, **given, compiled=True)

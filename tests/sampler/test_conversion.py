@@ -18,10 +18,10 @@ from adadiff.checkpoint import read_tensors, save
 from adadiff.config import PRESETS, ModelConfig
 from adadiff.conversion import convert as conversion
 from adadiff.conversion.convert import convert
-from adadiff.exits import DUODIFF, OFFICIAL
 from adadiff.models.dit import DiT
 from adadiff.models.uvit import Head, UViT
-from adadiff.rules import Full, Replay, Threshold
+from adadiff.policies.exit_policies import Full, Replay, Threshold
+from adadiff.uem import DUODIFF, OFFICIAL
 from sampler.shell import error_line, run
 from sampler.tiny import BATCH, DIT, UVIT, inputs, plain_layers, scramble
 

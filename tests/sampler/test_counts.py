@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adadiff.engine.counts import Counts, Lagged, Sync, bucket, counts_from
-from adadiff.engine.decision import Decision
-from adadiff.engine.evaluate import Evaluation, evaluate
-from adadiff.exits import OFFICIAL, PAPER, ExitConfig
-from adadiff.rules import BatchMean, Depth, Full, Patience, Replay, Rule, Threshold
+from adadiff.forward.counts import Counts, Lagged, Sync, bucket, counts_from
+from adadiff.forward.decision import Decision
+from adadiff.forward.forward import ForwardOutput, evaluate
+from adadiff.policies.exit_policies import BatchMean, Depth, Full, Patience, Replay, Rule, Threshold
 from adadiff.sampling.batch import Batch
 from adadiff.sampling.sampler import sample
-from adadiff.sampling.samples import Samples
+from adadiff.sampling.samples import SampleBatch
 from adadiff.serving.engine import Engine
+from adadiff.uem import OFFICIAL, PAPER, ExitConfig
 from late import late
 from sampler.tiny import BATCH, case, inputs, served
 
@@ -49,7 +49,7 @@ def ties(threshold: Tensor) -> tuple[Tensor, Tensor]:
     return pairs, threshold
 
 
-def run(kind: str, config: ExitConfig, rules: str, counts: Counts | str | None) -> Evaluation:
+def run(kind: str, config: ExitConfig, rules: str, counts: Counts | str | None) -> ForwardOutput:
     """rules: "threshold", "patience", either with "tied", "mixed", "depth" or "full"."""
     c, threshold, options = case(kind, config, torch.float32), spread(kind, config), {}
     if rules.endswith("tied"):
@@ -69,7 +69,7 @@ def run(kind: str, config: ExitConfig, rules: str, counts: Counts | str | None) 
 RULES = ["threshold", "threshold, tied", "patience", "patience, tied", "mixed", "depth", "full"]
 
 
-def assert_same(found: Evaluation, wanted: Evaluation, config: ExitConfig) -> None:
+def assert_same(found: ForwardOutput, wanted: ForwardOutput, config: ExitConfig) -> None:
     assert torch.equal(found.exit_layer, wanted.exit_layer)
     assert torch.equal(found.scores.nan_to_num(-1), wanted.scores.nan_to_num(-1))
     assert (found.macs, found.macs_full) == (wanted.macs, wanted.macs_full)
@@ -243,7 +243,7 @@ def test_batch_mean_is_asked_where_the_count_is_exact() -> None:
             evaluate(*given, counts=counts)
     batch = Batch(served(), 2, counts="lagged")
     with pytest.raises(ValueError, match="whole batch"):
-        batch.admit(Samples.of(served(), 1, rule=rule), torch.tensor([0]))
+        batch.admit(SampleBatch.of(served(), 1, rule=rule), torch.tensor([0]))
 
 
 @pytest.mark.parametrize("spelling", ["sync:0", "sync:", "lagged:x", "planned", "late", "sync:-1", "sync:1.5", 3])

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from adadiff.engine import device as device_engine
-from adadiff.engine.counts import Counts, Lagged, Sync
-from adadiff.engine.evaluate import Evaluation, evaluate
-from adadiff.exits import OFFICIAL, PAPER, ExitConfig, Exits
+from adadiff.forward import device as device_engine
+from adadiff.forward.counts import Counts, Lagged, Sync
+from adadiff.forward.forward import ForwardOutput, evaluate
 from adadiff.models.uvit import UViT
-from adadiff.rules import Depth, Full, Patience, Replay, Threshold
+from adadiff.policies.exit_policies import Depth, Full, Patience, Replay, Threshold
 from adadiff.sampling.sampler import sample
 from adadiff.serving.engine import Engine
-from adadiff_kernels import DeviceSet, Seen, Swaps, settle_rows, swap_rows
+from adadiff.uem import OFFICIAL, PAPER, ExitConfig, Exits
+from adadiff_kernels import CountSnapshot, DeviceSet, Swaps, settle_rows, swap_rows
 from late import use_sets
 from pretend import DEVICE, OnDevice, PretendDevice, TensorsMadeFromValues, Waits
 from sampler.tiny import BATCH, case, requests, served
@@ -91,7 +91,7 @@ RULES = ["threshold", "patience, tied", "mixed", "full"]
 
 def run(
     kind: str, config: ExitConfig, rules: str, strict: bool, lanes: Tensor = LANES, **options: object
-) -> tuple[Evaluation, Evaluation]:
+) -> tuple[ForwardOutput, ForwardOutput]:
     """On the pretended device, and on the CPU."""
     c = case(kind, config, torch.float32)
     (x, t, context), own = c.given[lanes].all, settings(kind, config, rules)
@@ -106,10 +106,10 @@ def run(
         macs, swapped = result.macs, result.moved
     values = (result.eps.held, result.exit_layer.held, macs, result.macs_full, swapped, result.scores.held)
     variance = None if result.variance is None else result.variance.held
-    return Evaluation(*values, variance=variance), on_cpu
+    return ForwardOutput(*values, variance=variance), on_cpu
 
 
-def assert_close(found: Evaluation, wanted: Evaluation) -> None:
+def assert_close(found: ForwardOutput, wanted: ForwardOutput) -> None:
     assert torch.equal(found.exit_layer, wanted.exit_layer)
     assert (found.macs, found.macs_full) == (wanted.macs, wanted.macs_full)
     tolerance = {"rtol": 1e-5, "atol": 2e-5}
@@ -188,7 +188,7 @@ def test_an_evaluation_in_a_graph_keeps_its_set(monkeypatch: pytest.MonkeyPatch)
     """The graph goes on writing to it; and what it cannot know, all rows run through every block."""
     c, threshold = case("uvit", PAPER, torch.float32), LANES % 7 + 1.0
 
-    def run() -> Evaluation:
+    def run() -> ForwardOutput:
         return evaluate(c.backbone, c.exits, Replay(), *c.given.all, threshold=threshold, counts="lagged")
 
     monkeypatch.setattr(device_engine, "_idle", type(device_engine._idle)())  # no other test's
@@ -269,8 +269,8 @@ def test_samples_are_drawn_on_a_device(options: dict) -> None:
 class Blind(DeviceSet):
     """Of which the host knows nothing but, where it must wait, a number."""
 
-    def seen(self) -> Seen:
-        return Seen(0, self.lanes)
+    def seen(self) -> CountSnapshot:
+        return CountSnapshot(0, self.lanes)
 
     def wait(self, layer: int) -> int:
         return 5
@@ -318,7 +318,7 @@ def test_a_gpu_is_not_waited_for(kind, config, rules) -> None:
     backbone, exits = copy.deepcopy(c.backbone).cuda(), copy.deepcopy(c.exits).cuda()
     x = c.given.x.cuda()
 
-    def call(how: Counts) -> Evaluation:
+    def call(how: Counts) -> ForwardOutput:
         return evaluate(backbone, exits, x=x, t=c.given.t, context=c.given.context, **given, counts=how)
 
     exact = call(Sync())
@@ -348,7 +348,7 @@ def test_a_gpu_gives_the_same_bits_in_any_company() -> None:
     c, threshold = case("uvit", PAPER, torch.float32), LANES % 7 + 1.0
     backbone, exits = copy.deepcopy(c.backbone).cuda(), copy.deepcopy(c.exits).cuda()
 
-    def run(lanes: Tensor) -> Evaluation:
+    def run(lanes: Tensor) -> ForwardOutput:
         given = c.given[lanes]
         rest = {"threshold": threshold[lanes] / 10, "batch_invariant": True}
         return evaluate(backbone, exits, Threshold(0.5), given.x.cuda(), given.t, given.context, **rest)

@@ -13,10 +13,10 @@ from adadiff import evaluate, sample
 from adadiff.checkpoint import load_strictly
 from adadiff.config import PRESETS, ModelConfig
 from adadiff.diffusion.noise import initial_noise
-from adadiff.exits import PAPER
 from adadiff.model import Model, build
 from adadiff.models.dit import DiT, DiTConfig, position_embedding
-from adadiff.rules import Full, Replay
+from adadiff.policies.exit_policies import Full, Replay
+from adadiff.uem import PAPER
 from numerics import assert_as_accurate
 from sampler.tiny import BATCH, DIT, case, inputs, scramble
 
@@ -153,7 +153,7 @@ def test_preset_has_the_published_keys_and_sizes(name: str) -> None:
     wanted = published_shapes(D, depth, int(patch), tokens)
     assert {key: tuple(value.shape) for key, value in network.state_dict().items()} == wanted
     assert (network.tokens, config.network.heads, config.schedule, config.null_label) == (tokens, heads, "linear", 1000)
-    counted = sum(block.macs(tokens) for block in network.blocks) + sum(network.fixed_macs())
+    counted = sum(block.macs(tokens) for block in network.blocks) + sum(network.stem_and_head_macs())
     if pixels == "256":
         parameters = sum(parameter.numel() for parameter in network.parameters())
         assert round(parameters / 1e6, 2) == millions[int(patch)]
@@ -175,7 +175,7 @@ def test_a_fresh_network_is_as_published() -> None:
     network = DiT(DIT)
     given = inputs(network)
     assert not network(*given.all).any()
-    rows, cond = network.begin(*given.all)
+    rows, cond = network.embed(*given.all)
     assert torch.equal(network.blocks[2](rows, cond), rows)
     assert not network.pos_embed.requires_grad
     assert torch.equal(network.pos_embed[0], position_embedding(36, 3))
@@ -216,7 +216,7 @@ def test_macs_are_those_of_the_products_that_run() -> None:
     network(*inputs(network, 1).all)
     counted += network.modulation.weight.numel()
     counted += len(network.blocks) * 2 * network.tokens**2 * DIT.dim  # weights, then weighted values
-    assert sum(block.macs(network.tokens) for block in network.blocks) + sum(network.fixed_macs()) == counted
+    assert sum(block.macs(network.tokens) for block in network.blocks) + sum(network.stem_and_head_macs()) == counted
 
 
 def test_modulation_is_one_product_for_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +237,7 @@ def test_the_variance_goes_with_the_noise(dtype: torch.dtype) -> None:
     result = evaluate(c.backbone, c.exits, Replay(), *c.given.all, threshold=exit_layer.float())
 
     def plain(of) -> Tensor:
-        rows, cond = of.backbone.begin(*of.given.all)
+        rows, cond = of.backbone.embed(*of.given.all)
         wanted = torch.empty(BATCH, 6, 6, 6, dtype=of.backbone.pos_embed.dtype)
         for layer, block in enumerate(of.backbone.blocks, start=1):
             rows, here = block(rows, cond), exit_layer == layer

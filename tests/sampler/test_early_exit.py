@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 import adadiff
 from adadiff.conversion.convert import from_transformer
-from adadiff.exits import ExitConfig, Exits
-from adadiff.pipelines.early_exit import TheirDiT
+from adadiff.pipelines.early_exit import DiffusersDiT
+from adadiff.uem import ExitConfig, Exits
 from sampler.tiny import scramble
 
 LAYERS = 5
@@ -50,7 +50,7 @@ def pipe() -> DiTPipeline:
 
 
 def exits() -> Exits:
-    made = Exits(TheirDiT(parts()[0]), SHARED).requires_grad_(False)
+    made = Exits(DiffusersDiT(parts()[0]), SHARED).requires_grad_(False)
     scramble(made, 0.3, seed=2)
     return made
 
@@ -106,7 +106,7 @@ def test_heads_of_their_own_run_through_our_blocks(pipe: DiTPipeline) -> None:
     scramble(with_heads, 0.3, seed=4)
     adadiff.enable_early_exit(pipe, with_heads, "depth:2", fused=True)
     got = pipe.transformer(x, timestep=t, class_labels=labels).sample
-    rows, cond = ours.begin(x, t.float(), labels)
+    rows, cond = ours.embed(x, t.float(), labels)
     for block in ours.blocks[:2]:
         rows = block(rows, cond)
     torch.testing.assert_close(got, with_heads.heads[1](rows, cond, torch.arange(6)), rtol=1e-4, atol=1e-5)
@@ -183,7 +183,7 @@ def test_bad_input(pipe: DiTPipeline) -> None:
         adadiff.enable_early_exit(object())
     with pytest.raises(ValueError, match="reads scores; give the exits"):
         adadiff.enable_early_exit(pipe, None, "threshold:0.5")
-    theirs = TheirDiT(pipe.transformer)
+    theirs = DiffusersDiT(pipe.transformer)
     theirs.new_head = torch.nn.Identity
     own_heads = Exits(theirs, ExitConfig())
     with pytest.raises(ValueError, match="have heads of their own"):

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adadiff.engine import evaluate as engine
-from adadiff.exits import OFFICIAL, PAPER
-from adadiff.rules import BatchMean, Depth, Full, Patience, Replay, Threshold
+from adadiff.forward import forward as engine
+from adadiff.policies.exit_policies import BatchMean, Depth, Full, Patience, Replay, Threshold
+from adadiff.uem import OFFICIAL, PAPER
 from numerics import assert_as_accurate
 from sampler.tiny import BATCH, case, inputs
 
@@ -25,7 +25,7 @@ CASES = [
 FLOAT32 = [param for param in CASES if param.values[2] is F32]
 
 
-def evaluate(c, rule, **options) -> engine.Evaluation:
+def evaluate(c, rule, **options) -> engine.ForwardOutput:
     return engine.evaluate(c.backbone, c.exits, rule, *options.pop("given", c.given).all, **options)
 
 

@@ -1,4 +1,4 @@
-"""Evaluation against torchmetrics, scipy and cases whose true value is known."""
+"""ForwardOutput against torchmetrics, scipy and cases whose true value is known."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -16,12 +16,12 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from adadiff.checkpoint import read_tensors
 from adadiff.data.digits import digits
-from adadiff.evaluation import features as digits_features
-from adadiff.evaluation.frechet import FeatureStatistics, bootstrap_frechet, frechet_distance
-from adadiff.evaluation.intervals import Interval, centred_interval, seed_interval
-from adadiff.evaluation.judges import hits
-from adadiff.evaluation.kernel import kernel_distance
-from adadiff.evaluation.quality import (
+from adadiff.metrics import features as digits_features
+from adadiff.metrics.frechet import FeatureStatistics, bootstrap_frechet, frechet_distance
+from adadiff.metrics.intervals import Interval, centred_interval, seed_interval
+from adadiff.metrics.judges import hits
+from adadiff.metrics.kernel import kernel_distance
+from adadiff.metrics.quality import (
     evaluate_samples,
     frechet_ratio,
     paired_max_difference,

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from adadiff.evaluation import images as images_module
-from adadiff.evaluation.extractors import features_from
-from adadiff.evaluation.features import digits_network
-from adadiff.evaluation.images import open_images
-from adadiff.evaluation.references import open_reference
+from adadiff.metrics import images as images_module
+from adadiff.metrics.extractors import features_from
+from adadiff.metrics.features import digits_network
+from adadiff.metrics.images import open_images
+from adadiff.metrics.references import open_reference
 from adadiff.output.pictures import to_pixels
 from sampler import shell
 from sampler.shell import config, run, saved

@@ -11,11 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adadiff.config import PRESETS, ModelConfig
 from adadiff.conversion.convert import translate
-from adadiff.engine.evaluate import evaluate
-from adadiff.exits import DUODIFF, HEADS, OFFICIAL, PAPER, ExitConfig, Exits, all_layers
+from adadiff.forward.forward import evaluate
 from adadiff.model import Model
 from adadiff.models.uvit import UViT
-from adadiff.rules import Depth, Full, Patience, Threshold
+from adadiff.policies.exit_policies import Depth, Full, Patience, Threshold
+from adadiff.uem import DUODIFF, HEADS, OFFICIAL, PAPER, ExitConfig, Exits, all_layers
 from numerics import assert_as_accurate
 from sampler.adaln import AdaLN
 from sampler.tiny import BATCH, UVIT, case, inputs, plain_layers, scramble
@@ -40,13 +40,13 @@ class OfficialUViT(UViT):
 
     def __init__(self) -> None:
         super().__init__(UVIT)
-        self.lte_classifer = nn.ModuleList(LTE(self.dim, self.patch_outputs) for _ in self.blocks)
+        self.lte_classifer = nn.ModuleList(LTE(self.dim, self.patch_dim) for _ in self.blocks)
         scramble(self, 0.15, seed=3)
 
     def certainties(self, given) -> Tensor:
         """[L, B]: what the official sampler compares, for each sample."""
         rows = plain_layers(self, given)
-        maps = [lte(layer[:, self.extras :]) for lte, layer in zip(self.lte_classifer, rows, strict=True)]
+        maps = [lte(layer[:, self.num_prefix_tokens :]) for lte, layer in zip(self.lte_classifer, rows, strict=True)]
         return torch.stack([self.unpatchify(values).flatten(1).mean(1) for values in maps])
 
 
@@ -97,8 +97,8 @@ def test_training_sees_what_inference_decides_by(kind: str, config: ExitConfig) 
     c, exact = case(kind, config, F32), case(kind, config, F32, exact=True)
     predictions, scores, *_ = all_layers(c.backbone, c.exits, *c.given.all)
     assert_as_accurate(torch.stack(predictions), c.predictions, exact.predictions)
-    outputs = c.backbone.patch_outputs if config.map else 1
-    assert {score.shape for score in scores} == {(BATCH, c.backbone.tokens - c.backbone.extras, outputs)}
+    outputs = c.backbone.patch_dim if config.map else 1
+    assert {score.shape for score in scores} == {(BATCH, c.backbone.tokens - c.backbone.num_prefix_tokens, outputs)}
     u = torch.stack([score.flatten(1).mean(1) for score in scores])
     assert_as_accurate(u, c.uncertainties, exact.uncertainties)
 
@@ -195,9 +195,9 @@ def test_copied_heads_say_what_the_networks_own_says(kind: str, config: ExitConf
     exits = Exits(backbone, config)
     exits.copy_heads(backbone)
     given = inputs(backbone, 5)
-    rows, cond = backbone.begin(*given.all)
+    rows, cond = backbone.embed(*given.all)
     lanes = torch.arange(5, dtype=torch.int32)
-    patches = rows[:, backbone.extras :]
+    patches = rows[:, backbone.num_prefix_tokens :]
     wanted = backbone.head(patches, cond, lanes)
     for layer in range(1, len(backbone.blocks)):
         assert torch.equal(exits.head(backbone, layer)(patches, cond, lanes), wanted)
@@ -276,7 +276,7 @@ def test_heads_by_lane_are_stacked_again_when_one_changes(head: str, monkeypatch
     backbone = UViT(UVIT)
     exits = Exits(backbone, ExitConfig(head=head))
     scramble(exits, 0.3, seed=5)
-    patches, lanes = torch.randn(6, backbone.tokens - backbone.extras, backbone.dim), torch.arange(6).int()
+    patches, lanes = torch.randn(6, backbone.tokens - backbone.num_prefix_tokens, backbone.dim), torch.arange(6).int()
     layer = torch.tensor([1, 3, 2, 1, 4, 2], dtype=torch.int32)
     stacks, usual = [], torch.stack
     monkeypatch.setattr(torch, "stack", lambda *given, **named: stacks.append(1) or usual(*given, **named))

@@ -9,11 +9,11 @@ import torch
 
 import adadiff
 from adadiff.config import ModelConfig
-from adadiff.engine.memory import capacity_of
-from adadiff.exits import PAPER
 from adadiff.model import Model
 from adadiff.models import FAMILIES
 from adadiff.models.interface import Family, Preset
+from adadiff.sampling.capacity import capacity_of
+from adadiff.uem import PAPER
 from sampler.adaln import AdaLN
 from sampler.tiny import scramble
 

@@ -145,7 +145,7 @@ def test_stale_parts_go_with_the_process_that_owns_their_rank(tiny, tmp_path, mo
 
 
 def test_samples_with_nan_are_refused_by_number(tiny, whole, tmp_path, monkeypatch, capsys):
-    original = adadiff.Sampling.__iter__
+    original = adadiff.SamplerRun.__iter__
 
     def poisoned(self):
         for slots, images in original(self):
@@ -153,7 +153,7 @@ def test_samples_with_nan_are_refused_by_number(tiny, whole, tmp_path, monkeypat
             yield slots, images
 
     with monkeypatch.context() as patch:
-        patch.setattr(adadiff.Sampling, "__iter__", poisoned)
+        patch.setattr(adadiff.SamplerRun, "__iter__", poisoned)
         assert run(line(tiny, tmp_path)) == 2
     assert "sample 6 holds NaN" in error_line(capsys.readouterr().err)
     assert set(times(tmp_path)) == {"shard-00000.npz"}

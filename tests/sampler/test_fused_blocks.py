@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from adadiff.engine import blocks
-from adadiff.engine.blocks import advance
-from adadiff.engine.evaluate import evaluate
-from adadiff.exits import OFFICIAL, PAPER, ExitConfig
-from adadiff.rules import Replay, Threshold
+from adadiff.forward import blocks
+from adadiff.forward.blocks import advance
+from adadiff.forward.forward import evaluate
+from adadiff.policies.exit_policies import Replay, Threshold
+from adadiff.uem import OFFICIAL, PAPER, ExitConfig
 from adadiff_kernels import ops
 from numerics import assert_as_accurate
 from sampler.tiny import BATCH, case
@@ -38,7 +38,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 def outputs(kind: str, config: ExitConfig, dtype: torch.dtype, fused: bool) -> list[tuple[Tensor, Tensor]]:
     """Rows and scores after every block."""
     c = case(kind, config, dtype)
-    rows, cond = c.backbone.begin(*c.given.all)
+    rows, cond = c.backbone.embed(*c.given.all)
     offsets, made = c.exits.offsets(cond.time, c.given.t), []
     for layer, block in enumerate(c.backbone.blocks, start=1):
         skip = None if block.skip_from is None else made[block.skip_from][0]

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from adadiff.config import PRESETS, ModelConfig
 from adadiff.diffusion.noise import initial_noise, step_noise
-from adadiff.engine.evaluate import Evaluation, evaluate
-from adadiff.exits import PAPER
+from adadiff.forward.forward import ForwardOutput, evaluate
 from adadiff.model import Model
 from adadiff.models.dit import DiTConfig
 from adadiff.models.uvit import UViTConfig
-from adadiff.rules import Full
+from adadiff.policies.exit_policies import Full
 from adadiff.sampling.batch import Batch
 from adadiff.sampling.sampler import sample
-from adadiff.sampling.samples import Samples
+from adadiff.sampling.samples import SampleBatch
 from adadiff.serving.engine import Engine
+from adadiff.uem import PAPER
 from sampler.tiny import SERVED, served
 
 # four channels, as latents have; guidance touches three unless told otherwise
@@ -110,11 +110,11 @@ def test_each_family_guides_what_it_was_published_with() -> None:
     assert not torch.equal(three, every)
 
 
-def lanes_of(call: Callable[[Callable[..., Evaluation]], object]) -> list[int]:
+def lanes_of(call: Callable[[Callable[..., ForwardOutput]], object]) -> list[int]:
     """The lanes of every evaluation that `call` makes with the function it is given."""
     calls = []
 
-    def counted(*args: object, **options: object) -> Evaluation:
+    def counted(*args: object, **options: object) -> ForwardOutput:
         calls.append(len(args[3]))
         return evaluate(*args, **options)
 
@@ -127,9 +127,9 @@ def test_no_lane_is_run_for_guidance_that_is_not_there(tied: bool) -> None:
     """Three samples; the first is guided at 999 and 832, the second from 499 on, the third between two steps."""
     intervals = torch.tensor([[700.0, 1000.0], [-1.0, 499.0], [600.0, 610.0]])
 
-    def run(counted: Callable[..., Evaluation]) -> None:
+    def run(counted: Callable[..., ForwardOutput]) -> None:
         batch = Batch(served(LATENT), 3, evaluate=counted)
-        samples = Samples.of(
+        samples = SampleBatch.of(
             served(LATENT),
             3,
             steps=STEPS,
@@ -169,7 +169,7 @@ def learned(t: Tensor) -> Tensor:
     return torch.sin(t / 100).view(-1, 1, 1, 1)
 
 
-def with_variance(*args: object, **options: object) -> Evaluation:
+def with_variance(*args: object, **options: object) -> ForwardOutput:
     """As a network with 2C outputs: some lanes' variance is NaN, those of the null class, which nobody may read."""
     result = evaluate(*args, **options)
     variance = learned(args[4]).expand_as(result.eps).clone()
@@ -184,7 +184,7 @@ def test_ancestral_steps_take_the_variance_of_the_conditional_lane(variance: str
     model, counts = served(LATENT), [3, 6, 5]  # at different times, so that lanes are put into another order
     solver = "ddpm" if variance is None else f"ddpm:variance={variance}"
     batch = Batch(model, 3, batch_invariant=batch_invariant, evaluate=with_variance)
-    samples = Samples.of(
+    samples = SampleBatch.of(
         model,
         3,
         steps=counts,
@@ -249,14 +249,16 @@ def test_dit_is_sampled_as_published() -> None:
 
 
 def test_deterministic_steps_do_not_read_it() -> None:
-    def nan(*args: object, **options: object) -> Evaluation:
+    def nan(*args: object, **options: object) -> ForwardOutput:
         result = evaluate(*args, **options)
         return replace(result, variance=torch.full_like(result.eps, math.nan))
 
     images = []
     for call in (evaluate, nan):
         batch = Batch(served(LATENT), 2, evaluate=call)
-        places = batch.admit(Samples.of(served(LATENT), 2, steps=3, solver="dpm++2m", labels=[0, 1]), torch.arange(2))
+        places = batch.admit(
+            SampleBatch.of(served(LATENT), 2, steps=3, solver="dpm++2m", labels=[0, 1]), torch.arange(2)
+        )
         for _ in range(3):
             batch.tick()
         images.append(batch.take(places))

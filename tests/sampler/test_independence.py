@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from adadiff.engine.evaluate import Evaluation, evaluate
-from adadiff.exits import OFFICIAL, PAPER, ExitConfig
-from adadiff.rules import Patience, Replay, Rule, Threshold
+from adadiff.forward.forward import ForwardOutput, evaluate
+from adadiff.policies.exit_policies import Patience, Replay, Rule, Threshold
+from adadiff.uem import OFFICIAL, PAPER, ExitConfig
 from sampler.tiny import BATCH, case
 
 NETWORKS = [
@@ -40,7 +40,7 @@ def run(
     group: int | None = None,
     thresholds: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
-) -> Evaluation:
+) -> ForwardOutput:
     c = case(kind, config, dtype)
     thresholds = spread(kind, config) if thresholds is None else thresholds
     return evaluate(
@@ -130,7 +130,7 @@ def flips(kind: str, config: ExitConfig, dtype: torch.dtype, bound: float, image
     L = case(kind, config, dtype).layers
     lanes, singles = torch.arange(BATCH), [torch.tensor([b]) for b in range(BATCH)]
 
-    def both(rule: Rule, thresholds: Tensor) -> tuple[list[Evaluation], Evaluation]:
+    def both(rule: Rule, thresholds: Tensor) -> tuple[list[ForwardOutput], ForwardOutput]:
         options = {"thresholds": thresholds, "dtype": dtype}
         return [run(kind, config, rule, b, **options) for b in singles], run(kind, config, rule, lanes, **options)
 

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adadiff.engine.evaluate import Evaluation, evaluate
-from adadiff.engine.lane_by_lane import lane_by_lane
-from adadiff.exits import OFFICIAL, PAPER, ExitConfig
-from adadiff.rules import Depth, Full, Patience, Replay, Rule, Threshold
+from adadiff.forward.forward import ForwardOutput, evaluate
+from adadiff.forward.lane_by_lane import lane_by_lane
+from adadiff.policies.exit_policies import Depth, Full, Patience, Replay, Rule, Threshold
 from adadiff.sampling import batch
 from adadiff.sampling.sampler import sample
 from adadiff.serving.engine import Engine, Handle
+from adadiff.uem import OFFICIAL, PAPER, ExitConfig
 from sampler.tiny import BATCH, alone, case, requests, served
 
 NETWORKS = [
@@ -78,7 +78,7 @@ def spread(kind: str, config: ExitConfig) -> Tensor:
     return u.flatten().quantile(torch.linspace(0.02, 0.6, BATCH))[torch.arange(BATCH) * 5 % BATCH]
 
 
-def run(kind: str, config: ExitConfig, lanes: Tensor, rule: Rule | None = None, **options: object) -> Evaluation:
+def run(kind: str, config: ExitConfig, lanes: Tensor, rule: Rule | None = None, **options: object) -> ForwardOutput:
     """These lanes by themselves: each with a threshold of its own, and every third with another rule."""
     c = case(kind, config, torch.float32)
     threshold, which = spread(kind, config), torch.arange(BATCH) % 3
@@ -92,7 +92,7 @@ def run(kind: str, config: ExitConfig, lanes: Tensor, rule: Rule | None = None, 
     )
 
 
-def same(some: Evaluation, everybody: Evaluation, lanes: Tensor) -> bool:
+def same(some: ForwardOutput, everybody: ForwardOutput, lanes: Tensor) -> bool:
     return (
         torch.equal(some.exit_layer, everybody.exit_layer[lanes])
         and torch.equal(some.eps, everybody.eps[lanes])

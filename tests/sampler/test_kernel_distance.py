@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from adadiff.evaluation import kernel
-from adadiff.evaluation.frechet import FeatureStatistics, bootstrap_frechet, frechet_distance
-from adadiff.evaluation.intervals import centred_interval, resampled, share_interval
-from adadiff.evaluation.kernel import bootstrap_kernel, kernel_distance, kernel_distances, mean_within, resample_counts
+from adadiff.metrics import kernel
+from adadiff.metrics.frechet import FeatureStatistics, bootstrap_frechet, frechet_distance
+from adadiff.metrics.intervals import centred_interval, resampled, share_interval
+from adadiff.metrics.kernel import bootstrap_kernel, kernel_distance, kernel_distances, mean_within, resample_counts
 
 
 def normal(*shape: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from adadiff.config import ModelConfig
-from adadiff.engine import memory
-from adadiff.engine.evaluate import evaluate, group_size
-from adadiff.engine.memory import capacity_of, lane_bytes, peak_bytes
-from adadiff.exits import OFFICIAL, PAPER, ExitConfig
+from adadiff.forward.forward import evaluate, group_size
 from adadiff.model import Model
 from adadiff.models.uvit import UViTConfig
-from adadiff.rules import Full, Replay
+from adadiff.policies.exit_policies import Full, Replay
+from adadiff.sampling import capacity as memory
 from adadiff.sampling.batch import Batch
-from adadiff.sampling.samples import Samples
+from adadiff.sampling.capacity import capacity_of, lane_bytes, peak_bytes
+from adadiff.sampling.samples import SampleBatch
 from adadiff.serving.engine import Engine
+from adadiff.uem import OFFICIAL, PAPER, ExitConfig
 from sampler.tiny import UVIT, as_samples, served
 
 TEXT = UViTConfig(8, 3, 2, 48, 6, 3, context_tokens=7, context_dim=33)
@@ -61,7 +61,7 @@ def serving(made: Model, n: int) -> int:
 
     def run() -> None:
         batch = Batch(made, n)
-        batch.admit(Samples.of(made, n, solver="dpm++2m", steps=9, rule=rule, context=text), torch.arange(n))
+        batch.admit(SampleBatch.of(made, n, solver="dpm++2m", steps=9, rule=rule, context=text), torch.arange(n))
         for _ in range(2):
             assert not batch.tick().failed
 

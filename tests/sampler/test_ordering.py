@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adadiff.rules import Depth, Rule
+from adadiff.policies.exit_policies import Depth, Rule
 from adadiff.sampling.batch import Batch
 from adadiff.sampling.ordering import ExpectedDepth
-from adadiff.sampling.samples import Samples
+from adadiff.sampling.samples import SampleBatch
 from sampler.tiny import served
 
 LAYERS, STEPS = 5, 20
@@ -48,7 +48,7 @@ def serve(
     for tick in range(ticks):
         while batch.free and begun <= (tick // apart if apart else begun):
             own = None if thresholds is None else [thresholds[begun % len(thresholds)]]
-            samples = Samples.of(served(), 1, steps=STEPS, rule=rule, seeds=[begun], labels=[0], thresholds=own)
+            samples = SampleBatch.of(served(), 1, steps=STEPS, rule=rule, seeds=[begun], labels=[0], thresholds=own)
             seed_at[int(batch.admit(samples, torch.tensor([0])))] = begun
             begun += 1
         before = batch.totals.rows_moved

@@ -13,11 +13,11 @@ from diffusers import AutoencoderKL
 
 import adadiff
 from adadiff.config import ModelConfig
-from adadiff.exits import PAPER
 from adadiff.models.uvit import UViT, UViTConfig
 from adadiff.pipelines.latents import decode
 from adadiff.pipelines.pipeline import AdaDiffPipeline, AdaDiffTransformer
 from adadiff.sampling.sampler import sample
+from adadiff.uem import PAPER
 from sampler.test_calibration import HALF, made
 from sampler.tiny import SERVED, served
 
@@ -224,7 +224,7 @@ def test_bad_input(config: ModelConfig, settings: dict, message: str) -> None:
 
 
 def test_an_autoencoder_of_other_latents_is_named_before_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(UViT, "begin", lambda *_, **__: pytest.fail("the network was called"))
+    monkeypatch.setattr(UViT, "embed", lambda *_, **__: pytest.fail("the network was called"))
     other = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=4, latent_channels=3)
     with pytest.raises(ValueError, match=r"latents must be float \[n, 3, h, w\] for this autoencoder"):
         pipeline(LATENT, vae=other)(class_labels=[1])

@@ -13,8 +13,8 @@ from adadiff.calibration.calibrating import Calibrating
 from adadiff.calibration.recording import record
 from adadiff.calibration.refitting import PENALTIES, Refitting, Sums, fit, ridge
 from adadiff.checkpoint import load, save
-from adadiff.exits import ExitConfig
-from adadiff.sampling.samples import Samples
+from adadiff.sampling.samples import SampleBatch
+from adadiff.uem import ExitConfig
 from sampler.shell import run as command
 from sampler.tiny import SERVED, scramble, served
 
@@ -96,13 +96,13 @@ def test_the_uem_says_what_the_regression_found(config: ExitConfig) -> None:
         seen.append(given)
         refitting(*given)
 
-    samples = Samples.of(model, 40, steps=5, seeds=list(range(40)), labels=labels)
+    samples = SampleBatch.of(model, 40, steps=5, seeds=list(range(40)), labels=labels)
     before = record(model, samples, 16, visit=visit)
     logs = torch.stack([torch.cat([g[3] for g in seen if g[0] == s], 1) for s in range(5)]).double().log()
     assert torch.equal(logs, before.error.double().log())
     fitted = refitting.fitted()
     said, t = torch.zeros(5, 4, 40), before.t.float()
-    _, cond = model.backbone.begin(torch.zeros(5, *model.backbone.sample_shape), t, torch.zeros(5, dtype=torch.long))
+    _, cond = model.backbone.embed(torch.zeros(5, *model.backbone.sample_shape), t, torch.zeros(5, dtype=torch.long))
     offsets = fitted.exits.offsets(cond.time, t)  # [L, S, P]
     for s in range(5):
         rows = torch.cat([g[2] for g in seen if g[0] == s], 1)  # [K, n, D]

@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adadiff.diffusion.schedules import NoiseSchedule
-from adadiff.rules import BatchMean, Depth, Full, Patience, Replay, Rule, Threshold, layers_asked, rule_from
+from adadiff.policies.exit_policies import (
+    BatchMean,
+    Depth,
+    Full,
+    Patience,
+    Replay,
+    Rule,
+    Threshold,
+    layers_asked,
+    rule_from,
+)
 
 L = 7  # three in-blocks, one mid block, three out-blocks
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from adadiff.config import ModelConfig
 from adadiff.diffusion.noise import initial_noise, step_noise
 from adadiff.diffusion.solvers import DDIM, DPMSolverPP2M
-from adadiff.engine import evaluate as engine
-from adadiff.exits import PAPER
+from adadiff.forward import forward as engine
 from adadiff.model import Model
 from adadiff.models.uvit import UViTConfig
-from adadiff.rules import Depth, Replay, Threshold
-from adadiff.sampling.sampler import Sampling, sample
+from adadiff.policies.exit_policies import Depth, Replay, Threshold
+from adadiff.sampling.sampler import SamplerRun, sample
+from adadiff.uem import PAPER
 from sampler.tiny import UVIT, Inputs, plain_layers, plain_predictions, plain_uncertainties, scramble
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
@@ -192,7 +192,7 @@ def test_streaming_yields_each_slot_once_and_fills_the_places(monkeypatch) -> No
         engine, "evaluate", lambda *a, **k: calls.append(len(a[3])) or evaluate(*a, **k)
     )  # the fourth argument is x
     settings = {"steps": steps, "labels": [0] * 7, "guidance": [0, 0, 1.5, 0, 0, 0, 0.5]}
-    sampling = Sampling(model(), 7, batch=3, **settings)
+    sampling = SamplerRun(model(), 7, batch=3, **settings)
     images, seen = torch.zeros(7, *SHAPE), []
     for slots, finished in sampling:
         assert finished.shape == (len(slots), *SHAPE)
@@ -217,7 +217,7 @@ def test_streaming_yields_each_slot_once_and_fills_the_places(monkeypatch) -> No
 
 
 def test_a_report_is_a_picture_of_its_moment_and_a_second_run_starts_anew() -> None:
-    sampling = Sampling(model(), 4, steps=[1, 2, 3, 4], labels=[0] * 4, batch=4, rule="depth:2")
+    sampling = SamplerRun(model(), 4, steps=[1, 2, 3, 4], labels=[0] * 4, batch=4, rule="depth:2")
     reports = [sampling.report for _ in sampling]
     assert [report.evaluations for report in reports] == [4, 7, 9, 10]
     assert [report.blocks for report in reports] == [8, 14, 18, 20]
@@ -299,7 +299,7 @@ def test_no_samples_is_no_error(n_settings: dict) -> None:
     assert (report.evaluations, report.blocks, report.blocks_full, report.macs, report.macs_full) == (0,) * 5
     assert math.isnan(report.mean_exit_layer)
     assert "0 samples" in str(report)
-    assert list(Sampling(model(), 0)) == []
+    assert list(SamplerRun(model(), 0)) == []
 
 
 @pytest.mark.usefixtures("no_work")

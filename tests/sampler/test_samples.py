@@ -10,12 +10,12 @@ from torch import Tensor
 
 from adadiff.config import ModelConfig
 from adadiff.diffusion.noise import initial_noise
-from adadiff.exits import PAPER
 from adadiff.model import Model
 from adadiff.models.uvit import UViT, UViTConfig
 from adadiff.sampling.sampler import sample
-from adadiff.sampling.samples import Samples
+from adadiff.sampling.samples import SampleBatch
 from adadiff.serving.engine import Engine
+from adadiff.uem import PAPER
 from sampler.tiny import (
     SERVED,
     Inputs,
@@ -233,8 +233,8 @@ def test_tensors_may_require_grad_and_be_used_again() -> None:
 
 
 def test_lanes_are_two_for_a_guided_sample() -> None:
-    assert Samples.of(served(), 4, guidance=[0.0, 1.0, -0.0, -2.0]).lanes == 6
-    assert [Samples.of(served(), 1, guidance=scale).lanes for scale in (0.0, 1e-6)] == [1, 2]
+    assert SampleBatch.of(served(), 4, guidance=[0.0, 1.0, -0.0, -2.0]).lanes == 6
+    assert [SampleBatch.of(served(), 1, guidance=scale).lanes for scale in (0.0, 1e-6)] == [1, 2]
 
 
 def test_every_setting_reaches_the_network() -> None:
@@ -295,7 +295,7 @@ PROMPTS = {"context": torch.zeros(2, 3, 5)}
     ids=str,
 )
 def test_bad_input_is_named_before_any_work(config, settings, message, monkeypatch) -> None:
-    monkeypatch.setattr(UViT, "begin", lambda *_, **__: pytest.fail("the network was called"))
+    monkeypatch.setattr(UViT, "embed", lambda *_, **__: pytest.fail("the network was called"))
     with pytest.raises(ValueError, match=message):
         sample(served(config), 2, **settings)
 

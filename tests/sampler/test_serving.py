@@ -11,7 +11,7 @@ import torch
 from adadiff.diffusion.schedules import NoiseSchedule
 from adadiff.diffusion.solvers import DDIM
 from adadiff.diffusion.tables import SolverTable
-from adadiff.engine.evaluate import Evaluation, evaluate
+from adadiff.forward.forward import ForwardOutput, evaluate
 from adadiff.serving.engine import Engine, EngineClosed, EngineFull, Handle
 from sampler.tiny import Clock, alone, images_are_right, is_empty, requests, served, stepped
 
@@ -64,7 +64,7 @@ def test_an_image_is_the_clients_own() -> None:
 
 
 def test_nan_fails_its_request_alone() -> None:
-    def hurt(*args: object, **options: object) -> Evaluation:
+    def hurt(*args: object, **options: object) -> ForwardOutput:
         result = evaluate(*args, **options)
         result.eps[args[5] == POISON] = math.nan
         return result
@@ -82,7 +82,7 @@ def test_nan_fails_its_request_alone() -> None:
 
 
 def test_an_exception_in_the_evaluation_of_one_fails_it_alone() -> None:
-    def refuse(*args: object, **options: object) -> Evaluation:
+    def refuse(*args: object, **options: object) -> ForwardOutput:
         if bool((args[5] == POISON).any()):
             raise ArithmeticError("not this one")
         return evaluate(*args, **options)
@@ -103,7 +103,7 @@ def test_an_exception_in_the_evaluation_of_one_fails_it_alone() -> None:
 def test_out_of_memory_costs_nobody_his_image() -> None:
     calls = []
 
-    def limited(*args: object, **options: object) -> Evaluation:
+    def limited(*args: object, **options: object) -> ForwardOutput:
         calls.append(len(args[3]))
         if calls[-1] > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -315,7 +315,7 @@ def test_handles_can_be_awaited() -> None:
 def test_ctrl_c_is_not_swallowed_and_costs_no_image() -> None:
     calls = []
 
-    def interrupted(*args: object, **options: object) -> Evaluation:
+    def interrupted(*args: object, **options: object) -> ForwardOutput:
         calls.append(1)
         if len(calls) in (2, 3, 5):
             raise KeyboardInterrupt
@@ -340,7 +340,7 @@ def test_an_engine_that_breaks_tells_everybody() -> None:
 
     ready, broken = threading.Event(), SystemExit("broken")
 
-    def exits(*_: object, **__: object) -> Evaluation:
+    def exits(*_: object, **__: object) -> ForwardOutput:
         assert ready.wait(60)
         raise broken
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from adadiff.diffusion.solvers import DDIM
-from adadiff.engine.evaluate import Evaluation, evaluate
+from adadiff.forward.forward import ForwardOutput, evaluate
 from adadiff.sampling.batch import SPARE
 from adadiff.serving.engine import DeadlineExceeded, Engine, EngineFull, Handle
 from sampler.tiny import SERVED, Clock, alone, requests, served
@@ -41,7 +41,7 @@ class Faulty:
     def __init__(self, capacity: int):
         self.capacity, self.calls = capacity, 0
 
-    def __call__(self, *args: object, **options: object) -> Evaluation:
+    def __call__(self, *args: object, **options: object) -> ForwardOutput:
         self.calls += 1
         labels = args[5]
         assert len(labels) <= self.capacity

@@ -11,11 +11,11 @@ from torch import Tensor
 import adadiff
 from adadiff.diffusion.noise import initial_noise
 from adadiff.diffusion.solvers import DDIM
-from adadiff.engine.evaluate import evaluate
-from adadiff.engine.switching import Switching, switching
+from adadiff.forward.forward import evaluate
+from adadiff.forward.two_stage import TwoStageForward, two_stage
 from adadiff.model import Model
 from adadiff.models.dit import DiTConfig
-from adadiff.rules import Depth, Full, Replay
+from adadiff.policies.exit_policies import Depth, Full, Replay
 from sampler import shell
 from sampler.shell import config, error_line, read, run, saved
 from sampler.tiny import SERVED, inputs, scramble, served
@@ -50,7 +50,7 @@ def by_hand(seed: int, label: int, steps: int, network_at: Callable[[float], Mod
 @pytest.mark.parametrize("t_switch", [650.0, 400.0])
 def test_each_step_is_by_the_network_of_its_time(t_switch: float) -> None:
     early = shallow()
-    images, report = adadiff.sample(served(), 4, steps=STEPS, labels=LABELS, early_model=early, t_switch=t_switch)
+    images, report = adadiff.sample(served(), 4, steps=STEPS, labels=LABELS, shallow_model=early, t_switch=t_switch)
     for i, (steps, label) in enumerate(zip(STEPS, LABELS, strict=True)):
         wanted = by_hand(i, label, steps, lambda time: early if time >= t_switch else served())
         torch.testing.assert_close(images[i], wanted, rtol=1e-4, atol=1e-4)
@@ -63,7 +63,7 @@ def test_each_step_is_by_the_network_of_its_time(t_switch: float) -> None:
 @pytest.mark.parametrize(("t_switch", "only"), [(0.0, "early"), (1000.0, "full")])
 def test_at_the_ends_one_network_does_everything(t_switch: float, only: str) -> None:
     early = shallow()
-    images, report = adadiff.sample(served(), 4, steps=STEPS, labels=LABELS, early_model=early, t_switch=t_switch)
+    images, report = adadiff.sample(served(), 4, steps=STEPS, labels=LABELS, shallow_model=early, t_switch=t_switch)
     alone, other = adadiff.sample(early if only == "early" else served(), 4, steps=STEPS, labels=LABELS)
     assert torch.equal(images, alone)
     assert torch.equal(report.exit_layer, other.exit_layer)
@@ -72,13 +72,13 @@ def test_at_the_ends_one_network_does_everything(t_switch: float, only: str) -> 
 
 def test_the_default_switch_is_duodiffs() -> None:
     """300 of 1000 steps: of ten trailing ones at 999, 899, ..., 99 the first three."""
-    _, report = adadiff.sample(served(), 1, steps=10, labels=[1], early_model=shallow())
+    _, report = adadiff.sample(served(), 1, steps=10, labels=[1], shallow_model=shallow())
     assert report.exit_layer[:, 0, 0].tolist() == [3] * 3 + [5] * 7
 
 
 def test_macs_are_those_of_the_networks_that_ran() -> None:
     early, full = shallow(), served()
-    _, report = adadiff.sample(full, 3, steps=4, labels=[0, 1, 2], early_model=early, t_switch=600.0)
+    _, report = adadiff.sample(full, 3, steps=4, labels=[0, 1, 2], shallow_model=early, t_switch=600.0)
     whole = {}
     for name, model in (("early", early), ("full", full)):
         _, alone = adadiff.sample(model, 1, steps=1, labels=[0])
@@ -92,7 +92,7 @@ def test_macs_are_those_of_the_networks_that_ran() -> None:
 def test_rules_hold_for_the_full_network_alone_and_samples_for_themselves(rule: str) -> None:
     """Bit for bit: whatever the batch-mates, guided pairs included."""
     early = shallow()
-    given = {"rule": rule, "guidance": 1.5, "tied": True, "batch_invariant": True, "early_model": early}
+    given = {"rule": rule, "guidance": 1.5, "tied": True, "batch_invariant": True, "shallow_model": early}
     images, report = adadiff.sample(served(), 4, steps=STEPS, labels=LABELS, t_switch=500.0, batch=3, **given)
     for i in range(4):
         alone, own = adadiff.sample(
@@ -107,7 +107,7 @@ def test_rules_hold_for_the_full_network_alone_and_samples_for_themselves(rule: 
 
 @pytest.mark.parametrize("counts", ["sync", "lagged"])
 def test_every_way_of_counting_gives_the_same(counts: str) -> None:
-    given = {"steps": STEPS, "labels": LABELS, "rule": "threshold:0.4", "early_model": shallow(), "t_switch": 600.0}
+    given = {"steps": STEPS, "labels": LABELS, "rule": "threshold:0.4", "shallow_model": shallow(), "t_switch": 600.0}
     images, report = adadiff.sample(served(), 4, **given)
     others, other = adadiff.sample(served(), 4, counts=counts, **given)
     assert torch.equal(report.exit_layer, other.exit_layer)
@@ -117,18 +117,18 @@ def test_every_way_of_counting_gives_the_same(counts: str) -> None:
 def test_a_serving_engine_switches_too() -> None:
     early = shallow()
     wanted, _ = adadiff.sample(
-        served(), 4, steps=STEPS, labels=LABELS, batch_invariant=True, early_model=early, t_switch=600.0
+        served(), 4, steps=STEPS, labels=LABELS, batch_invariant=True, shallow_model=early, t_switch=600.0
     )
-    engine = adadiff.Engine(served(), 3, batch_invariant=True, early_model=early, t_switch=600.0, start=False)
+    engine = adadiff.Engine(served(), 3, batch_invariant=True, shallow_model=early, t_switch=600.0, start=False)
     handles = [engine.submit(seed=i, label=LABELS[i], steps=STEPS[i]) for i in range(4)]
     while engine.step():
         pass
     assert all(torch.equal(handle.result(0), image) for handle, image in zip(handles, wanted, strict=True))
     with pytest.raises(ValueError, match="give one"):
-        adadiff.Engine(served(), 3, early_model=early, evaluate=evaluate, start=False)
+        adadiff.Engine(served(), 3, shallow_model=early, evaluate=evaluate, start=False)
     fits = adadiff.Engine(served(), "1MiB", start=False).capacity
     wide = shallow(depth=4)
-    assert adadiff.Engine(served(), "1MiB", early_model=wide, start=False).capacity <= fits
+    assert adadiff.Engine(served(), "1MiB", shallow_model=wide, start=False).capacity <= fits
 
 
 def test_one_evaluation_in_detail() -> None:
@@ -139,7 +139,7 @@ def test_one_evaluation_in_detail() -> None:
     x, context = given.x, given.context % 3
     t = torch.tensor([10.0, 900.0, 499.99, 500.0, 30.0, 999.0, 20.0])
     depth = torch.tensor([1.0, 1.0, 2.0, 1.0, 5.0, 1.0, 3.0])
-    switch = Switching(early.backbone, 500.0)
+    switch = TwoStageForward(early.backbone, 500.0)
     mixed = switch(full.backbone, full.exits, Replay(), x, t, context, threshold=depth, record=True)
     late, first = torch.arange(0, 7, 2), torch.arange(1, 7, 2)
     alone = evaluate(
@@ -164,7 +164,7 @@ def test_rules_and_pairs_follow_their_lanes() -> None:
     given = inputs(full.backbone, 6)
     x, context = given.x, given.context % 3
     t = torch.tensor([900.0, 10.0, 800.0, 20.0, 30.0, 40.0])
-    switch = Switching(early.backbone, 500.0)
+    switch = TwoStageForward(early.backbone, 500.0)
     result = switch(
         full.backbone,
         full.exits,
@@ -189,7 +189,7 @@ def test_variances_are_kept() -> None:
         scramble(model.backbone, 0.3, seed)
     given = inputs(full.backbone, 4)
     t, context = torch.tensor([900.0, 10.0, 800.0, 20.0]), given.context % 3
-    result = switching(full, early, 500.0)(full.backbone, None, Full(), given.x, t, context)
+    result = two_stage(full, early, 500.0)(full.backbone, None, Full(), given.x, t, context)
     for lane, model in enumerate((early, full, early, full)):
         own = slice(lane, lane + 1)
         both = model.backbone(given.x[own], t[own], context[own])[0]
@@ -211,8 +211,8 @@ def test_variances_are_kept() -> None:
 def test_models_that_do_not_fit_each_other(changes: dict, message: str) -> None:
     early = Model(dataclasses.replace(SHALLOW, **changes)).eval()
     for start in (
-        lambda: adadiff.sample(served(), 2, steps=2, early_model=early),
-        lambda: adadiff.Engine(served(), 2, early_model=early, start=False),
+        lambda: adadiff.sample(served(), 2, steps=2, shallow_model=early),
+        lambda: adadiff.Engine(served(), 2, shallow_model=early, start=False),
     ):
         with pytest.raises(ValueError, match=message):
             start()
@@ -221,11 +221,11 @@ def test_models_that_do_not_fit_each_other(changes: dict, message: str) -> None:
 @pytest.mark.parametrize("t_switch", [-1.0, 1000.5, float("nan"), True, "700"])
 def test_switches_that_are_none(t_switch: object) -> None:
     with pytest.raises(ValueError, match=r"t_switch must be a number in 0\.\.1000"):
-        switching(served(), shallow(), t_switch)
+        two_stage(served(), shallow(), t_switch)
 
 
 def test_a_switch_needs_a_network_to_switch_from() -> None:
-    with pytest.raises(ValueError, match="give early_model"):
+    with pytest.raises(ValueError, match="give shallow_model"):
         adadiff.sample(served(), 2, steps=2, t_switch=500.0)
 
 
@@ -233,15 +233,15 @@ def test_on_the_command_line(tiny, tmp_path, capsys) -> None:
     early = saved(tmp_path / "early.safetensors", dataclasses.replace(config(), exits=None))
     out = tmp_path / "out"
     line = f"sample {tiny} --out {out} --n 2 --steps 4 --labels 3 --rule full"
-    assert run(f"{line} --early-model {early} --t-switch 600") == 0
+    assert run(f"{line} --shallow-model {early} --t-switch 600") == 0
     images, _ = adadiff.sample(
-        adadiff.load(tiny), 2, steps=4, labels=[3, 3], early_model=adadiff.load(early), t_switch=600.0
+        adadiff.load(tiny), 2, steps=4, labels=[3, 3], shallow_model=adadiff.load(early), t_switch=600.0
     )
     for slot, image in enumerate(images):
         assert (read(out / f"{slot:06d}.png") == shell.pixels(image)).all()
     written = json.loads((out / "report.json").read_text())["configuration"]
-    assert (written["early_model"], written["t_switch"]) == (early, 600.0)
-    assert run(f"{line} --early-model {early}") == 2  # another switch: not the pictures that lie there
+    assert (written["shallow_model"], written["t_switch"]) == (early, 600.0)
+    assert run(f"{line} --shallow-model {early}") == 2  # another switch: not the pictures that lie there
     assert "t_switch" in error_line(capsys.readouterr().err)
     assert run(f"sample {tiny} --out {tmp_path / 'other'} --n 2 --t-switch 600") == 2
-    assert "early_model" in error_line(capsys.readouterr().err)
+    assert "shallow_model" in error_line(capsys.readouterr().err)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from adadiff.config import PRESETS
-from adadiff.exits import ExitConfig
 from adadiff.training.config import TrainConfig, learning_rate, load_config, shipped
+from adadiff.uem import ExitConfig
 
 
 def test_learning_rate_by_hand() -> None:

@@ -215,7 +215,7 @@ def test_a_linear_start_is_one(tmp_path: Path) -> None:
     trainer = Trainer(config, tmp_path)
     network = trainer.model.backbone
     x, t, labels, _ = trainer.inputs(0)
-    rows = network.begin(x, t, labels)[0].detach()
+    rows = network.embed(x, t, labels)[0].detach()
     for block in network.blocks[:3]:
         assert torch.equal(block(rows), rows)
     joined = network.blocks[4].join(rows, torch.zeros_like(rows)).detach()

@@ -63,7 +63,7 @@ def published(state: dict[str, Tensor], heads: int, x: Tensor, t: Tensor, contex
         tokens = [state["label_emb.weight"][context][:, None], *tokens]
     if "context_embed.weight" in state:
         tokens = [*tokens, linear(context, "context_embed")]
-    extras = sum(part.shape[1] for part in tokens)
+    num_prefix_tokens = sum(part.shape[1] for part in tokens)
     for i in range(0, H, p):
         for j in range(0, W, p):
             patch = x[:, :, i : i + p, j : j + p].reshape(B, -1) @ kernel.reshape(D, -1).T
@@ -79,7 +79,7 @@ def published(state: dict[str, Tensor], heads: int, x: Tensor, t: Tensor, contex
     for i in range(half):
         h = linear(torch.cat([h, skips[half - 1 - i]], dim=-1), f"out_blocks.{i}.skip_linear")
         h = block(h, f"out_blocks.{i}")
-    values = linear(norm(h, "norm"), "decoder_pred")[:, extras:]
+    values = linear(norm(h, "norm"), "decoder_pred")[:, num_prefix_tokens:]
     image = torch.zeros_like(x)
     for index in range(values.shape[1]):
         i, j = p * (index // (W // p)), p * (index % (W // p))
@@ -143,7 +143,7 @@ CLASSES = {"imagenet64": 1000, "imagenet256": 1001, "imagenet512": 1001}
 def published_shapes(config: UViTConfig) -> dict[str, tuple[int, ...]]:
     D, p, C, half = config.dim, config.patch, config.channels, config.depth // 2
     shapes = {
-        "pos_embed": (1, config.extras + config.patches, D),
+        "pos_embed": (1, config.num_prefix_tokens + config.patches, D),
         "patch_embed.proj.weight": (D, C, p, p),
         "patch_embed.proj.bias": (D,),
         "norm.weight": (D,),
@@ -178,7 +178,7 @@ def test_preset_has_the_published_keys_and_sizes(name: str) -> None:
     assert sum(parameter.numel() for parameter in network.parameters()) == parameters
     assert network.tokens == tokens
     assert config.num_classes == CLASSES.get(name.split("_")[0], 0)
-    counted = sum(block.macs(tokens) for block in network.blocks) + sum(network.fixed_macs())
+    counted = sum(block.macs(tokens) for block in network.blocks) + sum(network.stem_and_head_macs())
     assert counted == pytest.approx(macs, abs=0.05e9)
     if entries is not None:
         assert len(network.state_dict()) == entries
@@ -199,7 +199,7 @@ def test_macs_are_those_of_the_products_that_run() -> None:
             module.register_forward_hook(count)
     network(torch.randn(1, 3, 8, 8), torch.tensor([5.0]), torch.tensor([1]))
     counted += len(network.blocks) * 2 * network.tokens**2 * config.dim  # weights, then weighted values
-    assert sum(block.macs(network.tokens) for block in network.blocks) + sum(network.fixed_macs()) == counted
+    assert sum(block.macs(network.tokens) for block in network.blocks) + sum(network.stem_and_head_macs()) == counted
 
 
 @pytest.mark.parametrize(

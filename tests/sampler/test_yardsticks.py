@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from adadiff.data.canvases import Canvases
 from adadiff.data.digits import digits
-from adadiff.evaluation import judges
-from adadiff.evaluation.canvases import canvas_features
-from adadiff.evaluation.extractors import features_from, to_bytes
-from adadiff.evaluation.features import digits_network
-from adadiff.evaluation.frechet import FeatureStatistics
-from adadiff.evaluation.judges import CanvasesJudge, DigitsJudge, judge_of
-from adadiff.evaluation.yardsticks import Yardstick
+from adadiff.metrics import judges
+from adadiff.metrics.canvases import canvas_features
+from adadiff.metrics.extractors import features_from, to_bytes
+from adadiff.metrics.features import digits_network
+from adadiff.metrics.frechet import FeatureStatistics
+from adadiff.metrics.judges import CanvasesJudge, DigitsJudge, judge_of
+from adadiff.metrics.yardsticks import Yardstick
 from adadiff.output.pictures import to_pixels
 from sampler.test_evaluation_files import pixels, statistics, write_pictures
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from adadiff.config import ModelConfig
-from adadiff.exits import PAPER, ExitConfig, Exits
 from adadiff.model import Model
 from adadiff.models.dit import DiT, DiTConfig
 from adadiff.models.uvit import UViT, UViTConfig
 from adadiff.sampling.sampler import sample
 from adadiff.serving.engine import Engine, Handle
+from adadiff.uem import PAPER, ExitConfig, Exits
 from sampler.adaln import AdaLN
 
 # T = 2 + 16 tokens, 7 blocks, heads of 16 channels: few powers of two
@@ -111,7 +111,7 @@ def plain_layers(backbone: nn.Module, given: Inputs) -> Tensor:
 def _layers(backbone: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> list[Tensor]:
     if isinstance(backbone, AdaLN):
         return backbone.layers(x, t, context)
-    rows, cond = backbone.begin(x, t, context)
+    rows, cond = backbone.embed(x, t, context)
     outputs = []
     if isinstance(backbone, DiT):
         for block in backbone.blocks:
@@ -127,12 +127,14 @@ def _layers(backbone: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> list[
 
 
 def plain_predictions(backbone: nn.Module, exits: Exits, given: Inputs, rows: Tensor) -> Tensor:
-    _, cond = backbone.begin(*given.all)
+    _, cond = backbone.embed(*given.all)
     lanes, C = torch.arange(len(given.x)), given.x.shape[1]
     heads = [backbone.head] * len(rows) if exits.heads is None else [*exits.heads, backbone.head]
     return torch.stack(
         [
-            torch.cat([head(layer[b : b + 1, backbone.extras :], cond, lanes[b : b + 1])[:, :C] for b in lanes])
+            torch.cat(
+                [head(layer[b : b + 1, backbone.num_prefix_tokens :], cond, lanes[b : b + 1])[:, :C] for b in lanes]
+            )
             for head, layer in zip(heads, rows, strict=True)
         ]
     )
@@ -141,14 +143,14 @@ def plain_predictions(backbone: nn.Module, exits: Exits, given: Inputs, rows: Te
 def plain_uncertainties(backbone: nn.Module, exits: Exits, given: Inputs, rows: Tensor) -> Tensor:
     """AdaDiff's Eq. 8 as it is printed, each token and the time embedding concatenated."""
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    _, cond = backbone.begin(*given.all)
+    _, cond = backbone.embed(*given.all)
     time = cond.time.to(rows.dtype)[:, None].expand(-1, backbone.tokens, -1)
     uncertainties = []
     for layer, tokens in enumerate(rows):
         weight = exits.weight[layer]
         if exits.time_weight is not None:
             weight, tokens = torch.cat([weight, exits.time_weight[layer]], 1), torch.cat([tokens, time], 2)
-        silent = 0 if exits.config.every_token else backbone.extras
+        silent = 0 if exits.config.every_token else backbone.num_prefix_tokens
         s = tokens[:, silent:] @ weight.to(rows.dtype).T + exits.bias[layer].to(rows.dtype)
         if exits.time_bias is not None:
             places = np.linspace(0, 1000, len(exits.time_bias))
@@ -200,7 +202,7 @@ def requests(n: int, seed: int = 0, most: int = 5) -> list[dict]:
 
 
 def as_samples(request: dict) -> dict:
-    """The same, as `sample` and `Samples.of` want it."""
+    """The same, as `sample` and `SampleBatch.of` want it."""
     given = dict(request)
     seed, label, start = given.pop("seed"), given.pop("label", None), given.pop("start", None)
     labels, starts = None if label is None else [label], None if start is None else start[None]

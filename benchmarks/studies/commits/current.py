@@ -11,9 +11,9 @@ from cases import BATCH, STEPS, Case, N
 from torch import Tensor
 
 import adadiff
-from adadiff.engine import device as device_engine
-from adadiff.exits import ExitConfig
-from adadiff.rules import Threshold
+from adadiff.forward import device as device_engine
+from adadiff.policies.exit_policies import Threshold
+from adadiff.uem import ExitConfig
 from adadiff_kernels import device_set, ops
 
 
@@ -104,7 +104,7 @@ def noop_launches() -> Iterator[None]:
         if B not in sets:
             sets[B] = made = device_set.DeviceSet(B, device)
             made._kernel, made._address, made._word = True, 8, Everybody()
-            made.seen = lambda: device_set.Seen(0, B)
+            made.seen = lambda: device_set.CountSnapshot(0, B)
             made.wait = lambda layer: B
         sets[B].start()
         yield sets[B]

@@ -46,7 +46,7 @@ def ratio(ours: Call, plain: Call, pairs: int = PAIRS) -> dict[str, float]:
 
 def measure(dialect: object, chosen: set[str]) -> dict[str, dict[str, float]]:
     import adadiff
-    from adadiff.exits import PAPER
+    from adadiff.uem import PAPER
 
     torch.set_num_threads(1)
     found: dict[str, dict[str, float]] = {}

@@ -10,16 +10,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data import canvases
-from ..evaluation.canvases import canvas_features
-from ..evaluation.features import digits_network
-from ..evaluation.frechet import FeatureStatistics, frechet_distance
-from ..evaluation.quality import lower_quantile, paired_psnr
+from ..metrics.canvases import canvas_features
+from ..metrics.features import digits_network
+from ..metrics.frechet import FeatureStatistics, frechet_distance
+from ..metrics.quality import lower_quantile, paired_psnr
 from ..model import Model
 from ..output.pictures import CHANNELS
-from ..rules import Rule
+from ..policies.calibrated import NEAR, Budget, Budgeted, Calibration, Measured, Scheduled, Tables
+from ..policies.exit_policies import Rule
 from ..sampling.sampler import sample
-from ..sampling.samples import Samples, whole
-from .calibration import NEAR, Budget, Budgeted, Calibration, Measured, Scheduled, Tables
+from ..sampling.samples import SampleBatch, whole
 from .recording import Extractor, Recording, measure_weights, record
 from .refitting import Refitting
 from .stopping import Work, adaptive_table, mixed, static_table
@@ -36,9 +36,9 @@ RESAMPLES = 1000
 def work_of(model: Model) -> Work:
     """Multiply-adds of one lane."""
     network, exits = model.backbone, model.exits
-    patches = network.tokens - network.extras
+    patches = network.tokens - network.num_prefix_tokens
     blocks = torch.tensor([block.macs(network.tokens) for block in network.blocks], dtype=torch.float64)
-    leaving = blocks.cumsum(0) + sum(network.fixed_macs())
+    leaving = blocks.cumsum(0) + sum(network.stem_and_head_macs())
     leaving[:-1] += exits.head_macs(patches)
     return Work(leaving, exits.macs(patches))
 
@@ -184,10 +184,10 @@ class Calibrating:
             "batch": self.batch,
         }
 
-    def _samples(self, n: int, seed: int) -> Samples:
+    def _samples(self, n: int, seed: int) -> SampleBatch:
         given = self._settings(seed)
         del given["batch"]
-        return Samples.of(self.model, n, **{k: v[:n] if isinstance(v, list) else v for k, v in given.items()})
+        return SampleBatch.of(self.model, n, **{k: v[:n] if isinstance(v, list) else v for k, v in given.items()})
 
     def _distance(self, images: Tensor, full: Tensor) -> float:
         if self.aim == "faithful":

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ..diffusion.schedules import NoiseSchedule
-from ..engine import evaluate as engine
-from ..engine.evaluate import Evaluation
-from ..exits import Exits, all_layers
+from ..forward import forward as engine
+from ..forward.forward import ForwardOutput
 from ..model import Model
 from ..models.interface import Backbone
 from ..sampling.batch import Batch
-from ..sampling.samples import Samples
+from ..sampling.samples import SampleBatch
+from ..uem import Exits, all_layers
 
 Distance = Callable[[Tensor, Tensor], float]  # of images [n, C, H, W] from the full network's, for the mean sample
 Extractor = Callable[[Tensor], Tensor]  # images [n, C, H, W] in [-1, 1] -> features [n, F]
@@ -51,7 +51,9 @@ def watch(backbone: Backbone, exits: Exits, x: Tensor, t: Tensor, context: Tenso
     return Watched(predictions, u, relative, rows)
 
 
-def run(model: Model, samples: Samples, batch: int, evaluator: Callable[[], Callable[..., Evaluation]]) -> Tensor:
+def run(
+    model: Model, samples: SampleBatch, batch: int, evaluator: Callable[[], Callable[..., ForwardOutput]]
+) -> Tensor:
     """Draws samples, `batch` at a time in lock step, each batch with an `evaluate` of its own. Returns the images."""
     images = torch.empty(samples.n, *model.backbone.sample_shape)
     for index in torch.arange(samples.n).split(batch):
@@ -68,7 +70,7 @@ def run(model: Model, samples: Samples, batch: int, evaluator: Callable[[], Call
 
 def record(
     model: Model,
-    samples: Samples,
+    samples: SampleBatch,
     batch: int,
     features: Extractor | None = None,
     visit: Callable[[int, float, Tensor, Tensor], object] | None = None,
@@ -81,7 +83,7 @@ def record(
     last [K, B, D], means over the tokens that have a say, and relative [K, B]."""
     watched: list[list[tuple[float, Tensor, Tensor, Tensor]]] = []
 
-    def evaluator() -> Callable[..., Evaluation]:
+    def evaluator() -> Callable[..., ForwardOutput]:
         rows: list[tuple[float, Tensor, Tensor, Tensor]] = []
         watched.append(rows)
 
@@ -93,13 +95,13 @@ def record(
             t: Tensor,
             context: Tensor | None = None,
             **_: object,
-        ) -> Evaluation:
+        ) -> ForwardOutput:
             seen = watch(backbone, exits, x, t, context)
             error = seen.relative
             if features is not None:
                 error = _feature_errors(features, model.schedule, x, t, seen.predictions)
             if visit is not None:
-                means = torch.stack([own[:, exits.extras :].mean(1) for own in seen.rows[:-1]])
+                means = torch.stack([own[:, exits.num_prefix_tokens :].mean(1) for own in seen.rows[:-1]])
                 visit(len(rows), float(t[0]), means, seen.relative)
             rows.append((float(t[0]), seen.u, seen.relative, error))
             return _whole(seen.predictions[-1])
@@ -129,7 +131,7 @@ def _feature_errors(
 
 def measure_weights(
     model: Model,
-    samples: Samples,
+    samples: SampleBatch,
     recording: Recording,
     distance: Distance,
     *,
@@ -161,7 +163,7 @@ def measure_weights(
     return torch.from_numpy(np.exp(np.interp(np.arange(S), chosen, logs)))
 
 
-def _replacing(at: int, layer: int) -> Callable[..., Evaluation]:
+def _replacing(at: int, layer: int) -> Callable[..., ForwardOutput]:
     """An `evaluate` whose call number `at`, from 0, answers with the prediction of `layer`."""
     calls = 0
 
@@ -173,7 +175,7 @@ def _replacing(at: int, layer: int) -> Callable[..., Evaluation]:
         t: Tensor,
         context: Tensor | None = None,
         **given: object,
-    ) -> Evaluation:
+    ) -> ForwardOutput:
         nonlocal calls
         calls += 1
         if calls == at + 1:
@@ -183,8 +185,8 @@ def _replacing(at: int, layer: int) -> Callable[..., Evaluation]:
     return evaluate
 
 
-def _whole(eps: Tensor) -> Evaluation:
-    return Evaluation(eps, torch.ones(len(eps), dtype=torch.int32, device=eps.device), 0, 0, 0, None)
+def _whole(eps: Tensor) -> ForwardOutput:
+    return ForwardOutput(eps, torch.ones(len(eps), dtype=torch.int32, device=eps.device), 0, 0, 0, None)
 
 
 def noised_errors(

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..exits import STRETCHES, TIME_SPAN
 from ..model import Model
+from ..uem import STRETCHES, TIME_SPAN
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # beside each channel's sum of squares, scaled to 1
 LEAST = 1e-12  # of errors, whose logarithm is taken
@@ -114,7 +114,7 @@ class Refitting:
         self._halves = tuple(Sums(model.layers - 1, model.backbone.dim) for _ in range(2))
 
     def __call__(self, step: int, t: float, rows: Tensor, relative: Tensor) -> None:
-        """Evaluation number `step`, at time t, of B lanes: rows [K, B, D], means over tokens; relative [K, B]."""
+        """ForwardOutput number `step`, at time t, of B lanes: rows [K, B, D], means over tokens; relative [K, B]."""
         if step == len(self._t):
             self._t.append(t)
             seen = 0
@@ -165,4 +165,4 @@ class Refitting:
         S, device = len(self._t), model.device
         x, t = torch.zeros(S, *model.backbone.sample_shape, device=device), torch.tensor(self._t, device=device)
         labels = torch.zeros(S, dtype=torch.long) if model.config.classes else None
-        return model.backbone.begin(x, t, labels)[1].time.cpu()
+        return model.backbone.embed(x, t, labels)[1].time.cpu()

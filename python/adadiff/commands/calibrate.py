@@ -10,7 +10,7 @@ from ..calibration.calibrating import Calibrating
 from ..calibration.recording import noised_errors
 from ..calibration.reliability import matplotlib_figure, reliability_picture
 from ..data import sources
-from ..evaluation.extractors import features_from
+from ..metrics.extractors import features_from
 from ..model import Model
 from .shared import show
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from .. import checkpoint
-from ..evaluation.extractors import EXAMPLES
-from ..evaluation.frechet import paired_ratio
-from ..evaluation.images import ImageSet, is_images, open_images
-from ..evaluation.judges import Judge, judge_of
-from ..evaluation.quality import Measured, Quality, measure
-from ..evaluation.references import Reference
-from ..evaluation.yardsticks import Yardstick
+from ..metrics.extractors import EXAMPLES
+from ..metrics.frechet import paired_ratio
+from ..metrics.images import ImageSet, is_images, open_images
+from ..metrics.judges import Judge, judge_of
+from ..metrics.quality import Measured, Quality, measure
+from ..metrics.references import Reference
+from ..metrics.yardsticks import Yardstick
 from ..model import Model
 from ..output.pictures import CHANNELS, write_json
 from ..sampling import sampler
@@ -81,7 +81,7 @@ def _of_model(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, An
     if yardstick.features is None and len(rules) == 1:
         raise ValueError("the full network alone, with nothing to compare it with: give --reference and --features")
     for rule in rules:
-        sampler.Sampling(model, n, rule=rule, **settings)  # for its checks
+        sampler.SamplerRun(model, n, rule=rule, **settings)  # for its checks
     show({**configuration, "rule": ", ".join(rules), "labels": options.labels or _in_turn(labels)})
     for line in yardstick.too_few(n):
         print(line)

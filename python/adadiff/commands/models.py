@@ -3,9 +3,9 @@
 import argparse
 import json
 
-from ..calibration.calibration import Calibration
 from ..conversion import convert as conversion
 from ..conversion.describing import describe
+from ..policies.calibrated import Calibration
 from .shared import show
 
 

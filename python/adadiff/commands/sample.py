@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import checkpoint
-from ..engine.switching import T_SWITCH
+from ..forward.two_stage import T_SWITCH
 from ..model import Model
 from ..output.filling import Process, ShardFolder
 from ..output.locking import only_launch
@@ -40,13 +40,13 @@ def sample(options: argparse.Namespace) -> None:
         **_given(options, "guidance_interval", "prompt", "text_encoder", "decoder"),
     }
     told = _untold(options, model)  # stands for what prompts become while all else is checked
-    early = None if options.early_model is None else checkpoint.load(options.early_model)
+    early = None if options.shallow_model is None else checkpoint.load(options.shallow_model)
     if early is not None:
-        configuration |= {"early_model": options.early_model, "early_sha256": digest(options.early_model)}
+        configuration |= {"shallow_model": options.shallow_model, "shallow_sha256": digest(options.shallow_model)}
         configuration["t_switch"] = T_SWITCH if options.t_switch is None else options.t_switch
 
-    def sampling(slots: Sequence[int], progress: bool = False) -> sampler.Sampling:
-        return sampler.Sampling(
+    def sampling(slots: Sequence[int], progress: bool = False) -> sampler.SamplerRun:
+        return sampler.SamplerRun(
             model,
             len(slots),
             steps=cycled("steps", options.steps, n, slots),
@@ -61,7 +61,7 @@ def sample(options: argparse.Namespace) -> None:
             batch_invariant=options.batch_invariant,
             compiled=options.compiled,
             **told(slots),
-            early_model=early,
+            shallow_model=early,
             t_switch=options.t_switch,
             progress=progress,
         )
@@ -140,7 +140,7 @@ def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
 def _fill_with_pictures(
     folder: PictureFolder,
     configuration: dict[str, Any],
-    sampling: Callable[..., sampler.Sampling],
+    sampling: Callable[..., sampler.SamplerRun],
     decoded: Callable[[Tensor], Tensor] | None,
 ) -> None:
     out, n = folder.folder, configuration["n"]
@@ -166,7 +166,7 @@ def _fill_with_pictures(
         print(f"wrote {out}; on one page: {folder.write_grid(n)}")
 
 
-def _fill_with_shards(folder: ShardFolder, sampling: Callable[..., sampler.Sampling]) -> None:
+def _fill_with_shards(folder: ShardFolder, sampling: Callable[..., sampler.SamplerRun]) -> None:
     """Rank 0 speaks for all; others only of damage, and of the end where they are the last."""
     out, n, first = folder.folder, folder.manifest.n, folder.process.rank == 0
     if first:

@@ -15,9 +15,9 @@ from torch import Size, Tensor
 
 from ..checkpoint import Keys, load_strictly, write_tensors
 from ..config import PRESETS, ModelConfig
-from ..exits import DUODIFF, OFFICIAL, ExitConfig
 from ..model import Model
 from ..models.dit import EPS, DiT, DiTConfig
+from ..uem import DUODIFF, OFFICIAL, ExitConfig
 from .foreign import Source, read, read_json
 from .layouts import BACKBONE, LAYOUTS, layout_of
 

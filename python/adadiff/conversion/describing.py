@@ -35,7 +35,7 @@ def describe(name_or_file: str | Path) -> dict[str, Any]:
 def network(model: Model) -> dict[str, Any]:
     """All of it but what its weights are; they may lie on the device "meta"."""
     own, exits = model.backbone, model.exits
-    stem, head = own.fixed_macs()
+    stem, head = own.stem_and_head_macs()
     blocks = [(block.skip_from is not None, block.macs(own.tokens)) for block in own.blocks]
     macs = {
         "full evaluation": stem + sum(cost for _, cost in blocks) + head,
@@ -44,7 +44,7 @@ def network(model: Model) -> dict[str, Any]:
         "head": head,
     }
     if exits is not None:
-        macs["score after a block"] = exits.macs(own.tokens - exits.extras)
+        macs["score after a block"] = exits.macs(own.tokens - exits.num_prefix_tokens)
     return {
         **model.config.to_dict(),
         "classes": model.config.classes,

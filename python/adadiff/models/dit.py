@@ -191,7 +191,7 @@ class LabelEmbedder(nn.Module):
 class DiT(nn.Module):
     """State dicts are as released: every block's share of `modulation` as `blocks.{i}.adaLN_modulation.1.*`."""
 
-    extras = 0
+    num_prefix_tokens = 0
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -223,7 +223,7 @@ class DiT(nn.Module):
         return self.config.tokens
 
     @property
-    def patch_outputs(self) -> int:
+    def patch_dim(self) -> int:
         return self.config.patch**2 * self.config.channels
 
     @property
@@ -234,7 +234,7 @@ class DiT(nn.Module):
     def learned_variance(self) -> bool:
         return self.config.learned_variance
 
-    def begin(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> tuple[Tensor, DiTConditioning]:
+    def embed(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> tuple[Tensor, DiTConditioning]:
         check_images(x, t, self.sample_shape)
         check_labels(context, len(x), self.config.num_classes)
         dtype = self.pos_embed.dtype
@@ -258,14 +258,14 @@ class DiT(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """The plain network at full depth: x [B, C, H, W], t float [B], labels int64 [B] -> [B, C or 2 C, H, W]."""
-        rows, cond = self.begin(x, t, context)
+        rows, cond = self.embed(x, t, context)
         for block in self.blocks:
             rows = block(rows, cond)
         return self.head(rows, cond, torch.arange(len(x), device=x.device))
 
-    def fixed_macs(self) -> tuple[int, int]:
+    def stem_and_head_macs(self) -> tuple[int, int]:
         D, T = self.config.dim, self.tokens
-        stem = T * self.patch_outputs * D + (SINUSOID + D) * D + self.config.depth * 6 * D * D
+        stem = T * self.patch_dim * D + (SINUSOID + D) * D + self.config.depth * 6 * D * D
         return stem, T * D * self.config.outputs + 2 * D * D
 
 

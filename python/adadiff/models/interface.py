@@ -2,7 +2,7 @@
 
 A branch is one residual update, `y = x + gate * branch(norm(x))`. The engine owns the residual stream, so that it can
 fuse the sum with the uncertainty score and drop the rows that have left; a network owns everything else.
-Everything per sample (time, label, modulation) is computed once per evaluation in `begin`, stays by lane, and is
+Everything per sample (time, label, modulation) is computed once per evaluation in `embed`, stays by lane, and is
 gathered through `lanes` (i32[n], row -> lane) when a row needs it.
 """
 
@@ -16,7 +16,7 @@ from adadiff_kernels import Norm
 
 
 class Conditioning(Protocol):
-    """What `begin` knows about each lane. `time` is the network's own time embedding, float [B, Dt]."""
+    """What `embed` knows about each lane. `time` is the network's own time embedding, float [B, Dt]."""
 
     time: Tensor
 
@@ -69,29 +69,29 @@ class Backbone(Protocol):
     blocks: Sequence[Block | WholeBlock]
     dim: int  # D, channels of a row
     time_dim: int  # Dt, channels of Conditioning.time
-    extras: int  # leading tokens that are not patches
-    tokens: int  # T, patches and extras
-    patch_outputs: int  # p * p * C, numbers of the noise predicted per patch
+    num_prefix_tokens: int  # leading tokens that are not patches
+    tokens: int  # T, patches and num_prefix_tokens
+    patch_dim: int  # p * p * C, numbers of the noise predicted per patch
     sample_shape: tuple[int, int, int]  # C, H, W
     learned_variance: bool  # heads return 2 C channels: the noise, then v (see adadiff_kernels.solver_step)
 
-    def begin(self, x: Tensor, t: Tensor, context: Tensor | None) -> tuple[Tensor, Conditioning]:
+    def embed(self, x: Tensor, t: Tensor, context: Tensor | None) -> tuple[Tensor, Conditioning]:
         """x [B, C, H, W], t float [B], context (labels i64 [B], text [B, N, E] or None) -> rows [B, T, D], contiguous,
         and cond. The context may lie on the CPU beside x on a GPU; only there are its values checked."""
 
     def head(self, patches: Tensor, cond: Any, lanes: Tensor) -> Tensor:
-        """patches [n, T - extras, D] of the lanes i32 [n] -> prediction [n, C or 2 C, H, W]."""
+        """patches [n, T - num_prefix_tokens, D] of the lanes i32 [n] -> prediction [n, C or 2 C, H, W]."""
 
     def new_head(self) -> nn.Module:
         """A fresh module, called like `head`, for exits with a head of their own."""
 
     def unpatchify(self, values: Tensor) -> Tensor:
-        """values [n, T - extras, p * p * C] -> [n, C, H, W]."""
+        """values [n, T - num_prefix_tokens, p * p * C] -> [n, C, H, W]."""
 
     def patchify(self, images: Tensor) -> Tensor:
         """The inverse of `unpatchify`."""
 
-    def fixed_macs(self) -> tuple[int, int]:
+    def stem_and_head_macs(self) -> tuple[int, int]:
         """Multiply-adds for one lane before the blocks and in the head."""
 
 

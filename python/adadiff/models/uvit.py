@@ -1,6 +1,6 @@
 """U-ViT (Bao et al., CVPR 2023; baofff/U-ViT libs/uvit.py and libs/uvit_t2i.py), with its state-dict keys.
 
-B lanes, T tokens (extras first: text is [time, context, patches], classes are [label, time, patches]), D channels.
+B lanes, T tokens (prefix tokens first: [time, text, patches] or [label, time, patches]), D channels.
 """
 
 from dataclasses import dataclass, replace
@@ -57,7 +57,7 @@ class UViTConfig:
             raise ValueError("a U-ViT takes labels or text, not both")
 
     @property
-    def extras(self) -> int:
+    def num_prefix_tokens(self) -> int:
         return 1 + self.context_tokens + bool(self.num_classes)
 
     @property
@@ -66,7 +66,7 @@ class UViTConfig:
 
     @property
     def tokens(self) -> int:
-        return self.extras + self.patches
+        return self.num_prefix_tokens + self.patches
 
     @property
     def blocks(self) -> int:
@@ -177,15 +177,15 @@ class UViT(nn.Module):
         return self.config.dim
 
     @property
-    def extras(self) -> int:
-        return self.config.extras
+    def num_prefix_tokens(self) -> int:
+        return self.config.num_prefix_tokens
 
     @property
     def tokens(self) -> int:
         return self.config.tokens
 
     @property
-    def patch_outputs(self) -> int:
+    def patch_dim(self) -> int:
         return self.config.patch**2 * self.config.channels
 
     @property
@@ -193,7 +193,7 @@ class UViT(nn.Module):
         c = self.config
         return c.channels, c.image_size, c.image_size
 
-    def begin(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> tuple[Tensor, UViTConditioning]:
+    def embed(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> tuple[Tensor, UViTConditioning]:
         self._check(x, t, context)
         context = None if context is None else upload(context, x.device)
         dtype = self.pos_embed.dtype
@@ -223,7 +223,7 @@ class UViT(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
         """The plain network at full depth: x [B, C, H, W], t float [B], context -> predicted noise [B, C, H, W]."""
-        x, _ = self.begin(x, t, context)
+        x, _ = self.embed(x, t, context)
         skips = []
         for block in self.in_blocks:
             x = block(x)
@@ -231,9 +231,9 @@ class UViT(nn.Module):
         x = self.mid_block(x)
         for block in self.out_blocks:
             x = block(x, skip=skips.pop())
-        return self.head(x[:, self.extras :])
+        return self.head(x[:, self.num_prefix_tokens :])
 
-    def fixed_macs(self) -> tuple[int, int]:
+    def stem_and_head_macs(self) -> tuple[int, int]:
         c = self.config
         stem = c.patches * c.patch**2 * c.channels * c.dim + c.context_tokens * c.context_dim * c.dim
         stem += 8 * c.dim * c.dim if c.mlp_time_embed else 0

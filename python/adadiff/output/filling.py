@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..sampling.reports import Report
-from ..sampling.sampler import Sampling
+from ..sampling.sampler import SamplerRun
 from .pictures import GRID_MOST, add_totals, make_grid, no_totals, replace_file, to_pixels, write_json, write_png
 from .shards import ADVICE, COUNTS, MANIFEST, Manifest, read_arrays, read_shard, shard_path
 
@@ -106,7 +106,7 @@ class ShardFolder:
                 shard_path(self.folder, number).unlink()
         return damaged
 
-    def draw(self, sampling: Callable[[range], Sampling]) -> int:
+    def draw(self, sampling: Callable[[range], SamplerRun]) -> int:
         """Draws the missing shards of this process, and returns how many; `sampling` makes the run of some slots.
 
         The bar, of rank 0 alone, counts the shards of others whenever one of its own is done.
@@ -139,7 +139,7 @@ class ShardFolder:
             return images.cpu().numpy()
         return np.stack([to_pixels(image) for image in images]).reshape(len(images), *self.manifest.shape)
 
-    def _write(self, number: int, run: Sampling, values: np.ndarray) -> None:
+    def _write(self, number: int, run: SamplerRun, values: np.ndarray) -> None:
         report, slots = run.report, self.manifest.slots(number)
         arrays = {
             self.manifest.array: values,

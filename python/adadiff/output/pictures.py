@@ -1,4 +1,4 @@
-"""Samples as PNG files: a folder of them that a later run can complete, and a grid."""
+"""SampleBatch as PNG files: a folder of them that a later run can complete, and a grid."""
 
 import json
 import math

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..conversion.convert import from_transformer
-from ..engine.evaluate import evaluate
-from ..exits import ExitConfig, Exits
+from ..forward.forward import evaluate
 from ..models.dit import DiT
 from ..models.interface import WholeBlock
-from ..rules import Rule, layers_asked, rule_from
+from ..policies.exit_policies import Rule, layers_asked, rule_from
 from ..sampling.reports import Totals
+from ..uem import ExitConfig, Exits
 
 NAME = "adadiff_early_exit"
 
@@ -50,7 +50,7 @@ def enable_early_exit(
     registry = HookRegistry.check_if_exists_or_initialize(transformer)
     if registry.get_hook(NAME) is not None:
         raise ValueError("early exit is enabled already; call disable_early_exit first")
-    backbone, rule = TheirDiT(transformer), rule_from(rule)
+    backbone, rule = DiffusersDiT(transformer), rule_from(rule)
     layers_asked(rule, len(backbone.blocks))
     if exits is None and rule.scored:
         raise ValueError(f"{rule} reads scores; give the exits that were trained for this transformer")
@@ -84,7 +84,7 @@ def disable_early_exit(pipe: DiTPipeline) -> None:
 
 
 class _Hook(ModelHook):
-    def __init__(self, backbone: "TheirDiT | DiT", exits: Exits, rule: Rule, record: EarlyExit):
+    def __init__(self, backbone: "DiffusersDiT | DiT", exits: Exits, rule: Rule, record: EarlyExit):
         super().__init__()
         self.backbone, self.exits, self.rule, self.record = backbone, exits, rule, record
 
@@ -101,7 +101,7 @@ class _Hook(ModelHook):
             raise ValueError("early exit takes timestep and class_labels, and no cross_attention_kwargs")
         t = timestep.float()
         # their blocks see the whole call at once, as ever: other shapes would round otherwise
-        group = max(1, len(t)) if isinstance(self.backbone, TheirDiT) else None
+        group = max(1, len(t)) if isinstance(self.backbone, DiffusersDiT) else None
         result = evaluate(self.backbone, self.exits, self.rule, hidden_states, t, class_labels, group=group)
         done = self.record.totals
         self.record.totals = Totals(
@@ -118,7 +118,7 @@ class _Hook(ModelHook):
 
 
 @dataclass(frozen=True)
-class Given:
+class DiffusersCond:
     """By lane: time and labels as given, and what the first block's embedder makes of the time and of both."""
 
     t: Tensor
@@ -127,11 +127,11 @@ class Given:
     both: Tensor
 
 
-class TheirBlock(WholeBlock):
+class DiffusersBlock(WholeBlock):
     def __init__(self, block: nn.Module):
         self._block = block
 
-    def whole(self, x: Tensor, cond: Given, lanes: Tensor) -> Tensor:
+    def whole(self, x: Tensor, cond: DiffusersCond, lanes: Tensor) -> Tensor:
         lanes = lanes.long()
         return self._block(x, timestep=cond.t[lanes], class_labels=cond.labels[lanes])
 
@@ -141,28 +141,28 @@ class TheirBlock(WholeBlock):
         return 12 * D * D * tokens + 2 * tokens * tokens * D + 7 * D * D + 256 * D
 
 
-class TheirDiT:
+class DiffusersDiT:
     """A `DiTTransformer2DModel` as the engine wants a network."""
 
-    extras = 0
+    num_prefix_tokens = 0
     learned_variance = False  # the pipeline takes all channels and splits them itself
 
     def __init__(self, transformer: DiTTransformer2DModel):
         config = transformer.config
         self._transformer, self._patch = transformer, config.patch_size
-        self.blocks = [TheirBlock(block) for block in transformer.transformer_blocks]
+        self.blocks = [DiffusersBlock(block) for block in transformer.transformer_blocks]
         self.dim = self.time_dim = transformer.inner_dim
         self.tokens = (config.sample_size // config.patch_size) ** 2
         self.sample_shape = (config.in_channels, config.sample_size, config.sample_size)
-        self.patch_outputs = config.patch_size**2 * config.in_channels
+        self.patch_dim = config.patch_size**2 * config.in_channels
 
-    def begin(self, x: Tensor, t: Tensor, context: Tensor) -> tuple[Tensor, Given]:
+    def embed(self, x: Tensor, t: Tensor, context: Tensor) -> tuple[Tensor, DiffusersCond]:
         rows = self._transformer.pos_embed(x)
         embedder = self._transformer.transformer_blocks[0].norm1.emb
         time = embedder.timestep_embedder(embedder.time_proj(t).to(rows.dtype))
-        return rows, Given(t, context, time, embedder(t, context, hidden_dtype=rows.dtype))
+        return rows, DiffusersCond(t, context, time, embedder(t, context, hidden_dtype=rows.dtype))
 
-    def head(self, patches: Tensor, cond: Given, lanes: Tensor) -> Tensor:
+    def head(self, patches: Tensor, cond: DiffusersCond, lanes: Tensor) -> Tensor:
         own = self._transformer
         shift, scale = own.proj_out_1(F.silu(cond.both[lanes.long()])).chunk(2, dim=1)
         values = own.proj_out_2(own.norm_out(patches) * (1 + scale[:, None]) + shift[:, None])
@@ -171,6 +171,6 @@ class TheirDiT:
         pixels = values.view(n, side, side, p, p, own.out_channels).permute(0, 5, 1, 3, 2, 4)
         return pixels.reshape(n, own.out_channels, side * p, side * p)
 
-    def fixed_macs(self) -> tuple[int, int]:
+    def stem_and_head_macs(self) -> tuple[int, int]:
         D, T = self.dim, self.tokens
-        return T * self.patch_outputs * D, T * D * self._patch**2 * self._transformer.out_channels + 3 * D * D + 256 * D
+        return T * self.patch_dim * D, T * D * self._patch**2 * self._transformer.out_channels + 3 * D * D + 256 * D

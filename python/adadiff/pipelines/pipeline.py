@@ -13,17 +13,17 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
-from ..calibration.calibration import Calibration
 from ..config import ModelConfig
 from ..diffusion.solvers import solver_from
 from ..diffusion.tables import Solver
-from ..engine.evaluate import Evaluation, evaluate
+from ..forward.forward import ForwardOutput, evaluate
 from ..model import Model
 from ..output.pictures import to_pixels
-from ..rules import Rule
+from ..policies.calibrated import Calibration
+from ..policies.exit_policies import Rule
 from ..sampling.batch import Batch
 from ..sampling.reports import Report
-from ..sampling.samples import Samples, whole
+from ..sampling.samples import SampleBatch, whole
 from .latents import decode
 from .text import TextEncoder
 
@@ -111,7 +111,7 @@ class AdaDiffPipeline(DiffusionPipeline):
         """One image for each label or prompt, or num_images where the model takes neither.
 
         num_inference_steps: evaluations. guidance_scale: that of diffusers, 1 is none: U-ViT's scale and ours + 1.
-        solver, rule, and further settings (thresholds, tied, guidance_interval, guided_channels): see `Samples.of`.
+        solver, rule, and further settings (thresholds, tied, guidance_interval, guided_channels): see `SampleBatch.of`.
         generator: one for all or one per image; each image's seed is drawn from it, so equal seeds are equal images.
         output_type: "pil", "np" (float32 [n, H, W, C] in [0, 1]), "pt" ([n, C, H, W]), "latent" (what the network
         makes, in [-1, 1] or a latent). callback_on_step_end(pipe, step, t, {"latents": ...}) after each whole step of
@@ -134,7 +134,7 @@ class AdaDiffPipeline(DiffusionPipeline):
         n = _count(class_labels, prompts, num_images)
         solver = solver_from(solver) if isinstance(solver, str) else solver
         guidance = guidance_scale - 1
-        samples = Samples.of(
+        samples = SampleBatch.of(
             model,
             n,
             steps=num_inference_steps,
@@ -161,9 +161,9 @@ class AdaDiffPipeline(DiffusionPipeline):
         return {"context": encode(prompts), **({"null_context": encode([negative])[0]} if guided else {})}
 
     def _run(
-        self, samples: Samples, times: list[float], ends: list[bool], callback: Callback | None
+        self, samples: SampleBatch, times: list[float], ends: list[bool], callback: Callback | None
     ) -> tuple[Tensor, Report]:
-        def call(_: object, __: object, *args: Any, **options: Any) -> Evaluation:
+        def call(_: object, __: object, *args: Any, **options: Any) -> ForwardOutput:
             return self.transformer(*args, **options)  # through the module, whose hooks move it between devices
 
         model: Model = self.transformer.model

@@ -17,15 +17,15 @@ from adadiff_kernels import SolverState, guide, solver_step, upload
 
 from ..diffusion.noise import initial_noise, step_noise
 from ..diffusion.tables import TableSet
-from ..engine import evaluate as engine
-from ..engine.counts import Counts, check_rules, counts_from
-from ..engine.evaluate import Evaluation
+from ..forward import forward as engine
+from ..forward.counts import Counts, check_rules, counts_from
+from ..forward.forward import ForwardOutput
 from ..model import Model
-from ..rules import Rule
+from ..policies.exit_policies import Rule
 from .ordering import ExpectedDepth
 from .reports import Totals
 from .rule_set import RuleSet
-from .samples import Samples
+from .samples import SampleBatch
 
 SPARE = 64  # tables and rules that nobody uses any more are dropped once there are so many
 
@@ -62,7 +62,7 @@ class Batch:
         batch_invariant: bool = False,
         counts: Counts | str | None = None,
         compiled: bool = False,
-        evaluate: Callable[..., Evaluation] | None = None,
+        evaluate: Callable[..., ForwardOutput] | None = None,
         device: torch.device | None = None,
     ):
         self.model, self.capacity, self.batch_invariant = model, capacity, batch_invariant
@@ -94,7 +94,7 @@ class Batch:
         return len(self._free)
 
     @torch.inference_mode(False)
-    def admit(self, samples: Samples, index: Tensor) -> Tensor:
+    def admit(self, samples: SampleBatch, index: Tensor) -> Tensor:
         """Samples index: int64 [k] of `samples` begin, k at most `free`. Returns their places, int64 [k]."""
         k = len(index)
         if k > self.free:
@@ -184,7 +184,7 @@ class Batch:
         self._running[places] = False
         self._free.extend(places.tolist())
 
-    def _begin_at(self, samples: Samples, index: Tensor, seeds: Tensor, table: Tensor, first: Tensor) -> Tensor:
+    def _begin_at(self, samples: SampleBatch, index: Tensor, seeds: Tensor, table: Tensor, first: Tensor) -> Tensor:
         """What the samples see first: noise, or their start image with noise on it."""
         x = self._each(lambda own: initial_noise(own, self.model.backbone.sample_shape, self.device), seeds)
         if samples.start is None:
@@ -251,7 +251,7 @@ class Batch:
         which = None if which is None else which[sample[order]]
         return _Lanes(sample[order], half[order], lane, guided, kinds, which, pairs, asked)
 
-    def _evaluate_lanes(self, lanes: "_Lanes", places: Tensor, x: Tensor, t: Tensor) -> Evaluation:
+    def _evaluate_lanes(self, lanes: "_Lanes", places: Tensor, x: Tensor, t: Tensor) -> ForwardOutput:
         sample, t = lanes.sample, t[lanes.sample]
         place = places[sample]
         context = None
@@ -277,7 +277,7 @@ class Batch:
             **options,
         )
 
-    def _guided(self, lanes: "_Lanes", places: Tensor, result: Evaluation) -> tuple[Tensor, Tensor | None]:
+    def _guided(self, lanes: "_Lanes", places: Tensor, result: ForwardOutput) -> tuple[Tensor, Tensor | None]:
         """For places: the guided prediction, float32 [k, C, H, W], and the variance that the conditional lanes predict,
         float [k, C, H, W] or None."""
         k, guided = len(places), lanes.guided

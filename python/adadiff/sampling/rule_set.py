@@ -4,7 +4,7 @@ import dataclasses
 
 from torch import Tensor
 
-from ..rules import Rule
+from ..policies.exit_policies import Rule
 
 
 class RuleSet:

@@ -7,37 +7,37 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..engine.counts import Counts, counts_from
-from ..engine.evaluate import check_compiled
-from ..engine.switching import switching
+from ..forward.counts import Counts, counts_from
+from ..forward.forward import check_compiled
+from ..forward.two_stage import two_stage
 from ..model import Model
 from .batch import Batch
 from .reports import Report, Totals
-from .samples import Samples, whole
+from .samples import SampleBatch, whole
 
 
 def sample(model: Model, n: int, **settings: object) -> tuple[Tensor, Report]:
-    """Draws n samples; `settings` are those of `Sampling`.
+    """Draws n samples; `settings` are those of `SamplerRun`.
 
     Returns float32 [n, C, H, W] in slot order (nominally in [-1, 1], not clipped; latents for latent models), and the
     report. n = 0 returns empty ones.
     """
-    sampling = Sampling(model, n, **settings)
+    sampling = SamplerRun(model, n, **settings)
     images = torch.empty(n, *model.backbone.sample_shape)
     for slots, finished in sampling:
         images[slots] = finished.cpu()
     return images, sampling.report
 
 
-class Sampling:
+class SamplerRun:
     """A run of n samples, `batch` of them at a time. Iterating draws them: yields (slots int64 [k], images
     [k, C, H, W]) as samples finish; when one finishes, the next takes its place. `report` tells what was done so far.
 
-    settings: what the samples ask for, see `Samples.of` (steps, solver, rule, thresholds, seeds, labels, guidance,
+    settings: what the samples ask for, see `SampleBatch.of` (steps, solver, rule, thresholds, seeds, labels, guidance,
     tied, context, start, strength). batch_invariant: a sample is the same bits in any batch, at some cost.
     counts: how the host learns who still runs, see `evaluate`. compiled: see there.
-    early_model: a shallower model of the same samples that takes the place of `model` at the noisy timesteps, those of
-    t_switch (in the network's time; default 700) and above, whatever the rule (DuoDiff).
+    shallow_model: a shallower model of the same samples that takes the place of `model` at the noisy timesteps, those
+    of t_switch (in the network's time; default 700) and above, whatever the rule (DuoDiff).
     Raises ValueError for anything that does not fit, before any work.
     """
 
@@ -50,14 +50,14 @@ class Sampling:
         batch_invariant: bool = False,
         counts: Counts | str | None = None,
         compiled: bool = False,
-        early_model: Model | None = None,
+        shallow_model: Model | None = None,
         t_switch: float | None = None,
         progress: bool = False,
         **settings: object,
     ):
         whole("batch", batch, 1)
-        self._evaluate = switching(model, early_model, t_switch)
-        self.samples = Samples.of(model, n, **settings)
+        self._evaluate = two_stage(model, shallow_model, t_switch)
+        self.samples = SampleBatch.of(model, n, **settings)
         self.model, self.n, self.progress = model, n, progress
         self.batch, self.batch_invariant = min(batch, n), batch_invariant
         self.counts, self.compiled = counts_from(counts, batch_invariant), compiled

@@ -7,17 +7,17 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..calibration.calibration import calibrated_rule
 from ..diffusion.schedules import NoiseSchedule
 from ..diffusion.solvers import solver_from
 from ..diffusion.tables import Solver
 from ..model import Model
-from ..rules import Rule, layers_asked, rule_from
+from ..policies.calibrated import calibrated_rule
+from ..policies.exit_policies import Rule, layers_asked, rule_from
 
 
 @dataclass(frozen=True)
-class Samples:
-    """n samples with one rule and one solver; everything else by sample. Made by `Samples.of`, which checks."""
+class SampleBatch:
+    """n samples with one rule and one solver; everything else by sample. Made by `SampleBatch.of`, which checks."""
 
     n: int
     rule: Rule
@@ -58,7 +58,7 @@ class Samples:
         null_context: Tensor | None = None,
         start: Tensor | None = None,
         strength: float | Sequence[float] | Tensor | None = None,
-    ) -> "Samples":
+    ) -> "SampleBatch":
         """steps: evaluations, an int or one per sample. solver: "ddim", "ddim:ETA", "ddpm", "dpm++2m", "dpm-fast",
         "dpm++fast", "euler-maruyama" (settings: see `solver_from`) or a Solver.
         rule: "full", "threshold:0.07", "patience:0.08", "depth:8", "batch-mean:0.07" or a Rule; of a calibrated model
@@ -114,7 +114,7 @@ class Samples:
         for i in first.nonzero().squeeze(1).tolist():
             starts = solver.table(model.schedule, int(counts[i])).starts
             first[i] = starts[: first[i] + 1].nonzero().max()
-        return Samples(
+        return SampleBatch(
             n=n,
             rule=rule,
             solver=solver,

@@ -12,15 +12,15 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from ..engine.counts import Counts
-from ..engine.evaluate import Evaluation
-from ..engine.memory import capacity_of
-from ..engine.switching import switching
+from ..forward.counts import Counts
+from ..forward.forward import ForwardOutput
+from ..forward.two_stage import two_stage
 from ..model import Model
 from ..sampling.batch import Batch, Tick
-from ..sampling.samples import Samples, whole
+from ..sampling.capacity import capacity_of
+from ..sampling.samples import SampleBatch, whole
 from .handles import DeadlineExceeded, EngineClosed, EngineFull, EngineReport, Handle
-from .waiting import Waiting
+from .request_queue import RequestQueue
 
 MOST_PRIORITY = 100
 EXIT_SECONDS = 60.0  # that the end of the interpreter waits for the tick that is under way
@@ -30,10 +30,10 @@ class Engine:
     """Draws samples for requests that come from any thread.
 
     capacity: lanes evaluated together (a guided request takes two), or the bytes they may take as "512MiB" or "2GiB".
-    queue: requests that may wait. patience: seconds, see waiting.py. batch_invariant: an image and its exits are the
-    same bits whatever else runs, at some cost. counts: how the host learns who still runs; compiled: blocks go through
-    torch.compile, see `evaluate`.
-    early_model, t_switch: another network at the noisy timesteps of all requests, see `Sampling`.
+    queue: requests that may wait. patience: seconds, see request_queue.py. batch_invariant: an image and its exits are
+    the same bits whatever else runs, at some cost. counts: how the host learns who still runs; compiled: blocks go
+    through torch.compile, see `evaluate`.
+    shallow_model, t_switch: another network at the noisy timesteps of all requests, see `SamplerRun`.
     start=False: no thread of its own, `step` makes each tick.
     clock: seconds, for tests and simulations; evaluate: see `Batch`.
     As a context manager it drains at the end, and aborts after an exception.
@@ -49,24 +49,24 @@ class Engine:
         batch_invariant: bool = False,
         counts: Counts | str | None = None,
         compiled: bool = False,
-        early_model: Model | None = None,
+        shallow_model: Model | None = None,
         t_switch: float | None = None,
         start: bool = True,
         clock: Callable[[], float] = time.monotonic,
-        evaluate: Callable[..., Evaluation] | None = None,
+        evaluate: Callable[..., ForwardOutput] | None = None,
     ):
         whole("queue", queue, 1)
         _check_seconds("patience", patience)
-        switch = switching(model, early_model, t_switch)
+        switch = two_stage(model, shallow_model, t_switch)
         if switch is not None and evaluate is not None:
-            raise ValueError("early_model and evaluate both say how to evaluate; give one")
+            raise ValueError("shallow_model and evaluate both say how to evaluate; give one")
         self.model, self.queue = model, queue
-        self.capacity = min(capacity_of(one, capacity) for one in (model, early_model) if one is not None)
+        self.capacity = min(capacity_of(one, capacity) for one in (model, shallow_model) if one is not None)
         self._clock = clock
         own = {"batch_invariant": batch_invariant, "counts": counts, "compiled": compiled}
         self._batch = Batch(model, self.capacity, **own, evaluate=switch or evaluate)
         self._changed = threading.Condition()  # guards everything below
-        self._waiting = Waiting(float(patience))
+        self._waiting = RequestQueue(float(patience))
         self._at: dict[int, Handle] = {}  # place -> request
         self._closing = self._aborting = False
         self._broken: BaseException | None = None  # what ended the thread
@@ -92,7 +92,7 @@ class Engine:
         wait: float = 0.0,
         **settings: object,
     ) -> Handle:
-        """Asks for one sample; further settings are those of `Samples.of` (steps, solver, rule, guidance, ...).
+        """Asks for one sample; further settings are those of `SampleBatch.of` (steps, solver, rule, guidance, ...).
 
         context: [N, E] for text models; start: [C, H, W]. priority: 0 to 100, the more the earlier. deadline: seconds
         from now, after which the request fails. on_step: called with the handle after each of its steps, in the
@@ -108,7 +108,7 @@ class Engine:
             raise ValueError(f"on_step must be callable with a handle, got {on_step!r}")
         if not (isinstance(wait, Real) and wait >= 0):
             raise ValueError(f"wait must be a number of seconds >= 0, got {wait!r}")
-        samples = Samples.of(
+        samples = SampleBatch.of(
             self.model,
             1,
             seeds=[seed],

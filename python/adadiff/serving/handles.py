@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..sampling.reports import RequestReport, Totals
-from ..sampling.samples import Samples
+from ..sampling.samples import SampleBatch
 
 
 class EngineFull(RuntimeError):
@@ -29,7 +29,7 @@ class Handle(Future):
     `cancel` works until the image is there; a running request leaves its place before the next tick.
     """
 
-    def __init__(self, samples: Samples, layers: int, submitted: float, deadline: float, on_step: Callable | None):
+    def __init__(self, samples: SampleBatch, layers: int, submitted: float, deadline: float, on_step: Callable | None):
         super().__init__()
         self.samples, self.submitted, self.deadline = samples, submitted, deadline
         self._on_step, self._layers, self._lanes = on_step, layers, samples.lanes

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from ..config import PRESETS, ModelConfig, from_dict
 from ..data import sources
-from ..exits import ExitConfig
+from ..uem import ExitConfig
 from .losses import loss_named
 
 T = TypeVar("T")

@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from .. import checkpoint
 from ..data import sources
-from ..exits import all_layers
 from ..model import Model
 from ..models.uvit import start_as_linear
 from ..output.pictures import CHANNELS
 from ..pipelines.latents import draw_latents
+from ..uem import all_layers
 from .config import TrainConfig, learning_rate
 from .losses import VarianceLoss, loss_named
 from .processes import Processes

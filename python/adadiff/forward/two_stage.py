@@ -10,19 +10,19 @@ from torch import Tensor
 
 from adadiff_kernels import upload
 
-from ..exits import Exits
 from ..model import Model
 from ..models.interface import Backbone
-from ..rules import Full, Rule
-from .blocks import Evaluation
+from ..policies.exit_policies import Full, Rule
+from ..uem import Exits
+from .blocks import ForwardOutput
 from .counts import Counts
-from .evaluate import evaluate
+from .forward import evaluate
 
 T_SWITCH = 700.0  # DuoDiff's README: the first 300 of 1000 steps are the shallow network's
 
 
 @dataclass(frozen=True, eq=False)
-class Switching:
+class TwoStageForward:
     """Called like `evaluate`. Lanes at `t_switch` and above run through all of `early`, the others through the network
     of the call, by their rules; each lane goes by its own time, and those of one network are evaluated together.
 
@@ -48,7 +48,7 @@ class Switching:
         counts: Counts | str | None = None,
         record: bool = False,
         **options: bool | int,
-    ) -> Evaluation:
+    ) -> ForwardOutput:
         """Raises ValueError as `evaluate` does, and for tied lanes on both sides of the switch."""
         first = (t >= self.t_switch).cpu()
         early, late = first.nonzero().squeeze(1), (~first).nonzero().squeeze(1)
@@ -74,28 +74,28 @@ class Switching:
         return _merge(parts, torch.cat([late, early]), backbone, record)
 
 
-def switching(model: Model, early_model: Model | None, t_switch: float | None) -> Switching | None:
-    """What evaluates for `model` with `early_model` at times of t_switch (default 700) and above; None without one.
+def two_stage(model: Model, shallow_model: Model | None, t_switch: float | None) -> TwoStageForward | None:
+    """What evaluates for `model` with `shallow_model` at times of t_switch (default 700) and above; None without one.
 
     Raises ValueError for two models that do not draw the same samples in the same way, for an early one that is deeper,
-    and for a t_switch outside 0..1000 or without an early model.
+    and for a t_switch outside 0..1000 or without a shallow model.
     """
-    if early_model is None:
+    if shallow_model is None:
         if t_switch is not None:
-            raise ValueError("t_switch is where an early model hands over to the full one; give early_model, too")
+            raise ValueError("t_switch is where a shallow model hands over to the full one; give shallow_model, too")
         return None
     t_switch = T_SWITCH if t_switch is None else t_switch
     if isinstance(t_switch, bool) or not isinstance(t_switch, Real) or not 0 <= t_switch <= 1000:
         raise ValueError(f"t_switch must be a number in 0..1000, the network's time, got {t_switch!r}")
-    ours, theirs = what_it_draws(model), what_it_draws(early_model)
+    ours, theirs = what_it_draws(model), what_it_draws(shallow_model)
     wrong = [f"{name} {theirs[name]} instead of {value}" for name, value in ours.items() if theirs[name] != value]
     if wrong:
-        raise ValueError(f"the early model must draw the same samples as the full one; it has {', '.join(wrong)}")
-    if early_model.layers > model.layers:
+        raise ValueError(f"the shallow model must draw the same samples as the full one; it has {', '.join(wrong)}")
+    if shallow_model.layers > model.layers:
         raise ValueError(
-            f"the early model has {early_model.layers} blocks, the full one {model.layers}; is it the other way round?"
+            f"the shallow model has {shallow_model.layers} blocks, the full one {model.layers}; are they swapped?"
         )
-    return Switching(early_model.backbone, float(t_switch))
+    return TwoStageForward(shallow_model.backbone, float(t_switch))
 
 
 def what_it_draws(model: Model) -> dict[str, object]:
@@ -129,10 +129,10 @@ def _pairs(pairs: Tensor | None, first: Tensor, late: Tensor) -> Tensor | None:
     return (~first).long().cumsum(0)[partner[late]] - 1
 
 
-class _Merged(Evaluation):
+class _Merged(ForwardOutput):
     """Of parts that may not yet be written: `macs` and `moved` wait for them when they are read."""
 
-    def __init__(self, parts: list[Evaluation], **own: object):
+    def __init__(self, parts: list[ForwardOutput], **own: object):
         for name, value in {**own, "_parts": parts}.items():
             object.__setattr__(self, name, value)
 
@@ -145,7 +145,7 @@ class _Merged(Evaluation):
         return sum(part.moved for part in self._parts)
 
 
-def _merge(parts: list[Evaluation], lanes: Tensor, backbone: Backbone, record: bool) -> Evaluation:
+def _merge(parts: list[ForwardOutput], lanes: Tensor, backbone: Backbone, record: bool) -> ForwardOutput:
     """parts: the late lanes' evaluation, if there is one, and the early ones'; lanes: int64 [B], those of the parts."""
     B, L, device = len(lanes), len(backbone.blocks), parts[0].eps.device
     there = upload(lanes, device)
@@ -158,7 +158,7 @@ def _merge(parts: list[Evaluation], lanes: Tensor, backbone: Backbone, record: b
     scores = torch.full((L, B), math.nan, device=device) if record else None
     if record and late is not None:
         scores[:, there[: len(late.eps)]] = late.scores
-    cost = sum(block.macs(backbone.tokens) for block in backbone.blocks) + sum(backbone.fixed_macs())
+    cost = sum(block.macs(backbone.tokens) for block in backbone.blocks) + sum(backbone.stem_and_head_macs())
     return _Merged(
         parts,
         eps=ordered("eps"),

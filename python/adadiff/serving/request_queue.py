@@ -14,7 +14,7 @@ from .handles import Handle
 SLACK = 64  # ended requests that may stay besides twice those that wait
 
 
-class Waiting:
+class RequestQueue:
     """`count` requests, without those that have ended. Locks nothing: who uses it does."""
 
     def __init__(self, patience: float):

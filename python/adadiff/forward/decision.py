@@ -7,7 +7,7 @@ from torch import Tensor
 
 from adadiff_kernels import upload
 
-from ..rules import Limits, Rule, below, layers_asked
+from ..policies.exit_policies import Limits, Rule, below, layers_asked
 
 
 class Decision:

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from adadiff_kernels import DeviceSet, fuses, settle_rows
 
-from ..exits import Exits
 from ..models.interface import Backbone
-from .blocks import Evaluation, advance, block_range, compiled_advance
+from ..uem import Exits
+from .blocks import ForwardOutput, advance, block_range, compiled_advance
 from .counts import Counts, bucket
 from .decision import Decision
 
 
-class DeviceEvaluation(Evaluation):
+class DeviceEvaluation(ForwardOutput):
     """Its tensors lie on the device, perhaps not yet written. `macs` and `moved` wait for it when they are read."""
 
     def __init__(
@@ -65,7 +65,7 @@ def evaluate_on_device(
 ) -> DeviceEvaluation:
     """`adadiff.evaluate`, once everything is checked and on x's device. partner: i32 [B], who a lane is tied to."""
     B = len(x)
-    rows, cond = backbone.begin(x, t, context)
+    rows, cond = backbone.embed(x, t, context)
     offsets = exits.offsets(cond.time, t) if decision.scored else None
     lanes = _Lanes(backbone, exits, decision, rows, cond, offsets, partner, record, compiled, nvtx)
     with _device_set(B, x.device) as active:
@@ -151,7 +151,7 @@ class _Lanes:
         once for each layer, on those who left there.
         """
         backbone, exits, cond = self._backbone, self._exits, self._cond
-        patches = self._saved[:, backbone.extras :]
+        patches = self._saved[:, backbone.num_prefix_tokens :]
         own = exits is not None and exits.heads is not None and bool(self._decision.asked)
         if own and order is not None and exits.config.head != "linear":
             left = [(layer, order[after:before]) for layer, before, after in self._left if after < before][::-1]
@@ -170,10 +170,10 @@ class _Lanes:
         """Multiply-adds of a lane that leaves after so many blocks; of the plain network at 0."""
         backbone, scored = self._backbone, self._decision.scored
         blocks = [block.macs(backbone.tokens) for block in backbone.blocks]
-        score = self._exits.macs(backbone.tokens - self._exits.extras) if scored else 0
+        score = self._exits.macs(backbone.tokens - self._exits.num_prefix_tokens) if scored else 0
         each = [macs + score * (layer in scored) for layer, macs in enumerate(blocks, start=1)]
-        ends = sum(backbone.fixed_macs())
-        early = 0 if self._exits is None else self._exits.head_macs(backbone.tokens - backbone.extras)
+        ends = sum(backbone.stem_and_head_macs())
+        early = 0 if self._exits is None else self._exits.head_macs(backbone.tokens - backbone.num_prefix_tokens)
         *inner, last = accumulate(each)
         return [sum(blocks) + ends, *(macs + early + ends for macs in inner), last + ends]
 

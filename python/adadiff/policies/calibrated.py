@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rules import Limits, Rule, from_depth
+from .exit_policies import Limits, Rule, from_depth
 
 NEAR = 1e-5  # shares closer than this are the same
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from adadiff_kernels import ActiveSet, Swaps, swap_rows, take_rows, upload
 
-from ..exits import Exits
 from ..models.interface import Backbone, Block, Conditioning
-from ..rules import Rule
-from .blocks import Evaluation, advance, block_range, compiled_advance
+from ..policies.exit_policies import Rule
+from ..uem import Exits
+from .blocks import ForwardOutput, advance, block_range, compiled_advance
 from .counts import Counts, Sync, check_rules, counts_from
 from .decision import Decision
 from .device import evaluate_on_device
@@ -49,7 +49,7 @@ def evaluate(
     counts: Counts | str | None = None,
     compiled: bool = False,
     nvtx: bool = False,
-) -> Evaluation:
+) -> ForwardOutput:
     """The network's prediction for B lanes, each at its own timestep, each leaving when its rule says so.
 
     x: [B, C, H, W]; t: float [B], the network's time; context: labels int64 [B], text [B, N, E] or None.
@@ -124,7 +124,7 @@ def evaluate(
                 rows, u = _run_block(run, block, rows, skip, index, cohorts[0], lanes, layer_exits, layer, group)
         macs += n * costs[layer - 1]
         if scored:
-            macs += n * exits.macs(backbone.tokens - exits.extras)
+            macs += n * exits.macs(backbone.tokens - exits.num_prefix_tokens)
             if scores is not None:
                 scores[layer - 1, lanes] = u
             if pairs is not None:
@@ -135,7 +135,7 @@ def evaluate(
             if swaps.after < swaps.before:
                 decision.moved()
                 swap_rows(Swaps(upload(swaps.pairs, device), swaps.before, swaps.after), rows)
-                left.append((layer, rows[swaps.after :, backbone.extras :].clone()))
+                left.append((layer, rows[swaps.after :, backbone.num_prefix_tokens :].clone()))
                 rows = rows[: swaps.after]
                 if not swaps.after:
                     break
@@ -143,12 +143,12 @@ def evaluate(
             skips[layer - 1] = (rows, active.snapshot())
     skips.clear()
     if exits is not None:
-        macs += (B - active.count) * exits.head_macs(backbone.tokens - backbone.extras)
+        macs += (B - active.count) * exits.head_macs(backbone.tokens - backbone.num_prefix_tokens)
     if active.count:
-        left.append((L, rows[:, backbone.extras :]))
+        left.append((L, rows[:, backbone.num_prefix_tokens :]))
         active.finish(L)
     lane = upload(active.lane, device)
-    stem, head = backbone.fixed_macs()
+    stem, head = backbone.stem_and_head_macs()
     ends = B * (stem + head)
     full = B * sum(costs) + ends
     if not left:
@@ -160,7 +160,7 @@ def evaluate(
     eps, variance = prediction.chunk(2, dim=1) if backbone.learned_variance else (prediction, None)
     exit_layer = upload(active.exit_layer, device)
     ran += [0] * (L - len(ran))
-    return Evaluation(eps, exit_layer, macs + ends, full, active.moved, scores, tuple(ran), variance)
+    return ForwardOutput(eps, exit_layer, macs + ends, full, active.moved, scores, tuple(ran), variance)
 
 
 def check_compiled(compiled: bool, batch_invariant: bool) -> None:
@@ -172,7 +172,7 @@ def check_compiled(compiled: bool, batch_invariant: bool) -> None:
 def _begin(
     backbone: Backbone, exits: Exits | None, decision: Decision, x: Tensor, t: Tensor, context: Tensor | None
 ) -> tuple[Tensor, list[_Cohort]]:
-    rows, cond = backbone.begin(x, t, context)
+    rows, cond = backbone.embed(x, t, context)
     return rows, [_Cohort(cond, exits.offsets(cond.time, t) if decision.scored else None)]
 
 

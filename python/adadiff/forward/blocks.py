@@ -16,7 +16,7 @@ from ..models.interface import Block, Conditioning, WholeBlock
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class ForwardOutput:
     eps: Tensor  # [B, C, H, W], the network's dtype
     exit_layer: Tensor  # i32 [B], blocks a lane ran, 1..L
     macs: int  # multiply-adds run, all lanes together

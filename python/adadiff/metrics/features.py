@@ -1,7 +1,7 @@
 """A small classifier of 8x8 digits; its penultimate layer is the feature space of the Fréchet distance.
 
 Inception features mean nothing at 8x8 pixels, so the digits have a network of their own. It sees the train
-split only; `python -m adadiff.evaluation.features` trains it again (one thread, fixed seed) and writes the shipped
+split only; `python -m adadiff.metrics.features` trains it again (one thread, fixed seed) and writes the shipped
 file.
 """
 
@@ -115,7 +115,7 @@ def digits_network() -> DigitsNet:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m adadiff.evaluation.features", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m adadiff.metrics.features", description=__doc__)
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="file to write (default: the shipped one)")
     out = parser.parse_args().out
     torch.set_num_threads(1)  # sums in one order, whatever the machine

@@ -118,9 +118,11 @@ class Exits(nn.Module):
 
     def __init__(self, backbone: Backbone, config: ExitConfig):
         super().__init__()
-        L, P = len(backbone.blocks), backbone.patch_outputs if config.map else 1
+        L, P = len(backbone.blocks), backbone.patch_dim if config.map else 1
         self.config = config
-        self.extras = 0 if config.every_token else backbone.extras  # leading tokens that have no say
+        self.num_prefix_tokens = (
+            0 if config.every_token else backbone.num_prefix_tokens
+        )  # leading tokens that have no say
         self.weight = nn.Parameter(torch.zeros(L, P, backbone.dim))
         self.bias = nn.Parameter(torch.zeros(L, P))
         self.time_weight = nn.Parameter(torch.zeros(L, P, backbone.time_dim)) if config.time is True else None
@@ -148,7 +150,7 @@ class Exits(nn.Module):
 
     def score(self, layer: int, offsets: Tensor, tickets: Tensor | None = None) -> Score:
         """The UEM after block `layer` (1..L), for the fused pass. tickets: see `Score`."""
-        return Score(self.weight[layer - 1], offsets[layer - 1], self.extras, tickets)
+        return Score(self.weight[layer - 1], offsets[layer - 1], self.num_prefix_tokens, tickets)
 
     def head(self, backbone: Backbone, layer: int) -> nn.Module:
         """What a sample leaving after block `layer` takes, called like the network's own `head`."""
@@ -160,8 +162,8 @@ class Exits(nn.Module):
     def heads_by_lane(self, patches: Tensor, cond: object, lanes: Tensor, layer: Tensor) -> Tensor:
         """Each lane through the head of its own layer, without the host knowing which: [B, C or 2 C, H, W].
 
-        patches: [B, T - extras, D] of the lanes i32 [B]; layer: i32 [B]; what lanes at layer L get is of no use. Holds
-        a copy of its head for every lane, which for "block" are as many weights as B blocks have.
+        patches: [B, N, D] of the lanes i32 [B]; layer: i32 [B]; what lanes at layer L get is of no use. Holds a copy of
+        its head for every lane, which for "block" are as many weights as B blocks have.
         """
         index = (layer - 1).clamp(0, len(self.heads) - 1)
         own = {name: values.index_select(0, index) for name, values in self._stacked_heads().items()}
@@ -215,7 +217,7 @@ class Layers(NamedTuple):
     """Of every layer."""
 
     predictions: list[Tensor]  # the noise [B, C, H, W]
-    scores: list[Tensor]  # uncertainties [B, T - extras, P]
+    scores: list[Tensor]  # uncertainties [B, T - num_prefix_tokens, P]
     variances: list[Tensor]  # [B, C, H, W]; none where the network learns none
     rows: list[Tensor]  # [B, T, D]
 
@@ -229,7 +231,7 @@ def all_layers(backbone: Backbone, exits: Exits, x: Tensor, t: Tensor, context: 
     """
     if exits.config.every_token:
         raise ValueError("exits that score every token (DuoDiff's) are for inference; train others")
-    rows, cond = backbone.begin(x, t, context)
+    rows, cond = backbone.embed(x, t, context)
     lanes = torch.arange(len(x), dtype=torch.int32, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
         offsets = exits.offsets(cond.time.detach(), t)
@@ -242,7 +244,7 @@ def all_layers(backbone: Backbone, exits: Exits, x: Tensor, t: Tensor, context: 
             # the fused pass of a GPU has no gradient
             rows, _, _ = residual_uem(rows, branch(h), lanes=lanes, gate=branch.gate(cond), backend="reference")
         outputs.append(rows)
-        patches = rows[:, backbone.extras :]
+        patches = rows[:, backbone.num_prefix_tokens :]
         prediction = exits.head(backbone, layer)(patches, cond, lanes)
         if backbone.learned_variance:
             prediction, variance = prediction.chunk(2, dim=1)

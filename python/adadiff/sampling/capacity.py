@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..forward.forward import evaluate, group_size
 from ..model import Model
-from ..rules import Full, Replay
-from ..sampling.samples import whole
-from .evaluate import evaluate, group_size
+from ..policies.exit_policies import Full, Replay
+from .samples import whole
 
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 STATES = 8  # of a sample, float32: x, base, two of history, and the copies of one step

@@ -1,0 +1,1 @@
+"""Who computes what, sample by sample: pure, small policies."""
