@@ -35,7 +35,7 @@ def find_nvcc() -> str | None:
 
 
 def chosen_nvcc() -> str | None:
-    """The nvcc to build compact.cu with, or None to leave it out: as ADADIFF_CUDA says, else where there is one."""
+    """The nvcc to build compaction.cu with, or None to leave it out: as ADADIFF_CUDA says, else where there is one."""
     wish = os.environ.get("ADADIFF_CUDA")
     if wish not in (None, "0", "1"):
         raise ValueError(f"ADADIFF_CUDA must be 0 or 1, or not be set, got {wish!r}")
@@ -66,7 +66,7 @@ class CMakeBuild(build_ext):
         nvcc = chosen_nvcc()
         if nvcc is None:
             reason = "ADADIFF_CUDA=0" if os.environ.get("ADADIFF_CUDA") == "0" else "no nvcc found"
-            print(f"adadiff_kernels: {reason}, building without compact.cu (PyTorch serves)", file=sys.stderr)
+            print(f"adadiff_kernels: {reason}, building without compaction.cu (PyTorch serves)", file=sys.stderr)
         cmake, ninja = find_tool("cmake", "CMAKE_BIN_DIR"), find_tool("ninja", "BIN_DIR")
         build = Path(self.build_temp).resolve() / "csrc"
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -85,7 +85,7 @@ class CMakeBuild(build_ext):
             subprocess.run([cmake, "--build", str(build)], check=True, env=environment)
         except subprocess.CalledProcessError as error:
             if nvcc:
-                error.add_note(f"built with {nvcc}; ADADIFF_CUDA=0 leaves compact.cu out")
+                error.add_note(f"built with {nvcc}; ADADIFF_CUDA=0 leaves compaction.cu out")
             raise
         if not target.exists():
             raise FileNotFoundError(f"the build of {ext.name} ended without writing {target}")
@@ -100,7 +100,7 @@ def extensions() -> list[Extension]:
             raise FileNotFoundError(f"ADADIFF_CUDA=1, but there is no {missing} to build the extension with")
         print(f"adadiff_kernels: no {missing} found, installing without the extension", file=sys.stderr)
         return []
-    sources = [str(path) for path in (*sorted(CSRC.glob("*.cpp")), CSRC / "compact.cu")]
+    sources = [str(path) for path in (*sorted(CSRC.glob("*.cpp")), CSRC / "compaction.cu")]
     depends = [str(path) for path in (*sorted(CSRC.glob("*.h")), CSRC / "CMakeLists.txt")]
     return [Extension("adadiff_kernels._C", sources=sources, depends=depends)]
 

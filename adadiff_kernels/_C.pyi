@@ -1,21 +1,36 @@
-"""The compiled core (csrc/). Pointers are integers from Tensor.data_ptr(); bad input raises ValueError."""
+"""The C++ core (csrc/). Pointers are integers from Tensor.data_ptr(), sizes in elements; bad input raises
+ValueError."""
 
 cuda_built: bool
-"""Whether compact.cu is in it. If not, max_lanes, compact, start and MappedWord are missing."""
+"""Whether the CUDA kernels are in it. If not, compact, start and MappedWord are missing."""
 
 max_lanes: int
-"""How many lanes one thread block handles."""
+"""How many lanes an exit takes at most."""
 
-def leave(
-    mask: int, lane: int, row: int, exit_layer: int, swaps: int, n: int, lanes: int, layer: int
-) -> tuple[int, int]:
-    """Rows that still run, and pairs written to `swaps` (int32[n // 2, 2])."""
+def exit_rows(
+    mask: int, row_to_lane: int, lane_to_row: int, exit_layer: int, moves: int, n: int, num_lanes: int, layer: int
+) -> int:
+    """The rows that still run; writes `moves`, int32[n, 3]."""
+
+def settle_rows(
+    moves: int,
+    k: int,
+    rows: int,
+    num_rows: int,
+    rows_stride: int,
+    saved: int,
+    num_lanes: int,
+    saved_stride: int,
+    row_bytes: int,
+) -> None:
+    """Saves exiting rows and moves those that take their places; strides in bytes."""
 
 def philox(seeds: int, steps: int, n: int, stream: int, blocks: int, words: int) -> None:
-    """int64[n, blocks, 4] words of counters (block, step, stream, 0) under the seeds, int64[n]."""
+    """int64[n, blocks, 4] words of counters (block, step, stream, 0) with the seeds, int64[n], as keys."""
 
-def uem_score_float32(
+def uem_score(
     y: int,
+    is_bfloat16: bool,
     n: int,
     tokens: int,
     channels: int,
@@ -23,33 +38,18 @@ def uem_score_float32(
     weight: int,
     offset: int,
     offset_stride: int,
-    B: int,
-    lanes: int,
+    num_lanes: int,
+    row_to_lane: int,
     u: int,
 ) -> None:
-    """u, float32[n], of rows y, float32[n, tokens, channels]."""
+    """u, float32[n], of rows y, float32 or bfloat16 [n, tokens, channels]."""
 
-def uem_score_bfloat16(
-    y: int,
-    n: int,
-    tokens: int,
-    channels: int,
-    num_prefix_tokens: int,
-    weight: int,
-    offset: int,
-    offset_stride: int,
-    B: int,
-    lanes: int,
-    u: int,
-) -> None:
-    """u, float32[n], of rows y, bfloat16[n, tokens, channels]."""
-
-def swap_rows(data: int, row_bytes: int, stride_bytes: int, rows: int, pairs: int, k: int) -> None:
-    """Exchanges the rows of k int32 pairs in place."""
+def exit_mask(u: int, n: int, threshold: int, num_lanes: int, row_to_lane: int, mask: int) -> int:
+    """How many rows are below the thresholds of their lanes; writes `mask`, bool[n]."""
 
 def compact(
-    lane: int,
-    row: int,
+    row_to_lane: int,
+    lane_to_row: int,
     exit_layer: int,
     state: int,
     u: int,
@@ -59,22 +59,31 @@ def compact(
     moves: int,
     snapshot: int,
     bound: int,
-    lanes: int,
+    num_lanes: int,
     layer: int,
     word: int,
     device: int,
     stream: int,
 ) -> None:
-    """Queues one step of a DeviceSet on a CUDA stream; 0 for a pointer that is not given. RuntimeError from CUDA."""
+    """Queues one exit of a DeviceSet on a CUDA stream; 0 for a pointer that is not given. RuntimeError from CUDA."""
 
-def start(lane: int, row: int, exit_layer: int, state: int, lanes: int, word: int, device: int, stream: int) -> None:
+def start(
+    row_to_lane: int,
+    lane_to_row: int,
+    exit_layer: int,
+    state: int,
+    num_lanes: int,
+    word: int,
+    device: int,
+    stream: int,
+) -> None:
     """Queues the identity, everybody running, and the next tick."""
 
 class MappedWord:
-    """A word of pinned host memory that a CUDA device writes to: tick, layer, count; see DeviceSet."""
+    """A word of pinned host memory that a CUDA device writes: tick, layer, count; see DeviceSet."""
 
     device_address: int
     def __init__(self, device: int) -> None: ...
     def read(self) -> int: ...
     def poll(self, tick: int, layer: int, seconds: float) -> bool:
-        """Reads until the word is of this tick and of `layer` or later; False when that took too long."""
+        """Reads until the word is of this tick and of `layer` or later; False if that took too long."""

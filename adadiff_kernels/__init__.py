@@ -1,21 +1,21 @@
-"""Row-wise kernels for early exit at batch > 1. Rows and integers; knows nothing of diffusion."""
+"""Operators on rows, for early exit at batch > 1. One folder each; nothing here knows of diffusion networks or
+policies."""
 
-from adadiff_kernels.compaction import ActiveSet, Swaps, leave_reference, take_rows
-from adadiff_kernels.device_set import CountSnapshot, DeviceSet
-from adadiff_kernels.join_skip import join_skip_reference
-from adadiff_kernels.library import join_skip, residual_uem, settle_rows, solver_step, swap_rows
-from adadiff_kernels.ops import fuses
+from adadiff_kernels.compaction import ActiveSet, CountSnapshot, DeviceSet, exit_rows_reference, take_rows
+from adadiff_kernels.join_skip import join_skip, join_skip_reference
 from adadiff_kernels.philox import philox4x32, philox_normal
 from adadiff_kernels.residual_uem import (
     Norm,
     Score,
+    is_fused,
     layer_norm,
     no_autocast,
+    residual_uem,
     residual_uem_reference,
     uem_score,
     uem_score_reference,
 )
-from adadiff_kernels.settle_rows import settle_rows_reference
+from adadiff_kernels.settle_rows import settle_rows, settle_rows_reference
 from adadiff_kernels.solver_step import (
     COLUMNS,
     Guidance,
@@ -23,6 +23,7 @@ from adadiff_kernels.solver_step import (
     SolverState,
     StepRows,
     guide,
+    solver_step,
     solver_step_reference,
 )
 from adadiff_kernels.upload import captures, upload
@@ -38,14 +39,13 @@ __all__ = [
     "Score",
     "SolverState",
     "StepRows",
-    "Swaps",
     "captures",
-    "fuses",
+    "exit_rows_reference",
     "guide",
+    "is_fused",
     "join_skip",
     "join_skip_reference",
     "layer_norm",
-    "leave_reference",
     "no_autocast",
     "philox4x32",
     "philox_normal",
@@ -55,7 +55,6 @@ __all__ = [
     "settle_rows_reference",
     "solver_step",
     "solver_step_reference",
-    "swap_rows",
     "take_rows",
     "uem_score",
     "uem_score_reference",

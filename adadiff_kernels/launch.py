@@ -11,13 +11,14 @@ from torch import Tensor
 
 OLDEST = (3, 6)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes, to move elements bit for bit
 
 
 @functools.cache
 def triton_missing() -> str | None:
-    """Why Triton cannot serve on this machine, or None."""
+    """Why Triton cannot be used on this machine, or None."""
     try:
-        triton = importlib.import_module("triton")  # asked itself: not every image calls its distribution so
+        triton = importlib.import_module("triton")  # the module, since the distribution has other names in some images
     except ModuleNotFoundError:
         return "Triton is not installed; pip install 'adadiff_kernels[gpu]'"
     if tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2]) < OLDEST:
@@ -26,14 +27,14 @@ def triton_missing() -> str | None:
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device of the thread, wherever its tensors lie."""
+    """Makes x's device current: Triton launches on the current device, wherever its tensors are."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(x.device)
 
 
 def interpreted() -> bool:
-    """Kernels run in Triton's interpreter, on tensors of the CPU."""
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -45,9 +46,9 @@ def need(
     dtypes: tuple[torch.dtype, ...] = FLOATS,
     rows_apart: bool = False,
 ) -> None:
-    """ValueError unless `tensor` (None passes) has that shape, one of the dtypes, and the device of `like`.
+    """Raises ValueError unless `tensor` has this shape, one of the dtypes, and the device of `like`; None passes.
 
-    shape: a letter stands for any size. It must be contiguous, or with `rows_apart` its rows must be.
+    shape: a letter stands for any size. The tensor must be contiguous or, with `rows_apart`, its rows must be.
     """
     if tensor is None:
         return

@@ -4,97 +4,103 @@
 #include <cstring>
 #include <limits>
 #include <stdexcept>
-#include <string>
 #include <vector>
+
+#include "compaction.h"
 
 namespace adadiff {
 namespace {
-
-// Small enough for the first-level cache, large enough for memcpy at full speed.
-constexpr std::int64_t kBlockBytes = 4096;
 
 void require(bool holds, const char* message) {
   if (!holds) throw std::invalid_argument(message);
 }
 
-void swap_bytes(unsigned char* a, unsigned char* b, std::int64_t bytes) {
-  alignas(64) unsigned char block[kBlockBytes];
-  for (std::int64_t done = 0; done < bytes; done += kBlockBytes) {
-    const auto size = static_cast<std::size_t>(std::min(kBlockBytes, bytes - done));
-    std::memcpy(block, a + done, size);
-    std::memcpy(a + done, b + done, size);
-    std::memcpy(b + done, block, size);
-  }
-}
-
 }  // namespace
 
-Leave leave(const std::uint8_t* mask, std::int32_t* lane, std::int32_t* row, std::int32_t* exit_layer,
-            std::int32_t* swaps, std::int32_t n, std::int32_t lanes, std::int32_t layer) {
-  require(n >= 0, "leave: n must be 0 or more");
-  require(n <= lanes, "leave: n must be at most lanes");
-  require(layer >= 1, "leave: layer must be 1 or more");
-  require(mask || n == 0, "leave: mask is null");
-  require((lane && row && exit_layer) || lanes == 0, "leave: lane, row or exit_layer is null");
-  require(swaps || n < 2, "leave: swaps is null");
-
-  std::int32_t after = n;
+std::int32_t exit_rows(const std::uint8_t* mask, std::int32_t* row_to_lane, std::int32_t* lane_to_row,
+                       std::int32_t* exit_layer, std::int32_t* moves, std::int32_t n, std::int32_t num_lanes,
+                       std::int32_t layer) {
+  require(n >= 0, "exit_rows: n must be 0 or more");
+  require(n <= num_lanes, "exit_rows: n must be at most num_lanes");
+  require(num_lanes <= compaction::kMaxLanes, "exit_rows: num_lanes must be at most 32768");
+  require(layer >= 1, "exit_rows: layer must be 1 or more");
+  require(mask || n == 0, "exit_rows: mask is null");
+  require((row_to_lane && lane_to_row && exit_layer) || num_lanes == 0,
+          "exit_rows: row_to_lane, lane_to_row or exit_layer is null");
+  require(moves || n == 0, "exit_rows: moves is null");
+  const auto is_inverse = [&](std::int32_t row) {
+    const std::int32_t lane = row_to_lane[row];
+    return lane >= 0 && lane < num_lanes && lane_to_row[lane] == row;
+  };
   for (std::int32_t r = 0; r < n; ++r) {
-    const std::int32_t l = lane[r];
-    require(l >= 0 && l < lanes && row[l] == r, "leave: lane and row are not each other's inverse");
-    require(exit_layer[l] == 0, "leave: a running lane has already left");
-    after -= mask[r] != 0;
+    require(is_inverse(r), "exit_rows: row_to_lane and lane_to_row are not each other's inverse");
+    require(exit_layer[row_to_lane[r]] == 0, "exit_rows: a running lane has exited already");
   }
-  if (n < lanes) {
-    const std::int32_t last = lane[n];
-    require(last >= 0 && last < lanes && row[last] == n, "leave: lane and row are not each other's inverse");
-    require(exit_layer[last] <= layer, "leave: a lane has already left at a later layer");
+  if (n < num_lanes) {
+    require(is_inverse(n), "exit_rows: row_to_lane and lane_to_row are not each other's inverse");
+    require(exit_layer[row_to_lane[n]] <= layer, "exit_rows: a lane has exited after a later layer");
   }
 
-  std::int32_t k = 0;
-  std::int32_t kept = after;
-  for (std::int32_t r = 0; r < n; ++r) {
-    if (!mask[r]) continue;
-    const std::int32_t leaving = lane[r];
-    exit_layer[leaving] = layer;
-    if (r >= after) continue;
-    while (mask[kept]) ++kept;
-    swaps[2 * k] = r;
-    swaps[2 * k + 1] = kept;
-    ++k;
-    ++kept;
-  }
-  // The loop above reads `lane` by the old rows, so the rows change only now.
-  for (std::int32_t i = 0; i < k; ++i) {
-    const std::int32_t a = swaps[2 * i], b = swaps[2 * i + 1];
-    std::swap(lane[a], lane[b]);
-    row[lane[a]] = a;
-    row[lane[b]] = b;
-  }
-  return {after, k};
+  // The threads of a block, one after another.
+  compaction::State state{n, 0, 0};
+  std::uint64_t word = 0;
+  compaction::Arguments a{};
+  a.row_to_lane = row_to_lane;
+  a.lane_to_row = lane_to_row;
+  a.exit_layer = exit_layer;
+  a.state = &state;
+  a.mask = mask;
+  a.moves = moves;
+  a.word = &word;
+  a.bound = n;
+  a.num_lanes = num_lanes;
+  a.layer = layer;
+  const std::int32_t threads = std::max<std::int32_t>(1, (n + compaction::kGroup - 1) / compaction::kGroup);
+  std::vector<compaction::Thread> thread(static_cast<std::size_t>(threads));
+  compaction::Shared shared;
+  for (std::int32_t i = 0; i < threads; ++i) thread[i] = compaction::decide(a, shared, i, threads);
+  for (const auto& t : thread) compaction::add_up(shared, t, threads);
+  for (auto& t : thread) compaction::count(a, shared, t, threads);
+  for (const auto& t : thread) compaction::list(a, shared, t);
+  for (const auto& t : thread) compaction::exchange(a, shared, t, threads);
+  return state.count;
 }
 
-void swap_rows(void* data, std::int64_t row_bytes, std::int64_t stride_bytes, std::int64_t rows,
-               const std::int32_t* pairs, std::int64_t k) {
-  require(row_bytes >= 0 && rows >= 0 && k >= 0, "swap_rows: row_bytes, rows and k must be 0 or more");
-  require(row_bytes <= stride_bytes, "swap_rows: rows overlap: row_bytes is larger than stride_bytes");
-  require(rows == 0 || stride_bytes <= std::numeric_limits<std::int64_t>::max() / rows,
-          "swap_rows: rows * stride_bytes overflows");
-  require(pairs || k == 0, "swap_rows: pairs is null");
-  require(data || k == 0 || row_bytes == 0, "swap_rows: data is null");
+void settle_rows(const std::int32_t* moves, std::int64_t k, void* rows, std::int64_t num_rows, std::int64_t rows_stride,
+                 void* saved, std::int64_t num_lanes, std::int64_t saved_stride, std::int64_t row_bytes) {
+  require(k >= 0 && num_rows >= 0 && num_lanes >= 0 && row_bytes >= 0,
+          "settle_rows: k, num_rows, num_lanes and row_bytes must be 0 or more");
+  require(row_bytes <= rows_stride && row_bytes <= saved_stride,
+          "settle_rows: rows overlap: row_bytes is larger than a stride");
+  const std::int64_t most = std::numeric_limits<std::int64_t>::max();
+  require(num_rows == 0 || rows_stride <= most / num_rows, "settle_rows: num_rows * rows_stride overflows");
+  require(num_lanes == 0 || saved_stride <= most / num_lanes, "settle_rows: num_lanes * saved_stride overflows");
+  require(moves || k == 0, "settle_rows: moves is null");
 
-  std::vector<bool> named(static_cast<std::size_t>(k ? rows : 0));
-  for (std::int64_t i = 0; i < 2 * k; ++i) {
-    require(pairs[i] >= 0 && pairs[i] < rows, "swap_rows: pairs name a row outside [0, rows)");
-    const auto r = static_cast<std::size_t>(pairs[i]);
-    require(!named[r], "swap_rows: pairs name a row twice");
-    named[r] = true;
+  std::vector<bool> row_named(static_cast<std::size_t>(k ? num_rows : 0));
+  std::vector<bool> lane_named(static_cast<std::size_t>(k ? num_lanes : 0));
+  const auto name = [](std::vector<bool>& named, std::int32_t index) {
+    require(index >= 0 && static_cast<std::size_t>(index) < named.size(),
+            "settle_rows: moves name a row or lane outside");
+    require(!named[static_cast<std::size_t>(index)], "settle_rows: moves name a row or lane twice");
+    named[static_cast<std::size_t>(index)] = true;
+  };
+  std::int64_t used = 0;
+  for (; used < k && moves[3 * used] != -1; ++used) {
+    const std::int32_t* move = moves + 3 * used;
+    name(row_named, move[0]);
+    name(lane_named, move[1]);
+    if (move[2] != -1) name(row_named, move[2]);
   }
+  require((rows && saved) || used == 0 || row_bytes == 0, "settle_rows: rows or saved is null");
   if (row_bytes == 0) return;
 
-  auto* bytes = static_cast<unsigned char*>(data);
-  for (std::int64_t i = 0; i < k; ++i) {
-    swap_bytes(bytes + pairs[2 * i] * stride_bytes, bytes + pairs[2 * i + 1] * stride_bytes, row_bytes);
+  const auto size = static_cast<std::size_t>(row_bytes);
+  auto* from = static_cast<unsigned char*>(rows);
+  auto* to = static_cast<unsigned char*>(saved);
+  for (const std::int32_t* move = moves; move != moves + 3 * used; move += 3) {
+    std::memcpy(to + move[1] * saved_stride, from + move[0] * rows_stride, size);
+    if (move[2] != -1) std::memcpy(from + move[0] * rows_stride, from + move[2] * rows_stride, size);
   }
 }
 

@@ -1,34 +1,35 @@
-// Who still runs, and where each lane lies: one permutation of the lanes, changed in place.
-// No Python, no Torch: pointers, sizes and strides. Every function throws std::invalid_argument
-// before it changes anything.
+// Which lanes still run and in which row each lies: one permutation of the lanes, changed in place; and the moves of
+// whole rows that follow from it. On the CPU; compaction.h holds the algorithm, which a GPU runs as well.
+// No Python, no Torch: pointers, sizes and strides. Every function throws std::invalid_argument before it changes
+// anything.
 #pragma once
 
 #include <cstdint>
 
 namespace adadiff {
 
-struct Leave {
-  std::int32_t after;  // rows that still run
-  std::int32_t swaps;  // pairs written
-};
-
-// Lets lanes leave at `layer` (1 or more, and no earlier than the last one at which somebody left).
+// Lanes exit after `layer` (1 or more, and no earlier than the last layer after which somebody exited).
 //
-//   mask        uint8[n]      by row: nonzero leaves
-//   lane        int32[lanes]  row -> lane
-//   row         int32[lanes]  lane -> row
-//   exit_layer  int32[lanes]  by lane, 0 while it runs
-//   swaps       int32[n/2][2] out: pairs of rows whose contents have to change places
+//   mask         uint8[n]           by row: nonzero exits
+//   row_to_lane  int32[num_lanes]
+//   lane_to_row  int32[num_lanes]   its inverse
+//   exit_layer   int32[num_lanes]   by lane, 0 while it runs
+//   moves        int32[n][3]        out: an exiting row, its lane, and the row that takes its place (-1: none), in the
+//                                   order of the rows, then rows of -1
 //
-// Rows [0, n) run; after the call rows [0, after) do, and rows [after, n) have left at `layer`.
-// Pairing: the k-th leaving row below `after` changes places with the k-th kept row at or above it,
-// both counted upwards. So the pairs are disjoint, and no set of swaps is smaller.
-Leave leave(const std::uint8_t* mask, std::int32_t* lane, std::int32_t* row, std::int32_t* exit_layer,
-            std::int32_t* swaps, std::int32_t n, std::int32_t lanes, std::int32_t layer);
+// Rows [0, n) run; afterwards rows [0, returned) do, and rows [returned, n) exited after `layer`. The k-th exiting row
+// below the new count changes places with the k-th remaining row at or above it, both counted upwards: no smaller set
+// of swaps keeps the running rows together.
+std::int32_t exit_rows(const std::uint8_t* mask, std::int32_t* row_to_lane, std::int32_t* lane_to_row,
+                       std::int32_t* exit_layer, std::int32_t* moves, std::int32_t n, std::int32_t num_lanes,
+                       std::int32_t layer);
 
-// Exchanges whole rows in place. `data` holds `rows` rows of `row_bytes` contiguous bytes that start
-// `stride_bytes` apart; `pairs` is int32[k][2], each row named at most once.
-void swap_rows(void* data, std::int64_t row_bytes, std::int64_t stride_bytes, std::int64_t rows,
-               const std::int32_t* pairs, std::int64_t k);
+// What exit_rows asks of memory: for each of k moves (row, lane, source), saved[lane] = rows[row]; then rows[row] =
+// rows[source] where source is not -1. Moves end at the first whose row is -1.
+//
+//   rows   [num_rows]   rows of row_bytes contiguous bytes, rows_stride bytes apart
+//   saved  [num_lanes]  likewise, saved_stride bytes apart; shares no memory with rows
+void settle_rows(const std::int32_t* moves, std::int64_t k, void* rows, std::int64_t num_rows, std::int64_t rows_stride,
+                 void* saved, std::int64_t num_lanes, std::int64_t saved_stride, std::int64_t row_bytes);
 
 }  // namespace adadiff

@@ -6,10 +6,11 @@
 #include <utility>
 
 #include "active_set.h"
+#include "compaction.h"
 #include "philox.h"
 #include "uem_score.h"
 #ifdef ADADIFF_CUDA
-#include "compact_cuda.h"
+#include "compaction_cuda.h"
 #endif
 
 namespace py = pybind11;
@@ -21,22 +22,22 @@ T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// The lock stays held: the plan takes less time than giving it back.
-std::pair<std::int32_t, std::int32_t> leave(std::uintptr_t mask, std::uintptr_t lane, std::uintptr_t row,
-                                            std::uintptr_t exit_layer, std::uintptr_t swaps,
-                                            std::int32_t n, std::int32_t lanes, std::int32_t layer) {
+// Keeps the GIL: the call is shorter than releasing it.
+std::int32_t exit_rows(std::uintptr_t mask, std::uintptr_t row_to_lane, std::uintptr_t lane_to_row,
+                       std::uintptr_t exit_layer, std::uintptr_t moves, std::int32_t n, std::int32_t num_lanes,
+                       std::int32_t layer) {
   using std::int32_t;
-  const auto result =
-      adadiff::leave(pointer<const std::uint8_t>(mask), pointer<int32_t>(lane), pointer<int32_t>(row),
-                     pointer<int32_t>(exit_layer), pointer<int32_t>(swaps), n, lanes, layer);
-  return {result.after, result.swaps};
+  return adadiff::exit_rows(pointer<const std::uint8_t>(mask), pointer<int32_t>(row_to_lane),
+                            pointer<int32_t>(lane_to_row), pointer<int32_t>(exit_layer), pointer<int32_t>(moves), n,
+                            num_lanes, layer);
 }
 
-void swap_rows(std::uintptr_t data, std::int64_t row_bytes, std::int64_t stride_bytes, std::int64_t rows,
-               std::uintptr_t pairs, std::int64_t k) {
+void settle_rows(std::uintptr_t moves, std::int64_t k, std::uintptr_t rows, std::int64_t num_rows,
+                 std::int64_t rows_stride, std::uintptr_t saved, std::int64_t num_lanes, std::int64_t saved_stride,
+                 std::int64_t row_bytes) {
   py::gil_scoped_release released;
-  adadiff::swap_rows(pointer<void>(data), row_bytes, stride_bytes, rows,
-                     pointer<const std::int32_t>(pairs), k);
+  adadiff::settle_rows(pointer<const std::int32_t>(moves), k, pointer<void>(rows), num_rows, rows_stride,
+                       pointer<void>(saved), num_lanes, saved_stride, row_bytes);
 }
 
 void philox(std::uintptr_t seeds, std::uintptr_t steps, std::int64_t n, std::int64_t stream, std::int64_t blocks,
@@ -46,55 +47,60 @@ void philox(std::uintptr_t seeds, std::uintptr_t steps, std::int64_t n, std::int
                   pointer<std::int64_t>(words));
 }
 
-template <typename Element>
-void uem_score(std::uintptr_t y, std::int64_t n, std::int64_t tokens, std::int64_t channels,
-               std::int64_t num_prefix_tokens, std::uintptr_t weight, std::uintptr_t offset, std::int64_t offset_stride, std::int32_t B,
-               std::uintptr_t lanes, std::uintptr_t u) {
+void uem_score(std::uintptr_t y, bool is_bfloat16, std::int64_t n, std::int64_t tokens, std::int64_t channels,
+               std::int64_t num_prefix_tokens, std::uintptr_t weight, std::uintptr_t offset,
+               std::int64_t offset_stride, std::int32_t num_lanes, std::uintptr_t row_to_lane, std::uintptr_t u) {
+  const auto score = [&](auto* rows) {
+    adadiff::uem_score(rows, n, tokens, channels, num_prefix_tokens, pointer<const float>(weight),
+                       pointer<const float>(offset), offset_stride, num_lanes,
+                       pointer<const std::int32_t>(row_to_lane), pointer<float>(u));
+  };
   py::gil_scoped_release released;
-  adadiff::uem_score(pointer<const Element>(y), n, tokens, channels, num_prefix_tokens, pointer<const float>(weight),
-                     pointer<const float>(offset), offset_stride, B, pointer<const std::int32_t>(lanes),
-                     pointer<float>(u));
+  if (is_bfloat16) {
+    score(pointer<const adadiff::bfloat16>(y));
+  } else {
+    score(pointer<const float>(y));
+  }
 }
 
-template <typename Element>
-void def_uem_score(py::module_& m, const char* name) {
-  m.def(name, &uem_score<Element>, py::arg("y"), py::arg("n"), py::arg("tokens"), py::arg("channels"),
-        py::arg("num_prefix_tokens"), py::arg("weight"), py::arg("offset"), py::arg("offset_stride"), py::arg("B"),
-        py::arg("lanes"), py::arg("u"));
+std::int32_t exit_mask(std::uintptr_t u, std::int32_t n, std::uintptr_t threshold, std::int32_t num_lanes,
+                       std::uintptr_t row_to_lane, std::uintptr_t mask) {
+  return adadiff::exit_mask(pointer<const float>(u), n, pointer<const float>(threshold), num_lanes,
+                            pointer<const std::int32_t>(row_to_lane), pointer<std::uint8_t>(mask));
 }
 
 #ifdef ADADIFF_CUDA
-void compact(std::uintptr_t lane, std::uintptr_t row, std::uintptr_t exit_layer, std::uintptr_t state,
+void compact(std::uintptr_t row_to_lane, std::uintptr_t lane_to_row, std::uintptr_t exit_layer, std::uintptr_t state,
              std::uintptr_t u, std::uintptr_t threshold, std::uintptr_t mask, std::uintptr_t partner,
-             std::uintptr_t moves, std::uintptr_t snapshot, std::int32_t bound, std::int32_t lanes,
+             std::uintptr_t moves, std::uintptr_t snapshot, std::int32_t bound, std::int32_t num_lanes,
              std::int32_t layer, std::uintptr_t word, int device, std::uintptr_t stream) {
   using std::int32_t;
-  const adadiff::compact::Arguments arguments{
-      pointer<int32_t>(lane),            pointer<int32_t>(row),
-      pointer<int32_t>(exit_layer),      pointer<adadiff::compact::State>(state),
+  const adadiff::compaction::Arguments arguments{
+      pointer<int32_t>(row_to_lane),     pointer<int32_t>(lane_to_row),
+      pointer<int32_t>(exit_layer),      pointer<adadiff::compaction::State>(state),
       pointer<const float>(u),           pointer<const float>(threshold),
       pointer<const std::uint8_t>(mask), pointer<const int32_t>(partner),
       pointer<int32_t>(moves),           pointer<int32_t>(snapshot),
-      pointer<volatile std::uint64_t>(word), bound, lanes, layer};
+      pointer<volatile std::uint64_t>(word), bound, num_lanes, layer};
   adadiff::cuda::compact(arguments, device, stream);
 }
 
-void start(std::uintptr_t lane, std::uintptr_t row, std::uintptr_t exit_layer, std::uintptr_t state,
-           std::int32_t lanes, std::uintptr_t word, int device, std::uintptr_t stream) {
+void start(std::uintptr_t row_to_lane, std::uintptr_t lane_to_row, std::uintptr_t exit_layer, std::uintptr_t state,
+           std::int32_t num_lanes, std::uintptr_t word, int device, std::uintptr_t stream) {
   using std::int32_t;
-  adadiff::cuda::start(pointer<int32_t>(lane), pointer<int32_t>(row), pointer<int32_t>(exit_layer),
-                       pointer<adadiff::compact::State>(state), lanes, pointer<volatile std::uint64_t>(word), device,
-                       stream);
+  adadiff::cuda::start(pointer<int32_t>(row_to_lane), pointer<int32_t>(lane_to_row), pointer<int32_t>(exit_layer),
+                       pointer<adadiff::compaction::State>(state), num_lanes, pointer<volatile std::uint64_t>(word),
+                       device, stream);
 }
 
 void def_cuda(py::module_& m) {
   using adadiff::cuda::MappedWord;
-  m.attr("max_lanes") = adadiff::compact::kMaxLanes;
-  m.def("compact", &compact, py::arg("lane"), py::arg("row"), py::arg("exit_layer"), py::arg("state"), py::arg("u"),
-        py::arg("threshold"), py::arg("mask"), py::arg("partner"), py::arg("moves"), py::arg("snapshot"),
-        py::arg("bound"), py::arg("lanes"), py::arg("layer"), py::arg("word"), py::arg("device"), py::arg("stream"));
-  m.def("start", &start, py::arg("lane"), py::arg("row"), py::arg("exit_layer"), py::arg("state"), py::arg("lanes"),
-        py::arg("word"), py::arg("device"), py::arg("stream"));
+  m.def("compact", &compact, py::arg("row_to_lane"), py::arg("lane_to_row"), py::arg("exit_layer"), py::arg("state"),
+        py::arg("u"), py::arg("threshold"), py::arg("mask"), py::arg("partner"), py::arg("moves"), py::arg("snapshot"),
+        py::arg("bound"), py::arg("num_lanes"), py::arg("layer"), py::arg("word"), py::arg("device"),
+        py::arg("stream"));
+  m.def("start", &start, py::arg("row_to_lane"), py::arg("lane_to_row"), py::arg("exit_layer"), py::arg("state"),
+        py::arg("num_lanes"), py::arg("word"), py::arg("device"), py::arg("stream"));
   py::class_<MappedWord>(m, "MappedWord")
       .def(py::init<int>(), py::arg("device"))
       .def("read", &MappedWord::read)
@@ -107,15 +113,19 @@ void def_cuda(py::module_& m) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compaction, score and noise; see csrc/active_set.h, uem_score.h and philox.h.";
-  m.def("leave", &leave, py::arg("mask"), py::arg("lane"), py::arg("row"), py::arg("exit_layer"),
-        py::arg("swaps"), py::arg("n"), py::arg("lanes"), py::arg("layer"));
-  m.def("swap_rows", &swap_rows, py::arg("data"), py::arg("row_bytes"), py::arg("stride_bytes"),
-        py::arg("rows"), py::arg("pairs"), py::arg("k"));
+  m.doc() = "Compaction, scores and noise on the CPU; see csrc/active_set.h, uem_score.h and philox.h.";
+  m.attr("max_lanes") = adadiff::compaction::kMaxLanes;
+  m.def("exit_rows", &exit_rows, py::arg("mask"), py::arg("row_to_lane"), py::arg("lane_to_row"),
+        py::arg("exit_layer"), py::arg("moves"), py::arg("n"), py::arg("num_lanes"), py::arg("layer"));
+  m.def("settle_rows", &settle_rows, py::arg("moves"), py::arg("k"), py::arg("rows"), py::arg("num_rows"),
+        py::arg("rows_stride"), py::arg("saved"), py::arg("num_lanes"), py::arg("saved_stride"), py::arg("row_bytes"));
   m.def("philox", &philox, py::arg("seeds"), py::arg("steps"), py::arg("n"), py::arg("stream"), py::arg("blocks"),
         py::arg("words"));
-  def_uem_score<float>(m, "uem_score_float32");
-  def_uem_score<adadiff::bfloat16>(m, "uem_score_bfloat16");
+  m.def("uem_score", &uem_score, py::arg("y"), py::arg("is_bfloat16"), py::arg("n"), py::arg("tokens"),
+        py::arg("channels"), py::arg("num_prefix_tokens"), py::arg("weight"), py::arg("offset"),
+        py::arg("offset_stride"), py::arg("num_lanes"), py::arg("row_to_lane"), py::arg("u"));
+  m.def("exit_mask", &exit_mask, py::arg("u"), py::arg("n"), py::arg("threshold"), py::arg("num_lanes"),
+        py::arg("row_to_lane"), py::arg("mask"));
 #ifdef ADADIFF_CUDA
   m.attr("cuda_built") = true;
   def_cuda(m);

@@ -29,55 +29,57 @@ bool raises(const std::function<void()>& call, const std::string& part) {
 }
 
 struct State {
-  explicit State(std::int32_t lanes) : lane(lanes), row(lanes), exit_layer(lanes), n(lanes) {
-    std::iota(lane.begin(), lane.end(), 0);
-    row = lane;
+  explicit State(std::int32_t lanes) : row_to_lane(lanes), lane_to_row(lanes), exit_layer(lanes), n(lanes) {
+    std::iota(row_to_lane.begin(), row_to_lane.end(), 0);
+    lane_to_row = row_to_lane;
   }
 
-  // Exactly as many pairs as promised, so that one too many is seen by AddressSanitizer.
-  Ints leave(const Mask& mask, std::int32_t layer) {
-    Ints swaps(2 * (n / 2), -1);
-    const auto result = adadiff::leave(mask.data(), lane.data(), row.data(), exit_layer.data(), swaps.data(),
-                                       n, static_cast<std::int32_t>(lane.size()), layer);
-    n = result.after;
-    swaps.resize(2 * result.swaps);
-    return swaps;
+  // Exactly as many moves as promised, so that one too many is seen by AddressSanitizer. Returns those that are used.
+  Ints exit(const Mask& mask, std::int32_t layer) {
+    Ints moves(3 * n, -7);
+    const std::int32_t before = n;
+    n = adadiff::exit_rows(mask.data(), row_to_lane.data(), lane_to_row.data(), exit_layer.data(), moves.data(), n,
+                           static_cast<std::int32_t>(row_to_lane.size()), layer);
+    CHECK(std::all_of(moves.begin() + 3 * (before - n), moves.end(), [](std::int32_t value) { return value == -1; }));
+    moves.resize(3 * (before - n));
+    return moves;
   }
 
   bool operator==(const State& other) const {
-    return lane == other.lane && row == other.row && exit_layer == other.exit_layer && n == other.n;
+    return row_to_lane == other.row_to_lane && lane_to_row == other.lane_to_row && exit_layer == other.exit_layer &&
+           n == other.n;
   }
 
-  Ints lane, row, exit_layer;
+  Ints row_to_lane, lane_to_row, exit_layer;
   std::int32_t n;
 };
 
-// One leave from the identity, with the pairing done by two lists.
+// One exit from the identity, with the pairing done by two lists.
 void check_pairing(const Mask& mask) {
   const auto n = static_cast<std::int32_t>(mask.size());
   const auto after = static_cast<std::int32_t>(std::count(mask.begin(), mask.end(), 0));
-  Ints down, up, expected;
+  Ints exiting, from_above, expected;
   for (std::int32_t r = 0; r < n; ++r) {
-    if (mask[r] && r < after) down.push_back(r);
-    if (!mask[r] && r >= after) up.push_back(r);
+    if (mask[r]) exiting.push_back(r);
+    if (!mask[r] && r >= after) from_above.push_back(r);
   }
-  CHECK(down.size() == up.size());
-  for (std::size_t k = 0; k < down.size(); ++k) {
-    expected.push_back(down[k]);
-    expected.push_back(up[k]);
+  for (std::size_t k = 0; k < exiting.size(); ++k) {
+    const std::int32_t source = k < from_above.size() ? from_above[k] : -1;
+    CHECK((exiting[k] < after) == (source >= 0));
+    expected.insert(expected.end(), {exiting[k], exiting[k], source});
   }
   State state(n);
-  CHECK(state.leave(mask, 3) == expected);
+  CHECK(state.exit(mask, 3) == expected);
   CHECK(state.n == after);
   for (std::int32_t l = 0; l < n; ++l) {
     CHECK(state.exit_layer[l] == (mask[l] ? 3 : 0));
-    CHECK((state.row[l] < after) == !mask[l]);
-    CHECK(state.lane[state.row[l]] == l);
+    CHECK((state.lane_to_row[l] < after) == !mask[l]);
+    CHECK(state.row_to_lane[state.lane_to_row[l]] == l);
   }
 }
 
 void test_patterns() {
-  for (int n : {0, 1, 2, 3, 63, 64, 65}) {
+  for (int n : {0, 1, 2, 3, 31, 32, 33, 63, 64, 65, 1023, 1025}) {
     check_pairing(Mask(n, 0));
     check_pairing(Mask(n, 1));
     if (n == 0) continue;
@@ -88,71 +90,82 @@ void test_patterns() {
     for (const auto& mask : {first, last, alternating, all_but_first, all_but_last}) check_pairing(mask);
   }
   State empty(0);
-  CHECK(adadiff::leave(nullptr, nullptr, nullptr, nullptr, nullptr, 0, 0, 1).after == 0);
+  CHECK(adadiff::exit_rows(nullptr, nullptr, nullptr, nullptr, nullptr, 0, 0, 1) == 0);
+  CHECK(empty == State(0));
 }
 
-// Repeated leaves with padded rows that travel along: every lane's bytes stay with it, and the rows
-// that have left lie by exit layer, the earliest last.
+// Repeated exits with padded rows that travel along: every running lane's bytes stay with it, those of the others are
+// saved by lane, and lanes that exited lie by exit layer in the permutation, the earliest last.
 void test_random_runs() {
   std::mt19937 random(7);
   for (int run = 0; run < 300; ++run) {
     const int lanes = static_cast<int>(random() % 67);
-    const std::int64_t row_bytes = run % 3 ? random() % 40 : 4090 + random() % 13;  // around one block
-    const std::int64_t stride_bytes = row_bytes + random() % 5;
-    std::vector<unsigned char> data(lanes * stride_bytes, 0xAA);
+    const std::int64_t row_bytes = run % 3 ? random() % 40 : 4090 + random() % 13;
+    const std::int64_t rows_stride = row_bytes + random() % 5, saved_stride = row_bytes + random() % 5;
+    const auto holds = [row_bytes](const unsigned char* row, std::int64_t stride, int value) {
+      return std::all_of(row, row + row_bytes, [value](unsigned char byte) { return byte == value; }) &&
+             std::all_of(row + row_bytes, row + stride, [](unsigned char byte) { return byte == 0xAA; });
+    };
+    std::vector<unsigned char> rows(lanes * rows_stride, 0xAA), saved(lanes * saved_stride, 0xAA);
     for (int l = 0; l < lanes; ++l) {
-      std::fill_n(data.begin() + l * stride_bytes, row_bytes, static_cast<unsigned char>(l));
+      std::fill_n(rows.begin() + l * rows_stride, row_bytes, static_cast<unsigned char>(l));
+      std::fill_n(saved.begin() + l * saved_stride, row_bytes, static_cast<unsigned char>(0xFF));
     }
     State state(lanes);
-    Ints left(lanes, 0);
+    Ints exited(lanes, 0);
     for (int layer = 1; layer <= 13; ++layer) {
       Mask mask(state.n);
       const unsigned share = random() % 5;
       for (int r = 0; r < state.n; ++r) {
         mask[r] = random() % 4 < share && random() % 2;
-        if (mask[r]) left[state.lane[r]] = layer;
+        if (mask[r]) exited[state.row_to_lane[r]] = layer;
       }
-      const Ints swaps = state.leave(mask, layer);
-      adadiff::swap_rows(data.data(), row_bytes, stride_bytes, lanes, swaps.data(), swaps.size() / 2);
-      CHECK(state.exit_layer == left);
-      for (int r = state.n; r + 1 < lanes; ++r) CHECK(left[state.lane[r]] >= left[state.lane[r + 1]]);
+      Ints moves = state.exit(mask, layer);
+      if (run % 2) moves.insert(moves.end(), {-1, -1, -1});  // as a device has them
+      adadiff::settle_rows(moves.data(), moves.size() / 3, rows.data(), lanes, rows_stride, saved.data(), lanes,
+                           saved_stride, row_bytes);
+      CHECK(state.exit_layer == exited);
+      for (int r = state.n; r + 1 < lanes; ++r) {
+        CHECK(exited[state.row_to_lane[r]] >= exited[state.row_to_lane[r + 1]]);
+      }
       for (int l = 0; l < lanes; ++l) {
-        const auto row = data.begin() + state.row[l] * stride_bytes;
-        CHECK(state.lane[state.row[l]] == l);
-        CHECK((state.row[l] < state.n) == (left[l] == 0));
-        CHECK(std::all_of(row, row + row_bytes, [l](unsigned char byte) { return byte == l; }));
-        CHECK(std::all_of(row + row_bytes, row + stride_bytes, [](unsigned char byte) { return byte == 0xAA; }));
+        const int r = state.lane_to_row[l];
+        CHECK(state.row_to_lane[r] == l);
+        CHECK((r < state.n) == (exited[l] == 0));
+        if (r < state.n) CHECK(holds(rows.data() + r * rows_stride, rows_stride, l));
+        CHECK(holds(saved.data() + l * saved_stride, saved_stride, exited[l] ? l : 0xFF));
       }
     }
   }
 }
 
-void test_leave_errors() {
+void test_exit_errors() {
   const Mask mask{1, 0, 0, 1};
-  Ints swaps(4, -1);
+  Ints moves(12, -7);
   const auto refuses = [&](State state, std::int32_t n, std::int32_t layer, const std::string& part) {
     const State before = state;
     const bool raised = raises(
         [&] {
-          adadiff::leave(mask.data(), state.lane.data(), state.row.data(), state.exit_layer.data(),
-                         swaps.data(), n, static_cast<std::int32_t>(state.lane.size()), layer);
+          adadiff::exit_rows(mask.data(), state.row_to_lane.data(), state.lane_to_row.data(), state.exit_layer.data(),
+                             moves.data(), n, static_cast<std::int32_t>(state.row_to_lane.size()), layer);
         },
         part);
-    return raised && state == before && swaps == Ints(4, -1);
+    return raised && state == before && moves == Ints(12, -7);
   };
   const State good(4);
   CHECK(refuses(good, -1, 1, "n must be 0 or more"));
-  CHECK(refuses(good, 5, 1, "at most lanes"));
+  CHECK(refuses(good, 5, 1, "at most num_lanes"));
   CHECK(refuses(good, 4, 0, "layer must be 1 or more"));
+  CHECK(refuses(State(32769), 4, 1, "at most 32768"));
   for (std::int32_t lane : {-1, 2, 4}) {
     State bad(4);
-    bad.lane[3] = lane;
+    bad.row_to_lane[3] = lane;
     CHECK(refuses(bad, 4, 1, "not each other's inverse"));
     CHECK(refuses(bad, 3, 1, "not each other's inverse"));
   }
   State twice(4);
   twice.exit_layer[2] = 1;
-  CHECK(refuses(twice, 4, 2, "already left"));
+  CHECK(refuses(twice, 4, 2, "has exited already"));
   State later(4);
   later.exit_layer[3] = 5;
   CHECK(refuses(later, 3, 4, "later layer"));
@@ -161,45 +174,57 @@ void test_leave_errors() {
   const auto refuses_null = [&](int which, const std::string& part) {
     return raises(
         [&] {
-          adadiff::leave(which == 0 ? nullptr : mask.data(), which == 1 ? nullptr : null.lane.data(),
-                         which == 2 ? nullptr : null.row.data(), which == 3 ? nullptr : null.exit_layer.data(),
-                         which == 4 ? nullptr : swaps.data(), 4, 4, 1);
+          adadiff::exit_rows(which == 0 ? nullptr : mask.data(), which == 1 ? nullptr : null.row_to_lane.data(),
+                             which == 2 ? nullptr : null.lane_to_row.data(),
+                             which == 3 ? nullptr : null.exit_layer.data(), which == 4 ? nullptr : moves.data(), 4, 4, 1);
         },
         part);
   };
-  const char* names[] = {"mask", "lane", "row", "exit_layer", "swaps"};
+  const char* names[] = {"mask", "row_to_lane", "lane_to_row", "exit_layer", "moves"};
   for (int which = 0; which < 5; ++which) CHECK(refuses_null(which, names[which]));
   CHECK(null == State(4));
 }
 
-void test_swap_errors() {
+void test_settle_errors() {
   const std::vector<unsigned char> before{0, 1, 2, 3, 4, 5};
-  auto data = before;
-  const auto refuses = [&](const Ints& pairs, std::int64_t row_bytes, std::int64_t stride_bytes,
-                           std::int64_t rows, const std::string& part) {
+  auto rows = before, saved = before;
+  const auto refuses = [&](const Ints& moves, std::int64_t row_bytes, std::int64_t rows_stride,
+                           std::int64_t saved_stride, std::int64_t num_rows, std::int64_t lanes,
+                           const std::string& part) {
     return raises(
                [&] {
-                 adadiff::swap_rows(data.data(), row_bytes, stride_bytes, rows, pairs.data(), pairs.size() / 2);
+                 adadiff::settle_rows(moves.data(), moves.size() / 3, rows.data(), num_rows, rows_stride, saved.data(),
+                                      lanes, saved_stride, row_bytes);
                },
                part) &&
-           data == before;
+           rows == before && saved == before;
   };
-  CHECK(refuses({0, 1}, -1, 2, 3, "0 or more"));
-  CHECK(refuses({0, 1}, 2, 2, -1, "0 or more"));
-  CHECK(refuses({0, 1}, 3, 2, 3, "overlap"));
-  CHECK(refuses({0, 1}, 2, std::numeric_limits<std::int64_t>::max() / 2, 3, "overflow"));
-  CHECK(refuses({0, 3}, 2, 2, 3, "outside"));
-  CHECK(refuses({0, 1, -1, 2}, 2, 2, 3, "outside"));
-  CHECK(refuses({0, 1}, 2, 2, 0, "outside"));
-  CHECK(refuses({0, 1, 2, 0}, 2, 2, 3, "twice"));
-  CHECK(refuses({1, 1}, 2, 2, 3, "twice"));
-  const Ints pair{0, 1};
-  CHECK(raises([&] { adadiff::swap_rows(data.data(), 2, 2, 3, pair.data(), -1); }, "0 or more"));
-  CHECK(raises([&] { adadiff::swap_rows(nullptr, 2, 2, 3, pair.data(), 1); }, "data is null"));
-  CHECK(raises([&] { adadiff::swap_rows(data.data(), 2, 2, 3, nullptr, 1); }, "pairs is null"));
-  adadiff::swap_rows(nullptr, 0, 0, 0, nullptr, 0);
-  adadiff::swap_rows(nullptr, 0, 0, 3, pair.data(), 1);
-  CHECK(data == before);
+  const std::int64_t most = std::numeric_limits<std::int64_t>::max();
+  CHECK(refuses({0, 1, 2}, -1, 2, 2, 3, 3, "0 or more"));
+  CHECK(refuses({0, 1, 2}, 2, 2, 2, -1, 3, "0 or more"));
+  CHECK(refuses({0, 1, 2}, 2, 2, 2, 3, -1, "0 or more"));
+  CHECK(refuses({0, 1, 2}, 3, 2, 3, 3, 3, "overlap"));
+  CHECK(refuses({0, 1, 2}, 3, 3, 2, 3, 3, "overlap"));
+  CHECK(refuses({0, 1, 2}, 2, most / 2, 2, 3, 3, "overflow"));
+  CHECK(refuses({0, 1, 2}, 2, 2, most / 2, 3, 3, "overflow"));
+  CHECK(refuses({3, 1, 2}, 2, 2, 2, 3, 3, "outside"));
+  CHECK(refuses({0, 3, 2}, 2, 2, 2, 3, 3, "outside"));
+  CHECK(refuses({0, 1, 3}, 2, 2, 2, 3, 3, "outside"));
+  CHECK(refuses({0, 1, -2}, 2, 2, 2, 3, 3, "outside"));
+  CHECK(refuses({0, -1, 2}, 2, 2, 2, 3, 3, "outside"));
+  CHECK(refuses({0, 1, 2}, 2, 2, 2, 0, 3, "outside"));
+  CHECK(refuses({0, 1, -1, 0, 2, -1}, 2, 2, 2, 3, 3, "twice"));
+  CHECK(refuses({0, 1, -1, 2, 1, -1}, 2, 2, 2, 3, 3, "twice"));
+  CHECK(refuses({0, 1, 0}, 2, 2, 2, 3, 3, "twice"));
+  const Ints move{0, 1, 2}, unused{-1, 9, 9};
+  CHECK(raises([&] { adadiff::settle_rows(move.data(), -1, rows.data(), 3, 2, saved.data(), 3, 2, 2); }, "0 or more"));
+  CHECK(raises([&] { adadiff::settle_rows(move.data(), 1, nullptr, 3, 2, saved.data(), 3, 2, 2); }, "is null"));
+  CHECK(raises([&] { adadiff::settle_rows(move.data(), 1, rows.data(), 3, 2, nullptr, 3, 2, 2); }, "is null"));
+  CHECK(raises([&] { adadiff::settle_rows(nullptr, 1, rows.data(), 3, 2, saved.data(), 3, 2, 2); }, "moves is null"));
+  adadiff::settle_rows(nullptr, 0, nullptr, 0, 0, nullptr, 0, 0, 0);
+  adadiff::settle_rows(move.data(), 1, nullptr, 3, 0, nullptr, 3, 0, 0);
+  adadiff::settle_rows(unused.data(), 1, nullptr, 3, 2, nullptr, 3, 2, 2);
+  CHECK(rows == before && saved == before);
 }
 
 // The score against its formula in double; channels around every width that the dot product steps by.
@@ -267,9 +292,9 @@ void test_score_errors() {
   CHECK(refuses(2, 3, 4, 3, 1, 5, good, "at least one token"));
   CHECK(refuses(2, 3, 4, -1, 1, 5, good, "at least one token"));
   CHECK(refuses(2, 3, 4, 1, -1, 5, good, "offset_stride"));
-  CHECK(refuses(2, 3, 4, 1, 1, -1, good, "B must be 0 or more"));
-  CHECK(refuses(2, 3, 4, 1, 1, 4, good, "outside [0, B)"));
-  CHECK(refuses(2, 3, 4, 1, 1, 5, {0, -1}, "outside [0, B)"));
+  CHECK(refuses(2, 3, 4, 1, 1, -1, good, "num_lanes must be 0 or more"));
+  CHECK(refuses(2, 3, 4, 1, 1, 4, good, "outside [0, num_lanes)"));
+  CHECK(refuses(2, 3, 4, 1, 1, 5, {0, -1}, "outside [0, num_lanes)"));
   const float* none = nullptr;
   CHECK(raises([&] { adadiff::uem_score(none, 2, 3, 4, 1, none, none, 1, 5, nullptr, nullptr); }, "null"));
   adadiff::uem_score(none, 0, 3, 4, 1, none, none, 1, 0, nullptr, nullptr);
@@ -277,6 +302,29 @@ void test_score_errors() {
 
 // Random123's known answers have counters of four free words; those here end in 0, so all zeros is the one of them.
 // The others are in tests/kernels/test_philox.py, against the same formula in Python.
+void test_exit_masks() {
+  const float nan = NAN, inf = INFINITY;
+  const std::vector<float> u{0.25f, 0.5f, nan, 0.75f, nan, inf}, threshold{0.5f, 0.5f, inf, -inf, 0.5f, inf};
+  const Ints lanes{0, 1, 2, 3, 4, 5}, swapped{5, 3, 1, 0, 2, 4};
+  Mask mask(6, 7);
+  CHECK(adadiff::exit_mask(u.data(), 6, threshold.data(), 6, lanes.data(), mask.data()) == 3);
+  CHECK((mask == Mask{1, 0, 1, 0, 0, 1}));
+  CHECK(adadiff::exit_mask(u.data(), 6, threshold.data(), 6, swapped.data(), mask.data()) == 2);
+  CHECK((mask == Mask{1, 0, 0, 0, 1, 0}));
+  CHECK(adadiff::exit_mask(nullptr, 5, threshold.data(), 6, lanes.data(), mask.data()) == 1);
+  CHECK((mask == Mask{0, 0, 1, 0, 0, 0}));
+  CHECK(adadiff::exit_mask(nullptr, 0, nullptr, 0, nullptr, nullptr) == 0);
+  const Mask before(6, 7);
+  mask = before;
+  const auto refuses = [&](const float* t, std::int32_t n, const Ints& rows, const std::string& part) {
+    return raises([&] { adadiff::exit_mask(u.data(), n, t, 6, rows.data(), mask.data()); }, part) && mask == before;
+  };
+  CHECK(refuses(threshold.data(), -1, lanes, "0 or more"));
+  CHECK(refuses(nullptr, 6, lanes, "null"));
+  CHECK(refuses(threshold.data(), 2, {0, 6}, "outside"));
+  CHECK(refuses(threshold.data(), 2, {-1, 0}, "outside"));
+}
+
 void test_philox() {
   const std::int64_t zero = 0;
   std::vector<std::int64_t> words(4, -1);
@@ -303,12 +351,13 @@ void test_philox() {
 int main() {
   test_patterns();
   test_random_runs();
-  test_leave_errors();
-  test_swap_errors();
+  test_exit_errors();
+  test_settle_errors();
   test_scores<float>();
   test_scores<adadiff::bfloat16>();
   test_score_errors();
+  test_exit_masks();
   test_philox();
-  test_compact();
+  test_compaction();
   std::puts("core: all tests passed");
 }

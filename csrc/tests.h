@@ -17,4 +17,4 @@
 using Ints = std::vector<std::int32_t>;
 using Mask = std::vector<std::uint8_t>;
 
-void test_compact();
+void test_compaction();

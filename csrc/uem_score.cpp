@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 #include <vector>
 
@@ -95,27 +96,45 @@ ADADIFF_WIDEST void dots(const bfloat16* y, const float* weight, std::int64_t ro
 template <typename Element>
 void uem_score(const Element* y, std::int64_t n, std::int64_t tokens, std::int64_t channels,
                std::int64_t num_prefix_tokens, const float* weight, const float* offset, std::int64_t offset_stride,
-               std::int32_t B, const std::int32_t* lanes, float* u) {
+               std::int32_t num_lanes, const std::int32_t* row_to_lane, float* u) {
   require(n >= 0, "uem_score: n must be 0 or more");
   require(channels >= 1, "uem_score: channels must be 1 or more");
   require(num_prefix_tokens >= 0 && num_prefix_tokens < tokens,
           "uem_score: num_prefix_tokens must leave at least one token");
-  require(B >= 0, "uem_score: B must be 0 or more");
+  require(num_lanes >= 0, "uem_score: num_lanes must be 0 or more");
   require(offset_stride >= 0, "uem_score: offset_stride must be 0 or more");
-  require((y && weight && offset && lanes && u) || n == 0, "uem_score: a pointer is null");
+  require((y && weight && offset && row_to_lane && u) || n == 0, "uem_score: a pointer is null");
   for (std::int64_t r = 0; r < n; ++r) {
-    require(lanes[r] >= 0 && lanes[r] < B, "uem_score: lanes name a lane outside [0, B)");
+    require(row_to_lane[r] >= 0 && row_to_lane[r] < num_lanes,
+            "uem_score: row_to_lane names a lane outside [0, num_lanes)");
   }
 
   const std::int64_t patches = tokens - num_prefix_tokens;
   std::vector<float> scores(static_cast<std::size_t>(n ? patches : 0));
   for (std::int64_t r = 0; r < n; ++r) {
     dots(y + (r * tokens + num_prefix_tokens) * channels, weight, patches, channels, scores.data());
-    const float own = offset[lanes[r] * offset_stride];
+    const float own = offset[row_to_lane[r] * offset_stride];
     double sum = 0;
     for (const float score : scores) sum += 1 / (1 + std::exp(-(score + own)));
     u[r] = static_cast<float>(sum / static_cast<double>(patches));
   }
+}
+
+std::int32_t exit_mask(const float* u, std::int32_t n, const float* threshold, std::int32_t num_lanes,
+                       const std::int32_t* row_to_lane, std::uint8_t* mask) {
+  require(n >= 0 && num_lanes >= 0, "exit_mask: n and num_lanes must be 0 or more");
+  require((threshold && row_to_lane && mask) || n == 0, "exit_mask: threshold, row_to_lane or mask is null");
+  for (std::int32_t r = 0; r < n; ++r) {
+    require(row_to_lane[r] >= 0 && row_to_lane[r] < num_lanes,
+            "exit_mask: row_to_lane names a lane outside [0, num_lanes)");
+  }
+  std::int32_t exits = 0;
+  for (std::int32_t r = 0; r < n; ++r) {
+    const float own = threshold[row_to_lane[r]];
+    mask[r] = own == std::numeric_limits<float>::infinity() || (u && u[r] < own);
+    exits += mask[r];
+  }
+  return exits;
 }
 
 template void uem_score(const float*, std::int64_t, std::int64_t, std::int64_t, std::int64_t, const float*,

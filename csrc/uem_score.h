@@ -1,5 +1,6 @@
-// The score of one layer's UEM with one output a token; formula in adadiff_kernels/residual_uem.py.
-// No Python, no Torch: pointers, sizes and strides. Throws std::invalid_argument before it writes.
+// The score of one layer's UEM with one output per token, and who exits by it; formula in
+// adadiff_kernels/residual_uem/reference.py. No Python, no Torch: pointers, sizes and strides. Throws
+// std::invalid_argument before it writes.
 #pragma once
 
 #include <cstdint>
@@ -10,19 +11,29 @@ struct bfloat16 {
   std::uint16_t bits;
 };
 
-// u[r] = mean over tokens t >= num_prefix_tokens of sigmoid(weight . y[r, t] + offset[lanes[r] * offset_stride])
+// u[r] = mean over tokens t >= num_prefix_tokens of sigmoid(weight . y[r, t] + offset[row_to_lane[r] * offset_stride])
 //
 //   y       [n][tokens][channels]  float or bfloat16
 //   weight  float[channels]
-//   offset  float, one for each of B lanes, `offset_stride` elements apart (0: one for all)
-//   lanes   int32[n]               row -> lane
+//   offset  float, one for each of num_lanes lanes, offset_stride elements apart (0: one for all)
+//   row_to_lane  int32[n]
 //   u       float[n]               out
 //
-// Sums are taken in one fixed order, so u[r] depends on row r alone. One thread: the rows of one block
-// call are read from the cache into which the block has just written them.
+// Sums are taken in one fixed order, so u[r] depends on row r alone. Runs on the calling thread: the block that has
+// just written y has left it in this core's cache.
 template <typename Element>
 void uem_score(const Element* y, std::int64_t n, std::int64_t tokens, std::int64_t channels,
                std::int64_t num_prefix_tokens, const float* weight, const float* offset, std::int64_t offset_stride,
-               std::int32_t B, const std::int32_t* lanes, float* u);
+               std::int32_t num_lanes, const std::int32_t* row_to_lane, float* u);
+
+// mask[r] = u[r] < threshold[row_to_lane[r]], or that threshold is infinite; NaN is below nothing. u may be null: then
+// only infinite thresholds count. Returns the number of rows with a true mask.
+//
+//   u            float[n], or null
+//   threshold    float[num_lanes]  by lane
+//   row_to_lane  int32[n]
+//   mask         uint8[n]          out
+std::int32_t exit_mask(const float* u, std::int32_t n, const float* threshold, std::int32_t num_lanes,
+                       const std::int32_t* row_to_lane, std::uint8_t* mask);
 
 }  // namespace adadiff

@@ -2,7 +2,6 @@
 
 import os
 import random
-import sys
 from types import ModuleType
 
 import numpy as np
@@ -19,6 +18,8 @@ torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 # The tensors are so small that a second thread costs more than it does, a hundredfold where the cores are busy.
 torch.set_num_threads(1)
+
+from adadiff_kernels import extension  # noqa: E402
 
 # Fixtures choose an implementation or a seed and keep nothing from example to example.
 settings.register_profile(
@@ -46,8 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def core(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType | None:
     """Runs a test twice: by the compiled core what it can do, then by PyTorch alone."""
     if request.param == "pytorch":
-        for name in ("compaction", "philox", "residual_uem"):  # by module: the package has functions of these names
-            monkeypatch.setattr(sys.modules[f"adadiff_kernels.{name}"], "_C", None)
+        monkeypatch.setattr(extension, "core", None)
         return None
     return pytest.importorskip("adadiff_kernels._C", reason="the extension is not built")
 

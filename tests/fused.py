@@ -57,7 +57,7 @@ class Problem:
         return wide[:, self.D : 2 * self.D]
 
     def run(self, norm: str | None = "affine", backend: str = "triton", **change: object) -> tuple[Tensor, ...]:
-        given = {"lanes": self.lanes, "gate": self.gate, "bias": self.bias, "score": self.score, **change}
+        given = {"row_to_lane": self.lanes, "gate": self.gate, "bias": self.bias, "score": self.score, **change}
         chosen = None if norm is None else self.norms[norm]
         return residual_uem(self.x, self.branch, norm=chosen, backend=backend, **given)
 

@@ -110,14 +110,14 @@ def test_cuda_is_built_where_nvcc_is_or_as_told(build, programs, monkeypatch):
 @pytest.mark.parametrize(
     ("nvcc", "wish", "line"),
     [
-        (False, None, "no nvcc found, building without compact.cu"),
-        (True, "0", "ADADIFF_CUDA=0, building without compact.cu"),
+        (False, None, "no nvcc found, building without compaction.cu"),
+        (True, "0", "ADADIFF_CUDA=0, building without compaction.cu"),
         (True, None, None),
         (True, "1", None),
     ],
 )
 def test_the_build_is_told_of_nvcc(build, programs, tmp_path, monkeypatch, capsys, nvcc, wish, line):
-    """CMake is asked to compile compact.cu exactly where the choice says so; one line tells where it is left out."""
+    """CMake is asked to compile compaction.cu exactly where the choice says so; one line tells where it is left out."""
     program(programs, "c++")
     if nvcc:
         program(programs, "nvcc")
@@ -146,7 +146,7 @@ def test_failing_build_is_loud(build, programs, tmp_path, monkeypatch):
     nvcc = program(programs, "nvcc")
     with pytest.raises(subprocess.CalledProcessError) as error:
         build_extension(build, tmp_path)
-    assert error.value.__notes__ == [f"built with {nvcc}; ADADIFF_CUDA=0 leaves compact.cu out"]
+    assert error.value.__notes__ == [f"built with {nvcc}; ADADIFF_CUDA=0 leaves compaction.cu out"]
 
 
 def test_missing_build_tool_is_named(build, programs):
@@ -158,8 +158,8 @@ def test_import_without_extension_warns_once():
     script = """
 import adadiff_kernels, torch
 active = adadiff_kernels.ActiveSet(3)
-active.leave(torch.tensor([True, False, False]), 1)
-print(active.lane.tolist(), adadiff_kernels.extension.core)
+active.exit_rows(torch.tensor([True, False, False]), 1)
+print(active.row_to_lane.tolist(), adadiff_kernels.extension.core)
 """
     result = subprocess.run(
         [sys.executable, "-W", "always", "-c", script],

@@ -1,4 +1,4 @@
-"""Compiles csrc/compact.cu for GPUs that need not be there, and reads what its kernels take: the second table of
+"""Compiles csrc/compaction.cu for GPUs that need not be there, and reads what its kernels take: the second table of
 benchmarks/results/resources.md."""
 
 import re
@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-SOURCE = Path(__file__).resolve().parents[2] / "csrc" / "compact.cu"
+SOURCE = Path(__file__).resolve().parents[2] / "csrc" / "compaction.cu"
 PINNED = "13.0"
 KERNELS = ("compact_kernel", "start_kernel")
 CHIPS = (80, 90, 100)
@@ -47,7 +47,7 @@ def compile_all(command: str) -> Found:
     chips = [chip for chip in CHIPS if f"sm_{chip}" in known]
     targets = [f"--generate-code=arch=compute_{chip},code=sm_{chip}" for chip in chips]
     with tempfile.TemporaryDirectory() as folder:
-        to = Path(folder) / "compact.o"
+        to = Path(folder) / "compaction.o"
         call = [command, "-std=c++17", "-O3", "-Xptxas=-v", "--threads=0", *targets, "-c", str(SOURCE), "-o", str(to)]
         text = subprocess.run(call, capture_output=True, text=True, check=True).stderr
     return {(kernel, chip): _taken(text, kernel, chip) for kernel in KERNELS for chip in chips}
@@ -69,7 +69,7 @@ def _taken(text: str, kernel: str, chip: int) -> Taken:
 def table(found: Found) -> str:
     """Markdown, one line a kernel and chip."""
     lines = [
-        "## csrc/compact.cu",
+        "## csrc/compaction.cu",
         "",
         f"Compiled by nvcc {PINNED}. Registers, stack and spills in bytes a thread; bytes of shared memory a block of",
         f"up to {THREADS} threads.",

@@ -28,7 +28,8 @@ def tasks(session: Session) -> Iterator[Task]:
 
 
 def decisions(session: Session, parameters: dict[str, object]) -> None:
-    from adadiff_kernels.device_set import DeviceSet, kernel_missing
+    from adadiff_kernels import DeviceSet
+    from adadiff_kernels.compaction.device_set import kernel_missing
 
     B, device = parameters["batch"], session.device
     u = torch.arange(B, device=device) % 2 * 0.5 + 0.25  # 0.25, 0.75, 0.25, ...
@@ -41,7 +42,7 @@ def decisions(session: Session, parameters: dict[str, object]) -> None:
 
     def leave() -> Tensor:
         active.start()
-        return active.leave(u, threshold, 1, bound=B)
+        return active.exit_rows(u, threshold, 1, bound=B)
 
     def settle() -> None:
         settle_rows(leave(), rows, saved)

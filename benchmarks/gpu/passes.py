@@ -109,7 +109,7 @@ def measure(session: Session, shape: Shape, parameters: dict[str, object], compi
 
 def in_tiles(tile: int, way: "Way") -> "Way":
     def call(x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        from adadiff_kernels import triton_residual_uem as kernel
+        from adadiff_kernels.residual_uem import kernel
 
         usual, kernel.MAP_TILE = kernel.MAP_TILE, tile
         try:
@@ -149,7 +149,7 @@ class Parameters:
 
     def fused(self, x: Tensor, branch: Tensor, scored: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
         score = self.score if scored else None
-        given = {"lanes": self.lanes, "gate": self.gate, "score": score, "norm": self.norm}
+        given = {"row_to_lane": self.lanes, "gate": self.gate, "score": score, "norm": self.norm}
         return residual_uem(x, branch, **given, backend="triton")
 
     @property

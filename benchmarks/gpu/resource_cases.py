@@ -16,7 +16,7 @@ def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def fused(T: int, D: int, P: int, kind: str, x: torch.dtype, branch: torch.dtype | None = None) -> None:
     """residual_uem for 64 rows; kind: the norm, with a gate where it is modulated; none: no norm follows."""
     from adadiff_kernels.residual_uem import Norm, Score
-    from adadiff_kernels.triton_residual_uem import launch_residual_uem
+    from adadiff_kernels.residual_uem.kernel import launch_residual_uem
 
     branch, n = branch or x, 64
     by_lane = tensor(n, 6 * D, dtype=branch)
@@ -29,7 +29,7 @@ def fused(T: int, D: int, P: int, kind: str, x: torch.dtype, branch: torch.dtype
     launch_residual_uem(
         tensor(n, T, D, dtype=x),
         tensor(n, T, D, dtype=branch),
-        lanes=tensor(n, dtype=torch.int32),
+        row_to_lane=tensor(n, dtype=torch.int32),
         gate=by_lane[:, 2 * D : 3 * D] if kind == "modulated" else None,
         bias=tensor(D, dtype=branch),
         score=Score(tensor(P, D), tensor(n, P), T % 256, tensor(n, dtype=torch.int32)) if P else None,
@@ -37,21 +37,15 @@ def fused(T: int, D: int, P: int, kind: str, x: torch.dtype, branch: torch.dtype
     )
 
 
-def swaps(T: int, D: int, dtype: torch.dtype) -> None:
-    from adadiff_kernels.triton_rows import launch_swap_rows
-
-    launch_swap_rows(tensor(32, 2, dtype=torch.int32), tensor(64, T, D, dtype=dtype))
-
-
 def joins(T: int, D: int, dtype: torch.dtype) -> None:
-    from adadiff_kernels.triton_rows import launch_join_skip
+    from adadiff_kernels.join_skip.kernel import launch_join_skip
 
     rows, index = tensor(64, T, D, dtype=dtype), tensor(64, dtype=torch.int32)
     launch_join_skip(rows, rows, index, index)
 
 
 def settles(T: int, D: int, dtype: torch.dtype) -> None:
-    from adadiff_kernels.triton_settle_rows import launch_settle_rows
+    from adadiff_kernels.settle_rows.kernel import launch_settle_rows
 
     rows = tensor(64, T, D, dtype=dtype)
     launch_settle_rows(tensor(64, 3, dtype=torch.int32), rows, rows)
@@ -60,7 +54,7 @@ def settles(T: int, D: int, dtype: torch.dtype) -> None:
 def step(size: int, dtype: torch.dtype, everything: bool, channels: int = 4) -> None:
     """A solver step of 64 samples of [channels, size, size]: guided in some, noisy, with history; or of DDIM."""
     from adadiff_kernels.solver_step import Guidance, Noise, SolverState, StepRows
-    from adadiff_kernels.triton_solver_step import launch_solver_step
+    from adadiff_kernels.solver_step.kernel import launch_solver_step
 
     shape, whole = (64, channels, size, size), tensor(64, dtype=torch.int64)
     eps = tensor(*shape, dtype=dtype)
@@ -89,7 +83,7 @@ CASES: dict[str, tuple[str, Callable[..., None], tuple[Any, ...]]] = {
     "D = 1536, bf16, map of 64": (FUSED, fused, (334, 1536, 64, "affine", BRAIN)),
     "D = 1536, float32": (FUSED, fused, (334, 1536, 1, "modulated", SINGLE)),
     "T = 1024, bf16": (FUSED, fused, (1024, 512, 1, "none", BRAIN)),
-    "swap, U-ViT-H/2, bf16": ("_swap_rows_kernel", swaps, (258, 1152, BRAIN)),
+    "settle, U-ViT-H/2, bf16": ("_settle_rows_kernel", settles, (258, 1152, BRAIN)),
     "settle, U-ViT-L/2, bf16": ("_settle_rows_kernel", settles, (257, 1024, BRAIN)),
     "join, U-ViT-L/2, bf16": ("_join_skip_kernel", joins, (257, 1024, BRAIN)),
     "join, U-ViT-H/2, float32": ("_join_skip_kernel", joins, (258, 1152, SINGLE)),
@@ -99,7 +93,6 @@ CASES: dict[str, tuple[str, Callable[..., None], tuple[Any, ...]]] = {
 # Triton takes a number that is 1 for a constant, which its interpreter does not: such kernels are others.
 ONES: dict[str, tuple[str, Callable[..., None], tuple[Any, ...]]] = {
     "one token, channel and output": (FUSED, fused, (1, 1, 1, "modulated", BRAIN)),
-    "swap of one number": ("_swap_rows_kernel", swaps, (1, 1, BRAIN)),
     "settle of one number": ("_settle_rows_kernel", settles, (1, 1, BRAIN)),
     "join of one number": ("_join_skip_kernel", joins, (1, 1, BRAIN)),
     "step of one number": ("_solver_step_kernel", step, (1, BRAIN, True, 1)),

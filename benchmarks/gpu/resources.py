@@ -63,7 +63,7 @@ class Resources:
     narrow_stores: int
 
 
-MODULES = ("triton_residual_uem", "triton_rows", "triton_settle_rows", "triton_solver_step")
+MODULES = ("residual_uem", "join_skip", "settle_rows", "solver_step")
 
 
 class Recorder:
@@ -80,7 +80,7 @@ class Recorder:
 def launch(case: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """The kernel of a case, and the arguments with which its launcher launches it."""
     name, launcher, arguments = (CASES | ONES)[case]
-    modules = [importlib.import_module(f"adadiff_kernels.{module}") for module in MODULES]
+    modules = [importlib.import_module(f"adadiff_kernels.{module}.kernel") for module in MODULES]
     kept = [
         (module, kernel, getattr(module, kernel))
         for module in modules

@@ -12,18 +12,17 @@ from torch import Tensor
 
 from adadiff_kernels import (
     COLUMNS,
+    DeviceSet,
     Guidance,
     Noise,
     Norm,
     Score,
     SolverState,
     StepRows,
-    Swaps,
     join_skip,
     residual_uem,
     settle_rows,
     solver_step,
-    swap_rows,
 )
 from benchmarks.gpu.session import device_or_exit
 
@@ -31,8 +30,8 @@ from benchmarks.gpu.session import device_or_exit
 def run(device: torch.device) -> list[str]:
     """Names of what ran. RuntimeError where a kernel and its reference differ."""
     torch.manual_seed(0)
-    checks = {"residual_uem": fused, "swap_rows": swap, "join_skip": join, "settle_rows": settle, "solver_step": step}
-    checks["DeviceSet"] = leave
+    checks = {"residual_uem": fused, "join_skip": join, "settle_rows": settle, "solver_step": step}
+    checks["DeviceSet"] = exits
     for check in checks.values():
         check(device)
     if device.type == "cuda":
@@ -55,21 +54,12 @@ def fused(device: torch.device) -> None:
         for P, norm in ((1, Norm(1e-5, bias + 1, bias)), (12, Norm(1e-6, None, None, scale, shift)), (1, None)):
             tickets = torch.zeros(B, dtype=torch.int32, device=device)
             score = Score(torch.randn(P, D, device=device) / 8, torch.randn(B, P, device=device), 2, tickets)
-            given = {"lanes": lanes, "gate": gate, "bias": bias, "score": score, "norm": norm}
+            given = {"row_to_lane": lanes, "gate": gate, "bias": bias, "score": score, "norm": norm}
             got, want = (residual_uem(x, branch, **given, backend=backend) for backend in ("triton", "reference"))
             for part, one, other in zip("yhu", got, want, strict=True):
                 if one is not None:
                     agree(f"residual_uem, {part}, P = {P}", one, other, tolerance)
             agree("tickets", tickets, torch.zeros_like(tickets), 0)
-
-
-def swap(device: torch.device) -> None:
-    swaps = Swaps(torch.tensor([[0, 6], [2, 5]], dtype=torch.int32, device=device), 7, 5)
-    rows = torch.randn(7, 5, 260, device=device)
-    want = rows.clone()
-    swap_rows(swaps, rows, backend="triton")
-    swap_rows(swaps, want, backend="reference")
-    agree("swap_rows", rows, want, 0)
 
 
 def join(device: torch.device) -> None:
@@ -105,19 +95,17 @@ def step(device: torch.device) -> None:
     agree("solver_step", states[0].x, states[1].x, 1e-4)
 
 
-def leave(device: torch.device) -> None:
+def exits(device: torch.device) -> None:
     """By the kernel where it was built."""
-    from adadiff_kernels.device_set import DeviceSet
-
     B = 77
     threshold = torch.full((B,), 0.5, device=device)
     own, want = DeviceSet(B, device), DeviceSet(B, device, backend="reference")
     for layer in (1, 2, 3):
         u = torch.rand(B, device=device)
         u[5] = torch.nan
-        snapshots = [torch.empty_like(own.row) for _ in range(2)]
+        snapshots = [torch.empty_like(own.lane_to_row) for _ in range(2)]
         moves = [
-            active.leave(u, threshold, layer, bound=B, snapshot=snapshot)
+            active.exit_rows(u, threshold, layer, bound=B, snapshot=snapshot)
             for active, snapshot in zip((own, want), snapshots, strict=True)
         ]
         counts = [active.wait(layer) for active in (own, want)]
@@ -125,8 +113,8 @@ def leave(device: torch.device) -> None:
             ("moves", *moves),
             ("snapshot", *snapshots),
             ("count", *(torch.tensor(count) for count in counts)),
-            ("lane", own.lane, want.lane),
-            ("row", own.row, want.row),
+            ("row_to_lane", own.row_to_lane, want.row_to_lane),
+            ("lane_to_row", own.lane_to_row, want.lane_to_row),
             ("exit layer", own.exit_layer, want.exit_layer),
         ):
             agree(f"DeviceSet, {name} after layer {layer}", one, other, 0)

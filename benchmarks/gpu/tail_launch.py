@@ -91,7 +91,7 @@ def parts(session: Session) -> dict[str, Call]:
         "cuDNN attention": attention(SDPBackend.CUDNN_ATTENTION),
         "flash attention": attention(SDPBackend.FLASH_ATTENTION),
         "GELU": lambda: F.gelu(x),
-        "fused pass": lambda: residual_uem(x, branch, lanes=lanes, score=score),
+        "fused pass": lambda: residual_uem(x, branch, row_to_lane=lanes, score=score),
     }
 
 

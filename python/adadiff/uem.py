@@ -242,7 +242,7 @@ def all_layers(backbone: Backbone, exits: Exits, x: Tensor, t: Tensor, context: 
         for branch in block.branches:
             h = layer_norm(rows, branch.norm(cond), lanes)
             # the fused pass of a GPU has no gradient
-            rows, _, _ = residual_uem(rows, branch(h), lanes=lanes, gate=branch.gate(cond), backend="reference")
+            rows, _, _ = residual_uem(rows, branch(h), row_to_lane=lanes, gate=branch.gate(cond), backend="reference")
         outputs.append(rows)
         patches = rows[:, backbone.num_prefix_tokens :]
         prediction = exits.head(backbone, layer)(patches, cond, lanes)

@@ -11,11 +11,10 @@ from adadiff_kernels import (
     Noise,
     SolverState,
     StepRows,
-    Swaps,
     join_skip,
     philox_normal,
+    settle_rows,
     solver_step,
-    swap_rows,
 )
 from fused import BRAIN, DTYPES, SINGLE, Problem, check
 
@@ -78,18 +77,20 @@ def test_two_runs_give_the_same_bits(outputs: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, BRAIN])
-def test_half_of_a_batch_changes_places(dtype: torch.dtype) -> None:
+def test_half_of_a_batch_exits(dtype: torch.dtype) -> None:
     draw = torch.Generator().manual_seed(0)
-    swaps = ActiveSet(256).leave(torch.rand(256, generator=draw) < 0.5, 1)
-    pairs = swaps.pairs.to(DEVICE)
+    moves = ActiveSet(256).exit_rows(torch.rand(256, generator=draw) < 0.5, 1).to(DEVICE)
     parent = torch.full((258, 257, 1024), math.nan, dtype=dtype, device=DEVICE)
     parent[1:-1] = torch.randn(256, 257, 1024, device=DEVICE).to(dtype)
-    order = torch.arange(258, device=DEVICE)
-    here, there = pairs.long().unbind(1)
-    order[here + 1], order[there + 1] = there + 1, here + 1
-    want = parent[order]
-    swap_rows(Swaps(pairs, swaps.before, swaps.after), parent[1:-1], backend="triton")
+    want, saved = parent.clone(), torch.full_like(parent, math.nan)
+    rows, lanes, sources = moves.long().unbind(1)
+    filled = sources >= 0
+    want[1 + rows[filled]] = parent[1 + sources[filled]]
+    kept = saved.clone()
+    kept[1 + lanes] = parent[1 + rows]
+    settle_rows(moves, parent[1:-1], saved[1:-1], backend="triton")
     torch.testing.assert_close(parent, want, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(saved, kept, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(("T", "D"), [(257, 1024), (258, 1152), (17, 384)])

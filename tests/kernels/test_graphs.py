@@ -9,8 +9,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from adadiff_kernels import ActiveSet, DeviceSet, Score, Swaps, residual_uem, settle_rows, swap_rows
-from operators import CASES, DEVICE, B, Results, fused_pass, normal, serves, settles, skips, steps, swaps
+from adadiff_kernels import ActiveSet, DeviceSet, Score, residual_uem, settle_rows
+from operators import CASES, DEVICE, B, Results, fused_pass, normal, serves, settles, skips, steps
 
 
 def copied(value: object) -> object:
@@ -28,8 +28,8 @@ def operators_of(counter: CompileCounterWithBackend) -> list[str]:
     [
         (fused_pass, "triton", {"residual_uem", "residual_uem_out"}),
         (fused_pass, "cpu", {"residual_uem", "residual_uem_out"}),
-        (swaps, None, {"swap_rows"}),
         (skips, "triton", {"join_skip"}),
+        (settles, None, {"settle_rows"}),
         (settles, "triton", {"settle_rows"}),
         (settles, "reference", set()),
         (steps, "reference", {"solver_step"}),
@@ -55,28 +55,31 @@ def test_one_graph_holds_it_for_any_number_of_rows(case: Callable, backend: str 
 
 @pytest.mark.slow
 def test_the_compiler_copies_nothing() -> None:
-    """Inductor writes where eager writes: into the branch, which is then swapped."""
+    """Inductor writes where eager writes: into the branch, whose rows then move."""
     serves("cpu")
 
-    def call(x: Tensor, w: Tensor, lanes: Tensor, score: Score, swaps: Swaps) -> Results:
+    def call(x: Tensor, w: Tensor, lanes: Tensor, score: Score, moves: Tensor, saved: Tensor) -> Results:
         branch = x @ w
-        y, _, u = residual_uem(x, branch, lanes=lanes, score=score, out=branch, backend="cpu")
-        swap_rows(swaps, y)
+        y, _, u = residual_uem(x, branch, row_to_lane=lanes, score=score, out=branch, backend="cpu")
+        settle_rows(moves, y, saved)
         return y, u
 
     torch.compiler.reset()
     given = (normal(8, 3, 16), normal(16, 16), torch.arange(8).int(), Score(normal(1, 16), normal(8, 1), 1))
-    given += (ActiveSet(8).leave(torch.arange(8) % 2 == 0, 1),)
+    given += (ActiveSet(8).exit_rows(torch.arange(8) % 2 == 0, 1), torch.zeros(8, 3, 16))
     found, (code, *_) = run_and_get_code(torch.compile(call, fullgraph=True, dynamic=True), *given)
     torch.testing.assert_close(found, call(*given), rtol=1e-6, atol=1e-6)
     body = code[code.index("def call(") : code.index("return (", code.index("def call("))]
-    assert [body.count(f"ops.adadiff_kernels.{name}.default(") for name in ("residual_uem_out", "swap_rows")] == [1, 1]
+    assert [body.count(f"ops.adadiff_kernels.{name}.default(") for name in ("residual_uem_out", "settle_rows")] == [
+        1,
+        1,
+    ]
     assert body.count("empty_strided") == 1  # of the product
     assert "cpp_fused" not in body
     assert "copy" not in body
 
 
-def test_a_set_leaves_inside_a_graph() -> None:
+def test_rows_exit_inside_a_graph() -> None:
     class Opaque(DeviceSet):
         """Its steps go as the kernel's do."""
 
@@ -86,10 +89,10 @@ def test_a_set_leaves_inside_a_graph() -> None:
 
     def call(active: DeviceSet, u: Tensor, threshold: Tensor, y: Tensor, saved: Tensor) -> Results:
         active.start()
-        settle_rows(active.leave(u, threshold, 1, bound=B), y, saved)
-        snapshot = torch.empty_like(active.row)
-        settle_rows(active.leave(None, (u - 0.5).sign() * torch.inf, 2, bound=B, snapshot=snapshot), y, saved)
-        return active.lane + 0, active.exit_layer + 0, active.count + 0, snapshot
+        settle_rows(active.exit_rows(u, threshold, 1, bound=B), y, saved)
+        snapshot = torch.empty_like(active.lane_to_row)
+        settle_rows(active.exit_rows(None, (u - 0.5).sign() * torch.inf, 2, bound=B, snapshot=snapshot), y, saved)
+        return active.row_to_lane + 0, active.exit_layer + 0, active.count + 0, snapshot
 
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -107,8 +110,7 @@ def test_a_set_leaves_inside_a_graph() -> None:
             assert torch.equal(found, wanted)
         torch.testing.assert_close(given, other, rtol=0, atol=0)
     assert counter.frame_count <= 2
-    leaves = ["device_leave"] if DEVICE == "cpu" else ["device_leave", "settle_rows"]  # PyTorch serves on the CPU
-    assert operators_of(counter) == ["device_start", *leaves, *leaves]
+    assert operators_of(counter) == ["start_device_set", *["exit_rows", "settle_rows"] * 2]
 
 
 @pytest.mark.gpu
@@ -121,7 +123,7 @@ def test_a_captured_graph_replays_every_operator() -> None:
 
     def run(own: DeviceSet, calls: list, y: Tensor) -> list[Results]:
         own.start()
-        settle_rows(own.leave(u, threshold, 1, bound=B), y, saved)
+        settle_rows(own.exit_rows(u, threshold, 1, bound=B), y, saved)
         return [call(*given) for call, given in calls]
 
     def again() -> list:
@@ -146,7 +148,7 @@ def test_a_captured_graph_replays_every_operator() -> None:
         active.replayed()
         expected = y.clone()
         wanted = run(other, again(), expected)
-        torch.testing.assert_close((results, rows, active.lane), (wanted, expected, other.lane))
+        torch.testing.assert_close((results, rows, active.row_to_lane), (wanted, expected, other.row_to_lane))
         assert active.wait(1) == other.wait(1)
 
 

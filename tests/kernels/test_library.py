@@ -17,12 +17,10 @@ from adadiff_kernels import (
     Score,
     SolverState,
     StepRows,
-    Swaps,
     join_skip,
     residual_uem,
     settle_rows,
     solver_step,
-    swap_rows,
 )
 from operators import CASES, DEVICE, B, Step, normal, serves, some_lanes
 
@@ -60,17 +58,16 @@ def test_the_fused_pass_is_what_it_declares(shape: tuple, out: bool, parts: str,
 
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 def test_moves_are_what_they_declare(backend: str) -> None:
-    wide = normal(6, 3, 8)[:, 1:2]  # rows that lie apart
-    pairs = torch.tensor([[0, 4], [2, 5], [-1, -1]], dtype=torch.int32, device=DEVICE)
-    rows = [wide, torch.arange(6, dtype=torch.int16, device=DEVICE)]
-    opcheck(OPS.swap_rows.default, (pairs[:2], 6, rows, serves(backend)))
+    moves = torch.tensor([[0, 4, 2], [1, 6, -1], [-1, -1, -1]], dtype=torch.int32, device=DEVICE)
+    opcheck(OPS.settle_rows.default, (moves, normal(3, 2, 5), normal(B, 2, 5), serves(backend)))
+    wide, integers = normal(6, 3, 8)[:, 1:2], torch.arange(6, dtype=torch.int16, device=DEVICE)  # wide: rows lie apart
+    opcheck(OPS.settle_rows.default, (moves, wide, normal(B, 1, 8), backend))
+    opcheck(OPS.settle_rows.default, (moves, integers, torch.zeros(B, dtype=torch.int16, device=DEVICE), backend))
     if backend == "cpu":
         return
     x, skip, index = normal(3, 2, 5), normal(B, 2, 5), torch.randperm(B, device=DEVICE)
     for lanes, own in ((some_lanes(3), index), (None, None)):
         opcheck(OPS.join_skip.default, (x, skip, lanes, own, backend))
-    moves = torch.tensor([[0, 4, 2], [1, 6, -1], [-1, -1, -1]], dtype=torch.int32, device=DEVICE)
-    opcheck(OPS.settle_rows.default, (moves, normal(3, 2, 5), normal(B, 2, 5), backend))
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -83,12 +80,12 @@ def test_a_step_is_what_it_declares(backend: str) -> None:
 
 def test_the_steps_of_a_set_are_what_they_declare() -> None:
     active = DeviceSet(B, DEVICE, backend="reference")
-    own = (active.lane, active.row, active.exit_layer, active._state)
-    opcheck(OPS.device_start.default, (*own, None))
+    own = (active.row_to_lane, active.lane_to_row, active.exit_layer, active._state)
+    opcheck(OPS.start_device_set.default, (*own, None))
     partner, snapshot = torch.arange(B).int().to(DEVICE), torch.zeros(B, dtype=torch.int32, device=DEVICE)
     u, threshold, mask = torch.rand(B).to(DEVICE), torch.rand(B).to(DEVICE), torch.arange(B).to(DEVICE) > 1
-    opcheck(OPS.device_leave.default, (*own, u, threshold, None, partner, snapshot, B, 1, None))
-    opcheck(OPS.device_leave.default, (*own, None, None, mask, None, None, B, 1, None))
+    opcheck(OPS.exit_rows.default, (*own, u, threshold, None, partner, snapshot, B, 1, None))
+    opcheck(OPS.exit_rows.default, (*own, None, None, mask, None, None, B, 1, None))
 
 
 class Dispatched(TorchDispatchMode):
@@ -125,16 +122,18 @@ def test_tensors_without_values_get_the_same_results(case: Callable) -> None:
 
 
 def test_what_is_recorded_of_real_tensors_is_the_operator() -> None:
-    def call(x: Tensor, pairs: Tensor) -> Tensor:
-        own = x + 1
-        swap_rows(Swaps(pairs, 3, 2), own)
-        return own
+    def call(x: Tensor, moves: Tensor) -> tuple[Tensor, Tensor]:
+        own, saved = x + 1, x * 0
+        settle_rows(moves, own, saved)
+        return own, saved
 
-    pairs = torch.tensor([[0, 2]], dtype=torch.int32, device=DEVICE)
-    graph = make_fx(call)(normal(3, 4), pairs)
+    moves = torch.tensor([[0, 1, 2]], dtype=torch.int32, device=DEVICE)
+    graph = make_fx(call)(normal(3, 4), moves)
     x = normal(3, 4)
-    assert OPS.swap_rows.default in {node.target for node in graph.graph.nodes}
-    assert torch.equal(graph(x, pairs), (x + 1)[[2, 1, 0]])
+    assert OPS.settle_rows.default in {node.target for node in graph.graph.nodes}
+    own, saved = graph(x, moves)
+    assert torch.equal(own, (x + 1)[[2, 1, 2]])
+    assert torch.equal(saved, torch.stack([x[0] * 0, x[0] + 1, x[0] * 0]))
 
 
 def step_without_noise(x: Tensor) -> None:
@@ -148,12 +147,12 @@ def ticketed(x: Tensor) -> Score:
 
 LANES = torch.zeros(2, dtype=torch.int32, device=DEVICE)
 REFUSED = [
-    (r"bias must be \[8\], got \(2,\)", lambda x: residual_uem(x, x, lanes=LANES, bias=LANES)),
-    (r"out must be \(2, 3, 8\)", lambda x: residual_uem(x, x, lanes=LANES, out=x[:1])),
+    (r"bias must be \[8\], got \(2,\)", lambda x: residual_uem(x, x, row_to_lane=LANES, bias=LANES)),
+    (r"out must be \(2, 3, 8\)", lambda x: residual_uem(x, x, row_to_lane=LANES, out=x[:1])),
     (r"skip must have a row for each of 2 rows", lambda x: join_skip(x, x[:1])),
     (r"moves must be int32 \[k, 3\]", lambda x: settle_rows(LANES, x, x)),
-    (r"score.tickets must be int32 of 2 or more", lambda x: residual_uem(x, x, lanes=LANES, score=ticketed(x))),
-    (r"rows\[1\] must have 2 rows or more", lambda x: swap_rows(Swaps(LANES.view(1, 2), 2, 1), x, x[:1])),
+    (r"score.tickets must be int32 of 2 or more", lambda x: residual_uem(x, x, row_to_lane=LANES, score=ticketed(x))),
+    ("rows and saved must be", lambda x: settle_rows(LANES.new_zeros(1, 3), x, x[:, :1])),
     ("a row adds noise, but z is None", step_without_noise),
 ]
 

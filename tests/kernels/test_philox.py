@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adadiff_kernels import philox
-from adadiff_kernels.philox import philox4x32, philox_normal
+from adadiff_kernels import extension
+from adadiff_kernels.philox import philox4x32, philox_normal, reference
 
 # Random123, tests/kat_vectors, "philox4x32 10"
 KNOWN_ANSWERS = [
@@ -114,8 +114,8 @@ def test_the_extreme_integers_give_finite_values(monkeypatch: pytest.MonkeyPatch
     def extremes(*_: Tensor) -> tuple[Tensor, ...]:
         return tuple(torch.tensor([[w]]) for w in (0, 0, 2**32 - 1, 2**32 - 1))
 
-    monkeypatch.setattr(philox, "_C", None)
-    monkeypatch.setattr(philox, "_rounds", extremes)
+    monkeypatch.setattr(extension, "core", None)
+    monkeypatch.setattr(reference, "_rounds", extremes)
     zero = torch.zeros(1, dtype=torch.int64)
     largest, none, *last = philox_normal(zero, zero, 0, 4)[0].tolist()
     assert largest == pytest.approx(math.sqrt(64 * math.log(2)), rel=1e-7)  # u1 = 2^-32, the smallest
@@ -127,7 +127,7 @@ def test_the_core_makes_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("adadiff_kernels._C", reason="the extension is not built")
     seeds, step = torch.tensor([0, 2**63 - 1, 2**32, 77])[::2], torch.tensor([2**32 - 1, 5])
     compiled = philox_normal(seeds, step, 2**32 - 1, 1023)
-    monkeypatch.setattr(philox, "_C", None)
+    monkeypatch.setattr(extension, "core", None)
     assert torch.equal(philox_normal(seeds, step, 2**32 - 1, 1023), compiled)
 
 

@@ -59,7 +59,7 @@ def test_states_the_formula(sizes: tuple[int, ...], gated: bool, norm: str, dtyp
     norm = {"affine": p.affine, "modulated": p.modulated, "plain": Norm(1e-6)}[norm]
     gate = p.gate if gated else None
     before = p.x.clone(), p.branch.clone()
-    y, h, u = residual_uem(p.x, p.branch, lanes=p.lanes, gate=gate, score=p.score, norm=norm)
+    y, h, u = residual_uem(p.x, p.branch, row_to_lane=p.lanes, gate=gate, score=p.score, norm=norm)
     assert torch.equal(p.x, before[0])  # without `out` nothing is overwritten
     assert torch.equal(p.branch, before[1])
     assert (y.dtype, h.dtype, u.dtype, u.shape) == (dtype, dtype, torch.float32, (p.n,))
@@ -80,10 +80,10 @@ def test_states_the_formula(sizes: tuple[int, ...], gated: bool, norm: str, dtyp
 @pytest.mark.parametrize("target", ["x", "branch", "part"])
 def test_out_receives_the_sum_and_its_neighbours_stay(target: str) -> None:
     p = Problem((5, 18, 48, 1, 2, 13), torch.float32)
-    want, h, u = residual_uem(p.x, p.branch, lanes=p.lanes, gate=p.gate, score=p.score, norm=p.affine)
+    want, h, u = residual_uem(p.x, p.branch, row_to_lane=p.lanes, gate=p.gate, score=p.score, norm=p.affine)
     whole = torch.full((9, p.T, p.D), 7.0)
     out = {"x": p.x, "branch": p.branch, "part": whole[2:7]}[target]
-    got = residual_uem(p.x, p.branch, lanes=p.lanes, gate=p.gate, score=p.score, norm=p.affine, out=out)
+    got = residual_uem(p.x, p.branch, row_to_lane=p.lanes, gate=p.gate, score=p.score, norm=p.affine, out=out)
     assert got[0].data_ptr() == out.data_ptr()
     for mine, theirs in zip(got, (want, h, u), strict=True):
         assert torch.equal(mine, theirs)
@@ -127,9 +127,9 @@ def test_rows_with_gaps_are_scored() -> None:
 @pytest.mark.parametrize(("row", "token", "channel"), [(0, 2, 0), (4, 17, 47), (2, 9, 31)])
 def test_nan_stays_in_its_row(row: int, token: int, channel: int) -> None:
     p = Problem((5, 18, 48, 1, 2, 13), torch.float32)
-    clean = residual_uem(p.x, p.branch, lanes=p.lanes, gate=p.gate, score=p.score, norm=p.modulated)
+    clean = residual_uem(p.x, p.branch, row_to_lane=p.lanes, gate=p.gate, score=p.score, norm=p.modulated)
     p.branch[row, token, channel] = math.nan
-    hurt = residual_uem(p.x, p.branch, lanes=p.lanes, gate=p.gate, score=p.score, norm=p.modulated)
+    hurt = residual_uem(p.x, p.branch, row_to_lane=p.lanes, gate=p.gate, score=p.score, norm=p.modulated)
     assert math.isnan(hurt[2][row])
     others = torch.arange(5) != row
     for before, after in zip(clean, hurt, strict=True):
@@ -138,17 +138,17 @@ def test_nan_stays_in_its_row(row: int, token: int, channel: int) -> None:
 
 def test_parameters_follow_the_lane_and_not_the_row() -> None:
     p = Problem((5, 18, 48, 2, 2, 13), torch.float32)
-    whole = residual_uem(p.x, p.branch, lanes=p.lanes, gate=p.gate, score=p.score, norm=p.modulated)
+    whole = residual_uem(p.x, p.branch, row_to_lane=p.lanes, gate=p.gate, score=p.score, norm=p.modulated)
     unused = torch.ones(p.B, dtype=torch.bool)
     unused[p.lanes.long()] = False
     for by_lane in (p.gate, p.score.offset, p.modulated.scale, p.modulated.shift):
         by_lane[unused] = math.nan
-    again = residual_uem(p.x, p.branch, lanes=p.lanes, gate=p.gate, score=p.score, norm=p.modulated)
+    again = residual_uem(p.x, p.branch, row_to_lane=p.lanes, gate=p.gate, score=p.score, norm=p.modulated)
     for before, after in zip(whole, again, strict=True):
         assert torch.equal(before, after)
     order = torch.tensor([3, 0, 4, 1, 2])
     turned = residual_uem(
-        p.x[order], p.branch[order], lanes=p.lanes[order], gate=p.gate, score=p.score, norm=p.modulated
+        p.x[order], p.branch[order], row_to_lane=p.lanes[order], gate=p.gate, score=p.score, norm=p.modulated
     )
     assert torch.equal(turned[0], whole[0][order])
     assert torch.equal(turned[1], whole[1][order])
@@ -157,11 +157,13 @@ def test_parameters_follow_the_lane_and_not_the_row() -> None:
 
 def test_what_is_not_asked_for_is_not_made() -> None:
     p = Problem((5, 18, 48, 1, 2, 13), torch.float32)
-    y, h, u = residual_uem(p.x, p.branch, lanes=p.lanes)
+    y, h, u = residual_uem(p.x, p.branch, row_to_lane=p.lanes)
     assert torch.equal(y, p.x + p.branch)
     assert h is None
     assert u is None
-    assert torch.equal(layer_norm(y, p.affine, p.lanes), residual_uem(p.x, p.branch, lanes=p.lanes, norm=p.affine)[1])
+    assert torch.equal(
+        layer_norm(y, p.affine, p.lanes), residual_uem(p.x, p.branch, row_to_lane=p.lanes, norm=p.affine)[1]
+    )
 
 
 X, LANES = torch.zeros(3, 5, 8), torch.arange(3, dtype=torch.int32)
@@ -172,7 +174,7 @@ X, LANES = torch.zeros(3, 5, 8), torch.arange(3, dtype=torch.int32)
     [
         ({"x": X[0]}, r"\[n, T, D\]"),
         ({"branch": X[:2]}, r"\(2, 5, 8\)"),
-        ({"lanes": LANES[:2]}, "one lane per row"),
+        ({"row_to_lane": LANES[:2]}, r"row_to_lane must be \[3\]"),
         ({"gate": torch.zeros(3, 7)}, r"gate must be \[B, 8\]"),
         ({"out": X.double()}, "float64"),
         ({"out": X[:, :4]}, r"\(3, 4, 8\)"),
@@ -180,13 +182,16 @@ X, LANES = torch.zeros(3, 5, 8), torch.arange(3, dtype=torch.int32)
         ({"score": Score(torch.zeros(2, 8), torch.zeros(3, 1), 0)}, r"offset \[B, P\]"),
         ({"score": Score(torch.zeros(8), torch.zeros(3, 1), 0)}, r"weight \[P, 8\]"),
         ({"score": Score(torch.zeros(1, 8), torch.zeros(3, 1).double(), 0)}, "offset must be float32"),
-        ({"lanes": LANES.long(), "score": Score(torch.zeros(1, 8), torch.zeros(3, 1), 0)}, r"lanes must be int32"),
+        (
+            {"row_to_lane": LANES.long(), "score": Score(torch.zeros(1, 8), torch.zeros(3, 1), 0)},
+            r"row_to_lane must be int32",
+        ),
         ({"score": Score(torch.zeros(1, 8), torch.zeros(3, 1), 5)}, "at least one of 5 tokens"),
         ({"score": Score(torch.zeros(1, 8), torch.zeros(3, 1), -1)}, "at least one of 5 tokens"),
     ],
 )
 def test_bad_input_is_named(change: dict, message: str) -> None:
-    given = {"x": X, "branch": X, "lanes": LANES, "out": torch.ones_like(X), **change}
+    given = {"x": X, "branch": X, "row_to_lane": LANES, "out": torch.ones_like(X), **change}
     with pytest.raises(ValueError, match=message):
         residual_uem(given["x"], given["branch"], **{k: v for k, v in given.items() if k not in ("x", "branch")})
     if "out" not in change:

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from adadiff_kernels import settle_rows
+from operators import serves
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["reference", "triton"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.bool, torch.int64]
+BACKENDS = ["reference", "cpu", "triton"]
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "triton":
-        pytest.importorskip("triton", reason="Triton is not installed")
-    return request.param
+    return serves(request.param)
 
 
 def filled(*shape: int, dtype: torch.dtype = torch.float32, start: int = 0) -> Tensor:
@@ -53,6 +53,30 @@ def test_rows_of_this_leave_and_no_others(shape, used, backend) -> None:
     assert parent[[0, 8]].isnan().all()
 
 
+@pytest.mark.parametrize("width", [1, 33, 1024, 1300])  # below, at and beyond one block of float32
+def test_rows_may_lie_apart(width, backend) -> None:
+    """Between rows of others, with gaps."""
+    parent, other = (torch.full((9, width + 3), math.nan, device=DEVICE) for _ in range(2))
+    rows, saved = parent[1:8, :width], other[1:8, :width]
+    rows.copy_(filled(7, width))
+    used = [(0, 6, 4), (2, 5, -1), (3, 0, 6)]
+    wanted, kept = parent.clone(), other.clone()
+    for row, lane, source in used:
+        kept[1 + lane, :width] = rows[row]
+        if source >= 0:
+            wanted[1 + row, :width] = rows[source]
+    settle_rows(moves_of(used, 7), rows, saved, backend=backend)
+    torch.testing.assert_close(parent, wanted, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(other, kept, rtol=0, atol=0, equal_nan=True)
+
+
+def test_elements_without_an_integer_of_their_size_are_refused() -> None:
+    serves("triton")
+    odd = torch.zeros(2, 3, dtype=torch.complex128, device=DEVICE)
+    with pytest.raises(ValueError, match=r"rows must have elements of 1, 2, 4 or 8 bytes, got torch.complex128"):
+        settle_rows(moves_of([(0, 1, 1)], 2), odd, odd.clone(), backend="triton")
+
+
 def test_more_pieces_than_programs(backend) -> None:
     """Every program takes several pieces, and some end before others."""
     n, width = 24, 30 * 2048 + 7  # of 31 pieces each
@@ -66,10 +90,11 @@ def test_more_pieces_than_programs(backend) -> None:
     assert not saved[:-9].any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_dtype_and_nan(dtype, backend) -> None:
     rows, saved = filled(2, 3, 50, dtype=dtype), filled(2, 3, 50, dtype=dtype, start=500)
-    rows[0, 1, 7] = math.nan
+    if dtype.is_floating_point:
+        rows[0, 1, 7] = math.nan
     before = rows.clone()
     settle_rows(moves_of([(0, 1, 1)], 2), rows, saved, backend=backend)
     torch.testing.assert_close(saved[1], before[0], rtol=0, atol=0, equal_nan=True)

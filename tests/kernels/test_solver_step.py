@@ -271,7 +271,7 @@ def test_guidance_follows_each_sample_s_own_scale() -> None:
     assert guided.tolist() == [[1.0, 2.0], [4.25, 7.0], [20.0, -5.0]]
     cond[1] = math.nan
     assert guide(cond, uncond, torch.ones(3)).isnan().all(1).tolist() == [False, True, False]
-    with pytest.raises(ValueError, match=r"scale \[n\], got \[3, 2\], \[3, 2\], \[2\]"):
+    with pytest.raises(ValueError, match=r"weight \[n\], got \[3, 2\], \[3, 2\], \[2\]"):
         guide(cond, uncond, torch.ones(2))
     with pytest.raises(ValueError, match="cond and uncond"):
         guide(cond, uncond[:1], torch.ones(3))

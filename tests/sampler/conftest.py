@@ -13,7 +13,7 @@ from adadiff.models import dit, layers, uvit
 from adadiff.uem import Exits
 from sampler import adaln
 
-fused = import_module("adadiff_kernels.ops")  # the package has a function of this name
+fused = import_module("adadiff_kernels.residual_uem")  # the package has a function of this name
 
 
 def lane_by_lane(function: Callable) -> Callable:

@@ -21,7 +21,7 @@ from adadiff.policies.exit_policies import Depth, Full, Patience, Replay, Thresh
 from adadiff.sampling.sampler import sample
 from adadiff.serving.engine import Engine
 from adadiff.uem import OFFICIAL, PAPER, ExitConfig, Exits
-from adadiff_kernels import CountSnapshot, DeviceSet, Swaps, settle_rows, swap_rows
+from adadiff_kernels import CountSnapshot, DeviceSet, settle_rows
 from late import use_sets
 from pretend import DEVICE, OnDevice, PretendDevice, TensorsMadeFromValues, Waits
 from sampler.tiny import BATCH, case, requests, served
@@ -165,7 +165,7 @@ def test_blocks_are_named_for_profilers_where_asked(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("used", [0, 1, 2])
 def test_rows_settle_without_a_look_at_the_moves(used: int) -> None:
-    """By PyTorch, where Triton is missing: of unused moves as of others, in any dtype; and pairs of a host's plan."""
+    """By PyTorch, where Triton is missing: of unused moves as of others, in any dtype."""
     moves = torch.tensor([[0, 3, 6], [2, 1, -1], [-1, -1, -1], [-1, -1, -1]][2 - used : 5 - used], dtype=torch.int32)
     for rows in (torch.arange(14.0).view(7, 2), (torch.arange(14) % 3 == 0).view(7, 2)):
         saved = torch.zeros_like(rows[:5])
@@ -178,10 +178,11 @@ def test_rows_settle_without_a_look_at_the_moves(used: int) -> None:
             settle_rows(OnDevice(moves[:0]), *held)
         assert torch.equal(held[0].held, rows)
         assert torch.equal(held[1].held, saved)
-    held = OnDevice(torch.arange(7))
-    with PretendDevice(strict=True):
-        swap_rows(Swaps(OnDevice(torch.tensor([[0, 6], [2, 4]], dtype=torch.int32)[:used]), 7, 5), held)
-    assert held.held.tolist() == [[0, 1, 2, 3, 4, 5, 6], [6, 1, 2, 3, 4, 5, 0], [6, 1, 4, 3, 2, 5, 0]][used]
+    held, saved = OnDevice(torch.arange(7)), OnDevice(torch.full((7,), -1))
+    with PretendDevice(strict=True):  # as many moves as rows exit, which is what a host's plan has
+        settle_rows(OnDevice(torch.tensor([[0, 5, 6], [2, 4, -1]], dtype=torch.int32)[:used]), held, saved)
+    assert held.held.tolist() == [[0, 1, 2, 3, 4, 5, 6], [6, 1, 2, 3, 4, 5, 6], [6, 1, 2, 3, 4, 5, 6]][used]
+    assert saved.held.tolist() == [[-1] * 7, [*[-1] * 5, 0, -1], [*[-1] * 4, 2, 0, -1]][used]
 
 
 def test_an_evaluation_in_a_graph_keeps_its_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +196,7 @@ def test_an_evaluation_in_a_graph_keeps_its_set(monkeypatch: pytest.MonkeyPatch)
     usual = run()
     ((idle,),) = [sets for (B, *_), sets in device_engine._idle.__dict__.items() if B == BATCH]
     with monkeypatch.context() as patched:
-        patched.setattr(sys.modules["adadiff_kernels.device_set"], "captures", lambda device: True)
+        patched.setattr(sys.modules["adadiff_kernels.compaction.device_set"], "captures", lambda device: True)
         recorded = run()
     assert torch.equal(recorded.exit_layer, usual.exit_layer)
     torch.testing.assert_close(recorded.eps, usual.eps, rtol=1e-5, atol=1e-5)
@@ -270,7 +271,7 @@ class Blind(DeviceSet):
     """Of which the host knows nothing but, where it must wait, a number."""
 
     def seen(self) -> CountSnapshot:
-        return CountSnapshot(0, self.lanes)
+        return CountSnapshot(0, self.num_lanes)
 
     def wait(self, layer: int) -> int:
         return 5

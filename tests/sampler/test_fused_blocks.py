@@ -12,7 +12,7 @@ from adadiff.forward.blocks import advance
 from adadiff.forward.forward import evaluate
 from adadiff.policies.exit_policies import Replay, Threshold
 from adadiff.uem import OFFICIAL, PAPER, ExitConfig
-from adadiff_kernels import ops
+from adadiff_kernels import dispatch
 from numerics import assert_as_accurate
 from sampler.tiny import BATCH, case
 
@@ -29,10 +29,12 @@ NETWORKS = [
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every operator that Triton has runs in its interpreter, where tensors of the CPU would get PyTorch."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    usual = ops.choose
-    monkeypatch.setattr(
-        ops, "choose", lambda backend, *given, **named: usual(backend or "triton", *given, **{**named, "learns": False})
-    )
+    usual = dispatch.choose
+
+    def choose(backend: str | None, *given: object, **named: object) -> str | None:
+        return usual(backend or "triton", *given, **{**named, "needs_grad": False})
+
+    monkeypatch.setattr(dispatch, "choose", choose)
 
 
 def outputs(kind: str, config: ExitConfig, dtype: torch.dtype, fused: bool) -> list[tuple[Tensor, Tensor]]:

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+COMMIT = "28883ee"  # the one compared with
 N = 64
 STEPS = (5, 6, 8)  # of samples in turn, so that they part ways
 BATCH = 24  # fewer than N: places are used again

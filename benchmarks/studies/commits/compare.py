@@ -17,8 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from base import COMMIT
-from cases import PLACEMENTS
+from cases import COMMIT, PLACEMENTS
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent

@@ -14,7 +14,8 @@ import adadiff
 from adadiff.forward import device as device_engine
 from adadiff.policies.exit_policies import Threshold
 from adadiff.uem import ExitConfig
-from adadiff_kernels import device_set, ops
+from adadiff_kernels import dispatch
+from adadiff_kernels.compaction import device_set
 
 
 def rule(case: Case) -> str:
@@ -96,7 +97,7 @@ def shared_head() -> ExitConfig:
 def noop_launches() -> Iterator[None]:
     """The device placement on tensors of the CPU, with every launch of a kernel of ours doing nothing: what is left is
     the host's own time, and PyTorch's operators, which are the plain network's as well."""
-    kernels = [importlib.import_module(f"adadiff_kernels.triton_{name}") for name in KERNELS]
+    kernels = [importlib.import_module(f"adadiff_kernels.{name}.kernel") for name in KERNELS]
     sets: dict[int, device_set.DeviceSet] = {}
 
     @contextmanager
@@ -117,14 +118,15 @@ def noop_launches() -> Iterator[None]:
         for module in kernels:
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 patch(module, name, NoLaunch())
-        patch(ops, "choose", lambda *given, **named: "triton")
-        patch(device_set, "_C", SimpleNamespace(compact=nothing, start=nothing))
-        patch(device_set, "_place", lambda tensor: (0, 0))
+        patch(dispatch, "choose", lambda *given, **named: "triton")
+        core = SimpleNamespace(compact=nothing, start=nothing)
+        patch(device_set, "extension", SimpleNamespace(core=core))
+        patch(device_set, "_stream", lambda tensor: (0, 0))
         patch(device_engine, "_device_set", prepared)
         yield
 
 
-KERNELS = ("residual_uem", "rows", "settle_rows", "solver_step")
+KERNELS = ("residual_uem", "join_skip", "settle_rows", "solver_step")
 
 
 class NoLaunch:

@@ -55,7 +55,12 @@ def advance(
     for branch, after in zip(branches, (*branches[1:], None), strict=True):
         b = branch(h, add_bias=False) if fused and branch.bias is not None else branch(h)
         target = _ours(b, rows) if after is not None or out is None else out
-        given = {"lanes": lanes, "gate": branch.gate(cond), "out": target, "score": score if after is None else None}
+        given = {
+            "row_to_lane": lanes,
+            "gate": branch.gate(cond),
+            "out": target,
+            "score": score if after is None else None,
+        }
         norm = None if after is None else after.norm(cond)
         if fused:
             rows, h, u = residual_uem(rows, b, bias=branch.bias, norm=norm, **given)

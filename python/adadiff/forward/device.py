@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from adadiff_kernels import DeviceSet, fuses, settle_rows
+from adadiff_kernels import DeviceSet, is_fused, settle_rows
 
 from ..models.interface import Backbone
 from ..uem import Exits
@@ -71,7 +71,7 @@ def evaluate_on_device(
     with _device_set(B, x.device) as active:
         lanes.run(active, rows, counts)
         exit_layer, moved = active.exit_layer.clone(), active.moved.clone()
-        order = active.lane.clone() if counts.exact else None
+        order = active.row_to_lane.clone() if counts.exact else None
     outputs = x.shape[1] * (2 if backbone.learned_variance else 1)
     eps, variance = lanes.heads(exit_layer, order) if B else rows.new_empty(0, outputs, *x.shape[2:]), None
     if backbone.learned_variance:
@@ -105,17 +105,18 @@ class _Lanes:
         self._saved = torch.empty_like(rows)  # [B, T, D] by lane: what it had where it left
         self.scores = torch.full((L, B), torch.nan, device=rows.device) if record else None
         self.rows = [0] * L  # over which each block was launched
+        self._outputs = 1 if exits is None else exits.weight.shape[1]
         self._left: list[tuple[int, int, int]] = []  # layer, rows before and after, where the host knows them exactly
 
     def run(self, active: DeviceSet, rows: Tensor, counts: Counts) -> None:
         """All blocks over rows [n, T, D] of `active`, until all its lanes have left."""
         blocks, decision, saved = self._backbone.blocks, self._decision, self._saved
         bound = count = len(rows)
-        asked_at, index_now, fused = [], active.snapshot(), fuses(rows)
+        asked_at, index_now, fused = [], active.snapshot(), is_fused(rows, self._outputs)
         for layer, block in enumerate(blocks, start=1):
             if not bound:
                 return
-            lanes, rows = active.lane[:bound], rows[:bound]
+            lanes, rows = active.row_to_lane[:bound], rows[:bound]
             skip, index = None, None
             if block.skip_from is not None:
                 skip, index = self._skips.pop(block.skip_from)
@@ -129,7 +130,7 @@ class _Lanes:
             needed = layer - 1 in self._needed
             if layer in decision.asked and layer < len(blocks):
                 asked_at.append(layer)
-                index_now = torch.empty_like(active.row) if needed else None
+                index_now = torch.empty_like(active.lane_to_row) if needed else None
                 settle_rows(self._leave(active, u, layer, lanes, index_now), rows, saved)
                 before, count = count, counts.bound(active, asked_at, bound)
                 self._left.append((layer, before, count))
@@ -181,12 +182,12 @@ class _Lanes:
         given = {"bound": len(lanes), "partner": self._partner, "snapshot": snapshot}
         decision = self._decision
         if decision.limits is not None:
-            return active.leave(u, decision.limits[layer - 1], layer, **given)
+            return active.exit_rows(u, decision.limits[layer - 1], layer, **given)
         if self._partner is not None and u is not None:
-            by_lane = torch.zeros(len(active.lane), device=u.device).index_copy_(0, lanes.long(), u)
+            by_lane = torch.zeros(active.num_lanes, device=u.device).index_copy_(0, lanes.long(), u)
             u = torch.maximum(u, by_lane.index_select(0, self._partner.index_select(0, lanes)))
         mask = decision.leave_blindly(u, layer, lanes, _running(active, lanes))
-        return active.leave_where(mask, layer, **given)
+        return active.exit_rows_where(mask, layer, **given)
 
     def _record(self, layer: int, u: Tensor, active: DeviceSet, lanes: Tensor) -> None:
         own, lanes = self.scores[layer - 1], lanes.long()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adadiff_kernels import ActiveSet, Swaps, swap_rows, take_rows, upload
+from adadiff_kernels import ActiveSet, settle_rows, take_rows, upload
 
 from ..models.interface import Backbone, Block, Conditioning
 from ..policies.exit_policies import Rule
@@ -95,7 +95,7 @@ def evaluate(
         rows, cohorts = _begin_each(backbone, exits, decision, x, t, context)
     else:
         rows, cohorts = _begin(backbone, exits, decision, x, t, context)
-    active = ActiveSet(B)
+    active, saved, rows_of_all = ActiveSet(B), None, rows
     scores = torch.full((L, B), torch.nan, device=x.device) if record else None
     needed = {block.skip_from for block in backbone.blocks} - {None}
     skips: dict[int, tuple[Tensor, Tensor]] = {}
@@ -131,13 +131,15 @@ def evaluate(
                 by_lane = torch.empty(B, device=u.device).index_copy_(0, lanes.long(), u)
                 u = torch.maximum(u, by_lane[pairs[lanes]])
         if layer in decision.asked:
-            swaps = active.leave(decision.leave(u, layer, lanes).to("cpu"), layer)
-            if swaps.after < swaps.before:
+            moves = active.exit_rows(decision.leave(u, layer, lanes).to("cpu"), layer)
+            if len(moves):
                 decision.moved()
-                swap_rows(Swaps(upload(swaps.pairs, device), swaps.before, swaps.after), rows)
-                left.append((layer, rows[swaps.after :, backbone.num_prefix_tokens :].clone()))
-                rows = rows[: swaps.after]
-                if not swaps.after:
+                saved = rows.new_empty(rows_of_all.shape) if saved is None else saved
+                settle_rows(upload(moves, device), rows, saved)
+                own = upload(active.row_to_lane[active.count : n], device).long()
+                left.append((layer, saved[:, backbone.num_prefix_tokens :].index_select(0, own)))
+                rows = rows[: active.count]
+                if not active.count:
                     break
         if layer - 1 in needed:
             skips[layer - 1] = (rows, active.snapshot())
@@ -147,7 +149,7 @@ def evaluate(
     if active.count:
         left.append((L, rows[:, backbone.num_prefix_tokens :]))
         active.finish(L)
-    lane = upload(active.lane, device)
+    lane = upload(active.row_to_lane, device)
     stem, head = backbone.stem_and_head_macs()
     ends = B * (stem + head)
     full = B * sum(costs) + ends

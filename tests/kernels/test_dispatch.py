@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from adadiff_kernels import Norm, Score, extension, launch, ops, uem_score
+from adadiff_kernels import Norm, Score, extension, join_skip, launch, residual_uem, uem_score
 
 X, LANES = torch.zeros(2, 3, 8), torch.zeros(2, dtype=torch.int32)
 SOURCES = (Path(__file__).parents[2], Path(__file__).parents[2] / "python")
@@ -19,7 +19,7 @@ SCORE = Score(torch.zeros(1, 8), torch.zeros(2, 1), 0)
 
 
 def run(backend: str | None, score: Score | None = SCORE) -> None:
-    ops.residual_uem(X, X, lanes=LANES, score=score, backend=backend)
+    residual_uem(X, X, row_to_lane=LANES, score=score, backend=backend)
 
 
 def test_a_name_nobody_has_is_refused() -> None:
@@ -60,7 +60,7 @@ images, _ = adadiff.sample(model, 2, steps=2, rule="threshold:0.2", labels=[0, 1
 assert images.isfinite().all()
 x, lanes = torch.zeros(2, 3, 8), torch.zeros(2, dtype=torch.int32)
 try:
-    adadiff_kernels.residual_uem(x, x, lanes=lanes, backend="triton")
+    adadiff_kernels.residual_uem(x, x, row_to_lane=lanes, backend="triton")
 except RuntimeError as error:
     print(error)
 """
@@ -77,13 +77,13 @@ def test_gradients_are_pytorchs(outputs: int) -> None:
     """The core has none, and would return scores that nothing learns from."""
     x, weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(outputs, 8, requires_grad=True)
     score = Score(weight, torch.zeros(2, outputs), 0)
-    _, _, u = ops.residual_uem(x, X, lanes=LANES, score=score)
+    _, _, u = residual_uem(x, X, row_to_lane=LANES, score=score)
     wanted = torch.autograd.grad(torch.sigmoid(x @ weight.T).mean((1, 2)).sum(), (x, weight))
     torch.testing.assert_close(torch.autograd.grad(u.sum(), (x, weight)), wanted)
     for given in (uem_score(x, score, LANES), uem_score(X, score, LANES)):
         assert given.requires_grad
     with torch.no_grad():
-        assert not ops.residual_uem(x, X, lanes=LANES, score=score)[2].requires_grad
+        assert not residual_uem(x, X, row_to_lane=LANES, score=score)[2].requires_grad
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
@@ -91,12 +91,12 @@ def test_backends_without_gradients_refuse_to_lose_them(backend: str) -> None:
     x = torch.zeros(2, 3, 8, requires_grad=True)
     weight = Score(torch.zeros(1, 8, requires_grad=True), SCORE.offset, 0)
     for call in (
-        lambda: ops.residual_uem(x, X, lanes=LANES, backend=backend),
-        lambda: ops.residual_uem(X, X, lanes=LANES, score=weight, backend=backend),
-        lambda: ops.residual_uem(X, X, lanes=LANES, norm=Norm(1e-6, x[0, 0], x[0, 1]), backend=backend),
-        lambda: ops.join_skip(X, x, backend=backend),
+        lambda: residual_uem(x, X, row_to_lane=LANES, backend=backend),
+        lambda: residual_uem(X, X, row_to_lane=LANES, score=weight, backend=backend),
+        lambda: residual_uem(X, X, row_to_lane=LANES, norm=Norm(1e-6, x[0, 0], x[0, 1]), backend=backend),
+        lambda: join_skip(X, x, backend=backend),
     ):
-        with pytest.raises(RuntimeError, match=f"backend='{backend}' has no gradients; take 'reference'"):
+        with pytest.raises(RuntimeError, match=f"backend='{backend}' has no gradients; use 'reference'"):
             call()
 
 
@@ -110,10 +110,10 @@ def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch) -> None:
 def test_the_core_is_asked_only_for_what_it_has(monkeypatch) -> None:
     pytest.importorskip("adadiff_kernels._C", reason="the extension is not built")
     run("cpu")
-    with pytest.raises(RuntimeError, match=r"one output a token .* got 2 of torch.float32"):
+    with pytest.raises(RuntimeError, match=r"one output per token .* got 2 of torch.float32"):
         run("cpu", Score(torch.zeros(2, 8), torch.zeros(2, 2), 0))
-    with pytest.raises(RuntimeError, match="does not have this function"):
-        ops.join_skip(X, X, backend="cpu")
+    with pytest.raises(RuntimeError, match="does not have this operator"):
+        join_skip(X, X, backend="cpu")
     monkeypatch.setattr(extension, "core", None)
     with pytest.raises(RuntimeError, match="the extension is not built"):
         run("cpu")
@@ -123,7 +123,7 @@ def test_the_core_needs_tensors_of_the_cpu() -> None:
     pytest.importorskip("adadiff_kernels._C", reason="the extension is not built")
     x = X.to("meta")
     with pytest.raises(RuntimeError, match="needs tensors on the CPU, got meta"):
-        ops.residual_uem(x, x, lanes=LANES.to("meta"), backend="cpu")
+        residual_uem(x, x, row_to_lane=LANES.to("meta"), backend="cpu")
 
 
 def test_kernels_are_launched_where_their_tensors_lie(monkeypatch) -> None:
@@ -137,7 +137,9 @@ def test_kernels_are_launched_where_their_tensors_lie(monkeypatch) -> None:
 
 
 def test_importing_does_not_import_triton() -> None:
-    code = "import sys, adadiff_kernels; assert not any('adadiff_kernels.triton' in name for name in sys.modules)"
+    code = (
+        "import sys, adadiff_kernels; assert not {'triton', 'adadiff_kernels.residual_uem.kernel'} & set(sys.modules)"
+    )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
@@ -146,19 +148,19 @@ def test_the_bias_joins_the_branch() -> None:
     """One rounding: in bfloat16, 256 + 1 + 1 passes through 257, which is not a bfloat16."""
     one = torch.ones(8, dtype=torch.bfloat16)
     x, branch = (torch.full((2, 3, 8), value, dtype=torch.bfloat16) for value in (1, 256))
-    y, _, _ = ops.residual_uem(x, branch, lanes=LANES, bias=one)
+    y, _, _ = residual_uem(x, branch, row_to_lane=LANES, bias=one)
     assert bool((y == 258).all())
-    mixed, _, _ = ops.residual_uem(x.float(), branch, lanes=LANES, bias=one)
+    mixed, _, _ = residual_uem(x.float(), branch, row_to_lane=LANES, bias=one)
     assert mixed.dtype == torch.float32
     assert bool((mixed == 258).all())
     with pytest.raises(ValueError, match=r"bias must be \[8\], got \(3,\)"):
-        ops.residual_uem(X, X, lanes=LANES, bias=one[:3])
+        residual_uem(X, X, row_to_lane=LANES, bias=one[:3])
 
 
 def test_one_graph_joins_any_number_of_rows() -> None:
     torch.compiler.reset()
     backend = CompileCounterWithBackend("eager")
-    join = torch.compile(ops.join_skip, backend=backend, dynamic=True, fullgraph=True)
+    join = torch.compile(join_skip, backend=backend, dynamic=True, fullgraph=True)
     skip, index = torch.randn(7, 3, 8), torch.arange(7, dtype=torch.int32).flip(0)
     for n in (6, 5, 3, 2):
         x, lanes = torch.randn(n, 3, 8), torch.arange(n, dtype=torch.int32)

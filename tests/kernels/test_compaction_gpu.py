@@ -1,4 +1,5 @@
-"""What only a GPU shows of a `DeviceSet`: large sizes, graphs, and that nothing waits. See test_device_set.py."""
+"""What only a GPU shows of a `DeviceSet`: large sizes, graphs, and that nothing waits. See
+test_compaction_device.py."""
 
 import math
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adadiff_kernels import ActiveSet, CountSnapshot, DeviceSet, settle_rows
-from adadiff_kernels.device_set import kernel_missing
+from adadiff_kernels.compaction.device_set import kernel_missing
 
 pytestmark = pytest.mark.gpu
 
@@ -30,21 +31,19 @@ def test_many_lanes_as_on_the_host(lanes: int) -> None:
     threshold = torch.full((lanes,), 0.3)
     for layer, u in enumerate(scores(5, lanes, lanes), start=1):
         bound = min(lanes, host.count + 7)
-        swaps = host.leave(u[: host.count] < threshold[: host.count], layer)
-        snapshot = torch.empty_like(active.row)
-        moves = active.leave(u[:bound].cuda(), threshold.cuda(), layer, bound=bound, snapshot=snapshot).cpu()
-        assert torch.equal(moves[: len(swaps.pairs), [0, 2]], swaps.pairs)
-        assert bool((moves[len(swaps.pairs) :, 2] == -1).all())
-        assert bool((moves[: swaps.before - swaps.after] >= 0)[:, :2].all())
-        assert bool((moves[swaps.before - swaps.after :] == -1).all())
-        assert torch.equal(snapshot.cpu(), host.row)
-        for name in ("lane", "row", "exit_layer"):
+        wanted = host.exit_rows(u[: host.count] < threshold[: host.count], layer)
+        snapshot = torch.empty_like(active.lane_to_row)
+        moves = active.exit_rows(u[:bound].cuda(), threshold.cuda(), layer, bound=bound, snapshot=snapshot).cpu()
+        assert torch.equal(moves[: len(wanted)], wanted)
+        assert bool((moves[len(wanted) :] == -1).all())
+        assert torch.equal(snapshot.cpu(), host.lane_to_row)
+        for name in ("row_to_lane", "lane_to_row", "exit_layer"):
             assert torch.equal(getattr(active, name).cpu(), getattr(host, name)), name
-        assert active.seen() == CountSnapshot(layer, swaps.after)
+        assert active.seen() == CountSnapshot(layer, host.count)
 
 
 def test_more_lanes_than_a_block_handles_are_refused() -> None:
-    with pytest.raises(ValueError, match="B must be an int from 0 to 32768, got 32769"):
+    with pytest.raises(ValueError, match="num_lanes must be an int from 0 to 32768, got 32769"):
         DeviceSet(32769, "cuda", backend="cuda")
 
 
@@ -58,7 +57,7 @@ def test_a_captured_tick_replays() -> None:
         active.start()
         x.copy_(torch.arange(lanes, device="cuda")[:, None].expand(lanes, 33))
         for layer in range(1, layers + 1):
-            settle_rows(active.leave(u[layer - 1], threshold, layer, bound=lanes), x, saved)
+            settle_rows(active.exit_rows(u[layer - 1], threshold, layer, bound=lanes), x, saved)
 
     tick()  # what compiles on first use
     torch.cuda.synchronize()
@@ -69,12 +68,12 @@ def test_a_captured_tick_replays() -> None:
         u.copy_(scores(layers, lanes, seed))
         host = ActiveSet(lanes)
         for layer in range(1, layers + 1):
-            host.leave(u[layer - 1, : host.count].cpu() < 0.3, layer)
+            host.exit_rows(u[layer - 1, : host.count].cpu() < 0.3, layer)
         graph.replay()
         active.replayed()
         assert active.wait(layers) == host.count
         torch.cuda.synchronize()
-        assert torch.equal(active.lane.cpu(), host.lane)
+        assert torch.equal(active.row_to_lane.cpu(), host.row_to_lane)
         assert torch.equal(active.exit_layer.cpu(), host.exit_layer)
         assert x[: host.count, 7].tolist() == host.running.tolist()
         left = host.exit_layer > 0
@@ -85,12 +84,12 @@ def test_a_captured_tick_replays() -> None:
 def test_nothing_waits_for_the_device(backend: str) -> None:
     active = DeviceSet(64, "cuda", backend=backend)
     u, threshold = torch.zeros(64, device="cuda"), torch.full((64,), 0.5, device="cuda")
-    partner, snapshot = active.lane.clone(), active.lane.clone()
+    partner, snapshot = active.row_to_lane.clone(), active.row_to_lane.clone()
     x, saved = torch.zeros(2, 64, 8, device="cuda")
 
     def tick() -> None:
         active.start()
-        moves = active.leave(u, threshold, 1, bound=64, partner=partner, snapshot=snapshot)
+        moves = active.exit_rows(u, threshold, 1, bound=64, partner=partner, snapshot=snapshot)
         settle_rows(moves, x, saved, backend="triton")
         settle_rows(moves, x, saved, backend="reference")
         active.locate(active.snapshot(), 64)
@@ -112,5 +111,5 @@ def test_nothing_waits_for_the_device(backend: str) -> None:
 
 
 def test_waiting_for_nothing_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="no leave at layer 3 has been queued"):
+    with pytest.raises(RuntimeError, match="no exit at layer 3 has been queued"):
         DeviceSet(4, "cuda", backend="cuda").wait(3)

@@ -151,7 +151,7 @@ def other_device(value: Tensor) -> Tensor:
         (lambda p: {"x": p.x.mT.contiguous().mT}, "x must be contiguous, got strides"),
         (lambda p: {"branch": p.branch.mT.contiguous().mT}, "branch must be contiguous"),
         (lambda p: {"branch": other_device(p.branch)}, "branch must be on (cpu|cuda:0), got meta"),
-        (lambda p: {"lanes": p.lanes.long(), "score": None}, "lanes must be int32, got int64"),
+        (lambda p: {"row_to_lane": p.lanes.long(), "score": None}, "row_to_lane must be int32, got int64"),
         (lambda p: {"gate": p.gate.T.contiguous().T}, "gate must have contiguous rows"),
         (lambda p: {"gate": other_device(p.gate)}, "gate must be on (cpu|cuda:0), got meta"),
         (lambda p: {"bias": p.bias.double()}, "bias must be float32 or .* got float64"),
@@ -165,7 +165,7 @@ def other_device(value: Tensor) -> Tensor:
 )
 def test_bad_input_is_named_before_anything_is_written(change, message: str) -> None:
     p = Problem((2, 5, 16, 1, 0, 3), (SINGLE, SINGLE))
-    given = {"x": p.x, "branch": p.branch, "lanes": p.lanes, "out": torch.ones_like(p.x)}
+    given = {"x": p.x, "branch": p.branch, "row_to_lane": p.lanes, "out": torch.ones_like(p.x)}
     given |= change(p)
     with pytest.raises(ValueError, match=message):
         residual_uem(given.pop("x"), given.pop("branch"), **given, backend="triton")
@@ -175,4 +175,4 @@ def test_bad_input_is_named_before_anything_is_written(change, message: str) -> 
 def test_rows_too_wide_for_registers_are_refused() -> None:
     x = torch.zeros(1, 2, 1537, device=DEVICE)
     with pytest.raises(ValueError, match="1 to 1536 channels fit in registers, got 1537"):
-        residual_uem(x, x, lanes=torch.zeros(1, dtype=torch.int32, device=DEVICE), backend="triton")
+        residual_uem(x, x, row_to_lane=torch.zeros(1, dtype=torch.int32, device=DEVICE), backend="triton")

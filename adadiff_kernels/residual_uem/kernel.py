@@ -1,4 +1,4 @@
-"""The fused pass on a GPU. Formula, letters and reference: residual_uem.py.
+"""The fused pass on a GPU. Formula, letters and reference: reference.py.
 
 One program takes a tile of BLOCK_M tokens of one row, BLOCK_T at a time, a token or two to a warp. D channels come in
 CHUNKS of BLOCK_D, 16 bytes a thread, which all stay in registers, so D need be no power of two. x and branch are read
@@ -13,10 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from adadiff_kernels.launch import FLOATS, interpreted, need
-from adadiff_kernels.residual_uem import Norm, Score
+from adadiff_kernels.residual_uem import MAX_CHANNELS, MAX_OUTPUTS, Norm, Score
 
-WIDEST = 1536  # channels of which a warp holds a token in registers
-MOST_OUTPUTS = 64
 MAP_TILE = 32  # tokens of a program where a score is a map: enough to repay reading its weights
 INTERPRETED = tl.constexpr(interpreted())
 
@@ -43,7 +41,7 @@ def _vector(pointer, channel, BLOCK_T: tl.constexpr, D: tl.constexpr):
 def _residual_uem_kernel(
     x_ptr,  # [n, T, D]
     branch_ptr,  # [n, T, D]
-    lanes_ptr,  # i32 [n]
+    row_to_lane_ptr,  # i32 [n]
     gate_ptr,  # [B, D] or None
     bias_ptr,  # [D] or None
     score_ptr,  # [P, D] or None
@@ -78,7 +76,7 @@ def _residual_uem_kernel(
     tiles = tl.cdiv(T, BLOCK_M)
     row = (tl.program_id(0) // tiles).to(tl.int64)
     first = tl.program_id(0) % tiles * BLOCK_M
-    lane = tl.load(lanes_ptr + row).to(tl.int64)
+    lane = tl.load(row_to_lane_ptr + row).to(tl.int64)
     x_ptr += row * T * D
     branch_ptr += row * T * D
     y_ptr += row * T * D
@@ -174,19 +172,19 @@ def launch_residual_uem(
     x: Tensor,
     branch: Tensor,
     *,
-    lanes: Tensor,
+    row_to_lane: Tensor,
     gate: Tensor | None = None,
     bias: Tensor | None = None,
     score: Score | None = None,
     norm: Norm | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As `residual_uem`. x, branch, out, lanes, bias, the score's weight and tickets contiguous; tensors by lane with
-    contiguous rows; all on one device; D up to 1536, P up to 64. Lanes are not checked against B, nor tickets for being
-    zero."""
+    """As `residual_uem`. x, branch, out, row_to_lane, bias, the score's weight and tickets contiguous; tensors by lane
+    with contiguous rows; all on one device; D up to 1536, P up to 64. Lanes are not checked against B,
+    nor tickets for being zero."""
     n, T, D = x.shape
     P = 1 if score is None else len(score.weight)
-    _check(x, branch, lanes, gate, bias, score, norm, out)
+    _check(x, branch, row_to_lane, gate, bias, score, norm, out)
     y = torch.empty_like(x) if out is None else out
     h = None if norm is None else torch.empty_like(branch)
     BLOCK_T = 8 if D <= 512 else 4  # two tokens a warp where their share fits in few registers
@@ -201,7 +199,7 @@ def launch_residual_uem(
         return y, h, u
     scale, shift = (None, None) if norm is None else (norm.scale, norm.shift)
     _residual_uem_kernel[(n * tiles,)](
-        *(x, branch, lanes, gate, bias),
+        *(x, branch, row_to_lane, gate, bias),
         *((None, None) if score is None else (score.weight, score.offset)),
         *((None, None) if norm is None else (norm.weight, norm.bias)),
         *(scale, shift, y, h, partial, tickets, u),
@@ -230,7 +228,7 @@ def launch_residual_uem(
 def _check(
     x: Tensor,
     branch: Tensor,
-    lanes: Tensor,
+    row_to_lane: Tensor,
     gate: Tensor | None,
     bias: Tensor | None,
     score: Score | None,
@@ -238,17 +236,19 @@ def _check(
     out: Tensor | None,
 ) -> None:
     n, T, D = x.shape
-    if not 1 <= D <= WIDEST:
-        raise ValueError(f"rows of 1 to {WIDEST} channels fit in registers, got {D}; backend='reference' takes any")
+    if not 1 <= D <= MAX_CHANNELS:
+        raise ValueError(
+            f"rows of 1 to {MAX_CHANNELS} channels fit in registers, got {D}; backend='reference' takes any"
+        )
     need("x", x, (n, T, D), x)
     need("branch", branch, (n, T, D), x)
-    need("lanes", lanes, (n,), x, (torch.int32,))
+    need("row_to_lane", row_to_lane, (n,), x, (torch.int32,))
     need("gate", gate, ("B", D), x, rows_apart=True)
     need("bias", bias, (D,), x)
     need("out", out, (n, T, D), x, (x.dtype,))
     if score is not None:
-        if not 1 <= len(score.weight) <= MOST_OUTPUTS:
-            raise ValueError(f"score takes 1 to {MOST_OUTPUTS} outputs a token, got {len(score.weight)}")
+        if not 1 <= len(score.weight) <= MAX_OUTPUTS:
+            raise ValueError(f"score takes 1 to {MAX_OUTPUTS} outputs a token, got {len(score.weight)}")
         need("score.weight", score.weight, ("P", D), x)
         need("score.offset", score.offset, ("B", len(score.weight)), x, (torch.float32,), rows_apart=True)
         need("score.tickets", score.tickets, ("B",), x, (torch.int32,))

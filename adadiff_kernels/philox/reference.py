@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from adadiff_kernels.extension import core as _C
+from adadiff_kernels import extension
 from adadiff_kernels.upload import upload
 
 M0, M1 = 0xD2511F53, 0xCD9E8D57
@@ -80,10 +80,10 @@ def philox_normal(
 def _words(seeds: Tensor, step: Tensor, stream: int, blocks: int, device: torch.device) -> Tensor:
     """int64[n, blocks, 2, 2]: (w0, w1), (w2, w3) of each counter."""
     n = len(seeds)
-    if _C is not None and device.type == "cpu" and seeds.is_cpu and step.is_cpu:
+    if extension.core is not None and device.type == "cpu" and seeds.is_cpu and step.is_cpu:
         words = torch.empty(n, blocks, 2, 2, dtype=torch.int64, device="cpu")
         seeds, step = seeds.contiguous(), step.contiguous()
-        _C.philox(seeds.data_ptr(), step.data_ptr(), n, stream, blocks, words.data_ptr())
+        extension.core.philox(seeds.data_ptr(), step.data_ptr(), n, stream, blocks, words.data_ptr())
         return words
     seeds, step = upload(seeds, device)[:, None], upload(step, device)[:, None]
     block = torch.arange(blocks, device=device)[None]

@@ -1,4 +1,4 @@
-"""One solver step on a GPU, guidance and noise included. Formula, letters and reference: solver_step.py, philox.py.
+"""One solver step on a GPU, guidance and noise included. Formula and reference: reference.py, ../philox/reference.py.
 
 One program takes BLOCK consecutive elements of one sample. Noise is drawn where it is used: the Philox integers are the
 CPU's, bit for bit, and so are the normal values, but for float64 functions that differ in the last bit.
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from adadiff_kernels.launch import FLOATS, need
-from adadiff_kernels.solver_step import COLUMNS, Guidance, Noise, SolverState, StepRows
+from adadiff_kernels.solver_step.reference import COLUMNS, Guidance, Noise, SolverState, StepRows
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def _solver_step_kernel(
     eps_ptr,  # [n, E]
     uncond_ptr,  # [g, E] or None
     uncond_row_ptr,  # i64 [n]
-    scale_ptr,  # f32 [n]
+    weight_ptr,  # f32 [n]
     channels_ptr,  # i64 [n] or None
     coefficients_ptr,  # f32 [n, 8]
     slot_ptr,  # i64 [n]
@@ -80,7 +80,7 @@ def _solver_step_kernel(
             if channels_ptr is not None:
                 guided &= element < tl.load(channels_ptr + i) * per_channel
             uncond = tl.load(uncond_ptr + other * E + element, mask=guided, other=0.0).to(tl.float32)
-            change = tl.load(scale_ptr + i) * (m - uncond)
+            change = tl.load(weight_ptr + i) * (m - uncond)
             if channels_ptr is not None:
                 change = tl.where(guided, change, 0.0)
             m += change
@@ -138,7 +138,7 @@ def launch_solver_step(
     if guidance is not None:
         need("uncond", guidance.uncond, ("g", *shape[1:]), x, FLOATS)
         need("guidance row", guidance.row, (n,), x, (torch.int64,))
-        need("guidance scale", guidance.scale, (n,), x, (torch.float32,))
+        need("guidance weight", guidance.weight, (n,), x, (torch.float32,))
         need("guidance channels", guidance.channels, (n,), x, (torch.int64,))
     if noise is not None:
         need("seeds", noise.seeds, (n,), x, (torch.int64,))
@@ -149,7 +149,7 @@ def launch_solver_step(
     noisy, BLOCK = rows.noise, 512  # one Philox counter a thread: float64 takes registers
     _solver_step_kernel[(n * triton.cdiv(E, BLOCK),)](
         *(x, state.base, state.history if rows.history else None, eps),
-        *((None,) * 4 if guidance is None else (guidance.uncond, guidance.row, guidance.scale, guidance.channels)),
+        *((None,) * 4 if guidance is None else (guidance.uncond, guidance.row, guidance.weight, guidance.channels)),
         *(rows.coefficients, rows.slot, rows.end, slots, z if noisy else None),
         *((noise.seeds, noise.step) if noise is not None and noisy else (None, None)),
         *(variance if noisy else None, 0 if noise is None else _signed(noise.stream), E, math.prod(shape[2:])),

@@ -1,4 +1,4 @@
-"""csrc/compact.cu on a machine without a GPU: it imports, checks, and says what CUDA lacks.
+"""csrc/compaction.cu on a machine without a GPU: it imports, checks, and says what CUDA lacks.
 
 What it computes is tested in csrc/compact_tests.cpp, thread by thread, and on a GPU in test_device_set.py; what it
 takes of a GPU in test_compile_gpu.py.
@@ -32,10 +32,10 @@ def test_cuda_says_itself_what_is_missing(cuda_core: ModuleType) -> None:
         cuda_core.start(8, 8, 8, 8, 4, 8, 0, 0)
 
 
-GOOD = dict.fromkeys(("lane", "row", "exit_layer", "state", "u", "threshold", "moves", "word"), 8) | {
+GOOD = dict.fromkeys(("row_to_lane", "lane_to_row", "exit_layer", "state", "u", "threshold", "moves", "word"), 8) | {
     **dict.fromkeys(("mask", "partner", "snapshot", "device", "stream"), 0),
     "bound": 3,
-    "lanes": 4,
+    "num_lanes": 4,
     "layer": 1,
 }
 
@@ -43,13 +43,13 @@ GOOD = dict.fromkeys(("lane", "row", "exit_layer", "state", "u", "threshold", "m
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lanes": 32769}, r"lanes must lie in \[0, 32768\]"),
-        ({"lanes": -1}, "lanes must lie"),
-        ({"bound": 5}, r"bound must lie in \[0, lanes\]"),
+        ({"num_lanes": 32769}, r"num_lanes must lie in \[0, 32768\]"),
+        ({"num_lanes": -1}, "num_lanes must lie"),
+        ({"bound": 5}, r"bound must lie in \[0, num_lanes\]"),
         ({"bound": -1}, "bound must lie"),
         ({"layer": 0}, r"layer must lie in \[1, 65535\]"),
         ({"layer": 65536}, "layer must lie"),
-        ({"row": 0}, "lane, row or exit_layer is null"),
+        ({"lane_to_row": 0}, "row_to_lane, lane_to_row or exit_layer is null"),
         ({"state": 0}, "state or word is null"),
         ({"word": 0}, "state or word is null"),
         ({"moves": 0}, "moves is null"),
@@ -66,12 +66,12 @@ def test_bad_arguments_are_refused_before_anything_is_launched(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lanes": 32769}, r"lanes must lie in \[0, 32768\]"),
-        ({"exit_layer": 0}, "lane, row or exit_layer is null"),
+        ({"num_lanes": 32769}, r"num_lanes must lie in \[0, 32768\]"),
+        ({"exit_layer": 0}, "row_to_lane, lane_to_row or exit_layer is null"),
         ({"word": 0}, "state or word is null"),
     ],
 )
 def test_bad_starts_are_refused(cuda_core: ModuleType, change: dict[str, int], message: str) -> None:
-    names = ("lane", "row", "exit_layer", "state", "lanes", "word", "device", "stream")
+    names = ("row_to_lane", "lane_to_row", "exit_layer", "state", "num_lanes", "word", "device", "stream")
     with pytest.raises(ValueError, match=f"^start: {message}"):
         cuda_core.start(**{name: GOOD[name] for name in names} | change)

@@ -1,13 +1,13 @@
-"""The fused pass: residual sum, uncertainty score of the layer, and the LayerNorm that follows.
+"""The fused pass: residual sum, uncertainty score of the layer, and the LayerNorm that follows. Formula and reference.
 
     y = x + gate[lane] * (branch + bias)                           (gate = 1, bias = 0 where there is none)
     s = W y_token + offset[lane]                                   for every patch token
     u = mean over patch tokens and outputs of sigmoid(s)
     h = LayerNorm(y)                                               affine, or (1 + scale[lane]) * it + shift[lane]
 
-n rows, T tokens, D channels, P outputs, B lanes; `lanes` (i32[n]) tells which lane a row carries. The score is the
-UEM of AdaDiff (Tang et al., ECCV 2024, Eq. 8) with its time part, one number per lane and output, folded into `offset`.
-Score and norm read y as it is stored; they accumulate in float32. The bias is that of the branch's last product,
+n rows, T tokens, D channels, P outputs, B lanes; row_to_lane (int32 [n]) tells which lane a row carries. The score is
+the UEM of AdaDiff (Tang et al., ECCV 2024, Eq. 8); its time part is one number per lane and output and belongs to
+`offset`. Score and norm read y as it is stored and accumulate in float32. `bias` is that of the branch's last product,
 which then need not add it.
 """
 
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adadiff_kernels.extension import core as _C
+from adadiff_kernels import extension
+from adadiff_kernels.dispatch import needs_grad
 from adadiff_kernels.extension import traced
 
 PARAMETERS = ("weight", "bias", "scale", "shift")
@@ -27,7 +28,10 @@ PARAMETERS = ("weight", "bias", "scale", "shift")
 
 @dataclass(frozen=True)
 class Norm:
-    """LayerNorm over D: affine with `weight` and `bias` [D], or modulated with `scale` and `shift` [B, D], by lane."""
+    """LayerNorm over D: affine with `weight` and `bias` [D], or modulated with `scale` and `shift` [B, D], by lane.
+
+    Raises ValueError for a weight without bias, or a scale without shift, and the other way round.
+    """
 
     eps: float
     weight: Tensor | None = None
@@ -46,10 +50,11 @@ class Norm:
 
 @dataclass(frozen=True)
 class Score:
-    """One layer's UEM: `weight` [P, D], `offset` float32 [B, P] by lane. Prefix tokens are excluded from the mean.
+    """One layer's UEM: weight [P, D], offset float32 [B, P] by lane. Prefix tokens are excluded from the mean.
 
-    tickets: int32 of n elements or more, zeros, by which the programs of a GPU kernel tell which of them ends a row. It
-    leaves zeros, so that the next call may use them, but no other call at the same time. None: made for each call.
+    tickets: int32, n elements or more, all zero: the programs of the GPU kernel count themselves here to find the last
+    one of each row. They are zero again afterwards, so that the next call can use them, but not one at the same time.
+    None: allocated for each call.
     """
 
     weight: Tensor
@@ -58,68 +63,68 @@ class Score:
     tickets: Tensor | None = None
 
 
-def _by_row(values: Tensor, lanes: Tensor) -> Tensor:
-    """values: [B, D]; lanes: i32 [n]. Returns [n, 1, D], to go with rows [n, T, D]."""
-    return values.index_select(0, lanes)[:, None]
+def _by_row(values: Tensor, row_to_lane: Tensor) -> Tensor:
+    """values: [B, D] by lane. Returns [n, 1, D], to combine with rows [n, T, D]."""
+    return values.index_select(0, row_to_lane)[:, None]
 
 
-def layer_norm(x: Tensor, norm: Norm, lanes: Tensor) -> Tensor:
-    """x: [n, T, D]; lanes: i32 [n]. Returns [n, T, D] in x's dtype. Parameters of another dtype: in float32."""
+def layer_norm(x: Tensor, norm: Norm, row_to_lane: Tensor) -> Tensor:
+    """x: [n, T, D]; row_to_lane: int32 [n]. Returns [n, T, D] in x's dtype; computed in float32 if dtypes differ."""
     given = {name: value for name in PARAMETERS if (value := getattr(norm, name)) is not None}
     if any(value.dtype != x.dtype for value in given.values()):
         work = torch.promote_types(x.dtype, torch.float32)
         wide = replace(norm, **{name: value.to(work) for name, value in given.items()})
-        return layer_norm(x.to(work), wide, lanes).to(x.dtype)
+        return layer_norm(x.to(work), wide, row_to_lane).to(x.dtype)
     h = F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
     if norm.scale is None:
         return h
-    return torch.addcmul(_by_row(norm.shift, lanes), h, 1 + _by_row(norm.scale, lanes))
+    return torch.addcmul(_by_row(norm.shift, row_to_lane), h, 1 + _by_row(norm.scale, row_to_lane))
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager:
-    """Scores are float32, also where products on x's device are not."""
+    """Disables autocast on x's device: scores are float32."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def uem_score(y: Tensor, score: Score, lanes: Tensor) -> Tensor:
-    """y: [n, T, D]; lanes: i32 [n]. Returns u, float32 [n]. Raises ValueError where shapes or dtypes do not fit."""
-    check_score(y, score, lanes)
-    return score_rows(y, score, lanes)
+def uem_score(y: Tensor, score: Score, row_to_lane: Tensor) -> Tensor:
+    """y: [n, T, D]; row_to_lane: int32 [n]. Returns u, float32 [n]. Raises ValueError for other shapes or dtypes."""
+    check_score(y, score, row_to_lane)
+    return score_rows(y, score, row_to_lane)
 
 
-def score_rows(y: Tensor, score: Score, lanes: Tensor) -> Tensor:
-    """By the compiled core where it can, else as the reference."""
-    core = core_scores(y, score) and not traced(y) and not learns(y, score.weight, score.offset)
-    return uem_score_core(y, score, lanes) if core else uem_score_reference(y, score, lanes)
+def score_rows(y: Tensor, score: Score, row_to_lane: Tensor) -> Tensor:
+    """`uem_score` without its checks, in C++ where that can."""
+    core = core_scores(y, score) and not traced(y) and not needs_grad(y, score.weight, score.offset)
+    return uem_score_core(y, score, row_to_lane) if core else uem_score_reference(y, score, row_to_lane)
 
 
-def uem_score_core(y: Tensor, score: Score, lanes: Tensor) -> Tensor:
-    """By the compiled core; see `core_scores`."""
+def uem_score_core(y: Tensor, score: Score, row_to_lane: Tensor) -> Tensor:
+    """`uem_score` in C++, see `core_scores`."""
     n, T, D = y.shape
     u = torch.empty(n, dtype=torch.float32, device="cpu")
-    weight, offset, lanes = score.weight.float().contiguous(), score.offset, lanes.contiguous()
-    (_C.uem_score_float32 if y.dtype == torch.float32 else _C.uem_score_bfloat16)(
-        *(y.data_ptr(), n, T, D, score.num_prefix_tokens, weight.data_ptr()),
-        *(offset.data_ptr(), offset.stride(0), len(offset), lanes.data_ptr(), u.data_ptr()),
+    weight, offset, row_to_lane = score.weight.float().contiguous(), score.offset, row_to_lane.contiguous()
+    extension.core.uem_score(
+        *(y.data_ptr(), y.dtype == torch.bfloat16, n, T, D, score.num_prefix_tokens, weight.data_ptr()),
+        *(offset.data_ptr(), offset.stride(0), len(offset), row_to_lane.data_ptr(), u.data_ptr()),
     )
     return u
 
 
-def uem_score_reference(y: Tensor, score: Score, lanes: Tensor) -> Tensor:
+def uem_score_reference(y: Tensor, score: Score, row_to_lane: Tensor) -> Tensor:
     """`uem_score` in PyTorch, for any device, dtype and P."""
     n, T, D = y.shape
     # all tokens go through one product: slicing the prefix tokens off first would copy y
     with no_autocast(y):
         s = F.linear(y.float().reshape(n * T, D), score.weight.float()).view(n, T, len(score.weight))
     s = s[:, score.num_prefix_tokens :]
-    return torch.sigmoid(s + _by_row(score.offset, lanes)).mean(dim=(1, 2))
+    return torch.sigmoid(s + _by_row(score.offset, row_to_lane)).mean(dim=(1, 2))
 
 
 def core_scores(y: Tensor, score: Score) -> bool:
-    """The compiled core takes one output a token; a map is a matrix product, which PyTorch does at full rate."""
+    """Whether the C++ core can score y: one output per token. A map is a matrix product, which PyTorch does well."""
     return (
-        _C is not None
+        extension.core is not None
         and len(score.weight) == 1
         and y.is_cpu
         and y.dtype in (torch.float32, torch.bfloat16)
@@ -127,16 +132,11 @@ def core_scores(y: Tensor, score: Score) -> bool:
     )
 
 
-def learns(*tensors: Tensor | None) -> bool:
-    """Whether gradients are to pass one of them; they are PyTorch's, kernels and core have none."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
 def residual_uem_reference(
     x: Tensor,
     branch: Tensor,
     *,
-    lanes: Tensor,
+    row_to_lane: Tensor,
     gate: Tensor | None = None,
     bias: Tensor | None = None,
     score: Score | None = None,
@@ -153,22 +153,22 @@ def residual_uem_reference(
     if gate is None:
         y = torch.add(x.to(work), added, out=target)
     else:
-        y = torch.addcmul(x.to(work), _by_row(gate, lanes).to(work), added, out=target)
+        y = torch.addcmul(x.to(work), _by_row(gate, row_to_lane).to(work), added, out=target)
     if work != x.dtype:
         y = y.to(x.dtype) if out is None else out.copy_(y)
-    u = None if score is None else scorer(y, score, lanes)
-    return y, None if norm is None else layer_norm(y, norm, lanes).to(branch.dtype), u
+    u = None if score is None else scorer(y, score, row_to_lane)
+    return y, None if norm is None else layer_norm(y, norm, row_to_lane).to(branch.dtype), u
 
 
 def check_sum(
-    x: Tensor, branch: Tensor, lanes: Tensor, gate: Tensor | None, bias: Tensor | None, out: Tensor | None
+    x: Tensor, branch: Tensor, row_to_lane: Tensor, gate: Tensor | None, bias: Tensor | None, out: Tensor | None
 ) -> None:
-    """ValueError where the shapes or dtypes of a sum do not fit."""
+    """ValueError for shapes or dtypes that do not fit the sum."""
     if x.ndim != 3 or branch.shape != x.shape:
         raise ValueError(f"x and branch must both be [n, T, D], got {tuple(x.shape)} and {tuple(branch.shape)}")
     n, _, D = x.shape
-    if lanes.shape != (n,):
-        raise ValueError(f"lanes must be [{n}], one lane per row, got {tuple(lanes.shape)}")
+    if row_to_lane.shape != (n,):
+        raise ValueError(f"row_to_lane must be [{n}], got {tuple(row_to_lane.shape)}")
     if gate is not None and (gate.ndim != 2 or gate.shape[1] != D):
         raise ValueError(f"gate must be [B, {D}], got {tuple(gate.shape)}")
     if bias is not None and bias.shape != (D,):
@@ -177,12 +177,12 @@ def check_sum(
         raise ValueError(f"out must be {tuple(x.shape)} {x.dtype}, got {tuple(out.shape)} {out.dtype}")
 
 
-def check_score(y: Tensor, score: Score, lanes: Tensor) -> None:
-    """ValueError where the shapes or dtypes of a score do not fit."""
+def check_score(y: Tensor, score: Score, row_to_lane: Tensor) -> None:
+    """ValueError for shapes or dtypes that do not fit the score."""
     n, T, D = y.shape
     weight, offset = score.weight, score.offset
-    if lanes.dtype != torch.int32 or lanes.shape != (n,):
-        raise ValueError(f"lanes must be int32 [{n}], one lane per row, got {lanes.dtype} {tuple(lanes.shape)}")
+    if row_to_lane.dtype != torch.int32 or row_to_lane.shape != (n,):
+        raise ValueError(f"row_to_lane must be int32 [{n}], got {row_to_lane.dtype} {tuple(row_to_lane.shape)}")
     if weight.ndim != 2 or weight.shape[1] != D or offset.ndim != 2 or offset.shape[1] != len(weight):
         raise ValueError(
             f"score needs weight [P, {D}] and offset [B, P], got {tuple(weight.shape)} and {tuple(offset.shape)}"

@@ -81,26 +81,26 @@ class SolverState:
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance of some samples: eps + scale (eps - uncond[row]); row -1 leaves eps as it is.
+    """Classifier-free guidance for some samples: eps + weight (eps - uncond[row]); row -1 leaves eps as it is.
 
-    uncond: [g, C, ...]; row: int64 [n] in [-1, g); scale: float32 [n]; channels: int64 [n], how many of the C are
-    guided, from the first on (None: all).
+    uncond: [g, C, ...]; row: int64 [n] in [-1, g); weight: float32 [n], `guidance_scale` - 1; channels: int64 [n], how
+    many of the C are guided, from the first on (None: all).
     """
 
     uncond: Tensor
     row: Tensor
-    scale: Tensor
+    weight: Tensor
     channels: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.row.dtype != torch.int64 or self.row.dim() != 1 or self.scale.shape != self.row.shape:
+        if self.row.dtype != torch.int64 or self.row.dim() != 1 or self.weight.shape != self.row.shape:
             raise ValueError(
-                f"guidance must be row int64 [n] and scale [n], got {self.row.dtype} {list(self.row.shape)} and "
-                f"{list(self.scale.shape)}"
+                f"guidance must be row int64 [n] and weight [n], got {self.row.dtype} {list(self.row.shape)} and "
+                f"{list(self.weight.shape)}"
             )
-        if self.scale.dtype != torch.float32 or not self.uncond.is_floating_point():
+        if self.weight.dtype != torch.float32 or not self.uncond.is_floating_point():
             raise ValueError(
-                f"scale must be float32 and uncond floating point, got {self.scale.dtype} and {self.uncond.dtype}"
+                f"weight must be float32 and uncond floating point, got {self.weight.dtype} and {self.uncond.dtype}"
             )
         _check_channels(self.channels, self.row)
 
@@ -108,7 +108,7 @@ class Guidance:
         """eps: [n, ...]. Returns float32 [n, ...]."""
         eps, chosen = eps.float().clone(), (self.row >= 0).nonzero().squeeze(1)
         channels = None if self.channels is None else self.channels[chosen]
-        eps[chosen] = guide(eps[chosen], self.uncond[self.row[chosen]], self.scale[chosen], channels)
+        eps[chosen] = guide(eps[chosen], self.uncond[self.row[chosen]], self.weight[chosen], channels)
         return eps
 
 
@@ -248,7 +248,7 @@ def check_step(
     if rows.slot.shape[0] != n:
         raise ValueError(f"{len(rows.slot)} rows of coefficients for {n} samples")
     if z is not None and noise is not None:
-        raise ValueError("z and noise are two ways to give the same values; give one of them")
+        raise ValueError("z and noise give the same values in two ways; give one of them")
     if rows.noise and z is None and noise is None:
         raise ValueError("a row adds noise, but z is None; draw it where the noise coefficient is not 0")
     if noise is not None and noise.seeds.shape[0] != n:
@@ -273,20 +273,21 @@ def check_step(
         raise ValueError(f"z must be float32, got {z.dtype}")
 
 
-def guide(cond: Tensor, uncond: Tensor, scale: Tensor, channels: Tensor | None = None) -> Tensor:
-    """Classifier-free guidance, cond + scale (cond - uncond): scale 0 is none (U-ViT, eval_ldm_discrete.py).
+def guide(cond: Tensor, uncond: Tensor, weight: Tensor, channels: Tensor | None = None) -> Tensor:
+    """Classifier-free guidance, cond + weight (cond - uncond), weight 0 being none: w in equation 6 of Ho and Salimans,
+    arXiv 2207.12598.
 
-    cond, uncond: [n, C, ...], scale: [n]; channels: int64 [n], how many of the C are guided, from the first on; the
+    cond, uncond: [n, C, ...], weight: [n]; channels: int64 [n], how many of the C are guided, from the first on; the
     others are cond's (DiT, models.py, guides three). Returns float32 [n, C, ...].
     """
-    if cond.shape != uncond.shape or scale.shape != cond.shape[:1]:
+    if cond.shape != uncond.shape or weight.shape != cond.shape[:1]:
         raise ValueError(
-            f"cond and uncond must be [n, ...] and scale [n], got {list(cond.shape)}, {list(uncond.shape)}, "
-            f"{list(scale.shape)}"
+            f"cond and uncond must be [n, ...] and weight [n], got {list(cond.shape)}, {list(uncond.shape)}, "
+            f"{list(weight.shape)}"
         )
-    _check_channels(channels, scale)
+    _check_channels(channels, weight)
     cond, one = cond.float(), [1] * (cond.dim() - 1)
-    guided = torch.addcmul(cond, scale.float().view(-1, *one), cond - uncond.float())
+    guided = torch.addcmul(cond, weight.float().view(-1, *one), cond - uncond.float())
     if channels is None:
         return guided
     chosen = torch.arange(cond.shape[1], device=cond.device) < channels[:, None]

@@ -44,7 +44,7 @@ class Problem:
     def guided(self) -> Tensor:
         """eps with guidance, float64."""
         eps = self.eps.double()
-        for i, (row, scale) in enumerate(zip(self.guidance.row.tolist(), self.guidance.scale.tolist(), strict=True)):
+        for i, (row, scale) in enumerate(zip(self.guidance.row.tolist(), self.guidance.weight.tolist(), strict=True)):
             if row >= 0:
                 eps[i] += scale * (eps[i] - self.guidance.uncond[row].double())
         return eps
@@ -155,7 +155,7 @@ def test_only_the_first_channels_are_guided(shape: tuple[int, ...]) -> None:
     for state, backend in ((stepped, "triton"), (same, "reference")):
         solver_step(state, p.eps, p.rows, z=p.z, guidance=p.guidance, backend=backend)
     wanted = p.eps.double()
-    for i, (row, scale) in enumerate(zip(p.guidance.row.tolist(), p.guidance.scale.tolist(), strict=True)):
+    for i, (row, scale) in enumerate(zip(p.guidance.row.tolist(), p.guidance.weight.tolist(), strict=True)):
         for c in range(int(channels[i]) if row >= 0 else 0):
             wanted[i, c] += scale * (wanted[i, c] - p.guidance.uncond[row, c].double())
     exact = solver_step_reference(copy(p.state, torch.float64), wanted, p.rows, p.z.double())
@@ -191,5 +191,5 @@ def test_bad_input_changes_nothing() -> None:
         Noise(seeds, seeds.int(), 0)
     with pytest.raises(ValueError, match="stream must lie"):
         Noise(seeds, seeds, -1)
-    with pytest.raises(ValueError, match="scale must be float32"):
+    with pytest.raises(ValueError, match="weight must be float32"):
         Guidance(p.eps, seeds, seeds.double())

@@ -1,15 +1,14 @@
-"""Rows that leave, and those that take their places, on a GPU and bit for bit. Formula and reference: settle_rows.py.
+"""Exiting rows and those that take their places, on a GPU and bit for bit. Formula and reference: reference.py.
 
-How many rows leave, only the device knows, and most often it is none. So there are as many programs as keep a GPU busy,
-no more; each takes every so-manieth piece of the rows that leave, and ends when there are no more.
+Only the device knows how many rows exit; most often it is none. So the grid is as large as keeps a GPU busy, and no
+larger: the programs take the pieces of the exiting rows in turn, and end when there are no more.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from adadiff_kernels.launch import need
-from adadiff_kernels.triton_rows import WORDS
+from adadiff_kernels.launch import WORDS, need
 
 PROGRAMS = 512
 
@@ -34,10 +33,10 @@ def _settle_rows_kernel(
         source = tl.load(move + 2)
         at = item % blocks * BLOCK + tl.arange(0, BLOCK)
         here = rows_ptr + row.to(tl.int64) * stride_rows + at
-        leaving = tl.load(here, mask=at < width)
+        exiting = tl.load(here, mask=at < width)
         moved = at < tl.where(source < 0, 0, width)
         staying = tl.load(rows_ptr + source.to(tl.int64) * stride_rows + at, mask=moved)
-        tl.store(saved_ptr + lane * stride_saved + at, leaving, mask=at < width)
+        tl.store(saved_ptr + lane * stride_saved + at, exiting, mask=at < width)
         tl.store(here, staying, mask=moved)
         item += tl.num_programs(0)
         row = tl.load(moves_ptr + 3 * (item // blocks), mask=item < items, other=-1)

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adadiff_kernels import ActiveSet, CountSnapshot, DeviceSet, settle_rows, take_rows, upload
-from adadiff_kernels.device_set import TICKS, PinnedCount, _packed, kernel_missing, start, unpacked
+from adadiff_kernels import ActiveSet, CountSnapshot, DeviceSet, extension, settle_rows, take_rows, upload
+from adadiff_kernels.compaction import device_set
+from adadiff_kernels.compaction.device_set import TICKS, PinnedCount, _packed, _start, kernel_missing, unpacked
 
 Make = Callable[..., DeviceSet]
 NAN, INF = math.nan, math.inf
@@ -68,8 +69,8 @@ class Lists:
 def assert_same(active: DeviceSet, lists: Lists, moves: Tensor, expected: list[list[int]]) -> None:
     assert moves.dtype == torch.int32
     assert moves.tolist() == [*expected, *([[-1, -1, -1]] * (len(moves) - len(expected)))]
-    assert active.lane.tolist() == lists.lane
-    assert active.row.tolist() == [lists.lane.index(lane) for lane in range(len(lists.lane))]
+    assert active.row_to_lane.tolist() == lists.lane
+    assert active.lane_to_row.tolist() == [lists.lane.index(lane) for lane in range(len(lists.lane))]
     assert active.exit_layer.tolist() == lists.exit_layer
     assert active.count.tolist() == [lists.n]
     assert active.moved.tolist() == [lists.moved]
@@ -80,21 +81,20 @@ def assert_same(active: DeviceSet, lists: Lists, moves: Tensor, expected: list[l
 def test_chosen_patterns_as_on_the_host(made: Make, pattern: str, n: int) -> None:
     mask = torch.tensor(PATTERNS[pattern](n), dtype=torch.bool)
     host, active = ActiveSet(n), made(n)
-    swaps = host.leave(mask, 4)
-    snapshot = torch.empty_like(active.row)
-    moves = active.leave_where(mask.to(active.device), 4, bound=n, snapshot=snapshot)
+    wanted = host.exit_rows(mask, 4)
+    snapshot = torch.empty_like(active.lane_to_row)
+    moves = active.exit_rows_where(mask.to(active.device), 4, bound=n, snapshot=snapshot)
     assert moves.shape == (n, 3)
-    leaving = n - swaps.after
-    assert moves[:leaving, 0].tolist() == mask.nonzero().flatten().tolist() == moves[:leaving, 1].tolist()
-    assert torch.equal(moves[: len(swaps.pairs), [0, 2]].cpu(), swaps.pairs)
-    assert bool((moves[len(swaps.pairs) :, 2] == -1).all())
-    assert bool((moves[leaving:] == -1).all())
-    assert torch.equal(snapshot.cpu(), host.row)
-    for name in ("lane", "row", "exit_layer"):
+    assert torch.equal(moves[: len(wanted)].cpu(), wanted)
+    assert wanted[:, 0].tolist() == mask.nonzero().flatten().tolist() == wanted[:, 1].tolist()
+    assert bool((moves[len(wanted) :] == -1).all())
+    assert torch.equal(snapshot.cpu(), host.lane_to_row)
+    for name in ("row_to_lane", "lane_to_row", "exit_layer"):
         assert torch.equal(getattr(active, name).cpu(), getattr(host, name)), name
-    assert active.count.tolist() == [swaps.after]
-    assert active.wait(4) == swaps.after
-    assert active.seen() == CountSnapshot(4, swaps.after)
+    assert active.count.tolist() == [host.count]
+    assert active.moved.tolist() == [host.moved]
+    assert active.wait(4) == host.count
+    assert active.seen() == CountSnapshot(4, host.count)
 
 
 @st.composite
@@ -129,10 +129,10 @@ def test_random_runs(made: Make, run: tuple[int, list[dict]]) -> None:
         running = lists.lane[: lists.n]
         tied = partner if given_["tied"] else list(range(lanes))
         goes = [alone[lane] and alone[tied[lane]] and tied[lane] in running for lane in running]
-        snapshot = torch.full_like(active.row, -7)
+        snapshot = torch.full_like(active.lane_to_row, -7)
         skips.append((x[:bound] + 100 * layer, active.snapshot()))
 
-        moves = active.leave(
+        moves = active.exit_rows(
             None
             if u is None
             else on(active, [u[lane] for lane in running] + [-1.0] * (bound - lists.n), torch.float32),
@@ -143,7 +143,7 @@ def test_random_runs(made: Make, run: tuple[int, list[dict]]) -> None:
             snapshot=snapshot,
         )
         assert_same(active, lists, moves, lists.leave(goes, layer))
-        assert torch.equal(snapshot, active.row)
+        assert torch.equal(snapshot, active.lane_to_row)
         settle_rows(moves, x, saved)
         assert x[: lists.n, 1].tolist() == lists.lane[: lists.n]
         assert saved[:, 2].tolist() == [lane if lists.exit_layer[lane] else -1 for lane in range(lanes)]
@@ -156,7 +156,7 @@ def test_random_runs(made: Make, run: tuple[int, list[dict]]) -> None:
     moves = active.finish(9, bound=lists.n)
     assert moves.tolist() == [[r, lists.lane[r], -1] for r in range(lists.n)]
     assert active.exit_layer.tolist() == [layer or 9 for layer in lists.exit_layer]
-    assert active.lane.tolist() == lists.lane
+    assert active.row_to_lane.tolist() == lists.lane
     assert active.wait(9) == 0
 
 
@@ -166,7 +166,7 @@ def test_rows_beyond_the_count_lie_in_old_skips(made: Make) -> None:
     snapshots: list[tuple[Tensor, int]] = []
     for layer, bound in enumerate(bounds, start=1):
         snapshots.append((active.snapshot(), bound))
-        active.leave_where(on(active, [r % 4 == layer % 4 for r in range(bound)], torch.bool), layer, bound=bound)
+        active.exit_rows_where(on(active, [r % 4 == layer % 4 for r in range(bound)], torch.bool), layer, bound=bound)
         for snapshot, then in snapshots:
             index = active.locate(snapshot, bound)
             assert index.shape == (bound,)
@@ -177,8 +177,8 @@ def test_rows_beyond_the_count_lie_in_old_skips(made: Make) -> None:
 def test_a_lane_does_not_leave_without_its_partner(made: Make) -> None:
     active = made(4)
     partner = on(active, [3, 1, 2, 0], torch.int32)
-    active.leave_where(on(active, [False, False, False, True], torch.bool), 1, bound=4)  # not tied yet
-    moves = active.leave_where(on(active, [True] * 4, torch.bool), 2, bound=4, partner=partner)
+    active.exit_rows_where(on(active, [False, False, False, True], torch.bool), 1, bound=4)  # not tied yet
+    moves = active.exit_rows_where(on(active, [True] * 4, torch.bool), 2, bound=4, partner=partner)
     assert moves.tolist() == [[1, 1, -1], [2, 2, -1], [-1, -1, -1], [-1, -1, -1]]
     assert active.exit_layer.tolist() == [0, 2, 2, 1]
     assert active.wait(2) == 1
@@ -187,14 +187,14 @@ def test_a_lane_does_not_leave_without_its_partner(made: Make) -> None:
 def test_a_bound_below_the_count_is_seen(made: Make) -> None:
     active = made(5)
     for layer, bound in ((1, 4), (2, 5)):  # and it stays
-        moves = active.leave_where(on(active, [True] * bound, torch.bool), layer, bound=bound)
+        moves = active.exit_rows_where(on(active, [True] * bound, torch.bool), layer, bound=bound)
         assert bool((moves == -1).all())
-        with pytest.raises(RuntimeError, match=f"before layer {layer} was given a bound below the rows that ran"):
+        with pytest.raises(RuntimeError, match=f"before layer {layer} was given a bound below the running rows"):
             active.wait(layer)
         with pytest.raises(RuntimeError, match="bound below"):
             active.seen()
         assert active.count.tolist() == [-1]
-        assert active.lane.tolist() == list(range(5))
+        assert active.row_to_lane.tolist() == list(range(5))
         assert active.exit_layer.tolist() == [0] * 5
     active.start()
     assert active.seen() == CountSnapshot(0, 5)
@@ -202,44 +202,48 @@ def test_a_bound_below_the_count_is_seen(made: Make) -> None:
 
 def test_ticks_start_afresh(made: Make) -> None:
     active = made(6)
-    addresses = [tensor.data_ptr() for tensor in (active.lane, active.row, active.exit_layer, active.count)]
+    addresses = [
+        tensor.data_ptr() for tensor in (active.row_to_lane, active.lane_to_row, active.exit_layer, active.count)
+    ]
     for tick in range(3):
         assert active.seen() == CountSnapshot(0, 6)
-        active.leave_where(on(active, [r == tick for r in range(6)], torch.bool), 1 + tick, bound=6)
+        active.exit_rows_where(on(active, [r == tick for r in range(6)], torch.bool), 1 + tick, bound=6)
         assert active.wait(1 + tick) == 5
         assert active.exit_layer.tolist() == [(1 + tick) * (r == tick) for r in range(6)]
         active.start()
         assert active.moved.tolist() == [0]
         assert active.count.tolist() == [6]
-        assert active.lane.tolist() == active.row.tolist() == list(range(6))
+        assert active.row_to_lane.tolist() == active.lane_to_row.tolist() == list(range(6))
         assert active.exit_layer.tolist() == [0] * 6
-    assert [tensor.data_ptr() for tensor in (active.lane, active.row, active.exit_layer, active.count)] == addresses
+    assert [
+        tensor.data_ptr() for tensor in (active.row_to_lane, active.lane_to_row, active.exit_layer, active.count)
+    ] == addresses
 
 
 def test_what_a_graph_holds_is_unknown_until_it_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The host's word is that of the tick before: taken for this one, it would be a bound below the rows that run."""
     active, everybody = DeviceSet(4, "cpu"), torch.ones(4, dtype=torch.bool)
-    active.leave_where(everybody, 1, bound=4)
+    active.exit_rows_where(everybody, 1, bound=4)
     assert active.seen() == CountSnapshot(1, 0)
     with monkeypatch.context() as patched:
-        module = sys.modules["adadiff_kernels.device_set"]
+        module = device_set
         patched.setattr(module, "captures", lambda device: True)
-        for name in ("start", "leave"):  # a graph only notes what it will do
-            patched.setattr(module, name, lambda lane, *_: lane.new_zeros(4, 3))
+        for name in ("_start", "_exit_rows"):  # a graph only notes what it will do
+            patched.setattr(module, name, lambda row_to_lane, *_: row_to_lane.new_zeros(4, 3))
         patched.setattr(PinnedCount, "post", lambda *_: None)
         active.start()
-        active.leave_where(everybody, 1, bound=4)
-        with pytest.raises(RuntimeError, match="made before a CUDA graph is captured"):
+        active.exit_rows_where(everybody, 1, bound=4)
+        with pytest.raises(RuntimeError, match="cannot be made while a CUDA graph is captured"):
             DeviceSet(4, "cpu")
     assert active.recorded
     assert active.seen() == CountSnapshot(0, 4)
     with pytest.raises(RuntimeError, match="layer 1 is recorded in a CUDA graph, which has not been replayed"):
         active.wait(1)
-    start(active.lane, active.row, active.exit_layer, active._state, None)
+    _start(active.row_to_lane, active.lane_to_row, active.exit_layer, active._state, None)
     active._word.post(_packed(active._state, 0))
     active.replayed()
     assert active.seen() == CountSnapshot(0, 4)
-    active.leave_where(everybody, 2, bound=4)
+    active.exit_rows_where(everybody, 2, bound=4)
     assert active.wait(2) == 0
     assert active.seen() == CountSnapshot(2, 0)
 
@@ -269,7 +273,7 @@ def test_counts_seen_late_are_bounds_of_their_own_tick() -> None:
     for _ in range(2):
         bound = 6
         for layer in range(1, 5):
-            active.leave_where(torch.arange(bound) == 0, layer, bound=bound)
+            active.exit_rows_where(torch.arange(bound) == 0, layer, bound=bound)
             seen.append(active.seen())
             bound = seen[-1].count
             assert int(active.count) == 6 - layer <= bound
@@ -299,7 +303,7 @@ def test_ticks_come_round() -> None:
     active = DeviceSet(2, "cpu")
     active._state[2] = active._tick = TICKS - 1
     active.start()
-    active.leave_where(torch.tensor([True, False]), 1, bound=2)
+    active.exit_rows_where(torch.tensor([True, False]), 1, bound=2)
     assert active.seen() == CountSnapshot(1, 1)
 
 
@@ -327,30 +331,32 @@ U, THRESHOLD = torch.zeros(3), torch.ones(4)
 )
 def test_bad_input_is_named_and_changes_nothing(change: dict, message: str) -> None:
     active = DeviceSet(4, "cpu")
-    active.leave_where(torch.tensor([True, False, False, False]), 2, bound=4)
-    before = [tensor.clone() for tensor in (active.lane, active.row, active.exit_layer, active._state)]
+    active.exit_rows_where(torch.tensor([True, False, False, False]), 2, bound=4)
+    before = [tensor.clone() for tensor in (active.row_to_lane, active.lane_to_row, active.exit_layer, active._state)]
     given_ = {"u": U, "threshold": THRESHOLD, "layer": 3, "bound": 3} | change
     with pytest.raises(ValueError, match=message):
-        active.leave(**given_)
-    for tensor, old in zip((active.lane, active.row, active.exit_layer, active._state), before, strict=True):
+        active.exit_rows(**given_)
+    for tensor, old in zip(
+        (active.row_to_lane, active.lane_to_row, active.exit_layer, active._state), before, strict=True
+    ):
         assert torch.equal(tensor, old)
-    active.leave(U, THRESHOLD, 3, bound=3)
+    active.exit_rows(U, THRESHOLD, 3, bound=3)
     assert active.exit_layer.tolist() == [2, 3, 3, 3]
 
 
 def test_bad_masks_and_snapshots_are_named() -> None:
     active = DeviceSet(4, "cpu")
     with pytest.raises(ValueError, match="mask must be bool, got uint8"):
-        active.leave_where(torch.zeros(4, dtype=torch.uint8), 1, bound=4)
+        active.exit_rows_where(torch.zeros(4, dtype=torch.uint8), 1, bound=4)
     with pytest.raises(ValueError, match=r"snapshot must be \[4\], got \[3\]"):
-        active.locate(active.row[:3], 4)
+        active.locate(active.lane_to_row[:3], 4)
     with pytest.raises(ValueError, match="bound must be an int from 0 to 4"):
-        active.locate(active.row, 5)
+        active.locate(active.lane_to_row, 5)
 
 
 @pytest.mark.parametrize("lanes", [-1, 2.5, None])
 def test_lanes_are_a_number(lanes: object) -> None:
-    with pytest.raises(ValueError, match="B must be an int from 0"):
+    with pytest.raises(ValueError, match="num_lanes must be an int from 0"):
         DeviceSet(lanes, "cpu")
 
 
@@ -362,7 +368,5 @@ def test_backends_that_cannot_serve_say_why() -> None:
 
 
 def test_an_extension_without_cuda_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    from adadiff_kernels import device_set
-
-    monkeypatch.setattr(device_set, "_C", None)
+    monkeypatch.setattr(extension, "core", None)
     assert "built without CUDA; install nvcc" in device_set.kernel_missing(torch.device("cuda", 0))

@@ -1,4 +1,4 @@
-#include "compact_cuda.h"
+#include "compaction_cuda.h"
 
 #include <cuda_runtime.h>
 
@@ -11,33 +11,33 @@
 namespace adadiff::cuda {
 namespace {
 
-using compact::Arguments;
-using compact::kThreads;
-using compact::Shared;
-using compact::State;
+using compaction::Arguments;
+using compaction::kThreads;
+using compaction::Shared;
+using compaction::State;
 using std::int32_t;
 
 __global__ void __launch_bounds__(kThreads) compact_kernel(const Arguments a) {
   __shared__ Shared shared;
   const auto threads = static_cast<int32_t>(blockDim.x);
-  compact::Thread t = compact::decide(a, shared, static_cast<int32_t>(threadIdx.x), threads);
+  compaction::Thread t = compaction::decide(a, shared, static_cast<int32_t>(threadIdx.x), threads);
   __syncthreads();
-  compact::add_up(shared, t, threads);
+  compaction::add_up(shared, t, threads);
   __syncthreads();
-  compact::count(a, shared, t, threads);
+  compaction::count(a, shared, t, threads);
   __syncthreads();
-  compact::list(a, shared, t);
+  compaction::list(a, shared, t);
   __syncthreads();
-  compact::exchange(a, shared, t, threads);
+  compaction::exchange(a, shared, t, threads);
   __syncthreads();
-  compact::record(a, t, threads);
+  compaction::record(a, t, threads);
 }
 
 __global__ void __launch_bounds__(kThreads)
-    start_kernel(int32_t* lane, int32_t* row, int32_t* exit_layer, State* state, int32_t lanes,
+    start_kernel(int32_t* row_to_lane, int32_t* lane_to_row, int32_t* exit_layer, State* state, int32_t num_lanes,
                  volatile std::uint64_t* word) {
-  compact::start(lane, row, exit_layer, state, lanes, word, static_cast<int32_t>(threadIdx.x),
-                 static_cast<int32_t>(blockDim.x));
+  compaction::start(row_to_lane, lane_to_row, exit_layer, state, num_lanes, word, static_cast<int32_t>(threadIdx.x),
+                    static_cast<int32_t>(blockDim.x));
 }
 
 void require(bool holds, const char* message) {
@@ -49,7 +49,7 @@ void check(cudaError_t error, const char* call) {
   throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(error));
 }
 
-// Makes a device current, and the former one again.
+// Makes a device current for as long as it lives.
 class Current {
  public:
   explicit Current(int device) {
@@ -82,27 +82,29 @@ void launch(void (*kernel)(Parameters...), int32_t rows, int device, std::uintpt
 }  // namespace
 
 void compact(const Arguments& a, int device, std::uintptr_t stream) {
-  require(a.lanes >= 0 && a.lanes <= compact::kMaxLanes, "compact: lanes must lie in [0, 32768]");
-  require(a.bound >= 0 && a.bound <= a.lanes, "compact: bound must lie in [0, lanes]");
+  require(a.num_lanes >= 0 && a.num_lanes <= compaction::kMaxLanes, "compact: num_lanes must lie in [0, 32768]");
+  require(a.bound >= 0 && a.bound <= a.num_lanes, "compact: bound must lie in [0, num_lanes]");
   require(a.layer >= 1 && a.layer <= 0xFFFF, "compact: layer must lie in [1, 65535]");
-  require((a.lane && a.row && a.exit_layer) || a.lanes == 0, "compact: lane, row or exit_layer is null");
+  require((a.row_to_lane && a.lane_to_row && a.exit_layer) || a.num_lanes == 0,
+          "compact: row_to_lane, lane_to_row or exit_layer is null");
   require(a.state && a.word, "compact: state or word is null");
   require(a.moves || a.bound == 0, "compact: moves is null");
   require(!a.u || a.threshold, "compact: u needs threshold");
   launch(compact_kernel, a.bound, device, stream, a);
 }
 
-void start(int32_t* lane, int32_t* row, int32_t* exit_layer, State* state, int32_t lanes,
+void start(int32_t* row_to_lane, int32_t* lane_to_row, int32_t* exit_layer, State* state, int32_t num_lanes,
            volatile std::uint64_t* word, int device, std::uintptr_t stream) {
-  require(lanes >= 0 && lanes <= compact::kMaxLanes, "start: lanes must lie in [0, 32768]");
-  require((lane && row && exit_layer) || lanes == 0, "start: lane, row or exit_layer is null");
+  require(num_lanes >= 0 && num_lanes <= compaction::kMaxLanes, "start: num_lanes must lie in [0, 32768]");
+  require((row_to_lane && lane_to_row && exit_layer) || num_lanes == 0,
+          "start: row_to_lane, lane_to_row or exit_layer is null");
   require(state && word, "start: state or word is null");
-  launch(start_kernel, lanes, device, stream, lane, row, exit_layer, state, lanes, word);
+  launch(start_kernel, num_lanes, device, stream, row_to_lane, lane_to_row, exit_layer, state, num_lanes, word);
 }
 
 MappedWord::MappedWord(int device) {
   const Current current(device);
-  // Kernels are loaded when first asked for, which a stream that is being captured would not allow.
+  // Loads the kernels: loading is not allowed on a stream that is being captured.
   cudaFuncAttributes loaded;
   check(cudaFuncGetAttributes(&loaded, compact_kernel), "cudaFuncGetAttributes");
   check(cudaFuncGetAttributes(&loaded, start_kernel), "cudaFuncGetAttributes");

@@ -1,0 +1,128 @@
+"""The lanes that still run, kept by the host. Formula and reference: reference.py."""
+
+import torch
+from torch import Tensor
+
+from adadiff_kernels import extension
+from adadiff_kernels.compaction.reference import MAX_LANES, exit_rows_reference
+
+
+class ActiveSet:
+    """The lanes that still run, and the row of every lane. It starts as the identity, everybody running.
+
+    row_to_lane: int32 [B].      lane_to_row: int32 [B], its inverse.
+    exit_layer: int32 [B] by lane, 0 while the lane runs.
+    num_lanes: B.      count: n, the running rows.      moved: rows that changed places so far, two a pair.
+
+    The tensors lie on the CPU and belong to the set: read them, and leave writing to its methods.
+    """
+
+    __slots__ = ("_snapshot", "count", "exit_layer", "lane_to_row", "moved", "num_lanes", "row_to_lane")
+
+    def __init__(self, num_lanes: int) -> None:
+        if not isinstance(num_lanes, int) or not 0 <= num_lanes <= MAX_LANES:
+            raise ValueError(f"num_lanes must be an int from 0 to {MAX_LANES}, got {num_lanes!r}")
+        # The core reads host memory, whatever torch's default device is.
+        self.row_to_lane = torch.arange(num_lanes, dtype=torch.int32, device="cpu")
+        self.lane_to_row = self.row_to_lane.clone()
+        self.exit_layer = torch.zeros_like(self.row_to_lane)
+        self.num_lanes = self.count = num_lanes
+        self.moved = 0
+        self._snapshot: Tensor | None = None
+
+    @property
+    def running(self) -> Tensor:
+        """int32 [n]: the lane in each running row. A view, valid until the next exit."""
+        return self.row_to_lane[: self.count]
+
+    def exit_rows(self, mask: Tensor, layer: int) -> Tensor:
+        """Lets the running rows with a true mask exit after `layer`.
+
+        mask: bool [n] by row. layer: 1 or more, and no earlier than the last after which a lane exited.
+        Returns the moves for `settle_rows`, int32 [k, 3], one for each of k exiting rows: the row, its lane, and the
+        row that takes its place (-1: none).
+        Raises ValueError, with nothing changed, for a mask or layer of another kind.
+        """
+        n = self.count
+        if mask.dtype != torch.bool or mask.shape != (n,) or mask.device != self.row_to_lane.device:
+            raise ValueError(f"mask must be bool [{n}] on {self.row_to_lane.device}, got {_describe(mask)}")
+        if not isinstance(layer, int):
+            raise ValueError(f"layer must be an int, got {layer!r}")
+        tensors = self.row_to_lane, self.lane_to_row, self.exit_layer
+        if extension.core is None:
+            _check_state(*tensors, n, layer)
+            state = torch.tensor([n, 0, 0], dtype=torch.int32, device="cpu")
+            moves = exit_rows_reference(*tensors, state, None, None, mask, None, None, n, layer)
+            self.count = int(state[0])
+        else:
+            mask, moves = mask.contiguous(), self.row_to_lane.new_empty(n, 3)
+            pointers = (tensor.data_ptr() for tensor in (mask, *tensors, moves))
+            self.count = extension.core.exit_rows(*pointers, n, self.num_lanes, layer)
+        moves = moves[: n - self.count]
+        if len(moves) and (moved := 2 * int((moves[:, 2] >= 0).sum())):
+            self.moved += moved
+            self._snapshot = None
+        return moves
+
+    def finish(self, layer: int) -> None:
+        """Everybody still running exits after `layer`, the last; no row moves."""
+        _check_layer(layer, self.row_to_lane, self.exit_layer, self.count)
+        self.exit_layer[self.running.long()] = layer
+        self.count = 0
+
+    def snapshot(self) -> Tensor:
+        """int32 [B]: the row of each lane now, to be kept with a long skip that is written now.
+
+        Snapshots between which no row moved are one tensor: read it only.
+        """
+        if self._snapshot is None:
+            self._snapshot = self.lane_to_row.clone()
+        return self._snapshot
+
+    def locate(self, snapshot: Tensor) -> Tensor | None:
+        """int64 [n]: the row in which each running row lay at the time of `snapshot`.
+
+        None if that is exactly 0..n-1: there is nothing to gather.
+        """
+        if snapshot is self._snapshot:
+            return None
+        like = self.lane_to_row
+        if snapshot.dtype != torch.int32 or snapshot.shape != like.shape or snapshot.device != like.device:
+            raise ValueError(f"snapshot must be int32 [{self.num_lanes}] of this set, got {_describe(snapshot)}")
+        index = snapshot.index_select(0, self.running).long()
+        return None if torch.equal(index, torch.arange(self.count, device=index.device)) else index
+
+
+def take_rows(rows: Tensor, index: Tensor | None, n: int) -> Tensor:
+    """[n, ...]: the rows that `ActiveSet.locate` names, or a view of the first n where it names none.
+
+    index: int64 [n] or None. Raises ValueError for an index of another kind or too few rows.
+    """
+    if index is None:
+        if not 0 <= n <= len(rows):
+            raise ValueError(f"n must lie in [0, {len(rows)}], the rows given, got {n}")
+        return rows[:n]
+    if index.dtype != torch.int64 or index.shape != (n,) or index.device != rows.device:
+        raise ValueError(f"index must be int64 [{n}] on {rows.device}, got {_describe(index)}")
+    return rows.index_select(0, index)
+
+
+def _check_state(row_to_lane: Tensor, lane_to_row: Tensor, exit_layer: Tensor, n: int, layer: int) -> None:
+    """What the core checks."""
+    _check_layer(layer, row_to_lane, exit_layer, n)
+    running = row_to_lane[:n].long()
+    if not torch.equal(lane_to_row[running], torch.arange(n, dtype=torch.int32, device=running.device)):
+        raise ValueError("row_to_lane and lane_to_row are not each other's inverse")
+    if exit_layer[running].any():
+        raise ValueError("a running lane has exited already")
+
+
+def _check_layer(layer: int, row_to_lane: Tensor, exit_layer: Tensor, n: int) -> None:
+    if not isinstance(layer, int) or layer < 1:
+        raise ValueError(f"layer must be an int of 1 or more, got {layer!r}")
+    if n < len(row_to_lane) and (last := int(exit_layer[row_to_lane[n]])) > layer:
+        raise ValueError(f"layer must be {last} or more, after which lanes have exited already, got {layer}")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"

@@ -1,0 +1,296 @@
+"""The lanes that still run, kept by a device. Formula and reference: reference.py; GPU kernel: csrc/compaction.cu.
+
+The device decides who exits and holds the count. The host knows a bound: a number that is never too small, such as the
+last count it has seen, since counts only fall. Nothing here waits for the device except `wait`, so a whole forward pass
+can be queued ahead or captured in a CUDA graph.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adadiff_kernels import extension
+from adadiff_kernels.compaction.reference import MAX_LANES, exit_rows_reference
+from adadiff_kernels.extension import traced
+from adadiff_kernels.launch import need
+from adadiff_kernels.library import register
+from adadiff_kernels.upload import captures
+
+TICKS = 1 << 16  # as many ticks can be told apart, and as many layers
+
+
+class CountSnapshot(NamedTuple):
+    """What the host has seen: `count` rows run after `layer`; layer 0 if it has seen no exit yet."""
+
+    layer: int
+    count: int
+
+
+class PinnedCount:
+    """One number in host memory that the device writes in stream order, and the host reads without waiting."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._word = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+
+    def post(self, word: Tensor) -> None:
+        """Queues the write. word: int64 [1] on the device."""
+        self._word.copy_(word, non_blocking=True)
+
+    def read(self) -> int:
+        return int(self._word)
+
+
+class DeviceSet:
+    """The lanes that still run, and the row of every lane, on a device. It starts as the identity, everybody running.
+
+    row_to_lane: int32 [B].      lane_to_row: int32 [B], its inverse.
+    exit_layer: int32 [B] by lane, 0 while the lane runs.
+    count: int32 [1], n, the running rows.      moved: int32 [1], rows that changed places so far, two a pair.
+    tickets: int32 [B], zeros for the fused pass (`Score`).
+    num_lanes: B.      recorded: whether the last start went into a CUDA graph.
+
+    The tensors belong to the set and keep their addresses, so captured graphs may hold them while the set lives. A set
+    that a graph holds is made before the capture and serves nothing else afterwards.
+    A bound below the count is an error of the caller that the host cannot see at once: nobody exits then, nothing
+    moves, `count` stays -1 until the next start, and `seen` and `wait` raise RuntimeError.
+    backend: "cuda", the kernel; "reference", PyTorch; None: the kernel on a CUDA device, if it was built.
+    word: replaces the host's word of the reference, to emulate a host that sees counts late.
+    """
+
+    def __init__(
+        self,
+        num_lanes: int,
+        device: torch.device | str,
+        *,
+        backend: Literal["reference", "cuda"] | None = None,
+        word: PinnedCount | None = None,
+    ) -> None:
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        if backend not in ("reference", "cuda", None):
+            raise ValueError(f"backend must be 'reference', 'cuda' or None, got {backend!r}")
+        missing = kernel_missing(device)
+        if backend == "cuda" and missing is not None:
+            raise RuntimeError(f"backend='cuda': {missing}")
+        self._kernel = backend != "reference" and missing is None and word is None
+        if backend == "cuda" and word is not None:
+            raise ValueError("word is for the reference; the kernel has its own")
+        if captures(device):
+            raise RuntimeError(
+                "a DeviceSet cannot be made while a CUDA graph is captured; run the same once before, on this stream"
+            )
+        if not isinstance(num_lanes, int) or not 0 <= num_lanes <= MAX_LANES:
+            raise ValueError(f"num_lanes must be an int from 0 to {MAX_LANES}, got {num_lanes!r}")
+        self.device, self.num_lanes = device, num_lanes
+        self.row_to_lane = torch.arange(num_lanes, dtype=torch.int32, device=device)
+        self.lane_to_row = self.row_to_lane.clone()
+        self.exit_layer, self.tickets = torch.zeros_like(self.row_to_lane), torch.zeros_like(self.row_to_lane)
+        self._state = torch.zeros(3, dtype=torch.int32, device=device)  # count, moved, tick
+        self.count, self.moved = self._state[:1], self._state[1:2]
+        self.count.fill_(num_lanes)
+        self._word = word or (extension.core.MappedWord(device.index) if self._kernel else PinnedCount(device))
+        self._address = self._word.device_address if self._kernel else None
+        self._tick, self._layer, self.recorded = 0, 0, False
+
+    def start(self) -> None:
+        """Everybody runs again, in the order of the lanes: the next tick."""
+        self._layer = 0
+        unseen = traced(self.row_to_lane)
+        begin = _START if unseen and self._kernel else _start
+        begin(self.row_to_lane, self.lane_to_row, self.exit_layer, self._state, self._address)
+        if not self._kernel:
+            self._word.post(_packed(self._state, 0))
+        if unseen or not captures(self.device):
+            self.replayed()
+        else:
+            self.recorded = True
+
+    def replayed(self) -> None:
+        """To be called whenever a CUDA graph that holds a `start` is replayed: the host cannot see that."""
+        self._tick, self.recorded = (self._tick + 1) % TICKS, False
+
+    def exit_rows(
+        self,
+        u: Tensor | None,
+        threshold: Tensor,
+        layer: int,
+        *,
+        bound: int,
+        partner: Tensor | None = None,
+        snapshot: Tensor | None = None,
+    ) -> Tensor:
+        """Lets the running rows with u < threshold exit after `layer`, and posts the new count. NaN never exits.
+
+        u: float32 [bound] by row, or None; values from the count on do not matter. threshold: float32 [B] by lane;
+        where it is infinite, the lane exits whatever its u, even NaN or None.
+        partner: int32 [B], the lane that a lane is tied to, itself if none: tied lanes exit where both may.
+        layer: 1 or more, later than the last. bound: at least the running rows, at most B.
+        snapshot: int32 [B], receives `lane_to_row` as it is afterwards, to be kept with a long skip written now.
+        Returns the moves for `settle_rows`, int32 [bound, 3]: an exiting row, its lane, and the row that takes its
+        place (-1: none), in the order of the rows, then rows of -1.
+        Raises ValueError, with nothing queued, for arguments of other kinds.
+        """
+        need("u", u, (bound,), self.row_to_lane, (torch.float32,))
+        need("threshold", threshold, (self.num_lanes,), self.row_to_lane, (torch.float32,))
+        return self._exit(layer, bound, u=u, threshold=threshold, partner=partner, snapshot=snapshot)
+
+    def exit_rows_where(
+        self, mask: Tensor, layer: int, *, bound: int, partner: Tensor | None = None, snapshot: Tensor | None = None
+    ) -> Tensor:
+        """`exit_rows` for the running rows with a true mask, bool [bound] by row."""
+        need("mask", mask, (bound,), self.row_to_lane, (torch.bool,))
+        return self._exit(layer, bound, mask=mask, partner=partner, snapshot=snapshot)
+
+    def finish(self, layer: int, *, bound: int | None = None) -> Tensor:
+        """Everybody still running exits after `layer`, the last. bound (None: B) and moves as for `exit_rows`; no row
+        takes another's place."""
+        return self._exit(layer, self.num_lanes if bound is None else bound)
+
+    def seen(self) -> CountSnapshot:
+        """The last count of this tick that the host can see, without waiting: an upper bound of the running rows."""
+        tick, layer, count = unpacked(self._word.read())
+        if self.recorded or tick != self._tick or layer == 0:
+            return CountSnapshot(0, self.num_lanes)
+        return CountSnapshot(layer, _checked(count, layer))
+
+    def wait(self, layer: int) -> int:
+        """The running rows after `layer`, for which an exit has been queued. Waits for the device, by polling.
+
+        RuntimeError if none has been queued, or if it is recorded in a graph that has not been replayed since.
+        """
+        if self.recorded:
+            raise RuntimeError(f"the exit at layer {layer} is recorded in a CUDA graph, which has not been replayed")
+        if not self._kernel:
+            return _checked(int(self.count), layer)
+        if not self._word.poll(self._tick, layer, 1.0):
+            torch.cuda.synchronize(self.device)  # raises the device's error, if there was one
+            if self.seen().layer < layer:
+                raise RuntimeError(f"no exit at layer {layer} has been queued")
+        return self.seen().count
+
+    def snapshot(self) -> Tensor:
+        """int32 [B]: the row of each lane now, to be kept with a long skip that is written now."""
+        return self.lane_to_row.clone()
+
+    def locate(self, snapshot: Tensor, bound: int) -> Tensor:
+        """int32 [bound]: the row in which each row lay at the time of `snapshot`.
+
+        Rows beyond the count have one too, and it is below the bound of that time: the bounds of a tick never grow.
+        """
+        need("snapshot", snapshot, (self.num_lanes,), self.row_to_lane, (torch.int32,))
+        return snapshot.index_select(0, self.row_to_lane[: self._bound(bound)])
+
+    def _exit(
+        self,
+        layer: int,
+        bound: int,
+        u: Tensor | None = None,
+        threshold: Tensor | None = None,
+        mask: Tensor | None = None,
+        partner: Tensor | None = None,
+        snapshot: Tensor | None = None,
+    ) -> Tensor:
+        need("partner", partner, (self.num_lanes,), self.row_to_lane, (torch.int32,))
+        need("snapshot", snapshot, (self.num_lanes,), self.row_to_lane, (torch.int32,))
+        bound = self._bound(bound)
+        if not isinstance(layer, int) or not self._layer < layer < TICKS:
+            raise ValueError(f"layer must be an int after {self._layer}, the last, and below {TICKS}, got {layer!r}")
+        self._layer = layer
+        step = _EXIT if self._kernel and traced(self.row_to_lane) else _exit_rows
+        given = (u, threshold, mask, partner, snapshot, bound, layer)
+        moves = step(self.row_to_lane, self.lane_to_row, self.exit_layer, self._state, *given, self._address)
+        if not self._kernel:
+            self._word.post(_packed(self._state, layer))
+        return moves
+
+    def _bound(self, bound: int) -> int:
+        if not isinstance(bound, int) or not 0 <= bound <= self.num_lanes:
+            raise ValueError(f"bound must be an int from 0 to {self.num_lanes}, the lanes, got {bound!r}")
+        return bound
+
+
+# What a compiler sees as one operator each. word: the address to which the kernel posts; None: PyTorch, which posts
+# nothing.
+
+
+def _start(row_to_lane: Tensor, lane_to_row: Tensor, exit_layer: Tensor, state: Tensor, word: int | None) -> None:
+    if word is not None:
+        pointers = _pointers(row_to_lane, lane_to_row, exit_layer, state)
+        extension.core.start(*pointers, row_to_lane.shape[0], word, *_stream(row_to_lane))
+        return
+    torch.arange(row_to_lane.shape[0], dtype=torch.int32, out=row_to_lane)
+    lane_to_row.copy_(row_to_lane)
+    exit_layer.zero_()
+    state[:2] = 0
+    state[0] += row_to_lane.shape[0]
+    state[2] += 1
+
+
+def _exit_rows(
+    row_to_lane: Tensor,
+    lane_to_row: Tensor,
+    exit_layer: Tensor,
+    state: Tensor,
+    u: Tensor | None,
+    threshold: Tensor | None,
+    mask: Tensor | None,
+    partner: Tensor | None,
+    snapshot: Tensor | None,
+    bound: int,
+    layer: int,
+    word: int | None,
+) -> Tensor:
+    tensors, inputs = (row_to_lane, lane_to_row, exit_layer, state), (u, threshold, mask, partner)
+    if word is None:
+        return exit_rows_reference(*tensors, *inputs, snapshot, bound, layer)
+    moves = row_to_lane.new_empty(bound, 3)
+    pointers = _pointers(*tensors, *inputs, moves, snapshot)
+    extension.core.compact(*pointers, bound, row_to_lane.shape[0], layer, word, *_stream(row_to_lane))
+    return moves
+
+
+_SET = "Tensor(a!) row_to_lane, Tensor(b!) lane_to_row, Tensor(c!) exit_layer, Tensor(d!) state"
+_START = register(f"start_device_set({_SET}, int? word) -> ()", _start, lambda *given: None)
+_EXIT = register(
+    f"exit_rows({_SET}, Tensor? u, Tensor? threshold, Tensor? mask, Tensor? partner, Tensor(e!)? snapshot, "
+    "SymInt bound, SymInt layer, int? word) -> Tensor",
+    _exit_rows,
+    lambda row_to_lane, _1, _2, _3, _4, _5, _6, _7, _8, bound, *_: row_to_lane.new_empty(bound, 3),
+)
+
+
+def kernel_missing(device: torch.device) -> str | None:
+    """Why the kernel cannot serve on `device`, or None."""
+    if device.type != "cuda":
+        return f"it needs a CUDA device, got {device}"
+    if extension.core is None or not extension.core.cuda_built:
+        return "the extension was built without CUDA; install nvcc and install again with ADADIFF_CUDA=1"
+    return None
+
+
+def unpacked(word: int) -> tuple[int, int, int]:
+    """(tick, layer, count) of the host's word: 16, 16 and 32 bits, from the highest."""
+    count = word & 0xFFFFFFFF
+    return word >> 48 & 0xFFFF, word >> 32 & 0xFFFF, count - (count >> 31 << 32)
+
+
+def _packed(state: Tensor, layer: int) -> Tensor:
+    """int64 [1]: the word for a state as of `layer`, computed on the device."""
+    count, _, tick = state.long().split(1)
+    return (tick % TICKS << 48) | layer << 32 | count & 0xFFFFFFFF
+
+
+def _checked(count: int, layer: int) -> int:
+    if count < 0:
+        raise RuntimeError(f"an exit at or before layer {layer} was given a bound below the running rows")
+    return count
+
+
+def _pointers(*tensors: Tensor | None) -> tuple[int, ...]:
+    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+
+
+def _stream(tensor: Tensor) -> tuple[int, int]:
+    return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream

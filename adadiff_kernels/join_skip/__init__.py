@@ -1,0 +1,56 @@
+"""A long skip beside the rows that still run: formula in reference.py, GPU kernel in kernel.py."""
+
+from functools import wraps
+
+from torch import Tensor
+
+from adadiff_kernels import dispatch
+from adadiff_kernels.dispatch import Backend, is_opaque, needs_grad
+from adadiff_kernels.extension import traced
+from adadiff_kernels.join_skip.reference import check_join, join_skip_reference
+from adadiff_kernels.launch import on_device_of
+from adadiff_kernels.library import register
+
+
+def _run(
+    x: Tensor,
+    skip: Tensor,
+    row_to_lane: Tensor | None = None,
+    index: Tensor | None = None,
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """[n, T, 2 D]: each row of x beside its row of skip, along the channels.
+
+    x: [n, T, D]; skip: [rows, T, D], of one dtype. row_to_lane, index: int32 or int64. With row_to_lane [n], the row of
+    lane b is index[b], as `ActiveSet.snapshot` gave it; without, index [n] names the rows (`ActiveSet.locate`); with
+    neither, the first n rows are taken in order. Raises ValueError for shapes or dtypes that do not fit.
+    """
+    check_join(x, skip, row_to_lane, index)
+    if dispatch.choose(backend, x, core=False, needs_grad=needs_grad(x, skip)) == "triton":
+        from adadiff_kernels.join_skip.kernel import launch_join_skip
+
+        with on_device_of(x):
+            return launch_join_skip(x, skip, row_to_lane, index)
+    return join_skip_reference(x, skip, row_to_lane, index)
+
+
+_OPERATOR = register(
+    "join_skip(Tensor x, Tensor skip, Tensor? row_to_lane, Tensor? index, str? backend) -> Tensor",
+    lambda *given: _run(*given[:-1], backend=given[-1]),
+    lambda *given: check_join(*given[:-1]) or join_skip_reference(*given[:-1]),
+)
+
+
+@wraps(_run)
+def join_skip(
+    x: Tensor,
+    skip: Tensor,
+    row_to_lane: Tensor | None = None,
+    index: Tensor | None = None,
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    if traced(x) and is_opaque(backend, x):
+        return _OPERATOR(x, skip, row_to_lane, index, backend)
+    return _run(x, skip, row_to_lane, index, backend=backend)

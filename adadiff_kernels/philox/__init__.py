@@ -1,0 +1,6 @@
+"""Counter-based random numbers: formula in reference.py, in C++ csrc/philox.h; on a GPU part of
+solver_step/kernel.py."""
+
+from adadiff_kernels.philox.reference import philox4x32, philox_normal
+
+__all__ = ["philox4x32", "philox_normal"]

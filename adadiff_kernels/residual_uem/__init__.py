@@ -1,0 +1,186 @@
+"""The fused pass and the score alone: formula in reference.py, GPU kernel in kernel.py."""
+
+import logging
+from functools import cache, wraps
+
+from torch import Tensor
+
+from adadiff_kernels import dispatch
+from adadiff_kernels.dispatch import Backend, is_opaque, needs_grad
+from adadiff_kernels.extension import traced
+from adadiff_kernels.launch import on_device_of
+from adadiff_kernels.library import register
+from adadiff_kernels.residual_uem.reference import (
+    Norm,
+    Score,
+    check_score,
+    check_sum,
+    core_scores,
+    layer_norm,
+    no_autocast,
+    residual_uem_reference,
+    score_rows,
+    uem_score,
+    uem_score_core,
+    uem_score_reference,
+)
+
+MAX_CHANNELS = 1536  # a warp of the GPU kernel holds a token in registers
+MAX_OUTPUTS = 64  # of a score per token
+
+
+def is_fused(x: Tensor, outputs: int = 1) -> bool:
+    """Whether `residual_uem` is one kernel for x: [n, T, D], without gradients, with so many outputs of the score.
+    Where it is not, asking for its parts together gains nothing."""
+    return dispatch.choose(None, x, core=False) == "triton" and _fits(x.shape[-1], outputs)
+
+
+def _fits(channels: int, outputs: int) -> bool:
+    return (channels <= MAX_CHANNELS and outputs <= MAX_OUTPUTS) or _too_large(channels, outputs)
+
+
+@cache
+def _too_large(channels: int, outputs: int) -> bool:
+    logging.getLogger("adadiff_kernels").warning(
+        "residual_uem: %d channels with %d outputs are more than the GPU kernel takes (%d, %d); PyTorch serves instead",
+        *(channels, outputs, MAX_CHANNELS, MAX_OUTPUTS),
+    )
+    return False
+
+
+def _run(
+    x: Tensor,
+    branch: Tensor,
+    *,
+    row_to_lane: Tensor,
+    gate: Tensor | None = None,
+    bias: Tensor | None = None,
+    score: Score | None = None,
+    norm: Norm | None = None,
+    out: Tensor | None = None,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """One pass over the residual stream: y = x + gate * (branch + bias), its score and its norm.
+
+    x, branch, out: [n, T, D]; row_to_lane: int32 [n]; gate: [B, D] by lane; bias: [D]. out receives y and may be x or
+    branch. x may be float32 with a branch of 16 bits, as under autocast.
+    Returns y in x's dtype, the normalised rows in branch's dtype (None without `norm`), and u, float32 [n] (None
+    without `score`). Raises ValueError for shapes or dtypes that do not fit.
+    """
+    check_sum(x, branch, row_to_lane, gate, bias, out)
+    if score is not None:
+        check_score(x, score, row_to_lane)
+    parts = (*(() if score is None else (score.weight, score.offset)), *(() if norm is None else norm.parameters))
+    chosen = dispatch.choose(backend, x, needs_grad=needs_grad(x, branch, gate, bias, *parts))
+    given = {"row_to_lane": row_to_lane, "gate": gate, "bias": bias, "score": score, "norm": norm, "out": out}
+    outputs = 1 if score is None else len(score.weight)
+    if chosen == "triton" and (backend == "triton" or _fits(x.shape[-1], outputs)):
+        from adadiff_kernels.residual_uem.kernel import launch_residual_uem
+
+        with on_device_of(x):
+            return launch_residual_uem(x, branch, **given)
+    if chosen == "cpu" and score is not None and not core_scores(x, score):
+        raise RuntimeError(
+            "backend='cpu' scores one output per token of contiguous float32 or bfloat16 rows, got "
+            f"{len(score.weight)} of {x.dtype}; use backend='reference'"
+        )
+    scorer = {"reference": uem_score_reference, "cpu": uem_score_core}.get(chosen, score_rows)
+    return residual_uem_reference(x, branch, **given, scorer=scorer)
+
+
+# Two operators, since one may not return what it was given. Absent results are empty. Tickets are as before when a call
+# ends and count as read only: compilers make no CUDA graph of a function that mutates its inputs.
+_ARGUMENTS = (
+    "Tensor row_to_lane, Tensor? gate, Tensor? bias, Tensor? score_weight, Tensor? score_offset, "
+    "SymInt num_prefix_tokens, Tensor? tickets, float? eps, Tensor? norm_weight, Tensor? norm_bias, "
+    "Tensor? norm_scale, Tensor? norm_shift, str? backend"
+)
+
+
+def _flat(
+    x: Tensor,
+    branch: Tensor,
+    out: Tensor | None,
+    row_to_lane: Tensor,
+    gate: Tensor | None,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    offset: Tensor | None,
+    num_prefix_tokens: int,
+    tickets: Tensor | None,
+    eps: float | None,
+    *norm: Tensor | str | None,
+    fake: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    *parameters, backend = norm
+    score = None if weight is None else Score(weight, offset, num_prefix_tokens, tickets)
+    given = {"row_to_lane": row_to_lane, "gate": gate, "bias": bias, "score": score}
+    given["norm"] = None if eps is None else Norm(eps, *parameters)
+    if fake:
+        check_sum(x, branch, row_to_lane, gate, bias, out)
+        if score is not None:
+            check_score(x, score, row_to_lane)
+        made = residual_uem_reference(x, branch, **given)
+    else:
+        made = _run(x, branch, **given, out=out, backend=backend)
+    return tuple(x.new_empty(0) if part is None else part for part in made)
+
+
+_OPERATOR = register(
+    f"residual_uem(Tensor x, Tensor branch, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    lambda x, branch, *given: _flat(x, branch, None, *given),
+    lambda x, branch, *given: _flat(x, branch, None, *given, fake=True),
+)
+_OPERATOR_OUT = register(
+    f"residual_uem_out(Tensor x, Tensor branch, Tensor(a!) out, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    lambda *given: _flat(*given)[1:],
+    lambda *given: _flat(*given, fake=True)[1:],
+)
+
+
+@wraps(_run)
+def residual_uem(
+    x: Tensor,
+    branch: Tensor,
+    *,
+    row_to_lane: Tensor,
+    gate: Tensor | None = None,
+    bias: Tensor | None = None,
+    score: Score | None = None,
+    norm: Norm | None = None,
+    out: Tensor | None = None,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    if not (traced(x) and (is_opaque(backend, x) or (backend is None and _core_is_faster(x, branch, score)))):
+        given = {"row_to_lane": row_to_lane, "gate": gate, "bias": bias, "score": score, "norm": norm}
+        return _run(x, branch, **given, out=out, backend=backend)
+    flat = (
+        *(row_to_lane, gate, bias),
+        *(
+            (None, None, 0, None)
+            if score is None
+            else (score.weight, score.offset, score.num_prefix_tokens, score.tickets)
+        ),
+        *((None,) * 5 if norm is None else (norm.eps, norm.weight, norm.bias, norm.scale, norm.shift)),
+        backend,
+    )
+    y, h, u = _OPERATOR(x, branch, *flat) if out is None else (out, *_OPERATOR_OUT(x, branch, out, *flat))
+    return y, None if norm is None else h, None if score is None else u
+
+
+def _core_is_faster(x: Tensor, branch: Tensor, score: Score | None) -> bool:
+    """Than what a compiler makes of the score."""
+    return score is not None and not needs_grad(x, branch) and core_scores(x, score)
+
+
+__all__ = [
+    "Norm",
+    "Score",
+    "is_fused",
+    "layer_norm",
+    "no_autocast",
+    "residual_uem",
+    "residual_uem_reference",
+    "uem_score",
+    "uem_score_reference",
+]
