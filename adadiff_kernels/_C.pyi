@@ -8,9 +8,19 @@ max_lanes: int
 """How many lanes an exit takes at most."""
 
 def exit_rows(
-    mask: int, row_to_lane: int, lane_to_row: int, exit_layer: int, moves: int, n: int, num_lanes: int, layer: int
+    u: int,
+    threshold: int,
+    mask: int,
+    partner: int,
+    row_to_lane: int,
+    lane_to_row: int,
+    exit_layer: int,
+    moves: int,
+    n: int,
+    num_lanes: int,
+    layer: int,
 ) -> int:
-    """The rows that still run; writes `moves`, int32[n, 3]."""
+    """The rows that still run; 0 for a pointer that is not given. Writes `moves`, int32[n, 3], if somebody exits."""
 
 def settle_rows(
     moves: int,
@@ -43,9 +53,6 @@ def uem_score(
     u: int,
 ) -> None:
     """u, float32[n], of rows y, float32 or bfloat16 [n, tokens, channels]."""
-
-def exit_mask(u: int, n: int, threshold: int, num_lanes: int, row_to_lane: int, mask: int) -> int:
-    """How many rows are below the thresholds of their lanes; writes `mask`, bool[n]."""
 
 def compact(
     row_to_lane: int,

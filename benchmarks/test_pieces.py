@@ -25,7 +25,7 @@ def test_plan(benchmark: BenchmarkFixture) -> None:
     """Every other of 64 lanes exits: the most moves that one decision can take."""
     mask = torch.arange(LANES) % 2 == 0
     moves = benchmark.pedantic(
-        lambda active: active.exit_rows(mask, 1), setup=lambda: ((ActiveSet(LANES),), {}), rounds=300
+        lambda active: active.exit_rows_where(mask, 1), setup=lambda: ((ActiveSet(LANES),), {}), rounds=300
     )
     assert (len(moves), int((moves[:, 2] >= 0).sum())) == (LANES // 2, LANES // 4)
 
@@ -33,7 +33,7 @@ def test_plan(benchmark: BenchmarkFixture) -> None:
 @torch.inference_mode()
 def test_moves(benchmark: BenchmarkFixture) -> None:
     """32 rows of half a megabyte each are saved, and 16 others take places of theirs."""
-    moves = ActiveSet(LANES).exit_rows(torch.arange(LANES) % 2 == 0, 1)
+    moves = ActiveSet(LANES).exit_rows_where(torch.arange(LANES) % 2 == 0, 1)
     rows, saved = torch.randn(2, LANES, T, D)
     benchmark(settle_rows, moves, rows, saved)
 

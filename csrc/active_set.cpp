@@ -17,14 +17,14 @@ void require(bool holds, const char* message) {
 
 }  // namespace
 
-std::int32_t exit_rows(const std::uint8_t* mask, std::int32_t* row_to_lane, std::int32_t* lane_to_row,
+std::int32_t exit_rows(const ExitTest& test, std::int32_t* row_to_lane, std::int32_t* lane_to_row,
                        std::int32_t* exit_layer, std::int32_t* moves, std::int32_t n, std::int32_t num_lanes,
                        std::int32_t layer) {
   require(n >= 0, "exit_rows: n must be 0 or more");
   require(n <= num_lanes, "exit_rows: n must be at most num_lanes");
   require(num_lanes <= compaction::kMaxLanes, "exit_rows: num_lanes must be at most 32768");
   require(layer >= 1, "exit_rows: layer must be 1 or more");
-  require(mask || n == 0, "exit_rows: mask is null");
+  require(!test.u || test.threshold, "exit_rows: u needs threshold");
   require((row_to_lane && lane_to_row && exit_layer) || num_lanes == 0,
           "exit_rows: row_to_lane, lane_to_row or exit_layer is null");
   require(moves || n == 0, "exit_rows: moves is null");
@@ -41,6 +41,12 @@ std::int32_t exit_rows(const std::uint8_t* mask, std::int32_t* row_to_lane, std:
     require(exit_layer[row_to_lane[n]] <= layer, "exit_rows: a lane has exited after a later layer");
   }
 
+  for (std::int32_t r = 0; test.partner && r < n; ++r) {
+    const std::int32_t partner = test.partner[row_to_lane[r]];
+    require(partner >= 0 && partner < num_lanes, "exit_rows: partner names a lane outside [0, num_lanes)");
+    require(lane_to_row[partner] >= 0, "exit_rows: row_to_lane and lane_to_row are not each other's inverse");
+  }
+
   // The threads of a block, one after another.
   compaction::State state{n, 0, 0};
   std::uint64_t word = 0;
@@ -49,12 +55,18 @@ std::int32_t exit_rows(const std::uint8_t* mask, std::int32_t* row_to_lane, std:
   a.lane_to_row = lane_to_row;
   a.exit_layer = exit_layer;
   a.state = &state;
-  a.mask = mask;
+  a.u = test.u;
+  a.threshold = test.threshold;
+  a.mask = test.mask;
+  a.partner = test.partner;
   a.moves = moves;
   a.word = &word;
   a.bound = n;
   a.num_lanes = num_lanes;
   a.layer = layer;
+  std::int32_t first = 0;
+  while (first < n && !compaction::exits(a, n, first)) ++first;
+  if (first == n) return n;
   const std::int32_t threads = std::max<std::int32_t>(1, (n + compaction::kGroup - 1) / compaction::kGroup);
   std::vector<compaction::Thread> thread(static_cast<std::size_t>(threads));
   compaction::Shared shared;

@@ -8,19 +8,27 @@
 
 namespace adadiff {
 
+// Who exits after a layer: a row whose mask is nonzero, and whose u is below the threshold of its lane. An infinite
+// threshold needs no u, and NaN is below nothing. What is null is not asked; if all are, everybody exits.
+struct ExitTest {
+  const float* u = nullptr;                // [n] by row
+  const float* threshold = nullptr;        // [num_lanes] by lane
+  const std::uint8_t* mask = nullptr;      // [n] by row
+  const std::int32_t* partner = nullptr;   // [num_lanes] the lane with which a lane exits or stays, itself if none
+};
+
 // Lanes exit after `layer` (1 or more, and no earlier than the last layer after which somebody exited).
 //
-//   mask         uint8[n]           by row: nonzero exits
 //   row_to_lane  int32[num_lanes]
 //   lane_to_row  int32[num_lanes]   its inverse
 //   exit_layer   int32[num_lanes]   by lane, 0 while it runs
 //   moves        int32[n][3]        out: an exiting row, its lane, and the row that takes its place (-1: none), in the
-//                                   order of the rows, then rows of -1
+//                                   order of the rows, then rows of -1; not written if nobody exits
 //
 // Rows [0, n) run; afterwards rows [0, returned) do, and rows [returned, n) exited after `layer`. The k-th exiting row
 // below the new count changes places with the k-th remaining row at or above it, both counted upwards: no smaller set
 // of swaps keeps the running rows together.
-std::int32_t exit_rows(const std::uint8_t* mask, std::int32_t* row_to_lane, std::int32_t* lane_to_row,
+std::int32_t exit_rows(const ExitTest& test, std::int32_t* row_to_lane, std::int32_t* lane_to_row,
                        std::int32_t* exit_layer, std::int32_t* moves, std::int32_t n, std::int32_t num_lanes,
                        std::int32_t layer);
 

@@ -23,11 +23,13 @@ T* pointer(std::uintptr_t address) {
 }
 
 // Keeps the GIL: the call is shorter than releasing it.
-std::int32_t exit_rows(std::uintptr_t mask, std::uintptr_t row_to_lane, std::uintptr_t lane_to_row,
-                       std::uintptr_t exit_layer, std::uintptr_t moves, std::int32_t n, std::int32_t num_lanes,
-                       std::int32_t layer) {
+std::int32_t exit_rows(std::uintptr_t u, std::uintptr_t threshold, std::uintptr_t mask, std::uintptr_t partner,
+                       std::uintptr_t row_to_lane, std::uintptr_t lane_to_row, std::uintptr_t exit_layer,
+                       std::uintptr_t moves, std::int32_t n, std::int32_t num_lanes, std::int32_t layer) {
   using std::int32_t;
-  return adadiff::exit_rows(pointer<const std::uint8_t>(mask), pointer<int32_t>(row_to_lane),
+  const adadiff::ExitTest test{pointer<const float>(u), pointer<const float>(threshold),
+                               pointer<const std::uint8_t>(mask), pointer<const int32_t>(partner)};
+  return adadiff::exit_rows(test, pointer<int32_t>(row_to_lane),
                             pointer<int32_t>(lane_to_row), pointer<int32_t>(exit_layer), pointer<int32_t>(moves), n,
                             num_lanes, layer);
 }
@@ -61,12 +63,6 @@ void uem_score(std::uintptr_t y, bool is_bfloat16, std::int64_t n, std::int64_t 
   } else {
     score(pointer<const float>(y));
   }
-}
-
-std::int32_t exit_mask(std::uintptr_t u, std::int32_t n, std::uintptr_t threshold, std::int32_t num_lanes,
-                       std::uintptr_t row_to_lane, std::uintptr_t mask) {
-  return adadiff::exit_mask(pointer<const float>(u), n, pointer<const float>(threshold), num_lanes,
-                            pointer<const std::int32_t>(row_to_lane), pointer<std::uint8_t>(mask));
 }
 
 #ifdef ADADIFF_CUDA
@@ -115,8 +111,9 @@ void def_cuda(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compaction, scores and noise on the CPU; see csrc/active_set.h, uem_score.h and philox.h.";
   m.attr("max_lanes") = adadiff::compaction::kMaxLanes;
-  m.def("exit_rows", &exit_rows, py::arg("mask"), py::arg("row_to_lane"), py::arg("lane_to_row"),
-        py::arg("exit_layer"), py::arg("moves"), py::arg("n"), py::arg("num_lanes"), py::arg("layer"));
+  m.def("exit_rows", &exit_rows, py::arg("u"), py::arg("threshold"), py::arg("mask"), py::arg("partner"),
+        py::arg("row_to_lane"), py::arg("lane_to_row"), py::arg("exit_layer"), py::arg("moves"), py::arg("n"),
+        py::arg("num_lanes"), py::arg("layer"));
   m.def("settle_rows", &settle_rows, py::arg("moves"), py::arg("k"), py::arg("rows"), py::arg("num_rows"),
         py::arg("rows_stride"), py::arg("saved"), py::arg("num_lanes"), py::arg("saved_stride"), py::arg("row_bytes"));
   m.def("philox", &philox, py::arg("seeds"), py::arg("steps"), py::arg("n"), py::arg("stream"), py::arg("blocks"),
@@ -124,8 +121,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("uem_score", &uem_score, py::arg("y"), py::arg("is_bfloat16"), py::arg("n"), py::arg("tokens"),
         py::arg("channels"), py::arg("num_prefix_tokens"), py::arg("weight"), py::arg("offset"),
         py::arg("offset_stride"), py::arg("num_lanes"), py::arg("row_to_lane"), py::arg("u"));
-  m.def("exit_mask", &exit_mask, py::arg("u"), py::arg("n"), py::arg("threshold"), py::arg("num_lanes"),
-        py::arg("row_to_lane"), py::arg("mask"));
 #ifdef ADADIFF_CUDA
   m.attr("cuda_built") = true;
   def_cuda(m);

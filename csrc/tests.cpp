@@ -38,9 +38,10 @@ struct State {
   Ints exit(const Mask& mask, std::int32_t layer) {
     Ints moves(3 * n, -7);
     const std::int32_t before = n;
-    n = adadiff::exit_rows(mask.data(), row_to_lane.data(), lane_to_row.data(), exit_layer.data(), moves.data(), n,
-                           static_cast<std::int32_t>(row_to_lane.size()), layer);
-    CHECK(std::all_of(moves.begin() + 3 * (before - n), moves.end(), [](std::int32_t value) { return value == -1; }));
+    n = adadiff::exit_rows({nullptr, nullptr, mask.data(), nullptr}, row_to_lane.data(), lane_to_row.data(),
+                           exit_layer.data(), moves.data(), n, static_cast<std::int32_t>(row_to_lane.size()), layer);
+    const std::int32_t rest = n == before ? -7 : -1;  // not written if nobody exits
+    CHECK(std::all_of(moves.begin() + 3 * (before - n), moves.end(), [rest](std::int32_t value) { return value == rest; }));
     moves.resize(3 * (before - n));
     return moves;
   }
@@ -90,7 +91,7 @@ void test_patterns() {
     for (const auto& mask : {first, last, alternating, all_but_first, all_but_last}) check_pairing(mask);
   }
   State empty(0);
-  CHECK(adadiff::exit_rows(nullptr, nullptr, nullptr, nullptr, nullptr, 0, 0, 1) == 0);
+  CHECK(adadiff::exit_rows({}, nullptr, nullptr, nullptr, nullptr, 0, 0, 1) == 0);
   CHECK(empty == State(0));
 }
 
@@ -146,8 +147,8 @@ void test_exit_errors() {
     const State before = state;
     const bool raised = raises(
         [&] {
-          adadiff::exit_rows(mask.data(), state.row_to_lane.data(), state.lane_to_row.data(), state.exit_layer.data(),
-                             moves.data(), n, static_cast<std::int32_t>(state.row_to_lane.size()), layer);
+          adadiff::exit_rows({nullptr, nullptr, mask.data(), nullptr}, state.row_to_lane.data(),
+                             state.lane_to_row.data(), state.exit_layer.data(), moves.data(), n, static_cast<std::int32_t>(state.row_to_lane.size()), layer);
         },
         part);
     return raised && state == before && moves == Ints(12, -7);
@@ -174,15 +175,59 @@ void test_exit_errors() {
   const auto refuses_null = [&](int which, const std::string& part) {
     return raises(
         [&] {
-          adadiff::exit_rows(which == 0 ? nullptr : mask.data(), which == 1 ? nullptr : null.row_to_lane.data(),
-                             which == 2 ? nullptr : null.lane_to_row.data(),
-                             which == 3 ? nullptr : null.exit_layer.data(), which == 4 ? nullptr : moves.data(), 4, 4, 1);
+          adadiff::exit_rows({}, which == 0 ? nullptr : null.row_to_lane.data(),
+                             which == 1 ? nullptr : null.lane_to_row.data(),
+                             which == 2 ? nullptr : null.exit_layer.data(), which == 3 ? nullptr : moves.data(), 4, 4, 1);
         },
         part);
   };
-  const char* names[] = {"mask", "row_to_lane", "lane_to_row", "exit_layer", "moves"};
-  for (int which = 0; which < 5; ++which) CHECK(refuses_null(which, names[which]));
-  CHECK(null == State(4));
+  const char* names[] = {"row_to_lane", "lane_to_row", "exit_layer", "moves"};
+  for (int which = 0; which < 4; ++which) CHECK(refuses_null(which, names[which]));
+  const float u[] = {0, 0, 0, 0};
+  const auto refuses_test = [&](const adadiff::ExitTest& test, const std::string& part) {
+    return raises(
+        [&] {
+          adadiff::exit_rows(test, null.row_to_lane.data(), null.lane_to_row.data(), null.exit_layer.data(), moves.data(),
+                             4, 4, 1);
+        },
+        part);
+  };
+  CHECK(refuses_test({u, nullptr, nullptr, nullptr}, "u needs threshold"));
+  for (const Ints& partner : {Ints{0, 1, 2, 4}, Ints{-1, 1, 2, 3}}) {
+    CHECK(refuses_test({nullptr, nullptr, mask.data(), partner.data()}, "partner names a lane outside"));
+  }
+  CHECK(null == State(4) && moves == Ints(12, -7));
+}
+
+// By thresholds of the lanes, which lie in other rows after the first exit; by depth alone; with partners; everybody.
+void test_exit_tests() {
+  const float nan = NAN, inf = INFINITY;
+  const std::vector<float> u{0.25f, 0.5f, nan, 0.75f, nan, inf}, threshold{0.5f, 0.5f, inf, -inf, 0.5f, inf};
+  const auto exited = [&](const adadiff::ExitTest& test) {
+    State state(6);
+    Ints moves(18, -7);
+    state.n = adadiff::exit_rows(test, state.row_to_lane.data(), state.lane_to_row.data(), state.exit_layer.data(),
+                                 moves.data(), 6, 6, 2);
+    CHECK(state.n == std::count(state.exit_layer.begin(), state.exit_layer.end(), 0));
+    return state.exit_layer;
+  };
+  CHECK((exited({u.data(), threshold.data(), nullptr, nullptr}) == Ints{2, 0, 2, 0, 0, 2}));
+  CHECK((exited({nullptr, threshold.data(), nullptr, nullptr}) == Ints{0, 0, 2, 0, 0, 2}));
+  const Mask mask{0, 1, 1, 1, 0, 1};
+  CHECK((exited({nullptr, nullptr, mask.data(), nullptr}) == Ints{0, 2, 2, 2, 0, 2}));
+  CHECK((exited({u.data(), threshold.data(), mask.data(), nullptr}) == Ints{0, 0, 2, 0, 0, 2}));
+  const Ints partner{2, 5, 0, 3, 4, 1};
+  CHECK((exited({u.data(), threshold.data(), nullptr, partner.data()}) == Ints{2, 0, 2, 0, 0, 0}));
+  CHECK((exited({}) == Ints{2, 2, 2, 2, 2, 2}));
+
+  State state(6);
+  Ints moves(18, -7);
+  state.exit({1, 0, 0, 0, 0, 0}, 1);  // lane 5 takes row 0
+  CHECK((state.row_to_lane == Ints{5, 1, 2, 3, 4, 0}));
+  const std::vector<float> later{0.9f, 0.9f, 0.1f, 0.1f, 0.9f}, own{-inf, 0.5f, 0.5f, -inf, 1, 1};
+  state.n = adadiff::exit_rows({later.data(), own.data(), nullptr, nullptr}, state.row_to_lane.data(),
+                               state.lane_to_row.data(), state.exit_layer.data(), moves.data(), 5, 6, 2);
+  CHECK((state.exit_layer == Ints{1, 0, 2, 0, 2, 2}));
 }
 
 void test_settle_errors() {
@@ -302,29 +347,6 @@ void test_score_errors() {
 
 // Random123's known answers have counters of four free words; those here end in 0, so all zeros is the one of them.
 // The others are in tests/kernels/test_philox.py, against the same formula in Python.
-void test_exit_masks() {
-  const float nan = NAN, inf = INFINITY;
-  const std::vector<float> u{0.25f, 0.5f, nan, 0.75f, nan, inf}, threshold{0.5f, 0.5f, inf, -inf, 0.5f, inf};
-  const Ints lanes{0, 1, 2, 3, 4, 5}, swapped{5, 3, 1, 0, 2, 4};
-  Mask mask(6, 7);
-  CHECK(adadiff::exit_mask(u.data(), 6, threshold.data(), 6, lanes.data(), mask.data()) == 3);
-  CHECK((mask == Mask{1, 0, 1, 0, 0, 1}));
-  CHECK(adadiff::exit_mask(u.data(), 6, threshold.data(), 6, swapped.data(), mask.data()) == 2);
-  CHECK((mask == Mask{1, 0, 0, 0, 1, 0}));
-  CHECK(adadiff::exit_mask(nullptr, 5, threshold.data(), 6, lanes.data(), mask.data()) == 1);
-  CHECK((mask == Mask{0, 0, 1, 0, 0, 0}));
-  CHECK(adadiff::exit_mask(nullptr, 0, nullptr, 0, nullptr, nullptr) == 0);
-  const Mask before(6, 7);
-  mask = before;
-  const auto refuses = [&](const float* t, std::int32_t n, const Ints& rows, const std::string& part) {
-    return raises([&] { adadiff::exit_mask(u.data(), n, t, 6, rows.data(), mask.data()); }, part) && mask == before;
-  };
-  CHECK(refuses(threshold.data(), -1, lanes, "0 or more"));
-  CHECK(refuses(nullptr, 6, lanes, "null"));
-  CHECK(refuses(threshold.data(), 2, {0, 6}, "outside"));
-  CHECK(refuses(threshold.data(), 2, {-1, 0}, "outside"));
-}
-
 void test_philox() {
   const std::int64_t zero = 0;
   std::vector<std::int64_t> words(4, -1);
@@ -356,7 +378,7 @@ int main() {
   test_scores<float>();
   test_scores<adadiff::bfloat16>();
   test_score_errors();
-  test_exit_masks();
+  test_exit_tests();
   test_philox();
   test_compaction();
   std::puts("core: all tests passed");

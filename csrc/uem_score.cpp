@@ -2,7 +2,6 @@
 
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <stdexcept>
 #include <vector>
 
@@ -118,23 +117,6 @@ void uem_score(const Element* y, std::int64_t n, std::int64_t tokens, std::int64
     for (const float score : scores) sum += 1 / (1 + std::exp(-(score + own)));
     u[r] = static_cast<float>(sum / static_cast<double>(patches));
   }
-}
-
-std::int32_t exit_mask(const float* u, std::int32_t n, const float* threshold, std::int32_t num_lanes,
-                       const std::int32_t* row_to_lane, std::uint8_t* mask) {
-  require(n >= 0 && num_lanes >= 0, "exit_mask: n and num_lanes must be 0 or more");
-  require((threshold && row_to_lane && mask) || n == 0, "exit_mask: threshold, row_to_lane or mask is null");
-  for (std::int32_t r = 0; r < n; ++r) {
-    require(row_to_lane[r] >= 0 && row_to_lane[r] < num_lanes,
-            "exit_mask: row_to_lane names a lane outside [0, num_lanes)");
-  }
-  std::int32_t exits = 0;
-  for (std::int32_t r = 0; r < n; ++r) {
-    const float own = threshold[row_to_lane[r]];
-    mask[r] = own == std::numeric_limits<float>::infinity() || (u && u[r] < own);
-    exits += mask[r];
-  }
-  return exits;
 }
 
 template void uem_score(const float*, std::int64_t, std::int64_t, std::int64_t, std::int64_t, const float*,

@@ -1,4 +1,4 @@
-// The score of one layer's UEM with one output per token, and who exits by it; formula in
+// The score of one layer's UEM with one output per token; formula in
 // adadiff_kernels/residual_uem/reference.py. No Python, no Torch: pointers, sizes and strides. Throws
 // std::invalid_argument before it writes.
 #pragma once
@@ -25,15 +25,5 @@ template <typename Element>
 void uem_score(const Element* y, std::int64_t n, std::int64_t tokens, std::int64_t channels,
                std::int64_t num_prefix_tokens, const float* weight, const float* offset, std::int64_t offset_stride,
                std::int32_t num_lanes, const std::int32_t* row_to_lane, float* u);
-
-// mask[r] = u[r] < threshold[row_to_lane[r]], or that threshold is infinite; NaN is below nothing. u may be null: then
-// only infinite thresholds count. Returns the number of rows with a true mask.
-//
-//   u            float[n], or null
-//   threshold    float[num_lanes]  by lane
-//   row_to_lane  int32[n]
-//   mask         uint8[n]          out
-std::int32_t exit_mask(const float* u, std::int32_t n, const float* threshold, std::int32_t num_lanes,
-                       const std::int32_t* row_to_lane, std::uint8_t* mask);
 
 }  // namespace adadiff

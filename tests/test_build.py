@@ -158,7 +158,7 @@ def test_import_without_extension_warns_once():
     script = """
 import adadiff_kernels, torch
 active = adadiff_kernels.ActiveSet(3)
-active.exit_rows(torch.tensor([True, False, False]), 1)
+active.exit_rows_where(torch.tensor([True, False, False]), 1)
 print(active.row_to_lane.tolist(), adadiff_kernels.extension.core)
 """
     result = subprocess.run(

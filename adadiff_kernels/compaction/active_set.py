@@ -17,7 +17,17 @@ class ActiveSet:
     The tensors lie on the CPU and belong to the set: read them, and leave writing to its methods.
     """
 
-    __slots__ = ("_snapshot", "count", "exit_layer", "lane_to_row", "moved", "num_lanes", "row_to_lane")
+    __slots__ = (
+        "_moves",
+        "_no_moves",
+        "_snapshot",
+        "count",
+        "exit_layer",
+        "lane_to_row",
+        "moved",
+        "num_lanes",
+        "row_to_lane",
+    )
 
     def __init__(self, num_lanes: int) -> None:
         if not isinstance(num_lanes, int) or not 0 <= num_lanes <= MAX_LANES:
@@ -29,46 +39,70 @@ class ActiveSet:
         self.num_lanes = self.count = num_lanes
         self.moved = 0
         self._snapshot: Tensor | None = None
+        self._moves = self.row_to_lane.new_empty(num_lanes, 3)
+        self._no_moves = self._moves[:0]
 
     @property
     def running(self) -> Tensor:
         """int32 [n]: the lane in each running row. A view, valid until the next exit."""
         return self.row_to_lane[: self.count]
 
-    def exit_rows(self, mask: Tensor, layer: int) -> Tensor:
-        """Lets the running rows with a true mask exit after `layer`.
+    def exit_rows(self, u: Tensor | None, threshold: Tensor, layer: int, *, partner: Tensor | None = None) -> Tensor:
+        """Lets the running rows with u < threshold exit after `layer`. NaN never exits.
 
-        mask: bool [n] by row. layer: 1 or more, and no earlier than the last after which a lane exited.
+        u: float32 [n] by row, or None. threshold: float32 [B] by lane; where it is infinite, the lane exits whatever
+        its u, even NaN or None. partner: int32 [B], the lane that a lane is tied to, itself if none: tied lanes exit
+        where both may. layer: 1 or more, and no earlier than the last after which a lane exited.
         Returns the moves for `settle_rows`, int32 [k, 3], one for each of k exiting rows: the row, its lane, and the
         row that takes its place (-1: none).
-        Raises ValueError, with nothing changed, for a mask or layer of another kind.
+        Raises ValueError, with nothing changed, for arguments of other kinds.
         """
-        n = self.count
-        if mask.dtype != torch.bool or mask.shape != (n,) or mask.device != self.row_to_lane.device:
-            raise ValueError(f"mask must be bool [{n}] on {self.row_to_lane.device}, got {_describe(mask)}")
-        if not isinstance(layer, int):
-            raise ValueError(f"layer must be an int, got {layer!r}")
-        tensors = self.row_to_lane, self.lane_to_row, self.exit_layer
-        if extension.core is None:
-            _check_state(*tensors, n, layer)
-            state = torch.tensor([n, 0, 0], dtype=torch.int32, device="cpu")
-            moves = exit_rows_reference(*tensors, state, None, None, mask, None, None, n, layer)
-            self.count = int(state[0])
-        else:
-            mask, moves = mask.contiguous(), self.row_to_lane.new_empty(n, 3)
-            pointers = (tensor.data_ptr() for tensor in (mask, *tensors, moves))
-            self.count = extension.core.exit_rows(*pointers, n, self.num_lanes, layer)
-        moves = moves[: n - self.count]
-        if len(moves) and (moved := 2 * int((moves[:, 2] >= 0).sum())):
-            self.moved += moved
-            self._snapshot = None
-        return moves
+        if u is not None and not (_is(u, torch.float32, self.count) and u.is_contiguous()):
+            raise ValueError(f"u must be float32 [{self.count}], contiguous, on the CPU, got {_describe(u)}")
+        if not (_is(threshold, torch.float32, self.num_lanes) and threshold.is_contiguous()):
+            raise ValueError(
+                f"threshold must be float32 [{self.num_lanes}], contiguous, on the CPU, got {_describe(threshold)}"
+            )
+        return self._exit(layer, u, threshold, None, partner)
+
+    def exit_rows_where(self, mask: Tensor, layer: int, *, partner: Tensor | None = None) -> Tensor:
+        """`exit_rows` for the running rows with a true mask, bool [n] by row."""
+        if not _is(mask, torch.bool, self.count):
+            raise ValueError(f"mask must be bool [{self.count}] on the CPU, got {_describe(mask)}")
+        return self._exit(layer, None, None, mask.contiguous(), partner)
 
     def finish(self, layer: int) -> None:
         """Everybody still running exits after `layer`, the last; no row moves."""
         _check_layer(layer, self.row_to_lane, self.exit_layer, self.count)
         self.exit_layer[self.running.long()] = layer
         self.count = 0
+
+    def _exit(
+        self, layer: int, u: Tensor | None, threshold: Tensor | None, mask: Tensor | None, partner: Tensor | None
+    ) -> Tensor:
+        if type(layer) is not int:
+            raise ValueError(f"layer must be an int, got {layer!r}")
+        if partner is not None and not (_is(partner, torch.int32, self.num_lanes) and partner.is_contiguous()):
+            raise ValueError(
+                f"partner must be int32 [{self.num_lanes}], contiguous, on the CPU, got {_describe(partner)}"
+            )
+        n, core, test = self.count, extension.core, (u, threshold, mask, partner)
+        tensors = self.row_to_lane, self.lane_to_row, self.exit_layer
+        if core is None:
+            _check_state(*tensors, n, layer)
+            state = torch.tensor([n, 0, 0], dtype=torch.int32, device="cpu")
+            self._moves = exit_rows_reference(*tensors, state, *test, None, n, layer)
+            self.count = int(state[0])
+        else:
+            pointers = [0 if value is None else value.data_ptr() for value in (*test, *tensors, self._moves)]
+            self.count = core.exit_rows(*pointers, n, self.num_lanes, layer)
+        if self.count == n:
+            return self._no_moves
+        moves = self._moves[: n - self.count].clone()
+        if moved := 2 * int((moves[:, 2] >= 0).sum()):
+            self.moved += moved
+            self._snapshot = None
+        return moves
 
     def snapshot(self) -> Tensor:
         """int32 [B]: the row of each lane now, to be kept with a long skip that is written now.
@@ -122,6 +156,10 @@ def _check_layer(layer: int, row_to_lane: Tensor, exit_layer: Tensor, n: int) ->
         raise ValueError(f"layer must be an int of 1 or more, got {layer!r}")
     if n < len(row_to_lane) and (last := int(exit_layer[row_to_lane[n]])) > layer:
         raise ValueError(f"layer must be {last} or more, after which lanes have exited already, got {layer}")
+
+
+def _is(tensor: Tensor, dtype: torch.dtype, length: int) -> bool:
+    return tensor.dtype == dtype and tensor.shape == (length,) and tensor.is_cpu
 
 
 def _describe(tensor: Tensor) -> str:

@@ -155,7 +155,7 @@ def moves(exit_layer: Tensor) -> int:
     """Rows moved to keep the running ones together. exit_layer: integers [n], in the order of the rows."""
     active = ActiveSet(len(exit_layer))
     for layer in sorted(set(exit_layer.tolist()))[:-1]:
-        active.exit_rows(exit_layer[active.running.long()] == layer, layer)
+        active.exit_rows_where(exit_layer[active.running.long()] == layer, layer)
     return active.moved
 
 

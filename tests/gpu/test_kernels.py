@@ -79,7 +79,7 @@ def test_two_runs_give_the_same_bits(outputs: int) -> None:
 @pytest.mark.parametrize("dtype", [SINGLE, BRAIN])
 def test_half_of_a_batch_exits(dtype: torch.dtype) -> None:
     draw = torch.Generator().manual_seed(0)
-    moves = ActiveSet(256).exit_rows(torch.rand(256, generator=draw) < 0.5, 1).to(DEVICE)
+    moves = ActiveSet(256).exit_rows_where(torch.rand(256, generator=draw) < 0.5, 1).to(DEVICE)
     parent = torch.full((258, 257, 1024), math.nan, dtype=dtype, device=DEVICE)
     parent[1:-1] = torch.randn(256, 257, 1024, device=DEVICE).to(dtype)
     want, saved = parent.clone(), torch.full_like(parent, math.nan)

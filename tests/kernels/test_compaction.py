@@ -50,7 +50,7 @@ def test_plan_of_chosen_patterns(pattern, n):
     mask = PATTERNS[pattern](n)
     wanted, rows = plan(mask, list(range(n)))
     active = ActiveSet(n)
-    moves = active.exit_rows(torch.tensor(mask, dtype=torch.bool), 4)
+    moves = active.exit_rows_where(torch.tensor(mask, dtype=torch.bool), 4)
     assert (moves.dtype, moves.shape) == (torch.int32, (mask.count(True), 3))
     assert moves.tolist() == wanted
     assert active.count == mask.count(False)
@@ -75,7 +75,7 @@ def test_random_runs_keep_every_lane(run):
         for lane in active.running.tolist():
             exit_layer[lane] = layer if leaving[lane] else 0
         before = active.row_to_lane.clone()
-        moves = active.exit_rows(mask, layer)
+        moves = active.exit_rows_where(mask, layer)
         settle_rows(moves, x, saved)
 
         assert moves.tolist() == wanted
@@ -107,7 +107,7 @@ def test_extension_and_reference_are_one(run):
     for layer, leaving in enumerate(run, start=2):
         n, mask = active.count, by_row(active, leaving)
         wanted = exit_rows_reference(*theirs, state, None, None, mask, None, None, n, layer)
-        moves = active.exit_rows(mask, layer)
+        moves = active.exit_rows_where(mask, layer)
         assert torch.equal(moves, wanted[: n - active.count])
         assert bool((wanted[n - active.count :] == -1).all())
         assert state.tolist() == [active.count, active.moved, 0]
@@ -131,7 +131,7 @@ def test_moves_leave_the_parent_untouched(dtype, shape):
     for position, lane in enumerate(order[:7]):
         expected[1 + position, 1] = rows[lane]
     active = ActiveSet(lanes)
-    moves = active.exit_rows(mask, 1)
+    moves = active.exit_rows_where(mask, 1)
     second, saved, also = torch.arange(lanes), torch.zeros_like(before), torch.full((lanes,), -1)
     settle_rows(moves, rows, saved)
     settle_rows(moves, second, also)
@@ -147,7 +147,7 @@ def test_moves_take_more_rows_than_run():
     x = torch.tensor([float("nan"), 1.0, 2.0, 3.0, 4.0])
     active, saved = ActiveSet(5), torch.full((5,), -1.0)
     for layer, leaving in enumerate([0, 2, 4, 1], start=1):
-        settle_rows(active.exit_rows(active.running == leaving, layer), x, saved)
+        settle_rows(active.exit_rows_where(active.running == leaving, layer), x, saved)
     assert active.row_to_lane.tolist() == [3, 1, 4, 2, 0]
     assert x[0] == 3.0
     torch.testing.assert_close(saved, torch.tensor([float("nan"), 1.0, 2.0, -1.0, 4.0]), equal_nan=True)
@@ -157,7 +157,7 @@ def test_moves_take_more_rows_than_run():
 def test_mask_may_be_strided():
     wide = torch.tensor([[True, False], [False, True], [True, False], [False, True]])
     active = ActiveSet(4)
-    active.exit_rows(wide[:, 1], 1)
+    active.exit_rows_where(wide[:, 1], 1)
     assert active.exit_layer.tolist() == [0, 1, 0, 1]
 
 
@@ -170,7 +170,7 @@ def test_skips_are_found_where_they_were_written(run):
     skips: list[tuple[Tensor, Tensor]] = []
     for layer, leaving in enumerate(run, start=1):
         skips.append((100 * layer + active.running, active.snapshot()))
-        active.exit_rows(by_row(active, leaving), layer)
+        active.exit_rows_where(by_row(active, leaving), layer)
         for written, (skip, snapshot) in enumerate(skips, start=1):
             index = active.locate(snapshot)
             found = take_rows(skip, index, active.count)
@@ -185,19 +185,19 @@ def test_skips_are_found_where_they_were_written(run):
 def test_locate_names_no_rows_where_only_the_tail_left():
     active = ActiveSet(5)
     snapshot, copy = active.snapshot(), active.lane_to_row.clone()
-    active.exit_rows(torch.tensor([False, False, False, True, True]), 1)
+    active.exit_rows_where(torch.tensor([False, False, False, True, True]), 1)
     assert active.locate(snapshot) is None
     assert active.locate(copy) is None
-    active.exit_rows(torch.tensor([True, False, False]), 2)
+    active.exit_rows_where(torch.tensor([True, False, False]), 2)
     assert active.locate(snapshot).tolist() == [2, 1]
     assert snapshot.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_moves_and_snapshots_outlive_later_exits():
     active = ActiveSet(6)
-    first = active.exit_rows(torch.tensor([True, False, False, False, False, False]), 1)
+    first = active.exit_rows_where(torch.tensor([True, False, False, False, False, False]), 1)
     snapshot = active.snapshot()
-    active.exit_rows(torch.tensor([False, True, False, False, False]), 2)
+    active.exit_rows_where(torch.tensor([False, True, False, False, False]), 2)
     assert first.tolist() == [[0, 0, 5]]
     assert snapshot.tolist() == [5, 1, 2, 3, 4, 0]
 
@@ -207,7 +207,7 @@ def test_default_device_does_not_matter():
     with torch.device("meta"):
         active = ActiveSet(3)
         snapshot = active.lane_to_row.clone()
-        active.exit_rows(torch.tensor([True, False, False], device="cpu"), 1)
+        active.exit_rows_where(torch.tensor([True, False, False], device="cpu"), 1)
         assert active.locate(snapshot).tolist() == [2, 1]
         active.finish(2)
     assert active.exit_layer.tolist() == [1, 2, 2]

@@ -81,7 +81,7 @@ def assert_same(active: DeviceSet, lists: Lists, moves: Tensor, expected: list[l
 def test_chosen_patterns_as_on_the_host(made: Make, pattern: str, n: int) -> None:
     mask = torch.tensor(PATTERNS[pattern](n), dtype=torch.bool)
     host, active = ActiveSet(n), made(n)
-    wanted = host.exit_rows(mask, 4)
+    wanted = host.exit_rows_where(mask, 4)
     snapshot = torch.empty_like(active.lane_to_row)
     moves = active.exit_rows_where(mask.to(active.device), 4, bound=n, snapshot=snapshot)
     assert moves.shape == (n, 3)
@@ -113,11 +113,12 @@ def runs(draw: st.DrawFn) -> tuple[int, list[dict]]:
     return lanes, draw(st.lists(layer, max_size=5))
 
 
+@pytest.mark.usefixtures("core")
 @given(run=runs())
 def test_random_runs(made: Make, run: tuple[int, list[dict]]) -> None:
     """u < threshold of the lane, or of both tied lanes; rows beyond the count hold what would leave at once."""
     lanes, layers = run
-    active, lists = made(lanes), Lists(lanes)
+    active, host, lists = made(lanes), ActiveSet(lanes), Lists(lanes)
     partner = [lane ^ 1 if lane ^ 1 < lanes and lane % 8 < 4 else lane for lane in range(lanes)]
     x = torch.arange(lanes, device=active.device)[:, None].repeat(1, 3)  # every lane's data is its number
     saved = torch.full_like(x, -1)
@@ -142,7 +143,17 @@ def test_random_runs(made: Make, run: tuple[int, list[dict]]) -> None:
             partner=on(active, partner, torch.int32) if given_["tied"] else None,
             snapshot=snapshot,
         )
-        assert_same(active, lists, moves, lists.leave(goes, layer))
+        on_host = host.exit_rows(
+            None if u is None else torch.tensor([u[lane] for lane in running], dtype=torch.float32),
+            torch.tensor(threshold, dtype=torch.float32),
+            layer,
+            partner=torch.tensor(partner, dtype=torch.int32) if given_["tied"] else None,
+        )
+        wanted = lists.leave(goes, layer)
+        assert_same(active, lists, moves, wanted)
+        assert on_host.tolist() == wanted
+        assert (host.row_to_lane.tolist(), host.exit_layer.tolist()) == (lists.lane, lists.exit_layer)
+        assert (host.count, host.moved) == (lists.n, lists.moved)
         assert torch.equal(snapshot, active.lane_to_row)
         settle_rows(moves, x, saved)
         assert x[: lists.n, 1].tolist() == lists.lane[: lists.n]

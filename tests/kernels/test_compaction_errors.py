@@ -33,8 +33,8 @@ def test_lanes(lanes):
 )
 def test_mask(mask):
     active = ActiveSet(4)
-    with pytest.raises(ValueError, match=r"mask must be bool \[4\] on cpu"):
-        active.exit_rows(mask, 1)
+    with pytest.raises(ValueError, match=r"mask must be bool \[4\] on the CPU"):
+        active.exit_rows_where(mask, 1)
     assert state(active) == state(ActiveSet(4))
 
 
@@ -43,14 +43,14 @@ def test_mask(mask):
 def test_layer(layer):
     """Layers count from 1 and never go back: the tail is grouped by them."""
     active = ActiveSet(4)
-    active.exit_rows(torch.tensor([True, False, False, False]), 2)
+    active.exit_rows_where(torch.tensor([True, False, False, False]), 2)
     before = state(active)
     with pytest.raises(ValueError, match="layer"):
-        active.exit_rows(torch.tensor([True, False, False]), layer)
+        active.exit_rows_where(torch.tensor([True, False, False]), layer)
     with pytest.raises(ValueError, match="layer"):
         active.finish(layer)
     assert state(active) == before
-    active.exit_rows(torch.tensor([True, False, False]), 2)
+    active.exit_rows_where(torch.tensor([True, False, False]), 2)
     assert active.exit_layer.tolist() == [2, 0, 0, 2]
 
 
@@ -64,7 +64,7 @@ def test_broken_state(field, value, message):
     getattr(active, field)[2] = value
     before = state(active)
     with pytest.raises(ValueError, match=message):
-        active.exit_rows(torch.tensor([True, False, False, False]), 1)
+        active.exit_rows_where(torch.tensor([True, False, False, False]), 1)
     assert state(active) == before
 
 
@@ -120,7 +120,7 @@ def test_rows(name, tensor, message):
     shape = tensor.shape[1:] if tensor.dim() else (2,)
     good = {"rows": torch.ones(4, *shape), "saved": torch.zeros(4, *shape)}
     given = good | {name: tensor}
-    moves = ActiveSet(4).exit_rows(torch.tensor([True, False, False, False]), 1)
+    moves = ActiveSet(4).exit_rows_where(torch.tensor([True, False, False, False]), 1)
     with pytest.raises(ValueError, match=message.format(name)):
         settle_rows(moves, **given)
     assert bool((good["rows"] == 1).all())
@@ -169,18 +169,52 @@ def test_take_rows(index, n, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, 0, 0, 0, 0, -1, 0, 1), "n must be 0 or more"),
-        ((0, 0, 0, 0, 0, 1, 0, 1), "n must be at most num_lanes"),
-        ((0, 0, 0, 0, 0, 0, 32769, 1), "num_lanes must be at most 32768"),
-        ((0, 0, 0, 0, 0, 0, 0, 0), "layer must be 1 or more"),
-        ((0, 0, 0, 0, 0, 1, 1, 1), "mask is null"),
-        ((0, 0, 0, 0, 0, 0, 1, 1), "row_to_lane, lane_to_row or exit_layer is null"),
+        ((-1, 0, 1), "n must be 0 or more"),
+        ((1, 0, 1), "n must be at most num_lanes"),
+        ((0, 32769, 1), "num_lanes must be at most 32768"),
+        ((0, 0, 0), "layer must be 1 or more"),
+        ((0, 1, 1), "row_to_lane, lane_to_row or exit_layer is null"),
     ],
 )
 def test_core_exit_rows(arguments, message):
     core = pytest.importorskip("adadiff_kernels._C", reason="the extension is not built")
     with pytest.raises(ValueError, match=message):
-        core.exit_rows(*arguments)
+        core.exit_rows(*[0] * 8, *arguments)
+
+
+FOUR = torch.zeros(4)
+
+
+@pytest.mark.usefixtures("core")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"u": FOUR[:3]}, r"u must be float32 \[4\], contiguous, on the CPU, got float32 \[3\]"),
+        ({"u": FOUR.double()}, "u must be float32"),
+        ({"u": torch.zeros(8)[::2]}, "u must be float32"),
+        ({"u": FOUR.to("meta")}, "on the CPU, got float32 .* on meta"),
+        ({"threshold": torch.zeros(5)}, r"threshold must be float32 \[4\]"),
+        ({"threshold": torch.zeros(8)[::2]}, "threshold must be float32"),
+        ({"partner": torch.arange(4)}, r"partner must be int32 \[4\], contiguous, on the CPU, got int64"),
+        ({"partner": torch.arange(3).int()}, r"partner must be int32 \[4\]"),
+        ({"layer": 1.0}, "layer must be an int"),
+    ],
+)
+def test_exit_rows(change, message):
+    active = ActiveSet(4)
+    given = {"u": FOUR, "threshold": FOUR + 1, "layer": 1, "partner": torch.arange(4).int()} | change
+    with pytest.raises(ValueError, match=message):
+        active.exit_rows(**given)
+    assert state(active) == state(ActiveSet(4))
+
+
+def test_partners_outside_are_refused_by_the_core():
+    pytest.importorskip("adadiff_kernels._C", reason="the extension is not built")
+    active = ActiveSet(4)
+    for partner in ([0, 1, 2, 4], [-1, 1, 2, 3]):
+        with pytest.raises(ValueError, match="partner names a lane outside"):
+            active.exit_rows(FOUR, FOUR + 1, 1, partner=torch.tensor(partner, dtype=torch.int32))
+    assert state(active) == state(ActiveSet(4))
 
 
 @pytest.mark.parametrize(

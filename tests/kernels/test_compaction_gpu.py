@@ -31,7 +31,7 @@ def test_many_lanes_as_on_the_host(lanes: int) -> None:
     threshold = torch.full((lanes,), 0.3)
     for layer, u in enumerate(scores(5, lanes, lanes), start=1):
         bound = min(lanes, host.count + 7)
-        wanted = host.exit_rows(u[: host.count] < threshold[: host.count], layer)
+        wanted = host.exit_rows_where(u[: host.count] < threshold[: host.count], layer)
         snapshot = torch.empty_like(active.lane_to_row)
         moves = active.exit_rows(u[:bound].cuda(), threshold.cuda(), layer, bound=bound, snapshot=snapshot).cpu()
         assert torch.equal(moves[: len(wanted)], wanted)
@@ -68,7 +68,7 @@ def test_a_captured_tick_replays() -> None:
         u.copy_(scores(layers, lanes, seed))
         host = ActiveSet(lanes)
         for layer in range(1, layers + 1):
-            host.exit_rows(u[layer - 1, : host.count].cpu() < 0.3, layer)
+            host.exit_rows_where(u[layer - 1, : host.count].cpu() < 0.3, layer)
         graph.replay()
         active.replayed()
         assert active.wait(layers) == host.count

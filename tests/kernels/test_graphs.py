@@ -66,7 +66,7 @@ def test_the_compiler_copies_nothing() -> None:
 
     torch.compiler.reset()
     given = (normal(8, 3, 16), normal(16, 16), torch.arange(8).int(), Score(normal(1, 16), normal(8, 1), 1))
-    given += (ActiveSet(8).exit_rows(torch.arange(8) % 2 == 0, 1), torch.zeros(8, 3, 16))
+    given += (ActiveSet(8).exit_rows_where(torch.arange(8) % 2 == 0, 1), torch.zeros(8, 3, 16))
     found, (code, *_) = run_and_get_code(torch.compile(call, fullgraph=True, dynamic=True), *given)
     torch.testing.assert_close(found, call(*given), rtol=1e-6, atol=1e-6)
     body = code[code.index("def call(") : code.index("return (", code.index("def call("))]

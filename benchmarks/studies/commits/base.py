@@ -7,13 +7,13 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
-from adadiff.exits import ExitConfig
-from adadiff.rules import Threshold
 from cases import BATCH, STEPS, Case, N
 from torch import Tensor
 
 import adadiff
 from adadiff.engine import device as device_engine
+from adadiff.exits import ExitConfig
+from adadiff.rules import Threshold
 from adadiff_kernels import device_set, ops
 
 

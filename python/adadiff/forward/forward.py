@@ -131,7 +131,7 @@ def evaluate(
                 by_lane = torch.empty(B, device=u.device).index_copy_(0, lanes.long(), u)
                 u = torch.maximum(u, by_lane[pairs[lanes]])
         if layer in decision.asked:
-            moves = active.exit_rows(decision.leave(u, layer, lanes).to("cpu"), layer)
+            moves = active.exit_rows_where(decision.leave(u, layer, lanes).to("cpu"), layer)
             if len(moves):
                 decision.moved()
                 saved = rows.new_empty(rows_of_all.shape) if saved is None else saved
