@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := adadiff_kernels benchmarks python tests setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install bench test lint resources sanitize gpu-verdict gpu-bench gpu-python
+.PHONY: help install bench test test-all lint resources sanitize gpu-verdict gpu-bench gpu-python
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -21,12 +21,16 @@ $(INSTALLED): setup.py pyproject.toml $(wildcard csrc/*)
 bench: install ## run the main job; ARGS=--quick for its short form
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
-test: install ## run the tests; ARGS="-k rules" for some
+test: install ## run the quick tests; ARGS="-k policies" for some
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: install ## run all tests
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: install ## check style and format
+lint: install ## check style, format and types
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
 
 resources: install ## write what the GPU kernels take: registers, memory, loads (needs nvcc 13.0, no GPU)
 	$(BIN)/python -m pip install --quiet triton==3.9.0

@@ -51,8 +51,10 @@ def uem_score(
     num_lanes: int,
     row_to_lane: int,
     u: int,
-) -> None:
-    """u, float32[n], of rows y, float32 or bfloat16 [n, tokens, channels]."""
+    limit: int = 0,
+) -> bool:
+    """u, float32[n], of rows y, float32 or bfloat16 [n, tokens, channels]; whether some u lies below its lane's limit,
+    float[num_lanes], or that is infinite (True without limits)."""
 
 def compact(
     row_to_lane: int,

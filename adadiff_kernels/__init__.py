@@ -1,10 +1,12 @@
 """Operators on rows, for early exit at batch > 1. One folder each; nothing here knows of diffusion networks or
 policies."""
 
+from adadiff_kernels.backends import OPERATORS, backends
 from adadiff_kernels.compaction import ActiveSet, CountSnapshot, DeviceSet, exit_rows_reference, take_rows
 from adadiff_kernels.join_skip import join_skip, join_skip_reference
 from adadiff_kernels.philox import philox4x32, philox_normal
 from adadiff_kernels.residual_uem import (
+    LayerScores,
     Norm,
     Score,
     is_fused,
@@ -30,15 +32,18 @@ from adadiff_kernels.upload import captures, upload
 
 __all__ = [
     "COLUMNS",
+    "OPERATORS",
     "ActiveSet",
     "CountSnapshot",
     "DeviceSet",
     "Guidance",
+    "LayerScores",
     "Noise",
     "Norm",
     "Score",
     "SolverState",
     "StepRows",
+    "backends",
     "captures",
     "exit_rows_reference",
     "guide",

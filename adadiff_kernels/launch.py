@@ -52,16 +52,43 @@ def need(
     """
     if tensor is None:
         return
-    fits = tensor.dim() == len(shape) and all(
-        isinstance(want, str) or want == got for want, got in zip(shape, tensor.shape, strict=True)
-    )
-    if not fits:
+    size = tensor.shape
+    if size != shape and not _fits(size, shape):
         raise ValueError(f"{name} must be [{', '.join(map(str, shape))}], got {list(tensor.shape)}")
     if tensor.dtype not in dtypes:
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f"{name} must be {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
     if tensor.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, got {tensor.device}")
-    if not (tensor.is_contiguous() or (rows_apart and len(tensor) and tensor[0].is_contiguous())):
+    if not (tensor.is_contiguous() or (rows_apart and rows_are_contiguous(tensor))):
         what = "have contiguous rows" if rows_apart else "be contiguous"
         raise ValueError(f"{name} must {what}, got strides {tensor.stride()}")
+
+
+def _fits(size: tuple[int, ...], shape: tuple[int | str, ...]) -> bool:
+    if len(size) != len(shape):
+        return False
+    return all(want == got or isinstance(want, str) for want, got in zip(shape, size, strict=True))
+
+
+def rows_are_contiguous(tensor: Tensor) -> bool:
+    """Whether tensor[i] is contiguous, for every i. (To make a view of one, and ask that, takes ten times as long.)"""
+    wanted = 1
+    for size, stride in zip(reversed(tensor.shape[1:]), reversed(tensor.stride()[1:]), strict=True):
+        if stride != wanted and size != 1:
+            return False
+        wanted *= size
+    return True
+
+
+# Triton has these, too, made for kernels; called by a host they take microseconds.
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of 2 that is n or more; n: 1 or more."""
+    return 1 << (n - 1).bit_length()

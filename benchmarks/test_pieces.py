@@ -1,5 +1,6 @@
 """The pieces by themselves, for pytest-benchmark: `pytest benchmarks`. Nothing is asserted on time."""
 
+import numpy as np
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -7,7 +8,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 import adadiff
 from adadiff.diffusion.solvers import DDIM, DPMSolverPP2M
 from adadiff.diffusion.tables import pack
-from adadiff.policies.exit_policies import Full, Replay
+from adadiff.policies.exits import Full, Replay
 from adadiff_kernels import ActiveSet, Score, join_skip, philox_normal, residual_uem, settle_rows, solver_step
 
 LANES = 64
@@ -32,7 +33,7 @@ def test_plan(benchmark: BenchmarkFixture) -> None:
 
 @torch.inference_mode()
 def test_moves(benchmark: BenchmarkFixture) -> None:
-    """32 rows of half a megabyte each are saved, and 16 others take places of theirs."""
+    """32 rows of half a megabyte each are saved, and 16 others move to where some of them were."""
     moves = ActiveSet(LANES).exit_rows_where(torch.arange(LANES) % 2 == 0, 1)
     rows, saved = torch.randn(2, LANES, T, D)
     benchmark(settle_rows, moves, rows, saved)
@@ -65,7 +66,7 @@ def test_solver_step(benchmark: BenchmarkFixture, solver: DDIM | DPMSolverPP2M) 
     tables = pack([solver.table(adadiff.build("digits").schedule, 50)])
     x, eps = torch.randn(2, LANES, 3, 32, 32)
     state = tables.start(x)
-    _, rows = tables.rows(torch.zeros(LANES, dtype=torch.int64), torch.arange(LANES) % 50)
+    _, rows = tables.rows(np.zeros(LANES, dtype=np.int64), np.arange(LANES) % 50)
     benchmark(solver_step, state, eps, rows)
 
 
@@ -75,16 +76,16 @@ def test_philox(benchmark: BenchmarkFixture) -> None:
     benchmark(philox_normal, torch.arange(LANES), torch.zeros(LANES, dtype=torch.int64), 0, 3 * 32 * 32)
 
 
-@pytest.mark.parametrize("case", ["plain", "engine", "nobody leaves", "spread"])
+@pytest.mark.parametrize("case", ["plain", "engine", "nobody exits", "spread"])
 @torch.inference_mode()
-def test_evaluate(benchmark: BenchmarkFixture, case: str) -> None:
-    """One evaluation of the digits network, 64 lanes at different timesteps, random weights."""
+def test_forward(benchmark: BenchmarkFixture, case: str) -> None:
+    """One forward pass of the digits network, 64 lanes at different timesteps, random weights."""
     model = adadiff.build("digits")
     x, t, labels = torch.randn(LANES, 1, 8, 8), torch.linspace(0, 999, LANES), torch.arange(LANES) % 10
     lane = torch.arange(LANES)
-    depth = {"nobody leaves": torch.full((LANES,), 13.0), "spread": (3 + lane * 7 % 11).float()}.get(case)
+    depth = {"nobody exits": torch.full((LANES,), 13.0), "spread": (3 + lane * 7 % 11).float()}.get(case)
     if case == "plain":
         benchmark(model.backbone, x, t, labels)
     else:
-        rule = Full() if depth is None else Replay()
-        benchmark(adadiff.evaluate, model.backbone, model.exits, rule, x, t, labels, threshold=depth)
+        policy = Full() if depth is None else Replay()
+        benchmark(adadiff.forward, model, x, t, labels, policy=policy, threshold=depth)

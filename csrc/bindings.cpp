@@ -49,9 +49,11 @@ void philox(std::uintptr_t seeds, std::uintptr_t steps, std::int64_t n, std::int
                   pointer<std::int64_t>(words));
 }
 
-void uem_score(std::uintptr_t y, bool is_bfloat16, std::int64_t n, std::int64_t tokens, std::int64_t channels,
+// Whether somebody may exit by the limits, float[num_lanes]; true where there are none (a null pointer).
+bool uem_score(std::uintptr_t y, bool is_bfloat16, std::int64_t n, std::int64_t tokens, std::int64_t channels,
                std::int64_t num_prefix_tokens, std::uintptr_t weight, std::uintptr_t offset,
-               std::int64_t offset_stride, std::int32_t num_lanes, std::uintptr_t row_to_lane, std::uintptr_t u) {
+               std::int64_t offset_stride, std::int32_t num_lanes, std::uintptr_t row_to_lane, std::uintptr_t u,
+               std::uintptr_t limit) {
   const auto score = [&](auto* rows) {
     adadiff::uem_score(rows, n, tokens, channels, num_prefix_tokens, pointer<const float>(weight),
                        pointer<const float>(offset), offset_stride, num_lanes,
@@ -63,6 +65,8 @@ void uem_score(std::uintptr_t y, bool is_bfloat16, std::int64_t n, std::int64_t 
   } else {
     score(pointer<const float>(y));
   }
+  return limit == 0 || adadiff::any_below(pointer<const float>(u), n, pointer<const float>(limit),
+                                          pointer<const std::int32_t>(row_to_lane));
 }
 
 #ifdef ADADIFF_CUDA
@@ -120,7 +124,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("words"));
   m.def("uem_score", &uem_score, py::arg("y"), py::arg("is_bfloat16"), py::arg("n"), py::arg("tokens"),
         py::arg("channels"), py::arg("num_prefix_tokens"), py::arg("weight"), py::arg("offset"),
-        py::arg("offset_stride"), py::arg("num_lanes"), py::arg("row_to_lane"), py::arg("u"));
+        py::arg("offset_stride"), py::arg("num_lanes"), py::arg("row_to_lane"), py::arg("u"),
+        py::arg("limit") = 0);
 #ifdef ADADIFF_CUDA
   m.attr("cuda_built") = true;
   def_cuda(m);

@@ -345,6 +345,18 @@ void test_score_errors() {
   adadiff::uem_score(none, 0, 3, 4, 1, none, none, 1, 0, nullptr, nullptr);
 }
 
+void test_any_below() {
+  constexpr float kAlways = INFINITY, kNever = -INFINITY;
+  const auto any = [](std::vector<float> u, std::vector<float> limit, Ints lanes) {
+    return adadiff::any_below(u.data(), static_cast<std::int64_t>(u.size()), limit.data(), lanes.data());
+  };
+  CHECK(!any({0.5f, 0.25f}, {0.25f, 0.1f, 0.5f}, {2, 0}));  // below is less than, of a row's own lane
+  CHECK(any({0.5f, 0.2f}, {0.25f, 0.1f, 0.5f}, {2, 0}));
+  CHECK(!any({NAN, 0.5f}, {0.9f, kNever}, {0, 1}));  // NaN is below nothing
+  CHECK(any({0.5f, NAN}, {kNever, kAlways}, {0, 1}));  // but an infinite limit asks for no u
+  CHECK(!any({}, {}, {}));
+}
+
 // Random123's known answers have counters of four free words; those here end in 0, so all zeros is the one of them.
 // The others are in tests/kernels/test_philox.py, against the same formula in Python.
 void test_philox() {
@@ -378,6 +390,7 @@ int main() {
   test_scores<float>();
   test_scores<adadiff::bfloat16>();
   test_score_errors();
+  test_any_below();
   test_exit_tests();
   test_philox();
   test_compaction();

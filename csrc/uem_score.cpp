@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 #include <vector>
 
@@ -123,5 +124,14 @@ template void uem_score(const float*, std::int64_t, std::int64_t, std::int64_t, 
                         const float*, std::int64_t, std::int32_t, const std::int32_t*, float*);
 template void uem_score(const bfloat16*, std::int64_t, std::int64_t, std::int64_t, std::int64_t, const float*,
                         const float*, std::int64_t, std::int32_t, const std::int32_t*, float*);
+
+bool any_below(const float* u, std::int64_t n, const float* limit, const std::int32_t* row_to_lane) {
+  constexpr float kAlways = std::numeric_limits<float>::infinity();
+  for (std::int64_t r = 0; r < n; ++r) {
+    const float own = limit[row_to_lane[r]];
+    if (u[r] < own || own == kAlways) return true;
+  }
+  return false;
+}
 
 }  // namespace adadiff

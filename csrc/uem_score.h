@@ -26,4 +26,7 @@ void uem_score(const Element* y, std::int64_t n, std::int64_t tokens, std::int64
                std::int64_t num_prefix_tokens, const float* weight, const float* offset, std::int64_t offset_stride,
                std::int32_t num_lanes, const std::int32_t* row_to_lane, float* u);
 
+// Whether some row's u is below its lane's limit, or that limit is infinite: somebody may exit. NaN is below nothing.
+bool any_below(const float* u, std::int64_t n, const float* limit, const std::int32_t* row_to_lane);
+
 }  // namespace adadiff

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adadiff.forward import device as device_engine
+from adadiff.forward import forward as engine
 from adadiff_kernels import DeviceSet
 
 
@@ -28,7 +28,7 @@ class LateWord:
 
 
 def use_sets(monkeypatch: pytest.MonkeyPatch, make: Callable[[int, torch.device], DeviceSet]) -> None:
-    """The engine runs on what `make` makes."""
+    """Forward passes on a device run on what `make` makes."""
 
     @contextmanager
     def device_set(B: int, device: torch.device) -> Iterator[DeviceSet]:
@@ -36,7 +36,7 @@ def use_sets(monkeypatch: pytest.MonkeyPatch, make: Callable[[int, torch.device]
         active.start()
         yield active
 
-    monkeypatch.setattr(device_engine, "_device_set", device_set)
+    monkeypatch.setattr(engine, "device_set", device_set)
 
 
 def late(monkeypatch: pytest.MonkeyPatch, delay: Callable[[], float]) -> None:

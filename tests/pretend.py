@@ -7,6 +7,7 @@ since a PyTorch built without CUDA has no place for tensors of that.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -91,8 +92,20 @@ class PretendDevice(TorchDispatchMode):
         super().__exit__(*error)
         self._makes.__exit__(*error)
 
+    @contextmanager
+    def _again(self) -> Iterator[None]:
+        """What an operator is made of comes by here, too."""
+        super().__enter__()
+        try:
+            yield
+        finally:
+            super().__exit__(None, None, None)
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        with self._again():  # in inference mode operators made of others come as they are
+            if (made := func.decompose(*args, **kwargs)) is not NotImplemented:
+                return made
         name = func.overloadpacket
         flat = list(_tensors(args, *kwargs.values()))
         there = any(isinstance(value, OnDevice) for value in flat)
@@ -188,6 +201,9 @@ def _shown(func: Callable, args: tuple, kwargs: dict, there: bool) -> object:
     def show(value: object) -> object:
         if not isinstance(value, Tensor) or not there:
             return value
-        return given.get(id(value)) if id(value) in given else OnDevice(value)
+        if id(value) in given:
+            return given[id(value)]
+        with torch.inference_mode(value.is_inference()):  # views of others than inference tensors are none either
+            return OnDevice(value)
 
     return _mapped(show, made)

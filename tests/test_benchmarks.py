@@ -326,7 +326,7 @@ def test_a_network_comparison_writes_what_the_engine_did(tmp_path: Path, monkeyp
     }
     assert {name: written[name]["blocks"] for name in blocks} == blocks
     assert all(row["blocks_full"] == 78 and row["threads"] == 1 for row in written.values())
-    # rows 0, 2 and 4 leave: 3 and 5 change places with 0 and 2, which lie below the new count of 3
+    # rows 0, 2 and 4 exit: 3 and 5 move to where 0 and 2 were, below the new count of 3
     assert (written["two-phase"]["rows_moved"], written["two-phase, ordered"]["rows_moved"]) == (4, 0)
     assert written["engine, no exits"]["macs"] == written["same"]["macs_full"] > 1.8 * written["same"]["macs"]
     fastest = min((row for row in file.rows if row["kind"] == "baseline"), key=lambda row: row["seconds"]["median"])
@@ -353,7 +353,7 @@ def test_the_lockstep_loop_is_the_sampler_without_exits(checkpoints: tuple[str, 
     seeds, labels = drawing.seeds_and_labels(2, 7)
     assert seeds.tolist() == [2_000_000 + i for i in range(7)]
     ours = drawing.lockstep(model.backbone, model.schedule, seeds, labels, steps=3, batch=4)
-    theirs, _ = adadiff.sample(model, 7, steps=3, seeds=seeds, labels=labels)
+    theirs, _ = adadiff.sample(model, 7, steps=3, seed=seeds, class_labels=labels)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -376,7 +376,7 @@ def test_quality_rows_are_drawn_once_and_the_missing_ones_again(
     names = ["full", "plain, equal budget", "fewer steps", "early exit", "fixed depth"]
     assert [(row["variant"], row["parameters"]["run"]) for row in first] == [(n, r) for r in (0, 1) for n in names]
     early, fixed = first[3], first[4]
-    # fresh UEMs say 0.5 everywhere, below the threshold: everybody leaves after the first block that asks
+    # fresh UEMs say 0.5 everywhere, below the threshold: everybody exits after the first block that asks
     assert early["exit_histogram"] == [[0, 0, 40] + [0] * 10] * 2
     assert early["mean_exit_layer"] == fixed["mean_exit_layer"] == 3
     assert fixed["frechet"] == early["frechet"]

@@ -13,13 +13,14 @@ import adadiff
 from adadiff.calibration.calibrating import work_of
 from adadiff.config import ModelConfig
 from adadiff.data.canvases import Canvases
+from adadiff.forward.forward import run_forward
 from adadiff.metrics import judges
 from adadiff.metrics.canvases import follow_rules
 from adadiff.metrics.quality import evaluate_samples
 from adadiff.models.uvit import UViTConfig
-from adadiff.policies.exit_policies import Replay
+from adadiff.policies.exits import Replay
 from adadiff.sampling.batch import Batch
-from adadiff.sampling.samples import SampleBatch
+from adadiff.sampling.sample_batch import SampleBatch
 from adadiff.uem import PAPER
 from benchmarks import __main__ as run
 from benchmarks import rows
@@ -102,18 +103,17 @@ def test_single_thresholds_meet_the_share_along_the_full_way(networks: alternati
     """Counted again in a loop, over what the UEMs say when the full network is run."""
     shares = (0.45, 0.8)
     own = model()
-    seeds = range(alternatives.CALIBRATION_SEED, alternatives.CALIBRATION_SEED + 20)
     scores = []
 
     def watched(*given: object, **options: object) -> adadiff.ForwardOutput:
-        result = adadiff.evaluate(*given, **{**options, "record": True})
+        result = run_forward(*given, **{**options, "record_scores": True})
         scores.append(result.scores)
         return result
 
-    batch = Batch(own, 20, evaluate=watched)
-    given = {"steps": 6, "seeds": seeds, "labels": [i % 10 for i in range(20)]}
-    given |= {"rule": Replay(), "thresholds": [5.0] * 20}  # nobody leaves, everybody is scored
-    batch.admit(SampleBatch.of(own, 20, **given), torch.arange(20))
+    batch = Batch(own, 20, forward=watched)
+    given = {"steps": 6, "seed": alternatives.CALIBRATION_SEED, "class_labels": [i % 10 for i in range(20)]}
+    given |= {"policy": Replay(), "thresholds": [5.0] * 20}  # nobody exits, everybody is scored
+    batch.admit(SampleBatch.of(own, 20, **given), np.arange(20))
     while batch.count:
         batch.take(batch.tick().done)
     for first, by_mean in ((1, False), (2, False), (1, True)):
@@ -126,20 +126,20 @@ def test_single_thresholds_meet_the_share_along_the_full_way(networks: alternati
 
 
 def share_spent(own: adadiff.Model, scores: list[torch.Tensor], theta: float, first: int, by_mean: bool) -> float:
-    """scores: [L, lanes] at each evaluation."""
+    """scores: [L, lanes] at each forward pass."""
     work, spent = work_of(own), []
     for u in scores:
         seen = u[:-1].mean(1, keepdim=True).expand(-1, u.shape[1]) if by_mean else u[:-1]
         for lane in seen.T.tolist():
             left = next((k for k in range(first - 1, 4) if lane[k] < theta), 4)
             asked = min(left, 3) - first + 2
-            spent.append((float(work.leaving[left]) + work.score * asked) / work.full)
+            spent.append((float(work.exiting[left]) + work.score * asked) / work.full)
     return float(np.mean(spent))
 
 
 def test_every_method_draws_what_the_sampler_draws(networks: alternatives.Networks) -> None:
     seeds, labels = drawing.seeds_and_labels(1, 6)
-    given = {"steps": 4, "solver": "dpm++2m", "seeds": seeds, "labels": labels}
+    given = {"steps": 4, "solver": "dpm++2m", "seed": seeds, "class_labels": labels}
     full, shallow = drawing.load(networks.full), drawing.load(networks.shallow)
     common = {"steps": 4, "solver": "dpm++2m", "batch": 4}
     wanted, report = adadiff.sample(full, 6, shallow_model=shallow, t_switch=500.0, **given)
@@ -158,7 +158,7 @@ def test_every_method_draws_what_the_sampler_draws(networks: alternatives.Networ
 
 
 def test_networks_that_cannot_be_compared(networks: alternatives.Networks, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no exits to leave by"):
+    with pytest.raises(ValueError, match="no exits; it can only be the plain network"):
         dataclasses.replace(networks, full=networks.plain).check()
     other = tmp_path / "other.safetensors"
     adadiff.save(model(2, exits=False, latent_scale=0.5), other)
@@ -204,6 +204,7 @@ def test_rounds_that_are_asked_for_are_all_measured(networks: alternatives.Netwo
 # The suite
 
 
+@pytest.mark.slow
 def test_the_whole_suite_and_its_resumption(
     networks: alternatives.Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,10 +250,10 @@ def test_without_a_compiler_there_is_one_way_less(
     assert not equal_seconds.can_compile([plain], *drawing.seeds_and_labels(0, 2))
     assert "left out: no compiler" in capsys.readouterr().out
     assert equal_seconds.ways(plain, False) == ("loop", "engine")
-    assert equal_seconds.ways(dataclasses.replace(plain, rule="depth:2"), False) == ("engine",)
+    assert equal_seconds.ways(dataclasses.replace(plain, policy="exit:depth=2"), False) == ("engine",)
 
 
-def test_a_rule_that_looks_at_the_batch_is_timed_in_the_batches_it_was_judged_in(
+def test_a_policy_that_looks_at_the_batch_is_timed_in_the_batches_it_was_judged_in(
     networks: alternatives.Networks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(equal_seconds, "in_engine", lambda method, seeds, labels, batch: batch)
@@ -289,8 +290,8 @@ def check_rows(by_name: dict[str, rows.Row], networks: alternatives.Networks) ->
     assert len(by_name["ours, faithful"]["times"]) == 3
     assert "exit_histogram" not in by_name["static table"]
     seeds, labels = drawing.seeds_and_labels(0, 40)
-    reference, _ = adadiff.sample(full, 40, steps=5, seeds=seeds, labels=labels)
-    images, _ = adadiff.sample(full, 40, steps=3, seeds=seeds, labels=labels)
+    reference, _ = adadiff.sample(full, 40, steps=5, seed=seeds, class_labels=labels)
+    images, _ = adadiff.sample(full, 40, steps=3, seed=seeds, class_labels=labels)
     error = float((images.clamp(-1, 1) - reference.clamp(-1, 1)).square().mean())
     assert by_name["fewer steps"]["error"] == pytest.approx(error, rel=1e-3)
 

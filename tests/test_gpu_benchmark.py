@@ -69,6 +69,7 @@ def test_ceilings(kept: Kept) -> None:
     assert [line[0] for line in table.body] == ["copy", "product"]
 
 
+@pytest.mark.slow
 def test_passes(kept: Kept) -> None:
     written = run_suite(kept, "passes")
     single = [row for row in written if row["parameters"]["outputs"] == 1]
@@ -147,7 +148,7 @@ def test_attention(kept: Kept) -> None:
 def test_decision(kept: Kept) -> None:
     written = run_suite(kept, "decision")
     assert {row["kind"] for row in written} == {"decision"}  # there is no device to launch graphs
-    assert {row["parameters"]["leaving"] for row in written} == {"nobody", "every other"}
+    assert {row["parameters"]["exiting"] for row in written} == {"nobody", "every other"}
     (table,) = shown(written)
     assert [line[0] for line in table.body] == [row["variant"] for row in written[:5]]
 
@@ -189,7 +190,7 @@ def test_serving(kept: Kept) -> None:
 
 def test_a_trace_is_written_whole(tmp_path: Path) -> None:
     session = Session(CPU)
-    text = gpu_traces.trace(session, gpu_traces.evaluation(session, 2), tmp_path / "trace-2.json.gz")
+    text = gpu_traces.trace(session, gpu_traces.forward_pass(session, 2), tmp_path / "trace-2.json.gz")
     assert "aten::addmm" in text
     (found,) = tmp_path.iterdir()
     with gzip.open(found) as file:
@@ -226,10 +227,10 @@ def test_interleaving_takes_another_timer() -> None:
     assert measured.ratio("b", "a").samples == (2.0,) * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suite", ["network", "serving", "attention", "decision"])
-def test_suites_mix_no_devices(suite: str, kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_suites_mix_no_devices(suite: str, kept: Kept) -> None:
     """On a pretended device what would raise on a GPU raises: an index, a table or an input left on the CPU."""
-    monkeypatch.setattr(torch, "inference_mode", lambda mode=True: torch.no_grad())  # which its tensors cannot be in
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # its tensors cannot change in place
     try:
         with PretendDevice():

@@ -29,6 +29,7 @@ def summary(run: Run) -> dict:
     return json.loads((run.out / "summary.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "limit", "status", "why"),
     [
@@ -162,6 +163,7 @@ def test_an_interrupted_run_says_so_and_leaves_no_process(tmp_path: Path, sign: 
         os.killpg(process.pid, 0)
 
 
+@pytest.mark.slow
 def test_without_a_gpu_one_line_says_so() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu.verdict"], env=ENVIRONMENT, capture_output=True, text=True
@@ -173,6 +175,7 @@ def test_without_a_gpu_one_line_says_so() -> None:
     assert not done.stdout
 
 
+@pytest.mark.slow
 def test_every_test_is_in_one_shard(tmp_path: Path) -> None:
     code = "import pytest\n@pytest.mark.parametrize('n', range(7))\ndef test_one(n): pass\ndef test_other(): pass\n"
     (tmp_path / "test_shards.py").write_text(code)
@@ -225,6 +228,7 @@ def test_reports_become_one_even_if_one_is_broken(tmp_path: Path) -> None:
     assert len(ET.parse(tmp_path / "junit.xml").getroot().findall("testsuite/testcase")) == 2
 
 
+@pytest.mark.slow
 def test_a_late_stage_reports_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = tmp_path / "test_slow.py"
     slow.write_text("import time\ndef test_quick(): pass\ndef test_slow(): time.sleep(60)\n")

@@ -1,7 +1,10 @@
-"""Imports point one way: csrc <- adadiff_kernels <- python/adadiff <- cli. Read from the parsed sources."""
+"""Imports point one way: csrc <- adadiff_kernels <- python/adadiff <- cli, inside python/adadiff from folder to folder,
+too, and no module imports itself by way of others. Read from the parsed sources."""
 
 import ast
 import re
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,16 +18,27 @@ MODELS = sorted((ROOT / "python" / "adadiff" / "models").rglob("*.py"))
 BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 CORE = sorted(path for path in (ROOT / "csrc").iterdir() if path.suffix in {".h", ".cpp", ".cu", ".cuh"})
 ENTRY = {"cli.py", "__main__.py"}
-# What a network would import if it knew that samples may leave.
-EXIT_LOGIC = {"ActiveSet", "DeviceSet", "Score", "Swaps", "swap_rows", "uem_score"}
+# What a network would import if it knew that samples may exit.
+EXIT_LOGIC = {
+    *("ActiveSet", "CountSnapshot", "DeviceSet", "LayerScores", "Score", "exit_rows_reference", "settle_rows"),
+    *("settle_rows_reference", "take_rows", "uem_score", "uem_score_reference"),
+}
+# Folders and single modules of python/adadiff: each imports only those before it.
+ORDER = (
+    *("diffusion", "models", "heads", "uem", "policies", "config", "model", "checkpoint"),
+    *("forward", "sampling", "serving"),
+    *("data", "output", "metrics", "calibration", "conversion", "pipelines", "training"),
+    *("__init__", "commands", "cli", "__main__"),
+)
 
 
-def imports(path: Path, source: str | None = None) -> set[str]:
-    """Every import of a file as a full dotted name, relative ones resolved, imported name included."""
+def imports(path: Path, source: str | None = None, for_types: bool = True) -> set[str]:
+    """Every import of a file as a full dotted name, relative ones resolved, imported name included. for_types: those
+    that only a type checker sees, too."""
     base = ROOT / "python" if "python" in path.relative_to(ROOT).parts else ROOT
     package = path.relative_to(base).parent.parts
     names = set()
-    for node in ast.walk(ast.parse(path.read_text() if source is None else source)):
+    for node in nodes(ast.parse(path.read_text() if source is None else source), for_types):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -32,6 +46,39 @@ def imports(path: Path, source: str | None = None) -> set[str]:
             module = ".".join([*above, *([node.module] if node.module else [])])
             names |= {f"{module}.{alias.name}" for alias in node.names}
     return names
+
+
+def nodes(tree: ast.AST, for_types: bool) -> Iterator[ast.AST]:
+    yield tree
+    for child in ast.iter_child_nodes(tree):
+        only_types = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+        if for_types or not only_types:
+            yield from nodes(child, for_types)
+        else:
+            yield from (own for other in child.orelse for own in nodes(other, for_types))
+
+
+def name_of(path: Path) -> str:
+    """The dotted name of a module of python/adadiff."""
+    return ".".join(path.relative_to(ROOT / "python").with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(path): path for path in ADADIFF}
+
+
+def module_of(name: str) -> str:
+    """Which module of python/adadiff an import takes something from: it, or what is named in it."""
+    return name if name in MODULES else name.rpartition(".")[0]
+
+
+def part_of(module: str) -> str:
+    """Which of ORDER a module belongs to."""
+    return "__init__" if module == "adadiff" else module.split(".")[1]
+
+
+def imported(path: Path, for_types: bool = True) -> set[str]:
+    """The modules of python/adadiff that one of them imports."""
+    return {module_of(name) for name in imports(path, for_types=for_types) if within(name, "adadiff")}
 
 
 def within(name: str, *packages: str) -> bool:
@@ -53,8 +100,55 @@ def test_imports_are_resolved():
     }
 
 
+def test_imports_for_types_are_told_apart():
+    path = ROOT / "python" / "adadiff" / "models" / "x.py"
+    source = (
+        "import a\nif TYPE_CHECKING:\n    from . import b\nelse:\n    import c\n"
+        "if a:\n    import d\ndef f():\n    from ..uem import E\n"
+    )
+    real = {"a", "c", "d", "adadiff.uem.E"}
+    assert imports(path, source, for_types=False) == real
+    assert imports(path, source) == real | {"adadiff.models.b"}
+
+
+def test_an_import_is_of_a_module():
+    assert module_of("adadiff.forward.forward") == "adadiff.forward.forward"
+    assert module_of("adadiff.forward.forward.run_forward") == "adadiff.forward.forward"
+    assert module_of("adadiff.__version__") == "adadiff"
+    assert [part_of(name) for name in ("adadiff", "adadiff.uem", "adadiff.forward.forward")] == [
+        "__init__",
+        "uem",
+        "forward",
+    ]
+
+
 def test_files_are_found():
     assert all((KERNELS, ADADIFF, MODELS, CORE))
+
+
+def test_the_order_names_every_folder_and_module():
+    assert {part_of(name) for name in MODULES} == set(ORDER)
+    assert len(set(ORDER)) == len(ORDER)
+
+
+@pytest.mark.parametrize("path", ADADIFF, ids=short)
+def test_folders_import_only_those_before_them(path):
+    """So there are no circles between folders, those of type checkers included."""
+    own = part_of(name_of(path))
+    allowed = ORDER[: ORDER.index(own) + 1]
+    assert not {module for module in imported(path) if part_of(module) not in allowed}
+
+
+def test_modules_import_in_no_circle():
+    """Inside a folder, either; an import inside a function counts."""
+    graph = {name: imported(path, for_types=False) - {name} for name, path in MODULES.items()}
+    assert sum(map(len, graph.values())) > len(graph)
+    circle = ()
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        circle = error.args[1]
+    assert not circle, " -> ".join(reversed(circle))
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=short)

@@ -58,6 +58,7 @@ def macs_by_hand(config: ModelConfig) -> tuple[int, int, int, int]:
     return ends, sum(blocks[:2]), sum(blocks), N * D
 
 
+@pytest.mark.slow
 def test_rows_say_what_was_run(tmp_path: Path) -> None:
     file = measured(tmp_path)
     assert len(file.rows) == 3 * 2 * 4
@@ -67,15 +68,15 @@ def test_rows_say_what_was_run(tmp_path: Path) -> None:
         for batch in (1, 8):
             ways = {row["variant"]: row for row in file.rows if row["parameters"] == {"preset": name, "batch": batch}}
             assert list(ways) == ["plain, eager", "plain, compiled", "nobody leaves", "two-phase"]
-            leaving = (batch + 1) // 2  # every other, from the first on
+            exiting = (batch + 1) // 2  # every other, from the first on
             full = batch * (ends + every)
             assert {row["macs_full"] for row in ways.values()} == {full}
             assert ways["plain, eager"]["macs"] == ways["plain, compiled"]["macs"] == full
             assert ways["nobody leaves"]["macs"] == full + batch * (L - 1) * score
-            run_blocks = leaving * first + (batch - leaving) * every
-            scores = (2 * leaving + (batch - leaving) * (L - 1)) * score
+            run_blocks = exiting * first + (batch - exiting) * every
+            scores = (2 * exiting + (batch - exiting) * (L - 1)) * score
             assert ways["two-phase"]["macs"] == batch * ends + run_blocks + scores
-            assert ways["two-phase"]["blocks"] == 2 * leaving + L * (batch - leaving)
+            assert ways["two-phase"]["blocks"] == 2 * exiting + L * (batch - exiting)
             assert ways["nobody leaves"]["blocks"] == L * batch == ways["plain, eager"]["blocks_full"]
             assert ways["plain, compiled"]["peak_bytes"] == ways["plain, eager"]["peak_bytes"] > 0
             fastest = min(list(ways.values())[:2], key=lambda row: row["seconds"]["median"])
@@ -120,9 +121,9 @@ def test_what_is_wrong_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(RuntimeError, match="plain, compiled is off by 1"):
         measured(tmp_path)
     monkeypatch.setattr(presets, "compile_network", lambda model, *inputs: (None, None))
-    evaluation = presets.evaluation
-    monkeypatch.setattr(presets, "evaluation", lambda model, inputs, exits: evaluation(model, inputs, 0 * exits + 2))
-    with pytest.raises(RuntimeError, match=r"nobody leaves is off by|lanes left after \[2"):
+    pass_of = presets.pass_of
+    monkeypatch.setattr(presets, "pass_of", lambda model, inputs, exits: pass_of(model, inputs, 0 * exits + 2))
+    with pytest.raises(RuntimeError, match=r"nobody leaves is off by|lanes exited after \[2"):
         measured(tmp_path)
     assert rows.Rows(tmp_path).rows == []
 
@@ -137,6 +138,7 @@ def test_without_a_compiler_the_others_are_measured(tmp_path: Path, monkeypatch:
     assert line["compiled"] == line["MiB, compiled"] == ""
 
 
+@pytest.mark.slow
 def test_a_line_for_each_network(tmp_path: Path) -> None:
     file = measured(tmp_path)
     for table in tables.all_tables(file.rows):

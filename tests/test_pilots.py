@@ -11,7 +11,7 @@ from benchmarks.studies import pilots
 
 
 def test_depth_needed_is_where_the_error_stays_below() -> None:
-    """An error that comes back deeper down means that leaving before was luck."""
+    """An error that comes back deeper down means that exiting before was luck."""
     error = torch.tensor([[5.0, 1.0, 1.0], [1.0, 5.0, 1.0], [1.0, 1.0, 1.0], [5.0, 5.0, 5.0]]).T[None]  # [1, 3, 4]
     assert pilots.depth_needed(error, torch.tensor(2.0)).tolist() == [[2, 3, 1, 4]]
 
@@ -34,7 +34,7 @@ def test_pilots_run_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     models = {
         name: pilots.adadiff.load(tmp_path / name / "model.safetensors") for name in ("full", "shallow", "frozen")
     }
-    assert {name: model.layers for name, model in models.items()} == {"full": 5, "shallow": 3, "frozen": 5}
+    assert {name: model.num_layers for name, model in models.items()} == {"full": 5, "shallow": 3, "frozen": 5}
     assert torch.equal(models["frozen"].backbone.pos_embed, models["full"].backbone.pos_embed)
     assert results["ceiling"]["easy"][0] > results["full"]["easy"][0]
     assert 1 <= results["needs"]["mean_depth"] <= 5

@@ -1,4 +1,4 @@
-"""The serving benchmark: its clock and its policies by hand-made numbers. No real second is asserted."""
+"""The serving benchmark: its clock and its ways of serving by hand-made numbers. No real second is asserted."""
 
 import dataclasses
 import json
@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 import adadiff
 from adadiff.config import ModelConfig
 from adadiff.models.uvit import UViTConfig
-from adadiff.policies.exit_policies import Replay
+from adadiff.policies.exits import Replay
 from adadiff.uem import PAPER
 from benchmarks import __main__ as run
 from benchmarks import rows
-from benchmarks.baselines import servers as policies
+from benchmarks.baselines import servers
 from benchmarks.baselines.servers import DepthTable, Plain, Recorder, Saturated
 from benchmarks.baselines.simulation import Costs, Request, SimulatedNetwork, VirtualClock, serve, workload
 from benchmarks.report import plots, tables
@@ -37,10 +37,10 @@ def a_second_per_row(layers: int, capacity: int) -> Costs:
     return Costs(np.tile(np.arange(capacity + 1.0), (layers, 1)), ends=0.0)
 
 
-def virtual(requests: list[Request], rule: object, together: int | None = None, capacity: int = 4) -> latency.Run:
+def virtual(requests: list[Request], policy: object, together: int | None = None, capacity: int = 4) -> latency.Run:
     """Three blocks, a second for each row of each."""
-    policy = latency.Policy("policy", rule, together, jitter=isinstance(rule, DepthTable) and rule.scored)
-    return latency.run_virtual(latency.small(2), policy, requests, capacity, a_second_per_row(3, capacity))
+    way = latency.Way("way", policy, together, jitter=isinstance(policy, DepthTable) and policy.needs_scores)
+    return latency.run_virtual(latency.small(2), way, requests, capacity, a_second_per_row(3, capacity))
 
 
 def request(arrival: float, steps: int, jitter: int = 0) -> Request:
@@ -106,7 +106,7 @@ def test_lock_step_takes_the_next_ones_only_when_the_last_is_done() -> None:
     server = Counting(clock)
     requests = [request(0.0, 3), request(0.0, 1), request(0.0, 2), request(2.5, 1), request(2.75, 1)]
     served = serve(server, requests, clock, plain_settings, together=2)
-    # two begin; one of them leaves after a second and nobody takes its place; then two of the three that wait
+    # two begin; one of them ends after a second and nobody takes its slot; then two of the three that wait
     assert server.seen == [2, 1, 1, 2, 1, 1]
     assert served.latencies == (3.0, 1.0, 5.0, 1.5, 3.25)
 
@@ -126,15 +126,15 @@ def test_a_request_that_fails_fails_the_measurement() -> None:
     st.lists(st.tuples(st.integers(0, 60), st.integers(1, 4), st.integers(-1, 1)), min_size=1, max_size=9),
     st.integers(1, 3),
     st.sampled_from(
-        ["full", DepthTable((3, 1)), DepthTable((3, 1), together="mean"), DepthTable((2, 1), scored=False)]
+        ["full", DepthTable((3, 1)), DepthTable((3, 1), together="mean"), DepthTable((2, 1), needs_scores=False)]
     ),
     st.booleans(),
 )
 def test_every_request_is_answered_once_after_all_its_steps(
-    asked: list[tuple[int, int, int]], capacity: int, rule: object, lock_step: bool
+    asked: list[tuple[int, int, int]], capacity: int, policy: object, lock_step: bool
 ) -> None:
     requests = [request(*values) for values in sorted(asked)]
-    done = virtual(requests, rule, capacity if lock_step else None, capacity)
+    done = virtual(requests, policy, capacity if lock_step else None, capacity)
     assert len(done.served.latencies) == len(requests)
     assert sum(map(len, done.recorder.exit_layers)) == sum(asked.steps for asked in requests)
     assert max(map(len, done.recorder.exit_layers)) <= capacity
@@ -176,7 +176,7 @@ def test_what_holding_could_save_by_hand() -> None:
     costs = Costs(np.array([[0.0, 2.0, 2.0], [0.0, 2.0, 2.0], [0.0, 2.0, 2.0]]), ends=0.0)
     network = SimulatedNetwork(costs, VirtualClock())
     x, t = torch.zeros(2, 1, 2, 2), torch.tensor([900.0, 100.0])
-    result = network(None, None, [DepthTable((3, 1))], x, t, threshold=torch.zeros(2))
+    result = network(tiny(), x, t, None, policies=[DepthTable((3, 1))], threshold=torch.zeros(2))
     assert result.exit_layer.tolist() == [1, 3]
     # 6 s for rows (2, 1, 1); full calls take a second a row, 4 s
     assert network.holding_bound == pytest.approx(1 - 4 / 6)
@@ -186,8 +186,8 @@ def test_a_depth_table_reads_the_time() -> None:
     t = torch.tensor([0.0, 499.0, 500.0, 999.0, 1000.0])
     table = DepthTable((13, 2))
     assert table.depth(t, torch.tensor([0.0, -1.0, 0.0, 1.0, -4.0])).tolist() == [13, 12, 2, 3, 1]
-    assert list(table.asks(13)) == list(range(1, 13))
-    assert list(dataclasses.replace(table, scored=False).asks(13)) == [2]
+    assert list(table.exit_layers(13)) == list(range(1, 13))
+    assert list(dataclasses.replace(table, needs_scores=False).exit_layers(13)) == [2]
     none = torch.zeros(5)
     assert dataclasses.replace(table, together="mean").depth(t[1:3], none[:2]).tolist() == [8, 8]  # 7.5
     assert dataclasses.replace(table, together="all").depth(t, none).tolist() == [13] * 5
@@ -199,9 +199,9 @@ def test_a_depth_table_reads_the_time() -> None:
 def test_a_table_is_the_mean_depth_of_each_part_of_the_time() -> None:
     # "linear" at 4 steps: times 999, 749, 499, 249
     depth = torch.tensor([[2, 2], [3, 4], [5, 5], [13, 12]])
-    assert policies.calibrated(tiny(), depth, parts=2) == (9, 3)  # (12.5 + 5) / 2, (3.5 + 2) / 2
+    assert servers.calibrated(tiny(), depth, parts=2) == (9, 3)  # (12.5 + 5) / 2, (3.5 + 2) / 2
     with pytest.raises(ValueError, match="4 of 8"):
-        policies.calibrated(tiny(), depth, parts=8)
+        servers.calibrated(tiny(), depth, parts=8)
 
 
 @torch.inference_mode()
@@ -209,47 +209,47 @@ def test_moves_are_those_of_the_engine() -> None:
     model = tiny(classes=0)
     depth = torch.randint(1, 14, (11,))
     x, t = torch.randn(11, 1, 8, 8), torch.rand(11) * 999
-    result = adadiff.evaluate(model.backbone, model.exits, Replay(), x, t, threshold=depth.float())
-    assert policies.moves(depth) == result.moved > 0
-    assert policies.moves(depth.sort(descending=True).values) == 0
+    result = adadiff.forward(model, x, t, policy=Replay(), threshold=depth.float())
+    assert servers.moves(depth) == result.rows_moved > 0
+    assert servers.moves(depth.sort(descending=True).values) == 0
 
 
 def test_the_plain_server_draws_what_the_sampler_draws() -> None:
     model = tiny()
-    server = Plain(model, 2, Recorder(policies.plain_network(1)))
-    futures = [server.submit(seed=i, steps=2 + i, label=i) for i in range(3)]  # the third waits for a place
+    server = Plain(model, 2, Recorder(servers.plain_network(1)))
+    futures = [server.submit(seed=i, steps=2 + i, class_labels=i) for i in range(3)]  # the third waits for a slot
     ticks = 0
     while server.step():
         ticks += 1
-    assert ticks == 6  # places are free after ticks 2 and 3; the third needs four from there
-    images, _ = adadiff.sample(model, 3, steps=[2, 3, 4], seeds=[0, 1, 2], labels=[0, 1, 2])
+    assert ticks == 6  # slots are free after ticks 2 and 3; the third needs four from there
+    images, _ = adadiff.sample(model, 3, steps=[2, 3, 4], seed=[0, 1, 2], class_labels=[0, 1, 2])
     for image, future in zip(images, futures, strict=True):
         torch.testing.assert_close(future.result().clone(), image, rtol=1e-4, atol=1e-4)
-    half = server.submit(seed=0, steps=4, label=0, strength=0.5)
+    half = server.submit(seed=0, steps=4, class_labels=0, strength=0.5)
     assert [server.step(), server.step(), half.done(), server.step()] == [True, True, True, False]
 
 
 @pytest.mark.parametrize("ours", [True, False], ids=["engine", "plain"])
 def test_a_saturated_server_always_holds_mixed_timesteps(ours: bool) -> None:
     model = tiny(classes=0)
-    policy = serving.Policy.of(model, 4, DepthTable((13, 2))) if ours else serving.Policy.plain(model, 4, best=2)
+    server = serving.Server.of(model, 4, DepthTable((13, 2))) if ours else serving.Server.plain(model, 4, best=2)
     for _ in range(60):  # longer than any sample
-        policy.call()
-    depths = [sorted(depth.tolist()) for depth in policy.recorder.exit_layers]
+        server.call()
+    depths = [sorted(depth.tolist()) for depth in server.recorder.exit_layers]
     assert depths == [[2, 2, 13, 13] if ours else [13] * 4] * 60
-    results = policy.results()
+    results = server.results()
     assert results["rows_per_layer"] == ([4.0] * 2 + [2.0] * 11 if ours else [4.0] * 13)
     assert 0 < results["outside_network"] < 1
-    if ours:  # two of four shallow rows: unordered, a pair changes places in 2 of 3 orders, or two pairs
+    if ours:  # two of four shallow rows: unordered, a row moves in 2 of 3 orders, or two pairs
         assert results["rows_moved_per_tick"] < results["rows_moved_unordered"] < 4
 
 
 def test_a_saturated_server_raises_what_a_request_failed_with() -> None:
     def broken(*_: object, **__: object) -> adadiff.ForwardOutput:
-        raise ArithmeticError("no evaluation")
+        raise ArithmeticError("no forward pass")
 
-    server = adadiff.Engine(tiny(classes=0), 2, start=False, evaluate=broken)
-    with pytest.raises(ArithmeticError, match="no evaluation"):
+    server = adadiff.Engine(tiny(classes=0), 2, threaded=False, forward=broken)
+    with pytest.raises(ArithmeticError, match="no forward pass"):
         Saturated(server, (1, 8, 8), 2, 4)()
 
 
@@ -261,24 +261,24 @@ def test_throughput_and_overhead_rows(tmp_path: Path, monkeypatch: pytest.Monkey
     serving.throughput(file, sizes)
     serving.overhead(file, sizes)
     written = {row["variant"]: row for row in file.rows if row["kind"] == "throughput"}
-    names = [policies.LOCK_STEP, policies.PLAIN, policies.MEAN, policies.AGREE, policies.STATIC, policies.OURS]
-    assert set(written) == {*names, policies.INVARIANT, policies.NO_EXITS}
+    names = [servers.LOCK_STEP, servers.PLAIN, servers.MEAN, servers.AGREE, servers.STATIC, servers.OURS]
+    assert set(written) == {*names, servers.INVARIANT, servers.NO_EXITS}
     for row in written.values():
         assert row["images_per_second"] == pytest.approx(4 / row["seconds"]["median"] / 50)
         assert row["speedup"] * row["seconds_over_plain"] == pytest.approx(1)  # medians of an odd number of ratios
         assert {"aa_ratio", "usable", "commit", "outside_network", "micro_batch", "machine"} <= set(row)
     depth = {name: row["mean_exit_layer"] for name, row in written.items()}
-    assert depth == dict.fromkeys((policies.STATIC, policies.OURS, policies.INVARIANT), 7.5) | {
-        policies.MEAN: 8.0,
-        **dict.fromkeys((policies.LOCK_STEP, policies.PLAIN, policies.AGREE, policies.NO_EXITS), 13.0),
+    assert depth == dict.fromkeys((servers.STATIC, servers.OURS, servers.INVARIANT), 7.5) | {
+        servers.MEAN: 8.0,
+        **dict.fromkeys((servers.LOCK_STEP, servers.PLAIN, servers.AGREE, servers.NO_EXITS), 13.0),
     }
     shares = {name: row["share_of_attainable"] for name, row in written.items() if "share_of_attainable" in row}
-    assert set(shares) == {policies.OURS, policies.STATIC, policies.INVARIANT}  # who runs the rows of the pieces
+    assert set(shares) == {servers.OURS, servers.STATIC, servers.INVARIANT}  # who runs the rows of the pieces
     assert min(shares.values()) > 0
     assert [row["variant"] for row in file.rows if row["kind"] == "overhead"] == [
-        policies.PLAIN,
-        policies.NO_EXITS,
-        policies.OURS,
+        servers.PLAIN,
+        servers.NO_EXITS,
+        servers.OURS,
     ]
 
 
@@ -292,7 +292,7 @@ def test_latency_rows_tables_and_the_picture(tmp_path: Path, monkeypatch: pytest
     latency.digits(file, sizes)
     latency.simulated(file, sizes, processes=1)
     measured = [row for row in file.rows if row["kind"] == "latency"]
-    names = {policies.LOCK_STEP, policies.PLAIN, policies.MEAN, policies.AGREE, policies.STATIC, policies.OURS}
+    names = {servers.LOCK_STEP, servers.PLAIN, servers.MEAN, servers.AGREE, servers.STATIC, servers.OURS}
     for clock in ("real", "virtual"):
         for load in ("burst", 0.8):
             own = [row for row in measured if (row["parameters"]["clock"], row["parameters"]["load"]) == (clock, load)]
@@ -317,8 +317,8 @@ def test_a_real_clock_row_is_unusable_where_the_machine_was_busy(
 ) -> None:
     file = rows.Rows(tmp_path)
     done = virtual(THREE, "full")
-    policy = latency.Policy("policy", "full")
-    latency.write(file, {"load": 0.5}, policy, done.results(3), 2.0, {"aa_ratio": 1.2, "usable": False})
+    way = latency.Way("way", "full")
+    latency.write(file, {"load": 0.5}, way, done.results(3), 2.0, {"aa_ratio": 1.2, "usable": False})
     (row,) = map(json.loads, file.path.read_text().splitlines())
     assert (row["seconds"]["median"], row["usable"], row["lock_step_images_per_second"]) == (8.0, False, 2.0)
     assert row["images_per_second"] == pytest.approx(3 / 23)

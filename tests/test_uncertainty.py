@@ -25,6 +25,7 @@ def test_share_within_a_timestep() -> None:
     assert uncertainty.share_within(torch.full((2, 2), 4)) == 0
 
 
+@pytest.mark.slow
 def test_the_script_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(uncertainty, "STEPS", 3)
     monkeypatch.setattr(uncertainty, "BUDGETS", (0.5, 0.8))

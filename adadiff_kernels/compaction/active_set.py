@@ -74,7 +74,10 @@ class ActiveSet:
     def finish(self, layer: int) -> None:
         """Everybody still running exits after `layer`, the last; no row moves."""
         _check_layer(layer, self.row_to_lane, self.exit_layer, self.count)
-        self.exit_layer[self.running.long()] = layer
+        if self.count == self.num_lanes:
+            self.exit_layer.fill_(layer)
+        else:
+            self.exit_layer[self.running.long()] = layer
         self.count = 0
 
     def _exit(

@@ -35,10 +35,15 @@ def _run(
     return join_skip_reference(x, skip, row_to_lane, index)
 
 
+def _shape(*given: Tensor | None) -> Tensor:
+    check_join(*given)
+    return join_skip_reference(*given)
+
+
 _OPERATOR = register(
     "join_skip(Tensor x, Tensor skip, Tensor? row_to_lane, Tensor? index, str? backend) -> Tensor",
     lambda *given: _run(*given[:-1], backend=given[-1]),
-    lambda *given: check_join(*given[:-1]) or join_skip_reference(*given[:-1]),
+    lambda *given: _shape(*given[:-1]),
 )
 
 

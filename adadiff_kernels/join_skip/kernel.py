@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adadiff_kernels.launch import WORDS, need
+from adadiff_kernels.launch import WORDS, cdiv, need, next_power_of_2
 
 
 @triton.jit
@@ -55,11 +55,11 @@ def launch_join_skip(x: Tensor, skip: Tensor, row_to_lane: Tensor | None, index:
         return out
     word = WORDS[x.element_size()]
     BLOCK_T = 16
-    _join_skip_kernel[(n * triton.cdiv(T, BLOCK_T),)](
+    _join_skip_kernel[(n * cdiv(T, BLOCK_T),)](
         *(x.view(word), skip.view(word), row_to_lane, index, out.view(word), T),
         D=D,
         BLOCK_T=BLOCK_T,
-        BLOCK_D=min(512 // x.element_size(), triton.next_power_of_2(D)),
+        BLOCK_D=min(512 // x.element_size(), next_power_of_2(D)),
         num_warps=4,
         enable_fp_fusion=True,
     )

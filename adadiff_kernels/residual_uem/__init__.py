@@ -10,6 +10,7 @@ from adadiff_kernels.dispatch import Backend, is_opaque, needs_grad
 from adadiff_kernels.extension import traced
 from adadiff_kernels.launch import on_device_of
 from adadiff_kernels.library import register
+from adadiff_kernels.residual_uem.layer_scores import LayerScores
 from adadiff_kernels.residual_uem.reference import (
     Norm,
     Score,
@@ -174,6 +175,7 @@ def _core_is_faster(x: Tensor, branch: Tensor, score: Score | None) -> bool:
 
 
 __all__ = [
+    "LayerScores",
     "Norm",
     "Score",
     "is_fused",

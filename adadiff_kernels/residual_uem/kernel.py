@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adadiff_kernels.launch import FLOATS, interpreted, need
+from adadiff_kernels.launch import FLOATS, cdiv, interpreted, need, next_power_of_2
 from adadiff_kernels.residual_uem import MAX_CHANNELS, MAX_OUTPUTS, Norm, Score
 
 MAP_TILE = 32  # tokens of a program where a score is a map: enough to repay reading its weights
@@ -189,8 +189,8 @@ def launch_residual_uem(
     h = None if norm is None else torch.empty_like(branch)
     BLOCK_T = 8 if D <= 512 else 4  # two tokens a warp where their share fits in few registers
     BLOCK_M = BLOCK_T if P == 1 else MAP_TILE
-    BLOCK_D = min(512 // x.element_size(), max(16, triton.next_power_of_2(D)))
-    tiles = triton.cdiv(T, BLOCK_M)
+    BLOCK_D = min(512 // x.element_size(), max(16, next_power_of_2(D)))
+    tiles = cdiv(T, BLOCK_M)
     u = partial = tickets = None
     if score is not None:
         u, partial = x.new_empty(n, dtype=torch.float32), x.new_empty(n, tiles, dtype=torch.float32)
@@ -211,13 +211,13 @@ def launch_residual_uem(
         0.0 if score is None else float((T - score.num_prefix_tokens) * P),
         D=D,
         P=P,
-        CHUNKS=triton.cdiv(D, BLOCK_D),
+        CHUNKS=cdiv(D, BLOCK_D),
         BLOCK_M=BLOCK_M,
         BLOCK_T=BLOCK_T,
         BLOCK_D=BLOCK_D,
-        BLOCK_P=max(16, triton.next_power_of_2(P)),
-        BLOCK_K=min(256 // x.element_size(), max(16, triton.next_power_of_2(D))),
-        TILES=triton.next_power_of_2(tiles),
+        BLOCK_P=max(16, next_power_of_2(P)),
+        BLOCK_K=min(256 // x.element_size(), max(16, next_power_of_2(D))),
+        TILES=next_power_of_2(tiles),
         num_warps=4,
         num_stages=2,
         enable_fp_fusion=True,

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adadiff_kernels.launch import WORDS, need
+from adadiff_kernels.launch import WORDS, cdiv, need
 
 PROGRAMS = 512
 
@@ -51,12 +51,12 @@ def launch_settle_rows(moves: Tensor, rows: Tensor, saved: Tensor) -> None:
     need("rows", rows, ("n", *shape), rows, (rows.dtype,), rows_apart=True)
     need("saved", saved, ("B", *shape), rows, (rows.dtype,), rows_apart=True)
     need("moves", moves, ("k", 3), rows, (moves.dtype,))
-    width = rows[0].numel() if len(moves) else 0
+    width = rows.numel() // len(rows) if len(moves) else 0
     if not width:
         return
     BLOCK = 8192 // rows.element_size()  # four loads of 16 bytes a thread
     word = WORDS[rows.element_size()]
-    items = len(moves) * triton.cdiv(width, BLOCK)
+    items = len(moves) * cdiv(width, BLOCK)
     _settle_rows_kernel[(min(items, PROGRAMS),)](
         *(moves, rows.view(word), saved.view(word), rows.stride(0), saved.stride(0), width, items),
         BLOCK=BLOCK,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from adadiff_kernels import extension
+from adadiff_kernels.launch import rows_are_contiguous
 
 
 def settle_rows_reference(moves: Tensor, rows: Tensor, saved: Tensor) -> None:
@@ -47,7 +48,8 @@ def check_settle(moves: Tensor, rows: Tensor, saved: Tensor) -> None:
             raise ValueError(f"{name} must be on {moves.device} like the moves, got {tensor.device}")
         if tensor.requires_grad:
             raise ValueError(f"{name} must not require grad: rows move in place, and autograd does not see it")
-        if tensor.shape[0] > 1 and not (tensor[0].is_contiguous() and tensor.stride(0) >= tensor[0].numel()):
+        count = tensor.shape[0]
+        if count > 1 and not (rows_are_contiguous(tensor) and tensor.stride(0) >= tensor.numel() // count):
             raise ValueError(f"{name} must have contiguous rows that do not overlap, got strides {tensor.stride()}")
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adadiff_kernels.launch import FLOATS, need
+from adadiff_kernels.launch import FLOATS, cdiv, need
 from adadiff_kernels.solver_step.reference import COLUMNS, Guidance, Noise, SolverState, StepRows
 
 
@@ -147,7 +147,7 @@ def launch_solver_step(
     if n * E == 0:
         return
     noisy, BLOCK = rows.noise, 512  # one Philox counter a thread: float64 takes registers
-    _solver_step_kernel[(n * triton.cdiv(E, BLOCK),)](
+    _solver_step_kernel[(n * cdiv(E, BLOCK),)](
         *(x, state.base, state.history if rows.history else None, eps),
         *((None,) * 4 if guidance is None else (guidance.uncond, guidance.row, guidance.weight, guidance.channels)),
         *(rows.coefficients, rows.slot, rows.end, slots, z if noisy else None),

@@ -104,6 +104,11 @@ class Guidance:
             )
         _check_channels(self.channels, self.row)
 
+    def take(self, samples: Tensor) -> "Guidance":
+        """That of samples: int64 [k]."""
+        channels = None if self.channels is None else self.channels[samples]
+        return Guidance(self.uncond, self.row[samples], self.weight[samples], channels)
+
     def apply(self, eps: Tensor) -> Tensor:
         """eps: [n, ...]. Returns float32 [n, ...]."""
         eps, chosen = eps.float().clone(), (self.row >= 0).nonzero().squeeze(1)
@@ -126,6 +131,10 @@ class Noise:
                 raise ValueError(f"{name} must be int64 [{len(self.seeds)}], got {value.dtype} {list(value.shape)}")
         if not 0 <= self.stream < 2**32:
             raise ValueError(f"stream must lie in [0, 2^32), got {self.stream}")
+
+    def take(self, samples: Tensor) -> "Noise":
+        """That of samples: int64 [k]."""
+        return Noise(self.seeds[samples], self.step[samples], self.stream)
 
     def draw(self, count: int, device: torch.device) -> Tensor:
         """float32 [n, count]."""
@@ -209,7 +218,8 @@ def solver_step_pytorch(
             return None
         return (tensor if slots is None else tensor.index_select(0, slots)).view(*shape)
 
-    x, b, h = mine(state.x, n, -1), mine(state.base, n, -1), mine(state.history, n, 2, -1)
+    x: Tensor = mine(state.x, n, -1)
+    b, h = mine(state.base, n, -1), mine(state.history, n, 2, -1)
     eps = eps.float().reshape(n, -1)
     m = (px * x).addcmul_(pe, eps) if rows.data else eps
     torch.mul(x if b is None else b, base, out=x)

@@ -1,4 +1,4 @@
-"""What leaving early is compared with: every method over its range, each free to choose its number of solver steps."""
+"""What exiting early is compared with: every method over its range, each free to choose its number of solver steps."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from adadiff.calibration.reliability import reliability_picture
 from adadiff.calibration.stopping import exit_layers, total
 from adadiff.checkpoint import find
 from adadiff.forward.two_stage import what_it_draws
-from adadiff.sampling.samples import SampleBatch
+from adadiff.sampling.sample_batch import SampleBatch
 from benchmarks.suites.drawing import Artist, Method, fingerprint, load
 from benchmarks.suites.judging import DATA
 
@@ -47,7 +47,7 @@ class Networks:
         """Raises ValueError for networks that cannot be compared."""
         full = load(self.full)
         if full.exits is None:
-            raise ValueError(f"{self.full} has no exits to leave by; it can only be the plain network")
+            raise ValueError(f"{self.full} has no exits; it can only be the plain network")
         for name in filter(None, (self.plain, self.shallow)):
             ours, theirs = what_it_draws(full), what_it_draws(load(name))
             if ours != theirs:
@@ -80,7 +80,7 @@ class Sweep:
 
     steps: Sequence[int] = (4, 6, 8, 10, 14, 20, 30, 50)
     solvers: Sequence[str] = ("ddim", "dpm++2m")
-    budgets: Sequence[float] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of rules and tables, shares of the multiply-adds
+    budgets: Sequence[float] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of policies and tables, shares of the multiply-adds
     aims: Sequence[str] = ("faithful", "distribution")
     calibrated_on: int = 256  # samples
     depths: Sequence[float] = (0.25, 0.4, 0.55, 0.7)  # shares of the blocks
@@ -136,7 +136,7 @@ def methods(networks: Networks, sweep: Sweep, folder: Path) -> list[Method]:
 
 
 def _methods(networks: Networks, sweep: Sweep, folder: Path, common: dict) -> Iterator[Method]:
-    full, layers = networks.full, load(networks.full).layers
+    full, num_layers = networks.full, load(networks.full).num_layers
     yield Method("fewer steps", full, **common)
     if networks.plain:
         yield Method("plain network", networks.plain, **common)
@@ -146,24 +146,24 @@ def _methods(networks: Networks, sweep: Sweep, folder: Path, common: dict) -> It
             setting = f"t ≥ {t:g}{', plain' if name == networks.plain else ''}"
             own = {"shallow_model": networks.shallow, "t_switch": t}
             yield Method("DuoDiff", name, setting=setting, **own, **common)
-    for depth in sorted({max(1, round(share * layers)) for share in sweep.depths}):
-        yield Method("fixed depth", full, rule=f"depth:{depth}", setting=f"{depth} blocks", **common)
+    for depth in sorted({max(1, round(share * num_layers)) for share in sweep.depths}):
+        yield Method("fixed depth", full, policy=f"exit:depth={depth}", setting=f"{depth} blocks", **common)
     for every in sweep.every:
         yield Method("reuse", full, reuse=every, setting=f"every {every}", **common)
     for aim, share in product(sweep.aims, sweep.budgets):
         file = str(calibrated_file(networks.full, aim, common["solver"], common["steps"], sweep, folder))
-        yield Method("static table", file, rule=f"table:{share:g}", setting=f"{share:g}, {aim}", **common)
-        yield Method(f"ours, {aim}", file, rule=f"budget:{share:g}", setting=f"{share:g}", **common)
+        yield Method("static table", file, policy=f"exit:table={share:g}", setting=f"{share:g}, {aim}", **common)
+        yield Method(f"ours, {aim}", file, policy=f"exit:budget={share:g}", setting=f"{share:g}", **common)
         for t in sweep.switches if networks.shallow and aim == sweep.aims[0] else ():
-            own = {"shallow_model": networks.shallow, "t_switch": t, "rule": f"budget:{share:g}"}
+            own = {"shallow_model": networks.shallow, "t_switch": t, "policy": f"exit:budget={share:g}"}
             yield Method("ours, early model", file, setting=f"{share:g}, t ≥ {t:g}", **own, **common)
     for first in sweep.first:
         for theta in single_thresholds(full, tuple(sweep.shares), first, False):
-            rule, setting = f"threshold:{theta:g},first={first}", f"θ = {theta:g} from block {first}"
-            yield Method("ours, one threshold", full, rule=rule, setting=setting, **common)
+            policy, setting = f"exit:{theta:g},min_layer={first}", f"θ = {theta:g} from block {first}"
+            yield Method("ours, one threshold", full, policy=policy, setting=setting, **common)
         for theta in single_thresholds(full, tuple(sweep.shares), first, True):
-            rule, setting = f"batch-mean:{theta:g},first={first}", f"θ = {theta:g} from block {first}"
-            yield Method("batch mean", full, rule=rule, setting=setting, **common)
+            policy, setting = f"exit:batch-mean={theta:g},min_layer={first}", f"θ = {theta:g} from block {first}"
+            yield Method("batch mean", full, policy=policy, setting=setting, **common)
 
 
 def calibrated_file(full: str, aim: str, solver: str, steps: int, sweep: Sweep, folder: Path) -> Path:
@@ -202,9 +202,9 @@ def single_thresholds(name: str, shares: tuple[float, ...], first: int, by_mean:
     """Thresholds, one for all timesteps and layers from `first` on, whose work along the full network's way comes
     nearest to `shares` of its own. by_mean: the mean uncertainty of all samples decides for all."""
     model = adadiff.load(name)
-    classes, seeds = model.config.classes, range(CALIBRATION_SEED, CALIBRATION_SEED + RECORDED)
+    classes = model.config.classes
     labels = [i % classes for i in range(RECORDED)] if classes else None
-    samples = SampleBatch.of(model, RECORDED, steps=RECORDED_STEPS, seeds=seeds, labels=labels)
+    samples = SampleBatch.of(model, RECORDED, steps=RECORDED_STEPS, seed=CALIBRATION_SEED, class_labels=labels)
     u = record(model, samples, RECORDED).u[:, first - 1 :].double()
     seen = torch.ones(len(u), first - 1, u.shape[-1])
     u = torch.cat([seen, u.mean(-1, keepdim=True).expand_as(u) if by_mean else u], 1)

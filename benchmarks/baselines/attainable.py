@@ -23,9 +23,9 @@ from benchmarks.harness import Comparison
 Call = Callable[[], object]
 
 
-def rows_per_layer(exit_layer: Tensor, layers: int) -> list[int]:
-    """exit_layer: integers [B], 1..layers; 0 (nothing evaluated) runs nothing. Returns n_1..n_layers."""
-    return [int((exit_layer >= layer).sum()) for layer in range(1, layers + 1)]
+def rows_per_layer(exit_layer: Tensor, num_layers: int) -> list[int]:
+    """exit_layer: integers [B], 1..num_layers; 0 (no pass) runs nothing. Returns n_1..n_L."""
+    return [int((exit_layer >= layer).sum()) for layer in range(1, num_layers + 1)]
 
 
 def kinds(backbone: Backbone) -> list[str]:
@@ -121,7 +121,7 @@ class PlainPieces:
         return call
 
     def seconds(self, measured: Comparison, counts: Sequence[int]) -> float:
-        """Attainable seconds of one evaluation in which counts[l] rows run block l."""
+        """Attainable seconds of one forward pass in which counts[l] rows run block l."""
         ends = measured.median("stem") + measured.median("head")
         return attainable_seconds(counts, kinds(self.backbone), self.block_seconds(measured), ends)
 

@@ -1,7 +1,7 @@
 """Layer-level reuse, a baseline: FORA (Selvaraju et al. 2024, arXiv 2407.01425), the inheritance of whole layers in
-A-SDM (arXiv 2406.00210). Every K-th evaluation runs all blocks; in between, what the attention and MLP branches of each
-block said at the last such one is added again, with the gates of the present timestep. Long skips, stem and head are
-always run, and norms with their branches only.
+A-SDM (arXiv 2406.00210). Every K-th forward pass runs all blocks; in between, what the attention and MLP branches of
+each block said at the last such one is added again, with the gates of the present timestep. Long skips, stem and head
+are always run, and norms with their branches only.
 """
 
 import torch
@@ -13,11 +13,11 @@ from adadiff_kernels import layer_norm
 
 class Reusing:
     """Called like the network it is given, x, t, context, for one batch whose samples stand in lock step from their
-    first step on; evaluations 0, `every`, 2 `every`, ... are whole."""
+    first step on; passes 0, `every`, 2 `every`, ... are whole."""
 
     def __init__(self, backbone: Backbone, every: int):
         if type(every) is not int or every < 1:
-            raise ValueError(f"a whole evaluation comes every 1, 2, ... steps, got {every!r}")
+            raise ValueError(f"a whole forward pass comes every 1, 2, ... steps, got {every!r}")
         self.backbone, self.every = backbone, every
         self._kept: list[list[Tensor]] = []  # by block: what its branches said; one sum where they have no gates
         self._calls = 0
@@ -51,7 +51,7 @@ class Reusing:
 
 
 def macs(backbone: Backbone, steps: int, every: int) -> int:
-    """Multiply-adds of one lane in so many evaluations; like the network's own they count products only."""
+    """Multiply-adds of one lane in so many passes; like the network's own they count products only."""
     blocks = [block.macs(backbone.tokens) for block in backbone.blocks]
     branches = min(blocks)  # of a block without a long skip
     joins = sum(cost - branches for cost in blocks)

@@ -1,4 +1,5 @@
-"""Ways to serve: rules whose exits are known beforehand, the plain network's own server, servers that never run dry."""
+"""Ways to serve: policies whose exits are known beforehand, the plain network's own server, servers that never run
+dry."""
 
 import time
 from collections import deque
@@ -15,7 +16,9 @@ from adadiff import ForwardOutput, Model
 from adadiff.diffusion.noise import initial_noise
 from adadiff.diffusion.solvers import DDIM
 from adadiff.diffusion.tables import TableSet
-from adadiff.policies.exit_policies import BatchMean, Limits, from_depth
+from adadiff.forward.output import Costs
+from adadiff.policies.exits import BatchMean
+from adadiff.policies.interface import ExitContext, LimitPolicy, limits_from_depth
 from adadiff_kernels import ActiveSet, SolverState, solver_step, upload
 from benchmarks.suites.network import in_batches
 
@@ -30,39 +33,39 @@ NO_EXITS = "our engine, no exits"
 
 TIME = 1000  # the networks' times are 0..1000
 
-Evaluate = Callable[..., ForwardOutput]
+Forward = Callable[..., ForwardOutput]  # called as `run_forward` is
 
 
 @dataclass(frozen=True)
-class DepthTable(Limits):
-    """A lane leaves after the number of blocks that the table holds for its timestep, plus its threshold.
+class DepthTable(LimitPolicy):
+    """A lane exits after the number of blocks that the table holds for its timestep, plus its threshold.
 
-    depths: over equal parts of the network's time, the image's end first. scored: scores are computed after every
-    block and decisions made as if they were read; else only the blocks of the table are asked, unscored.
-    together: one decision for the batch, by the "mean" depth of its lanes, or by "all", when the deepest may leave.
+    depths: over equal parts of the network's time, the image's end first. needs_scores: scores are computed after
+    every block and decisions made as if they were read; else only the blocks of the table are asked, unscored.
+    together: one decision for the batch, by the "mean" depth of its lanes, or by "all", when the deepest may exit.
     """
 
     depths: tuple[int, ...]
-    scored: bool = True
+    needs_scores: bool = True
     together: str | None = None
     threshold = 0.0
 
     @property
-    def by_lane(self) -> bool:
-        return self.together is None
+    def whole_batch(self) -> bool:
+        return self.together is not None
 
     def __post_init__(self) -> None:
         if not self.depths or min(self.depths) < 1:
             raise ValueError(f"a table holds depths of at least 1 block, got {self.depths}")
         if self.together not in (None, "mean", "all"):
-            raise ValueError(f"lanes leave together by 'mean' or 'all', got {self.together!r}")
+            raise ValueError(f"lanes exit together by 'mean' or 'all', got {self.together!r}")
 
-    def asks(self, layers: int) -> Sequence[int]:
-        if self.scored:
-            return range(1, layers)
-        return sorted({depth for depth in self.depths if depth < layers})
+    def exit_layers(self, num_layers: int) -> Sequence[int]:
+        if self.needs_scores:
+            return range(1, num_layers)
+        return sorted({depth for depth in self.depths if depth < num_layers})
 
-    def check(self, thresholds: Tensor) -> None:
+    def check_thresholds(self, thresholds: Tensor) -> None:
         if not bool(torch.isfinite(thresholds).all()):
             raise ValueError(f"blocks to add must be finite, got {thresholds.tolist()[:8]}")
 
@@ -74,8 +77,8 @@ class DepthTable(Limits):
             depth = (depth.mean() if self.together == "mean" else depth.max()).expand(len(t))
         return depth.round().clamp(min=1)
 
-    def limits(self, layers: int, t: Tensor, threshold: Tensor) -> Tensor:
-        return from_depth(layers, self.depth(t, threshold))
+    def limits(self, context: ExitContext) -> Tensor:
+        return limits_from_depth(context.num_layers, self.depth(context.t, context.threshold))
 
 
 @cache
@@ -86,15 +89,17 @@ def depths_on(depths: tuple[int, ...], device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class AllAgree(BatchMean):
-    """One decision for the batch: it leaves when the most uncertain of its lanes may."""
+    """One decision for the batch: it exits when the most uncertain of its lanes may."""
 
-    def leave(self, u: Tensor, layer: int, layers: int, t: Tensor, threshold: Tensor, state: Tensor) -> Tensor:
-        return (u < threshold).all()
+    name = "all-agree="
+
+    def exit_mask(self, u: Tensor, layer: int, context: ExitContext) -> Tensor:
+        return (u < context.threshold).all()
 
 
-def two_phase(layers: int) -> tuple[int, ...]:
-    """The noisy half of the time leaves after block 2, the other runs all."""
-    return layers, 2
+def two_phase(num_layers: int) -> tuple[int, ...]:
+    """The noisy half of the time exits after block 2, the other runs all."""
+    return num_layers, 2
 
 
 def calibrated(model: Model, exit_layer: Tensor, parts: int = 20) -> tuple[int, ...]:
@@ -108,29 +113,34 @@ def calibrated(model: Model, exit_layer: Tensor, parts: int = 20) -> tuple[int, 
     return tuple(max(1, round(float(depth[part == i].mean()))) for i in range(parts))
 
 
-def plain_network(size: int, network: Callable[..., Tensor] | None = None) -> Evaluate:
-    """The plain network on `size` lanes at a time, called as `adadiff.evaluate` is. network: in the backbone's place,
-    such as a compiled one."""
+def plain_network(size: int, network: Callable[..., Tensor] | None = None) -> Forward:
+    """The plain network on `size` lanes at a time, called as `run_forward` is. network: in the backbone's place, such
+    as a compiled one."""
 
-    def evaluate(backbone, exits, rule, x, t, context=None, **_: object) -> ForwardOutput:
+    def forward(model: Model, x: Tensor, t: Tensor, context: Tensor | None, **_: object) -> ForwardOutput:
         inputs = (x, t) if context is None else (x, t, context)
-        eps = in_batches(network or backbone, inputs, size)()
-        return ForwardOutput(eps, torch.full((len(x),), len(backbone.blocks), dtype=torch.int32), 0, 0, 0, None)
+        prediction = in_batches(network or model.backbone, inputs, size)()
+        return uncounted(prediction, torch.full((len(x),), model.num_layers, dtype=torch.int32), model.num_layers)
 
-    return evaluate
+    return forward
+
+
+def uncounted(prediction: Tensor, exit_layer: Tensor, num_layers: int) -> ForwardOutput:
+    """exit_layer: int32 [B]. A forward pass whose multiply-adds nobody asks for."""
+    return ForwardOutput(prediction, exit_layer, Costs(0, ((0,) * (num_layers + 1),)), (), 0)
 
 
 class Recorder:
-    """`adadiff.evaluate`, or what stands in for it, with a record of what it did."""
+    """`run_forward`, or what stands in for it, with a record of what it did."""
 
-    def __init__(self, evaluate: Evaluate):
-        self._evaluate = evaluate
+    def __init__(self, forward: Forward):
+        self._forward = forward
         self.exit_layers: list[Tensor] = []  # of each call, by lane
         self.seconds: list[float] = []
 
     def __call__(self, *args: object, **settings: object) -> ForwardOutput:
         started = time.perf_counter()
-        result = self._evaluate(*args, **settings)
+        result = self._forward(*args, **settings)
         self.seconds.append(time.perf_counter() - started)
         self.exit_layers.append(result.exit_layer)
         return result
@@ -139,10 +149,10 @@ class Recorder:
     def mean_exit_layer(self) -> float:
         return float(torch.cat(self.exit_layers).double().mean())
 
-    def rows_per_layer(self, layers: int) -> list[float]:
-        """Mean over calls of the rows that ran block 1, ..., layers."""
-        left = torch.bincount(torch.cat(self.exit_layers), minlength=layers + 1)
-        return (left.double().flip(0).cumsum(0).flip(0)[1:] / len(self.exit_layers)).tolist()
+    def rows_per_layer(self, num_layers: int) -> list[float]:
+        """Mean over calls of the rows that ran block 1, ..., num_layers."""
+        exited = torch.bincount(torch.cat(self.exit_layers), minlength=num_layers + 1)
+        return (exited.double().flip(0).cumsum(0).flip(0)[1:] / len(self.exit_layers)).tolist()
 
     def unordered_moves(self) -> float:
         """Mean over calls of the rows that the same exits would have moved had the lanes lain in random order."""
@@ -162,26 +172,26 @@ def moves(exit_layer: Tensor) -> int:
 class Plain:
     """Continuous batching of the plain network with nothing around it: the baseline.
 
-    Called as an `adadiff.Engine` without a thread is: `submit` and `step`. DDIM; every place at its own step.
+    Called as an `adadiff.Engine` without a thread is: `submit` and `step`. DDIM; every slot at its own step.
     """
 
-    def __init__(self, model: Model, capacity: int, evaluate: Evaluate):
+    def __init__(self, model: Model, capacity: int, forward: Forward):
         self.model = model
-        self._evaluate = evaluate
+        self._forward = forward
         self._tables = TableSet(model.schedule, model.device)
         self._waiting: deque[tuple[Future, int, int, int, int]] = deque()
         self._free = list(range(capacity))
         self._running: dict[int, Future] = {}
-        self._step, self._table, self._label = torch.zeros(3, capacity, dtype=torch.int64)
+        self._step, self._table, self._label = np.zeros((3, capacity), dtype=np.int64)
         x = torch.zeros(capacity, *model.backbone.sample_shape, device=model.device)
         self._state = SolverState.start(x, base=False, history=False)
 
     def submit(
-        self, *, seed: int, steps: int, label: int = 0, start: Tensor | None = None, strength: float = 1.0
+        self, *, seed: int, steps: int, class_labels: int = 0, init_image: Tensor | None = None, strength: float = 1.0
     ) -> Future:
-        """start is ignored: what an image shows does not change what it costs."""
+        """init_image is ignored: what an image shows does not change what it costs."""
         future: Future = Future()
-        self._waiting.append((future, seed, steps, steps - int(strength * steps + 1e-6), label))
+        self._waiting.append((future, seed, steps, steps - int(strength * steps + 1e-6), class_labels))
         return future
 
     def step(self) -> bool:
@@ -191,31 +201,32 @@ class Plain:
     def _step_all(self) -> bool:
         while self._waiting and self._free:
             future, seed, steps, first, label = self._waiting.popleft()
-            place = self._free.pop()
-            self._running[place] = future
-            self._step[place], self._label[place] = first, label
-            self._table[place] = self._tables.add(DDIM(), torch.tensor([steps]))
+            slot = self._free.pop()
+            self._running[slot] = future
+            self._step[slot], self._label[slot] = first, label
+            self._table[slot] = self._tables.add(DDIM(), np.array([steps]))[0]
             shape, device = self.model.backbone.sample_shape, self.model.device
-            self._state.x[place] = initial_noise(torch.tensor([seed]), shape, device)[0]
+            self._state.x[slot] = initial_noise(torch.tensor([seed]), shape, device)[0]
         if not self._running:
             return False
-        places = torch.tensor(list(self._running))
+        slots = np.array(list(self._running))
         tables, device = self._tables.packed, self.model.device
-        t, rows = tables.rows(self._table[places], self._step[places])
-        there, t = upload(places, device), upload(t, device)
+        t, rows = tables.rows(self._table[slots], self._step[slots])
+        there, t = upload(torch.from_numpy(slots), device), upload(torch.from_numpy(t), device)
         state = self._state.take(there)
-        context = upload(self._label[places], device) if self.model.config.network.num_classes else None
-        solver_step(state, self._evaluate(self.model.backbone, None, None, state.x, t, context).eps, rows)
+        has_labels = bool(self.model.config.network.num_classes)
+        context = upload(torch.from_numpy(self._label[slots]), device) if has_labels else None
+        solver_step(state, self._forward(self.model, state.x, t, context).prediction, rows)
         self._state.put(there, state)
-        self._step[places] += 1
-        for place in places[self._step[places] == tables.steps[self._table[places]]].tolist():
-            self._free.append(place)
-            self._running.pop(place).set_result(self._state.x[place].clone())
+        self._step[slots] += 1
+        for slot in slots[self._step[slots] == tables.steps[self._table[slots]]].tolist():
+            self._free.append(slot)
+            self._running.pop(slot).set_result(self._state.x[slot].clone())
         return True
 
 
 class Saturated:
-    """One tick a call of a server that has a request for every place at any time.
+    """One tick a call of a server that has a request for every slot at any time.
 
     The first ones begin at evenly spread steps, as in a service that has run for long, or (spread=False) all at
     their first. settings: of every request. The seconds of each tick are kept.
@@ -232,7 +243,7 @@ class Saturated:
         for i in np.random.default_rng(0).permutation(capacity).tolist():
             first = i * steps // capacity if spread else 0
             strength = min(1.0, (steps - first + 0.25) / steps)  # rounded down to whole steps
-            self._submit(start=torch.zeros(*shape), strength=strength)
+            self._submit(init_image=torch.zeros(*shape), strength=strength)
 
     def __call__(self) -> None:
         started = time.perf_counter()

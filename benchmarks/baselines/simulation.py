@@ -1,6 +1,6 @@
 """Requests that arrive, and time: the real one, or a virtual one that passes as blocks are measured to take.
 
-On the virtual clock the engine, its scheduler and its rules are the real ones; only the network is replaced, by
+On the virtual clock the engine, its scheduler and its policies are the real ones; only the network is replaced, by
     T(n_1, ..., n_L) = n_1 t_ends + sum over layers of t_l(n_l)
 """
 
@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adadiff import ForwardOutput
+from adadiff import ExitPolicy, ForwardOutput, Model
 from benchmarks.baselines.attainable import PlainPieces
-from benchmarks.baselines.servers import DepthTable
+from benchmarks.baselines.servers import DepthTable, uncounted
 from benchmarks.harness import Comparison
 
 STEPS = (10, 30)  # a request's number of steps lies between these
@@ -160,7 +160,7 @@ class Costs:
 
 
 class SimulatedNetwork:
-    """In place of `adadiff.evaluate`: exits as the rule's table says, a prediction of zero, and time passes."""
+    """In place of `run_forward`: exits as the policy's table says, a prediction of zero, and time passes."""
 
     def __init__(self, costs: Costs, clock: VirtualClock):
         self._costs, self._clock = costs, clock
@@ -172,16 +172,25 @@ class SimulatedNetwork:
         return 1 - self._least / self._seconds
 
     def __call__(
-        self, backbone, exits, rules, x: Tensor, t: Tensor, context=None, *, threshold=None, **_
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor | None,
+        *,
+        policies: Sequence[ExitPolicy],
+        threshold: Tensor | None = None,
+        **_: object,
     ) -> ForwardOutput:
-        layers = len(self._costs.blocks)
-        (rule,) = rules
-        depth = torch.full((len(x),), layers)
-        if isinstance(rule, DepthTable):
-            depth = rule.depth(t, threshold).long().clamp(max=layers)
-        counts = np.bincount(depth.numpy(), minlength=layers + 1)[::-1].cumsum()[::-1][1:]
+        num_layers = len(self._costs.blocks)
+        (policy,) = policies
+        depth = torch.full((len(x),), num_layers)
+        if isinstance(policy, DepthTable):
+            added = torch.full_like(t, policy.threshold) if threshold is None else threshold
+            depth = policy.depth(t, added).long().clamp(max=num_layers)
+        counts = np.bincount(depth.numpy(), minlength=num_layers + 1)[::-1].cumsum()[::-1][1:]
         seconds = self._costs.seconds(counts)
         self._clock.advance(seconds)
         self._seconds += seconds
         self._least += self._costs.least(counts)
-        return ForwardOutput(torch.zeros_like(x), depth.int(), 0, 0, 0, None)
+        return uncounted(torch.zeros_like(x), depth.int(), num_layers)

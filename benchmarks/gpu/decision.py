@@ -1,4 +1,4 @@
-"""What it costs to let rows leave: the decision and the moves, queued or known to the host, beside what PyTorch takes.
+"""What it costs to let rows exit: the decision and the moves, queued or known to the host, beside what PyTorch takes.
 
 Rows are those of U-ViT-L/2. Queued: the host learns nothing. The others end when it knows how many rows stay.
 """
@@ -21,8 +21,8 @@ ROWS = (258, 1024)
 
 def tasks(session: Session) -> Iterator[Task]:
     for B in (3,) if session.dry else (8, 64):
-        for leaving in ("nobody", "every other"):
-            given = {"batch": B, "leaving": leaving}
+        for exiting in ("nobody", "every other"):
+            given = {"batch": B, "exiting": exiting}
             yield Task("decision", given, partial(decisions, session, given))
     yield Task("tail launch", {}, partial(tail_launch, session))
 
@@ -33,19 +33,19 @@ def decisions(session: Session, parameters: dict[str, object]) -> None:
 
     B, device = parameters["batch"], session.device
     u = torch.arange(B, device=device) % 2 * 0.5 + 0.25  # 0.25, 0.75, 0.25, ...
-    threshold = torch.full((B,), 0.5 if parameters["leaving"] == "every other" else 0.1, device=device)
+    threshold = torch.full((B,), 0.5 if parameters["exiting"] == "every other" else 0.1, device=device)
     wanted = int((u >= threshold).sum())
     rows = session.normal(B, *((5, 8) if session.dry else ROWS), dtype=BRAIN)
     saved, active = torch.empty_like(rows), DeviceSet(B, device)
     if (missing := kernel_missing(device)) is not None:
         say(f"decisions are PyTorch's: {missing}")
 
-    def leave() -> Tensor:
+    def exit_rows() -> Tensor:
         active.start()
         return active.exit_rows(u, threshold, 1, bound=B)
 
     def settle() -> None:
-        settle_rows(leave(), rows, saved)
+        settle_rows(exit_rows(), rows, saved)
 
     def known() -> int:
         settle()
@@ -60,8 +60,8 @@ def decisions(session: Session, parameters: dict[str, object]) -> None:
 
     calls: dict[str, Call] = {
         "start": active.start,
-        "start and leave": leave,
-        "start, leave and settle": settle,
+        "start and exit": exit_rows,
+        "start, exit and settle": settle,
         "the same, count known to the host": known,
         "PyTorch, count known to the host": pytorch,
     }

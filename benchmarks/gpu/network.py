@@ -1,4 +1,4 @@
-"""One evaluation of a network with replayed exits, by each way of keeping the count of rows, beside the plain network
+"""One forward pass of a network with replayed exits, by each way of keeping the count of rows, beside the plain network
 eager, compiled, and each of the two recorded as one CUDA graph. Random weights, bfloat16.
 
 Blocks are compiled one by one (two kinds of block, whatever the depth). What a pattern could cost at best is recorded
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 import adadiff
-from adadiff import ForwardOutput, Model
+from adadiff import ExecutionOptions, ForwardOutput, Model
 from adadiff.config import PRESETS as PRESETS_BY_NAME
 from adadiff.models.dit import DiTConfig
 from adadiff.models.interface import Backbone
 from adadiff.models.uvit import UViTConfig
-from adadiff.policies.exit_policies import Replay
+from adadiff.policies.exits import Replay
 from adadiff.uem import PAPER
 from benchmarks.baselines.attainable import PlainPieces, rows_per_layer, share_of_flop_ideal
 from benchmarks.gpu.session import Call, Session, Task, check_close, teraflops
@@ -46,13 +46,13 @@ def tasks(session: Session) -> Iterator[Task]:
             yield Task("pattern", {"preset": preset, "batch": B}, partial(measure, session, made, preset, B))
 
 
-def patterns(batch: int, layers: int) -> dict[str, Tensor]:
+def patterns(batch: int, num_layers: int) -> dict[str, Tensor]:
     """Exit layer of each lane, float [batch]: the shapes of the CPU's suite, at any depth."""
-    lane, deep = torch.arange(batch), torch.tensor(float(layers))
-    spread = torch.linspace(3, layers, batch).round()
+    lane, deep = torch.arange(batch), torch.tensor(float(num_layers))
+    spread = torch.linspace(3, num_layers, batch).round()
     return {
         "nobody": deep.expand(batch),
-        "same": torch.full((batch,), float((layers + 1) // 2)),
+        "same": torch.full((batch,), float((num_layers + 1) // 2)),
         "spread": spread[torch.randperm(batch, generator=torch.Generator().manual_seed(0))],
         "two-phase": torch.where(lane % 2 == 0, 2.0, deep),
     }
@@ -105,11 +105,11 @@ def compare(session: Session, network: Network, inputs: Inputs, parameters: dict
 
     results: dict[str, ForwardOutput] = {}
     runs: dict[str, Call] = {}
-    wanted = {name: exits.to(session.device) for name, exits in patterns(B, model.layers).items()}
+    wanted = {name: exits.to(session.device) for name, exits in patterns(B, model.num_layers).items()}
     for name, exits in wanted.items():
         for strategy in STRATEGIES:
             run = f"{name}, {strategy}"
-            runs[run] = evaluation(model, inputs, exits, strategy)
+            runs[run] = pass_of(model, inputs, exits, strategy)
             results[run] = runs[run]()
             check(run, results, exits, first=f"{name}, {STRATEGIES[0]}")
 
@@ -137,17 +137,17 @@ def plain(backbone: Backbone, through: Callable[..., Tensor], inputs: Sequence[T
     return backbone.head(outputs[-1][:, backbone.num_prefix_tokens :], cond, lanes)
 
 
-def evaluation(model: Model, inputs: Inputs, exits: Tensor, strategy: str) -> Callable[[], ForwardOutput]:
-    given = {"threshold": exits, "counts": strategy}
-    return lambda: adadiff.evaluate(model.backbone, model.exits, Replay(), *inputs, **given)
+def pass_of(model: Model, inputs: Inputs, exits: Tensor, strategy: str) -> Callable[[], ForwardOutput]:
+    given = {"policy": Replay(), "threshold": exits, "execution": ExecutionOptions(count_sync=strategy)}
+    return lambda: adadiff.forward(model, *inputs, **given)
 
 
 def check(name: str, results: dict[str, ForwardOutput], exits: Tensor, first: str) -> None:
     """Every strategy makes the exits that were asked for, and the images of the first."""
     found, wanted = results[name].exit_layer.cpu(), exits.int().cpu()
     if not torch.equal(found, wanted):
-        raise RuntimeError(f"{name}: lanes left after {found.tolist()[:8]} blocks, not {wanted.tolist()[:8]}")
-    check_close(name, results[name].eps, results[first].eps, 2e-2)
+        raise RuntimeError(f"{name}: lanes exited after {found.tolist()[:8]} blocks, not {wanted.tolist()[:8]}")
+    check_close(name, results[name].prediction, results[first].prediction, 2e-2)
 
 
 def attainables(
@@ -157,7 +157,7 @@ def attainables(
     wanted: dict[str, Tensor],
     compiled: Callable[..., Tensor],
 ) -> dict[str, Call]:
-    counts = {name: rows_per_layer(exits.cpu(), model.layers) for name, exits in wanted.items()}
+    counts = {name: rows_per_layer(exits.cpu(), model.num_layers) for name, exits in wanted.items()}
     pieces = PlainPieces(model.backbone, inputs, counts_by_kind(model, list(counts.values())), compiled=compiled)
     ways = {name: session.captured(call, shared=True) for name, call in pieces.variants().items()}
     found = session.compare(ways, repeats=3)
@@ -188,7 +188,7 @@ def write(
     rows = {}
     for name, result in results.items():
         share = measured.ratio(attainable(name.rpartition(", ")[0]), name)
-        counts = rows_per_layer(result.exit_layer.cpu(), model.layers)
+        counts = rows_per_layer(result.exit_layer.cpu(), model.num_layers)
         own = common(name, result.macs)
         rows[name] = {
             **own,
@@ -196,10 +196,10 @@ def write(
             "share_of_attainable_spread": [share.quantile(0.2), share.quantile(0.8)],
             "share_of_flop_ideal": share_of_flop_ideal(own["speedup"], result.macs, full),
             "blocks": sum(counts),
-            "blocks_full": B * model.layers,
+            "blocks_full": B * model.num_layers,
             "macs": result.macs,
             "macs_full": full,
             "rows_run": sum(result.rows),  # those included that a bound was too large for
-            "rows_moved": result.moved,
+            "rows_moved": result.rows_moved,
         }
     session.write(SUITE, "pattern", parameters, measured, rows, BRAIN)

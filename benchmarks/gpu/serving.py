@@ -1,6 +1,6 @@
 """Serving with mixed timesteps: ticks of saturated servers of U-ViT-L/2, random weights, bfloat16.
 
-The noisy half of each sample's steps leaves after block 2, the other half runs every block, and samples stand at evenly
+The noisy half of each sample's steps exits after block 2, the other half runs every block, and samples stand at evenly
 spread steps. Ours, by each way of knowing the count of rows, against continuous batching of the plain network, eager
 and compiled.
 """
@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-import adadiff
-from benchmarks.baselines import servers as policies
+from adadiff import Engine, ExecutionOptions
+from benchmarks.baselines import servers
 from benchmarks.baselines.servers import DepthTable, Plain, Saturated, plain_network
 from benchmarks.gpu.network import plain, random_model
 from benchmarks.gpu.session import Session, Task
@@ -38,16 +38,16 @@ def measure(session: Session, parameters: dict[str, object]) -> None:
     def compiled(*inputs: Tensor) -> Tensor:
         return plain(model.backbone, block, inputs)
 
-    shape, label = model.backbone.sample_shape, {"label": 1} if model.config.network.num_classes else {}
-    rule = DepthTable(policies.two_phase(model.layers))
-    plains = {policies.PLAIN: None, f"{policies.PLAIN}, compiled": compiled}
+    shape, label = model.backbone.sample_shape, {"class_labels": 1} if model.config.network.num_classes else {}
+    policy = DepthTable(servers.two_phase(model.num_layers))
+    plains = {servers.PLAIN: None, f"{servers.PLAIN}, compiled": compiled}
     calls = {
         name: Saturated(Plain(model, B, plain_network(B, network)), shape, B, STEPS, **label)
         for name, network in plains.items()
     }
-    for counts in STRATEGIES:
-        engine = adadiff.Engine(model, B, start=False, counts=counts)
-        calls[f"{policies.OURS}, {counts}"] = Saturated(engine, shape, B, STEPS, rule=rule, **label)
+    for strategy in STRATEGIES:
+        engine = Engine(model, B, threaded=False, execution=ExecutionOptions(count_sync=strategy))
+        calls[f"{servers.OURS}, {strategy}"] = Saturated(engine, shape, B, STEPS, policy=policy, **label)
     with torch.inference_mode():
         for call in calls.values():  # compiles
             call()

@@ -109,11 +109,11 @@ def decision(rows: Sequence[Row]) -> list[Table]:
         columns, body = grid(
             found,
             lambda row: row["variant"],
-            lambda row: (row["parameters"]["batch"], row["parameters"]["leaving"]),
+            lambda row: (row["parameters"]["batch"], row["parameters"]["exiting"]),
             lambda row: f"{row['seconds']['median'] * 1e6:.1f}",
         )
-        header = ("rows leave, µs", *columns)
-        tables.append(Table(device(found), header, body, "Batch, and who leaves. " + warning(found)))
+        header = ("rows exit, µs", *columns)
+        tables.append(Table(device(found), header, body, "Batch, and who exits. " + warning(found)))
     if found := select(rows, "gpu-decision", "tail launch"):
         one, many = (row["seconds"]["median"] for row in found)
         each = (many - one) / (found[0]["launches"] - 1)
@@ -140,7 +140,7 @@ def serving(rows: Sequence[Row]) -> list[Table]:
     given = found[0]["parameters"]
     title = f"{given['preset']}, capacity {given['capacity']}, {device(found)}"
     note = (
-        "Saturated, mixed timesteps; the first half of each sample's steps leaves after block 2, the second runs all. "
+        "Saturated, mixed timesteps; the first half of each sample's steps exits after block 2, the second runs all. "
         "Speed-up: over the fastest continuous batching of the plain network. "
     )
     return [Table(title, ("serving", "images/s", "ms a tick", "speed-up", "MiB"), body, note + warning(found))]

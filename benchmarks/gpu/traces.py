@@ -1,4 +1,4 @@
-"""Profiler traces of one evaluation of U-ViT-L/2 with exits, and what its kernels take together.
+"""Profiler traces of one forward pass of U-ViT-L/2 with exits, and what its kernels take together.
 
 python3 -m benchmarks.gpu.traces --out DIR       writes DIR/trace-BATCH.json.gz, for Perfetto or chrome://tracing
 """
@@ -12,23 +12,23 @@ from torch.profiler import ProfilerActivity, profile
 
 import adadiff
 from adadiff import ForwardOutput
-from adadiff.policies.exit_policies import Threshold
+from adadiff.policies.exits import Threshold
 from benchmarks.gpu.network import inputs_of, random_model
 from benchmarks.gpu.session import Session, device_or_exit
 
 PRESET, BATCHES = "imagenet256_uvit_large", (8, 64)
-SHARE = 0.1  # of the scores below the threshold: some leave, most stay
+SHARE = 0.1  # of the scores below the threshold: some exit, most stay
 WARM_UPS = 3
 
 
-def evaluation(session: Session, B: int) -> Callable[[], object]:
+def forward_pass(session: Session, B: int) -> Callable[[], object]:
     model = random_model(session, PRESET)
     x, t, labels = inputs_of(session, model, B)
 
-    def call(threshold: float, record: bool = False) -> ForwardOutput:
-        return adadiff.evaluate(model.backbone, model.exits, Threshold(threshold), x, t, labels, record=record)
+    def call(threshold: float, record_scores: bool = False) -> ForwardOutput:
+        return adadiff.forward(model, x, t, labels, policy=Threshold(threshold), record_scores=record_scores)
 
-    scores = call(1e-6, record=True).scores[:-1].float()
+    scores = call(1e-6, record_scores=True).scores[:-1].float()
     threshold = float(scores.flatten().nanquantile(SHARE))
     return lambda: call(threshold)
 
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     session = Session(torch.device("cpu") if chosen.dry else device_or_exit("benchmarks.gpu.traces"))
     chosen.out.mkdir(parents=True, exist_ok=True)
     for B in (2, 3) if chosen.dry else BATCHES:
-        call = evaluation(session, B)
+        call = forward_pass(session, B)
         target = chosen.out / f"trace-{B}.json.gz"
         print(f"\n{target.name}\n{trace(session, call, target)}", flush=True)
 

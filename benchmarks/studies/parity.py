@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 
 import adadiff
-from adadiff import evaluate
+from adadiff import forward
 from adadiff.conversion.convert import convert
-from adadiff.policies.exit_policies import Full, Replay, Threshold
+from adadiff.policies.exits import Replay, Threshold
 
 TABLE = Path(__file__).parents[1] / "results" / "parity.md"
 TIMES = torch.tensor([999.0, 20.5])  # one fraction, as U-ViT's solvers ask for
@@ -40,7 +40,7 @@ Random weights of full size, written by the authors' module, read by `adadiff co
 `python -m benchmarks.studies.parity --reference CLONE ...`. Errors are the largest, over the largest value of what is
 compared.
 
-forward: the plain network; engine: `adadiff.evaluate`, nobody leaving; layers: each layer's prediction, left there; u:
+forward: the plain network; engine: `adadiff.forward`, nobody exiting; layers: each layer's prediction, exited there; u:
 each layer's uncertainty. All of these in float32, where 1e-5 is allowed. bfloat16: one lane through our engine, and
 beside it theirs, both against their float32 from the same bfloat16 weights; allowed is twice theirs and four roundings.
 
@@ -195,20 +195,20 @@ def to_bfloat16(module: nn.Module) -> None:
 
 
 def engine(model: adadiff.Model, *given: Tensor | None) -> Tensor:
-    """[B, C or 2 C, H, W], nobody leaving."""
-    full = evaluate(model.backbone, None, Full(), *given)
-    return full.eps if full.variance is None else torch.cat([full.eps, full.variance], 1)
+    """[B, C or 2 C, H, W], nobody exiting."""
+    full = forward(model, *given, policy="full")
+    return full.prediction if full.variance is None else torch.cat([full.prediction, full.variance], 1)
 
 
 def ours(model: adadiff.Model, x: Tensor, t: Tensor, context: Tensor | None) -> Outputs:
     noise = engine(model, x, t, context)
     if model.exits is None:
         return Outputs(noise)
-    n = model.layers - 1
-    u = evaluate(model.backbone, model.exits, Threshold(1e-9), x, t, context, record=True).scores[:n]
-    leave = torch.arange(1, n + 1).repeat_interleave(len(x))  # a lane for every layer and sample
+    n = model.num_layers - 1
+    u = forward(model, x, t, context, policy=Threshold(1e-9), record_scores=True).scores[:n]
+    depth = torch.arange(1, n + 1).repeat_interleave(len(x))  # a lane for every layer and sample
     many = [None if v is None else v.repeat(n, *[1] * (v.ndim - 1)) for v in (x, t, context)]
-    layers = evaluate(model.backbone, model.exits, Replay(scored=False), *many, threshold=leave.float()).eps
+    layers = forward(model, *many, policy=Replay(needs_scores=False), threshold=depth.float()).prediction
     return Outputs(noise, layers.view(n, len(x), *layers.shape[1:]), u)
 
 

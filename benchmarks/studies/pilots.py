@@ -26,7 +26,7 @@ from adadiff.metrics.canvases import canvas_features, follow_rules
 from adadiff.metrics.frechet import FeatureStatistics
 from adadiff.metrics.quality import evaluate_samples
 from adadiff.output.pictures import make_grid, to_pixels, write_json, write_png
-from adadiff.sampling.samples import SampleBatch
+from adadiff.sampling.sample_batch import SampleBatch
 from adadiff.training.config import TrainConfig, load_config
 from adadiff.training.trainer import Trainer
 
@@ -45,7 +45,7 @@ def train(config: TrainConfig, folder: Path) -> tuple[Path, float]:
 def judge(file: Path, data: Canvases) -> dict[str, Any]:
     """Rule accuracy with the standard error of a share, and Fréchet distance to held-out canvases."""
     labels = torch.arange(SAMPLES) % CLASSES
-    images, _ = adadiff.sample(adadiff.load(file), SAMPLES, steps=SAMPLE_STEPS, labels=labels)
+    images, _ = adadiff.sample(adadiff.load(file), SAMPLES, steps=SAMPLE_STEPS, class_labels=labels)
     real, _ = data.draw(REFERENCE, "test", labels=torch.arange(REFERENCE) % CLASSES)
     reference = FeatureStatistics.of(canvas_features(real))
     quality = evaluate_samples(images, reference=reference, extractor=canvas_features)
@@ -73,9 +73,7 @@ def needs(file: Path) -> dict[str, Any]:
     """
     model = adadiff.load(file)
     labels = torch.arange(RECORDED) % CLASSES
-    samples = SampleBatch.of(
-        model, RECORDED, steps=SAMPLE_STEPS, labels=labels, seeds=range(CALIBRATION_SEED, CALIBRATION_SEED + RECORDED)
-    )
+    samples = SampleBatch.of(model, RECORDED, steps=SAMPLE_STEPS, class_labels=labels, seed=CALIBRATION_SEED)
     recording = record(model, samples, RECORDED)
     weights = measure_weights(
         model, samples, recording, lambda a, b: float((a - b).double().square().mean()), batch=RECORDED
@@ -85,7 +83,7 @@ def needs(file: Path) -> dict[str, Any]:
     low, high = 0, len(levels) - 1
     while low < high:
         middle = (low + high) // 2
-        if float(depth_needed(error, levels[middle]).mean()) > model.layers / 2:
+        if float(depth_needed(error, levels[middle]).mean()) > model.num_layers / 2:
             low = middle + 1
         else:
             high = middle
@@ -100,7 +98,7 @@ def needs(file: Path) -> dict[str, Any]:
         "easy": float(need[:, labels < DIGITS].mean()),
         "hard": float(need[:, labels >= DIGITS].mean()),
         "timesteps": recording.t.tolist(),
-        "work_of_first_block": float(work_of(model).leaving[0]) / work_of(model).full,
+        "work_of_first_block": float(work_of(model).exiting[0]) / work_of(model).full,
     }
 
 

@@ -4,7 +4,7 @@ python -m benchmarks.studies.recipes ROWS OTHER_ROWS [--data digits|canvases]
 
 ROWS and OTHER_ROWS are the rows.jsonl of two runs of `run.py --suite quality --quality-only`. Printed, in Markdown: the
 front of the second model's settings with early exit, each over the front of the first's at the same multiply-adds; with
-an early model, and without.
+a shallow model, and without.
 """
 
 import argparse
@@ -16,11 +16,11 @@ from benchmarks.report.cells import Table, number
 from benchmarks.report.tables import markdown
 from benchmarks.rows import read
 
-EARLY = "ours, early model"
+EARLY = "ours, early model"  # a shallow one; so the rows name it
 
 
 def over(points: Sequence[fronts.Point], others: Sequence[fronts.Point], early: bool) -> Table:
-    """early: settings with an early model, which both share, count on both sides."""
+    """early: settings with a shallow model, which both share, count on both sides."""
     own, front = (
         fronts.front([p for p in found if p.ours and (early or p.method != EARLY)], "macs", "frechet")
         for found in (points, others)

@@ -20,6 +20,7 @@ from io import StringIO
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,14 +64,14 @@ def noises(dtype: torch.dtype) -> Iterator[Tensor]:
 
 def ours(case: Case, dtype: torch.dtype) -> Tensor:
     table = solver_from(case.solver).table(NoiseSchedule(case.schedule), case.steps)
-    packed, zero, noise = pack([table]), torch.zeros_like(SEEDS), noises(dtype)
+    packed, zero, noise = pack([table]), np.zeros(len(SEEDS), dtype=np.int64), noises(dtype)
     state = packed.start(initial_noise(SEEDS, SHAPE).to(dtype))
     for i in range(case.steps):
         t, rows = packed.rows(zero, zero + i)
         z = next(noise)
         if dtype == torch.float32:
-            given = network(state.x, t), rows
-            solver_step(state, *given, z=z, variance=variance(state.x, t))
+            t = torch.from_numpy(t)
+            solver_step(state, network(state.x, t), rows, z=z, variance=variance(state.x, t))
         else:
             t = table.t[i]
             rows = replace(rows, coefficients=table.coefficients[i].expand(len(zero), -1))

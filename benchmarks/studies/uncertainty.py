@@ -4,7 +4,7 @@ python -m benchmarks.studies.uncertainty [--data digits|canvases] [--network FIL
 
 Every variant trains its exits alike (or fits those of another anew, as `adadiff calibrate --refit`), is calibrated for
 the same budgets, and draws samples it has not seen. Printed and written as rows: how well u ranks the samples of one
-timestep by what leaving there would get wrong (Spearman's correlation to the error that the calibration counts, mean
+timestep by what exiting there would get wrong (Spearman's correlation to the error that the calibration counts, mean
 over timesteps and layers); the share of the exit layer's variance that lies within a timestep, not between timesteps;
 and for each budget the paired error to the full network's images over that of the best static table of the same
 recording and work, with its 95 % interval. Below 1, looking at samples pays.

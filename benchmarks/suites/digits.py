@@ -1,4 +1,4 @@
-"""The trained digits model: how fast each way of sampling is, and what scoring costs when nobody leaves.
+"""The trained digits model: how fast each way of sampling is, and what scoring costs when nobody exits.
 
 Every sampler is DDIM and all samples stand in lock step, so a tick is a step. Quality is in quality.py.
 """
@@ -6,6 +6,7 @@ Every sampler is DDIM and all samples stand in lock step, so a tick is a step. Q
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 import adadiff
@@ -13,19 +14,20 @@ from adadiff import Model, Report
 from adadiff.diffusion.noise import initial_noise
 from adadiff.diffusion.solvers import DDIM
 from adadiff.diffusion.tables import pack
-from adadiff.policies.exit_policies import Full, Rule, Threshold
+from adadiff.policies.exits import Full, Threshold
+from adadiff.policies.interface import ExitPolicy
 from adadiff_kernels import solver_step
 from benchmarks.baselines.attainable import Call, PlainPieces, rows_per_layer, share_of_flop_ideal
 from benchmarks.harness import Comparison, best_micro_batch, interleave
 from benchmarks.rows import Rows, dtype_name, machine, say
 from benchmarks.suites import drawing
-from benchmarks.suites.drawing import STEPS, lockstep, seeds_and_labels
+from benchmarks.suites.drawing import STEPS, lockstep, policy_of, seeds_and_labels
 from benchmarks.suites.network import in_batches
 from benchmarks.suites.quality import SUITE
 
 MODEL = "digits"
 PLAIN_MODEL = "digits_plain"  # trained with the same budget, without exits
-THRESHOLDS = ("0.07", "0.115", "0.135,first=3", "0.18,first=3")  # of the rule "threshold"
+THRESHOLDS = ("0.07", "0.115", "0.135,first=3", "0.18,first=3")  # as the rows spell them
 FEWER_STEPS = (12, 8)
 SAMPLES = 256  # of one timed run, all in one batch
 OVERHEAD_BATCH = 64  # what adadiff.sample takes by default
@@ -48,14 +50,14 @@ class Variants:
         seeds, labels = seeds_and_labels(0, self.samples)
         self._add(name, setting, lambda: lockstep(model.backbone, model.schedule, seeds, labels, steps, batch))
 
-    def engine(self, name: str, rule: str, setting: str | None = None) -> Report:
+    def engine(self, name: str, policy: str, setting: str | None = None) -> Report:
         """Runs it once: for its report, and to warm up."""
         seeds, labels = seeds_and_labels(0, self.samples)
         settings = {
             "steps": self.steps,
-            "rule": rule,
-            "seeds": seeds,
-            "labels": labels,
+            "policy": policy,
+            "seed": seeds,
+            "class_labels": labels,
             "batch": self.samples,
         }
         title = self._add(name, setting, lambda: adadiff.sample(self.model, self.samples, **settings))
@@ -97,18 +99,18 @@ def speed(
         variants.plain("fewer steps", joint, best, count, setting=count)
     variants.plain("plain, equal budget", drawing.load(plain_model), best, steps)
     variants.engine("engine, no exits", "full")
-    variants.engine("engine, nobody leaves", f"threshold:{NOBODY}")
+    variants.engine("engine, nobody leaves", f"exit:{NOBODY}")
     for threshold in thresholds:
-        mean = variants.engine("early exit", f"threshold:{threshold}", threshold).mean_exit_layer
-        variants.engine("fixed depth", f"depth:{mean:.4f}", threshold)
+        mean = variants.engine("early exit", policy_of(threshold), threshold).mean_exit_layer
+        variants.engine("fixed depth", f"exit:depth={mean:.4f}", threshold)
 
     counts = {max(1, samples * i // grid) for i in range(grid + 1)}
     pieces = PlainPieces(joint.backbone, (x, t, labels), {"in": counts, "out": counts}, {best})
     tables = pack([DDIM().table(joint.schedule, steps)])
-    state = tables.start(x)
+    state, table = tables.start(x), np.zeros(samples, dtype=np.int64)
 
     def solver() -> None:
-        _, coefficients = tables.rows(torch.zeros(samples, dtype=torch.int64), torch.zeros(samples, dtype=torch.int64))
+        _, coefficients = tables.rows(table, table)
         solver_step(state, torch.zeros_like(x), coefficients)
 
     measured = interleave(
@@ -123,7 +125,7 @@ def speed(
 
 
 def write(rows: Rows, variants: Variants, measured: Comparison, baselines: Sequence[str], pieces: PlainPieces) -> None:
-    n, L = variants.samples, variants.model.layers
+    n, L = variants.samples, variants.model.num_layers
     fastest = min(baselines, key=measured.median)
     for title, (name, setting) in variants.settings.items():
         seconds = measured.median(title)
@@ -166,7 +168,7 @@ def overhead(
     repeats: int = 60,
     limit: float = 15.0,
 ) -> None:
-    """What an evaluation costs in which nobody leaves, unscored and scored."""
+    """What a forward pass costs in which nobody exits, unscored and scored."""
     for dtype in dtypes:
         emulated = dtype == torch.bfloat16 and not machine()["bfloat16"]
         say(f"digits: cost of scoring, {dtype_name(dtype)}{' (emulated on this CPU)' if emulated else ''}")
@@ -178,8 +180,8 @@ def _overhead(rows: Rows, model: Model, dtype: torch.dtype, batch: int, repeats:
     seeds, labels = seeds_and_labels(0, batch)
     x, t = initial_noise(seeds, backbone.sample_shape), torch.linspace(0, 999, batch)
 
-    def engine(rule: Rule) -> Call:
-        return lambda: adadiff.evaluate(backbone, model.exits, rule, x, t, labels)
+    def engine(policy: ExitPolicy) -> Call:
+        return lambda: adadiff.forward(model, x, t, labels, policy=policy)
 
     calls: dict[str, Call] = {"plain, one batch": lambda: backbone(x, t, labels)}
     best = best_micro_batch(lambda m: backbone(x[:m], t[:m], labels[:m]), batch)

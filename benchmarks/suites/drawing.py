@@ -34,14 +34,14 @@ CLASSES = 10  # of the digits
 class Method:
     """`name` and `setting` are what tables show; `model` is a shipped name or a file.
 
-    rule "full" is drawn by the plain network in lock step, everything else by the engine, and so is whatever has a
+    policy "full" is drawn by the plain network in lock step, everything else by the engine, and so is whatever has a
     shallow_model (a name or a file; it serves times of t_switch and above). reuse: every so many steps the plain
     network runs whole, see reuse.py. batch: samples at a time (None: as many as are asked for).
     """
 
     name: str
     model: str
-    rule: str = "full"
+    policy: str = "full"
     steps: int = STEPS
     setting: str | int | None = None
     solver: str = "ddim"
@@ -53,7 +53,7 @@ class Method:
     @property
     def plain(self) -> bool:
         """Drawn in the ordinary loop, around the network as it is."""
-        return self.rule == "full" and self.shallow_model is None
+        return self.policy == "full" and self.shallow_model is None
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,17 @@ def lockstep(
     for seed, label in zip(seeds.split(batch), labels.split(batch), strict=True):
         network = backbone if reuse == 1 else Reusing(backbone, reuse)
         state = tables.start(initial_noise(seed, backbone.sample_shape))
+        table = np.zeros(len(seed), dtype=np.int64)
         for step in range(steps):
-            t, coefficients = tables.rows(torch.zeros_like(seed), torch.full_like(seed, step))
-            solver_step(state, network(state.x, t, label), coefficients)
+            t, coefficients = tables.rows(table, np.full_like(table, step))
+            solver_step(state, network(state.x, torch.from_numpy(t), label), coefficients)
         images.append(state.x)
     return torch.cat(images)
+
+
+def policy_of(threshold: str) -> str:
+    """What the rows' "0.135,first=3" stands for: "exit:0.135,min_layer=3"."""
+    return "exit:" + threshold.replace("first=", "min_layer=")
 
 
 def draw(method: Method, seeds: Tensor, labels: Tensor) -> Drawn:
@@ -115,7 +121,7 @@ def draw(method: Method, seeds: Tensor, labels: Tensor) -> Drawn:
 
 
 def in_plain_loop(method: Method, seeds: Tensor, labels: Tensor, batch: int, compiled: bool = False) -> Tensor:
-    """method: of the rule "full"; it may have an early model. compiled: the networks are `compiled_network`s."""
+    """method: of the policy "full"; it may have a shallow model. compiled: the networks are `compiled_network`s."""
     model = load(method.model)
 
     def network(name: str) -> Callable[..., Tensor]:
@@ -138,9 +144,9 @@ def in_engine(method: Method, seeds: Tensor, labels: Tensor, batch: int) -> Draw
         len(seeds),
         steps=method.steps,
         solver=method.solver,
-        rule=method.rule,
-        seeds=seeds,
-        labels=labels,
+        policy=method.policy,
+        seed=seeds,
+        class_labels=labels,
         batch=batch,
         shallow_model=None if method.shallow_model is None else load(method.shallow_model),
         t_switch=method.t_switch,

@@ -1,4 +1,4 @@
-"""Does leaving early beat the alternatives at equal seconds? Quality and measured seconds of every method.
+"""Does exiting early beat the alternatives at equal seconds? Quality and measured seconds of every method.
 
 All methods draw the same samples (same noises, same labels). Seconds are measured apart from the quality, on one
 thread, in rounds in which all settings take turns. Plain networks, DuoDiff's two among them, are timed in the ordinary
@@ -96,7 +96,7 @@ class Comparison:
             method.name,
             parameters,
             dtype="float32",
-            rule=method.rule,
+            policy=method.policy,
             **judging.measure(drawn.images, labels, self.reference(artist, samples, run)),
             **done(method, drawn, run),
         )
@@ -167,7 +167,7 @@ class Comparison:
 
 
 def ways(method: Method, compiles: bool) -> tuple[str, ...]:
-    if method.rule != "full":
+    if method.policy != "full":
         return (ENGINE,)
     if method.reuse != 1:
         return (LOOP,)
@@ -198,13 +198,13 @@ def timed(method: Method, way: str, seeds: Tensor, labels: Tensor) -> Callable[[
 
 
 def done(method: Method, drawn: Drawn, run: int) -> dict[str, object]:
-    """Multiply-adds for an image, mean exit layer, and, of one run of rules that look at samples, who left where."""
+    """Multiply-adds for an image, mean exit layer, and of one run of policies that look at samples who exited where."""
     model = load(method.model)
     if drawn.macs is None:
         macs = reuse.macs(model.backbone, method.steps, method.reuse)
         whole = -(-method.steps // method.reuse) / method.steps
-        return {"macs": macs, "mean_exit_layer": model.layers * whole}
-    found = depth(drawn, model.layers)
+        return {"macs": macs, "mean_exit_layer": model.num_layers * whole}
+    found = depth(drawn, model.num_layers)
     result = {"macs": drawn.macs[0] / len(drawn.images), "mean_exit_layer": found["mean_exit_layer"]}
     if method.name in (*OURS, "batch mean") and run == 0:
         table = solver_from(method.solver).table(model.schedule, method.steps)

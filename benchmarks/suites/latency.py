@@ -1,8 +1,8 @@
 """Latency of requests that arrive at any time, with 10 to 30 steps, at parts of what lock-step batches can bear.
 
 The digits in real time; U-ViT-S/2, L/2 and H/2 on a virtual clock that passes as their blocks were measured to take.
-Every policy gets the same requests at the same times. Lock step: up to `capacity` of those that wait begin together
-and the next ones when the last of them is done, each being answered as soon as it is finished itself.
+Every way of serving gets the same requests at the same times. Lock step: up to `capacity` of those that wait begin
+together and the next ones when the last of them is done, each being answered as soon as it is finished itself.
 """
 
 import dataclasses
@@ -20,10 +20,11 @@ from tqdm import tqdm
 import adadiff
 from adadiff import Engine, Model
 from adadiff.config import PRESETS, ModelConfig
+from adadiff.forward.forward import run_forward
 from adadiff.models.uvit import UViT, UViTConfig
-from adadiff.policies.exit_policies import Rule
+from adadiff.policies.interface import ExitPolicy
 from adadiff.uem import PAPER
-from benchmarks.baselines import servers as policies
+from benchmarks.baselines import servers
 from benchmarks.baselines.attainable import PlainPieces, kinds
 from benchmarks.baselines.servers import DepthTable, Plain, Recorder
 from benchmarks.baselines.simulation import (
@@ -43,8 +44,8 @@ from benchmarks.suites import drawing
 
 SUITE = "serving"
 DIGITS = "digits"
-DIGITS_THETA = "0.135,first=3"
-DIGITS_RULE = f"threshold:{DIGITS_THETA}"
+DIGITS_THETA = 0.135
+DIGITS_POLICY = f"exit:{DIGITS_THETA},min_layer=3"
 CALIBRATION = 64  # digits drawn, in 50 steps, for the static table
 BURST = "burst"
 
@@ -71,11 +72,12 @@ QUICK = Sizes(32, (0.8,), 64, ("cifar10_uvit_small",), (1, 2, 4), 2)
 
 
 @dataclass(frozen=True)
-class Policy:
-    """rule: None is the plain network without our engine. jitter: samples differ from the rule's table."""
+class Way:
+    """Of serving. policy: None is the plain network without our engine. jitter: samples differ from the policy's
+    table."""
 
     name: str
-    rule: Rule | str | None
+    policy: ExitPolicy | str | None
     together: int | None = None
     jitter: bool = False
 
@@ -86,7 +88,7 @@ class Run:
     recorder: Recorder
     bound: float | None = None  # see SimulatedNetwork.holding_bound
 
-    def results(self, layers: int) -> dict[str, object]:
+    def results(self, num_layers: int) -> dict[str, object]:
         latencies = Times(self.served.latencies)
         found = {
             "seconds": latencies.row(),
@@ -96,7 +98,7 @@ class Run:
             "busy": self.served.busy / self.served.seconds,
             "ticks": self.served.ticks,
             "mean_exit_layer": self.recorder.mean_exit_layer,
-            "rows_per_layer": self.recorder.rows_per_layer(layers),
+            "rows_per_layer": self.recorder.rows_per_layer(num_layers),
         }
         return found if self.bound is None else {**found, "holding_bound": self.bound}
 
@@ -108,29 +110,29 @@ def digits(rows: Rows, sizes: Sizes) -> None:
     x = torch.randn(capacity, *model.backbone.sample_shape)
     best = best_micro_batch(lambda m: model.backbone(x[:m], t[:m], labels[:m]), capacity)
     seeds, labels = drawing.seeds_and_labels(1, CALIBRATION)
-    _, report = adadiff.sample(model, CALIBRATION, steps=50, rule=DIGITS_RULE, seeds=seeds, labels=labels)
-    table = policies.calibrated(model, report.exit_layer[..., 0])
+    _, report = adadiff.sample(model, CALIBRATION, steps=50, policy=DIGITS_POLICY, seed=seeds, class_labels=labels)
+    table = servers.calibrated(model, report.exit_layer[..., 0])
     chosen = [
-        Policy(policies.LOCK_STEP, None, together=capacity),
-        Policy(policies.PLAIN, "full"),
-        Policy(policies.MEAN, f"batch-mean:{DIGITS_THETA}"),
-        Policy(policies.AGREE, policies.AllAgree(0.135, first=3)),
-        Policy(policies.STATIC, DepthTable(table, scored=False)),
-        Policy(policies.OURS, DIGITS_RULE),
+        Way(servers.LOCK_STEP, None, together=capacity),
+        Way(servers.PLAIN, "full"),
+        Way(servers.MEAN, f"exit:batch-mean={DIGITS_THETA},min_layer=3"),
+        Way(servers.AGREE, servers.AllAgree(DIGITS_THETA, min_layer=3)),
+        Way(servers.STATIC, DepthTable(table, needs_scores=False)),
+        Way(servers.OURS, DIGITS_POLICY),
     ]
 
-    def run(policy: Policy, requests: Sequence[Request]) -> Run:
+    def run(way: Way, requests: Sequence[Request]) -> Run:
         clock = RealClock()
-        if policy.rule is None:
-            recorder = Recorder(policies.plain_network(best))
+        if way.policy is None:
+            recorder = Recorder(servers.plain_network(best))
             server = Plain(model, capacity, recorder)
         else:
-            recorder = Recorder(adadiff.evaluate)
+            recorder = Recorder(run_forward)
             server = engine(model, capacity, len(requests), clock, recorder)
-        return Run(serve(server, requests, clock, asking(policy, labelled=True), policy.together), recorder)
+        return Run(serve(server, requests, clock, asking(way, labelled=True), way.together), recorder)
 
-    for policy in chosen:  # warms up
-        run(policy, workload(8, None))
+    for way in chosen:  # warms up
+        run(way, workload(8, None))
     parameters = {"model": DIGITS, "clock": "real", "capacity": capacity, "requests": sizes.requests}
     lock_step = None
     for load in (BURST, *sizes.loads):
@@ -140,9 +142,9 @@ def digits(rows: Rows, sizes: Sizes) -> None:
         lock_step = lock_step or sizes.requests / runs[0].served.seconds
         aa_ratio = runs[len(chosen)].served.busy / runs[0].served.busy
         quality_of = {"aa_ratio": aa_ratio, "usable": abs(aa_ratio - 1) <= AA_TOLERANCE}
-        for index, policy in enumerate(chosen):
-            results = runs[index].results(model.layers)
-            write(rows, {**parameters, "load": load}, policy, results, lock_step, quality_of)
+        for index, way in enumerate(chosen):
+            results = runs[index].results(model.num_layers)
+            write(rows, {**parameters, "load": load}, way, results, lock_step, quality_of)
 
 
 def simulated(rows: Rows, sizes: Sizes, processes: int = cores()) -> None:
@@ -153,9 +155,9 @@ def simulated(rows: Rows, sizes: Sizes, processes: int = cores()) -> None:
         quality_of[preset] = {"aa_ratio": measured.aa_ratio, "usable": measured.usable}
     say(f"serving: latency of {', '.join(sizes.presets)} on a virtual clock, {sizes.requests} requests")
     tasks = [
-        Simulation(preset, policy, sizes.capacity, BURST, sizes.requests, None, costs[preset])
+        Simulation(preset, way, sizes.capacity, BURST, sizes.requests, None, costs[preset])
         for preset in sizes.presets
-        for policy in simulated_policies(PRESETS[preset].network.depth + 1, sizes.capacity)
+        for way in simulated_ways(PRESETS[preset].network.depth + 1, sizes.capacity)
     ]
     rate: dict[str, float] = {}
     with workers(processes) as pool:
@@ -163,10 +165,10 @@ def simulated(rows: Rows, sizes: Sizes, processes: int = cores()) -> None:
             these = [dataclasses.replace(task, lock_step=rate.get(task.preset)) for task in these]
             bar = tqdm(pool(Simulation.run, these), desc="virtual clock", total=len(these), leave=False, disable=None)
             for task, results in zip(these, bar, strict=True):
-                rate.setdefault(task.preset, results["images_per_second"])  # of lock step, the first policy
+                rate.setdefault(task.preset, results["images_per_second"])  # of lock step, the first way
                 parameters = {"model": task.preset, "clock": "virtual", "capacity": task.capacity}
                 parameters |= {"requests": task.requests, "load": task.load}
-                write(rows, parameters, task.policy, results, rate[task.preset], quality_of[task.preset])
+                write(rows, parameters, task.way, results, rate[task.preset], quality_of[task.preset])
 
 
 @contextmanager
@@ -215,15 +217,15 @@ def small(depth: int) -> Model:
     return Model(ModelConfig(UViTConfig(2, 1, 2, 2, depth, 1), "linear", None, PAPER)).eval()
 
 
-def simulated_policies(layers: int, capacity: int) -> list[Policy]:
-    depths = policies.two_phase(layers - 1)  # one block to spare, so that jitter changes no mean
+def simulated_ways(num_layers: int, capacity: int) -> list[Way]:
+    depths = servers.two_phase(num_layers - 1)  # one block to spare, so that jitter changes no mean
     return [
-        Policy(policies.LOCK_STEP, "full", together=capacity),
-        Policy(policies.PLAIN, "full"),
-        Policy(policies.MEAN, DepthTable(depths, together="mean"), jitter=True),
-        Policy(policies.AGREE, DepthTable(depths, together="all"), jitter=True),
-        Policy(policies.STATIC, DepthTable(depths, scored=False)),
-        Policy(policies.OURS, DepthTable(depths), jitter=True),
+        Way(servers.LOCK_STEP, "full", together=capacity),
+        Way(servers.PLAIN, "full"),
+        Way(servers.MEAN, DepthTable(depths, together="mean"), jitter=True),
+        Way(servers.AGREE, DepthTable(depths, together="all"), jitter=True),
+        Way(servers.STATIC, DepthTable(depths, needs_scores=False)),
+        Way(servers.OURS, DepthTable(depths), jitter=True),
     ]
 
 
@@ -232,7 +234,7 @@ class Simulation:
     """One run on the virtual clock. lock_step: images a second, of which `load` is the part that arrives."""
 
     preset: str
-    policy: Policy
+    way: Way
     capacity: int
     load: str | float
     requests: int
@@ -245,32 +247,32 @@ class Simulation:
     def run(self) -> dict[str, object]:
         model = small(PRESETS[self.preset].network.depth)
         requests = workload(self.requests, None if self.load == BURST else self.load * self.lock_step)
-        return run_virtual(model, self.policy, requests, self.capacity, self.costs).results(model.layers)
+        return run_virtual(model, self.way, requests, self.capacity, self.costs).results(model.num_layers)
 
 
-def run_virtual(model: Model, policy: Policy, requests: Sequence[Request], capacity: int, costs: Costs) -> Run:
+def run_virtual(model: Model, way: Way, requests: Sequence[Request], capacity: int, costs: Costs) -> Run:
     clock = VirtualClock()
     network = SimulatedNetwork(costs, clock)
     recorder = Recorder(network)
     server = engine(model, capacity, len(requests), clock, recorder)
-    served = serve(server, requests, clock, asking(policy, labelled=False), policy.together)
+    served = serve(server, requests, clock, asking(way, labelled=False), way.together)
     return Run(served, recorder, network.holding_bound)
 
 
-def engine(model: Model, capacity: int, queue: int, clock: Clock, evaluate: Recorder) -> Engine:
-    return Engine(model, capacity, queue=queue, start=False, clock=clock, evaluate=evaluate)
+def engine(model: Model, capacity: int, queue: int, clock: Clock, forward: Recorder) -> Engine:
+    return Engine(model, capacity, queue=queue, threaded=False, clock=clock, forward=forward)
 
 
-def asking(policy: Policy, labelled: bool) -> Callable[[Request], dict[str, object]]:
-    """What a request asks of the server of this policy."""
+def asking(way: Way, labelled: bool) -> Callable[[Request], dict[str, object]]:
+    """What a request asks of the server of this way."""
 
     def settings(request: Request) -> dict[str, object]:
         asked: dict[str, object] = {"seed": request.seed, "steps": request.steps}
         if labelled:
-            asked["label"] = request.label
-        if policy.rule is not None:
-            asked["rule"] = policy.rule
-        if policy.jitter:
+            asked["class_labels"] = request.label
+        if way.policy is not None:
+            asked["policy"] = way.policy
+        if way.jitter:
             asked["thresholds"] = [request.jitter]
         return asked
 
@@ -280,7 +282,7 @@ def asking(policy: Policy, labelled: bool) -> Callable[[Request], dict[str, obje
 def write(
     rows: Rows,
     parameters: Mapping[str, object],
-    policy: Policy,
+    way: Way,
     results: Mapping[str, object],
     lock_step: float,
     quality_of: Mapping[str, object],
@@ -288,7 +290,7 @@ def write(
     rows.write(
         SUITE,
         "latency",
-        policy.name,
+        way.name,
         parameters,
         dtype="float32",
         **results,

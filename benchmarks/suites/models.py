@@ -1,7 +1,7 @@
-"""One evaluation of every published network at batch 1 and 8, random weights: plain, compiled, and through the engine.
+"""A forward pass of every published network at batch 1 and 8, random weights: plain, compiled, and through the engine.
 
 On a GPU, if there is one, in bfloat16; else on the CPU in float32, and unless they are named, only networks of at most
-MOST_MACS. Of the engine: nobody leaves, though every block is scored; and every other lane leaves after block 2, the
+MOST_MACS. Of the engine: nobody exits, though every block is scored; and every other lane exits after block 2, the
 first one included, so at batch 1 that is all of it.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 import adadiff
 from adadiff import ForwardOutput, Model
 from adadiff.config import PRESETS, ModelConfig
-from adadiff.policies.exit_policies import Replay
+from adadiff.policies.exits import Replay
 from adadiff.uem import PAPER
 from benchmarks.baselines.attainable import Call
 from benchmarks.gpu.session import DeviceTimer, check_close
@@ -123,19 +123,21 @@ def measure(rows: Rows, setting: Setting, name: str, model: Model, inputs: Input
     if compiled is not None:
         calls[COMPILED] = lambda: compiled(*inputs)
     results: dict[str, ForwardOutput] = {}
-    wanted = {pattern: exits.to(device) for pattern, exits in patterns(B, model.layers).items() if pattern in ENGINE}
+    wanted = {
+        pattern: exits.to(device) for pattern, exits in patterns(B, model.num_layers).items() if pattern in ENGINE
+    }
     for pattern, exits in wanted.items():
-        calls[pattern] = evaluation(model, inputs, exits)
+        calls[pattern] = pass_of(model, inputs, exits)
     with torch.inference_mode():
         noise = calls[PLAIN]()
         for pattern in wanted:  # and so that all are warm before bytes are counted
             results[pattern] = calls[pattern]()
-        check_close(ENGINE[0], results[ENGINE[0]].eps, noise[:, : inputs[0].shape[1]], WRONG[setting.dtype])
+        check_close(ENGINE[0], results[ENGINE[0]].prediction, noise[:, : inputs[0].shape[1]], WRONG[setting.dtype])
         if compiled is not None:
             check_close(COMPILED, calls[COMPILED](), noise, WRONG[setting.dtype])
     for pattern, exits in wanted.items():
         if results[pattern].exit_layer.tolist() != exits.tolist():
-            raise RuntimeError(f"{name}, {pattern}: lanes left after {results[pattern].exit_layer.tolist()} blocks")
+            raise RuntimeError(f"{name}, {pattern}: lanes exited after {results[pattern].exit_layer.tolist()} blocks")
     peaks = {variant: peak_bytes(call, device) for variant, call in calls.items()}
     timer = DeviceTimer(device, 0.02) if device.type == "cuda" else None
     measured = interleave(
@@ -144,8 +146,8 @@ def measure(rows: Rows, setting: Setting, name: str, model: Model, inputs: Input
     write(rows, setting, name, model, measured, results, peaks)
 
 
-def evaluation(model: Model, inputs: Inputs, exits: Tensor) -> Callable[[], ForwardOutput]:
-    return lambda: adadiff.evaluate(model.backbone, model.exits, Replay(), *inputs, threshold=exits)
+def pass_of(model: Model, inputs: Inputs, exits: Tensor) -> Callable[[], ForwardOutput]:
+    return lambda: adadiff.forward(model, *inputs, policy=Replay(), threshold=exits)
 
 
 def write(
@@ -173,8 +175,8 @@ def write(
             fastest_plain=fastest,
             macs=result.macs if result else full.macs_full,
             macs_full=full.macs_full,
-            blocks=int(result.exit_layer.sum()) if result else len(full.exit_layer) * model.layers,
-            blocks_full=len(full.exit_layer) * model.layers,
+            blocks=int(result.exit_layer.sum()) if result else len(full.exit_layer) * model.num_layers,
+            blocks_full=len(full.exit_layer) * model.num_layers,
             peak_bytes=peaks[variant],
             weight_bytes=sum(value.nbytes for value in model.backbone.parameters()),
         )

@@ -8,8 +8,9 @@ from torch import Tensor
 
 import adadiff
 from adadiff import ForwardOutput, Model
-from adadiff.forward.forward import group_size
-from adadiff.policies.exit_policies import Full, Replay, Rule
+from adadiff.forward.structure import structure_of
+from adadiff.policies.exits import Full, Replay
+from adadiff.policies.interface import ExitPolicy
 from adadiff.sampling.capacity import peak_bytes
 from adadiff.uem import PAPER
 from benchmarks.baselines.attainable import Call, PlainPieces, kinds, rows_per_layer, share_of_flop_ideal
@@ -36,18 +37,18 @@ class Setting:
         return f"batch {self.batch}, {dtype_name(self.dtype)}, {self.threads} thread(s)"
 
 
-def patterns(batch: int, layers: int) -> dict[str, Tensor]:
-    """Exit layer of each lane, float [batch], as thresholds of the rule `Replay`."""
+def patterns(batch: int, num_layers: int) -> dict[str, Tensor]:
+    """Exit layer of each lane, float [batch], as thresholds of the policy `Replay`."""
     lane = torch.arange(batch)
-    spread = torch.linspace(3, layers, batch).round()
+    spread = torch.linspace(3, num_layers, batch).round()
     shuffled = torch.randperm(batch, generator=torch.Generator().manual_seed(0))
-    deep = torch.tensor(float(layers))
+    deep = torch.tensor(float(num_layers))
     return {
         "nobody leaves": deep.expand(batch),
         "same": torch.full((batch,), 7.0),
         "spread": spread[shuffled],
-        "two-phase": torch.where(lane % 2 == 0, 2.0, deep),  # every other lane: the most swaps
-        "two-phase, ordered": torch.where(lane < batch // 2, deep, 2.0),  # by expected depth: no swaps
+        "two-phase": torch.where(lane % 2 == 0, 2.0, deep),  # every other lane: the most moves
+        "two-phase, ordered": torch.where(lane < batch // 2, deep, 2.0),  # by expected depth: no moves
     }
 
 
@@ -76,18 +77,18 @@ def measure(rows: Rows, setting: Setting) -> None:
         if "plain, compiled" in baselines:
             baselines[f"plain, compiled, batches of {best}"] = in_batches(compiled, (x, t), best)
 
-    runs = {"engine, no exits": evaluation(model, Full(), x, t, None)}
-    replayed = patterns(B, model.layers)
+    runs = {"engine, no exits": pass_of(model, Full(), x, t, None)}
+    replayed = patterns(B, model.num_layers)
     for name, exit_layer in replayed.items():
-        runs[name] = evaluation(model, Replay(), x, t, exit_layer)
+        runs[name] = pass_of(model, Replay(), x, t, exit_layer)
     # one run of each before the clock starts: it counts bytes, and warms up
     results: dict[str, ForwardOutput] = {}
     peaks = {PLAIN: peak_bytes(baselines[PLAIN])}
     for name, call in runs.items():
         peaks[name] = peak_bytes(lambda name=name, call=call: results.update({name: call()}))
 
-    counts = [rows_per_layer(result.exit_layer, model.layers) for result in results.values()]
-    sizes = {best, group_size(model.backbone)}
+    counts = [rows_per_layer(result.exit_layer, model.num_layers) for result in results.values()]
+    sizes = {best, structure_of(model.backbone).group_size}
     pieces = PlainPieces(model.backbone, (x, t, None), counts_by_kind(model, counts), sizes, compiled_block)
     ways = pieces.variants()
     with torch.inference_mode():
@@ -117,7 +118,7 @@ def write(
     results: dict[str, ForwardOutput],
     peaks: dict[str, int],
 ) -> None:
-    B, L = setting.batch, model.layers
+    B, L = setting.batch, model.num_layers
     parameters = {"preset": PRESET, "batch": B}
     fastest = min(baselines, key=measured.median)
     for name in baselines:
@@ -155,7 +156,7 @@ def write(
             share_of_attainable=share.median,
             share_of_attainable_spread=[share.quantile(0.2), share.quantile(0.8)],
             share_of_flop_ideal=share_of_flop_ideal(speedup, result.macs, result.macs_full),
-            rows_moved=result.moved,
+            rows_moved=result.rows_moved,
             peak_bytes=peaks[name],
             peak_bytes_plain=peaks[PLAIN],
         )
@@ -166,10 +167,10 @@ def attainable(name: str) -> str:
     return f"{name}: plain pieces"
 
 
-def evaluation(
-    model: Model, rule: Rule, x: Tensor, t: Tensor, exit_layer: Tensor | None
+def pass_of(
+    model: Model, policy: ExitPolicy, x: Tensor, t: Tensor, exit_layer: Tensor | None
 ) -> Callable[[], ForwardOutput]:
-    return lambda: adadiff.evaluate(model.backbone, model.exits, rule, x, t, threshold=exit_layer)
+    return lambda: adadiff.forward(model, x, t, policy=policy, threshold=exit_layer)
 
 
 def in_batches(network: Callable[..., Tensor], inputs: Sequence[Tensor], size: int) -> Call:

@@ -10,7 +10,7 @@ from torch import Tensor
 from adadiff.checkpoint import write_tensors
 from adadiff.metrics.quality import evaluate_samples, frechet_ratio
 from benchmarks.rows import Rows, say
-from benchmarks.suites.drawing import STEPS, Artist, Drawn, Method, fingerprint, load, seeds_and_labels
+from benchmarks.suites.drawing import STEPS, Artist, Drawn, Method, fingerprint, load, policy_of, seeds_and_labels
 
 SUITE = "digits"
 
@@ -42,9 +42,9 @@ class Run:
         for method in methods:
             self.row(method)
         for threshold in thresholds:
-            early = dataclasses.replace(self.full, name="early exit", rule=f"threshold:{threshold}", setting=threshold)
+            early = dataclasses.replace(self.full, name="early exit", policy=policy_of(threshold), setting=threshold)
             mean = self.row(early)["mean_exit_layer"]
-            self.row(dataclasses.replace(early, name="fixed depth", rule=f"depth:{mean:.4f}"))
+            self.row(dataclasses.replace(early, name="fixed depth", policy=f"exit:depth={mean:.4f}"))
 
     def row(self, method: Method) -> dict[str, object]:
         parameters = {
@@ -79,10 +79,10 @@ class Run:
             method.name,
             parameters,
             dtype="float32",
-            rule=method.rule,
+            policy=method.policy,
             **finite(dataclasses.asdict(quality)),
             **ratios,
-            **depth(drawn, load(method.model).layers),
+            **depth(drawn, load(method.model).num_layers),
         )
 
     def reference(self, method: Method) -> Tensor:
@@ -104,15 +104,15 @@ class Run:
             write_tensors(self._rows.folder / "cache" / f"early-exit-{method.setting}.safetensors", tensors, {})
 
 
-def depth(drawn: Drawn, layers: int) -> dict[str, object]:
-    """Mean exit layer, shares of the full network's blocks and multiply-adds, who left where at each step."""
+def depth(drawn: Drawn, num_layers: int) -> dict[str, object]:
+    """Mean exit layer, shares of the full network's blocks and multiply-adds, who exited where at each step."""
     if drawn.exit_layer is None:
-        return {"mean_exit_layer": float(layers), "blocks_share": 1.0, "macs_share": 1.0}
+        return {"mean_exit_layer": float(num_layers), "blocks_share": 1.0, "macs_share": 1.0}
     mean = float(drawn.exit_layer.double().mean())
-    histogram = [torch.bincount(step.long(), minlength=layers + 1)[1:].tolist() for step in drawn.exit_layer]
+    histogram = [torch.bincount(step.long(), minlength=num_layers + 1)[1:].tolist() for step in drawn.exit_layer]
     return {
         "mean_exit_layer": mean,
-        "blocks_share": mean / layers,
+        "blocks_share": mean / num_layers,
         "macs_share": drawn.macs[0] / drawn.macs[1],
         "exit_histogram": histogram,  # [steps][layers] samples
     }

@@ -1,8 +1,8 @@
 """Serving: throughput with mixed timesteps, here; latency of requests that arrive at any time, in latency.py.
 
 Throughput: U-ViT-S/2 at its CIFAR-10 shape, random weights, saturated servers. The noisy half of each sample's steps
-leaves after block 2, the other half runs every block, and the samples stand at evenly spread steps. A tick of each
-policy in turn.
+exits after block 2, the other half runs every block, and the samples stand at evenly spread steps. A tick of each
+server in turn.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,23 +15,25 @@ import adadiff
 from adadiff import Engine, Model
 from adadiff.diffusion.solvers import DDIM
 from adadiff.diffusion.tables import pack
-from adadiff.forward.forward import group_size
-from adadiff.policies.exit_policies import Rule
+from adadiff.forward.forward import run_forward
+from adadiff.forward.options import ExecutionOptions
+from adadiff.forward.structure import structure_of
+from adadiff.policies.interface import ExitPolicy
 from adadiff.uem import PAPER
 from adadiff_kernels import solver_step
-from benchmarks.baselines import servers as policies
+from benchmarks.baselines import servers
 from benchmarks.baselines.attainable import Call, PlainPieces, rows_per_layer
 from benchmarks.baselines.servers import DepthTable, Plain, Recorder, Saturated
 from benchmarks.harness import Comparison, best_micro_batch, interleave
 from benchmarks.rows import Rows, say
 from benchmarks.suites import drawing, latency
-from benchmarks.suites.latency import DIGITS, DIGITS_RULE
+from benchmarks.suites.latency import DIGITS, DIGITS_POLICY
 from benchmarks.suites.network import PRESET, counts_by_kind
 
 SUITE = "serving"
 STEPS = 50
 ATTAINABLE = "plain pieces"
-SAME_ROWS = (policies.OURS, policies.STATIC, policies.INVARIANT)  # as those that the pieces run
+SAME_ROWS = (servers.OURS, servers.STATIC, servers.INVARIANT)  # as those that the pieces run
 
 
 @dataclass(frozen=True)
@@ -56,36 +58,37 @@ def run(rows: Rows, sizes: Sizes) -> None:
 
 
 @dataclass(frozen=True)
-class Policy:
+class Server:
     """A saturated server under measurement. call: one tick of it. engine: None for the plain network's own."""
 
     call: Saturated
     recorder: Recorder
-    layers: int
+    num_layers: int
     engine: Engine | None = None
 
     @staticmethod
-    def plain(model: Model, capacity: int, best: int, spread: bool = True, **settings: object) -> "Policy":
-        recorder = Recorder(policies.plain_network(best))
+    def plain(model: Model, capacity: int, best: int, spread: bool = True, **settings: object) -> "Server":
+        recorder = Recorder(servers.plain_network(best))
         server = Plain(model, capacity, recorder)
         call = Saturated(server, model.backbone.sample_shape, capacity, STEPS, spread, **settings)
-        return Policy(call, recorder, model.layers)
+        return Server(call, recorder, model.num_layers)
 
     @staticmethod
     def of(
-        model: Model, capacity: int, rule: Rule | str, batch_invariant: bool = False, **settings: object
-    ) -> "Policy":
-        recorder = Recorder(adadiff.evaluate)
-        server = Engine(model, capacity, start=False, batch_invariant=batch_invariant, evaluate=recorder)
-        call = Saturated(server, model.backbone.sample_shape, capacity, STEPS, rule=rule, **settings)
-        return Policy(call, recorder, model.layers, server)
+        model: Model, capacity: int, policy: ExitPolicy | str, batch_invariant: bool = False, **settings: object
+    ) -> "Server":
+        recorder = Recorder(run_forward)
+        execution = ExecutionOptions(batch_invariant=batch_invariant)
+        server = Engine(model, capacity, threaded=False, execution=execution, forward=recorder)
+        call = Saturated(server, model.backbone.sample_shape, capacity, STEPS, policy=policy, **settings)
+        return Server(call, recorder, model.num_layers, server)
 
     def results(self) -> dict[str, object]:
-        """outside_network: the share of a tick spent outside the evaluation, solver step included."""
+        """outside_network: the share of a tick spent outside the forward pass, solver step included."""
         ticks, network = np.array(self.call.seconds), np.array(self.recorder.seconds)
         found = {
             "mean_exit_layer": self.recorder.mean_exit_layer,
-            "rows_per_layer": self.recorder.rows_per_layer(self.layers),
+            "rows_per_layer": self.recorder.rows_per_layer(self.num_layers),
             "outside_network": float(np.median(ticks - network) / np.median(ticks)),
         }
         if self.engine is not None:
@@ -95,35 +98,35 @@ class Policy:
 
 
 def throughput(rows: Rows, sizes: Sizes) -> None:
-    """Ours, the plain network, the static table and what is attainable; then, for fewer ticks, the other policies."""
+    """Ours, the plain network, the static table and what is attainable; then, for fewer ticks, the other servers."""
     say(f"serving: throughput, capacity {sizes.capacity}, {sizes.ticks} ticks, {torch.get_num_threads()} thread(s)")
     torch.manual_seed(0)
     model = adadiff.build(PRESET, exits=PAPER)
-    depths = policies.two_phase(model.layers)
+    depths = servers.two_phase(model.num_layers)
     B = sizes.capacity
     x, t = torch.randn(B, *model.backbone.sample_shape), torch.rand(B) * 999
     best = best_micro_batch(lambda m: model.backbone(x[:m], t[:m]), B)
 
     every = {
-        policies.OURS: Policy.of(model, B, DepthTable(depths)),
-        policies.PLAIN: Policy.plain(model, B, best),
-        policies.STATIC: Policy.of(model, B, DepthTable(depths, scored=False)),
-        policies.LOCK_STEP: Policy.plain(model, B, best, spread=False),
-        policies.MEAN: Policy.of(model, B, DepthTable(depths, together="mean")),
-        policies.AGREE: Policy.of(model, B, DepthTable(depths, together="all")),
-        policies.INVARIANT: Policy.of(model, B, DepthTable(depths), batch_invariant=True),
-        policies.NO_EXITS: Policy.of(model, B, "full"),
+        servers.OURS: Server.of(model, B, DepthTable(depths)),
+        servers.PLAIN: Server.plain(model, B, best),
+        servers.STATIC: Server.of(model, B, DepthTable(depths, needs_scores=False)),
+        servers.LOCK_STEP: Server.plain(model, B, best, spread=False),
+        servers.MEAN: Server.of(model, B, DepthTable(depths, together="mean")),
+        servers.AGREE: Server.of(model, B, DepthTable(depths, together="all")),
+        servers.INVARIANT: Server.of(model, B, DepthTable(depths), batch_invariant=True),
+        servers.NO_EXITS: Server.of(model, B, "full"),
     }
     ideal = attainable(model, (x, t, None), depths, best)
-    pairs = {policies.OURS: ATTAINABLE, policies.NO_EXITS: policies.PLAIN}
+    pairs = {servers.OURS: ATTAINABLE, servers.NO_EXITS: servers.PLAIN}
     measured = measure(every, sizes.ticks, pairs, {ATTAINABLE: ideal})
     write(rows, sizes, every, measured, best)
 
 
 def measure(
-    every: Mapping[str, Policy], ticks: int, pairs: Mapping[str, str], more: Mapping[str, Call] | None = None
+    every: Mapping[str, Server], ticks: int, pairs: Mapping[str, str], more: Mapping[str, Call] | None = None
 ) -> Comparison:
-    calls = {name: policy.call for name, policy in every.items()}
+    calls = {name: server.call for name, server in every.items()}
     return interleave({**calls, **(more or {})}, ticks, pairs=pairs, label="serving, ticks")
 
 
@@ -131,8 +134,8 @@ def attainable(model: Model, inputs: tuple[torch.Tensor | None, ...], depths: Se
     """The plain network's fastest pieces on the rows that the blocks run in any tick of ours, and a solver step."""
     lanes = len(inputs[0])
     exit_layer = torch.tensor(depths).repeat(-(-lanes // len(depths)))[:lanes]
-    counts = rows_per_layer(exit_layer, model.layers)
-    sizes = {best, group_size(model.backbone)}
+    counts = rows_per_layer(exit_layer, model.num_layers)
+    sizes = {best, structure_of(model.backbone).group_size}
     pieces = PlainPieces(model.backbone, inputs, counts_by_kind(model, [counts]), sizes)
     replay = pieces.replay(interleave(pieces.variants(), 3, turn=0.02, label="pieces"), counts)
     step = solver(model, inputs[0])
@@ -148,7 +151,7 @@ def solver(model: Model, x: torch.Tensor) -> Call:
     """One solver step for all of x."""
     tables = pack([DDIM().table(model.schedule, STEPS)])
     state, eps = tables.start(x), torch.zeros_like(x)
-    table = torch.zeros(len(x), dtype=torch.int64)
+    table = np.zeros(len(x), dtype=np.int64)
 
     def call() -> None:
         _, coefficients = tables.rows(table, table)
@@ -157,13 +160,13 @@ def solver(model: Model, x: torch.Tensor) -> Call:
     return call
 
 
-def write(rows: Rows, sizes: Sizes, every: Mapping[str, Policy], measured: Comparison, best: int) -> None:
-    """A row for each policy, beside the others of the same turns."""
+def write(rows: Rows, sizes: Sizes, every: Mapping[str, Server], measured: Comparison, best: int) -> None:
+    """A row for each server, beside the others of the same turns."""
     parameters = {"preset": PRESET, "capacity": sizes.capacity, "steps": STEPS}
     for name in every:
         seconds = measured.median(name)
         results = every[name].results()
-        for column, other in (("ours", policies.OURS), ("static", policies.STATIC), ("plain", policies.PLAIN)):
+        for column, other in (("ours", servers.OURS), ("static", servers.STATIC), ("plain", servers.PLAIN)):
             if other in every:
                 results[f"seconds_over_{column}"] = measured.ratio(name, other).median
         if ATTAINABLE in measured.times and name in SAME_ROWS:
@@ -179,7 +182,7 @@ def write(rows: Rows, sizes: Sizes, every: Mapping[str, Policy], measured: Compa
             **measured.row(name),
             images_per_second=sizes.capacity / seconds / STEPS,
             evaluations_per_second=sizes.capacity / seconds,
-            speedup=measured.ratio(policies.PLAIN, name).median,
+            speedup=measured.ratio(servers.PLAIN, name).median,
             micro_batch=best,
             **results,
         )
@@ -194,12 +197,12 @@ def overhead(rows: Rows, sizes: Sizes) -> None:
     x = torch.randn(capacity, *model.backbone.sample_shape)
     best = best_micro_batch(lambda m: model.backbone(x[:m], t[:m], labels[:m]), capacity)
     every = {
-        policies.PLAIN: Policy.plain(model, capacity, best, label=1),
-        policies.NO_EXITS: Policy.of(model, capacity, "full", label=1),
-        policies.OURS: Policy.of(model, capacity, DIGITS_RULE, label=1),
+        servers.PLAIN: Server.plain(model, capacity, best, class_labels=1),
+        servers.NO_EXITS: Server.of(model, capacity, "full", class_labels=1),
+        servers.OURS: Server.of(model, capacity, DIGITS_POLICY, class_labels=1),
     }
-    measured = measure(every, sizes.digits_ticks, {policies.NO_EXITS: policies.PLAIN})
-    for name, policy in every.items():
+    measured = measure(every, sizes.digits_ticks, {servers.NO_EXITS: servers.PLAIN})
+    for name, server in every.items():
         rows.write(
             SUITE,
             "overhead",
@@ -207,7 +210,7 @@ def overhead(rows: Rows, sizes: Sizes) -> None:
             {"model": DIGITS, "capacity": capacity, "steps": STEPS},
             dtype="float32",
             **measured.row(name),
-            seconds_over_plain=measured.ratio(name, policies.PLAIN).median,
+            seconds_over_plain=measured.ratio(name, servers.PLAIN).median,
             micro_batch=best,
-            **policy.results(),
+            **server.results(),
         )

@@ -1,13 +1,19 @@
-"""Diffusion transformers whose samples leave early, the sampler around them, and an engine that serves them."""
+"""Diffusion transformers whose samples exit early, the sampler around them, and an engine that serves them."""
 
 import importlib
 
 from .checkpoint import load, save
 from .conversion.convert import convert
-from .forward.forward import ForwardOutput, evaluate
+from .forward.forward import forward
+from .forward.options import ExecutionOptions
+from .forward.output import ForwardOutput
 from .model import Model, build
+from .policies.exits import Replay
+from .policies.interface import ExitContext, ExitPolicy
+from .sampling.params import SamplingParams
 from .sampling.reports import Report
 from .sampling.sampler import SamplerRun, sample
+from .sampling.trace import Trace, trace
 from .serving.engine import Engine
 from .serving.handles import DeadlineExceeded, EngineClosed, EngineFull, Handle
 
@@ -18,19 +24,26 @@ __all__ = [
     "Engine",
     "EngineClosed",
     "EngineFull",
+    "ExecutionOptions",
+    "ExitContext",
+    "ExitPolicy",
     "ForwardOutput",
     "Handle",
     "Model",
+    "Replay",
     "Report",
     "SamplerRun",
+    "SamplingParams",
+    "Trace",
     "build",
     "convert",
     "disable_early_exit",
     "enable_early_exit",
-    "evaluate",
+    "forward",
     "load",
     "sample",
     "save",
+    "trace",
 ]
 
 _DIFFUSERS = {

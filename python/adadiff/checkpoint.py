@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from importlib import resources
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from .config import ModelConfig
 from .model import Model
 from .policies.calibrated import Calibration
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
@@ -49,8 +51,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
         ) from error
     version = metadata.pop("format_version", None)
     if version != FORMAT_VERSION:
-        theirs = "" if version is not None else "; adadiff convert reads files of others"
-        raise ValueError(f"{path} has format version {version!r}; this release reads version {FORMAT_VERSION}{theirs}")
+        advice = {None: "; adadiff convert reads files of others"}
+        if "config" in metadata:  # of a model
+            advice[1] = f"; adadiff convert {path} NEW.safetensors"
+        raise ValueError(
+            f"{path} has format version {version!r}, this release reads {FORMAT_VERSION}{advice.get(version, '')}"
+        )
     return tensors, metadata
 
 
@@ -99,11 +105,14 @@ def save(model: Model, path: str | Path, notes: Mapping[str, object] | None = No
     write_tensors(Path(path), model.state_dict(), metadata)
 
 
-def load(name_or_file: str | Path) -> Model:
+def load(name_or_file: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None) -> Model:
     """Opens a model with its exits: a name that ships with the package ("digits"), or a file that `save` wrote.
 
-    Raises ValueError where there is neither, or where the file does not fit the configuration it carries.
+    dtype: float32, bfloat16 or float16, or its name; None: as the weights are stored.
+    Raises ValueError where there is no such file, device or dtype, or where the file does not fit the configuration it
+    carries.
     """
+    device, dtype = device_from(device), dtype_from(dtype)
     path = find(name_or_file)
     tensors, metadata = read_tensors(path)
     if "config" not in metadata:
@@ -112,7 +121,29 @@ def load(name_or_file: str | Path) -> Model:
     load_strictly(model, tensors, str(path))
     if "calibration" in metadata:
         model.calibration = Calibration.from_dict(metadata["calibration"])
-    return model.eval()
+    return model.to(device, dtype or _stored(tensors)).eval()
+
+
+def _stored(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """The one dtype that holds them all."""
+    return reduce(torch.promote_types, {value.dtype for value in tensors.values()})
+
+
+def device_from(name: torch.device | str) -> torch.device:
+    """ValueError for a device that this machine or this PyTorch does not have."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"cannot use device {str(name)!r}: {str(error).splitlines()[0]}") from None
+
+
+def dtype_from(name: torch.dtype | str | None) -> torch.dtype | None:
+    """ValueError for a dtype that models are not run in."""
+    if name is None or name in DTYPES.values():
+        return name
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
 
 
 def find(name_or_file: str | Path) -> Path:

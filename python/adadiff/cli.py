@@ -10,26 +10,30 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from . import __version__
 from .calibration.calibrating import AIMS, CALIBRATION_SEED
-from .commands import calibrate, evaluate, models, sample, train
-from .commands.shared import DEFAULT_RULE
+from .checkpoint import DTYPES
+from .commands import calibrate, diff, evaluate, info, models, sample, train
 from .commands.values import Settings, interval, setting, shares, whole_numbers
 from .conversion import convert as conversion
 from .data import datasets
+from .forward.options import Runner
 from .forward.two_stage import T_SWITCH
 from .pipelines.text import CLIP
+from .policies.spelling import DEFAULT
 from .training.config import CHOICES, TrainConfig, shipped
 
 EXAMPLES = {
     "sample": """examples:
-  adadiff sample digits --out samples --n 40 --labels 0,1,2,3,4,5,6,7,8,9 --rule threshold:0.135,first=3
-  adadiff sample digits --out samples --rule full --steps 20,50 --solver dpm++2m --guidance 1.5
+  adadiff sample digits --out samples --n 40 --class-labels 0,1,2,3,4,5,6,7,8,9 \\
+      --policy exit:0.135,min_layer=3
+  adadiff sample digits --out samples --steps 20,50 --solver dpm++2m --guidance-scale 2.5
   adadiff sample digits_plain --out duo --shallow-model runs/shallow/model.safetensors --t-switch 600
-  adadiff sample dit_xl.safetensors --out dogs --labels 207 --guidance 3 --guidance-interval 100,800 --decoder vae
-  adadiff sample mscoco.safetensors --out cats --prompt "a cat" "two cats" --guidance 1 --decoder vae
+  adadiff sample dit_xl.safetensors --out dogs --class-labels 207 --guidance-scale 4 --guidance-interval 100,800 \\
+      --decoder vae
+  adadiff sample mscoco.safetensors --out cats --prompt "a cat" "two cats" --guidance-scale 2 --decoder vae
   torchrun --nproc_per_node 2 -m adadiff sample digits --out many -n 50000
 after Ctrl-C, or a kill, the same command draws what is missing; `adadiff.output.shards.read` reads shards. Shards are
 the same bits on any number of processes, if each has as many threads: torchrun sets OMP_NUM_THREADS=1 unless you do""",
@@ -45,19 +49,28 @@ after Ctrl-C, or a kill, the same command goes on where it stopped, or at the la
     "calibrate": """examples:
   adadiff calibrate digits --budget 0.55 --out digits-calibrated.safetensors
   adadiff calibrate digits --budget 0.4,0.55,0.7,0.85 --aim distribution --out d.safetensors --picture d.png
-the file is a model like any other: sample it with --rule budget:0.55, or, by timestep alone, --rule table:0.55""",
+the file is a model like any other: sample it with --policy exit:budget=0.55, or, by timestep alone,
+--policy exit:table=0.55""",
     "evaluate": """examples:
   adadiff evaluate digits
-  adadiff evaluate runs/digits/model.safetensors --n 5000 --steps 20 --rule depth:8 --rule depth:6 --json quality.json
+  adadiff evaluate runs/digits/model.safetensors --n 5000 --steps 20 --policy exit:depth=8 --policy exit:depth=6 \\
+      --json quality.json
   adadiff evaluate samples --features digits
   adadiff evaluate samples --reference fid_stats_cifar10_train_pytorch.npz --features inception:pt_inception.pth
-a model's rules are compared with the full network from the same noises, with or without a reference""",
+a model's policies are compared with the full network from the same noises, with or without a reference""",
     "convert": """examples:
   adadiff convert imagenet256_uvit_huge.pth uvit_huge.safetensors --preset imagenet256_uvit_huge
   adadiff convert 75000.ckpt adadiff_cifar10.safetensors --preset cifar10_uvit_small
   adadiff convert DiT-XL-2-256x256.pt dit_xl.safetensors
   adadiff convert DiT-XL-2-256 dit_xl.safetensors --served-by dit
 no weights are run and nothing but tensors is read from a pickle""",
+    "diff": """examples:
+  adadiff diff digits --seed 3 --class-label 7 --other policy=exit:0.135,min_layer=3 --picture diff.png
+  adadiff diff digits --policy exit:0.1 --other dtype=bfloat16
+  adadiff diff canvases --other model=canvases_plain
+for each step: exit layers, uncertainties there, and how far the two images are apart""",
+    "info": """examples:
+  adadiff info""",
     "inspect": """examples:
   adadiff inspect digits
   adadiff inspect runs/digits/model.safetensors --json
@@ -68,6 +81,7 @@ SOLVER_HELP = (
     "ddim, ddim:ETA, ddpm, dpm++2m, dpm-fast, dpm++fast or euler-maruyama; where a solver can choose its timesteps, "
     "as in ddpm:spacing=respaced (default: ddim)"
 )
+GUIDANCE_HELP = "of classifier-free guidance, as in diffusers (default: 1, none)"
 TRAIN_HELP = {
     "preset": "the network",
     "data": "what it is trained on: digits; canvases, also as in canvases:side=3,hard=0.75,n=50000; or files of yours, "
@@ -117,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="adadiff", description="Diffusion transformers whose samples leave early.")
+    top = argparse.ArgumentParser(prog="adadiff", description="Diffusion transformers whose samples exit early.")
     top.add_argument("--version", action="version", version=f"adadiff {__version__}")
     known = top.add_subparsers(required=True, metavar="COMMAND")
 
@@ -125,17 +139,16 @@ def parser() -> argparse.ArgumentParser:
     _add_model(one)
     one.add_argument("--out", type=Path, required=True, help="folder for the samples, made if it is missing")
     _add_sampling(one, n=16)
-    one.add_argument("--labels", type=whole_numbers, help="classes, cycled over the samples (default: none)")
+    one.add_argument("--class-labels", type=whole_numbers, help="classes, cycled over the samples (default: none)")
     one.add_argument("--prompt", nargs="+", metavar="TEXT", help="for text models; cycled over the samples")
     one.add_argument("--text-encoder", type=Path, metavar="FOLDER", help=f"of prompts, CLIP (default: {CLIP})")
-    one.add_argument("--guidance", type=float, default=0.0, help="classifier-free scale (default: 0, none)")
     one.add_argument(
         "--guidance-interval",
         type=interval,
         metavar="LOW,HIGH",
-        help="network's times at which there is guidance; at others no second evaluation is made (default: all)",
+        help="network's times at which there is guidance; at others no unconditional lane is run (default: all)",
     )
-    one.add_argument("--tied", action="store_true", help="both lanes of a guided sample leave together")
+    one.add_argument("--tied", action="store_true", help="both lanes of a guided sample exit together")
     one.add_argument("--shallow-model", metavar="MODEL", help="a shallower model, for the noisy timesteps (DuoDiff)")
     one.add_argument(
         "--t-switch",
@@ -143,8 +156,6 @@ def parser() -> argparse.ArgumentParser:
         metavar="T",
         help=f"the shallow model's are T and above, in the network's time 0..999 (default: {T_SWITCH:g})",
     )
-    one.add_argument("--batch-invariant", action="store_true", help="the same bits whatever BATCH and SHARD; slower")
-    one.add_argument("--compiled", action="store_true", help="blocks through torch.compile, which takes a while first")
     one.add_argument(
         "--format",
         choices=("png", "npz"),
@@ -175,10 +186,14 @@ def parser() -> argparse.ArgumentParser:
         choices=conversion.SERVERS,
         help="for diffusers, whose sinusoid and epsilon are not those that DiT was trained with: which to run with",
     )
+    one.add_argument("--dtype", choices=tuple(DTYPES), help="to store weights in (default: as they are)")
 
     one = _command(known, "inspect", models.inspect, "what a model is, what it costs, how it was trained")
     _add_model(one, "; of files that adadiff convert reads, what can be told")
     one.add_argument("--json", action="store_true", help="print JSON")
+
+    _add_diff(known)
+    _command(known, "info", info.info, "versions, devices, and which kernels serve them")
     return top
 
 
@@ -220,7 +235,7 @@ def _add_train(known: Any) -> None:
 
 def _add_calibrate(known: Any) -> None:
     one = _command(
-        known, "calibrate", calibrate.calibrate, "choose when to leave, for shares of the full network's work"
+        known, "calibrate", calibrate.calibrate, "choose when to exit, for shares of the full network's work"
     )
     _add_model(one)
     one.add_argument("--out", type=Path, required=True, help="file for the model with its calibration")
@@ -236,15 +251,37 @@ def _add_calibrate(known: Any) -> None:
     one.add_argument(
         "--refit",
         action="store_true",
-        help="fit the UEMs anew, in closed form, to what leaving costs the samples of one timestep",
+        help="fit the UEMs anew, in closed form, to what exiting costs the samples of one timestep",
     )
-    _add_sampling(one, n=256, rule=False, seed=CALIBRATION_SEED)
-    one.add_argument("--guidance", type=float, default=0.0, help="classifier-free scale (default: 0, none)")
+    _add_sampling(one, n=256, policy=False, seed=CALIBRATION_SEED)
     _add_features(one, "what errors are seen in")
     one.add_argument("--picture", type=Path, metavar="FILE.png", help="draw uncertainties against true errors")
     one.add_argument(
         "--data", help="show errors to the true noise in it, too, on held-out images of this training data"
     )
+
+
+def _add_diff(known: Any) -> None:
+    one = _command(known, "diff", diff.diff, "draw one sample in two ways, and show where they part")
+    _add_model(one)
+    one.add_argument(
+        "--other",
+        nargs="+",
+        type=setting,
+        action=Settings,
+        required=True,
+        metavar="KEY=VALUE",
+        help=f"what the second way does otherwise: {', '.join(diff.KEYS)}",
+    )
+    one.add_argument("--seed", type=int, default=0, help="of the sample (default: 0)")
+    one.add_argument("--class-label", type=int, help="class of the sample (default: none)")
+    one.add_argument("--steps", type=int, default=20, help="solver steps, of both (default: 20)")
+    one.add_argument("--solver", default="ddim", help=SOLVER_HELP)
+    one.add_argument("--policy", default=DEFAULT, help=f"see `adadiff sample --help` (default: {DEFAULT})")
+    one.add_argument("--guidance-scale", type=float, default=1.0, help=GUIDANCE_HELP)
+    one.add_argument("--picture", type=Path, metavar="FILE.png", help="draw what both see coming at every step")
+    _add_execution(one)
+    _add_device(one)
 
 
 def _add_features(one: argparse.ArgumentParser, what: str) -> None:
@@ -272,13 +309,15 @@ def _add_evaluate(known: Any) -> None:
         "(default: the held-out digits or canvases)",
     )
     _add_features(one, "what distances are between")
-    one.add_argument("--labels", type=whole_numbers, help="classes, cycled over the samples (default: all in turn)")
-    _add_sampling(one, n=1000, many_rules=True)
-    one.add_argument("--guidance", type=float, default=0.0, help="classifier-free scale (default: 0, none)")
+    one.add_argument(
+        "--class-labels", type=whole_numbers, help="classes, cycled over the samples (default: all in turn)"
+    )
+    _add_sampling(one, n=1000, many_policies=True)
     one.add_argument("--decoder", type=Path, help="folder of the AutoencoderKL that makes pictures of latents")
     one.add_argument("--resamples", type=int, default=200, help="draws for an interval (default: 200)")
     one.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
-    of_models = ("n", "steps", "solver", "rule", "seed", "batch", "guidance", "decoder")
+    of_models = ("n", "steps", "solver", "policy", "seed", "batch", "guidance_scale", "decoder")
+    of_models += ("device", "dtype", "batch_invariant", "runner")
     one.set_defaults(sampling={name: one.get_default(name) for name in of_models})
 
 
@@ -300,7 +339,7 @@ def _add_model(one: argparse.ArgumentParser, more: str = "") -> None:
 
 
 def _add_sampling(
-    one: argparse.ArgumentParser, n: int, rule: bool = True, seed: int = 0, many_rules: bool = False
+    one: argparse.ArgumentParser, n: int, policy: bool = True, seed: int = 0, many_policies: bool = False
 ) -> None:
     one.add_argument(
         "-n",
@@ -316,13 +355,32 @@ def _add_sampling(
         help="solver steps; several, as in 20,30, are cycled over the samples (default: 50)",
     )
     one.add_argument("--solver", default="ddim", help=SOLVER_HELP)
-    if rule:
+    if policy:
         one.add_argument(
-            "--rule",
-            action="append" if many_rules else "store",
-            help="who leaves: full, threshold:U, patience:U, depth:K, or budget:B of a calibrated model "
-            f"(default: {DEFAULT_RULE}, or full where the model has no exits)"
-            + ("; may be given several times" if many_rules else ""),
+            "--policy",
+            action="append" if many_policies else "store",
+            default=None if many_policies else DEFAULT,
+            help="which blocks a sample runs: full, exit:U (until its uncertainty is below U), exit:patience=U, "
+            f"exit:depth=K, or exit:budget=SHARE of a calibrated model (default: {DEFAULT})"
+            + ("; may be given several times" if many_policies else ""),
         )
+        _add_execution(one)
+    one.add_argument("--guidance-scale", type=float, default=1.0, help=GUIDANCE_HELP)
     one.add_argument("--seed", type=int, default=seed, help=f"sample i has seed SEED + i (default: {seed})")
     one.add_argument("--batch", type=int, default=64, help="samples at a time (default: 64)")
+    _add_device(one)
+
+
+def _add_execution(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--batch-invariant", action="store_true", help="the same bits whatever BATCH and SHARD; slower")
+    one.add_argument(
+        "--runner",
+        choices=get_args(Runner),
+        default="eager",
+        help="of blocks: compiled goes through torch.compile, which takes a while first (default: eager)",
+    )
+
+
+def _add_device(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU, if there is one)")
+    one.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights (default: as they are stored)")

@@ -32,7 +32,7 @@ class Model(nn.Module):
         return next(self.parameters()).device
 
     @property
-    def layers(self) -> int:
+    def num_layers(self) -> int:
         return len(self.backbone.blocks)
 
 

@@ -15,75 +15,16 @@ does for language models (Pan et al. 2024, arXiv 2402.00518). A copy has the var
 is trained to keep the full network's variance (see training/losses.py).
 """
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adadiff_kernels import Score, captures, layer_norm, no_autocast, residual_uem
+from adadiff_kernels import captures, no_autocast
 
+from .heads import HEADS
 from .models.interface import Backbone
-from .models.layers import Attention, Mlp
-
-
-class MlpHead(nn.Module):
-    """A head behind a residual MLP: out(x + fc2(gelu(fc1(norm(x))))), hidden width D; called like the network's own.
-
-    fc2 starts at zero, so that it begins as the head without the MLP.
-    """
-
-    def __init__(self, backbone: Backbone):
-        super().__init__()
-        D = backbone.dim
-        self.norm = nn.LayerNorm(D)
-        self.fc1, self.fc2 = nn.Linear(D, D), nn.Linear(D, D)
-        self.out = backbone.new_head()
-        _start_at_zero(self.fc2)
-
-    def forward(self, patches: Tensor, cond: object = None, lanes: Tensor | None = None) -> Tensor:
-        return self.out(patches + self.fc2(F.gelu(self.fc1(self.norm(patches)))), cond, lanes)
-
-    @staticmethod
-    def macs(dim: int, patches: int) -> int:
-        return 2 * dim**2 * patches
-
-
-class BlockHead(nn.Module):
-    """A head behind a transformer block of its own: y = x + attn(norm1(x)), out(y + mlp(norm2(y))), over the patches;
-    hidden width 4 D, 64 channels an attention head but four at least (where D allows). EE-Tuning's "layer" exit.
-
-    Both branches start at zero, so that it begins as the head without the block.
-    """
-
-    def __init__(self, backbone: Backbone):
-        super().__init__()
-        D = backbone.dim
-        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
-        self.attn = Attention(D, math.gcd(D, max(4, D // 64)), qkv_bias=False)
-        self.mlp = Mlp(D, 4 * D)
-        self.out = backbone.new_head()
-        _start_at_zero(self.attn.proj)
-        _start_at_zero(self.mlp.fc2)
-
-    def forward(self, patches: Tensor, cond: object = None, lanes: Tensor | None = None) -> Tensor:
-        y = patches + self.attn(self.norm1(patches))
-        return self.out(y + self.mlp(self.norm2(y)), cond, lanes)
-
-    @staticmethod
-    def macs(dim: int, patches: int) -> int:
-        return 12 * dim**2 * patches + 2 * patches**2 * dim
-
-
-HEADS: Mapping[str, type[MlpHead | BlockHead]] = {"mlp": MlpHead, "block": BlockHead}
-
-
-def _start_at_zero(linear: nn.Linear) -> None:
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
 
 
 @dataclass(frozen=True)
@@ -136,24 +77,27 @@ class Exits(nn.Module):
     def offsets(self, time: Tensor, t: Tensor) -> Tensor:
         """time: [B, Dt], tau(t); t: float [B], the network's times. Returns what the score adds per lane, float32
         [L, B, P]."""
+        if self.time_weight is not None:
+            L, P, channels = self.time_weight.shape
+            with no_autocast(time):
+                weight, bias = self.time_weight.float().view(L * P, channels), self.bias.float().view(L * P)
+                return F.linear(time.float(), weight, bias).view(-1, L, P).transpose(0, 1)
         bias = self.bias.float()[:, None]  # [L, 1, P]
-        if self.time_bias is not None:
-            place = t.float().clamp(0, TIME_SPAN) * (STRETCHES / TIME_SPAN)
-            below = place.long().clamp(max=STRETCHES - 1)
-            share = (place - below)[:, None, None]
-            ends = self.time_bias.float()
-            return bias + (ends[below] * (1 - share) + ends[below + 1] * share).transpose(0, 1)
-        if self.time_weight is None:
+        if self.time_bias is None:
             return bias.expand(-1, len(time), -1)
-        with no_autocast(time):
-            return torch.einsum("lpd,bd->lbp", self.time_weight.float(), time.float()) + bias
+        place = t.float().clamp(0, TIME_SPAN) * (STRETCHES / TIME_SPAN)
+        below = place.long().clamp(max=STRETCHES - 1)
+        share = (place - below)[:, None, None]
+        ends = self.time_bias.float()
+        return bias + (ends[below] * (1 - share) + ends[below + 1] * share).transpose(0, 1)
 
-    def score(self, layer: int, offsets: Tensor, tickets: Tensor | None = None) -> Score:
-        """The UEM after block `layer` (1..L), for the fused pass. tickets: see `Score`."""
-        return Score(self.weight[layer - 1], offsets[layer - 1], self.num_prefix_tokens, tickets)
+    @property
+    def outputs(self) -> int:
+        """P, of the score per token."""
+        return self.weight.shape[1]
 
     def head(self, backbone: Backbone, layer: int) -> nn.Module:
-        """What a sample leaving after block `layer` takes, called like the network's own `head`."""
+        """What a sample exiting after block `layer` takes, called like the network's own `head`."""
         if self.heads is None or layer == len(self.weight):
             return backbone.head
         return self.heads[layer - 1]
@@ -211,46 +155,3 @@ class Exits(nn.Module):
                 raise ValueError(f"the network's own head has no {key} of shape {tuple(value.shape)} to copy")
         for head in heads:
             head.load_state_dict({key: values[key] for key in head.state_dict()})
-
-
-class Layers(NamedTuple):
-    """Of every layer."""
-
-    predictions: list[Tensor]  # the noise [B, C, H, W]
-    scores: list[Tensor]  # uncertainties [B, T - num_prefix_tokens, P]
-    variances: list[Tensor]  # [B, C, H, W]; none where the network learns none
-    rows: list[Tensor]  # [B, T, D]
-
-
-def all_layers(backbone: Backbone, exits: Exits, x: Tensor, t: Tensor, context: Tensor | None) -> Layers:
-    """What every layer says; differentiable, for training.
-
-    The UEMs read detached rows, as in the official code, so that their loss cannot bend the network; under autocast
-    they and their sigmoid stay in float32. Raises ValueError for exits that score every token: they come trained, and
-    there is no target for a token that is not a patch.
-    """
-    if exits.config.every_token:
-        raise ValueError("exits that score every token (DuoDiff's) are for inference; train others")
-    rows, cond = backbone.embed(x, t, context)
-    lanes = torch.arange(len(x), dtype=torch.int32, device=x.device)
-    with torch.autocast(x.device.type, enabled=False):
-        offsets = exits.offsets(cond.time.detach(), t)
-    outputs, predictions, scores, variances = [], [], [], []
-    for layer, block in enumerate(backbone.blocks, start=1):
-        if block.skip_from is not None:
-            rows = block.join(rows, outputs[block.skip_from])
-        for branch in block.branches:
-            h = layer_norm(rows, branch.norm(cond), lanes)
-            # the fused pass of a GPU has no gradient
-            rows, _, _ = residual_uem(rows, branch(h), row_to_lane=lanes, gate=branch.gate(cond), backend="reference")
-        outputs.append(rows)
-        patches = rows[:, backbone.num_prefix_tokens :]
-        prediction = exits.head(backbone, layer)(patches, cond, lanes)
-        if backbone.learned_variance:
-            prediction, variance = prediction.chunk(2, dim=1)
-            variances.append(variance)
-        predictions.append(prediction)
-        with torch.autocast(rows.device.type, enabled=False):
-            s = F.linear(patches.detach().float(), exits.weight[layer - 1].float()) + offsets[layer - 1][:, None]
-            scores.append(torch.sigmoid(s))
-    return Layers(predictions, scores, variances, outputs)

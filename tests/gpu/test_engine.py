@@ -1,4 +1,4 @@
-"""One evaluation with exits on a CUDA device, at the size of U-ViT-S/2, by each way of keeping the count of rows."""
+"""One forward pass with exits on a CUDA device, at the size of U-ViT-S/2, by each way of keeping the count of rows."""
 
 import copy
 from functools import cache
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 import adadiff
-from adadiff import Model
-from adadiff.policies.exit_policies import Replay, Threshold
+from adadiff import ExecutionOptions, ForwardOutput, Model
+from adadiff.forward import runner
+from adadiff.policies.exits import Replay, Threshold
 from adadiff.uem import PAPER
 from numerics import assert_as_accurate
 
@@ -59,16 +60,17 @@ def predictions(dtype: torch.dtype, exact: bool = False) -> Tensor:
     return torch.stack([head(h[:, 1:], cond, None) for head, h in zip(heads, outputs, strict=True)])
 
 
-def leaving(predicted: Tensor, exit_layer: list[int]) -> Tensor:
+def exiting(predicted: Tensor, exit_layer: list[int]) -> Tensor:
     return predicted[[layer - 1 for layer in exit_layer], range(BATCH)]
 
 
 def replay(
-    dtype: torch.dtype, exit_layer: list[int], lanes: list[int] | None = None, **options
-) -> adadiff.ForwardOutput:
+    dtype: torch.dtype, exit_layer: list[int], lanes: list[int] | None = None, **options: object
+) -> ForwardOutput:
+    """options: `ExecutionOptions`."""
     own, threshold = model(dtype), torch.tensor(exit_layer, dtype=torch.float32, device=DEVICE)
     x, t = (value if lanes is None else value[lanes] for value in inputs(dtype))
-    return adadiff.evaluate(own.backbone, own.exits, Replay(), x, t, threshold=threshold, **options)
+    return adadiff.forward(own, x, t, policy=Replay(), threshold=threshold, execution=ExecutionOptions(**options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -76,23 +78,24 @@ def replay(
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_exit_at_k_is_k_blocks_and_that_head(strategy: str, pattern: str, dtype: torch.dtype) -> None:
     exit_layer = PATTERNS[pattern]
-    result = replay(dtype, exit_layer, counts=strategy)
+    result = replay(dtype, exit_layer, count_sync=strategy)
     assert result.exit_layer.tolist() == exit_layer
-    same, exact = (leaving(predictions(dtype, exact), exit_layer) for exact in (False, True))
-    assert_as_accurate(result.eps, same, exact)
+    same, exact = (exiting(predictions(dtype, exact), exit_layer) for exact in (False, True))
+    assert_as_accurate(result.prediction, same, exact)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_strategies_let_the_same_lanes_leave(strategy: str) -> None:
+def test_strategies_let_the_same_lanes_exit(strategy: str) -> None:
     """At thresholds that lie in the widest gap of each lane's scores, so that no exit hangs on rounding."""
     own, given = model(torch.float32), inputs(torch.float32)
-    kept = adadiff.evaluate(own.backbone, own.exits, Threshold(1e-6), *given, record=True)
+    kept = adadiff.forward(own, *given, policy=Threshold(1e-6), record_scores=True)
     u = kept.scores[:-1].sort(dim=0).values  # [L - 1, B]
     gap = u.diff(dim=0).argmax(0)
     threshold = u.gather(0, gap[None]).add(u.gather(0, gap[None] + 1))[0] / 2
     wanted = [int((kept.scores[:-1, b] < threshold[b]).nonzero()[0]) + 1 for b in range(BATCH)]
     assert len(set(wanted)) > 1
-    result = adadiff.evaluate(own.backbone, own.exits, Threshold(0.5), *given, threshold=threshold, counts=strategy)
+    execution = ExecutionOptions(count_sync=strategy)
+    result = adadiff.forward(own, *given, policy=Threshold(0.5), threshold=threshold, execution=execution)
     assert result.exit_layer.tolist() == wanted
 
 
@@ -100,16 +103,17 @@ def test_batch_invariant_means_bit_for_bit() -> None:
     exit_layer, lanes = PATTERNS["one by one"], [7, 0, 12]
     together = replay(torch.bfloat16, exit_layer, batch_invariant=True)
     part = replay(torch.bfloat16, [exit_layer[lane] for lane in lanes], lanes, batch_invariant=True)
-    assert torch.equal(part.eps, together.eps[lanes])
+    assert torch.equal(part.prediction, together.prediction[lanes])
 
 
-def test_an_evaluation_is_captured_and_replayed() -> None:
+def test_a_forward_pass_is_captured_and_replayed() -> None:
     """Its host knows no counts, so every block runs over all rows; new inputs come in the same memory."""
     own, threshold = model(torch.bfloat16), torch.tensor(PATTERNS["alternating"], device=DEVICE).float()
     x, t = (value.clone() for value in inputs(torch.bfloat16))
 
-    def run() -> adadiff.ForwardOutput:
-        return adadiff.evaluate(own.backbone, own.exits, Replay(), x, t, threshold=threshold, counts="lagged")
+    def run() -> ForwardOutput:
+        execution = ExecutionOptions(count_sync="lagged")
+        return adadiff.forward(own, x, t, policy=Replay(), threshold=threshold, execution=execution)
 
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
@@ -124,7 +128,39 @@ def test_an_evaluation_is_captured_and_replayed() -> None:
         x.normal_()
         graph.replay()
         torch.cuda.synchronize()
-        found = captured.exit_layer.tolist(), captured.eps.clone()
+        found = captured.exit_layer.tolist(), captured.prediction.clone()
         expected = run()  # a set of its own: the graph keeps the one it holds
         assert found[0] == expected.exit_layer.tolist() == PATTERNS[pattern]
-        torch.testing.assert_close(found[1], expected.eps, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(found[1], expected.prediction, rtol=2e-2, atol=2e-2)
+
+
+def test_a_policys_own_threshold_is_captured_with_it() -> None:
+    """Nothing of the CPU is needed while a graph is captured: not the thresholds that lanes do not bring either."""
+    own, (x, t) = model(torch.bfloat16), inputs(torch.bfloat16)
+
+    def run() -> ForwardOutput:
+        return adadiff.forward(own, x, t, policy="exit:depth=4.5", execution=ExecutionOptions(count_sync="lagged"))
+
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = run()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert captured.exit_layer.tolist() == run().exit_layer.tolist()
+    assert set(captured.exit_layer.tolist()) == {4, 5}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_blocks_are_fused(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block of a network whose size the kernel takes, with its score in the same pass."""
+    calls = []
+    for name in ("plain_block", "fused_block"):
+        usual = getattr(runner, name)
+        monkeypatch.setattr(runner, name, lambda *given, n=name, usual=usual: calls.append(n) or usual(*given))
+    result = replay(torch.bfloat16, PATTERNS["nobody"], count_sync=strategy)
+    assert calls == ["fused_block"] * LAYERS
+    assert result.rows == (BATCH,) * LAYERS

@@ -56,7 +56,7 @@ import sys, torch
 sys.modules["triton"] = None  # as if it were not there
 import adadiff, adadiff_kernels
 model = adadiff.load("digits")
-images, _ = adadiff.sample(model, 2, steps=2, rule="threshold:0.2", labels=[0, 1])
+images, _ = adadiff.sample(model, 2, steps=2, policy="exit:0.2", class_labels=[0, 1])
 assert images.isfinite().all()
 x, lanes = torch.zeros(2, 3, 8), torch.zeros(2, dtype=torch.int32)
 try:

@@ -35,7 +35,8 @@ class GatedBranch:
     def gate(self, cond: Modulation) -> Tensor:
         return self._of(cond, 2)
 
-    def __call__(self, h: Tensor) -> Tensor:
+    def __call__(self, h: Tensor, add_bias: bool = True) -> Tensor:
+        assert add_bias, "it has no bias to leave out"
         return self.body(h)
 
 
@@ -65,8 +66,21 @@ class Block(nn.Module):
         self.branches = (GatedBranch(self.mix, index, 0), GatedBranch(self.mlp, index, 1))
         self.dim = dim
 
-    def join(self, x: Tensor, skip: Tensor) -> Tensor:
-        raise AssertionError("this network has no skips")
+    def forward(
+        self,
+        x: Tensor,
+        cond: Modulation,
+        skip: None = None,
+        index: None = None,
+        row_to_lane: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        values = cond.values[:, self.branches[0].block]
+        values = values if row_to_lane is None else values[row_to_lane.long()]
+        for body, own in zip((self.mix, self.mlp), values.unbind(1), strict=True):
+            shift, scale, gate = own[:, :, None].unbind(1)
+            x = x + gate * body(F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift)
+        return x if out is None else out.copy_(x)
 
     def macs(self, tokens: int) -> int:
         return 9 * self.dim**2 * tokens + 2 * tokens**2 * self.dim

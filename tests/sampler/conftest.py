@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adadiff.models import dit, layers, uvit
 from adadiff.uem import Exits
+from adadiff_kernels import LayerScores
 from sampler import adaln
 
 fused = import_module("adadiff_kernels.residual_uem")  # the package has a function of this name
@@ -48,11 +49,14 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
         patch(kind, name)
     join = uvit.Block.join
 
-    def joined(self: uvit.Block, x: Tensor, skip: Tensor, lanes: Tensor | None = None, index: Tensor | None = None):
-        return lane_by_lane(partial(join, self))(x, skip if index is None else skip[index[lanes]])
+    def joined(
+        self: uvit.Block, x: Tensor, skip: Tensor, row_to_lane: Tensor | None = None, index: Tensor | None = None
+    ) -> Tensor:
+        own = index if row_to_lane is None else index[row_to_lane]
+        return lane_by_lane(partial(join, self))(x, skip if own is None else skip[own])
 
     monkeypatch.setattr(uvit.Block, "join", joined)
-    offsets, score = Exits.offsets, fused.score_rows
+    offsets, score, layer_score = Exits.offsets, fused.score_rows, LayerScores.__call__
     monkeypatch.setattr(
         Exits,
         "offsets",
@@ -65,3 +69,13 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
         "score_rows",
         lambda y, weights, lanes: lane_by_lane(lambda y, lane: score(y, weights, lane))(y, lanes),
     )
+
+    def scores(self: LayerScores, y: Tensor, layer: int, row_to_lane: Tensor) -> Tensor:
+        u, anybody = [], False
+        for i in range(len(y)):
+            u.append(layer_score(self, y[i : i + 1], layer, row_to_lane[i : i + 1]).clone())
+            anybody |= self.anybody
+        self.anybody = anybody
+        return torch.cat(u)
+
+    monkeypatch.setattr(LayerScores, "__call__", scores)

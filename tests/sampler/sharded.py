@@ -10,11 +10,11 @@ import pytest
 from sampler.shell import run
 
 # Eleven samples in shards of 4, the last of 3; in a shard three at a time, in runs of 3 and 4 steps.
-SETTINGS = "--steps 3,4 --solver ddim:0.5 --seed 5 --labels 0,7,2 --guidance 1.5 --tied --batch 3"
+SETTINGS = "--steps 3,4 --solver ddim:0.5 --seed 5 --class-labels 0,7,2 --guidance-scale 2.5 --tied --batch 3"
 
 
 def line(model: str, out: Path, more: str = "") -> str:
-    return f"sample {model} --out {out} --n 11 --shard 4 --format npz --rule threshold:0.4 {SETTINGS} {more}"
+    return f"sample {model} --out {out} --n 11 --shard 4 --format npz --policy exit:0.4 {SETTINGS} {more}"
 
 
 def load(path: Path) -> dict[str, np.ndarray]:

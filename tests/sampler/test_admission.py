@@ -9,16 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adadiff.forward.forward import ForwardOutput, evaluate
+from adadiff.forward.forward import run_forward
+from adadiff.forward.options import ExecutionOptions
+from adadiff.forward.output import ForwardOutput
 from adadiff.serving.engine import DeadlineExceeded, Engine, EngineClosed, EngineFull, Handle
 from sampler.tiny import Clock, images_are_right, is_empty, requests, served, stepped
 
-SHORT = {"steps": 1, "rule": "depth:1"}
+EXACT = ExecutionOptions(batch_invariant=True)
+SHORT = {"steps": 1, "policy": "exit:depth=1"}
 POISON = 2  # a label
 
 
 def lanes_of_calls(calls: list[int]) -> Callable[..., ForwardOutput]:
-    return lambda *args, **options: calls.append(len(args[3])) or evaluate(*args, **options)
+    return lambda *args, **options: calls.append(len(args[1])) or run_forward(*args, **options)
 
 
 def order_of_admission(engine: Engine, handles: list[Handle]) -> list[int]:
@@ -36,7 +39,7 @@ def test_first_come_first_served() -> None:
 
 def test_priority_and_deadline_overtake() -> None:
     clock = Clock()
-    engine = stepped(1, clock=clock, patience=10)
+    engine = stepped(1, clock=clock, max_wait=10)
     asked = [{}, {"priority": 1}, {"priority": 2}, {"deadline": 5}, {"deadline": 10}, {"deadline": 1000}, {}]
     handles = [engine.submit(seed=i, **SHORT, **own) for i, own in enumerate(asked)]
     # due at 10, 0, -10, 5, 10, 10, 10
@@ -47,15 +50,15 @@ def test_priority_and_deadline_overtake() -> None:
 @given(data=st.data())
 def test_the_earliest_due_gets_in_and_nobody_starves(data: st.DataObject) -> None:
     """A flood of important requests cannot hold up one that has waited long enough."""
-    clock, patience = Clock(), 8.0
-    engine = stepped(1, clock=clock, patience=patience, batch_invariant=False)
+    clock, max_wait = Clock(), 8.0
+    engine = stepped(1, clock=clock, max_wait=max_wait, execution=ExecutionOptions())
     mine = engine.submit(seed=0, **SHORT)
     most = data.draw(st.integers(0, 3))
-    due, others, admitted = {0: patience}, [mine], []
+    due, others, admitted = {0: max_wait}, [mine], []
     for _ in range(60):
         for _ in range(data.draw(st.integers(0, 3))):
             priority = data.draw(st.integers(0, most))
-            due[len(others)] = clock.now + patience - priority * patience
+            due[len(others)] = clock.now + max_wait - priority * max_wait
             others.append(engine.submit(seed=1, priority=priority, **SHORT))
         if not engine.step():
             break
@@ -67,16 +70,16 @@ def test_the_earliest_due_gets_in_and_nobody_starves(data: st.DataObject) -> Non
         if mine.done():
             break
     overtaken_by = admitted.index(0)
-    # only by those of the first (priority + 1) x patience seconds, three of which come in each
-    assert overtaken_by <= 3 * (most + 1) * patience
-    assert all(due[i] < patience for i in admitted[:overtaken_by])
+    # only by those of the first (priority + 1) x max_wait seconds, three of which come in each
+    assert overtaken_by <= 3 * (most + 1) * max_wait
+    assert all(due[i] < max_wait for i in admitted[:overtaken_by])
 
 
 @pytest.mark.parametrize("capacity", [2, 3, 5])
-def test_no_evaluation_has_more_lanes_than_the_capacity(capacity: int) -> None:
+def test_no_forward_pass_has_more_lanes_than_the_capacity(capacity: int) -> None:
     """Guided requests take two, and do not wait for ever for two free ones beside those that take one."""
     calls, wanted = [], requests(20, seed=4, most=4)
-    engine = stepped(capacity, evaluate=lanes_of_calls(calls))
+    engine = stepped(capacity, forward=lanes_of_calls(calls))
     handles = [engine.submit(**request) for request in wanted]
     order = order_of_admission(engine, handles)
     assert order == sorted(order)
@@ -88,7 +91,7 @@ def test_no_evaluation_has_more_lanes_than_the_capacity(capacity: int) -> None:
 def test_a_guided_request_needs_two_lanes() -> None:
     engine = stepped(1)
     with pytest.raises(ValueError, match="takes 2 lanes, but the capacity is 1"):
-        engine.submit(seed=0, steps=1, guidance=1.0)
+        engine.submit(seed=0, steps=1, guidance_scale=2.0)
     assert is_empty(engine)
 
 
@@ -111,7 +114,7 @@ def test_deadlines_end_requests_wherever_they_are() -> None:
     engine.step()
     with pytest.raises(TimeoutError, match="2 of 9 steps"):
         running.result(0)
-    assert ahead.progress == (1, 20)  # it has the place of the other at once
+    assert ahead.progress == (1, 20)  # it has the slot of the other at once
     ahead.cancel()
     engine.step()
     assert good.result(0).isfinite().all()
@@ -177,7 +180,7 @@ def test_who_waits_for_room_when_the_engine_closes_is_told() -> None:
 
 def test_requests_from_many_threads() -> None:
     wanted = requests(40, seed=6, most=3)
-    with Engine(served(), 6, batch_invariant=True) as engine:
+    with Engine(served(), 6, execution=EXACT) as engine:
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             handles = list(pool.map(lambda request: engine.submit(**request), wanted))
         for handle in handles:

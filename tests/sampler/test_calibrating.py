@@ -17,11 +17,13 @@ from adadiff.calibration.calibrating import Calibrating, work_of
 from adadiff.calibration.recording import Recording, measure_weights, noised_errors, record, run
 from adadiff.calibration.reliability import reliability_picture
 from adadiff.checkpoint import save
-from adadiff.forward.forward import evaluate
-from adadiff.policies.calibrated import Budgeted, Calibration, Tables
-from adadiff.policies.exit_policies import Depth
-from adadiff.sampling.samples import SampleBatch
-from adadiff.uem import ExitConfig, all_layers
+from adadiff.forward.all_layers import all_layers
+from adadiff.forward.forward import forward, run_forward
+from adadiff.forward.options import ExecutionOptions
+from adadiff.policies.calibrated import CalibratedThresholds, Calibration, Tables
+from adadiff.policies.exits import Depth
+from adadiff.sampling.sample_batch import SampleBatch
+from adadiff.uem import ExitConfig
 from sampler.shell import run as command
 from sampler.tiny import SERVED, inputs, scramble, served
 
@@ -33,31 +35,31 @@ def test_work_is_what_the_engine_counts() -> None:
         given = inputs(model.backbone, 4)
         context = given.context.clamp(max=2)
         for layer in range(1, 6):
-            plain = evaluate(model.backbone, model.exits, Depth(layer), given.x, given.t, context)
-            assert plain.macs == 4 * float(work.leaving[layer - 1])
+            plain = forward(model, given.x, given.t, context, policy=Depth(layer))
+            assert plain.macs == 4 * float(work.exiting[layer - 1])
         assert plain.macs_full == 4 * work.full
         rows = torch.zeros(1, 1, 4)
         rows[..., 1] = 2.0
-        rule = Budgeted(0.5, Tables(5, [500.0], [0.5], rows, torch.full((1, 1), 5)))
-        asked = evaluate(model.backbone, model.exits, rule, given.x, given.t, context)
-        assert asked.macs == 4 * (float(work.leaving[1]) + work.score)
+        policy = CalibratedThresholds(0.5, Tables(5, [500.0], [0.5], rows, torch.full((1, 1), 5)))
+        asked = forward(model, given.x, given.t, context, policy=policy)
+        assert asked.macs == 4 * (float(work.exiting[1]) + work.score)
 
 
 def test_recording_is_what_every_layer_says() -> None:
-    """By the sampler's own way: the last image, and each evaluation's x rebuilt from it, are those of `sample`."""
+    """By the sampler's own way: the last image, and each forward pass's x rebuilt from it, are those of `sample`."""
     model, labels = served(), [0, 1, 2, 0, 1]
-    samples = SampleBatch.of(model, 5, steps=4, seeds=list(range(9, 14)), labels=labels)
+    samples = SampleBatch.of(model, 5, steps=4, seed=9, class_labels=labels)
     seen = []
 
     def spy():
-        def call(backbone, exits, rule, x, t, context=None, **_):
+        def call(model, x, t, context, **given):
             seen.append((x.clone(), t.clone(), context.clone()))
-            return evaluate(backbone, exits, rule, x, t, context)
+            return run_forward(model, x, t, context, **given)
 
         return call
 
     plain = run(model, samples, 8, spy)
-    images, _ = adadiff.sample(model, 5, steps=4, seeds=list(range(9, 14)), labels=labels)
+    images, _ = adadiff.sample(model, 5, steps=4, seed=9, class_labels=labels)
     torch.testing.assert_close(plain, images, rtol=1e-4, atol=1e-4)
     recording = record(model, samples, 8)
     torch.testing.assert_close(recording.images, images, rtol=1e-4, atol=1e-4)
@@ -130,11 +132,10 @@ def test_budgets_are_met_on_samples_never_seen(aim: str) -> None:
     assert [b.share for b in calibration.budgets] == ([0.5, 0.8] if aim == "faithful" else [0.5])
     model = calibrating.model
     assert model.calibration is calibration
-    seeds = list(range(5000, 5096))
-    settings = {"steps": 6, "seeds": seeds, "labels": [i % 3 for i in range(96)], "batch": 96}
+    settings = {"steps": 6, "seed": 5000, "class_labels": [i % 3 for i in range(96)], "batch": 96}
     full, _ = adadiff.sample(model, 96, **settings)
     for b in calibration.budgets:
-        images, report = adadiff.sample(model, 96, rule=f"budget:{b.share}", **settings)
+        images, report = adadiff.sample(model, 96, policy=f"exit:budget={b.share}", **settings)
         assert abs(report.macs / report.macs_full / b.share - 1) < 0.06
         error = float((images - full).square().mean())
         assert b.adaptive.low / 2 < error < 2 * b.adaptive.high
@@ -162,12 +163,12 @@ def test_runs_that_take_more_than_was_recorded_are_reckoned_with(monkeypatch: py
 def test_budgets_may_differ_between_the_samples_of_a_batch() -> None:
     calibrating, calibration = calibrated("faithful")
     model = calibrating.model
-    both = {"steps": 6, "labels": [0] * 8, "batch_invariant": True}
-    mixed, _ = adadiff.sample(model, 8, rule="budget:0.5", thresholds=[0.5, 0.8] * 4, **both)
+    both = {"steps": 6, "class_labels": [0] * 8, "execution": ExecutionOptions(batch_invariant=True)}
+    mixed, _ = adadiff.sample(model, 8, policy="exit:budget=0.5", thresholds=[0.5, 0.8] * 4, **both)
     for share, own in ((0.5, mixed[::2]), (0.8, mixed[1::2])):
-        alone, _ = adadiff.sample(model, 8, rule=f"budget:{share}", **both)
+        alone, _ = adadiff.sample(model, 8, policy=f"exit:budget={share}", **both)
         assert torch.equal(alone[::2] if share == 0.5 else alone[1::2], own)
-    _, report = adadiff.sample(model, 8, rule="table:0.5", **both)
+    _, report = adadiff.sample(model, 8, policy="exit:table=0.5", **both)
     assert report.exit_layer[:, :, 0].tolist() == [[d] * 8 for d in calibration.budgets[0].depths]
 
 
@@ -181,7 +182,7 @@ def test_it_is_deterministic() -> None:
 
 
 def test_the_last_weight_is_what_the_perturbed_runs_did() -> None:
-    """At the last evaluation the solver's step is linear, so a unit of error costs what its coefficient says."""
+    """The solver's last step is linear, so a unit of error costs what its coefficient says."""
     calibrating, calibration = calibrated("faithful")
     model = calibrating.model
     alpha_bar = model.schedule.log_alpha_bar(torch.tensor(calibration.t, dtype=torch.float64)).exp()
@@ -189,12 +190,12 @@ def test_the_last_weight_is_what_the_perturbed_runs_did() -> None:
 
 
 def test_weights_follow_the_final_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Final errors that are the mean of those put in times something of the evaluation's: that is found, at the places
+    """Final errors that are the mean of those put in times something of the step's: that is found, at the places
     that were measured and, as it is a geometric series, between them."""
     calibrating, _ = calibrated("faithful")
     recording, n = calibrating.recording, calibrating.n
     wanted = torch.logspace(1, -2, len(recording.t), dtype=torch.float64)
-    monkeypatch.setattr(recording_module, "run", lambda model, samples, batch, evaluator: evaluator.args)
+    monkeypatch.setattr(recording_module, "run", lambda model, samples, batch, new_forward: new_forward.args)
 
     def distance(place: tuple[int, int], _: torch.Tensor) -> float:
         at, layer = place
@@ -208,9 +209,7 @@ def test_a_faithful_aim_counts_errors_as_features_see_them() -> None:
     calibrating = Calibrating(served(), [0.6], n=8, steps=3, features=halves)
     budget = calibrating.run().budgets[0]
     model, labels = calibrating.model, [i % 3 for i in range(8)]
-    samples = SampleBatch.of(
-        model, 8, steps=3, seeds=list(range(calibrating.seed, calibrating.seed + 8)), labels=labels
-    )
+    samples = SampleBatch.of(model, 8, steps=3, seed=calibrating.seed, class_labels=labels)
     assert torch.equal(calibrating.recording.error, record(model, samples, 64, halves).error)
     assert not torch.equal(calibrating.recording.error, calibrating.recording.relative)
     assert budget.adaptive.frechet is not None
@@ -262,10 +261,9 @@ def test_by_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert command(line) == 0
     printed = capsys.readouterr().out
     assert "over static table" in printed
-    assert (
-        command(f"sample {tmp_path}/c.safetensors --out {tmp_path}/s --n 4 --steps 3 --rule budget:0.6 --labels 1") == 0
-    )
-    assert command(f"sample {tmp_path}/c.safetensors --out {tmp_path}/r --n 4 --rule budget:0.5 --labels 1") == 2
+    drawn = f"sample {tmp_path}/c.safetensors --n 4 --steps 3 --class-labels 1"
+    assert command(f"{drawn} --out {tmp_path}/s --policy exit:budget=0.6") == 0
+    assert command(f"{drawn} --out {tmp_path}/r --policy exit:budget=0.5") == 2
     assert "calibrated for budgets 0.6" in capsys.readouterr().err
     assert command(line.replace("0.6", "1.6")) == 2
     assert command(line + " --data digits") == 2

@@ -55,7 +55,7 @@ def test_other_programs_can_read_it(file: Path, model: Model) -> None:
     assert {key.removeprefix("backbone.") for key in keys if key.startswith("backbone.")} == set(
         model.backbone.state_dict()
     )
-    assert header["format_version"] == 1
+    assert header["format_version"] == 2
     assert header["notes"] == {"by": "hand"}
     assert header["config"]["network"]["dim"] == 48
     assert header["config"]["family"] == "uvit"
@@ -119,14 +119,61 @@ QKV = "backbone.in_blocks.0.attn.qkv.weight"
         (lambda t, h: config_with(h, null_label=3), "null_label must be the last of 5 classes, got 3"),
         (lambda t, h: h.pop("config"), "no model configuration"),
         (lambda t, h: h.update(config="{"), "not a readable safetensors file"),
-        (lambda t, h: h.update(format_version="2"), "format version 2; this release reads version 1"),
-        (lambda t, h: h.pop("format_version"), "format version None"),
+        (lambda t, h: h.update(format_version="3"), r"has format version 3, this release reads 2$"),
+        (lambda t, h: h.pop("format_version"), "format version None, .*; adadiff convert reads files of others$"),
     ],
 )
 def test_what_does_not_fit_is_named(file: Path, change: Callable, message: str) -> None:
     rewrite(file, change)
     with pytest.raises(ValueError, match=message):
         load(file)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_are_loaded_in_the_dtype_asked_for(file: Path, model: Model, dtype: str) -> None:
+    for given in (dtype, getattr(torch, dtype)):
+        again = load(file, dtype=given)
+        for key, value in model.state_dict().items():
+            assert torch.equal(again.state_dict()[key], value.to(getattr(torch, dtype)))
+    save(again, file.with_name("again.safetensors"))
+    stored, own = load(file.with_name("again.safetensors")).state_dict(), again.state_dict()
+    assert {value.dtype for value in stored.values()} == {getattr(torch, dtype)}
+    assert all(torch.equal(stored[key], own[key]) for key in own)
+
+
+def test_weights_of_several_dtypes_are_loaded_in_one_that_holds_them(file: Path, model: Model) -> None:
+    """Nothing is rounded, and the products of a network are of one dtype."""
+    rewrite(file, lambda tensors, _: tensors.update({QKV: tensors[QKV].bfloat16()}))
+    own = load(file).state_dict()
+    assert {value.dtype for value in own.values()} == {torch.float32}
+    assert torch.equal(own[QKV], model.state_dict()[QKV].bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dtype": "float8"}, "dtype must be one of float32, bfloat16, float16, got 'float8'$"),
+        ({"dtype": torch.float64}, "dtype must be one of float32, bfloat16, float16, got torch.float64$"),
+        ({"dtype": torch.int8}, "dtype must be one of"),
+        ({"dtype": 32}, "dtype must be one of .*, got 32$"),
+        ({"device": "tpu9"}, "cannot use device 'tpu9': "),
+        ({"device": "cuda:77"}, "cannot use device 'cuda:77': "),
+        ({"device": torch.device("cuda:77")}, "cannot use device 'cuda:77': "),
+        ({"device": ""}, "cannot use device '': "),
+    ],
+)
+def test_unknown_dtypes_and_devices_are_refused(file: Path, settings: dict, message: str) -> None:
+    """In one line, and before the file is looked for."""
+    for given in (file, file.with_name("absent")):
+        with pytest.raises(ValueError, match=message) as refused:
+            load(given, **settings)
+        assert "\n" not in str(refused.value)
+
+
+def test_the_device_is_where_the_weights_are(file: Path) -> None:
+    for device in ("cpu", torch.device("cpu")):
+        assert load(file, device).device == torch.device("cpu")
+    assert load(file, "meta").device == torch.device("meta")
 
 
 def test_loading_that_fails_changes_nothing(model: Model) -> None:

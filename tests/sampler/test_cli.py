@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 
 import adadiff
 from adadiff import cli
-from adadiff.commands import calibrate, evaluate, models, sample, train
+from adadiff.commands import calibrate, diff, evaluate, info, models, sample, train
 from adadiff.config import ModelConfig
 from adadiff.sampling.batch import Batch
-from adadiff.training.config import TrainConfig
+from adadiff.training.config import FORMAT_VERSION, TrainConfig
 from adadiff.training.trainer import Trainer
 from sampler import shell
 from sampler.shell import config, error_line, interrupt_call, run, saved, strict_json
@@ -34,6 +34,8 @@ COMMANDS = {
     "evaluate": evaluate.evaluate,
     "convert": models.convert,
     "inspect": models.inspect,
+    "diff": diff.diff,
+    "info": info.info,
 }
 
 
@@ -149,7 +151,7 @@ def test_every_training_setting_is_an_option(tmp_path):
         extra_text = " --init digits" if extra else ""
         assert resolved(text + extra_text) == TrainConfig(**{field.name: values[field.name]}, **extra)
     values |= {"exits": True, "accumulate": 3, "start": "published"}  # a checkpoint is a start itself
-    file.write_text(json.dumps(values))
+    file.write_text(json.dumps({"format_version": FORMAT_VERSION, **values}))
     assert dataclasses.asdict(resolved(str(file))) == values
     assert dataclasses.asdict(resolved(f"{file} --lr 2 --tensorboard")) == {**values, "lr": 2.0}
     assert resolved("--plain") == resolved("--no-exits") == resolved("digits_plain")
@@ -183,7 +185,7 @@ def test_inspect_tells_what_the_file_holds(tiny, capsys):
     block = 12 * D * D * T + 2 * T * T * D
     stem, head = N * 4 * D, N * D * 4 + 9 * 64
     assert content["macs"] == {
-        "full evaluation": stem + 3 * block + 2 * D * D * T + head,
+        "full forward pass": stem + 3 * block + 2 * D * D * T + head,
         "stem": stem,
         "block": block,
         "block with skip": block + 2 * D * D * T,
@@ -191,7 +193,7 @@ def test_inspect_tells_what_the_file_holds(tiny, capsys):
         "score after a block": N * D,
     }
     assert ModelConfig.from_dict({k: content[k] for k in config().to_dict()}) == config()
-    assert (content["blocks"], content["tokens"], content["classes"]) == (3, 18, 10)
+    assert (content["num_layers"], content["tokens"], content["classes"]) == (3, 18, 10)
     assert content["file_bytes"] == Path(tiny).stat().st_size
     assert content["notes"] == {"train": {"steps": 7}}
 
@@ -199,7 +201,7 @@ def test_inspect_tells_what_the_file_holds(tiny, capsys):
     printed = capsys.readouterr().out
     for row in (r"network\.dim +32", r"schedule +linear", r"exits\.time +True", r"notes\.train\.steps +7"):
         assert re.search(f"^{row}$", printed, re.MULTILINE)
-    assert f"{content['macs']['full evaluation']:,}" in printed
+    assert f"{content['macs']['full forward pass']:,}" in printed
 
 
 def test_ctrl_c_without_results_says_so(tiny, monkeypatch, capsys):
@@ -211,11 +213,12 @@ def test_ctrl_c_without_results_says_so(tiny, monkeypatch, capsys):
 @pytest.mark.parametrize("command", [*cli.EXAMPLES])
 def test_help_explains_every_option_and_its_examples_parse(command):
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as leave:
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as end:
         cli.main([command, "--help"])
-    assert leave.value.code == 0
+    assert end.value.code == 0
     assert cli.EXAMPLES[command] in printed.getvalue()
-    lines = re.findall(r"^  (?:torchrun .*-m )?adadiff (.*)$", cli.EXAMPLES[command], re.MULTILINE)
+    examples = cli.EXAMPLES[command].replace("\\\n", "")
+    lines = re.findall(r"^  (?:torchrun .*-m )?adadiff (.*)$", examples, re.MULTILINE)
     assert lines
     for line in lines:
         options = cli.parser().parse_args(shlex.split(line))
@@ -232,9 +235,9 @@ def test_unknown_options_are_errors(tiny, tmp_path, capsys):
         "train --out x --network depth",
         "calibrate digits --out x --budget lots",
     ):
-        with pytest.raises(SystemExit) as leave:
+        with pytest.raises(SystemExit) as end:
             run(line)
-        assert leave.value.code == 2
+        assert end.value.code == 2
         assert "error: " in capsys.readouterr().err
 
 
@@ -273,4 +276,4 @@ def test_readme_example_runs_as_written(capsys):
     assert capsys.readouterr().out == f"{report}\n"
     assert bool(images.isfinite().all())
     assert len(images) == 16
-    assert report.mean_exit_layer < report.layers
+    assert report.mean_exit_layer < report.num_layers

@@ -48,11 +48,11 @@ def drawn(model: str, n: int, **settings: object) -> list[np.ndarray]:
 @pytest.mark.parametrize("kind", ["png", "npz"])
 def test_prompts_are_cycled_over_the_samples(kind: str, text: str, encoder: list[str], tmp_path: Path) -> None:
     """Shards of 2 of 5 samples: the second begins with the first prompt, the last one with the third."""
-    line = f"sample {text} --out {tmp_path} -n 5 --steps 3 --prompt 'a cat' banana '' --guidance 1.5 --format {kind}"
-    assert run(line + (" --shard 2" if kind == "npz" else "")) == 0
+    line = f"sample {text} --out {tmp_path} -n 5 --steps 3 --prompt 'a cat' banana '' --guidance-scale 2.5"
+    assert run(f"{line} --format {kind}" + (" --shard 2" if kind == "npz" else "")) == 0
     *made, null = contexts(["a cat", "banana", "", ""])
     context = torch.stack([made[i] for i in (0, 1, 2, 0, 1)])
-    wanted = drawn(text, 5, steps=3, context=context, null_context=null, guidance=1.5)
+    wanted = drawn(text, 5, steps=3, text_embeds=context, null_text_embeds=null, guidance_scale=2.5)
     if kind == "png":
         found = [read(tmp_path / f"{slot:06d}.png") for slot in range(5)]
     else:
@@ -78,22 +78,22 @@ def test_pictures_of_other_prompts_are_another_folders(
 def test_a_text_encoder_of_transformers(text: str, tmp_path: Path) -> None:
     folder = make_clip(tmp_path, tokens=11)
     assert run(f"sample {text} --out {tmp_path}/o -n 2 --steps 2 --prompt cat dog --text-encoder {folder}") == 0
-    wanted = drawn(text, 2, steps=2, context=TextEncoder.load(folder)(["cat", "dog"]))
+    wanted = drawn(text, 2, steps=2, text_embeds=TextEncoder.load(folder)(["cat", "dog"]))
     for slot, image in enumerate(wanted):
         np.testing.assert_array_equal(read(tmp_path / "o" / f"{slot:06d}.png"), image)
 
 
 def test_guidance_at_some_times(tmp_path: Path) -> None:
     model = saved(tmp_path / "m.safetensors", config())
-    line = f"sample {model} --out {tmp_path}/o -n 2 --steps 4 --labels 3,5 --guidance 2 --guidance-interval 300,600.5"
-    assert run(line) == 0
-    settings = {"steps": 4, "labels": [3, 5], "rule": "threshold:0.1", "guidance": 2.0}
+    line = f"sample {model} --out {tmp_path}/o -n 2 --steps 4 --class-labels 3,5 --policy exit:0.1"
+    assert run(f"{line} --guidance-scale 3 --guidance-interval 300,600.5") == 0
+    settings = {"steps": 4, "class_labels": [3, 5], "policy": "exit:0.1", "guidance_scale": 3.0}
     wanted, always = (drawn(model, 2, **settings, **other) for other in ({"guidance_interval": (300, 600.5)}, {}))
     for slot, image in enumerate(wanted):
         np.testing.assert_array_equal(read(tmp_path / "o" / f"{slot:06d}.png"), image)
     assert any((a != b).any() for a, b in zip(wanted, always, strict=True))
     report = json.loads((tmp_path / "o" / "report.json").read_text())
-    assert report["evaluations"] == 2 * (4 + 1)  # of 999, 749, 499 and 249, one is guided
+    assert report["passes"] == 2 * (4 + 1)  # of 999, 749, 499 and 249, one is guided
     assert report["configuration"]["guidance_interval"] == "(300.0, 600.5)"
 
 
@@ -108,27 +108,27 @@ def test_what_the_model_does_not_take_is_refused_before_work(
         (labelled, "--prompt cat", "takes no text; leave --prompt and --text-encoder out"),
         (labelled, "--text-encoder clip", "takes no text; leave --prompt and --text-encoder out"),
         (text, "", "takes text; give --prompt"),
-        (text, "--prompt cat --labels 1", "takes text; leave --labels out"),
+        (text, "--prompt cat --class-labels 1", "takes text; leave --class-labels out"),
         (text, "--prompt a b c d", "4 prompts for 3 samples"),
         (text, "--prompt cat --solver euler", "no solver 'euler'"),
-        (text, "--prompt cat --rule threshold:0.5", "this model has no exits"),
+        (text, "--prompt cat --policy exit:0.5", "this model has no exits"),
         (text, "--prompt cat --format png --shard 2", "--shard is for --format npz"),
-        (labelled, "--guidance-interval 100,800", "give --guidance, too"),
-        (labelled, "--guidance 1 --guidance-interval 800,100", "low <= high"),
-        (labelled, "--guidance 1 --guidance-interval nan,5", "low <= high"),
-        (plain, "--guidance 1", "guidance needs a model with a null class"),
-        (plain, "--guidance 1 --guidance-interval 1,2", "guidance needs a model with a null class"),
+        (labelled, "--guidance-interval 100,800", "give --guidance-scale, too"),
+        (labelled, "--guidance-scale 2 --guidance-interval 800,100", "low <= high"),
+        (labelled, "--guidance-scale 2 --guidance-interval nan,5", "low <= high"),
+        (plain, "--guidance-scale 2", "guidance needs a model with a null class"),
+        (plain, "--guidance-scale 2 --guidance-interval 1,2", "guidance needs a model with a null class"),
         (
             labelled,
-            "--guidance 1 --guidance-interval 1000,2000",
+            "--guidance-scale 2 --guidance-interval 1000,2000",
             "none of the network's times, 0..999: (1000.0, 2000.0)",
         ),
-        (plain, "--labels 1", "has no classes"),
-        (classes, "--labels 1000", "labels must be in 0..999, got [1000]"),
-        (classes, "--labels -1", "labels must be in 0..999, got [-1]"),
-        (classes, "", "needs labels in 0..999"),
-        (classes, "--labels 7 --guidance 1", "guidance needs a model with a null class"),
-        (classes, "--labels 1,2,3,4", "4 labels for 3 samples"),
+        (plain, "--class-labels 1", "has no classes"),
+        (classes, "--class-labels 1000", "labels must be in 0..999, got [1000]"),
+        (classes, "--class-labels -1", "labels must be in 0..999, got [-1]"),
+        (classes, "", "needs class_labels in 0..999"),
+        (classes, "--class-labels 7 --guidance-scale 2", "guidance needs a model with a null class"),
+        (classes, "--class-labels 1,2,3,4", "4 class labels for 3 samples"),
     ):
         assert run(f"sample {model} --out {tmp_path}/o -n 3 {options}") == 2
         captured = capsys.readouterr()
@@ -138,7 +138,7 @@ def test_what_the_model_does_not_take_is_refused_before_work(
     assert not encoder
     for spelling in ("5", "1,2,3", "low,high"):
         with pytest.raises(SystemExit):
-            run(f"sample {labelled} --out {tmp_path}/o --guidance 1 --guidance-interval {spelling}")
+            run(f"sample {labelled} --out {tmp_path}/o --guidance-scale 2 --guidance-interval {spelling}")
         assert "takes two numbers, LOW,HIGH" in capsys.readouterr().err
 
 
@@ -155,4 +155,4 @@ def test_contexts_of_another_size(text: str, tmp_path: Path, capsys: pytest.Capt
         TextEncoder, "load", staticmethod(lambda folder: lambda prompts: torch.zeros(len(prompts), 7, 5))
     )
     assert run(f"sample {text} --out {tmp_path}/o --prompt cat") == 2
-    assert "takes contexts [11, 12], the text encoder makes [7, 5]" in error_line(capsys.readouterr().err)
+    assert "takes text [11, 12], the text encoder makes [7, 5]" in error_line(capsys.readouterr().err)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import adadiff
-from adadiff.commands.shared import DEFAULT_RULE
+from adadiff.forward import runner
 from adadiff.output import pictures
 from sampler import shell
 from sampler.shell import config, error_line, grid_cells, interrupt_call, pixels, read, run, saved
@@ -19,12 +19,12 @@ from sampler.shell import config, error_line, grid_cells, interrupt_call, pixels
 ctrl_c, tiny = shell.ctrl_c, shell.tiny
 
 
-# Seven samples, three at a time, in runs of 3 and 4 steps: places are refilled at different times.
+# Seven samples, three at a time, in runs of 3 and 4 steps: slots are refilled at different times.
 def test_sample_writes_the_images_that_python_draws(tiny, tmp_path, capsys):
     out = tmp_path / "deep" / "er"
     line = (
-        f"sample {tiny} --out {out} --n 7 --steps 3,4 --solver ddim:0.5 --rule threshold:0.4 --seed 5 "
-        "--labels 0,7,2 --guidance 1.5 --tied --batch 3"
+        f"sample {tiny} --out {out} --n 7 --steps 3,4 --solver ddim:0.5 --policy exit:0.4 --seed 5 "
+        "--class-labels 0,7,2 --guidance-scale 2.5 --tied --batch 3"
     )
     assert run(line) == 0
     images, report = adadiff.sample(
@@ -32,10 +32,10 @@ def test_sample_writes_the_images_that_python_draws(tiny, tmp_path, capsys):
         7,
         steps=[3, 4, 3, 4, 3, 4, 3],
         solver="ddim:0.5",
-        rule="threshold:0.4",
-        seeds=[5, 6, 7, 8, 9, 10, 11],
-        labels=[0, 7, 2, 0, 7, 2, 0],
-        guidance=1.5,
+        policy="exit:0.4",
+        seed=[5, 6, 7, 8, 9, 10, 11],
+        class_labels=[0, 7, 2, 0, 7, 2, 0],
+        guidance_scale=2.5,
         tied=True,
         batch=3,
     )
@@ -50,17 +50,17 @@ def test_sample_writes_the_images_that_python_draws(tiny, tmp_path, capsys):
     written = json.loads((out / "report.json").read_text())
     ends = [int(layer) for layer in report.exit_layer.flatten() if layer]
     assert set(ends) == {1, 2, 3}, "without exits at every layer the counts below mean little"
-    assert bool((report.exit_layer[..., 0] == report.exit_layer[..., 1]).all()), "tied lanes leave together"
+    assert bool((report.exit_layer[..., 0] == report.exit_layer[..., 1]).all()), "tied lanes exit together"
     assert written["exit_layer_histogram"] == [ends.count(layer) for layer in (1, 2, 3)]
     assert written["mean_exit_layer"] == pytest.approx(sum(ends) / len(ends), abs=1e-12)
     assert (written["blocks"], written["blocks_full"]) == (sum(ends), 3 * len(ends))
     assert (written["macs"], written["macs_full"]) == (report.macs, report.macs_full)
     assert written["samples"] == 7
     assert written["seconds"] > 0
-    assert written["configuration"]["labels"] == [0, 7, 2]
+    assert written["configuration"]["class_labels"] == [0, 7, 2]
     printed = capsys.readouterr().out
-    assert re.search(r"^labels +0,7,2, cycled over the samples$", printed, re.MULTILINE)
-    assert re.search(r"^rule +threshold:0\.4$", printed, re.MULTILINE)
+    assert re.search(r"^class_labels +0,7,2, cycled over the samples$", printed, re.MULTILINE)
+    assert re.search(r"^policy +exit:0\.4$", printed, re.MULTILINE)
 
 
 def test_grid_shows_the_pictures_in_order(tiny, tmp_path):
@@ -83,24 +83,52 @@ def test_one_picture_has_no_frame_and_two_have_a_gap():
     )
 
 
-def test_default_rule_follows_the_model(tiny, tmp_path):
+def test_nothing_is_left_out_unless_it_is_asked_for(tiny, tmp_path):
     plain = saved(tmp_path / "plain.safetensors", dataclasses.replace(config(), exits=None))
-    for model, rule in ((tiny, DEFAULT_RULE), (plain, "full")):
-        out = tmp_path / rule.partition(":")[0]
-        assert run(f"sample {model} --out {out} --n 2 --steps 1") == 0
-        assert json.loads((out / "report.json").read_text())["configuration"]["rule"] == rule
+    for name, model in (("exits", tiny), ("plain", plain)):
+        assert run(f"sample {model} --out {tmp_path / name} --n 2 --steps 1") == 0
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        assert report["configuration"]["policy"] == "full"
+        assert report["exit_layer_histogram"] == [0, 0, 2]
+
+
+def test_how_it_is_computed_is_asked_for_and_kept(tiny, tmp_path, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(runner, "compiled_function", lambda function: calls.append(function) or function)
+    line = f"sample {tiny} --n 2 --steps 2 --policy exit:0.4 --device cpu --out "
+    for name, options, dtype in (
+        ("dtype", "--dtype bfloat16", "bfloat16"),
+        ("invariant", "--batch-invariant", None),
+        ("compiled", "--runner compiled", None),
+    ):
+        assert not calls
+        assert run(f"{line}{tmp_path / name} {options}") == 0
+        execution = adadiff.ExecutionOptions(batch_invariant=name == "invariant")
+        model = adadiff.load(tiny, dtype=dtype)
+        images, _ = adadiff.sample(model, 2, steps=2, policy="exit:0.4", execution=execution)
+        for slot, image in enumerate(images):
+            np.testing.assert_array_equal(read(tmp_path / name / f"{slot:06d}.png"), pixels(image))
+        asked = json.loads((tmp_path / name / "report.json").read_text())["configuration"]
+        assert (asked["device"], asked["dtype"], asked["guidance_scale"]) == ("cpu", dtype, 1.0)
+        assert asked["batch_invariant"] == (name == "invariant")
+        assert asked["runner"] == ("compiled" if name == "compiled" else "eager")
+    assert calls
+    capsys.readouterr()
+    for options, name in (("--dtype bfloat16", "dtype"), ("--batch-invariant", "batch_invariant")):
+        assert run(f"{line}{tmp_path / 'compiled'} --runner eager {options}") == 2
+        assert f"drawn with another {name}" in error_line(capsys.readouterr().err).replace(", runner", "")
 
 
 def test_color_models_write_color(tmp_path):
     model = saved(tmp_path / "rgb.safetensors", config(channels=3))
-    assert run(f"sample {model} --out {tmp_path / 'o'} --n 2 --steps 2 --rule full") == 0
+    assert run(f"sample {model} --out {tmp_path / 'o'} --n 2 --steps 2 --policy full") == 0
     images, _ = adadiff.sample(adadiff.load(model), 2, steps=2)
     for slot, image in enumerate(images):
         np.testing.assert_array_equal(read(tmp_path / "o" / f"{slot:06d}.png"), pixels(image))
 
 
 def test_interrupted_sampling_keeps_what_is_finished_and_draws_the_rest(tiny, tmp_path, monkeypatch, capsys):
-    line = f"sample {tiny} --n 9 --steps 3,2 --labels 0,7,2 --rule depth:2 --batch 4 --out "
+    line = f"sample {tiny} --n 9 --steps 3,2 --class-labels 0,7,2 --policy exit:depth=2 --batch 4 --out "
     assert run(line + str(tmp_path / "whole")) == 0
     out = tmp_path / "parts"
     undo = interrupt_call(monkeypatch, pictures.PictureFolder, "add", 5)
@@ -124,7 +152,7 @@ def test_interrupted_sampling_keeps_what_is_finished_and_draws_the_rest(tiny, tm
     report = json.loads((out / "report.json").read_text())
     assert report["samples"] == 9
     assert report["mean_exit_layer"] == 2
-    assert 5 * 3 + 4 * 2 <= report["evaluations"] == sum(report["exit_layer_histogram"])
+    assert 5 * 3 + 4 * 2 <= report["passes"] == sum(report["exit_layer_histogram"])
 
     assert run(line + str(out)) == 0
     assert "9 of 9 pictures are" in capsys.readouterr().out
@@ -138,8 +166,8 @@ def test_no_pictures_of_two_configurations_in_one_folder(tiny, tmp_path, capsys)
     assert run(line) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     capsys.readouterr()
-    changes = (("--seed 1", "seed"), ("--labels 1", "labels"), ("--n 3", "n"), ("--rule full", "rule"))
-    for change, name in changes:
+    changes = {"--seed 1": "seed", "--class-labels 1": "class_labels", "--n 3": "n", "--policy exit:0.1": "policy"}
+    for change, name in changes.items():
         assert run(line + change) == 2
         assert f"holds pictures drawn with another {name};" in error_line(capsys.readouterr().err)
     assert run(line.replace(tiny, other)) == 2
@@ -155,26 +183,28 @@ def test_no_pictures_of_two_configurations_in_one_folder(tiny, tmp_path, capsys)
 
 
 def test_no_samples_is_no_error(tiny, tmp_path, capsys):
-    assert run(f"sample {tiny} --out {tmp_path / 'o'} --n 0 --labels 1") == 0
+    assert run(f"sample {tiny} --out {tmp_path / 'o'} --n 0 --class-labels 1") == 0
     assert [path.name for path in (tmp_path / "o").iterdir()] == ["report.json"]
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--rule threshold:1.5", "strictly between 0 and 1"),
-        ("--rule threshold:nan", "strictly between 0 and 1"),
-        ("--rule sometimes", "unknown rule 'sometimes'"),
+        ("--policy exit:1.5", "strictly between 0 and 1"),
+        ("--policy exit:nan", "strictly between 0 and 1"),
+        ("--policy sometimes", "unknown policy 'sometimes'"),
         ("--solver euler", "euler"),
-        ("--labels 0,10", "labels must be in 0..9"),
-        ("--labels 1,2,3,4", "4 labels for 3 samples"),
+        ("--class-labels 0,10", "labels must be in 0..9"),
+        ("--class-labels 1,2,3,4", "4 class labels for 3 samples"),
         ("--steps 0", "steps must be at least 1"),
         ("--steps 5,-2", "steps must be at least 1"),
         ("--steps 1001", "1000"),
         ("--n -1", "n must be an integer >= 0"),
         ("--batch 0", "batch must be an integer >= 1"),
-        ("--seed -1", "seeds must be >= 0"),
-        ("--guidance nan", "guidance must be finite"),
+        ("--seed -1", "seed must be at least 0"),
+        ("--guidance-scale nan", "guidance_scale must be finite"),
+        ("--device toaster", "cannot use device 'toaster'"),
+        ("--runner compiled --batch-invariant", "lane by lane, which is not compiled"),
     ],
 )
 def test_bad_settings_end_in_one_line_before_work(options, words, tiny, tmp_path, capsys):

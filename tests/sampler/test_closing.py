@@ -9,18 +9,21 @@ import threading
 
 import pytest
 
-from adadiff.forward.forward import ForwardOutput, evaluate
+from adadiff.forward.forward import run_forward
+from adadiff.forward.options import ExecutionOptions
+from adadiff.forward.output import ForwardOutput
 from adadiff.serving.engine import Engine, EngineClosed
 from sampler.tiny import images_are_right, is_empty, served
 
-SHORT = {"steps": 1, "rule": "depth:1"}
+EXACT = ExecutionOptions(batch_invariant=True)
+SHORT = {"steps": 1, "policy": "exit:depth=1"}
 POISON = 2  # a label
 
 
 def test_close_drains_or_aborts() -> None:
     for threaded in (False, True):
         for drain in (True, False):
-            engine = Engine(served(), 2, start=threaded, batch_invariant=True)
+            engine = Engine(served(), 2, threaded=threaded, execution=EXACT)
             handles = [engine.submit(seed=i, steps=200 if not drain else 2) for i in range(5)]
             engine.close(drain=drain, timeout=60)
             engine.close(timeout=60)  # again is no harm
@@ -35,10 +38,10 @@ def test_close_drains_or_aborts() -> None:
 
 @pytest.mark.parametrize("threaded", [False, True])
 def test_a_context_manager_drains_and_aborts_after_an_exception(threaded: bool) -> None:
-    with Engine(served(), 2, start=threaded) as engine:
+    with Engine(served(), 2, threaded=threaded) as engine:
         good = engine.submit(seed=0, steps=3)
     assert good.result(0).isfinite().all()
-    engine, lost = Engine(served(), 2, start=threaded), []
+    engine, lost = Engine(served(), 2, threaded=threaded), []
 
     def client() -> None:
         with engine:
@@ -58,9 +61,9 @@ def test_close_says_when_it_takes_longer() -> None:
     def hold(*args: object, **options: object) -> ForwardOutput:
         held.set()
         assert go.wait(60)
-        return evaluate(*args, **options)
+        return run_forward(*args, **options)
 
-    engine = Engine(served(), 1, evaluate=hold)
+    engine = Engine(served(), 1, forward=hold)
     handle = engine.submit(seed=0, steps=3)
     assert held.wait(60)
     with pytest.raises(TimeoutError, match=r"0\.01 seconds"):
@@ -80,7 +83,7 @@ def test_close_says_when_it_takes_longer() -> None:
 @pytest.mark.parametrize("threaded", [False, True])
 def test_a_callback_may_close(threaded: bool, drain: bool) -> None:
     """What is under way comes first; then the engine drains, or cancels the others."""
-    engine = Engine(served(), 2, start=threaded, batch_invariant=True)
+    engine = Engine(served(), 2, threaded=threaded, execution=EXACT)
     ready = threading.Event()
     handles = [engine.submit(seed=0, steps=2, on_step=lambda _: ready.wait(60) and engine.close(drain=drain))]
     handles += [engine.submit(seed=i, steps=300 if not drain else 3) for i in range(1, 4)]
@@ -96,7 +99,7 @@ def test_a_callback_may_close(threaded: bool, drain: bool) -> None:
     assert is_empty(engine)
 
 
-@pytest.mark.parametrize("options", [{"queue": 0}, {"patience": 0}, {"patience": math.inf}, {"capacity": 0}], ids=str)
+@pytest.mark.parametrize("options", [{"queue": 0}, {"max_wait": 0}, {"max_wait": math.inf}, {"capacity": 0}], ids=str)
 def test_bad_settings_are_refused(options: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         Engine(served(), **options)

@@ -18,9 +18,10 @@ from adadiff.checkpoint import read_tensors, save
 from adadiff.config import PRESETS, ModelConfig
 from adadiff.conversion import convert as conversion
 from adadiff.conversion.convert import convert
+from adadiff.forward.forward import forward
 from adadiff.models.dit import DiT
 from adadiff.models.uvit import Head, UViT
-from adadiff.policies.exit_policies import Full, Replay, Threshold
+from adadiff.policies.exits import Full, Replay, Threshold
 from adadiff.uem import DUODIFF, OFFICIAL
 from sampler.shell import error_line, run
 from sampler.tiny import BATCH, DIT, UVIT, inputs, plain_layers, scramble
@@ -140,19 +141,47 @@ def test_a_dit_computes_the_same(training: bool, tmp_path: Path) -> None:
     assert read_tensors(tmp_path / "b")[1]["notes"]["preset"] == "tiny_dit"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_weights_are_stored_in_the_dtype_asked_for(stored: torch.dtype, dtype: str, tmp_path: Path) -> None:
+    """By its name as by itself; without one, as they are."""
+    state = {key: value.to(stored) for key, value in state_of(DiT(DIT)).items()}
+    source, wanted = saved(tmp_path / "a.pt", state), getattr(torch, dtype)
+    for name, given, own in (("b", dtype, wanted), ("c", wanted, wanted), ("d", None, stored)):
+        done = convert(source, tmp_path / name, dtype=given)
+        assert done.parameters == sum(value.numel() for value in state.values())
+        tensors, _ = read_tensors(tmp_path / name)
+        assert {value.dtype for value in tensors.values()} == {own}
+        assert all(torch.equal(tensors[f"backbone.{key}"], value.to(own)) for key, value in state.items())
+        model = adadiff.load(tmp_path / name)
+        assert {value.dtype for value in model.parameters()} == {own}
+        given = inputs(model.backbone, 2)
+        result = forward(model, given.x.to(own), given.t, given.context)
+        assert result.prediction.dtype == own
+        assert bool(result.prediction.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", ["half", torch.float64, torch.int32, 16])
+def test_other_dtypes_are_refused(dtype: object, tmp_path: Path) -> None:
+    source = saved(tmp_path / "a.pt", state_of(DiT(DIT)))
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16, got "):
+        convert(source, tmp_path / "b", dtype=dtype)
+    assert not (tmp_path / "b").exists()
+
+
 def test_official_uems_tell_what_theirs_do(tmp_path: Path) -> None:
     state = official_state()
     convert(saved(tmp_path / "7.ckpt" / "nnet_ema.pth", state).parent, tmp_path / "b", "tiny_uvit")
     model = adadiff.load(tmp_path / "b")
     assert model.config == dataclasses.replace(U_VIT, exits=OFFICIAL)
     given = inputs(model.backbone)
-    result = adadiff.evaluate(model.backbone, model.exits, Threshold(1e-6), *given.all, record=True)
+    result = forward(model, *given.all, policy=Threshold(1e-6), record_scores=True)
     layers = plain_layers(network_of(uvit_state(), UViT, UVIT), given)
     for i, rows in enumerate(layers[:-1]):
         weight, bias = (state[f"lte_classifer.{i}.lte.{name}"] for name in ("weight", "bias"))
         certainty = torch.sigmoid(rows[:, 2:] @ weight.T + bias).flatten(1).mean(1)
         torch.testing.assert_close(result.scores[i], 1 - certainty, rtol=1e-5, atol=1e-5)
-    assert torch.equal(result.eps, model.backbone(*given.all))
+    assert torch.equal(result.prediction, model.backbone(*given.all))
 
 
 def test_duodiff_probes_and_heads_are_those_of_the_next_block(tmp_path: Path) -> None:
@@ -164,7 +193,7 @@ def test_duodiff_probes_and_heads_are_those_of_the_next_block(tmp_path: Path) ->
     assert model.config == ModelConfig(EVERY, "linear", exits=DUODIFF)
     given, theirs = inputs(model.backbone), network_of(uvit_state(), UViT, UVIT)
     layers = plain_layers(theirs, dataclasses.replace(given, t=given.t / 1000))
-    scores = adadiff.evaluate(model.backbone, model.exits, Threshold(1e-6), *given.all, record=True).scores
+    scores = forward(model, *given.all, policy=Threshold(1e-6), record_scores=True).scores
     for i in range(1, 7):
         rows = layers[i - 1]  # into block i, counted from 0
         weight, bias = (state[f"matrix.{i}.classifier.0.{name}"] for name in ("weight", "bias"))
@@ -174,9 +203,9 @@ def test_duodiff_probes_and_heads_are_those_of_the_next_block(tmp_path: Path) ->
             {k.removeprefix(f"{HEADS[i]}."): v for k, v in state.items() if k.startswith(HEADS[i])}, Head, UVIT
         )
         at = torch.full((BATCH,), float(i))
-        eps = adadiff.evaluate(model.backbone, model.exits, Replay(), *given.all, threshold=at).eps
+        eps = forward(model, *given.all, policy=Replay(), threshold=at).prediction
         torch.testing.assert_close(eps, head(rows[:, 2:]), rtol=1e-4, atol=1e-5)
-    full = adadiff.evaluate(model.backbone, model.exits, Full(), *given.all).eps
+    full = forward(model, *given.all, policy=Full()).prediction
     assert torch.equal(full, theirs(given.x, given.t / 1000, given.context))
 
 
@@ -226,8 +255,8 @@ def test_a_dit_of_diffusers_computes_what_it_was_served_to(served_by: str, pipel
     given = inputs(model.backbone, 4)
     want = theirs(given.x, timestep=given.t, class_labels=given.context).sample
     torch.testing.assert_close(model.backbone(*given.all), want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
-    result = adadiff.evaluate(model.backbone, None, Full(), *given.all)
-    found = torch.cat([result.eps, result.variance], 1)
+    result = forward(model, *given.all, policy=Full())
+    found = torch.cat([result.prediction, result.variance], 1)
     torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
     assert want.std() > 0.1
 
@@ -435,6 +464,9 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     assert f"wrote {tmp_path}/b.safetensors" in out
     assert run(f"inspect {tmp_path}/b.safetensors") == 0
     assert "notes.layout              official" in capsys.readouterr().out
+    assert run(f"convert {source} {tmp_path}/half.safetensors --preset tiny_uvit --dtype bfloat16") == 0
+    assert adadiff.load(tmp_path / "half.safetensors").backbone.pos_embed.dtype == torch.bfloat16
+    capsys.readouterr()
     assert run(f"convert {source} {tmp_path}/c --preset tiny_dit") == 2
     assert "missing x_embedder" in error_line(capsys.readouterr().err)
 

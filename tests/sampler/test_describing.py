@@ -22,7 +22,7 @@ from sampler.tiny import DIT, UVIT
 
 presets = theirs.presets  # an autouse fixture: tiny ones
 
-SAME = ("family", "network", "exits", "classes", "blocks", "tokens", "parameters", "macs", "null_label")
+SAME = ("family", "network", "exits", "classes", "num_layers", "tokens", "parameters", "macs", "null_label")
 MADE = {
     "plain": (lambda: theirs.state_of(UViT(UVIT)), "tiny_uvit", ["tiny_uvit", "tiny_duodiff"]),
     "official": (theirs.official_state, "tiny_uvit", ["tiny_uvit", "tiny_duodiff"]),
@@ -62,7 +62,7 @@ def test_a_transformer_of_diffusers_without_its_pipeline(tmp_path: Path, monkeyp
     assert describe(tmp_path / "folder")["schedule"] == "linear"
     monkeypatch.setattr(conversion, "PRESETS", {})
     found = describe(tmp_path / "folder")
-    assert (found["schedule"], found["presets"], found["blocks"]) == (None, [], 5)
+    assert (found["schedule"], found["presets"], found["num_layers"]) == (None, [], 5)
 
 
 def test_a_network_of_no_preset_is_counted(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     ):
         assert line in printed
     assert "adadiff convert makes one of it" in printed
-    assert re.search(r"^macs.full evaluation +[\d,]+$", printed, re.MULTILINE)
+    assert re.search(r"^macs.full forward pass +[\d,]+$", printed, re.MULTILINE)
     assert run(f"sample {source} --out {tmp_path}/o") == 2
     assert "adadiff convert reads those" in error_line(capsys.readouterr().err)
 

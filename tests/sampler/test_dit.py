@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adadiff import evaluate, sample
+from adadiff import forward, sample
 from adadiff.checkpoint import load_strictly
 from adadiff.config import PRESETS, ModelConfig
 from adadiff.diffusion.noise import initial_noise
 from adadiff.model import Model, build
 from adadiff.models.dit import DiT, DiTConfig, position_embedding
-from adadiff.policies.exit_policies import Full, Replay
+from adadiff.policies.exits import Replay
 from adadiff.uem import PAPER
 from numerics import assert_as_accurate
 from sampler.tiny import BATCH, DIT, case, inputs, scramble
@@ -224,47 +224,47 @@ def test_modulation_is_one_product_for_all_blocks(monkeypatch: pytest.MonkeyPatc
     c = case("dit", PAPER, torch.float32)
     sizes, linear = [], F.linear
     monkeypatch.setattr(F, "linear", lambda h, *w: sizes.append((h.shape[0], w[0].shape[0])) or linear(h, *w))
-    evaluate(c.backbone, c.exits, Full(), *c.given.all)
+    forward(c, *c.given.all, policy="full")
     assert sizes.count((BATCH, 5 * 6 * 36)) == 1
     assert not any(outputs == 6 * 36 for _, outputs in sizes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_variance_goes_with_the_noise(dtype: torch.dtype) -> None:
-    """Each lane's own, from the head it left by."""
+    """Each lane's own, from the head it exited by."""
     c, exact = case("dit", PAPER, dtype), case("dit", PAPER, dtype, exact=True)
-    exit_layer = torch.arange(BATCH) % c.layers + 1
-    result = evaluate(c.backbone, c.exits, Replay(), *c.given.all, threshold=exit_layer.float())
+    exit_layer = torch.arange(BATCH) % c.num_layers + 1
+    result = forward(c, *c.given.all, policy=Replay(), threshold=exit_layer.float())
 
     def plain(of) -> Tensor:
         rows, cond = of.backbone.embed(*of.given.all)
         wanted = torch.empty(BATCH, 6, 6, 6, dtype=of.backbone.pos_embed.dtype)
         for layer, block in enumerate(of.backbone.blocks, start=1):
             rows, here = block(rows, cond), exit_layer == layer
-            head = of.exits.heads[layer - 1] if layer < c.layers else of.backbone.head
+            head = of.exits.heads[layer - 1] if layer < c.num_layers else of.backbone.head
             wanted[here] = head(rows, cond, torch.arange(BATCH))[here]
         return wanted
 
-    assert result.eps.shape == result.variance.shape == (BATCH, 3, 6, 6)
-    assert_as_accurate(torch.cat([result.eps, result.variance], 1), plain(c), plain(exact))
-    nothing = evaluate(c.backbone, c.exits, Full(), *c.given[slice(0, 0)].all)
-    assert nothing.eps.shape == nothing.variance.shape == (0, 3, 6, 6)
+    assert result.prediction.shape == result.variance.shape == (BATCH, 3, 6, 6)
+    assert_as_accurate(torch.cat([result.prediction, result.variance], 1), plain(c), plain(exact))
+    nothing = forward(c, *c.given[slice(0, 0)].all, policy="full")
+    assert nothing.prediction.shape == nothing.variance.shape == (0, 3, 6, 6)
     u_vit = case("uvit", PAPER, dtype)
-    assert evaluate(u_vit.backbone, u_vit.exits, Full(), *u_vit.given.all).variance is None
+    assert forward(u_vit, *u_vit.given.all, policy="full").variance is None
 
 
 def test_samples_are_those_of_a_plain_loop() -> None:
     """DDIM over three steps of the linear schedule, guided, by the formula."""
     model = Model(ModelConfig(DIT, "linear", null_label=4)).requires_grad_(False).eval()
     scramble(model.backbone, 0.15)
-    images, _ = sample(model, 2, steps=3, labels=[1, 3], guidance=1.5, solver="ddim")
+    images, _ = sample(model, 2, steps=3, class_labels=[1, 3], guidance_scale=2.5, solver="ddim")
     alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
     x = initial_noise(torch.arange(2), (3, 6, 6)).double()
     times = [999, 666, 332]
     for t, after in zip(times, [*times[1:], None], strict=True):
         at, labels, null = torch.full((2,), float(t)), torch.tensor([1, 3]), torch.tensor([4, 4])
         cond, uncond = (model.backbone(x.float(), at, y)[:, :3].double() for y in (labels, null))
-        eps = cond + 1.5 * (cond - uncond)
+        eps = uncond + 2.5 * (cond - uncond)
         a, b = alpha_bar[t], alpha_bar[after] if after is not None else torch.tensor(1.0).double()
         x = b.sqrt() * (x - (1 - a).sqrt() * eps) / a.sqrt() + (1 - b).sqrt() * eps
     torch.testing.assert_close(images.double(), x, rtol=1e-3, atol=1e-3)

@@ -68,29 +68,31 @@ def lanes(n: int = 6) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-@pytest.mark.parametrize("rule", ["full", "threshold:0.000001"])
-def test_where_nobody_leaves_images_are_the_same_bits(rule: str, guidance: float, pipe: DiTPipeline) -> None:
+@pytest.mark.parametrize("policy", ["full", "exit:0.000001"])
+def test_where_nobody_exits_images_are_the_same_bits(policy: str, guidance: float, pipe: DiTPipeline) -> None:
     plain = draw(pipe, guidance)
-    record = adadiff.enable_early_exit(pipe, exits(), rule)
+    record = adadiff.enable_early_exit(pipe, policy, exits())
     assert torch.equal(draw(pipe, guidance), plain)
-    evaluations = 4 * (6 if guidance > 1 else 3)
-    assert (record.totals.evaluations, record.totals.blocks) == (evaluations, evaluations * LAYERS)
+    passes = 4 * (6 if guidance > 1 else 3)
+    assert (record.totals.passes, record.totals.blocks) == (passes, passes * LAYERS)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-@pytest.mark.parametrize("rule", ["full", "threshold:0.000001"])
-def test_through_our_blocks_images_are_the_same_but_for_rounding(rule: str, guidance: float, pipe: DiTPipeline) -> None:
+@pytest.mark.parametrize("policy", ["full", "exit:0.000001"])
+def test_through_our_blocks_images_are_the_same_but_for_rounding(
+    policy: str, guidance: float, pipe: DiTPipeline
+) -> None:
     plain = draw(pipe, guidance)
-    record = adadiff.enable_early_exit(pipe, exits(), rule, fused=True)
+    record = adadiff.enable_early_exit(pipe, policy, exits(), fused=True)
     torch.testing.assert_close(draw(pipe, guidance), plain, rtol=0, atol=1e-5)
-    assert record.totals.blocks == record.totals.evaluations * LAYERS > 0
+    assert record.totals.blocks == record.totals.passes * LAYERS > 0
 
 
-def test_both_paths_leave_alike(pipe: DiTPipeline) -> None:
+def test_both_paths_exit_alike(pipe: DiTPipeline) -> None:
     x, t, labels = lanes()
     outputs, layers = [], []
     for fused in (False, True):
-        record = adadiff.enable_early_exit(pipe, exits(), "threshold:0.17", fused=fused)
+        record = adadiff.enable_early_exit(pipe, "exit:0.17", exits(), fused=fused)
         outputs.append(pipe.transformer(x, timestep=t, class_labels=labels).sample)
         layers.append(record.exit_layer.tolist())
         adadiff.disable_early_exit(pipe)
@@ -104,7 +106,7 @@ def test_heads_of_their_own_run_through_our_blocks(pipe: DiTPipeline) -> None:
     ours = from_transformer(pipe.transformer.state_dict(), pipe.transformer.config)
     with_heads = Exits(ours, ExitConfig()).requires_grad_(False)
     scramble(with_heads, 0.3, seed=4)
-    adadiff.enable_early_exit(pipe, with_heads, "depth:2", fused=True)
+    adadiff.enable_early_exit(pipe, "exit:depth=2", with_heads, fused=True)
     got = pipe.transformer(x, timestep=t, class_labels=labels).sample
     rows, cond = ours.embed(x, t.float(), labels)
     for block in ours.blocks[:2]:
@@ -113,7 +115,7 @@ def test_heads_of_their_own_run_through_our_blocks(pipe: DiTPipeline) -> None:
 
 
 def by_hand(x: Tensor, t: Tensor, label: Tensor, weights: Exits, threshold: float) -> tuple[Tensor, int]:
-    """One lane through the transformer's modules: it leaves at the first block below the threshold."""
+    """One lane through the transformer's modules: it exits after the first block below the threshold."""
     own = parts()[0]
     rows, t, label = own.pos_embed(x[None]), t[None], label[None]
     time = own.transformer_blocks[0].norm1.emb.timestep_embedder(
@@ -134,9 +136,9 @@ def by_hand(x: Tensor, t: Tensor, label: Tensor, weights: Exits, threshold: floa
     return image, layer
 
 
-def test_every_lane_leaves_on_its_own(pipe: DiTPipeline) -> None:
+def test_every_lane_exits_on_its_own(pipe: DiTPipeline) -> None:
     x, t, labels = lanes()
-    record = adadiff.enable_early_exit(pipe, exits(), "threshold:0.17")
+    record = adadiff.enable_early_exit(pipe, "exit:0.17", exits())
     got = pipe.transformer(x, timestep=t, class_labels=labels).sample
     wanted = [by_hand(*lane, exits(), 0.17) for lane in zip(x, t, labels, strict=True)]
     torch.testing.assert_close(got, torch.stack([image for image, _ in wanted]), rtol=1e-4, atol=1e-5)
@@ -148,7 +150,7 @@ def test_every_lane_leaves_on_its_own(pipe: DiTPipeline) -> None:
 
 def test_a_fixed_depth_is_a_shorter_transformer(pipe: DiTPipeline) -> None:
     x, t, labels = lanes()
-    adadiff.enable_early_exit(pipe, rule="depth:2")
+    adadiff.enable_early_exit(pipe, "exit:depth=2")
     got = pipe.transformer(x, timestep=t, class_labels=labels).sample
     adadiff.disable_early_exit(pipe)
     blocks = pipe.transformer.transformer_blocks
@@ -162,43 +164,43 @@ def test_a_fixed_depth_is_a_shorter_transformer(pipe: DiTPipeline) -> None:
 
 def test_disabled_it_is_as_it_was(pipe: DiTPipeline) -> None:
     plain, forward = draw(pipe), type(pipe.transformer).forward
-    adadiff.enable_early_exit(pipe, exits(), "threshold:0.5")
+    adadiff.enable_early_exit(pipe, "exit:0.5", exits())
     assert not torch.equal(draw(pipe), plain)
     adadiff.disable_early_exit(pipe)
     assert torch.equal(draw(pipe), plain)
     assert pipe.transformer.forward.__func__ is forward
-    adadiff.enable_early_exit(pipe, exits(), "full")  # and once more
+    adadiff.enable_early_exit(pipe, "full", exits())  # and once more
 
 
 def test_the_plain_pipeline_s_report_is_kept_call_by_call(pipe: DiTPipeline) -> None:
-    record = adadiff.enable_early_exit(pipe, exits(), "depth:3")
+    record = adadiff.enable_early_exit(pipe, "exit:depth=3", exits())
     for _ in range(2):
         draw(pipe)
-    assert (record.totals.ticks, record.totals.evaluations, record.totals.blocks) == (8, 24, 72)
+    assert (record.totals.ticks, record.totals.passes, record.totals.blocks) == (8, 24, 72)
     assert record.exit_layer.tolist() == [3, 3, 3]
 
 
 def test_bad_input(pipe: DiTPipeline) -> None:
     with pytest.raises(ValueError, match="early exit is for a DiTPipeline, got object"):
-        adadiff.enable_early_exit(object())
+        adadiff.enable_early_exit(object(), "full")
     with pytest.raises(ValueError, match="reads scores; give the exits"):
-        adadiff.enable_early_exit(pipe, None, "threshold:0.5")
+        adadiff.enable_early_exit(pipe, "exit:0.5")
     theirs = DiffusersDiT(pipe.transformer)
     theirs.new_head = torch.nn.Identity
     own_heads = Exits(theirs, ExitConfig())
     with pytest.raises(ValueError, match="have heads of their own"):
-        adadiff.enable_early_exit(pipe, own_heads, "threshold:0.5")
+        adadiff.enable_early_exit(pipe, "exit:0.5", own_heads)
     theirs.blocks = theirs.blocks[:4]
     shallow = Exits(theirs, SHARED)
     with pytest.raises(ValueError, match="these exits are for 4 blocks of 24 channels, the transformer has 5"):
-        adadiff.enable_early_exit(pipe, shallow, "threshold:0.5")
+        adadiff.enable_early_exit(pipe, "exit:0.5", shallow)
     with pytest.raises(ValueError, match="is not enabled"):
         adadiff.disable_early_exit(pipe)
     with pytest.raises(ValueError, match="is not enabled"):
         adadiff.disable_early_exit(object())
-    adadiff.enable_early_exit(pipe, rule="full")
+    adadiff.enable_early_exit(pipe, "full")
     with pytest.raises(ValueError, match="enabled already"):
-        adadiff.enable_early_exit(pipe, rule="full")
+        adadiff.enable_early_exit(pipe, "full")
     x, t, _ = lanes()
     with pytest.raises(ValueError, match="takes timestep and class_labels"):
         pipe.transformer(x, timestep=t)

@@ -1,7 +1,8 @@
-"""One evaluation with exits, against blocks and heads run one sample at a time by the network's plain modules."""
+"""One forward pass with exits, against blocks and heads run one sample at a time by the network's plain modules."""
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,11 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adadiff.forward import forward as engine
-from adadiff.policies.exit_policies import BatchMean, Depth, Full, Patience, Replay, Threshold
+from adadiff.forward.forward import forward
+from adadiff.forward.options import ExecutionOptions
+from adadiff.forward.output import ForwardOutput
+from adadiff.policies.exits import BatchMean, Depth, Full, Patience, Replay, Threshold
 from adadiff.uem import OFFICIAL, PAPER
+from adadiff_kernels import LayerScores
 from numerics import assert_as_accurate
-from sampler.tiny import BATCH, case, inputs
+from sampler.tiny import BATCH, case
 
 F32, BF16 = torch.float32, torch.bfloat16
 CASES = [
@@ -25,22 +29,23 @@ CASES = [
 FLOAT32 = [param for param in CASES if param.values[2] is F32]
 
 
-def evaluate(c, rule, **options) -> engine.ForwardOutput:
-    return engine.evaluate(c.backbone, c.exits, rule, *options.pop("given", c.given).all, **options)
+def run(c, policy, group_size=None, **options) -> ForwardOutput:
+    execution = ExecutionOptions(group_size=group_size)
+    return forward(c, *options.pop("given", c.given).all, policy=policy, execution=execution, **options)
 
 
-@pytest.mark.parametrize("rule", [Full(), Threshold(1e-6), Patience(1e-6), Depth(7)], ids=str)
+@pytest.mark.parametrize("policy", [Full(), Threshold(1e-6), Patience(1e-6), Depth(7)], ids=str)
 @pytest.mark.parametrize(("kind", "config", "dtype"), CASES)
-def test_never_exiting_is_the_plain_network(kind, config, dtype, rule) -> None:
+def test_never_exiting_is_the_plain_network(kind, config, dtype, policy) -> None:
     c, exact = case(kind, config, dtype), case(kind, config, dtype, exact=True)
     plain = c.backbone(*c.given.all)[:, : c.given.x.shape[1]]
-    result = evaluate(c, rule)
-    assert result.exit_layer.tolist() == [c.layers] * BATCH
+    result = run(c, policy)
+    assert result.exit_layer.tolist() == [c.num_layers] * BATCH
     if kind == "uvit":  # the same operators on the same shapes
-        assert torch.equal(result.eps, plain)
+        assert torch.equal(result.prediction, plain)
     else:  # the sum with a gate may be one fused multiply-add
-        assert_as_accurate(result.eps, plain, exact.predictions[-1])
-    assert result.macs >= result.macs_full if rule.scored else result.macs == result.macs_full
+        assert_as_accurate(result.prediction, plain, exact.predictions[-1])
+    assert result.macs >= result.macs_full if policy.needs_scores else result.macs == result.macs_full
 
 
 @pytest.mark.parametrize("group", [1, 4, 5, 12, 13, 50])
@@ -48,8 +53,21 @@ def test_never_exiting_is_the_plain_network(kind, config, dtype, rule) -> None:
 def test_groups_change_rounding_only(kind, config, dtype, group) -> None:
     """Not bit for bit: a product over fewer rows may sum in another order."""
     c, exact = case(kind, config, dtype), case(kind, config, dtype, exact=True)
-    result = evaluate(c, Full(), group=group)
-    assert_as_accurate(result.eps, c.predictions[-1], exact.predictions[-1])
+    result = run(c, Full(), group_size=group)
+    assert_as_accurate(result.prediction, c.predictions[-1], exact.predictions[-1])
+
+
+@pytest.mark.parametrize("group", [1, 4, 5, 6])
+@pytest.mark.parametrize("policy", [Threshold(0.48), Patience(0.5)], ids=str)
+@pytest.mark.parametrize(("kind", "config"), [("uvit", PAPER), ("uvit", OFFICIAL), ("dit", PAPER), ("adaln", PAPER)])
+def test_groups_of_any_size_decide_the_same(kind, config, policy, group) -> None:
+    """Groups of equal size follow each other, and each has its own scores."""
+    c = case(kind, config, F32)
+    whole, found = (run(c, policy, group_size=size, record_scores=True) for size in (None, group))
+    assert found.exit_layer.tolist() == whole.exit_layer.tolist()
+    torch.testing.assert_close(found.scores, whole.scores, rtol=0, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(found.prediction, whole.prediction, rtol=1e-3, atol=1e-3)
+    assert len(set(whole.exit_layer.tolist())) > 1
 
 
 def patterns(layers: int) -> dict[str, list[int]]:
@@ -68,22 +86,22 @@ def patterns(layers: int) -> dict[str, list[int]]:
 def check_pattern(kind, config, dtype, exit_layer: list[int], group: int | None) -> None:
     c, exact = case(kind, config, dtype), case(kind, config, dtype, exact=True)
     wanted = torch.tensor(exit_layer)
-    result = evaluate(c, Replay(), threshold=wanted.float(), group=group)
+    result = run(c, Replay(), threshold=wanted.float(), group_size=group)
     assert result.exit_layer.tolist() == exit_layer
-    assert_as_accurate(result.eps, c.leaving(wanted), exact.leaving(wanted))
+    assert_as_accurate(result.prediction, c.exiting(wanted), exact.exiting(wanted))
 
 
 @pytest.mark.parametrize("pattern", patterns(7))
 @pytest.mark.parametrize(("kind", "config", "dtype"), CASES)
 def test_exit_at_k_is_k_blocks_and_that_head(kind, config, dtype, pattern) -> None:
-    check_pattern(kind, config, dtype, patterns(case(kind, config, dtype).layers)[pattern], None)
+    check_pattern(kind, config, dtype, patterns(case(kind, config, dtype).num_layers)[pattern], None)
 
 
 @pytest.mark.parametrize(("kind", "config"), [("uvit", PAPER), ("uvit", OFFICIAL), ("dit", PAPER), ("adaln", PAPER)])
 @settings(max_examples=20)
 @given(data=st.data(), group=st.sampled_from([None, 1, 4, 5]))
 def test_exit_at_k_for_random_patterns(kind, config, data, group) -> None:
-    layers = case(kind, config, F32).layers
+    layers = case(kind, config, F32).num_layers
     exit_layer = data.draw(st.lists(st.integers(1, layers), min_size=BATCH, max_size=BATCH))
     check_pattern(kind, config, F32, exit_layer, group)
 
@@ -107,35 +125,35 @@ def first_below(u: Tensor, threshold: Tensor) -> list[int]:
 
 @pytest.mark.parametrize("quantile", [0.05, 0.2, 0.4])
 @pytest.mark.parametrize(("kind", "config", "dtype"), FLOAT32)
-def test_leaves_at_the_first_layer_below_the_threshold(kind, config, dtype, quantile) -> None:
+def test_exits_at_the_first_layer_below_the_threshold(kind, config, dtype, quantile) -> None:
     c, exact = case(kind, config, dtype), case(kind, config, dtype, exact=True)
     threshold = between(exact.uncertainties[:-1], quantile).expand(BATCH)
     wanted = first_below(exact.uncertainties, threshold)
-    result = evaluate(c, Threshold(float(threshold[0])))
+    result = run(c, Threshold(float(threshold[0])))
     assert result.exit_layer.tolist() == wanted
     assert len(set(wanted)) > 1
     exit_layer = torch.tensor(wanted)
-    assert_as_accurate(result.eps, c.leaving(exit_layer), exact.leaving(exit_layer))
+    assert_as_accurate(result.prediction, c.exiting(exit_layer), exact.exiting(exit_layer))
 
 
-def test_thresholds_by_lane_replace_the_rules_own() -> None:
+def test_thresholds_by_lane_replace_the_policys_own() -> None:
     c, exact = case("uvit", PAPER, F32), case("uvit", PAPER, F32, exact=True)
     threshold = torch.linspace(0.05, 0.9, BATCH)
     wanted = first_below(exact.uncertainties, threshold)
-    assert evaluate(c, Threshold(0.5), threshold=threshold).exit_layer.tolist() == wanted
+    assert run(c, Threshold(0.5), threshold=threshold).exit_layer.tolist() == wanted
 
 
 @pytest.mark.parametrize(("kind", "config", "dtype"), CASES)
 def test_recorded_scores_are_the_uncertainties_of_who_was_asked(kind, config, dtype) -> None:
     c, exact = case(kind, config, dtype), case(kind, config, dtype, exact=True)
-    layers = torch.arange(1, c.layers + 1)[:, None]
-    exit_layer = torch.tensor(patterns(c.layers)["deeper and deeper"])
-    scores = evaluate(c, Replay(), threshold=exit_layer.float(), record=True).scores
-    asked = (layers <= exit_layer) & (layers < c.layers)
+    layers = torch.arange(1, c.num_layers + 1)[:, None]
+    exit_layer = torch.tensor(patterns(c.num_layers)["deeper and deeper"])
+    scores = run(c, Replay(), threshold=exit_layer.float(), record_scores=True).scores
+    asked = (layers <= exit_layer) & (layers < c.num_layers)
     assert torch.equal(scores.isnan(), ~asked)
     assert_as_accurate(scores[asked], c.uncertainties[asked], exact.uncertainties[asked])
-    assert evaluate(c, Replay(scored=False), threshold=exit_layer.float(), record=True).scores.isnan().all()
-    assert evaluate(c, Full()).scores is None
+    assert run(c, Replay(needs_scores=False), threshold=exit_layer.float(), record_scores=True).scores.isnan().all()
+    assert run(c, Full()).scores is None
 
 
 @pytest.mark.parametrize(("kind", "config", "dtype"), FLOAT32)
@@ -145,17 +163,17 @@ def test_patience_equals_the_official_loop(kind, config, dtype) -> None:
     threshold = float(between(exact.uncertainties, 0.4))
     wanted = []
     for u in exact.uncertainties.T.tolist():
-        triggers, left = 0, c.layers
+        triggers, exited = 0, c.num_layers
         for layer, value in enumerate(u[:-1], start=1):
-            if layer <= c.layers // 2:
+            if layer <= c.num_layers // 2:
                 triggers += value < threshold
                 if triggers < 2:
                     continue
             if value < threshold:
-                left = layer
+                exited = layer
                 break
-        wanted.append(left)
-    assert evaluate(c, Patience(threshold)).exit_layer.tolist() == wanted
+        wanted.append(exited)
+    assert run(c, Patience(threshold)).exit_layer.tolist() == wanted
     assert wanted != first_below(exact.uncertainties, torch.full((BATCH,), threshold))
 
 
@@ -163,16 +181,16 @@ def test_batch_mean_is_one_decision_for_all() -> None:
     c, exact = case("uvit", PAPER, F32), case("uvit", PAPER, F32, exact=True)
     means = exact.uncertainties.mean(1)  # falls under 0.5 at block 5 first
     assert means[:4].min() > 0.5 > means[4]
-    assert evaluate(c, BatchMean(0.5)).exit_layer.tolist() == [5] * BATCH
+    assert run(c, BatchMean(0.5)).exit_layer.tolist() == [5] * BATCH
 
 
-def test_tied_lanes_leave_together_by_the_larger_uncertainty() -> None:
+def test_tied_lanes_exit_together_by_the_larger_uncertainty() -> None:
     c, exact = case("uvit", PAPER, F32), case("uvit", PAPER, F32, exact=True)
     pairs = torch.tensor([9, 1, 5, 12, 4, 2, 8, 7, 6, 0, 11, 10, 3])  # 1, 4 and 7 have no partner
     together = torch.maximum(exact.uncertainties, exact.uncertainties[:, pairs])
     threshold = torch.full((BATCH,), 0.48)
     wanted = first_below(together, threshold)
-    result = evaluate(c, Threshold(0.48), pairs=pairs, record=True)
+    result = run(c, Threshold(0.48), cfg_partner=pairs, record_scores=True)
     assert result.exit_layer.tolist() == wanted
     assert wanted != first_below(exact.uncertainties, threshold)
     ran = ~result.scores.isnan()  # the record holds each lane's own
@@ -181,48 +199,48 @@ def test_tied_lanes_leave_together_by_the_larger_uncertainty() -> None:
 
 @pytest.mark.parametrize("pairs", [[1, 0], [1, 2, 0, *range(3, 13)], [13, *range(1, 13)], [-1, *range(1, 13)]], ids=str)
 def test_pairs_that_are_none_are_refused(pairs: list[int]) -> None:
-    with pytest.raises(ValueError, match="pairs"):
-        evaluate(case("uvit", PAPER, F32), Threshold(0.5), pairs=torch.tensor(pairs))
+    with pytest.raises(ValueError, match="cfg_partner"):
+        run(case("uvit", PAPER, F32), Threshold(0.5), cfg_partner=torch.tensor(pairs))
 
 
 def test_tied_lanes_share_a_threshold() -> None:
     pairs, threshold = torch.arange(BATCH), torch.full((BATCH,), 0.5)
     pairs[:2] = torch.tensor([1, 0])
     threshold[1] = 0.4
-    with pytest.raises(ValueError, match="tied"):
-        evaluate(case("uvit", PAPER, F32), Threshold(0.5), pairs=pairs, threshold=threshold)
+    with pytest.raises(ValueError, match="partners exit together"):
+        run(case("uvit", PAPER, F32), Threshold(0.5), cfg_partner=pairs, threshold=threshold)
 
 
 @pytest.mark.parametrize(("kind", "config", "dtype"), CASES)
-def test_nan_in_a_sample_never_leaves_and_never_spreads(kind, config, dtype) -> None:
+def test_nan_in_a_sample_never_exits_and_never_spreads(kind, config, dtype) -> None:
     c = case("dit_nan" if kind == "dit" else kind, config, dtype)
     hurt = c.given[torch.arange(BATCH)]
     hurt.x[4, 0, 1, 1] = math.nan
     others = torch.arange(BATCH) != 4
     threshold = float(between(c.uncertainties[:-1], 0.3))
-    result = evaluate(c, Threshold(threshold), given=hurt)
-    assert result.exit_layer[4] == c.layers
-    assert result.eps[4].isnan().any()
-    # the same rows in the same places, so the same bits for the others
-    clean = evaluate(c, Replay(), threshold=result.exit_layer.float())
-    assert torch.equal(result.eps[others], clean.eps[others])
-    assert not result.eps[others].isnan().any()
+    result = run(c, Threshold(threshold), given=hurt)
+    assert result.exit_layer[4] == c.num_layers
+    assert result.prediction[4].isnan().any()
+    # the same rows in the same slots, so the same bits for the others
+    clean = run(c, Replay(), threshold=result.exit_layer.float())
+    assert torch.equal(result.prediction[others], clean.prediction[others])
+    assert not result.prediction[others].isnan().any()
     assert len(result.exit_layer[others].unique()) > 1
 
 
-@pytest.mark.parametrize("rule", [Threshold(0.99), Patience(0.99), BatchMean(0.99)], ids=str)
-def test_nan_uncertainty_never_leaves(rule) -> None:
+@pytest.mark.parametrize("policy", [Threshold(0.99), Patience(0.99), BatchMean(0.99)], ids=str)
+def test_nan_uncertainty_never_exits(policy) -> None:
     c = case("uvit", PAPER, F32)
     exits = copy.deepcopy(c.exits)
     exits.weight[:2] = math.nan
-    result = engine.evaluate(c.backbone, exits, rule, *c.given.all)
-    first = 3 if not isinstance(rule, Patience) else 4
+    result = forward(SimpleNamespace(backbone=c.backbone, exits=exits), *c.given.all, policy=policy)
+    first = 3 if not isinstance(policy, Patience) else 4
     # blocks 1 and 2 are blind; at 3 everybody is under 0.99
     assert result.exit_layer.tolist() == [first] * BATCH
     exits.weight[:] = math.nan
-    result = engine.evaluate(c.backbone, exits, rule, *c.given.all)
-    assert result.exit_layer.tolist() == [c.layers] * BATCH
-    assert torch.equal(result.eps, c.backbone(*c.given.all))
+    result = forward(SimpleNamespace(backbone=c.backbone, exits=exits), *c.given.all, policy=policy)
+    assert result.exit_layer.tolist() == [c.num_layers] * BATCH
+    assert torch.equal(result.prediction, c.backbone(*c.given.all))
 
 
 def test_nan_in_one_lane_keeps_its_partner() -> None:
@@ -231,33 +249,35 @@ def test_nan_in_one_lane_keeps_its_partner() -> None:
     hurt.x[4] = math.nan
     pairs = torch.arange(BATCH)
     pairs[[4, 11]] = torch.tensor([11, 4])
-    exit_layer = evaluate(c, Threshold(0.99), given=hurt, pairs=pairs).exit_layer
-    assert exit_layer.tolist() == [c.layers if b in (4, 11) else 1 for b in range(BATCH)]
+    exit_layer = run(c, Threshold(0.99), given=hurt, cfg_partner=pairs).exit_layer
+    assert exit_layer.tolist() == [c.num_layers if b in (4, 11) else 1 for b in range(BATCH)]
 
 
-@pytest.mark.parametrize("rule", [Full(), Threshold(0.5), Patience(0.5), BatchMean(0.5), Depth(2.5), Replay()], ids=str)
+@pytest.mark.parametrize(
+    "policy", [Full(), Threshold(0.5), Patience(0.5), BatchMean(0.5), Depth(2.5), Replay()], ids=str
+)
 @pytest.mark.parametrize(("kind", "config", "dtype"), CASES)
-def test_no_lanes_is_no_error(kind, config, dtype, rule) -> None:
+def test_no_lanes_is_no_error(kind, config, dtype, policy) -> None:
     c = case(kind, config, dtype)
     nothing = c.given[slice(0, 0)]
-    threshold = torch.empty(0) if isinstance(rule, Replay) else None
-    result = evaluate(c, rule, given=nothing, threshold=threshold, record=True, pairs=torch.empty(0).long())
-    assert result.eps.shape == (0, *c.backbone.sample_shape)
-    assert result.eps.dtype == dtype
-    assert (result.macs, result.macs_full, result.moved, result.exit_layer.tolist()) == (0, 0, 0, [])
-    assert result.scores.shape == (c.layers, 0)
+    threshold = torch.empty(0) if isinstance(policy, Replay) else None
+    result = run(c, policy, given=nothing, threshold=threshold, record_scores=True, cfg_partner=torch.empty(0).long())
+    assert result.prediction.shape == (0, *c.backbone.sample_shape)
+    assert result.prediction.dtype == dtype
+    assert (result.macs, result.macs_full, result.rows_moved, result.exit_layer.tolist()) == (0, 0, 0, [])
+    assert result.scores.shape == (c.num_layers, 0)
 
 
 @pytest.mark.parametrize(("kind", "config", "dtype"), FLOAT32)
 def test_one_lane_moves_nothing(kind, config, dtype) -> None:
     c = case(kind, config, dtype)
-    result = evaluate(c, Replay(), given=c.given[slice(3, 4)], threshold=torch.tensor([2.0]))
-    assert result.moved == 0
-    torch.testing.assert_close(result.eps, c.predictions[1, 3:4], rtol=1e-5, atol=1e-5)
+    result = run(c, Replay(), given=c.given[slice(3, 4)], threshold=torch.tensor([2.0]))
+    assert result.rows_moved == 0
+    torch.testing.assert_close(result.prediction, c.predictions[1, 3:4], rtol=1e-5, atol=1e-5)
 
 
 def test_macs_by_hand() -> None:
-    """Lanes that leave after blocks 1, 3, 4 (the mid block), 6 and 7 of the tiny U-ViT: D = 48, T = 18."""
+    """Lanes that exit after blocks 1, 3, 4 (the mid block), 6 and 7 of the tiny U-ViT: D = 48, T = 18."""
     DD, TD = 18 * 48 * 48, 18 * 18 * 48
     plain = 3 * DD + DD + 4 * DD + 4 * DD + 2 * TD  # qkv, projection, two MLP products, attention
     skip = 2 * DD + plain
@@ -267,56 +287,28 @@ def test_macs_by_hand() -> None:
     for config, outputs in ((PAPER, 1), (OFFICIAL, 12)):
         c = case("uvit", config, F32)
         few = c.given[slice(0, 5)]
-        for scored in (True, False):
-            result = evaluate(c, Replay(scored=scored), given=few, threshold=wanted.float())
+        for needs_scores in (True, False):
+            result = run(c, Replay(needs_scores=needs_scores), given=few, threshold=wanted.float())
             # nobody is asked after the last block
-            scores = 16 * outputs * 48 * sum(min(k, 6) for k in after) if scored else 0
+            scores = 16 * outputs * 48 * sum(min(k, 6) for k in after) if needs_scores else 0
             assert result.macs == sum(after.values()) + 5 * ends + scores
             assert result.macs_full == 5 * (after[7] + ends)
 
 
 def test_depth_without_scores_computes_none(monkeypatch) -> None:
     c = case("uvit", PAPER, F32)
-    monkeypatch.setattr(type(c.exits), "score", lambda *_: pytest.fail("a score was asked for"))
+    monkeypatch.setattr(LayerScores, "__call__", lambda *_: pytest.fail("a score was asked for"))
+    monkeypatch.setattr(LayerScores, "of", lambda *_: pytest.fail("a score was asked for"))
     monkeypatch.setattr(type(c.exits), "offsets", lambda *_: pytest.fail("offsets were asked for"))
-    for rule in (Depth(3), Full(), Replay(scored=False)):
-        threshold = torch.full((BATCH,), 3.0) if isinstance(rule, Replay) else None
-        wanted = 7 if rule == Full() else 3
-        assert evaluate(c, rule, threshold=threshold).exit_layer.tolist() == [wanted] * BATCH
+    for policy in (Depth(3), Full(), Replay(needs_scores=False)):
+        threshold = torch.full((BATCH,), 3.0) if isinstance(policy, Replay) else None
+        wanted = 7 if policy == Full() else 3
+        assert run(c, policy, threshold=threshold).exit_layer.tolist() == [wanted] * BATCH
 
 
 def test_inputs_and_weights_are_left_as_they_were() -> None:
     c = case("uvit", PAPER, F32)
     before = [value.clone() for value in (*c.given.all, *c.backbone.state_dict().values())]
-    evaluate(c, Threshold(0.5), group=4)
+    run(c, Threshold(0.5), group_size=4)
     after = [*c.given.all, *c.backbone.state_dict().values()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"threshold": torch.full((BATCH - 1,), 0.5)}, "one number per lane"),
-        ({"threshold": torch.full((BATCH,), 1.0)}, "strictly between 0 and 1"),
-        ({"threshold": torch.full((BATCH,), math.nan)}, "strictly between 0 and 1"),
-        ({"group": 0}, "group"),
-        ({"group": -3}, "group"),
-    ],
-)
-def test_bad_input_is_named(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        evaluate(case("uvit", PAPER, F32), Threshold(0.5), **options)
-
-
-def test_what_cannot_be_evaluated_is_refused() -> None:
-    c = case("uvit", PAPER, F32)
-    given = inputs(c.backbone)
-    with pytest.raises(ValueError, match="no exits"):
-        engine.evaluate(c.backbone, None, Threshold(0.5), *given.all)
-    with pytest.raises(ValueError, match="'full' takes no thresholds"):
-        evaluate(c, Full(), threshold=torch.full((BATCH,), 0.5))
-    with pytest.raises(ValueError, match="threshold"):
-        evaluate(c, Replay())
-    given.x.requires_grad_()
-    with pytest.raises(ValueError, match="require grad"):
-        evaluate(c, Full(), given=given)

@@ -70,9 +70,9 @@ def test_drawn_folders_are_what_python_draws(form: str, tiny: str, tmp_path: Pat
     import adadiff
 
     out = tmp_path / form
-    line = f"sample {tiny} --out {out} --n 7 --steps 1 --rule full --labels 3,1 --format {form}"
+    line = f"sample {tiny} --out {out} --n 7 --steps 1 --policy full --class-labels 3,1 --format {form}"
     assert run(line + (" --shard 3" if form == "npz" else "")) == 0
-    images, _ = adadiff.sample(adadiff.load(tiny), 7, steps=1, labels=[3, 1, 3, 1, 3, 1, 3])
+    images, _ = adadiff.sample(adadiff.load(tiny), 7, steps=1, class_labels=[3, 1, 3, 1, 3, 1, 3])
     found = open_images(out)
     assert found.labels.tolist() == [3, 1, 3, 1, 3, 1, 3]
     expected = torch.stack([torch.from_numpy(to_pixels(image).astype(np.float32)) for image in images])[:, None]
@@ -202,6 +202,6 @@ def test_a_torn_picture_is_named_when_its_turn_comes(tmp_path: Path) -> None:
 
 def test_latents_are_no_images(tmp_path: Path) -> None:
     latents = saved(tmp_path / "latents.safetensors", config(channels=4))
-    assert run(f"sample {latents} --out {tmp_path / 'o'} --n 3 --steps 1 --rule full") == 0
+    assert run(f"sample {latents} --out {tmp_path / 'o'} --n 3 --steps 1 --policy full") == 0
     with pytest.raises(ValueError, match="holds latents; evaluation takes images"):
         open_images(tmp_path / "o")

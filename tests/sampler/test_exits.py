@@ -1,6 +1,7 @@
 """Exits in both published readings, against the modules they are described by."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,17 +12,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adadiff.config import PRESETS, ModelConfig
 from adadiff.conversion.convert import translate
-from adadiff.forward.forward import evaluate
+from adadiff.forward.all_layers import all_layers
+from adadiff.forward.forward import forward
+from adadiff.heads import HEADS
 from adadiff.model import Model
 from adadiff.models.uvit import UViT
-from adadiff.policies.exit_policies import Depth, Full, Patience, Threshold
-from adadiff.uem import DUODIFF, HEADS, OFFICIAL, PAPER, ExitConfig, Exits, all_layers
+from adadiff.policies.exits import Depth, Full, Patience, Threshold
+from adadiff.uem import DUODIFF, OFFICIAL, PAPER, ExitConfig, Exits
 from numerics import assert_as_accurate
 from sampler.adaln import AdaLN
 from sampler.tiny import BATCH, UVIT, case, inputs, plain_layers, scramble
 
 F32 = torch.float32
 CONFIGS = [ExitConfig(m, t, s) for m in (False, True) for t in (False, True, "bias") for s in (False, True)]
+
+
+def with_exits(backbone: nn.Module, exits: Exits | None) -> SimpleNamespace:
+    """What `forward` needs of a model."""
+    return SimpleNamespace(backbone=backbone, exits=exits)
 
 
 class LTE(nn.Module):
@@ -61,14 +69,14 @@ def test_official_certainties_become_uncertainties() -> None:
     theirs, backbone, exits = official()
     given = inputs(backbone)
     certainty, exact = theirs.certainties(given), theirs.double().certainties(given)
-    result = evaluate(backbone, exits, Threshold(1e-6), *given.all, record=True)
+    result = forward(with_exits(backbone, exits), *given.all, policy=Threshold(1e-6), record_scores=True)
     assert_as_accurate(result.scores[:-1], 1 - certainty[:-1], 1 - exact[:-1])
     assert certainty.std() > 0.02
 
 
 @pytest.mark.parametrize("quantile", [0.5, 0.7, 0.85])
 def test_official_exits_are_those_of_their_loop(quantile: float) -> None:
-    """Their loop for a batch of one: leave when the mean certainty exceeds it; of in-blocks, at the second time."""
+    """Their loop for a batch of one: exit when the mean certainty exceeds it; of in-blocks, at the second time."""
     theirs, backbone, exits = official()
     given = inputs(backbone)
     certainty = theirs.certainties(given)
@@ -78,15 +86,15 @@ def test_official_exits_are_those_of_their_loop(quantile: float) -> None:
     least = float(values[start:][gap : gap + 2].mean())  # in the widest gap nearby, so that rounding decides nothing
     wanted = []
     for b in range(BATCH):
-        counter, left = 0, len(certainty)
+        counter, exited = 0, len(certainty)
         for i, c in enumerate(certainty[:-1, b].tolist()):
             if c > least:
                 counter += 1
                 if i >= len(backbone.in_blocks) or counter > 1:
-                    left = i + 1
+                    exited = i + 1
                     break
-        wanted.append(left)
-    result = evaluate(backbone, exits, Patience(1 - least), *given.all)
+        wanted.append(exited)
+    result = forward(with_exits(backbone, exits), *given.all, policy=Patience(1 - least))
     assert result.exit_layer.tolist() == wanted
     assert len(set(wanted)) > 1
 
@@ -118,7 +126,7 @@ def test_parameters_are_those_the_readings_have(config: ExitConfig) -> None:
         shapes = {key: tuple(backbone.state_dict()[key].shape) for key in head}
         wanted |= {f"heads.{i}.{key}": shape for i in range(6) for key, shape in shapes.items()}
     assert {key: tuple(value.shape) for key, value in exits.state_dict().items()} == wanted
-    assert exits.macs(16) == P * 48 * 16
+    assert (exits.macs(16), exits.outputs) == (P * 48 * 16, P)
 
 
 def test_official_parameter_count_of_cifar10() -> None:
@@ -158,19 +166,21 @@ def test_offsets_are_the_time_part_in_float32(config: ExitConfig) -> None:
             torch.testing.assert_close(offsets[layer, lane].double(), want, rtol=1e-6, atol=1e-6)
 
 
-def test_a_network_without_exits_is_evaluated_in_full() -> None:
+def test_a_network_without_exits_is_run_in_full() -> None:
     c = case("uvit", PAPER, F32)
-    assert torch.equal(evaluate(c.backbone, None, Full(), *c.given.all).eps, c.backbone(*c.given.all))
+    assert torch.equal(
+        forward(with_exits(c.backbone, None), *c.given.all, policy=Full()).prediction, c.backbone(*c.given.all)
+    )
 
 
 @pytest.mark.parametrize("dtype", [F32, torch.bfloat16], ids=str)
 def test_every_token_has_a_say_where_the_exits_want_it(dtype: torch.dtype) -> None:
     c, exact = case("uvit", DUODIFF, dtype), case("uvit", DUODIFF, dtype, exact=True)
-    u = evaluate(c.backbone, c.exits, Threshold(1e-6), *c.given.all, record=True).scores
+    u = forward(c, *c.given.all, policy=Threshold(1e-6), record_scores=True).scores
     assert_as_accurate(u[:-1], c.uncertainties[:-1], exact.uncertainties[:-1])
     patches_only = case("uvit", dataclasses.replace(DUODIFF, every_token=False), dtype, exact=True).uncertainties
     assert (patches_only - exact.uncertainties).abs().median() > 1e-2
-    macs = evaluate(c.backbone, c.exits, Threshold(1e-6), *c.given.all)
+    macs = forward(c, *c.given.all, policy=Threshold(1e-6))
     assert macs.macs - macs.macs_full == BATCH * 6 * 18 * 48
 
 
@@ -238,7 +248,7 @@ def test_work_counts_the_heads_that_were_taken(kind: str) -> None:
     given = inputs(backbone)
     plain, behind = (Exits(backbone, ExitConfig(head=head)) for head in ("linear", kind))
     for depth, early in ((7.0, 0), (4.0, BATCH)):
-        a, b = (evaluate(backbone, exits, Depth(depth), *given.all) for exits in (plain, behind))
+        a, b = (forward(with_exits(backbone, exits), *given.all, policy=Depth(depth)) for exits in (plain, behind))
         assert b.macs - a.macs == early * behind.head_macs(16)
     patches = torch.randn(1, 16, 48)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # whose products it knows

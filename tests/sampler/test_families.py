@@ -44,12 +44,13 @@ def test_it_is_saved_loaded_sampled_and_served(toy: ModelConfig, tmp_path: Path)
     again = adadiff.load(tmp_path / "toy.safetensors")
     assert again.config == toy
     assert isinstance(again.backbone, Toy)
-    settings = {"steps": 3, "rule": "threshold:0.5", "guidance": 1.5, "labels": [0, 2]}
+    settings = {"steps": 3, "policy": "exit:0.5", "guidance_scale": 2.5, "class_labels": [0, 2]}
     images, report = adadiff.sample(model, 2, **settings)
     assert report.exit_layer.min() < 5
     assert torch.equal(adadiff.sample(again, 2, **settings)[0], images)
-    with adadiff.Engine(again, capacity_of(again, "1MiB"), batch_invariant=True) as engine:
-        served = engine.submit(seed=1, label=2, steps=3, rule="threshold:0.5", guidance=1.5).result()
+    execution = adadiff.ExecutionOptions(batch_invariant=True)
+    with adadiff.Engine(again, capacity_of(again, "1MiB"), execution=execution) as engine:
+        served = engine.submit(seed=1, **{**settings, "class_labels": 2}).result()
     torch.testing.assert_close(served, images[1], rtol=1e-3, atol=1e-3)
 
 

@@ -38,7 +38,7 @@ def test_any_number_of_processes_in_any_order_write_the_same(order, tiny, whole,
         assert ("wrote" in printed.out) == last
         assert ("image/s" in printed.err) == (rank == 0)
         if rank:
-            assert not re.search("^rule ", printed.out, re.MULTILINE)
+            assert not re.search("^policy ", printed.out, re.MULTILINE)
             assert printed.err == ""
     assert_equal(tmp_path, whole)
 
@@ -48,7 +48,7 @@ def launched(words: list[str]) -> None:
     subprocess.run([sys.executable, *words], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=120)
 
 
-DIGITS = "sample digits -n 23 --shard 5 --format npz --steps 4 --labels 3,1,4 --batch 4 --out"
+DIGITS = "sample digits -n 23 --shard 5 --format npz --steps 4 --class-labels 3,1,4 --policy exit:0.1 --batch 4 --out"
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_torchrun_draws_the_same_as_one_process(digits, tmp_path):
     launched(f"-m torch.distributed.run --standalone --nproc_per_node 2 -m adadiff {DIGITS} {tmp_path}".split())
     assert_equal(tmp_path, digits)
@@ -102,9 +103,9 @@ def test_ctrl_c_tells_what_is_on_disk(rank, tiny, whole, tmp_path, monkeypatch, 
         monkeypatch.setenv("WORLD_SIZE", "2")
         assert run(line(tiny, tmp_path)) == 0
         (tmp_path / "shard-00001.npz").unlink()
-        with pytest.raises(SystemExit) as leave:
+        with pytest.raises(SystemExit) as end:
             run(line(tiny, tmp_path))
-        assert leave.value.code == 130
+        assert end.value.code == 130
         assert capsys.readouterr() == ("", "")
         monkeypatch.delenv("RANK")
         monkeypatch.delenv("WORLD_SIZE")
@@ -181,7 +182,7 @@ def test_other_configurations_are_refused(tiny, copy, tmp_path, capsys):
     changes = {
         "--seed 6": "seed",
         "--shard 5": "shard",
-        "--batch 4 --labels 1": "batch, labels",
+        "--batch 4 --class-labels 1": "batch, class_labels",
         "--batch-invariant": "batch_invariant",
         "--steps 3": "steps",
         "--seed 6 --n 12": "n, seed",
@@ -201,7 +202,7 @@ def test_folders_that_hold_something_else_are_refused(tiny, copy, tmp_path, caps
     bad = {
         "{": "Expecting",
         "[3]": "has no attribute",
-        json.dumps({**manifest, "format_version": 2}): "format version is 2, this release reads 1",
+        json.dumps({**manifest, "format_version": 1}): "format version is 1, this release reads 2",
         json.dumps({**manifest, "colour": 1}): "unknown key colour",
         json.dumps({**manifest, "configuration": {"n": "7", "shard": 4}}): "n must be an integer >= 0, got '7'",
     }

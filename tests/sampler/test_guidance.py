@@ -4,20 +4,22 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from adadiff.config import PRESETS, ModelConfig
 from adadiff.diffusion.noise import initial_noise, step_noise
-from adadiff.forward.forward import ForwardOutput, evaluate
+from adadiff.forward.forward import forward, run_forward
+from adadiff.forward.options import ExecutionOptions
+from adadiff.forward.output import ForwardOutput
 from adadiff.model import Model
 from adadiff.models.dit import DiTConfig
 from adadiff.models.uvit import UViTConfig
-from adadiff.policies.exit_policies import Full
 from adadiff.sampling.batch import Batch
+from adadiff.sampling.sample_batch import SampleBatch
 from adadiff.sampling.sampler import sample
-from adadiff.sampling.samples import SampleBatch
 from adadiff.serving.engine import Engine
 from adadiff.uem import PAPER
 from sampler.tiny import SERVED, served
@@ -36,7 +38,7 @@ STEPS = 6
 def eps_of(model: Model, x: Tensor, t: float, label: int) -> Tensor:
     """The full network's prediction for one lane, float64 [C, H, W]."""
     given = x[None].float(), torch.tensor([t]).float(), torch.tensor([label])
-    return evaluate(model.backbone, None, Full(), *given).eps[0].double()
+    return forward(model, *given, policy="full").prediction[0].double()
 
 
 def grid(steps: int) -> tuple[list[float], list[float]]:
@@ -50,7 +52,7 @@ def grid(steps: int) -> tuple[list[float], list[float]]:
 def by_hand(
     model: Model, seed: int, label: int, scale: float, channels: int, interval: tuple[float, float]
 ) -> tuple[Tensor, list[bool]]:
-    """DDIM: the image in float64, and at which steps there was guidance."""
+    """DDIM: the image in float64, and at which steps there was guidance. scale: as in diffusers, 1 is none."""
     times, alpha_bar = grid(STEPS)
     x = initial_noise(torch.tensor([seed]), model.backbone.sample_shape)[0].double()
     guided = []
@@ -60,7 +62,7 @@ def by_hand(
         if guided[-1]:
             uncond = eps_of(model, x, t, 3)
             for c in range(channels):
-                eps[c] = (1 + scale) * eps[c] - scale * uncond[c]
+                eps[c] = uncond[c] + scale * (eps[c] - uncond[c])
         x0 = (x - math.sqrt(1 - alpha_bar[k]) * eps) / math.sqrt(alpha_bar[k])
         x = math.sqrt(alpha_bar[k + 1]) * x0 + math.sqrt(1 - alpha_bar[k + 1]) * eps
     return x, guided
@@ -79,30 +81,30 @@ def test_guidance_by_hand(batch_invariant: bool) -> None:
     model = served(LATENT)
     channels = [3, 4, 1, 3, 2]
     intervals = [EVER, (200.0, 700.0), (999.0, 999.0), (300.0, 301.0), (0.0, 500.0)]  # 999 is a timestep, 300 is none
-    scales, labels = [1.5, 0.7, 2.0, 1.0, 0.0], [0, 1, 2, 0, 1]
+    scales, labels = [2.5, 1.7, 3.0, 2.0, 1.0], [0, 1, 2, 0, 1]
     images, report = sample(
         model,
         5,
         steps=STEPS,
-        labels=labels,
-        guidance=scales,
+        class_labels=labels,
+        guidance_scale=scales,
         guidance_interval=torch.tensor(intervals),
         guided_channels=channels,
         batch=3,
-        batch_invariant=batch_invariant,
+        execution=ExecutionOptions(batch_invariant=batch_invariant),
     )
     for i in range(5):
         wanted, guided = by_hand(model, i, labels[i], scales[i], channels[i], intervals[i])
         assert_close(images[i], wanted)
-        runs = [scales[i] != 0 and on for on in guided]
+        runs = [scales[i] != 1 and on for on in guided]
         assert (report.exit_layer[:, i, 1] > 0).tolist() == runs
-    assert (report.exit_layer[:, :, 0] == model.layers).all()
+    assert (report.exit_layer[:, :, 0] == model.num_layers).all()
 
 
 def test_each_family_guides_what_it_was_published_with() -> None:
     """U-ViT all channels (eval_ldm_discrete.py), DiT the first three (models.py): config.guided_channels."""
     assert PRESETS["imagenet256_uvit_huge"].guided_channels is None
-    settings = {"steps": 3, "labels": [1], "guidance": 1.5}
+    settings = {"steps": 3, "class_labels": [1], "guidance_scale": 2.5}
     three = sample(served(LATENT), 1, **settings)[0]
     every = sample(served(replace(LATENT, guided_channels=None)), 1, **settings)[0]
     assert torch.equal(three, sample(served(LATENT), 1, guided_channels=3, **settings)[0])
@@ -111,12 +113,12 @@ def test_each_family_guides_what_it_was_published_with() -> None:
 
 
 def lanes_of(call: Callable[[Callable[..., ForwardOutput]], object]) -> list[int]:
-    """The lanes of every evaluation that `call` makes with the function it is given."""
+    """The lanes of every forward pass that `call` makes with the function it is given."""
     calls = []
 
     def counted(*args: object, **options: object) -> ForwardOutput:
-        calls.append(len(args[3]))
-        return evaluate(*args, **options)
+        calls.append(len(args[1]))
+        return run_forward(*args, **options)
 
     call(counted)
     return calls
@@ -128,18 +130,18 @@ def test_no_lane_is_run_for_guidance_that_is_not_there(tied: bool) -> None:
     intervals = torch.tensor([[700.0, 1000.0], [-1.0, 499.0], [600.0, 610.0]])
 
     def run(counted: Callable[..., ForwardOutput]) -> None:
-        batch = Batch(served(LATENT), 3, evaluate=counted)
+        batch = Batch(served(LATENT), 3, forward=counted)
         samples = SampleBatch.of(
             served(LATENT),
             3,
             steps=STEPS,
-            labels=[0, 1, 2],
-            guidance=1.0,
+            class_labels=[0, 1, 2],
+            guidance_scale=2.0,
             guidance_interval=intervals,
             tied=tied,
-            rule="threshold:0.5",
+            policy="exit:0.5",
         )
-        batch.admit(samples, torch.arange(3))
+        batch.admit(samples, np.arange(3))
         while batch.count:
             batch.take(batch.tick().done)
 
@@ -154,10 +156,12 @@ def test_an_engine_takes_these_settings_by_request() -> None:
         {"guidance_interval": (-math.inf, 400.0)},
         {},
     ]
-    with Engine(model, 5, start=False) as engine:
-        handles = [engine.submit(seed=i, steps=STEPS, label=i, guidance=1.2, **own) for i, own in enumerate(asked)]
+    with Engine(model, 5, threaded=False) as engine:
+        handles = [
+            engine.submit(seed=i, steps=STEPS, class_labels=i, guidance_scale=2.2, **own) for i, own in enumerate(asked)
+        ]
     for i, (handle, own) in enumerate(zip(handles, asked, strict=True)):
-        wanted, _ = by_hand(model, i, i, 1.2, own.get("guided_channels", 3), own.get("guidance_interval", EVER))
+        wanted, _ = by_hand(model, i, i, 2.2, own.get("guided_channels", 3), own.get("guidance_interval", EVER))
         assert_close(handle.result(0), wanted)
 
 
@@ -171,9 +175,9 @@ def learned(t: Tensor) -> Tensor:
 
 def with_variance(*args: object, **options: object) -> ForwardOutput:
     """As a network with 2C outputs: some lanes' variance is NaN, those of the null class, which nobody may read."""
-    result = evaluate(*args, **options)
-    variance = learned(args[4]).expand_as(result.eps).clone()
-    variance[args[5] == 3] = math.nan
+    result = run_forward(*args, **options)
+    variance = learned(args[2]).expand_as(result.prediction).clone()
+    variance[args[3] == 3] = math.nan
     return replace(result, variance=variance)
 
 
@@ -183,28 +187,29 @@ def test_ancestral_steps_take_the_variance_of_the_conditional_lane(variance: str
     """Improved diffusion: ln of the variance is f ln beta + (1 - f) ln of the posterior's, f = (v + 1) / 2."""
     model, counts = served(LATENT), [3, 6, 5]  # at different times, so that lanes are put into another order
     solver = "ddpm" if variance is None else f"ddpm:variance={variance}"
-    batch = Batch(model, 3, batch_invariant=batch_invariant, evaluate=with_variance)
+    execution = ExecutionOptions(batch_invariant=batch_invariant)
+    batch = Batch(model, 3, execution=execution, forward=with_variance)
     samples = SampleBatch.of(
         model,
         3,
         steps=counts,
         solver=solver,
-        labels=[0, 1, 2],
-        guidance=[0.0, 1.5, 0.5],
-        rule="threshold:0.000001",
+        class_labels=[0, 1, 2],
+        guidance_scale=[1.0, 2.5, 1.5],
+        policy="exit:0.000001",
     )
-    places = batch.admit(samples, torch.arange(3))
+    slots = batch.admit(samples, np.arange(3))
     for _ in range(max(counts)):
         tick = batch.tick()
         assert not tick.failed
-    images = batch.take(places)
-    for i, scale in enumerate((0.0, 1.5, 0.5)):
+    images = batch.take(slots)
+    for i, scale in enumerate((1.0, 2.5, 1.5)):
         seed, (times, alpha_bar) = torch.tensor([i]), grid(counts[i])
         x = initial_noise(seed, model.backbone.sample_shape)[0].double()
         for k, t in enumerate(times):
             a, after = alpha_bar[k], alpha_bar[k + 1]
             eps, uncond = eps_of(model, x, t, i), eps_of(model, x, t, 3)
-            eps[:3] += scale * (eps[:3] - uncond[:3])
+            eps[:3] = uncond[:3] + scale * (eps[:3] - uncond[:3])
             beta = 1 - a / after
             x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
             mean = (math.sqrt(after) * beta * x0 + math.sqrt(1 - beta) * (1 - after) * x) / (1 - a)
@@ -222,8 +227,8 @@ def test_dit_is_sampled_as_published() -> None:
     steps (DiT, models.py and gaussian_diffusion.py)."""
     network = DiTConfig(image_size=4, channels=4, patch=2, dim=16, depth=3, heads=2, num_classes=4)
     model = served(ModelConfig(network, "linear", null_label=3, guided_channels=3))
-    steps, scale, labels = 9, 1.5, torch.tensor([0, 2])
-    settings = {"steps": steps, "solver": "ddpm:spacing=respaced", "labels": labels.tolist(), "guidance": scale}
+    steps, scale, labels = 9, 2.5, torch.tensor([0, 2])
+    settings = {"steps": steps, "solver": "ddpm:spacing=respaced", "class_labels": labels, "guidance_scale": scale}
     images, _ = sample(model, 2, **settings)
 
     beta = torch.tensor([1e-4 + k * (0.02 - 1e-4) / 999 for k in range(1000)], dtype=torch.float64)
@@ -235,7 +240,7 @@ def test_dit_is_sampled_as_published() -> None:
         halves = torch.cat([x, x]).float(), torch.full((4,), float(t)), torch.cat([labels, torch.tensor([3, 3])])
         out = model.backbone(*halves).double()
         three, rest = out[:, :3], out[:2, 3:]
-        eps = torch.cat([three[2:] + (1 + scale) * (three[:2] - three[2:]), rest[:, :1]], 1)
+        eps = torch.cat([three[2:] + scale * (three[:2] - three[2:]), rest[:, :1]], 1)
         own = 1 - a / after
         x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
         x = (math.sqrt(after) * own * x0 + math.sqrt(1 - own) * (1 - after) * x) / (1 - a)
@@ -250,18 +255,17 @@ def test_dit_is_sampled_as_published() -> None:
 
 def test_deterministic_steps_do_not_read_it() -> None:
     def nan(*args: object, **options: object) -> ForwardOutput:
-        result = evaluate(*args, **options)
-        return replace(result, variance=torch.full_like(result.eps, math.nan))
+        result = run_forward(*args, **options)
+        return replace(result, variance=torch.full_like(result.prediction, math.nan))
 
     images = []
-    for call in (evaluate, nan):
-        batch = Batch(served(LATENT), 2, evaluate=call)
-        places = batch.admit(
-            SampleBatch.of(served(LATENT), 2, steps=3, solver="dpm++2m", labels=[0, 1]), torch.arange(2)
-        )
+    for call in (run_forward, nan):
+        batch = Batch(served(LATENT), 2, forward=call)
+        samples = SampleBatch.of(served(LATENT), 2, steps=3, solver="dpm++2m", class_labels=[0, 1])
+        slots = batch.admit(samples, np.arange(2))
         for _ in range(3):
             batch.tick()
-        images.append(batch.take(places))
+        images.append(batch.take(slots))
     assert torch.equal(*images)
 
 
@@ -269,10 +273,10 @@ def test_deterministic_steps_do_not_read_it() -> None:
 
 
 @pytest.mark.parametrize("solver", ["dpm-fast", "dpm++fast"])
-def test_start_images_begin_with_a_whole_step(solver: str) -> None:
+def test_initial_images_begin_with_a_whole_step(solver: str) -> None:
     """Orders 3, 3, 2 at 8 evaluations: strength 0.5 asks for row 4, which lies within the step that begins at 3."""
-    start = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    settings = {"steps": 8, "solver": solver, "labels": [0, 1], "start": start}
+    images = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    settings = {"steps": 8, "solver": solver, "class_labels": [0, 1], "init_image": images}
     images, report = sample(served(), 2, strength=[0.5, 0.25], **settings)
     assert (report.exit_layer[:, :, 0] > 0).tolist() == [[False, False]] * 3 + [[True, False]] * 3 + [[True, True]] * 2
     same = sample(served(), 2, strength=[5 / 8, 2 / 8], **settings)[0]
@@ -298,7 +302,7 @@ def test_start_images_begin_with_a_whole_step(solver: str) -> None:
 )
 def test_bad_input_is_named_before_any_work(config: ModelConfig, settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        sample(served(config), 2, labels=[0, 1], guidance=1.0, **settings)
+        sample(served(config), 2, class_labels=[0, 1], guidance_scale=2.0, **settings)
 
 
 def test_bad_configurations() -> None:

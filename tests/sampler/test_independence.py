@@ -1,6 +1,6 @@
 """A sample does not depend on its batch-mates, their order or its place.
 
-The engine promises this bit for bit where every product does. Products of this machine's libraries round by the
+The package promises this bit for bit where every product does. Products of this machine's libraries round by the
 number of their rows, so `alone` runs each of them lane by lane; without it, decisions may differ close to the
 threshold, images are compared under replayed exits, and an injected rounding shows that the tests can fail.
 """
@@ -13,8 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from adadiff.forward.forward import ForwardOutput, evaluate
-from adadiff.policies.exit_policies import Patience, Replay, Rule, Threshold
+from adadiff.forward.forward import forward
+from adadiff.forward.options import ExecutionOptions
+from adadiff.forward.output import ForwardOutput
+from adadiff.policies.exits import Patience, Replay, Threshold
+from adadiff.policies.interface import ExitPolicy
 from adadiff.uem import OFFICIAL, PAPER, ExitConfig
 from sampler.tiny import BATCH, case
 
@@ -35,31 +38,30 @@ def spread(kind: str, config: ExitConfig) -> Tensor:
 def run(
     kind: str,
     config: ExitConfig,
-    rule: Rule,
+    policy: ExitPolicy,
     lanes: Tensor,
-    group: int | None = None,
+    group_size: int | None = None,
     thresholds: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> ForwardOutput:
     c = case(kind, config, dtype)
     thresholds = spread(kind, config) if thresholds is None else thresholds
-    return evaluate(
-        c.backbone, c.exits, rule, *c.given[lanes].all, threshold=thresholds[lanes], group=group, record=True
-    )
+    options = {"execution": ExecutionOptions(group_size=group_size), "record_scores": True}
+    return forward(c, *c.given[lanes].all, policy=policy, threshold=thresholds[lanes], **options)
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("rule", [Threshold(0.5), Patience(0.5)], ids=["threshold", "patience"])
+@pytest.mark.parametrize("policy", [Threshold(0.5), Patience(0.5)], ids=["threshold", "patience"])
 @pytest.mark.parametrize(("kind", "config"), NETWORKS)
 @settings(max_examples=6)
-@given(lanes=st.permutations(range(BATCH)), n=st.integers(1, BATCH), group=st.sampled_from([None, 1, 4, 5]))
-def test_bit_for_bit_among_any_mates_in_any_order(kind, config, rule, lanes, n, group) -> None:
+@given(lanes=st.permutations(range(BATCH)), n=st.integers(1, BATCH), group_size=st.sampled_from([None, 1, 4, 5]))
+def test_bit_for_bit_among_any_mates_in_any_order(kind, config, policy, lanes, n, group_size) -> None:
     lanes = torch.tensor(lanes[:n])
-    everybody = run(kind, config, rule, torch.arange(BATCH))
+    everybody = run(kind, config, policy, torch.arange(BATCH))
     assert len(everybody.exit_layer.unique()) >= 3
-    some = run(kind, config, rule, lanes, group)
+    some = run(kind, config, policy, lanes, group_size)
     assert torch.equal(some.exit_layer, everybody.exit_layer[lanes])
-    assert torch.equal(some.eps, everybody.eps[lanes])
+    assert torch.equal(some.prediction, everybody.prediction[lanes])
     assert torch.equal(some.scores.nan_to_num(-1), everybody.scores[:, lanes].nan_to_num(-1))
 
 
@@ -70,7 +72,7 @@ def test_bit_for_bit_alone(kind, config) -> None:
     for lane in range(BATCH):
         one = run(kind, config, Threshold(0.5), torch.tensor([lane]))
         assert one.exit_layer[0] == everybody.exit_layer[lane]
-        assert torch.equal(one.eps[0], everybody.eps[lane])
+        assert torch.equal(one.prediction[0], everybody.prediction[lane])
 
 
 @pytest.mark.usefixtures("alone")
@@ -83,17 +85,17 @@ def test_bit_for_bit_whatever_the_mates_do(kind, config) -> None:
         draw = torch.Generator().manual_seed(seed)
         x, t = torch.randn(c.given.x.shape, generator=draw), torch.rand(BATCH, generator=draw) * 999
         context, thresholds = torch.randint(4, (BATCH,), generator=draw), torch.rand(BATCH, generator=draw)
-        place = [0, 5, 12][seed]
+        slot = [0, 5, 12][seed]
         for mine, theirs in (
             (x, c.given.x),
             (t, c.given.t),
             (context, c.given.context),
             (thresholds, spread(kind, config)),
         ):
-            mine[place] = theirs[6]
-        result = evaluate(c.backbone, c.exits, Threshold(0.5), x, t, context, threshold=thresholds)
-        assert result.exit_layer[place] == alone.exit_layer[0]
-        assert torch.equal(result.eps[place], alone.eps[0])
+            mine[slot] = theirs[6]
+        result = forward(c, x, t, context, policy=Threshold(0.5), threshold=thresholds)
+        assert result.exit_layer[slot] == alone.exit_layer[0]
+        assert torch.equal(result.prediction[slot], alone.prediction[0])
 
 
 @pytest.fixture
@@ -117,22 +119,22 @@ def test_rounding_by_rows_is_seen(kind, config) -> None:
     exit_layer = torch.full((BATCH,), 3.0)
     everybody = run(kind, config, Replay(), torch.arange(BATCH), thresholds=exit_layer)
     half = run(kind, config, Replay(), torch.arange(6), thresholds=exit_layer)
-    assert not torch.equal(half.eps, everybody.eps[:6])
+    assert not torch.equal(half.prediction, everybody.prediction[:6])
     assert not torch.equal(half.scores[:2], everybody.scores[:2, :6])
 
 
 def flips(kind: str, config: ExitConfig, dtype: torch.dtype, bound: float, images: float) -> int:
     """Runs lanes alone and together with every threshold at a u of its own lane, where rounding decides.
 
-    Returns the number of lanes that then leave elsewhere; checks that none does unless |u - threshold| <= bound, and
+    Returns the number of lanes that then exit elsewhere; checks that none does unless |u - threshold| <= bound, and
     that under replayed exits no prediction differs by more than `images`.
     """
-    L = case(kind, config, dtype).layers
+    L = case(kind, config, dtype).num_layers
     lanes, singles = torch.arange(BATCH), [torch.tensor([b]) for b in range(BATCH)]
 
-    def both(rule: Rule, thresholds: Tensor) -> tuple[list[ForwardOutput], ForwardOutput]:
+    def both(policy: ExitPolicy, thresholds: Tensor) -> tuple[list[ForwardOutput], ForwardOutput]:
         options = {"thresholds": thresholds, "dtype": dtype}
-        return [run(kind, config, rule, b, **options) for b in singles], run(kind, config, rule, lanes, **options)
+        return [run(kind, config, policy, b, **options) for b in singles], run(kind, config, policy, lanes, **options)
 
     u = torch.cat([one.scores for one in both(Replay(), torch.full((BATCH,), float(L)))[0]], 1)
     count = 0
@@ -146,7 +148,7 @@ def flips(kind: str, config: ExitConfig, dtype: torch.dtype, bound: float, image
             count += 1
         replayed = run(kind, config, Replay(), lanes, thresholds=exits.float(), dtype=dtype)
         assert torch.equal(replayed.exit_layer, exits)
-        assert (replayed.eps - torch.cat([one.eps for one in alone])).abs().max() <= images
+        assert (replayed.prediction - torch.cat([one.prediction for one in alone])).abs().max() <= images
     return count
 
 

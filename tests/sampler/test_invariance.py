@@ -17,13 +17,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adadiff.forward.forward import ForwardOutput, evaluate
+from adadiff.forward.forward import forward
 from adadiff.forward.lane_by_lane import lane_by_lane
-from adadiff.policies.exit_policies import Depth, Full, Patience, Replay, Rule, Threshold
+from adadiff.forward.options import ExecutionOptions
+from adadiff.forward.output import ForwardOutput
+from adadiff.policies.exits import Depth, Full, Patience, Replay, Threshold
+from adadiff.policies.interface import ExitPolicy
 from adadiff.sampling import batch
 from adadiff.sampling.sampler import sample
 from adadiff.serving.engine import Engine, Handle
 from adadiff.uem import OFFICIAL, PAPER, ExitConfig
+from adadiff_kernels import Noise
+from adadiff_kernels.solver_step import reference
 from sampler.tiny import BATCH, alone, case, requests, served
 
 NETWORKS = [
@@ -78,24 +83,30 @@ def spread(kind: str, config: ExitConfig) -> Tensor:
     return u.flatten().quantile(torch.linspace(0.02, 0.6, BATCH))[torch.arange(BATCH) * 5 % BATCH]
 
 
-def run(kind: str, config: ExitConfig, lanes: Tensor, rule: Rule | None = None, **options: object) -> ForwardOutput:
-    """These lanes by themselves: each with a threshold of its own, and every third with another rule."""
+def run(
+    kind: str, config: ExitConfig, lanes: Tensor, policy: ExitPolicy | None = None, batch_invariant: bool = True
+) -> ForwardOutput:
+    """These lanes by themselves: each with a threshold of its own, and every third with another policy."""
     c = case(kind, config, torch.float32)
-    threshold, which = spread(kind, config), torch.arange(BATCH) % 3
-    rules, thresholds = [Threshold(0.5), Patience(0.5), Depth(3.5)], threshold.where(which < 2, 1.0 + which)
-    if rule is not None:
-        rules, thresholds, which = [rule], torch.arange(BATCH) % c.layers + 1.0, None
-    options = {"batch_invariant": True, "record": True, **options}
-    which = None if which is None else which[lanes]
-    return evaluate(
-        c.backbone, c.exits, rules, *c.given[lanes].all, which=which, threshold=thresholds[lanes], **options
+    threshold, index = spread(kind, config), torch.arange(BATCH) % 3
+    policies, thresholds = [Threshold(0.5), Patience(0.5), Depth(3.5)], threshold.where(index < 2, 1.0 + index)
+    if policy is not None:
+        policies, thresholds, index = [policy], torch.arange(BATCH) % c.num_layers + 1.0, None
+    return forward(
+        c,
+        *c.given[lanes].all,
+        policy=policies,
+        policy_index=None if index is None else index[lanes],
+        threshold=thresholds[lanes],
+        execution=ExecutionOptions(batch_invariant=batch_invariant),
+        record_scores=True,
     )
 
 
 def same(some: ForwardOutput, everybody: ForwardOutput, lanes: Tensor) -> bool:
     return (
         torch.equal(some.exit_layer, everybody.exit_layer[lanes])
-        and torch.equal(some.eps, everybody.eps[lanes])
+        and torch.equal(some.prediction, everybody.prediction[lanes])
         and torch.equal(some.scores.nan_to_num(-1), everybody.scores[:, lanes].nan_to_num(-1))
     )
 
@@ -105,7 +116,7 @@ def same(some: ForwardOutput, everybody: ForwardOutput, lanes: Tensor) -> bool:
 @pytest.mark.parametrize(("kind", "config"), NETWORKS)
 @settings(max_examples=3)
 @given(lanes=st.permutations(range(BATCH)), n=st.integers(1, BATCH))
-def test_an_evaluation_is_the_same_bits_among_any_mates(kind, config, lanes, n) -> None:
+def test_a_forward_pass_is_the_same_bits_among_any_mates(kind, config, lanes, n) -> None:
     everybody = run(kind, config, torch.arange(BATCH))
     assert len(everybody.exit_layer.unique()) >= 3
     assert same(run(kind, config, torch.tensor(lanes[:n])), everybody, torch.tensor(lanes[:n]))
@@ -125,38 +136,40 @@ def test_an_evaluation_is_the_same_bits_among_any_mates(kind, config, lanes, n) 
     indirect=["products"],
 )
 @pytest.mark.usefixtures("products")
-def test_without_the_mode_an_evaluation_is_not(kind, config) -> None:
+def test_without_the_mode_a_forward_pass_is_not(kind, config) -> None:
     """The comparison fails where products are not the same in any batch, so it can fail."""
     lanes = torch.arange(6)
-    mode = {"batch_invariant": False, "rule": Replay()}
+    mode = {"batch_invariant": False, "policy": Replay()}
     assert not same(run(kind, config, lanes, **mode), run(kind, config, torch.arange(BATCH), **mode), lanes)
 
 
 @pytest.mark.parametrize(("kind", "config"), NETWORKS)
 def test_the_mode_changes_rounding_only(kind, config) -> None:
     c, lanes = case(kind, config, torch.float32), torch.arange(BATCH)
-    for rule in (Replay(), Full()):
-        threshold = None if rule == Full() else lanes % c.layers + 1.0
+    for policy in (Replay(), Full()):
+        threshold = None if policy == Full() else lanes % c.num_layers + 1.0
+        given = {"policy": policy, "threshold": threshold, "record_scores": True}
         usual, invariant = (
-            evaluate(c.backbone, c.exits, rule, *c.given.all, threshold=threshold, record=True, batch_invariant=mode)
+            forward(c, *c.given.all, **given, execution=ExecutionOptions(batch_invariant=mode))
             for mode in (False, True)
         )
         assert torch.equal(invariant.exit_layer, usual.exit_layer)
-        assert (invariant.macs, invariant.macs_full, invariant.moved) == (usual.macs, usual.macs_full, usual.moved)
-        torch.testing.assert_close(invariant.eps, usual.eps, rtol=0, atol=2e-5)
+        assert (invariant.macs, invariant.macs_full) == (usual.macs, usual.macs_full)
+        assert invariant.rows_moved == usual.rows_moved
+        torch.testing.assert_close(invariant.prediction, usual.prediction, rtol=0, atol=2e-5)
         torch.testing.assert_close(invariant.scores, usual.scores, rtol=0, atol=5e-6, equal_nan=True)
 
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The arithmetic between two evaluations, too, is off by how many samples it is done for."""
-    step, noise, first, guide = batch.solver_step, batch.step_noise, batch.initial_noise, batch.guide
+    """The arithmetic between two forward passes, too, is off by how many samples it is done for."""
+    step, first, draw, guide = batch.solver_step, batch.initial_noise, Noise.draw, reference.guide
     monkeypatch.setattr(
         batch, "solver_step", lambda state, eps, *rest, **z: step(state, eps * off(len(eps)), *rest, **z)
     )
-    monkeypatch.setattr(batch, "step_noise", lambda seeds, *rest: noise(seeds, *rest) * off(len(seeds)))
     monkeypatch.setattr(batch, "initial_noise", lambda seeds, *rest: first(seeds, *rest) * off(len(seeds)))
-    monkeypatch.setattr(batch, "guide", lambda cond, *rest: guide(cond, *rest) * off(len(cond)))
+    monkeypatch.setattr(Noise, "draw", lambda self, *rest: draw(self, *rest) * off(len(self.seeds)))
+    monkeypatch.setattr(reference, "guide", lambda cond, *rest: guide(cond, *rest) * off(len(cond)))
 
 
 @pytest.fixture
@@ -214,14 +227,15 @@ def test_a_lane_that_fails_stops_the_others() -> None:
 
 def serve(capacity: int, draw: random.Random, batch_invariant: bool = True) -> list[Handle]:
     """All requests in some order, with ticks between their arrivals, and others who come and go at any tick."""
-    engine = Engine(served(), capacity, start=False, batch_invariant=batch_invariant)
+    execution = ExecutionOptions(batch_invariant=batch_invariant)
+    engine = Engine(served(), capacity, threaded=False, execution=execution)
     handles: list[Handle | None] = [None] * len(REQUESTS)
     passing: list[Handle] = []
     for i in draw.sample(range(len(REQUESTS)), len(REQUESTS)):
-        if REQUESTS[i].get("guidance") is None or capacity > 1:
+        if REQUESTS[i].get("guidance_scale") is None or capacity > 1:
             handles[i] = engine.submit(**REQUESTS[i], priority=draw.randrange(2))
         if draw.random() < 0.3:
-            passing.append(engine.submit(seed=draw.randrange(2**31), steps=9, rule="threshold:0.5"))
+            passing.append(engine.submit(seed=draw.randrange(2**31), steps=9, policy="exit:0.5"))
         for _ in range(draw.randrange(3)):
             engine.step()
         if passing and draw.random() < 0.3:
@@ -257,7 +271,7 @@ def test_requests_are_the_same_bits_in_any_company() -> None:
 
 
 @pytest.mark.usefixtures("steps")
-def test_requests_are_the_same_bits_whatever_is_done_between_evaluations() -> None:
+def test_requests_are_the_same_bits_whatever_is_done_between_forward_passes() -> None:
     the_same_bits_in_any_company()
 
 
@@ -270,10 +284,11 @@ def test_without_the_mode_requests_are_not() -> None:
 
 
 def test_one_among_sixty_three_others() -> None:
-    engine = Engine(served(), 128, start=False, batch_invariant=True)
+    engine = Engine(served(), 128, threaded=False, execution=ExecutionOptions(batch_invariant=True))
     crowd = requests(63, seed=33)
     others = [engine.submit(**request) for request in crowd[:40]]
-    mine = {"seed": 5, "steps": 5, "solver": "dpm++2m", "rule": "patience:0.6", "label": 1, "guidance": 1.0}
+    mine = {"seed": 5, "steps": 5, "solver": "dpm++2m", "policy": "exit:patience=0.6"}
+    mine |= {"class_labels": 1, "guidance_scale": 2.0}
     handle = engine.submit(**mine)
     others += [engine.submit(**request) for request in crowd[40:]]
     engine.step()
@@ -285,21 +300,22 @@ def test_one_among_sixty_three_others() -> None:
 
 
 def test_a_run_of_many_samples_is_the_same_bits_in_any_batch() -> None:
+    execution = ExecutionOptions(batch_invariant=True)
     settings = {
         "steps": [3, 1, 4, 2, 5],
         "solver": "dpm++2m",
-        "rule": "threshold:0.5",
-        "seeds": [5, 6, 7, 8, 9],
-        "labels": [0, 1, 2, 0, 1],
-        "guidance": [0.0, 1.0, 0.0, 2.0, 0.5],
+        "policy": "exit:0.5",
+        "seed": [5, 6, 7, 8, 9],
+        "class_labels": [0, 1, 2, 0, 1],
+        "guidance_scale": [1.0, 2.0, 1.0, 3.0, 1.5],
     }
-    whole, report = sample(served(), 5, batch=5, batch_invariant=True, **settings)
+    whole, report = sample(served(), 5, batch=5, execution=execution, **settings)
     for size in (1, 2, 3):
-        images, other = sample(served(), 5, batch=size, batch_invariant=True, **settings)
+        images, other = sample(served(), 5, batch=size, execution=execution, **settings)
         assert torch.equal(images, whole)
         assert torch.equal(other.exit_layer, report.exit_layer)
-    image, _ = alone({"seed": 8, "label": 0, "guidance": 2.0, "steps": 2, "solver": "dpm++2m", "rule": "threshold:0.5"})
-    assert torch.equal(image, whole[3])
+    own = {"seed": 8, "class_labels": 0, "guidance_scale": 3.0, "steps": 2, "solver": "dpm++2m", "policy": "exit:0.5"}
+    assert torch.equal(alone(own)[0], whole[3])
 
 
 @pytest.mark.parametrize("capacity", [2, 3, 64])
@@ -312,6 +328,6 @@ def test_without_the_mode_images_are_close_where_nobody_decides_by_rounding(capa
         if torch.equal(handle.report.exit_layer[:, 0], exit_layer):
             torch.testing.assert_close(handle.result(0), image, rtol=1e-3, atol=1e-3 * float(image.abs().max()))
         else:
-            assert request["rule"].startswith(("threshold", "patience"))
+            assert request["policy"].startswith(("exit:0.", "exit:patience"))
             turned += 1
     assert turned <= 2

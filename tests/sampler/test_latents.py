@@ -83,7 +83,7 @@ def test_sample_decodes_with_the_scale_of_the_model(tmp_path: Path, capsys: pyte
     tiny().save_pretrained(tmp_path / "vae")
     config = replace(shell.config(channels=4), latent_scale=0.3)
     model = shell.saved(tmp_path / "model.safetensors", config)
-    line = f"sample {model} --n 3 --steps 2 --rule full --batch 2 --decoder {tmp_path / 'vae'}"
+    line = f"sample {model} --n 3 --steps 2 --policy full --batch 2 --decoder {tmp_path / 'vae'}"
     assert shell.run(f"{line} --out {tmp_path / 'out'}") == 0
     drawn, _ = adadiff.sample(adadiff.load(model), 3, steps=2)
     for slot, image in enumerate(decode(drawn, tiny(), 0.3)):

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from adadiff.diffusion.schedules import NoiseSchedule
+from adadiff.forward.all_layers import all_layers
 from adadiff.models.layers import patchify
 from adadiff.models.uvit import UViT
 from adadiff.training.losses import (
@@ -20,7 +21,7 @@ from adadiff.training.losses import (
     relative_loss,
     supervised_loss,
 )
-from adadiff.uem import ExitConfig, Exits, all_layers
+from adadiff.uem import ExitConfig, Exits
 from sampler.tiny import UVIT, inputs, scramble
 
 L, B, C, SIDE, PATCH = 3, 5, 3, 8, 2

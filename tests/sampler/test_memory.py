@@ -4,22 +4,25 @@ import dataclasses
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from adadiff.config import ModelConfig
-from adadiff.forward.forward import evaluate, group_size
+from adadiff.forward.forward import forward
+from adadiff.forward.options import ExecutionOptions
+from adadiff.forward.structure import structure_of
 from adadiff.model import Model
 from adadiff.models.uvit import UViTConfig
-from adadiff.policies.exit_policies import Full, Replay
+from adadiff.policies.exits import Full, Replay
 from adadiff.sampling import capacity as memory
 from adadiff.sampling.batch import Batch
 from adadiff.sampling.capacity import capacity_of, lane_bytes, peak_bytes
-from adadiff.sampling.samples import SampleBatch
+from adadiff.sampling.sample_batch import SampleBatch
 from adadiff.serving.engine import Engine
 from adadiff.uem import OFFICIAL, PAPER, ExitConfig
-from sampler.tiny import UVIT, as_samples, served
+from sampler.tiny import UVIT, served
 
 TEXT = UViTConfig(8, 3, 2, 48, 6, 3, context_tokens=7, context_dim=33)
 MODELS = {
@@ -40,29 +43,31 @@ def model(name: str) -> Model:
     return Model(config).requires_grad_(False).eval().to(dtype)
 
 
-def evaluation(made: Model, n: int, exit_layer: list[int] | None) -> int:
-    """Peak bytes of an evaluation of n lanes, which leave after the blocks given, in turn."""
+def forward_pass(made: Model, n: int, exit_layer: list[int] | None) -> int:
+    """Peak bytes of a forward pass of n lanes, which exit after the blocks given, in turn."""
     network = made.config.network
     context = torch.zeros(n, dtype=torch.int64)
     if network.context_tokens:
         context = torch.zeros(n, network.context_tokens, network.context_dim)
     x, t = torch.zeros(n, *made.backbone.sample_shape), torch.zeros(n)
-    rule, threshold = Full(), None
+    policy, threshold = Full(), None
     if exit_layer is not None and made.exits is not None:
-        rule, threshold = Replay(), torch.tensor([float(exit_layer[i % len(exit_layer)]) for i in range(n)])
-    return peak_bytes(lambda: evaluate(made.backbone, made.exits, rule, x, t, context, threshold=threshold))
+        policy, threshold = Replay(), torch.tensor([float(exit_layer[i % len(exit_layer)]) for i in range(n)])
+    return peak_bytes(lambda: forward(made, x, t, context, policy=policy, threshold=threshold))
 
 
 def serving(made: Model, n: int) -> int:
-    """Peak bytes of a batch of n places, from its making to its second step, with the solver that keeps most."""
+    """Peak bytes of a batch of n slots, from its making to its third step, the first in another order, with the solver
+    that keeps most."""
     network = made.config.network
     text = torch.zeros(n, network.context_tokens, network.context_dim) if network.context_tokens else None
-    rule = "full" if made.exits is None else "threshold:0.5"
+    policy = "full" if made.exits is None else "exit:0.5"
 
     def run() -> None:
         batch = Batch(made, n)
-        batch.admit(SampleBatch.of(made, n, solver="dpm++2m", steps=9, rule=rule, context=text), torch.arange(n))
-        for _ in range(2):
+        samples = SampleBatch.of(made, n, solver="dpm++2m", steps=9, policy=policy, text_embeds=text)
+        batch.admit(samples, np.arange(n))
+        for _ in range(3):
             assert not batch.tick().failed
 
     return peak_bytes(run)
@@ -72,7 +77,7 @@ TABLES = 12 * 1024  # bytes of coefficients and of the schedule, whatever the ca
 
 
 def kept(made: Model) -> int:
-    """Bytes of a sample's own, between evaluations and beside them."""
+    """Bytes of a sample's own, between forward passes and beside them."""
     network = made.config.network
     context = 4 * network.context_tokens * network.context_dim or 8  # text or label
     return 8 * 4 * math.prod(made.backbone.sample_shape) + 3 * context
@@ -85,7 +90,7 @@ def kept(made: Model) -> int:
     + [(name, 5) for name in ("map", "bfloat16 map", "no exits", "text", "larger")],
 )
 def test_as_many_lanes_as_fit(name: str, lanes: int) -> None:
-    """Whatever leaves when, and a third more would not fit."""
+    """Whoever exits when, and a third more would not fit."""
     made = model(name)
     each, shared, group = lane_bytes(made)
     budget = lanes * each + min(lanes, group) * shared
@@ -93,29 +98,29 @@ def test_as_many_lanes_as_fit(name: str, lanes: int) -> None:
     fit = capacity_of(made, f"{bytes_ // 1024}KiB")
     assert fit >= lanes
     for exit_layer in (None, [7], [1, 7], list(range(1, 8)), [1], [6]):
-        assert evaluation(made, fit, exit_layer) <= bytes_
+        assert forward_pass(made, fit, exit_layer) <= bytes_
     assert serving(made, fit) <= bytes_ + TABLES
     if lanes >= 5:
         more = -(-fit * 13 // 10)
-        assert evaluation(made, more, [7]) + kept(made) * more > bytes_
+        assert forward_pass(made, more, [7]) + kept(made) * more > bytes_
 
 
 def test_on_a_device_the_way_that_holds_most_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A head for every lane, where the host does not know who left where; else those of a layer share one."""
+    """A head for every lane, where the host does not know who exited where; else those of a layer share one."""
     config = dataclasses.replace(MODELS["paper"][0], exits=ExitConfig(head="block"))
     made = Model(config).requires_grad_(False).eval()
     x, t, context = torch.zeros(5, 3, 8, 8), torch.zeros(5), torch.zeros(5, dtype=torch.int64)
-    given = made.backbone, made.exits, Replay(), x, t, context
-    peaks = {
-        counts: peak_bytes(lambda counts=counts: evaluate(*given, threshold=torch.arange(5.0) + 1, counts=counts))
-        for counts in ("sync", "lagged")
-    }
+
+    def run(execution: ExecutionOptions) -> None:
+        forward(made, x, t, context, policy=Replay(), threshold=torch.arange(5.0) + 1, execution=execution)
+
+    peaks = {how: peak_bytes(lambda how=how: run(ExecutionOptions(count_sync=how))) for how in ("sync", "lagged")}
     weights = sum(parameter.nbytes for parameter in made.exits.heads[0].parameters())
     assert peaks["lagged"] > 5 * weights > peaks["sync"]
     ways = []
-    monkeypatch.setattr(memory, "evaluate", lambda *_, **options: ways.append(options["counts"]))
+    monkeypatch.setattr(memory, "forward", lambda *_, **options: ways.append(options["execution"].count_sync))
     lane_bytes(made.to("meta"))
-    assert set(ways) == {"lagged"}
+    assert {str(way) for way in ways} == {str(ExecutionOptions(count_sync="lagged").count_sync)}
 
 
 def test_bytes_of_a_call_by_hand() -> None:
@@ -139,7 +144,7 @@ def test_bytes_of_a_call_by_hand() -> None:
 @pytest.mark.parametrize(("lanes", "tokens"), [(114, 18), (31, 66)])
 def test_lanes_of_a_group(lanes: int, tokens: int) -> None:
     made = model("paper" if tokens == 18 else "larger")
-    assert (made.backbone.tokens, group_size(made.backbone), lane_bytes(made)[2]) == (tokens, lanes, lanes)
+    assert (made.backbone.tokens, structure_of(made.backbone).group_size, lane_bytes(made)[2]) == (tokens, lanes, lanes)
 
 
 def test_units_are_powers_of_two() -> None:
@@ -151,12 +156,12 @@ def test_units_are_powers_of_two() -> None:
 
 
 def test_an_engine_of_so_many_bytes_draws_its_samples() -> None:
-    engine = Engine(served(), "200KiB", start=False)
+    engine = Engine(served(), "200KiB", threaded=False)
     assert engine.capacity == capacity_of(served(), "200KiB") > 1
-    request = {"seed": 3, "steps": 2, "label": 1}
+    request = {"seed": 3, "steps": 2, "class_labels": 1}
     handles = [engine.submit(**request) for _ in range(3 * engine.capacity)]
     engine.close()
-    assert as_samples(request)["labels"] == [1]
+    assert handles[0].samples.context.tolist() == [1]
     assert all(handle.result(0).isfinite().all() for handle in handles)
     assert engine.report.batch.ticks == 6
 

@@ -23,7 +23,7 @@ TEXT = ModelConfig(
     UViTConfig(4, 4, 2, 16, 2, 2, context_tokens=3, context_dim=5), "stable_diffusion", latent_scale=0.23010
 )
 PROMPTS = {"prompt": ["a cat", "banana"], "guidance_scale": 2.0}
-LABELS = {"class_labels": [0, 2], "guidance_scale": 2.5, "rule": "threshold:0.5"}
+LABELS = {"class_labels": [0, 2], "guidance_scale": 2.5, "policy": "exit:0.5"}
 
 
 class Tokenizer:

@@ -45,19 +45,19 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def test_images_are_those_of_sample() -> None:
-    """Seeds are drawn from the generator; diffusers' guidance scale is ours and 1."""
+    """Seeds are drawn from the generator, and the guidance scale is diffusers'."""
     out = pipeline()(
         class_labels=[0, 2, 1],
         num_inference_steps=4,
         guidance_scale=1.5,
-        rule="threshold:0.5",
+        policy="exit:0.5",
         tied=True,
         generator=seeded(),
         output_type="latent",
     )
     seeds = torch.randint(2**63 - 1, (3,), generator=seeded())
-    settings = {"steps": 4, "labels": [0, 2, 1], "guidance": 0.5, "rule": "threshold:0.5", "tied": True}
-    images, report = sample(served(), 3, seeds=seeds, **settings)
+    settings = {"steps": 4, "class_labels": [0, 2, 1], "guidance_scale": 1.5, "policy": "exit:0.5", "tied": True}
+    images, report = sample(served(), 3, seed=seeds, **settings)
     assert torch.equal(out.images, images)
     assert torch.equal(out.report.exit_layer, report.exit_layer)
     assert (out.report.macs, out.report.macs_full) == (report.macs, report.macs_full)
@@ -86,12 +86,12 @@ def test_output_types() -> None:
         assert np.array_equal(np.asarray(picture), (image[0] * 255).round().byte().numpy())
     images, report = pipeline()(generator=seeded(), output_type="pt", return_dict=False, **given)
     assert torch.equal(images, wanted)
-    assert report.evaluations == 4
+    assert report.passes == 4
 
 
 def test_save_and_load(tmp_path: Path) -> None:
     pipe = pipeline(LATENT, vae=vae())
-    given = {"class_labels": [1], "num_inference_steps": 3, "rule": "threshold:0.5", "output_type": "pt"}
+    given = {"class_labels": [1], "num_inference_steps": 3, "policy": "exit:0.5", "output_type": "pt"}
     before = pipe(generator=seeded(), **given)
     pipe.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
@@ -113,7 +113,7 @@ def test_a_calibration_is_saved_with_the_model(tmp_path: Path) -> None:
     loaded = AdaDiffPipeline.from_pretrained(tmp_path)
     assert loaded.transformer.model.calibration == model.calibration
     loaded.set_progress_bar_config(disable=True)
-    given = {"num_images": 2, "num_inference_steps": 3, "rule": "budget:0.5", "output_type": "pt"}
+    given = {"num_images": 2, "num_inference_steps": 3, "policy": "exit:budget=0.5", "output_type": "pt"}
     outputs = [pipe(generator=seeded(), **given) for pipe in (AdaDiffPipeline(model), loaded)]
     assert torch.equal(outputs[0].images, outputs[1].images)
     assert torch.equal(outputs[0].report.exit_layer, outputs[1].report.exit_layer)
@@ -128,7 +128,7 @@ def test_latents_are_decoded_with_the_scale_of_the_model() -> None:
 
 @pytest.mark.parametrize(("solver", "ends"), [("ddim", [0, 1, 2, 3, 4]), ("dpm-fast", [2, 4])])
 def test_a_callback_after_every_step(solver: str, ends: list[int]) -> None:
-    """dpm-fast at 5 evaluations: a step of three and one of two."""
+    """dpm-fast at 5 forward passes: a step of three and one of two."""
     met = []
 
     def callback(pipe: AdaDiffPipeline, step: int, t: float, values: dict) -> None:
@@ -191,8 +191,8 @@ def test_prompts_reach_the_network() -> None:
         return hidden(tokenizer(texts).input_ids).last_hidden_state
 
     seeds = torch.randint(2**63 - 1, (2,), generator=seeded())
-    settings = {"context": contexts(prompts), "null_context": contexts(["aa"])[0], "guidance": 1.0}
-    assert torch.equal(images, sample(served(TEXT), 2, steps=3, seeds=seeds, **settings)[0])
+    settings = {"text_embeds": contexts(prompts), "null_text_embeds": contexts(["aa"])[0], "guidance_scale": 2.0}
+    assert torch.equal(images, sample(served(TEXT), 2, steps=3, seed=seeds, **settings)[0])
     assert pipe(prompt="a cat", **given).images.shape == (1, 1, 4, 4)
 
 

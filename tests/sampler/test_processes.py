@@ -17,6 +17,7 @@ from adadiff.training.run_folder import LOG, MODEL, STATE
 from adadiff.training.trainer import Trainer
 
 CONFIG = """
+format_version = 2
 steps = 4
 batch = 8
 warmup = 1
@@ -61,6 +62,7 @@ def moved(file: Path, start: dict[str, Tensor]) -> Tensor:
     return torch.cat([(state[f"model.{key}"] - value).flatten() for key, value in start.items()])
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     """The same batches in two shares: gradients are averages over both, so only sums are taken in another order. Were
     they not averaged, or both shares the same, weights would part at once."""

@@ -13,7 +13,7 @@ from adadiff.calibration.calibrating import Calibrating
 from adadiff.calibration.recording import record
 from adadiff.calibration.refitting import PENALTIES, Refitting, Sums, fit, ridge
 from adadiff.checkpoint import load, save
-from adadiff.sampling.samples import SampleBatch
+from adadiff.sampling.sample_batch import SampleBatch
 from adadiff.uem import ExitConfig
 from sampler.shell import run as command
 from sampler.tiny import SERVED, scramble, served
@@ -96,7 +96,7 @@ def test_the_uem_says_what_the_regression_found(config: ExitConfig) -> None:
         seen.append(given)
         refitting(*given)
 
-    samples = SampleBatch.of(model, 40, steps=5, seeds=list(range(40)), labels=labels)
+    samples = SampleBatch.of(model, 40, steps=5, seed=0, class_labels=labels)
     before = record(model, samples, 16, visit=visit)
     logs = torch.stack([torch.cat([g[3] for g in seen if g[0] == s], 1) for s in range(5)]).double().log()
     assert torch.equal(logs, before.error.double().log())
@@ -162,10 +162,14 @@ def test_batches_do_not_matter() -> None:
     torch.testing.assert_close(found[1:], found[:1] * 2, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("given", [{"steps": 1}, {"steps": 3, "batch": 1}, {"steps": 3, "guidance": 1.5, "batch": 3}])
+@pytest.mark.parametrize(
+    "given", [{"steps": 1}, {"steps": 3, "batch": 1}, {"steps": 3, "guidance_scale": 2.5, "batch": 3}]
+)
 def test_single_steps_and_single_lanes_will_do(given: dict) -> None:
     calibrating = Calibrating(served(), [0.6], n=8, refit=True, **given)
-    calibrating.run()
+    guidance_scale = given.get("guidance_scale", 1.0)
+    assert calibrating.run().guidance_scale == guidance_scale
+    assert calibrating.recording.u.shape[-1] == (8 if guidance_scale == 1 else 16)  # lanes
     assert all(bool(value.isfinite().all()) for value in calibrating.model.exits.parameters())
     u = calibrating.recording.u
     assert float(u.std(-1).mean()) > 0.01

@@ -1,6 +1,5 @@
 """The sampling loop against loops written again for one sample, and its promises about batches, reports and input."""
 
-import dataclasses
 import math
 from functools import cache
 
@@ -12,10 +11,10 @@ from torch import Tensor
 from adadiff.config import ModelConfig
 from adadiff.diffusion.noise import initial_noise, step_noise
 from adadiff.diffusion.solvers import DDIM, DPMSolverPP2M
-from adadiff.forward import forward as engine
+from adadiff.forward.forward import run_forward
+from adadiff.forward.output import ForwardOutput
 from adadiff.model import Model
-from adadiff.models.uvit import UViTConfig
-from adadiff.policies.exit_policies import Depth, Replay, Threshold
+from adadiff.policies.exits import Depth, Replay, Threshold
 from adadiff.sampling.sampler import SamplerRun, sample
 from adadiff.uem import PAPER
 from sampler.tiny import UVIT, Inputs, plain_layers, plain_predictions, plain_uncertainties, scramble
@@ -49,7 +48,7 @@ def lane(t: int, x: Tensor, label: int, threshold: float | None) -> tuple[Tensor
 
 
 def by_hand(
-    seed: int, steps: int, label: int = 4, scale: float = 0.0, threshold: float | None = None, solver: str = "ddim"
+    seed: int, steps: int, label: int = 4, scale: float = 1.0, threshold: float | None = None, solver: str = "ddim"
 ) -> tuple[Tensor, list[list[int]]]:
     """One sample: image [C, H, W] and the exit layers of its lanes at each step (0: no such lane)."""
     x = initial_noise(torch.tensor([seed]), SHAPE)[0].double()
@@ -58,9 +57,9 @@ def by_hand(
     for k, t in enumerate(times):
         eps, depth = lane(t, x, label, threshold)
         depths = [depth, 0]
-        if scale:
+        if scale != 1:
             uncond, depths[1] = lane(t, x, 4, threshold)
-            eps = eps + scale * (eps - uncond)
+            eps = uncond + scale * (eps - uncond)
         trace.append(depths)
         a = ALPHA_BAR[t]
         after = ALPHA_BAR[times[k + 1]] if k + 1 < steps else torch.ones((), dtype=torch.float64)
@@ -76,14 +75,14 @@ def by_hand(
 
 
 SEEDS, STEPS, LABELS = [7, 0, 2**62, 5, 6], [3, 5, 1, 2, 4], [0, 3, 1, 2, 0]
-SCALES = [0.0, 0.8, 0.0, 2.0, 0.4]
+SCALES = [1.0, 1.8, 1.0, 3.0, 1.4]
 
 
 @pytest.mark.parametrize("solver", ["ddim", "ddpm"])
 @pytest.mark.parametrize("batch", [2, 64])
 def test_full_network_by_hand(solver: str, batch: int) -> None:
     images, report = sample(
-        model(), 5, steps=STEPS, solver=solver, seeds=SEEDS, labels=LABELS, guidance=SCALES, batch=batch
+        model(), 5, steps=STEPS, solver=solver, seed=SEEDS, class_labels=LABELS, guidance_scale=SCALES, batch=batch
     )
     for i, (seed, steps, label, scale) in enumerate(zip(SEEDS, STEPS, LABELS, SCALES, strict=True)):
         image, trace = by_hand(seed, steps, label, scale, solver=solver)
@@ -100,11 +99,11 @@ def test_early_exit_by_hand(batch: int) -> None:
         model(),
         5,
         steps=STEPS,
-        rule="threshold:0.99",
+        policy="exit:0.99",
         thresholds=thresholds,
-        seeds=SEEDS,
-        labels=LABELS,
-        guidance=SCALES,
+        seed=SEEDS,
+        class_labels=LABELS,
+        guidance_scale=SCALES,
         batch=batch,
     )
     for i, settings in enumerate(zip(SEEDS, STEPS, LABELS, SCALES, thresholds, strict=True)):
@@ -113,14 +112,14 @@ def test_early_exit_by_hand(batch: int) -> None:
         torch.testing.assert_close(images[i].double(), image, rtol=1e-3, atol=1e-4 * float(image.abs().max()))
     assert len(report.exit_layer.unique()) > 4
     one, _ = sample(
-        model(), 1, steps=5, rule=Threshold(0.42), seeds=[0], labels=[3], guidance=0.8
-    )  # a rule's own threshold is that of every sample
+        model(), 1, steps=5, policy=Threshold(0.42), seed=[0], class_labels=[3], guidance_scale=1.8
+    )  # a policy's own threshold is that of every sample
     torch.testing.assert_close(one[0], images[1], rtol=1e-3, atol=1e-4 * float(images[1].abs().max()))
 
 
 def test_dpm_solver_is_that_of_diffusers() -> None:
     steps = [2, 6, 5]
-    images, _ = sample(model(), 3, steps=steps, solver="dpm++2m", seeds=[3, 4, 5], labels=[0, 1, 2])
+    images, _ = sample(model(), 3, steps=steps, solver="dpm++2m", seed=[3, 4, 5], class_labels=[0, 1, 2])
     for i, count in enumerate(steps):
         scheduler = DPMSolverMultistepScheduler(
             beta_schedule="linear", beta_start=1e-4, beta_end=0.02, final_sigmas_type="zero"
@@ -132,15 +131,15 @@ def test_dpm_solver_is_that_of_diffusers() -> None:
         torch.testing.assert_close(images[i], x[0], rtol=1e-3, atol=1e-3 * float(x.abs().max()))
 
 
-def test_spellings_of_solvers_and_rules_are_those_objects() -> None:
-    settings = {"steps": 3, "labels": [0, 1], "seeds": [1, 2]}
-    for text, solver, rule_text, rule in (
-        ("ddim", DDIM(), "depth:2", Depth(2)),
-        ("ddim:0.7", DDIM(0.7), "threshold:0.45", Threshold(0.45)),
+def test_spellings_of_solvers_and_policies_are_those_objects() -> None:
+    settings = {"steps": 3, "class_labels": [0, 1], "seed": [1, 2]}
+    for text, solver, policy_text, policy in (
+        ("ddim", DDIM(), "exit:depth=2", Depth(2)),
+        ("ddim:0.7", DDIM(0.7), "exit:0.45", Threshold(0.45)),
         ("dpm++2m", DPMSolverPP2M(), "full", "full"),
     ):
-        named, _ = sample(model(), 2, solver=text, rule=rule_text, **settings)
-        given, _ = sample(model(), 2, solver=solver, rule=rule, **settings)
+        named, _ = sample(model(), 2, solver=text, policy=policy_text, **settings)
+        given, _ = sample(model(), 2, solver=solver, policy=policy, **settings)
         assert torch.equal(named, given)
     different = [sample(model(), 2, solver=text, **settings)[0] for text in ("ddim", "ddim:0.7", "ddpm", "dpm++2m")]
     assert len({float(images.sum()) for images in different}) == 4
@@ -150,7 +149,7 @@ def test_spellings_of_solvers_and_rules_are_those_objects() -> None:
 @pytest.mark.parametrize("solver", ["ddpm", "dpm++2m"])
 def test_an_image_is_the_same_bits_in_any_batch(solver: str) -> None:
     settings = [
-        {"seeds": seed, "steps": steps, "labels": label, "guidance": scale, "thresholds": threshold}
+        {"seed": seed, "steps": steps, "class_labels": label, "guidance_scale": scale, "thresholds": threshold}
         for seed, steps, label, scale, threshold in zip(
             SEEDS, STEPS, LABELS, SCALES, [0.3, 0.42, 0.5, 0.55, 0.36], strict=True
         )
@@ -158,51 +157,59 @@ def test_an_image_is_the_same_bits_in_any_batch(solver: str) -> None:
 
     def draw(order: list[int], batch: int) -> tuple[Tensor, Tensor]:
         columns = {key: [settings[i][key] for i in order] for key in settings[0]}
-        images, report = sample(model(), len(order), solver=solver, rule="threshold:0.5", batch=batch, **columns)
+        images, report = sample(model(), len(order), solver=solver, policy="exit:0.5", batch=batch, **columns)
         return images, report.exit_layer
 
     alone = [draw([i], 1) for i in range(5)]
     for order, batch in (([0, 1, 2, 3, 4], 5), ([4, 2, 0, 3, 1], 2), ([1, 1, 3], 3), ([3, 0, 4, 1], 1)):
         images, exits = draw(order, batch)
-        for place, i in enumerate(order):
-            assert torch.equal(images[place], alone[i][0][0])
-            assert torch.equal(exits[: STEPS[i], place], alone[i][1][:, 0])
+        for position, i in enumerate(order):
+            assert torch.equal(images[position], alone[i][0][0])
+            assert torch.equal(exits[: STEPS[i], position], alone[i][1][:, 0])
 
 
 @pytest.mark.usefixtures("alone")
-def test_nan_in_a_sample_reaches_neither_its_mates_nor_who_takes_its_place(monkeypatch) -> None:
+def test_nan_in_a_sample_reaches_neither_its_mates_nor_who_takes_its_slot(monkeypatch) -> None:
     def hurt(seeds: Tensor, *rest: object) -> Tensor:
         return initial_noise(seeds, *rest).masked_fill((seeds == 5)[:, None, None, None], math.nan)
 
-    settings = {"steps": [4, 5, 5, 4, 3], "solver": "dpm++2m", "rule": "threshold:0.45", "labels": [0] * 5, "batch": 2}
-    clean, before = sample(model(), 5, seeds=[5, 6, 7, 8, 9], **settings)
+    settings = {
+        "steps": [4, 5, 5, 4, 3],
+        "solver": "dpm++2m",
+        "policy": "exit:0.45",
+        "class_labels": [0] * 5,
+        "batch": 2,
+    }
+    clean, before = sample(model(), 5, seed=[5, 6, 7, 8, 9], **settings)
     monkeypatch.setattr("adadiff.sampling.batch.initial_noise", hurt)
-    images, after = sample(model(), 5, seeds=[5, 6, 7, 8, 9], **settings)
+    images, after = sample(model(), 5, seed=[5, 6, 7, 8, 9], **settings)
     assert images[0].isnan().all()
     assert after.exit_layer[:4, 0, 0].tolist() == [7] * 4
     assert torch.equal(images[1:], clean[1:])
     assert torch.equal(after.exit_layer[:, 1:], before.exit_layer[:, 1:])
 
 
-def test_streaming_yields_each_slot_once_and_fills_the_places(monkeypatch) -> None:
+def test_streaming_yields_each_sample_once_and_fills_the_places(monkeypatch) -> None:
     steps = [2, 5, 1, 1, 3, 2, 4]
     calls = []
-    evaluate = engine.evaluate
-    monkeypatch.setattr(
-        engine, "evaluate", lambda *a, **k: calls.append(len(a[3])) or evaluate(*a, **k)
-    )  # the fourth argument is x
-    settings = {"steps": steps, "labels": [0] * 7, "guidance": [0, 0, 1.5, 0, 0, 0, 0.5]}
+
+    def counted(*given: object, **options: object) -> ForwardOutput:
+        calls.append(len(given[1]))  # x
+        return run_forward(*given, **options)
+
+    monkeypatch.setattr("adadiff.sampling.batch.run_forward", counted)
+    settings = {"steps": steps, "class_labels": [0] * 7, "guidance_scale": [1.0, 1.0, 2.5, 1.0, 1.0, 1.0, 1.5]}
     sampling = SamplerRun(model(), 7, batch=3, **settings)
     images, seen = torch.zeros(7, *SHAPE), []
-    for slots, finished in sampling:
-        assert finished.shape == (len(slots), *SHAPE)
-        images[slots] = finished
-        seen += slots.tolist()
+    for index, finished in sampling:
+        assert finished.shape == (len(index), *SHAPE)
+        images[index] = finished
+        seen += index.tolist()
         report = sampling.report
-        ended = report.exit_layer[torch.tensor(steps)[slots] - 1, slots, 0]
-        assert ended.tolist() == [7] * len(slots)
+        ended = report.exit_layer[torch.tensor(steps)[index] - 1, index, 0]
+        assert ended.tolist() == [7] * len(index)
     assert sorted(seen) == list(range(7))
-    # three places: the next sample begins when one ends; guided samples are two lanes
+    # three slots: the next sample begins when one ends; guided samples are two lanes
     lanes, waiting, running = [], list(range(3, 7)), {0: 2, 1: 5, 2: 1}
     while running:
         lanes.append(len(running) + sum(i in (2, 6) for i in running))
@@ -217,9 +224,9 @@ def test_streaming_yields_each_slot_once_and_fills_the_places(monkeypatch) -> No
 
 
 def test_a_report_is_a_picture_of_its_moment_and_a_second_run_starts_anew() -> None:
-    sampling = SamplerRun(model(), 4, steps=[1, 2, 3, 4], labels=[0] * 4, batch=4, rule="depth:2")
+    sampling = SamplerRun(model(), 4, steps=[1, 2, 3, 4], class_labels=[0] * 4, batch=4, policy="exit:depth=2")
     reports = [sampling.report for _ in sampling]
-    assert [report.evaluations for report in reports] == [4, 7, 9, 10]
+    assert [report.passes for report in reports] == [4, 7, 9, 10]
     assert [report.blocks for report in reports] == [8, 14, 18, 20]
     first = sampling.report
     images = torch.cat([finished for _, finished in sampling])
@@ -233,13 +240,14 @@ def test_report_by_hand() -> None:
     """Two samples, one of them guided, two steps, two blocks: multiply-adds of the tiny U-ViT, D = 48, T = 18."""
     DD, TD = 18 * 48 * 48, 18 * 18 * 48
     block, skip, ends = 12 * DD + 2 * TD, 2 * DD, 2 * 16 * 12 * 48 + 9 * 3 * 3 * 64
-    _, report = sample(model(), 2, steps=[1, 2], rule="depth:2", labels=[0, 1], guidance=[0, 1.0])
+    given = {"steps": [1, 2], "class_labels": [0, 1], "guidance_scale": [1.0, 2.0]}
+    _, report = sample(model(), 2, policy="exit:depth=2", **given)
     assert report.exit_layer.tolist() == [[[2, 0], [2, 2]], [[0, 0], [2, 2]]]
-    assert (report.layers, report.evaluations, report.blocks, report.blocks_full) == (7, 5, 10, 35)
+    assert (report.num_layers, report.passes, report.blocks, report.blocks_full) == (7, 5, 10, 35)
     assert report.mean_exit_layer == 2
     assert report.macs == 5 * (2 * block + ends)
     assert report.macs_full == 5 * (7 * block + 3 * skip + ends)
-    _, scored = sample(model(), 2, steps=[1, 2], rule=Replay(), thresholds=[2, 2], labels=[0, 1], guidance=[0, 1.0])
+    _, scored = sample(model(), 2, policy=Replay(), thresholds=[2, 2], **given)
     assert scored.macs - report.macs == 5 * 2 * 16 * 48  # two scores a lane
     for part in (
         "2 samples",
@@ -250,15 +258,15 @@ def test_report_by_hand() -> None:
         assert part in str(report)
 
 
-def test_tied_lanes_leave_together() -> None:
-    settings = {"steps": 4, "rule": "threshold:0.45", "labels": [0, 1, 2, 3], "guidance": [1.0, 0.0, 1.0, 1.0]}
+def test_tied_lanes_exit_together() -> None:
+    settings = {"steps": 4, "policy": "exit:0.45", "class_labels": [0, 1, 2, 3], "guidance_scale": [2.0, 1.0, 2.0, 2.0]}
     _, apart = sample(model(), 4, **settings)
     _, tied = sample(model(), 4, tied=True, **settings)
     guided = torch.tensor([0, 2, 3])
     assert not torch.equal(apart.exit_layer[:, guided, 0], apart.exit_layer[:, guided, 1])
     assert torch.equal(tied.exit_layer[:, guided, 0], tied.exit_layer[:, guided, 1])
     assert torch.equal(tied.exit_layer[:, 1], apart.exit_layer[:, 1])
-    # at the first step both start from the same noise: the pair leaves by the larger u, hence never before either
+    # at the first step both start from the same noise: the pair exits by the larger u, hence never before either
     assert bool((tied.exit_layer[0, guided, 0] >= apart.exit_layer[0, guided].amax(1)).all())
 
 
@@ -271,99 +279,9 @@ def test_labels_left_out_are_the_null_class() -> None:
 def test_bfloat16_network_keeps_a_float32_state() -> None:
     narrow = Model(CONFIG)
     narrow.load_state_dict(model().state_dict())
-    images, report = sample(narrow.bfloat16().eval(), 3, steps=3, labels=[0, 1, 2])
-    full, _ = sample(model(), 3, steps=3, labels=[0, 1, 2])
+    images, report = sample(narrow.bfloat16().eval(), 3, steps=3, class_labels=[0, 1, 2])
+    full, _ = sample(model(), 3, steps=3, class_labels=[0, 1, 2])
     assert images.dtype == torch.float32
     assert not torch.equal(images, images.bfloat16().float())
     torch.testing.assert_close(images, full, rtol=0, atol=0.05 * float(full.abs().max()))
     assert report.blocks == report.blocks_full
-
-
-NO_NULL = dataclasses.replace(CONFIG, null_label=None)
-PLAIN = dataclasses.replace(CONFIG, exits=None)
-UNCONDITIONAL = ModelConfig(dataclasses.replace(UVIT, num_classes=0), "vp", exits=PAPER)
-TEXT = ModelConfig(UViTConfig(8, 3, 2, 48, 2, 3, context_tokens=7, context_dim=5), "linear")
-
-
-@pytest.fixture
-def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "evaluate", lambda *_, **__: pytest.fail("the network was called"))
-
-
-@pytest.mark.usefixtures("no_work")
-@pytest.mark.parametrize("n_settings", [{}, {"labels": [], "seeds": [], "thresholds": [], "rule": "patience:0.5"}])
-def test_no_samples_is_no_error(n_settings: dict) -> None:
-    images, report = sample(model(), 0, **n_settings)
-    assert images.shape == (0, *SHAPE)
-    assert report.exit_layer.shape == (0, 0, 2)
-    assert (report.evaluations, report.blocks, report.blocks_full, report.macs, report.macs_full) == (0,) * 5
-    assert math.isnan(report.mean_exit_layer)
-    assert "0 samples" in str(report)
-    assert list(SamplerRun(model(), 0)) == []
-
-
-@pytest.mark.usefixtures("no_work")
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"n": -1}, "n must be an integer >= 0"),
-        ({"n": 2.0}, "n must be an integer"),
-        ({"n": True}, "n must be an integer"),
-        ({"batch": 0}, "batch must be an integer >= 1"),
-        ({"steps": 0}, "steps must be at least 1"),
-        ({"steps": [3, -2]}, "steps must be at least 1"),
-        ({"steps": 1001}, "1001"),
-        ({"steps": 2.5}, "steps must be whole numbers"),
-        ({"steps": [1, 2, 3]}, "steps must hold one number per sample"),
-        ({"steps": 1000, "solver": "dpm++2m"}, "999 or fewer"),
-        ({"steps": "ten"}, "steps must be a number"),
-        ({"solver": "euler"}, "no solver 'euler'"),
-        ({"solver": "ddim:2"}, r"\[0, 1\]"),
-        ({"solver": "ddim:nan"}, r"\[0, 1\]"),
-        ({"solver": 3}, "solver"),
-        ({"rule": "threshold:0"}, "strictly between 0 and 1"),
-        ({"rule": "threshold:1"}, "strictly between 0 and 1"),
-        ({"rule": "patience:nan"}, "strictly between 0 and 1"),
-        ({"rule": "never"}, "unknown rule"),
-        ({"rule": 0.07}, "a rule is"),
-        ({"rule": Replay()}, "threshold"),
-        ({"rule": "threshold:0.5", "thresholds": [0.5, 1.0]}, "strictly between 0 and 1"),
-        ({"rule": "threshold:0.5", "thresholds": [0.5, math.nan]}, "thresholds must be finite"),
-        ({"rule": "threshold:0.5", "thresholds": [0.5]}, "one number per sample"),
-        ({"rule": "depth:3", "thresholds": [0, 3]}, "at least 1 block"),
-        ({"thresholds": [0.5, 0.5]}, "'full' takes no thresholds"),
-        ({"seeds": [1, 2, 3]}, "seeds must hold one number per sample"),
-        ({"seeds": 5}, "seeds must hold one number per sample"),
-        ({"seeds": [1, -1]}, "seeds must be >= 0"),
-        ({"seeds": [1, 2**63]}, "seeds"),
-        ({"seeds": [1.0, 2.0]}, "seeds must be whole numbers"),
-        ({"labels": [0, 4]}, r"labels must be in 0\.\.3"),  # 4 is the null class
-        ({"labels": [-1, 0]}, r"labels must be in 0\.\.3"),
-        ({"labels": [0]}, "labels must hold one number per sample"),
-        ({"labels": [0.0, 1.0]}, "labels must be whole numbers"),
-        ({"labels": [None, 1]}, "labels"),
-        ({"guidance": math.nan}, "guidance must be finite"),
-        ({"guidance": [1.0, math.inf]}, "guidance must be finite"),
-        ({"guidance": [1.0]}, "guidance must hold one number per sample"),
-        ({"model": NO_NULL}, r"needs labels in 0\.\.4"),
-        ({"model": NO_NULL, "labels": [0, 4], "guidance": 1.0}, "null class"),
-        ({"model": PLAIN, "rule": "threshold:0.5"}, "no exits"),
-        ({"model": PLAIN, "rule": "depth:3"}, "no exits"),
-        ({"model": UNCONDITIONAL, "labels": [0, 1]}, "no classes"),
-        ({"model": TEXT}, "text"),
-    ],
-    ids=str,
-)
-def test_bad_input_is_named_before_any_work(settings: dict, message: str) -> None:
-    given = dict(settings)
-    with pytest.raises(ValueError, match=message):
-        sample(model(given.pop("model", CONFIG)), given.pop("n", 2), **given)
-
-
-def test_models_without_classes_or_exits_are_sampled() -> None:
-    images, report = sample(model(UNCONDITIONAL), 3, steps=2, rule="threshold:0.5")
-    assert images.isfinite().all()
-    assert 0 < report.blocks <= report.blocks_full
-    plain, _ = sample(model(PLAIN), 2, steps=3, labels=[0, 1])
-    full, _ = sample(model(), 2, steps=3, labels=[0, 1])
-    assert torch.equal(plain, full)

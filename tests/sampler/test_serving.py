@@ -11,20 +11,27 @@ import torch
 from adadiff.diffusion.schedules import NoiseSchedule
 from adadiff.diffusion.solvers import DDIM
 from adadiff.diffusion.tables import SolverTable
-from adadiff.forward.forward import ForwardOutput, evaluate
+from adadiff.forward.forward import run_forward
+from adadiff.forward.options import ExecutionOptions
+from adadiff.forward.output import ForwardOutput
 from adadiff.serving.engine import Engine, EngineClosed, EngineFull, Handle
 from sampler.tiny import Clock, alone, images_are_right, is_empty, requests, served, stepped
 
-SHORT = {"steps": 1, "rule": "depth:1"}
+EXACT = ExecutionOptions(batch_invariant=True)
+SHORT = {"steps": 1, "policy": "exit:depth=1"}
 POISON = 2  # a label
 
 
 def test_a_request_from_its_submission_to_its_image() -> None:
     clock, seen = Clock(), []
     engine = stepped(1, clock=clock)
-    first = engine.submit(seed=1, steps=2, label=0, rule="threshold:0.5")
+    first = engine.submit(seed=1, steps=2, class_labels=0, policy="exit:0.5")
     second = engine.submit(
-        seed=2, steps=3, label=1, guidance=0.0, on_step=lambda handle: seen.append((handle, handle.progress))
+        seed=2,
+        steps=3,
+        class_labels=1,
+        guidance_scale=1.0,
+        on_step=lambda handle: seen.append((handle, handle.progress)),
     )
     assert (first.progress, second.progress) == ((0, 2), (0, 3))
     for _ in range(5):
@@ -34,13 +41,13 @@ def test_a_request_from_its_submission_to_its_image() -> None:
     assert not engine.step()
     images_are_right(
         [first, second],
-        [{"seed": 1, "steps": 2, "label": 0, "rule": "threshold:0.5"}, {"seed": 2, "steps": 3, "label": 1}],
+        [{"seed": 1, "steps": 2, "class_labels": 0, "policy": "exit:0.5"}, {"seed": 2, "steps": 3, "class_labels": 1}],
     )
     assert seen == [(second, (k, 3)) for k in (1, 2, 3)]
     assert (first.report.waited, first.report.seconds) == (10, 10)
     assert (second.report.waited, second.report.seconds) == (30, 20)
     assert second.report.exit_layer.tolist() == [[[5, 0]]] * 3
-    assert (second.report.evaluations, second.report.blocks, second.report.mean_exit_layer) == (3, 15, 5)
+    assert (second.report.passes, second.report.blocks, second.report.mean_exit_layer) == (3, 15, 5)
     report = engine.report
     assert (report.finished, report.failed, report.cancelled, report.batch.ticks) == (2, 0, 0, 5)
     assert is_empty(engine)
@@ -49,7 +56,7 @@ def test_a_request_from_its_submission_to_its_image() -> None:
 def test_a_report_before_the_first_step_is_empty() -> None:
     engine = stepped()
     report = engine.submit(seed=1, steps=2).report
-    assert (tuple(report.exit_layer.shape), report.evaluations) == ((0, 1, 2), 0)
+    assert (tuple(report.exit_layer.shape), report.passes) == ((0, 1, 2), 0)
     assert math.isnan(report.waited)
     assert math.isnan(report.seconds)
     assert math.isnan(report.mean_exit_layer)
@@ -65,14 +72,14 @@ def test_an_image_is_the_clients_own() -> None:
 
 def test_nan_fails_its_request_alone() -> None:
     def hurt(*args: object, **options: object) -> ForwardOutput:
-        result = evaluate(*args, **options)
-        result.eps[args[5] == POISON] = math.nan
+        result = run_forward(*args, **options)
+        result.prediction[args[3] == POISON] = math.nan
         return result
 
-    wanted = [request for request in requests(40, seed=2) if request["label"] != POISON][:7]
-    engine = stepped(8, evaluate=hurt)
+    wanted = [request for request in requests(40, seed=2) if request["class_labels"] != POISON][:7]
+    engine = stepped(8, forward=hurt)
     handles = [engine.submit(**request) for request in wanted]
-    poisoned = engine.submit(seed=0, steps=2, label=POISON)
+    poisoned = engine.submit(seed=0, steps=2, class_labels=POISON)
     while engine.step():
         pass
     with pytest.raises(FloatingPointError, match="NaN or infinity"):
@@ -81,16 +88,16 @@ def test_nan_fails_its_request_alone() -> None:
     assert (engine.report.failed, is_empty(engine)) == (1, True)
 
 
-def test_an_exception_in_the_evaluation_of_one_fails_it_alone() -> None:
+def test_an_exception_in_the_forward_pass_of_one_fails_it_alone() -> None:
     def refuse(*args: object, **options: object) -> ForwardOutput:
-        if bool((args[5] == POISON).any()):
+        if bool((args[3] == POISON).any()):
             raise ArithmeticError("not this one")
-        return evaluate(*args, **options)
+        return run_forward(*args, **options)
 
-    wanted = [request for request in requests(40, seed=1) if request["label"] != POISON][:7]
-    engine = stepped(16, evaluate=refuse)
+    wanted = [request for request in requests(40, seed=1) if request["class_labels"] != POISON][:7]
+    engine = stepped(16, forward=refuse)
     handles = [engine.submit(**request) for request in wanted[:3]]
-    poisoned = engine.submit(seed=0, steps=2, label=POISON, guidance=1.0)
+    poisoned = engine.submit(seed=0, steps=2, class_labels=POISON, guidance_scale=2.0)
     handles += [engine.submit(**request) for request in wanted[3:]]
     while engine.step():
         pass
@@ -104,13 +111,13 @@ def test_out_of_memory_costs_nobody_his_image() -> None:
     calls = []
 
     def limited(*args: object, **options: object) -> ForwardOutput:
-        calls.append(len(args[3]))
+        calls.append(len(args[1]))
         if calls[-1] > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return evaluate(*args, **options)
+        return run_forward(*args, **options)
 
     wanted = requests(20, seed=7)
-    engine = stepped(10, evaluate=limited)
+    engine = stepped(10, forward=limited)
     handles = [engine.submit(**request) for request in wanted]
     while engine.step():
         pass
@@ -152,7 +159,7 @@ def test_a_callback_that_raises_fails_its_request_alone(step: int) -> None:
             raise LookupError("callback")
 
     engine = stepped(3)
-    wanted = [{"seed": 0, "steps": 3, "rule": "threshold:0.5"}, {"seed": 2, "steps": 5}]
+    wanted = [{"seed": 0, "steps": 3, "policy": "exit:0.5"}, {"seed": 2, "steps": 5}]
     handles = [engine.submit(**wanted[0])]
     shouting = engine.submit(seed=1, steps=3, on_step=shout)
     handles.append(engine.submit(**wanted[1]))
@@ -213,7 +220,7 @@ def test_a_step_within_a_step_is_refused() -> None:
 
 
 def test_an_engine_with_a_thread_is_not_stepped() -> None:
-    with Engine(served(), 1) as engine, pytest.raises(RuntimeError, match="start=False"):
+    with Engine(served(), 1) as engine, pytest.raises(RuntimeError, match="threaded=False"):
         engine.step()
 
 
@@ -251,7 +258,7 @@ def test_a_handle_can_be_cancelled_until_it_has_ended() -> None:
     assert engine.report.waiting == 0
     last = engine.submit(seed=3, steps=1)
     engine.step()
-    assert last.done()  # the place was free at the next tick
+    assert last.done()  # the slot was free at the next tick
     assert running.progress == (1, 5)
     assert (engine.report.finished, engine.report.cancelled, is_empty(engine)) == (2, 2, True)
 
@@ -305,7 +312,7 @@ def test_handles_can_be_awaited() -> None:
         assert stopped.cancelled()  # cancelling the asyncio future cancels the request
         return results
 
-    with Engine(served(), 4, batch_invariant=True) as engine:
+    with Engine(served(), 4, execution=EXACT) as engine:
         image, error, cancelled = asyncio.run(ask(engine))
     assert torch.equal(image, alone({"seed": 1, "steps": 2})[0])
     assert isinstance(error, ZeroDivisionError)
@@ -319,10 +326,10 @@ def test_ctrl_c_is_not_swallowed_and_costs_no_image() -> None:
         calls.append(1)
         if len(calls) in (2, 3, 5):
             raise KeyboardInterrupt
-        return evaluate(*args, **options)
+        return run_forward(*args, **options)
 
     wanted = requests(6, seed=9)
-    engine = stepped(4, evaluate=interrupted)
+    engine = stepped(4, forward=interrupted)
     handles, interrupts, alive = [engine.submit(**request) for request in wanted], 0, True
     while alive:
         try:
@@ -344,7 +351,7 @@ def test_an_engine_that_breaks_tells_everybody() -> None:
         assert ready.wait(60)
         raise broken
 
-    engine = Engine(served(), 1, evaluate=exits)
+    engine = Engine(served(), 1, forward=exits)
     handles = [engine.submit(seed=i, steps=1) for i in range(3)]
     ready.set()
     for handle in handles:
@@ -358,18 +365,18 @@ def test_an_engine_that_breaks_tells_everybody() -> None:
 def test_clients_in_inference_mode_hurt_nobody() -> None:
     """Tensors made in that mode cannot be written outside of it, and the engine's thread is outside."""
     with torch.inference_mode():
-        engine = Engine(served(), 2, batch_invariant=True)
-        handles = [engine.submit(seed=0, steps=3, start=torch.ones(1, 4, 4), label=1)]
+        engine = Engine(served(), 2, execution=EXACT)
+        handles = [engine.submit(seed=0, steps=3, init_image=torch.ones(1, 4, 4), class_labels=1)]
     handles.append(engine.submit(seed=1, steps=2, solver="dpm++2m"))
     with torch.inference_mode():
-        handles.append(engine.submit(seed=2, steps=4, solver="dpm++2m", guidance=1.0))
+        handles.append(engine.submit(seed=2, steps=4, solver="dpm++2m", guidance_scale=2.0))
         wanted = [
-            {"seed": 0, "steps": 3, "start": torch.ones(1, 4, 4), "label": 1},
+            {"seed": 0, "steps": 3, "init_image": torch.ones(1, 4, 4), "class_labels": 1},
             {"seed": 1, "steps": 2, "solver": "dpm++2m"},
-            {"seed": 2, "steps": 4, "solver": "dpm++2m", "guidance": 1.0},
+            {"seed": 2, "steps": 4, "solver": "dpm++2m", "guidance_scale": 2.0},
         ]
         for handle in handles:
             handle.result(60)
-        assert handles[0].report.evaluations == 2
+        assert handles[0].report.passes == 2
     engine.close(timeout=60)
     images_are_right(handles, wanted)

@@ -8,7 +8,6 @@ import torch
 
 import adadiff
 from adadiff.commands import sample as sample_command
-from adadiff.commands.shared import DEFAULT_RULE
 from adadiff.output import shards
 from sampler import sharded, shell
 from sampler.sharded import assert_equal, line, load, times
@@ -23,10 +22,10 @@ def drawn(model: str, slots: range) -> tuple[torch.Tensor, adadiff.Report]:
         len(slots),
         steps=[(3, 4)[slot % 2] for slot in slots],
         solver="ddim:0.5",
-        rule="threshold:0.4",
-        seeds=[5 + slot for slot in slots],
-        labels=[(0, 7, 2)[slot % 3] for slot in slots],
-        guidance=1.5,
+        policy="exit:0.4",
+        seed=[5 + slot for slot in slots],
+        class_labels=[(0, 7, 2)[slot % 3] for slot in slots],
+        guidance_scale=2.5,
         tied=True,
         batch=3,
     )
@@ -56,7 +55,7 @@ def test_shards_hold_what_python_draws(tiny, whole):
     assert set(ends) == {1, 2, 3}, "without exits at every layer the counts below mean little"
     assert written["exit_layer_histogram"] == [ends.count(layer) for layer in (1, 2, 3)]
     assert written["mean_exit_layer"] == pytest.approx(sum(ends) / len(ends), abs=1e-12)
-    assert (written["samples"], written["evaluations"], written["layers"]) == (11, len(ends), 3)
+    assert (written["samples"], written["passes"], written["num_layers"]) == (11, len(ends), 3)
     for name in ("macs", "macs_full", "blocks"):
         assert written[name] == sum(getattr(report, name) for report in reports)
     manifest = json.loads((whole / "manifest.json").read_text())
@@ -82,7 +81,7 @@ def test_reader_gives_every_slot_once_or_refuses(whole, copy):
 def test_latents_are_kept_as_they_are(tmp_path):
     """Without labels, by default as shards, without a grid."""
     model = saved(tmp_path / "latents.safetensors", config(channels=4))
-    assert run(f"sample {model} --out {tmp_path / 'o'} --n 5 --shard 3 --steps 2") == 0
+    assert run(f"sample {model} --out {tmp_path / 'o'} --n 5 --shard 3 --steps 2 --policy exit:0.1") == 0
     assert {path.name for path in (tmp_path / "o").iterdir()} == {
         "manifest.json",
         "report.json",
@@ -90,7 +89,7 @@ def test_latents_are_kept_as_they_are(tmp_path):
         "shard-00001.npz",
     }
     for slots, shard in zip((range(3), range(3, 5)), shards.read(tmp_path / "o"), strict=True):
-        latents, _ = adadiff.sample(adadiff.load(model), len(slots), steps=2, rule=DEFAULT_RULE, seeds=list(slots))
+        latents, _ = adadiff.sample(adadiff.load(model), len(slots), steps=2, policy="exit:0.1", seed=list(slots))
         assert shard["latents"].dtype == np.float32
         np.testing.assert_array_equal(shard["latents"], latents)
         assert "labels" not in shard
@@ -98,7 +97,7 @@ def test_latents_are_kept_as_they_are(tmp_path):
 
 def test_colours_come_last(tmp_path):
     model = saved(tmp_path / "rgb.safetensors", config(channels=3))
-    assert run(f"sample {model} --out {tmp_path / 'o'} --n 2 --steps 2 --rule full --format npz") == 0
+    assert run(f"sample {model} --out {tmp_path / 'o'} --n 2 --steps 2 --policy full --format npz") == 0
     images, _ = adadiff.sample(adadiff.load(model), 2, steps=2)
     (shard,) = shards.read(tmp_path / "o")
     np.testing.assert_array_equal(shard["images"], np.stack([pixels(image) for image in images]))
@@ -108,7 +107,7 @@ def test_batch_invariant_samples_are_the_same_bits_in_other_batches_and_shards(t
     """Latents, since pixels hide the last bits; so wide that products of a single lane differ from those of several."""
     model, results = saved(tmp_path / "wide.safetensors", config(channels=4, dim=192, heads=6)), []
     for i, sizes in enumerate(("--batch 3 --shard 4", "--batch 1 --shard 7")):
-        assert run(line(model, tmp_path / str(i), f"--guidance 0 --batch-invariant {sizes}")) == 0
+        assert run(line(model, tmp_path / str(i), f"--guidance-scale 1 --batch-invariant {sizes}")) == 0
         parts = list(shards.read(tmp_path / str(i)))
         latents = np.concatenate([part["latents"] for part in parts])
         results.append((latents, np.concatenate([part["exit_layer"] for part in parts], 1)))
@@ -116,7 +115,7 @@ def test_batch_invariant_samples_are_the_same_bits_in_other_batches_and_shards(t
 
 
 def test_no_samples_is_no_error(tiny, tmp_path):
-    assert run(line(tiny, tmp_path, "--n 0 --labels 1 --steps 3")) == 0
+    assert run(line(tiny, tmp_path, "--n 0 --class-labels 1 --steps 3")) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", "report.json"}
     assert json.loads((tmp_path / "report.json").read_text())["mean_exit_layer"] is None
     assert list(shards.read(tmp_path)) == []
@@ -191,7 +190,7 @@ def test_shards_of_other_slots_are_damage(tiny, whole, copy):
         ("--format png", {"RANK": "1", "WORLD_SIZE": "2"}, "--format png takes one process"),
         ("", {"RANK": "2", "WORLD_SIZE": "2"}, "RANK must be a whole number below WORLD_SIZE, got 2 and 2"),
         ("", {"RANK": "0"}, "RANK must be a whole number below WORLD_SIZE"),
-        ("--labels 0,10", {}, "labels must be in 0..9"),
+        ("--class-labels 0,10", {}, "labels must be in 0..9"),
         ("--steps 0", {}, "steps must be at least 1"),
     ],
 )

@@ -19,15 +19,18 @@ import torch
 from torch import Tensor
 
 from adadiff.diffusion.solvers import DDIM
-from adadiff.forward.forward import ForwardOutput, evaluate
+from adadiff.forward.forward import run_forward
+from adadiff.forward.options import ExecutionOptions
+from adadiff.forward.output import ForwardOutput
+from adadiff.policies.interface import ExitContext, ExitPolicy
 from adadiff.sampling.batch import SPARE
 from adadiff.serving.engine import DeadlineExceeded, Engine, EngineFull, Handle
 from sampler.tiny import SERVED, Clock, alone, requests, served
 
 CONFIG = dataclasses.replace(SERVED, network=dataclasses.replace(SERVED.network, dim=8, depth=2))
-NAN, BROKEN = 1, 2  # labels of samples that turn to NaN, or break their evaluation
+NAN, BROKEN = 1, 2  # labels of samples that turn to NaN, or break their forward pass
 QUEUE = 20
-POOL = [request for request in requests(200, seed=50, most=4) if request["label"] in (None, 0)][:25]
+POOL = [request for request in requests(200, seed=50, most=4) if request["class_labels"] in (None, 0)][:25]
 
 
 @cache
@@ -36,22 +39,28 @@ def wanted(index: int, batch_invariant: bool) -> tuple[Tensor, Tensor]:
 
 
 class Faulty:
-    """An evaluation in which some samples fail, and which after a while has memory for half the lanes only."""
+    """A forward pass in which some samples fail, and which after a while has memory for half the lanes only."""
 
     def __init__(self, capacity: int):
         self.capacity, self.calls = capacity, 0
 
     def __call__(self, *args: object, **options: object) -> ForwardOutput:
         self.calls += 1
-        labels = args[5]
+        labels = args[3]
         assert len(labels) <= self.capacity
         if self.calls > 100 and len(labels) > self.capacity // 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         if bool((labels == BROKEN).any()):
             raise ArithmeticError("broken")
-        result = evaluate(*args, **options)
-        result.eps[labels == NAN] = torch.nan
+        result = run_forward(*args, **options)
+        result.prediction[labels == NAN] = torch.nan
         return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Raises(ExitPolicy):
+    def exit_mask(self, u: Tensor, layer: int, context: ExitContext) -> Tensor:
+        raise ZeroDivisionError
 
 
 class Crowd:
@@ -66,18 +75,21 @@ class Crowd:
 
     def submit(self, draw: random.Random, **options: object) -> Handle | None:
         kind = draw.choices(
-            ["good", "late", "nan", "broken", "shouts", "stops itself", "new setting"], [60, 10, 4, 4, 8, 6, 8]
+            ["good", "late", "nan", "broken", "shouts", "stops itself", "new setting", "raises"],
+            [60, 10, 4, 4, 8, 6, 8, 4],
         )[0]
         index = draw.randrange(len(POOL))
         request, may = {**POOL[index], "priority": draw.choice([0, 0, 0, 1, 5])}, set()
         if kind == "late":
             request["deadline"], may = draw.uniform(0.1, 12), {DeadlineExceeded}
         elif kind in ("nan", "broken"):
-            request["label"], may = (NAN, {FloatingPointError}) if kind == "nan" else (BROKEN, {ArithmeticError})
+            request["class_labels"], may = (NAN, {FloatingPointError}) if kind == "nan" else (BROKEN, {ArithmeticError})
         elif kind in ("shouts", "stops itself"):
             at = draw.randint(1, 4)
             act, error = (self.shout, LookupError) if kind == "shouts" else (Handle.cancel, Handle)
             request["on_step"], may = partial(self.at_step, at, act), {error}
+        elif kind == "raises":
+            request["policy"], may = Raises(), {ZeroDivisionError}
         elif kind == "new setting":
             request["solver"] = DDIM(draw.random())
         try:
@@ -122,7 +134,7 @@ class Crowd:
                 assert type(handle.exception(0)) in may
                 fates[type(handle.exception(0)).__name__] += 1
             else:
-                assert not may & {FloatingPointError, ArithmeticError}
+                assert not may & {FloatingPointError, ArithmeticError, ZeroDivisionError}
                 assert handle.progress[0] == handle.progress[1]
                 fates["image"] += 1
                 self.compare(handle)
@@ -140,7 +152,7 @@ class Crowd:
         if self.batch_invariant:
             assert torch.equal(image, own)
             assert torch.equal(handle.report.exit_layer[:, 0], exit_layer)
-        elif POOL[index]["rule"].startswith(("full", "depth")):
+        elif POOL[index]["policy"].startswith(("full", "exit:depth")):
             torch.testing.assert_close(image, own, rtol=1e-3, atol=1e-3 * float(own.abs().max()))
             assert torch.equal(handle.report.exit_layer[:, 0], exit_layer)
 
@@ -149,9 +161,10 @@ def nothing_is_left(engine: Engine) -> None:
     report = engine.report
     assert (report.waiting, report.running, engine._batch.free, engine._waiting.all()) == (0, 0, engine.capacity, [])
     assert len(engine._batch._tables) <= SPARE + engine.capacity
-    assert len(engine._batch._rules) <= 8
+    assert len(engine._batch._policies) <= 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("seed", "capacity", "n", "batch_invariant"), [(1, 7, 500, True), (2, 4, 250, True), (3, 16, 1200, False)]
 )
@@ -161,11 +174,11 @@ def test_everything_at_once_step_by_step(seed: int, capacity: int, n: int, batch
         served(CONFIG),
         capacity,
         queue=QUEUE,
-        patience=8,
-        batch_invariant=batch_invariant,
-        start=False,
+        max_wait=8,
+        execution=ExecutionOptions(batch_invariant=batch_invariant),
+        threaded=False,
         clock=clock,
-        evaluate=Faulty(capacity),
+        forward=Faulty(capacity),
     )
     crowd, refused, live = Crowd(engine, batch_invariant), 0, []
     while len(crowd.may) < n:
@@ -191,7 +204,14 @@ def test_everything_at_once_step_by_step(seed: int, capacity: int, n: int, batch
     nothing_is_left(engine)
     assert refused > 0
     assert engine.report.batch.halvings > 0
-    assert set(fates) >= {"image", "cancelled", "DeadlineExceeded", "LookupError", "FloatingPointError"}
+    assert set(fates) >= {
+        "image",
+        "cancelled",
+        "DeadlineExceeded",
+        "LookupError",
+        "FloatingPointError",
+        "ZeroDivisionError",
+    }
     assert fates["image"] > len(crowd.may) / 5
     gone = weakref.WeakSet(crowd.may)
     del crowd, live, handle
@@ -201,7 +221,7 @@ def test_everything_at_once_step_by_step(seed: int, capacity: int, n: int, batch
 
 @pytest.fixture
 def hasty() -> Iterator[None]:
-    """Threads change places a hundred times as often as usual."""
+    """Threads change slots a hundred times as often as usual."""
     usual = sys.getswitchinterval()
     sys.setswitchinterval(5e-5)
     yield
@@ -211,7 +231,7 @@ def hasty() -> Iterator[None]:
 @pytest.mark.usefixtures("hasty")
 def test_everything_at_once_from_many_threads() -> None:
     """Clients submit and cancel while the engine runs; some wait for room in the queue."""
-    engine = Engine(served(CONFIG), 6, queue=8, batch_invariant=True, evaluate=Faulty(6))
+    engine = Engine(served(CONFIG), 6, queue=8, execution=ExecutionOptions(batch_invariant=True), forward=Faulty(6))
     crowd = Crowd(engine, True)
 
     def client(seed: int) -> None:

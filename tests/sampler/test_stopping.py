@@ -33,7 +33,7 @@ def cost(u: Tensor, error: Tensor, theta: tuple[float, ...], work: Work, price: 
         layer = leaves(u[:, b].tolist(), theta)
         asked = sum(limit > 0 for limit in theta[:layer])
         summed += (float(error[layer - 1, b]) if layer <= len(theta) else 0.0) + price * (
-            float(work.leaving[layer - 1]) + work.score * asked
+            float(work.exiting[layer - 1]) + work.score * asked
         )
     return summed
 
@@ -54,7 +54,7 @@ def test_near_the_best_of_all_thresholds(seed: int, score: float) -> None:
     draw = torch.Generator().manual_seed(seed)
     error = torch.rand(1, 2, 6, generator=draw) * torch.tensor([2.0, 1.0])[:, None]
     u = error * torch.exp(0.4 * torch.randn(1, 2, 6, generator=draw)) / 5
-    work = Work(WORK.leaving, score)
+    work = Work(WORK.exiting, score)
     for price in (0.01, 0.1, 0.3, 1.0):
         least = min(cost(u[0], error[0], theta, work, price) for theta in everything(u[0]))
         found = tuple(best_thresholds(u, error, work, price)[0].tolist())
@@ -120,10 +120,10 @@ def test_totals_count_every_sample(seed: int, K: int, S: int) -> None:
             layer = leaves(u[s, :, b].tolist(), tuple(theta[s].tolist()))
             assert int(exits[s, b]) == layer
             lost += float(error[s, layer - 1, b]) if layer <= K else 0.0
-            spent += float(work.leaving[layer - 1]) + 0.01 * int(asked[:layer].sum())
+            spent += float(work.exiting[layer - 1]) + 0.01 * int(asked[:layer].sum())
     found = total(exits, error, work, asked)
     assert found[0] == pytest.approx(lost / 7, rel=1e-5)
-    assert found[1] == pytest.approx(spent / (7 * S) / float(work.leaving[-1]), rel=1e-5)
+    assert found[1] == pytest.approx(spent / (7 * S) / float(work.exiting[-1]), rel=1e-5)
 
 
 def informative(S: int = 20, n: int = 400) -> tuple[Tensor, Tensor, Work]:
@@ -161,7 +161,7 @@ def test_the_static_table_is_the_best_of_its_work() -> None:
     for share in (0.4, 0.6, 0.8):
         depths = static_table(error, work, share)
         own = float(mean.gather(1, depths[:, None] - 1).sum())
-        spent = float(work.leaving[depths - 1].sum())
+        spent = float(work.exiting[depths - 1].sum())
         for other in itertools.product((1, 2, 3), repeat=3):
             if sum(other) <= spent:
                 assert own <= float(mean.gather(1, torch.tensor(other)[:, None] - 1).sum()) + 1e-9

@@ -2,6 +2,7 @@
 
 import json
 import math
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -78,11 +79,11 @@ def test_settings_change_the_preset() -> None:
 
 def test_files_and_what_is_given_beside_them(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
-    file.write_text('lr = 1\nloss = "supervised"\n[network]\ndepth = 4\n')
+    file.write_text('format_version = 2\nlr = 1\nloss = "supervised"\n[network]\ndepth = 4\n')
     assert load_config(file, {}) == TrainConfig(lr=1, loss="supervised", network={"depth": 4})
     assert load_config(str(file), {"lr": 0.5, "network": {}}) == TrainConfig(lr=0.5, loss="supervised")
     other = tmp_path / "c.json"
-    other.write_text(json.dumps({"steps": 3}))
+    other.write_text(json.dumps({"format_version": 2, "steps": 3}))
     assert load_config(other, {}) == TrainConfig(steps=3)
     assert load_config(None, {"steps": 3}) == TrainConfig(steps=3)
 
@@ -90,10 +91,10 @@ def test_files_and_what_is_given_beside_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("c.toml", "leraning_rate = 1", "cannot use .*c.toml: unknown key leraning_rate"),
+        ("c.toml", "format_version = 2\nleraning_rate = 1", "cannot use .*c.toml: unknown key leraning_rate"),
         ("c.toml", "steps = ", "c.toml is not TOML"),
-        ("c.toml", "steps = 2.5", "cannot use .*c.toml: steps must be of type int, got 2.5"),
-        ("c.json", '{"ema": "0.9"}', "ema must be of type float, got '0.9'"),
+        ("c.toml", "format_version = 2\nsteps = 2.5", "cannot use .*c.toml: steps must be of type int, got 2.5"),
+        ("c.json", '{"format_version": 2, "ema": "0.9"}', "ema must be of type float, got '0.9'"),
         ("c.json", "[3]", "table of values"),
         ("c.json", "{", "c.json is not JSON"),
     ],
@@ -102,6 +103,41 @@ def test_bad_files_are_errors(tmp_path: Path, name: str, text: str, message: str
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         load_config(tmp_path / name, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "version"),
+    [
+        ("c.toml", "steps = 3", "None"),
+        ("c.toml", "", "None"),
+        ("c.toml", "format_version = 1\nsteps = 3", "1"),
+        ("c.toml", "format_version = 3", "3"),
+        ("c.toml", "format_version = '2'", "'2'"),
+        ("c.toml", "[network]\nformat_version = 2", "None"),
+        ("c.json", '{"steps": 3}', "None"),
+        ("c.json", '{"format_version": 1, "steps": 3}', "1"),
+    ],
+)
+def test_files_of_another_version_are_refused_with_advice(tmp_path: Path, name: str, text: str, version: str) -> None:
+    """In one line. What is advised is all that there is to do."""
+    file = tmp_path / name
+    file.write_text(text)
+    with pytest.raises(ValueError, match="format_version") as refused:
+        load_config(file, {})
+    line = str(refused.value)
+    assert "\n" not in line
+    advice = "format_version = 2" if name == "c.toml" else '"format_version": 2'
+    known = f"; its keys mean what they did, so write {advice}" if version in ("None", "1") else ""
+    assert line == f"{file} has format_version {version}, this release reads 2{known}"
+    if version == "None" and "steps" in text:
+        file.write_text(f"{advice}\n{text}" if name == "c.toml" else "{" + advice + ", " + text[1:])
+        assert load_config(file, {}) == TrainConfig(steps=3)
+
+
+def test_every_configuration_that_ships_has_its_version() -> None:
+    assert len(shipped()) > 8
+    for file in shipped().values():
+        assert tomllib.loads(file.read_text())["format_version"] == 2
 
 
 def test_a_name_that_is_nothing_lists_what_ships() -> None:

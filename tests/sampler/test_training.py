@@ -16,7 +16,7 @@ import adadiff
 from adadiff.checkpoint import load, read_tensors
 from adadiff.data.image_sets import Images
 from adadiff.output.pictures import make_grid, to_pixels
-from adadiff.training.config import TrainConfig
+from adadiff.training.config import TrainConfig, load_config
 from adadiff.training.run_folder import CONFIG, LOG, MODEL, SAMPLES, STATE
 from adadiff.training.trainer import Trainer
 
@@ -131,8 +131,23 @@ def test_a_folder_of_another_configuration_is_refused(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG]
 
 
+def test_a_folder_tells_its_configuration_to_other_runs(tmp_path: Path) -> None:
+    Trainer(SHORT, tmp_path)
+    values = json.loads((tmp_path / CONFIG).read_text())
+    assert values == {"format_version": 2, **dataclasses.asdict(SHORT)}
+    assert load_config(tmp_path / CONFIG, {}) == SHORT
+    assert load_config(tmp_path / CONFIG, {"steps": 9}) == dataclasses.replace(SHORT, steps=9)
+
+
 @pytest.mark.parametrize(
-    ("text", "message"), [("{", "not readable"), ('{"stepz": 3}', "unknown key stepz"), ("[]", "a table of values")]
+    ("text", "message"),
+    [
+        ("{", "not readable"),
+        ('{"format_version": 2, "stepz": 3}', "unknown key stepz"),
+        ("[]", "a table of values"),
+        ("{}", r"config\.json has format_version None, this release reads 2; .* write \"format_version\": 2$"),
+        ('{"format_version": 3}', r"config\.json has format_version 3, this release reads 2$"),
+    ],
 )
 def test_a_folder_with_a_damaged_configuration_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / CONFIG).write_text(text)
@@ -319,7 +334,7 @@ def test_pictures_are_drawn_along_the_way(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / SAMPLES).iterdir()) == ["00000002.png", "00000004.png"]
     shown = np.asarray(Image.open(tmp_path / SAMPLES / "00000004.png"))
     model = load(tmp_path / MODEL)
-    images, _ = adadiff.sample(model, 36, steps=20, labels=[i % 10 for i in range(36)])
+    images, _ = adadiff.sample(model, 36, steps=20, class_labels=[i % 10 for i in range(36)])
     wanted = make_grid([to_pixels(image) for image in images])
     assert np.array_equal(shown, wanted)
     assert shown.std() > 0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adadiff.config import ModelConfig
+from adadiff.forward.options import ExecutionOptions
 from adadiff.model import Model
 from adadiff.models.dit import DiT, DiTConfig
 from adadiff.models.uvit import UViT, UViTConfig
@@ -52,10 +53,10 @@ class Case:
     uncertainties: Tensor  # [L, B], float32 at least
 
     @property
-    def layers(self) -> int:
+    def num_layers(self) -> int:
         return len(self.predictions)
 
-    def leaving(self, exit_layer: Tensor) -> Tensor:
+    def exiting(self, exit_layer: Tensor) -> Tensor:
         """exit_layer: [B]. The prediction of each sample at its own layer."""
         return self.predictions[exit_layer.long() - 1, torch.arange(len(exit_layer))]
 
@@ -167,7 +168,7 @@ SERVED = ModelConfig(
     null_label=3,
     exits=PAPER,
 )
-SERVED_RULES = ("full", "threshold:0.4", "threshold:0.55,first=2", "patience:0.5", "depth:2", "depth:3.4")
+SERVED_POLICIES = ("full", "exit:0.4", "exit:0.55,min_layer=2", "exit:patience=0.5", "exit:depth=2", "exit:depth=3.4")
 SERVED_SOLVERS = ("ddim", "ddim:0.6", "ddpm", "dpm++2m")
 
 
@@ -189,31 +190,23 @@ def requests(n: int, seed: int = 0, most: int = 5) -> list[dict]:
             "seed": draw.randrange(2**63),
             "steps": draw.randint(1, most),
             "solver": draw.choice(SERVED_SOLVERS),
-            "rule": draw.choice(SERVED_RULES),
-            "label": draw.choice([None, 0, 1, 2]),
+            "policy": draw.choice(SERVED_POLICIES),
+            "class_labels": draw.choice([None, 0, 1, 2]),
         }
         if draw.random() < 0.4:
-            request |= {"guidance": draw.uniform(0.5, 3), "tied": draw.random() < 0.5}
+            request |= {"guidance_scale": draw.uniform(1.5, 4), "tied": draw.random() < 0.5}
         if draw.random() < 0.2:
             image = torch.randn(1, 4, 4, generator=torch.Generator().manual_seed(draw.randrange(2**31)))
-            request |= {"start": image, "strength": draw.choice([0.2, 0.5, 1.0])}
+            request |= {"init_image": image, "strength": draw.choice([0.2, 0.5, 1.0])}
         made.append(request)
     return made
-
-
-def as_samples(request: dict) -> dict:
-    """The same, as `sample` and `SampleBatch.of` want it."""
-    given = dict(request)
-    seed, label, start = given.pop("seed"), given.pop("label", None), given.pop("start", None)
-    labels, starts = None if label is None else [label], None if start is None else start[None]
-    return {"seeds": [seed], "labels": labels, "start": starts, **given}
 
 
 def alone(request: dict, model: Model | None = None, batch_invariant: bool = True) -> tuple[Tensor, Tensor]:
     """The image [C, H, W] of one request and the exit layers of its steps, uint8 [made, 2], by `sample` of nothing
     else."""
-    given = as_samples(request)
-    images, report = sample(model or served(), 1, batch=1, batch_invariant=batch_invariant, **given)
+    execution = ExecutionOptions(batch_invariant=batch_invariant)
+    images, report = sample(model or served(), 1, batch=1, execution=execution, **request)
     exit_layer = report.exit_layer[:, 0]
     return images[0], exit_layer[exit_layer[:, 0] > 0]
 
@@ -230,7 +223,9 @@ class Clock:
 
 def stepped(capacity: int = 4, **options: object) -> Engine:
     """An engine of `served()` that makes a step when a test says so, with the same bits in any company."""
-    return Engine(served(), capacity, start=False, **{"batch_invariant": True, **options})
+    return Engine(
+        served(), capacity, threaded=False, **{"execution": ExecutionOptions(batch_invariant=True), **options}
+    )
 
 
 def images_are_right(handles: list[Handle], wanted: list[dict]) -> None:
@@ -241,6 +236,6 @@ def images_are_right(handles: list[Handle], wanted: list[dict]) -> None:
 
 
 def is_empty(engine: Engine) -> bool:
-    """No place is lost, and nobody is waiting."""
+    """No slot is lost, and nobody is waiting."""
     report = engine.report
     return (report.waiting, report.running, engine._batch.free, engine._waiting.all()) == (0, 0, engine.capacity, [])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 COMMIT = "28883ee"  # the one compared with
 N = 64
 STEPS = (5, 6, 8)  # of samples in turn, so that they part ways
-BATCH = 24  # fewer than N: places are used again
+BATCH = 24  # fewer than N: slots are used again
 PLACEMENTS = ("sample", "batch-invariant", "device, sync", "device, lagged", "engine")
 SOLVERS = ("ddim", "ddim:0.5", "ddpm", "dpm++2m", "dpm-fast", "dpm++fast")
 POLICIES = (

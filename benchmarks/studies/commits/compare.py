@@ -68,11 +68,11 @@ def report(base: dict[str, dict[str, Tensor]], current: dict[str, dict[str, Tens
         differ = {name: difference(current[name]["images"], base[name]["images"]) for name in names}
         exits = [name for name in names if not torch.equal(current[name]["exits"], base[name]["exits"])]
         macs = [name for name in names if not torch.equal(current[name]["macs"], base[name]["macs"])]
-        same = sum(torch.equal(current[name]["images"], base[name]["images"]) for name in names)
+        images = [name for name in names if not torch.equal(current[name]["images"], base[name]["images"])]
         most = max(differ.values(), default=0.0)
-        print(f"{placement:18} {len(names):5} {same:9} {most:17.1e} {len(exits):11} {len(macs):10}")
+        print(f"{placement:18} {len(names):5} {len(names) - len(images):9} {most:17.1e} {len(exits):11} {len(macs):10}")
         fine &= not exits and not macs
-        for name in dict.fromkeys([*exits, *macs]):
+        for name in dict.fromkeys([*exits, *macs, *images]):
             other = int((current[name]["exits"] != base[name]["exits"]).sum())
             print(f"    {name}: {other} of {base[name]['exits'].numel()} exits, images differ by {differ[name]:.1e}")
     return fine

@@ -11,30 +11,32 @@ from cases import BATCH, STEPS, Case, N
 from torch import Tensor
 
 import adadiff
-from adadiff.forward import device as device_engine
-from adadiff.policies.exit_policies import Threshold
+from adadiff import ExecutionOptions
+from adadiff.forward import forward as forward_pass
+from adadiff.policies.exits import Threshold
 from adadiff.uem import ExitConfig
 from adadiff_kernels import dispatch
 from adadiff_kernels.compaction import device_set
 
 
-def rule(case: Case) -> str:
+def policy(case: Case) -> str:
     n = case.numbers
     if case.policy == "full":
         return "full"
     if "theta" in n:
-        return f"{case.policy}:{n['theta']},first={n['first']}"
-    return f"{case.policy}:{n.get('depth', n.get('share'))}"
+        kind = "" if case.policy == "threshold" else f"{case.policy}="
+        return f"exit:{kind}{n['theta']},min_layer={n['first']}"
+    return f"exit:{case.policy}={n.get('depth', n.get('share'))}"
 
 
 def settings(case: Case, model: object) -> dict:
     labels = model.config.classes
     given = {
-        "rule": rule(case),
+        "policy": policy(case),
         "solver": case.solver,
         "steps": case.by_sample(STEPS),
-        "labels": [i % labels for i in range(N)],
-        "guidance": [scale - 1 for scale in case.by_sample(case.scales)],
+        "class_labels": [i % labels for i in range(N)],
+        "guidance_scale": case.by_sample(case.scales),
         "tied": case.tied,
     }
     return given if case.interval is None else given | {"guidance_interval": case.interval}
@@ -47,46 +49,46 @@ def sample(model: object, case: Case, **options: object) -> dict[str, Tensor]:
 
 def engine(model: object, case: Case) -> dict[str, Tensor]:
     given, exits = settings(case, model), torch.zeros(max(STEPS), N, 2, dtype=torch.uint8)
-    steps, labels, guidance = given.pop("steps"), given.pop("labels"), given.pop("guidance")
-    with adadiff.Engine(model, 2 * BATCH, start=False) as serving:
+    by_sample = {name: given.pop(name) for name in ("steps", "class_labels", "guidance_scale")}
+    with adadiff.Engine(model, 2 * BATCH, threaded=False) as serving:
         handles = [
-            serving.submit(seed=i, steps=steps[i], label=labels[i], guidance=guidance[i], **given) for i in range(N)
+            serving.submit(seed=i, **{name: values[i] for name, values in by_sample.items()}, **given) for i in range(N)
         ]
         while serving.step():
             pass
         totals = serving.report.batch
     for i, handle in enumerate(handles):
-        exits[: steps[i], i] = handle.report.exit_layer[:, 0]
+        exits[: by_sample["steps"][i], i] = handle.report.exit_layer[:, 0]
     images = torch.stack([handle.result(0) for handle in handles])
     return {"images": images, "exits": exits, "macs": torch.tensor([totals.macs, totals.macs_full])}
 
 
 def counts(strategy: str) -> dict:
     """How the host of a device learns who runs, as an option of `sample`."""
-    return {"counts": strategy}
+    return {"execution": ExecutionOptions(count_sync=strategy)}
 
 
 def invariant() -> dict:
-    return {"batch_invariant": True}
+    return {"execution": ExecutionOptions(batch_invariant=True)}
 
 
 def forward(model: object, x: Tensor, t: Tensor, labels: Tensor | None, theta: float, **options: object) -> object:
-    """One forward pass in which nobody leaves, though everybody is asked."""
-    return adadiff.evaluate(model.backbone, model.exits, Threshold(theta), x, t, labels, **options)
+    """One forward pass in which nobody exits, though everybody is asked."""
+    return adadiff.forward(model, x, t, labels, policy=Threshold(theta), **options)
 
 
 def compiled() -> dict:
     """Options of `forward` for which blocks go through torch.compile."""
-    return {"compiled": True}
+    return {"execution": ExecutionOptions(runner="compiled")}
 
 
 def budget(model: object, x: Tensor, t: Tensor, labels: Tensor, share: float) -> object:
     """One forward pass by the model's calibration."""
-    return adadiff.evaluate(model.backbone, model.exits, model.calibration.rule("budget", share), x, t, labels)
+    return adadiff.forward(model, x, t, labels, policy=model.calibration.policy("budget", share))
 
 
 def draw(model: object, n: int, steps: int, theta: float, labels: list[int] | None, batch: int) -> Tensor:
-    return adadiff.sample(model, n, steps=steps, rule=f"threshold:{theta}", labels=labels, batch=batch)[0]
+    return adadiff.sample(model, n, steps=steps, policy=f"exit:{theta}", class_labels=labels, batch=batch)[0]
 
 
 def shared_head() -> ExitConfig:
@@ -122,7 +124,7 @@ def noop_launches() -> Iterator[None]:
         core = SimpleNamespace(compact=nothing, start=nothing)
         patch(device_set, "extension", SimpleNamespace(core=core))
         patch(device_set, "_stream", lambda tensor: (0, 0))
-        patch(device_engine, "_device_set", prepared)
+        patch(forward_pass, "device_set", prepared)
         yield
 
 
@@ -149,4 +151,4 @@ def nothing(*_: object, **__: object) -> None: ...
 
 
 def ways_of_the_device() -> dict:
-    return {"counts": "lagged"}
+    return counts("lagged")

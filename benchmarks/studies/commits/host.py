@@ -1,4 +1,4 @@
-"""What the engine's own Python costs, without a GPU: ratios to the plain network, nobody leaving though all are asked.
+"""What the engine's own Python costs, without a GPU: ratios to the plain network, nobody exiting though all are asked.
 
 python benchmarks/studies/commits/host.py            this commit
 python benchmarks/studies/commits/host.py base       commit 28883ee, in the worktree of compare.py --keep FOLDER
@@ -46,7 +46,6 @@ def ratio(ours: Call, plain: Call, pairs: int = PAIRS) -> dict[str, float]:
 
 def measure(dialect: object, chosen: set[str]) -> dict[str, dict[str, float]]:
     import adadiff
-    from adadiff.uem import PAPER
 
     torch.set_num_threads(1)
     found: dict[str, dict[str, float]] = {}
@@ -91,7 +90,7 @@ def measure(dialect: object, chosen: set[str]) -> dict[str, dict[str, float]]:
 
         note("forward, digits, batch 64, both compiled", compiled)
         note("multiply-add, canvases, budget 0.55", lambda: multiply_add(dialect))
-        small = adadiff.build("cifar10_uvit_small", exits=PAPER)
+        small = adadiff.build("cifar10_uvit_small", exits=dialect.ExitConfig())
         for B in (1, 8):
             x, t = torch.randn(B, 3, 32, 32), torch.linspace(1, 999, B)
             ours, plain = (

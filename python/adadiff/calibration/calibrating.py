@@ -16,10 +16,18 @@ from ..metrics.frechet import FeatureStatistics, frechet_distance
 from ..metrics.quality import lower_quantile, paired_psnr
 from ..model import Model
 from ..output.pictures import CHANNELS
-from ..policies.calibrated import NEAR, Budget, Budgeted, Calibration, Measured, Scheduled, Tables
-from ..policies.exit_policies import Rule
+from ..policies.calibrated import (
+    NEAR,
+    Budget,
+    CalibratedDepths,
+    CalibratedThresholds,
+    Calibration,
+    Measured,
+    Tables,
+)
+from ..policies.interface import ExitPolicy
+from ..sampling.sample_batch import SampleBatch, whole
 from ..sampling.sampler import sample
-from ..sampling.samples import SampleBatch, whole
 from .recording import Extractor, Recording, measure_weights, record
 from .refitting import Refitting
 from .stopping import Work, adaptive_table, mixed, static_table
@@ -38,16 +46,16 @@ def work_of(model: Model) -> Work:
     network, exits = model.backbone, model.exits
     patches = network.tokens - network.num_prefix_tokens
     blocks = torch.tensor([block.macs(network.tokens) for block in network.blocks], dtype=torch.float64)
-    leaving = blocks.cumsum(0) + sum(network.stem_and_head_macs())
-    leaving[:-1] += exits.head_macs(patches)
-    return Work(leaving, exits.macs(patches))
+    exiting = blocks.cumsum(0) + sum(network.stem_and_head_macs())
+    exiting[:-1] += exits.head_macs(patches)
+    return Work(exiting, exits.macs(patches))
 
 
 class Calibrating:
     """A calibration about to be made: thresholds for every timestep and layer, for each of `budgets`, shares in (0, 1]
     of the full network's multiply-adds.
 
-    What leaving at a timestep and layer gets wrong on the mean is counted as `features` see the image that a prediction
+    What exiting at a timestep and layer gets wrong on the mean is counted as `features` see the image that a prediction
     leads to (images [n, C, H, W] -> [n, F]; default: those of the digits or of their canvases): what they do not see,
     later steps mostly mend. Samples differ in it as in the predicted noise, which counts alone where no features are
     known. aim: "faithful" weighs it by what it does to each image, "distribution" by how far the images as a whole move
@@ -68,7 +76,7 @@ class Calibrating:
         n: int = 256,
         steps: int = 50,
         solver: str = "ddim",
-        guidance: float = 0.0,
+        guidance_scale: float = 1.0,
         seed: int = CALIBRATION_SEED,
         batch: int = 64,
         features: Extractor | None = None,
@@ -87,11 +95,11 @@ class Calibrating:
         whole("n", n, 8)
         whole("batch", batch, 1)
         self._work = work_of(model)
-        least = float(self._work.leaving[0] + self._work.score) / self._work.full
+        least = float(self._work.exiting[0] + self._work.score) / self._work.full
         if min(budgets) < least:
             raise ValueError(f"the least that this network can run is {least:.3f} of its work, got {min(budgets)}")
         self.model, self.budgets, self.aim = model, sorted(budgets), aim
-        self.n, self.steps, self.solver, self.guidance = n, steps, solver, guidance
+        self.n, self.steps, self.solver, self.guidance_scale = n, steps, solver, guidance_scale
         self.seed, self.batch, self.refit = seed, batch, refit
         self._features = features or default_features(model)
         if aim == "distribution" and self._features is None:
@@ -120,17 +128,17 @@ class Calibrating:
             model, first, recording, self._distance, batch=self.batch, places=PLACES, tick=bar.update
         )
         error = recording.error.double() * weights[:, None, None]
-        full, _ = sample(model, self.n, **self._settings(self.seed + self.n), rule="full")
+        full, _ = sample(model, self.n, **self._settings(self.seed + self.n), policy="full")
         bar.update()
         budgets = []
         for share in self.budgets:
             thresholds, spent = self._meet(share, error, bar)
             depths = static_table(error, self._work, max(share, spent))
             tables = self._tables(share, thresholds, depths)
-            ours, our_errors = self._measure(Budgeted(share, tables), full)
-            static, static_errors = self._measure(Scheduled(share, tables), full)
+            ours, our_errors = self._measure(CalibratedThresholds(share, tables), full)
+            static, static_errors = self._measure(CalibratedDepths(share, tables), full)
             less = static_table(error, self._work, ours.share, above=False)
-            less = self._measure(Scheduled(share, self._tables(share, thresholds, less)), full)
+            less = self._measure(CalibratedDepths(share, self._tables(share, thresholds, less)), full)
             static, static_errors = _mixed(ours.share, less, (static, static_errors))
             bar.update(3)
             rows, ratio = tuple(map(tuple, thresholds.tolist())), _ratio(our_errors, static_errors)
@@ -140,11 +148,11 @@ class Calibrating:
             aim=self.aim,
             solver=self.solver,
             steps=self.steps,
-            guidance=float(self.guidance),
+            guidance_scale=float(self.guidance_scale),
             n=self.n,
             seed=self.seed,
             refit=self.refit,
-            layers=model.layers,
+            num_layers=model.num_layers,
             t=tuple(recording.t.tolist()),
             weights=tuple(weights.tolist()),
             budgets=tuple(budgets),
@@ -154,13 +162,13 @@ class Calibrating:
     def _meet(self, share: float, error: Tensor, bar: tqdm) -> tuple[Tensor, float]:
         """Thresholds [S, K] whose runs, with their own errors, take `share` or about that, and what they take: the
         recorded errors lie on the full network's way, from which early exits stray."""
-        least = float(self._work.leaving[0] + self._work.score) / self._work.full
-        depths = torch.full((len(error),), self.model.layers)
+        least = float(self._work.exiting[0] + self._work.score) / self._work.full
+        depths = torch.full((len(error),), self.model.num_layers)
         target, found = share, []
         for _ in range(ROUNDS):
             theta = adaptive_table(self.recording.u, error, self._work, target)
-            rule = Budgeted(share, self._tables(share, theta, depths))
-            _, report = sample(self.model, self.n, **self._settings(self.seed), rule=rule)
+            policy = CalibratedThresholds(share, self._tables(share, theta, depths))
+            _, report = sample(self.model, self.n, **self._settings(self.seed), policy=policy)
             spent = report.macs / report.macs_full
             found.append((abs(spent - share), spent, theta))
             bar.update()
@@ -171,16 +179,16 @@ class Calibrating:
         return theta, spent
 
     def _tables(self, share: float, thresholds: Tensor, depths: Tensor) -> Tables:
-        return Tables(self.model.layers, self.recording.t.tolist(), [share], thresholds[None], depths[None])
+        return Tables(self.model.num_layers, self.recording.t.tolist(), [share], thresholds[None], depths[None])
 
     def _settings(self, seed: int) -> dict[str, object]:
         classes = self.model.config.classes
         return {
             "steps": self.steps,
             "solver": self.solver,
-            "guidance": self.guidance,
-            "seeds": list(range(seed, seed + self.n)),
-            "labels": [i % classes for i in range(self.n)] if classes else None,
+            "guidance_scale": self.guidance_scale,
+            "seed": list(range(seed, seed + self.n)),
+            "class_labels": [i % classes for i in range(self.n)] if classes else None,
             "batch": self.batch,
         }
 
@@ -198,8 +206,8 @@ class Calibrating:
         with torch.no_grad():
             return frechet_distance(*(FeatureStatistics.of(self._features(v.clamp(-1, 1))) for v in (images, full)))
 
-    def _measure(self, rule: Rule, full: Tensor) -> tuple[Measured, Tensor]:
-        images, report = sample(self.model, self.n, **self._settings(self.seed + self.n), rule=rule)
+    def _measure(self, policy: ExitPolicy, full: Tensor) -> tuple[Measured, Tensor]:
+        images, report = sample(self.model, self.n, **self._settings(self.seed + self.n), policy=policy)
         error = (images - full).double().square().flatten(1).mean(1)
         low, high = _ends(_resampled(error)[0])
         shown = self.model.backbone.sample_shape[0] in CHANNELS

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from ..diffusion.schedules import NoiseSchedule
-from ..forward import forward as engine
-from ..forward.forward import ForwardOutput
+from ..forward.all_layers import all_layers
+from ..forward.forward import run_forward
+from ..forward.output import Costs, ForwardOutput
 from ..model import Model
 from ..models.interface import Backbone
 from ..sampling.batch import Batch
-from ..sampling.samples import SampleBatch
-from ..uem import Exits, all_layers
+from ..sampling.sample_batch import SampleBatch
+from ..uem import Exits
 
 Distance = Callable[[Tensor, Tensor], float]  # of images [n, C, H, W] from the full network's, for the mean sample
 Extractor = Callable[[Tensor], Tensor]  # images [n, C, H, W] in [-1, 1] -> features [n, F]
@@ -24,17 +25,17 @@ Extractor = Callable[[Tensor], Tensor]  # images [n, C, H, W] in [-1, 1] -> feat
 
 @dataclass(frozen=True)
 class Recording:
-    """n lanes at S evaluations of the full network, K = L - 1 layers before its last."""
+    """n lanes at S steps of the full network, K = L - 1 layers before its last."""
 
     t: Tensor  # float64 [S], the network's times, in the order of the run
     u: Tensor  # float32 [S, K, n], uncertainties
     relative: Tensor  # float32 [S, K, n], mean squared difference to the last layer's prediction
-    error: Tensor  # float32 [S, K, n], what leaving would get wrong: `relative`, its means as features see them
+    error: Tensor  # float32 [S, K, n], what exiting would get wrong: `relative`, its means as features see them
     images: Tensor  # float32 [samples, C, H, W]
 
 
 class Watched(NamedTuple):
-    """One evaluation of B lanes."""
+    """One forward pass of B lanes."""
 
     predictions: list[Tensor]  # every layer's, L of [B, C, H, W]
     u: Tensor  # float32 [K, B]
@@ -52,19 +53,20 @@ def watch(backbone: Backbone, exits: Exits, x: Tensor, t: Tensor, context: Tenso
 
 
 def run(
-    model: Model, samples: SampleBatch, batch: int, evaluator: Callable[[], Callable[..., ForwardOutput]]
+    model: Model, samples: SampleBatch, batch: int, new_forward: Callable[[], Callable[..., ForwardOutput]]
 ) -> Tensor:
-    """Draws samples, `batch` at a time in lock step, each batch with an `evaluate` of its own. Returns the images."""
+    """Draws samples, `batch` at a time in lock step, each batch with a forward pass of its own making. Returns the
+    images."""
     images = torch.empty(samples.n, *model.backbone.sample_shape)
-    for index in torch.arange(samples.n).split(batch):
-        flight = Batch(model, len(index), evaluate=evaluator())
-        slot = torch.empty_like(index)
-        slot[flight.admit(samples, index)] = index
+    for begin in range(0, samples.n, batch):
+        index = np.arange(begin, min(samples.n, begin + batch))
+        flight, sample = Batch(model, len(index), forward=new_forward()), np.empty_like(index)
+        sample[flight.admit(samples, index)] = index
         while flight.count:
             tick = flight.tick()
             if tick.failed:
                 raise next(iter(tick.failed.values()))
-            images[slot[tick.done]] = flight.take(tick.done)
+            images[torch.from_numpy(sample[tick.done])] = flight.take(tick.done).cpu()
     return images
 
 
@@ -75,40 +77,33 @@ def record(
     features: Extractor | None = None,
     visit: Callable[[int, float, Tensor, Tensor], object] | None = None,
 ) -> Recording:
-    """samples: with the rule "full" and equally many steps each. Lanes are in order, the unconditional ones of each
-    batch after its conditional ones. features: the mean error of an evaluation and layer is the mean squared difference
+    """samples: with the policy "full" and equally many steps each. Lanes are in order, the unconditional ones of each
+    batch after its conditional ones. features: the mean error of a step and layer is the mean squared difference
     of the features of what its prediction makes of the noisy image, the image it leads to at once, and lanes differ in
     error as in `relative`: what features make of one lane, its rows can hardly tell.
-    visit: called with every evaluation's number, from 0 to S - 1, its time, the lanes' rows after each block but the
+    visit: called with every step's number, from 0 to S - 1, its time, the lanes' rows after each block but the
     last [K, B, D], means over the tokens that have a say, and relative [K, B]."""
     watched: list[list[tuple[float, Tensor, Tensor, Tensor]]] = []
 
-    def evaluator() -> Callable[..., ForwardOutput]:
+    def new_forward() -> Callable[..., ForwardOutput]:
         rows: list[tuple[float, Tensor, Tensor, Tensor]] = []
         watched.append(rows)
 
-        def evaluate(
-            backbone: Backbone,
-            exits: Exits,
-            rule: object,
-            x: Tensor,
-            t: Tensor,
-            context: Tensor | None = None,
-            **_: object,
-        ) -> ForwardOutput:
-            seen = watch(backbone, exits, x, t, context)
+        def forward(model: Model, x: Tensor, t: Tensor, context: Tensor | None, **_: object) -> ForwardOutput:
+            seen = watch(model.backbone, model.exits, x, t, context)
             error = seen.relative
             if features is not None:
                 error = _feature_errors(features, model.schedule, x, t, seen.predictions)
             if visit is not None:
-                means = torch.stack([own[:, exits.num_prefix_tokens :].mean(1) for own in seen.rows[:-1]])
+                prefix = model.exits.num_prefix_tokens
+                means = torch.stack([own[:, prefix:].mean(1) for own in seen.rows[:-1]])
                 visit(len(rows), float(t[0]), means, seen.relative)
             rows.append((float(t[0]), seen.u, seen.relative, error))
-            return _whole(seen.predictions[-1])
+            return _output(seen.predictions[-1])
 
-        return evaluate
+        return forward
 
-    images = run(model, samples, batch, evaluator)
+    images = run(model, samples, batch, new_forward)
     t = torch.tensor([row[0] for row in watched[0]], dtype=torch.float64)
     u, relative, error = (
         torch.stack([torch.cat([rows[i][part] for rows in watched], 1) for i in range(len(t))]) for part in (1, 2, 3)
@@ -139,15 +134,15 @@ def measure_weights(
     places: int = 8,
     tick: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """What a unit of error at one evaluation does to the images, float64 [S].
+    """What a unit of error at one step does to the images, float64 [S].
 
-    At `places` evaluations, evenly spread, the full prediction is replaced by that of a shallow layer, and in a second
+    At `places` steps, evenly spread, the full prediction is replaced by that of a shallow layer, and in a second
     run of one less shallow; the rest of the run is full. The final distance over the mean error put in is averaged
-    geometrically over the two, and interpolated over the evaluations in between, both in the logarithm: a linear theory
+    geometrically over the two, and interpolated over the steps in between, both in the logarithm: a linear theory
     of single steps is far off where the noise is high, as the sampler corrects much of what went wrong.
     samples: the first of those of the recording, its lanes included. tick: called after each run.
     """
-    S, L = len(recording.t), model.layers
+    S, L = len(recording.t), model.num_layers
     chosen = sorted(set(np.linspace(0, S - 1, min(S, places)).round().astype(int).tolist()))
     layers = sorted({max(1, L // 4), max(1, L // 2)})
     reference = recording.images[: samples.n]
@@ -164,29 +159,23 @@ def measure_weights(
 
 
 def _replacing(at: int, layer: int) -> Callable[..., ForwardOutput]:
-    """An `evaluate` whose call number `at`, from 0, answers with the prediction of `layer`."""
+    """A forward pass whose call number `at`, from 0, answers with the prediction of `layer`."""
     calls = 0
 
-    def evaluate(
-        backbone: Backbone,
-        exits: Exits,
-        rule: object,
-        x: Tensor,
-        t: Tensor,
-        context: Tensor | None = None,
-        **given: object,
-    ) -> ForwardOutput:
+    def forward(model: Model, x: Tensor, t: Tensor, context: Tensor | None, **given: object) -> ForwardOutput:
         nonlocal calls
         calls += 1
         if calls == at + 1:
-            return _whole(watch(backbone, exits, x, t, context).predictions[layer - 1])
-        return engine.evaluate(backbone, exits, rule, x, t, context, **given)
+            return _output(watch(model.backbone, model.exits, x, t, context).predictions[layer - 1])
+        return run_forward(model, x, t, context, **given)
 
-    return evaluate
+    return forward
 
 
-def _whole(eps: Tensor) -> ForwardOutput:
-    return ForwardOutput(eps, torch.ones(len(eps), dtype=torch.int32, device=eps.device), 0, 0, 0, None)
+def _output(prediction: Tensor) -> ForwardOutput:
+    """Of lanes whose exits nobody looks at."""
+    exit_layer = torch.ones(len(prediction), dtype=torch.int32, device=prediction.device)
+    return ForwardOutput(prediction, exit_layer, Costs(0, ((0, 0),)), (), 0)
 
 
 def noised_errors(

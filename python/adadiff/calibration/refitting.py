@@ -1,7 +1,7 @@
-"""UEMs fitted anew to what leaving gets wrong, in closed form.
+"""UEMs fitted anew to what exiting gets wrong, in closed form.
 
 A trained UEM knows best how errors differ between timesteps, for that is most of what its loss sees. Thresholds of a
-calibration are by timestep, and need no more than to know which of the samples of one timestep loses least by leaving.
+calibration are by timestep, and need no more than to know which of the samples of one timestep loses least by exiting.
 That is fitted here on recorded runs. For layer k, x the mean of a lane's rows after it over the tokens that have a say,
 and y the logarithm of the error relative to the full network, centred and in units of its spread over all recorded:
 
@@ -12,7 +12,7 @@ and y the logarithm of the error relative to the full network, centred and in un
 |w|^2 is in units of each channel's spread. penalty_k is, of PENALTIES, the one that does best on the half of the
 lanes that it was not fitted on, both ways. Only sums over lanes are kept, so memory does not grow with them.
 
-S evaluations, L layers, K = L - 1 that can be left after, D channels.
+S steps, L layers, K = L - 1 that can be exited after, D channels.
 """
 
 import copy
@@ -34,17 +34,17 @@ Products = tuple[Tensor, Tensor, Tensor]  # as `Sums.within` makes them
 
 
 class Sums:
-    """Of the lanes added, float64. The products are summed over evaluations, as w is the same at all of them."""
+    """Of the lanes added, float64. The products are summed over steps, as w is the same at all of them."""
 
     def __init__(self, K: int, D: int):
-        self.n: list[int] = []  # an entry for each evaluation
+        self.n: list[int] = []  # an entry for each step
         self.x: list[Tensor] = []  # [K, D]
         self.y: list[Tensor] = []  # [K]
         zeros = partial(torch.zeros, dtype=torch.float64)
         self.xx, self.xy, self.yy = zeros(K, D, D), zeros(K, D), zeros(K)
 
     def add(self, step: int, x: Tensor, y: Tensor) -> None:
-        """Some lanes at evaluation number `step`: x [K, n, D], y [K, n]."""
+        """Some lanes at step number `step`: x [K, n, D], y [K, n]."""
         if step == len(self.n):
             self.n.append(0)
             self.x.append(torch.zeros_like(self.xy))
@@ -69,7 +69,7 @@ class Sums:
         return n, torch.stack(self.x) / n[:, None, None], torch.stack(self.y) / n[:, None]
 
     def within(self) -> Products:
-        """The products of deviations from the means of each evaluation, [K, D, D], [K, D] and [K]."""
+        """The products of deviations from the means of each step, [K, D, D], [K, D] and [K]."""
         n, x, y = self.means()
         xx, xy = torch.einsum("s,skd,ske->kde", n, x, x), torch.einsum("s,skd,sk->kd", n, x, y)
         return self.xx - xx, self.xy - xy, self.yy - torch.einsum("s,sk,sk->k", n, y, y)
@@ -87,7 +87,7 @@ def ridge(within: Products, penalty: Tensor) -> Tensor:
 
 
 def held_out_error(within: Products, w: Tensor) -> Tensor:
-    """float64 [K]: the sum of squares that w [K, D] leaves within evaluations."""
+    """float64 [K]: the sum of squares that w [K, D] leaves within steps."""
     xx, xy, yy = within
     return yy - 2 * (w * xy).sum(1) + torch.einsum("kd,kde,ke->k", w, xx, w)
 
@@ -111,10 +111,10 @@ class Refitting:
     def __init__(self, model: Model):
         self._model = model
         self._t: list[float] = []
-        self._halves = tuple(Sums(model.layers - 1, model.backbone.dim) for _ in range(2))
+        self._halves = tuple(Sums(model.num_layers - 1, model.backbone.dim) for _ in range(2))
 
     def __call__(self, step: int, t: float, rows: Tensor, relative: Tensor) -> None:
-        """ForwardOutput number `step`, at time t, of B lanes: rows [K, B, D], means over tokens; relative [K, B]."""
+        """Step number `step`, at time t, of B lanes: rows [K, B, D], means over tokens; relative [K, B]."""
         if step == len(self._t):
             self._t.append(t)
             seen = 0
@@ -161,7 +161,7 @@ class Refitting:
         exits.bias[:K] = bias[:, None].to(exits.bias)
 
     def _embedded(self, model: Model) -> Tensor:
-        """tau at every evaluation, [S, Dt]."""
+        """tau at every step, [S, Dt]."""
         S, device = len(self._t), model.device
         x, t = torch.zeros(S, *model.backbone.sample_shape, device=device), torch.tensor(self._t, device=device)
         labels = torch.zeros(S, dtype=torch.long) if model.config.classes else None

@@ -1,6 +1,6 @@
 """Choosing thresholds: when the next block is not worth its price. Pure functions of what was recorded.
 
-At one timestep a sample that leaves after block k costs error_k + price * macs_k. Among all rules "leave at the first
+At one timestep a sample that exits after block k costs error_k + price * macs_k. Among all policies "exit at the first
 layer with u_k < theta_k" the best thetas for the recorded samples are found layer by layer from the last one back: with
 those behind it fixed, the sum of costs is piecewise constant in theta_k, and one sort shows every piece. Timesteps do
 not interact, so one price for all makes the sum over timesteps the least for the work it takes.
@@ -8,7 +8,7 @@ not interact, so one price for all makes the sum over timesteps the least for th
 So a block is run where the gain that the rule itself expects of going on is above its price; no model of how u and the
 error are related is needed.
 
-S timesteps, L layers, K = L - 1 that can be left after, n samples.
+S timesteps, L layers, K = L - 1 that can be exited after, n samples.
 """
 
 from collections.abc import Callable
@@ -25,14 +25,14 @@ FEW = 0.01  # of the exits; a layer that gets fewer is not worth asking at
 
 @dataclass(frozen=True)
 class Work:
-    """Multiply-adds of one lane: `leaving` float64 [L], to leave after each layer; `score`, to ask once."""
+    """Multiply-adds of one lane: `exiting` float64 [L], to exit after each layer; `score`, to ask once."""
 
-    leaving: Tensor
+    exiting: Tensor
     score: float
 
     @property
     def full(self) -> float:
-        return float(self.leaving[-1])
+        return float(self.exiting[-1])
 
 
 def best_thresholds(
@@ -43,13 +43,13 @@ def best_thresholds(
     closed: Tensor | None = None,
     ranks: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """u, error: [S, K, n], what the UEM said after each layer and what leaving there would cost. closed: bool [K],
-    layers that nobody may leave after. ranks: u.sort(-1), where it is at hand. Returns theta [S, K], float32: 0 where
-    nobody leaves."""
+    """u, error: [S, K, n], what the UEM said after each layer and what exiting there would cost. closed: bool [K],
+    layers that nobody may exit after. ranks: u.sort(-1), where it is at hand. Returns theta [S, K], float32: 0 where
+    nobody exits."""
     S, K, n = u.shape
     error = error.double()
     ranked, order = u.sort(-1) if ranks is None else ranks
-    # theta = edges[m] lets the m least uncertain leave
+    # theta = edges[m] lets the m least uncertain exit
     edges = torch.cat(
         [torch.zeros(S, K, 1), (ranked[..., 1:] + ranked[..., :-1]) / 2, torch.full((S, K, 1), EVERYBODY)], -1
     )
@@ -58,14 +58,14 @@ def best_thresholds(
         value = torch.full((S, n), price * work.full, dtype=torch.float64)
         arrives = _arrivals(u, theta)
         for k in reversed(range(K)):
-            leave = error[:, k] + price * float(work.leaving[k])
+            exit_now = error[:, k] + price * float(work.exiting[k])
             asking = price * work.score * arrives[:, k].sum(-1, keepdim=True)
-            gain = torch.where(arrives[:, k], leave - value, 0).gather(-1, order[:, k]).cumsum(-1) + asking
+            gain = torch.where(arrives[:, k], exit_now - value, 0).gather(-1, order[:, k]).cumsum(-1) + asking
             best = torch.cat([torch.zeros(S, 1, dtype=torch.float64), gain], -1).argmin(-1)
             if closed is not None and bool(closed[k]):
                 best = torch.zeros_like(best)
             theta[:, k] = edges[:, k].gather(-1, best[:, None])[:, 0]
-            value = leave.where(u[:, k] < theta[:, k, None], value)
+            value = exit_now.where(u[:, k] < theta[:, k, None], value)
             value = value + (best > 0)[:, None] * price * work.score
     return theta
 
@@ -77,8 +77,8 @@ def mixed(share: float, low: float, high: float) -> float:
 
 def exit_layers(u: Tensor, theta: Tensor) -> Tensor:
     """u: [S, K, n]; theta: [S, K]. Returns int64 [S, n], blocks run, 1..L."""
-    leaves = torch.cat([u < theta[..., None], torch.ones(len(u), 1, u.shape[-1], dtype=torch.bool)], 1)
-    return leaves.int().argmax(1) + 1
+    exits = torch.cat([u < theta[..., None], torch.ones(len(u), 1, u.shape[-1], dtype=torch.bool)], 1)
+    return exits.int().argmax(1) + 1
 
 
 def total(exit_layer: Tensor, error: Tensor, work: Work, asked: Tensor | None = None) -> tuple[float, float]:
@@ -86,7 +86,7 @@ def total(exit_layer: Tensor, error: Tensor, work: Work, asked: Tensor | None = 
     error summed over timesteps and the share of the full network's work, both as means over samples."""
     padded = torch.cat([error.double(), torch.zeros(len(error), 1, error.shape[-1], dtype=torch.float64)], 1)
     lost = padded.gather(1, exit_layer[:, None] - 1)[:, 0]
-    macs = work.leaving[exit_layer - 1]
+    macs = work.exiting[exit_layer - 1]
     if asked is not None:
         passed = torch.cat([asked.double().cumsum(0), asked.double().sum(0, keepdim=True)])
         macs = macs + work.score * passed[exit_layer - 1]
@@ -95,7 +95,7 @@ def total(exit_layer: Tensor, error: Tensor, work: Work, asked: Tensor | None = 
 
 def adaptive_table(u: Tensor, error: Tensor, work: Work, share: float) -> Tensor:
     """The best thresholds [S, K] whose work, on these samples, is at most `share` of the full network's and near it.
-    Layers that hardly anybody leaves after are left out. Raises ValueError for a share below one block's."""
+    Layers that hardly anybody exits after are left out. Raises ValueError for a share below one block's."""
 
     error, ranks = error.double(), u.sort(-1)
 
@@ -118,8 +118,8 @@ def static_table(error: Tensor, work: Work, share: float, above: bool = True) ->
     mean = torch.cat([error.double().mean(-1), torch.zeros(len(error), 1, dtype=torch.float64)], 1)  # [S, L]
 
     def spend(price: float) -> tuple[float, Tensor]:
-        depth = (mean + price * work.leaving).argmin(1) + 1
-        return float(work.leaving[depth - 1].mean()) / work.full, depth
+        depth = (mean + price * work.exiting).argmin(1) + 1
+        return float(work.exiting[depth - 1].mean()) / work.full, depth
 
     return cheapest(spend, share, error, work, above)
 

@@ -12,13 +12,13 @@ from ..calibration.reliability import matplotlib_figure, reliability_picture
 from ..data import sources
 from ..metrics.extractors import features_from
 from ..model import Model
-from .shared import show
+from .shared import load_model, show
 
 TIMES = 10  # of a picture, at which noise is put on real images
 
 
 def calibrate(options: argparse.Namespace) -> None:
-    model = checkpoint.load(options.model)
+    model = load_model(options)
     if len(options.steps) != 1:
         raise ValueError(f"a calibration is for one number of steps, got {len(options.steps)}")
     real = None if options.data is None else _held_out(model, options)
@@ -32,7 +32,7 @@ def calibrate(options: argparse.Namespace) -> None:
         "n": options.n,
         "steps": options.steps[0],
         "solver": options.solver,
-        "guidance": options.guidance,
+        "guidance_scale": options.guidance_scale,
         "seed": options.seed,
         "batch": options.batch,
         "refit": options.refit,
@@ -54,7 +54,7 @@ def calibrate(options: argparse.Namespace) -> None:
         noised = None if real is None else (t, *noised_errors(model, *real, t.tolist(), options.seed))
         reliability_picture(calibrating.recording, options.picture, noised)
         print(f"wrote {options.picture}")
-    print(f"wrote {options.out}; sample it with --rule budget:{calibration.budgets[0].share:g}")
+    print(f"wrote {options.out}; sample it with --policy exit:budget={calibration.budgets[0].share:g}")
 
 
 def _held_out(model: Model, options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor | None]:

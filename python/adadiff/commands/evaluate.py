@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checkpoint
 from ..metrics.extractors import EXAMPLES
 from ..metrics.frechet import paired_ratio
 from ..metrics.images import ImageSet, is_images, open_images
@@ -21,8 +20,9 @@ from ..metrics.references import Reference
 from ..metrics.yardsticks import Yardstick
 from ..model import Model
 from ..output.pictures import CHANNELS, write_json
+from ..policies.spelling import DEFAULT
 from ..sampling import sampler
-from .shared import DEFAULT_RULE, cycled, decoder, print_table, resolved, show
+from .shared import cycled, decoder, execution_of, load_model, print_table, resolved, show
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -42,7 +42,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def _of_model(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], Judge | None]:
-    model, n = checkpoint.load(options.model), options.n
+    model, n = load_model(options), options.n
     if n < 2:
         raise ValueError(f"evaluation takes n >= 2 samples, better thousands, got {n}")
     if model.config.network.context_tokens:
@@ -57,14 +57,13 @@ def _of_model(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, An
         raise ValueError(f"these are latents, {shown[0]} channels: --decoder FOLDER makes images of them")
     classes = model.config.classes
     yardstick = Yardstick.of(shown, judge_of(shown, classes), options.features, options.reference)
-    given = options.labels or list(range(classes))[:n]
-    labels = cycled("labels", given, n, range(n)) if given else None
-    rules = options.rule or [DEFAULT_RULE if model.exits is not None else "full"]
+    given = options.class_labels or list(range(classes))[:n]
+    labels = cycled("class labels", given, n, range(n)) if given else None
+    policies = options.policy or [DEFAULT]
     configuration = {
-        **resolved(options, model),
-        "rule": rules,
-        "guidance": options.guidance,
-        "labels": options.labels,
+        **resolved(options),
+        "policy": policies,
+        "class_labels": options.class_labels,
         "features": None if yardstick.features is None else yardstick.features.name,
         "reference": _named(options.reference) or ("held out" if yardstick.features else None),
         **({} if options.decoder is None else {"decoder": str(options.decoder)}),
@@ -72,31 +71,32 @@ def _of_model(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, An
     settings = {
         "steps": cycled("steps", options.steps, n, range(n)),
         "solver": options.solver,
-        "seeds": list(range(options.seed, options.seed + n)),
-        "labels": labels,
-        "guidance": options.guidance,
+        "seed": options.seed,
+        "class_labels": labels,
+        "guidance_scale": options.guidance_scale,
         "batch": options.batch,
+        "execution": execution_of(options),
     }
-    rules = list(dict.fromkeys(["full", *rules]))
-    if yardstick.features is None and len(rules) == 1:
+    policies = list(dict.fromkeys(["full", *policies]))
+    if yardstick.features is None and len(policies) == 1:
         raise ValueError("the full network alone, with nothing to compare it with: give --reference and --features")
-    for rule in rules:
-        sampler.SamplerRun(model, n, rule=rule, **settings)  # for its checks
-    show({**configuration, "rule": ", ".join(rules), "labels": options.labels or _in_turn(labels)})
+    for policy in policies:
+        sampler.SamplerRun(model, n, policy=policy, **settings)  # for its checks
+    show({**configuration, "policy": ", ".join(policies), "class_labels": options.class_labels or _in_turn(labels)})
     for line in yardstick.too_few(n):
         print(line)
     reference = yardstick.reference(progress=True)
     _warm_up(model, min(n, options.batch), settings)
     results, full, full_features = {}, None, None
-    for rule in rules:
-        samples, report = sampler.sample(model, n, rule=rule, progress=True, **settings)
+    for policy in policies:
+        samples, report = sampler.sample(model, n, policy=policy, progress=True, **settings)
         pieces = _pieces(samples, labels, full, decode, options.batch)
         peak = 1.0 if pictures or full is None else float(full.abs().max())
         measured = measure(pieces, yardstick.features, yardstick.judge, 2 * peak)
-        results[rule] = {
+        results[policy] = {
             **_numbers(measured, reference, full_features, options.resamples),
             "mean_exit_layer": report.mean_exit_layer,
-            "layers": report.layers,
+            "num_layers": report.num_layers,
             "images_per_second": n / report.seconds,
         }
         full = samples if full is None else full
@@ -107,7 +107,8 @@ def _of_model(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, An
 def _of_images(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], Judge | None]:
     for_models = [name for name, default in options.sampling.items() if getattr(options, name) != default]
     if for_models:
-        raise ValueError(f"--{', --'.join(for_models)}: for a model; {options.model} is drawn already")
+        given = ", ".join(f"--{name.replace('_', '-')}" for name in for_models)
+        raise ValueError(f"{given}: for a model; {options.model} is drawn already")
     images = open_images(options.model)
     if images.count < 2:
         raise ValueError(f"{options.model} holds {images.count} image; evaluation takes at least 2, better thousands")
@@ -116,8 +117,8 @@ def _of_images(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, A
         raise ValueError(f"images are told apart by features: give --features, {EXAMPLES}")
     yardstick = Yardstick.of(images.shape, judge, options.features, options.reference)
     labels = images.labels
-    if options.labels is not None:
-        labels = torch.tensor(cycled("labels", options.labels, images.count, range(images.count)))
+    if options.class_labels is not None:
+        labels = torch.tensor(cycled("class labels", options.class_labels, images.count, range(images.count)))
     if judge is not None and labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < judge.classes:
         some = sorted(set(labels.tolist()))[:12]
         raise ValueError(f"labels must be in 0..{judge.classes - 1} for {judge.name}, got {some}")
@@ -125,7 +126,7 @@ def _of_images(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, A
         "images": options.model,
         "count": images.count,
         "shape": list(images.shape),
-        "labels": options.labels or ("of the folder" if labels is not None else None),
+        "class_labels": options.class_labels or ("of the folder" if labels is not None else None),
         "features": yardstick.features.name,
         "reference": _named(options.reference) or "held out",
     }
@@ -138,10 +139,11 @@ def _of_images(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, A
 
 
 def _warm_up(model: Model, n: int, settings: dict[str, Any]) -> None:
-    """Else the first rule pays for the start."""
-    labels = settings["labels"]
-    given = {"labels": None if labels is None else labels[:n], "guidance": settings["guidance"], "steps": 1}
-    sampler.sample(model, n, **given)
+    """Else the first policy pays for the start."""
+    labels = settings["class_labels"]
+    labels = None if labels is None else labels[:n]
+    own = {name: settings[name] for name in ("guidance_scale", "execution")}
+    sampler.sample(model, n, class_labels=labels, steps=1, **own)
 
 
 def _pieces(
@@ -204,8 +206,8 @@ def _print(results: dict[str, dict[str, Any]], real: dict[str, Any] | None) -> N
             "accuracy": _with_ends(r, "accuracy", ".1%"),
             "PSNR in dB": _psnr(r),
             "max": "" if r["max_difference"] is None else f"{r['max_difference']:.2g}",
-            "exit layer": f"{r['mean_exit_layer']:.2f} of {r['layers']}" if "layers" in r else "",
-            "images/s": f"{r['images_per_second']:.1f}" if "layers" in r else "",
+            "exit layer": f"{r['mean_exit_layer']:.2f} of {r['num_layers']}" if "num_layers" in r else "",
+            "images/s": f"{r['images_per_second']:.1f}" if "num_layers" in r else "",
         }
         for name, r in lines.items()
     ]
@@ -217,7 +219,7 @@ def _print(results: dict[str, dict[str, Any]], real: dict[str, Any] | None) -> N
     print(f"distances of {count} samples; [95 % intervals], of distances by resampling the samples")
     if len(results) > 1:
         print("PSNR: to full from the same noise, median and 5th percentile; max: the largest difference to it;")
-    if any("layers" in r for r in results.values()):
+    if any("num_layers" in r for r in results.values()):
         print("images/s: of one run, `make bench` measures with care")
 
 

@@ -10,7 +10,7 @@ from .shared import show
 
 
 def convert(options: argparse.Namespace) -> None:
-    done = conversion.convert(options.source, options.dest, options.preset, options.served_by)
+    done = conversion.convert(options.source, options.dest, options.preset, options.served_by, options.dtype)
     show(
         {
             "read": done.source,
@@ -40,7 +40,7 @@ def inspect(options: argparse.Namespace) -> None:
     show(content)
     if calibration is not None:
         print(f"\n{Calibration.from_dict(calibration)}")
-        print("\nbudget  time: uncertainty below which a sample leaves, after blocks 1, 2, ...")
+        print("\nbudget  time: uncertainty below which a sample exits, after blocks 1, 2, ...")
         for budget in calibration["budgets"]:
             for t, thresholds in zip(calibration["t"], budget["thresholds"], strict=True):
                 print(f"{budget['share']:<7g} {t:g}: {' '.join(f'{value:.3g}' for value in thresholds)}")

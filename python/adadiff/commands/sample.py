@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checkpoint
 from ..forward.two_stage import T_SWITCH
 from ..model import Model
 from ..output.filling import Process, ShardFolder
@@ -18,50 +17,50 @@ from ..output.pictures import CHANNELS, PictureFolder
 from ..output.shards import ADVICE, MANIFEST, Manifest
 from ..pipelines.text import CLIP, TextEncoder
 from ..sampling import sampler
-from .shared import cycled, decoder, digest, resolved, show
+from ..sampling.params import SamplingParams
+from .shared import cycled, decoder, digest, execution_of, load_model, resolved, show
 
 PNG_MOST = 1000  # samples that become a picture each where nothing else is asked for
 SHARD = 1000  # samples
 
 
 def sample(options: argparse.Namespace) -> None:
-    model, n, process = checkpoint.load(options.model), options.n, Process.of(os.environ)
+    model, n, process = load_model(options), options.n, Process.of(os.environ)
     if n < 0:
         raise ValueError(f"n must be an integer >= 0, got {n}")
-    if options.guidance_interval is not None and not options.guidance:
-        raise ValueError("--guidance-interval says at which times there is guidance; give --guidance, too")
+    if options.guidance_interval is not None and options.guidance_scale == 1:
+        raise ValueError("--guidance-interval says at which times there is guidance; give --guidance-scale, too")
     configuration = {
-        **resolved(options, model),
-        "labels": options.labels,
-        "guidance": options.guidance,
+        **resolved(options),
+        "class_labels": options.class_labels,
         "tied": options.tied,
-        "batch_invariant": options.batch_invariant,
-        "compiled": options.compiled,
         **_given(options, "guidance_interval", "prompt", "text_encoder", "decoder"),
     }
-    told = _untold(options, model)  # stands for what prompts become while all else is checked
-    early = None if options.shallow_model is None else checkpoint.load(options.shallow_model)
-    if early is not None:
+    execution = execution_of(options)
+    texts = _no_texts(options, model)  # stands for what prompts become while all else is checked
+    shallow = None if options.shallow_model is None else load_model(options, options.shallow_model)
+    if shallow is not None:
         configuration |= {"shallow_model": options.shallow_model, "shallow_sha256": digest(options.shallow_model)}
         configuration["t_switch"] = T_SWITCH if options.t_switch is None else options.t_switch
 
     def sampling(slots: Sequence[int], progress: bool = False) -> sampler.SamplerRun:
-        return sampler.SamplerRun(
-            model,
-            len(slots),
+        labels = options.class_labels
+        params = SamplingParams(
+            seed=[options.seed + slot for slot in slots],
+            class_labels=None if labels is None else cycled("class labels", labels, n, slots),
             steps=cycled("steps", options.steps, n, slots),
             solver=options.solver,
-            rule=configuration["rule"],
-            seeds=[options.seed + slot for slot in slots],
-            labels=None if options.labels is None else cycled("labels", options.labels, n, slots),
-            guidance=options.guidance,
+            policy=options.policy,
+            guidance_scale=options.guidance_scale,
             guidance_interval=options.guidance_interval,
             tied=options.tied,
+            **texts(slots),
+        )
+        return sampler.SamplerRun(
+            *(model, len(slots), params),
             batch=options.batch,
-            batch_invariant=options.batch_invariant,
-            compiled=options.compiled,
-            **told(slots),
-            shallow_model=early,
+            execution=execution,
+            shallow_model=shallow,
             t_switch=options.t_switch,
             progress=progress,
         )
@@ -86,20 +85,20 @@ def sample(options: argparse.Namespace) -> None:
         shard = SHARD if options.shard is None else options.shard
         manifest = Manifest.of(model, {**configuration, "shard": shard})
     sampling(range(n))  # for its checks, before anything is loaded or the folder touched
-    decoded, told = decoder(options, model), _told(options, model)
+    decoded, texts = decoder(options, model), _texts(options, model)
     with only_launch(options.out, process.rank, process.world):
         if kind == "png":
-            folder = PictureFolder(options.out, configuration, model.layers)
+            folder = PictureFolder(options.out, configuration, model.num_layers)
             _fill_with_pictures(folder, configuration, sampling, decoded)
         else:
             _fill_with_shards(ShardFolder(options.out, manifest, process), sampling)
 
 
-Told = Callable[[Sequence[int]], dict[str, Tensor]]  # slots -> contexts of the samples there
+Texts = Callable[[Sequence[int]], dict[str, Tensor]]  # slots -> embeddings of the prompts of the samples there
 
 
-def _untold(options: argparse.Namespace, model: Model) -> Told:
-    """Zeros where `_told` has contexts. ValueError for options that do not fit the model."""
+def _no_texts(options: argparse.Namespace, model: Model) -> Texts:
+    """Zeros where `_texts` has embeddings. ValueError for options that do not fit the model."""
     network, prompts = model.config.network, options.prompt
     if not network.context_tokens:
         if prompts is not None or options.text_encoder is not None:
@@ -107,26 +106,26 @@ def _untold(options: argparse.Namespace, model: Model) -> Told:
         return lambda slots: {}
     if prompts is None:
         raise ValueError("this model takes text; give --prompt")
-    if options.labels is not None:
-        raise ValueError("this model takes text; leave --labels out")
+    if options.class_labels is not None:
+        raise ValueError("this model takes text; leave --class-labels out")
     cycled("prompts", prompts, options.n, ())  # for its check
     zeros = torch.zeros(()).expand(network.context_tokens, network.context_dim)
-    return lambda slots: {"context": zeros.expand(len(slots), *zeros.shape), "null_context": zeros}
+    return lambda slots: {"text_embeds": zeros.expand(len(slots), *zeros.shape), "null_text_embeds": zeros}
 
 
-def _told(options: argparse.Namespace, model: Model) -> Told:
-    """What text models are told: contexts of --prompt, cycled, and that of no prompt."""
+def _texts(options: argparse.Namespace, model: Model) -> Texts:
+    """Embeddings of --prompt, cycled, and of the empty prompt."""
     network, prompts = model.config.network, options.prompt
     if not network.context_tokens:
         return lambda slots: {}
     *made, null = TextEncoder.load(options.text_encoder or CLIP)([*prompts, ""])
     wanted = (network.context_tokens, network.context_dim)
     if null.shape != wanted:
-        raise ValueError(f"this model takes contexts {list(wanted)}, the text encoder makes {list(null.shape)}")
+        raise ValueError(f"this model takes text {list(wanted)}, the text encoder makes {list(null.shape)}")
 
     def of(slots: Sequence[int]) -> dict[str, Tensor]:
         own = [made[slot % len(made)] for slot in slots]
-        return {"context": torch.stack(own) if own else null.new_zeros(0, *wanted), "null_context": null}
+        return {"text_embeds": torch.stack(own) if own else null.new_zeros(0, *wanted), "null_text_embeds": null}
 
     return of
 
@@ -186,5 +185,5 @@ def _fill_with_shards(folder: ShardFolder, sampling: Callable[..., sampler.Sampl
     if totals is None and first:
         print(f"{folder.count} of {n} samples are in {out}; the other processes draw the rest")
     elif totals is not None and (first or drew):
-        depth = f"; mean exit layer {totals['mean_exit_layer']:.2f} of {totals['layers']}" if n else ""
+        depth = f"; mean exit layer {totals['mean_exit_layer']:.2f} of {totals['num_layers']}" if n else ""
         print(f"wrote {out}: {n} samples{depth}")

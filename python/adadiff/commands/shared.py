@@ -9,14 +9,26 @@ import torch
 from torch import Tensor
 
 from .. import checkpoint
+from ..forward.options import ExecutionOptions
 from ..model import Model
 from ..output.pictures import CHANNELS
 from ..pipelines import latents
 
-DEFAULT_RULE = "threshold:0.1"
+
+def load_model(options: argparse.Namespace, name_or_file: str | None = None) -> Model:
+    """The model of a command, or another one, as --device and --dtype ask for it."""
+    return checkpoint.load(name_or_file or options.model, device_of(options), options.dtype)
 
 
-def resolved(options: argparse.Namespace, model: Model) -> dict[str, Any]:
+def device_of(options: argparse.Namespace) -> str:
+    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def execution_of(options: argparse.Namespace) -> ExecutionOptions:
+    return ExecutionOptions(batch_invariant=options.batch_invariant, runner=options.runner)
+
+
+def resolved(options: argparse.Namespace) -> dict[str, Any]:
     """What samples are drawn from, and how."""
     return {
         "model": options.model,
@@ -24,9 +36,14 @@ def resolved(options: argparse.Namespace, model: Model) -> dict[str, Any]:
         "n": options.n,
         "steps": options.steps,
         "solver": options.solver,
-        "rule": options.rule or (DEFAULT_RULE if model.exits is not None else "full"),
+        "policy": options.policy,
+        "guidance_scale": options.guidance_scale,
         "seed": options.seed,
         "batch": options.batch,
+        "device": device_of(options),
+        "dtype": options.dtype,
+        "batch_invariant": options.batch_invariant,
+        "runner": options.runner,
     }
 
 

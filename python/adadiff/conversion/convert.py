@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-from ..checkpoint import Keys, load_strictly, write_tensors
+from ..checkpoint import Keys, dtype_from, load_strictly, write_tensors
 from ..config import PRESETS, ModelConfig
 from ..model import Model
 from ..models.dit import EPS, DiT, DiTConfig
+from ..policies.calibrated import Calibration
 from ..uem import DUODIFF, OFFICIAL, ExitConfig
+from .earlier import is_earlier, upgraded
 from .foreign import Source, read, read_json
 from .layouts import BACKBONE, LAYOUTS, layout_of
 
@@ -39,20 +41,28 @@ class Conversion:
 
 
 def convert(
-    source: str | Path, dest: str | Path, preset: str | None = None, served_by: str | None = None
+    source: str | Path,
+    dest: str | Path,
+    preset: str | None = None,
+    served_by: str | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> Conversion:
-    """Reads `source` (foreign.py says what may be one) and writes `dest`, which `adadiff.load` opens.
+    """Reads `source` (foreign.py says what may be one, or a file of an earlier version of this package) and writes
+    `dest`, which `adadiff.load` opens.
 
     preset: the name of one, or a JSON file with a configuration as in our own files' headers. It says what cannot be
     seen from shapes (heads, schedule, time) and must agree with all that can. It may be left out where the source says
     it, as diffusers' folders do, or where only one preset has these shapes.
     served_by: "diffusers" or "dit", needed for a diffusers folder: which sinusoid of time and epsilon the weights are
     to be run with. diffusers runs every DiT with its own, also those that facebookresearch trained with others.
+    dtype: that weights are stored in: float32, bfloat16 or float16, or its name; None: as they are.
     Raises ValueError for what cannot be read safely or does not fit, naming the keys, and where `dest` exists.
     """
-    source, dest = Path(source), Path(dest)
+    source, dest, dtype = Path(source), Path(dest), dtype_from(dtype)
     if dest.exists():
         raise ValueError(f"{dest} exists; name a file that does not")
+    if source.is_file() and is_earlier(source):
+        return _upgrade(source, dest, preset, served_by, dtype)
     found = read(source)
     layout = "diffusers" if found.network is not None else layout_of(found.tensors)
     if layout == "diffusers":
@@ -74,9 +84,26 @@ def convert(
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     notes = {"converted_from": found.file.name, "part": found.part, "sha256": digest, "layout": layout}
     notes |= {"preset": preset and Path(preset).name, "served_by": served_by}
+    tensors = {key: value.to(dtype) for key, value in tensors.items()}
     write_tensors(dest, tensors, {"config": config.to_dict(), "notes": notes})
     parameters = sum(value.numel() for value in tensors.values())
     return Conversion(found.file, found.part, layout, preset, served_by, config, parameters)
+
+
+def _upgrade(
+    source: Path, dest: Path, preset: str | None, served_by: str | None, dtype: torch.dtype | None
+) -> Conversion:
+    if preset is not None or served_by is not None:
+        raise ValueError(f"{source} is of an earlier version of this package and says all itself; leave the rest out")
+    tensors, metadata = upgraded(source)
+    if "config" not in metadata:
+        raise ValueError(f"{source} holds tensors of an earlier version but no model; convert models")
+    config = ModelConfig.from_dict(metadata["config"])
+    load_strictly(Model(config), tensors, str(source))
+    if "calibration" in metadata:
+        Calibration.from_dict(metadata["calibration"])  # for its checks
+    write_tensors(dest, {key: value.to(dtype) for key, value in tensors.items()}, metadata)
+    return Conversion(source, None, "earlier version", None, None, config, sum(v.numel() for v in tensors.values()))
 
 
 def recognise(source: Path) -> tuple[Source, str, dict[str, ModelConfig]]:
@@ -160,7 +187,7 @@ REQUIRED = {
     "norm_type": "ada_norm_zero",
 }
 LINEAR = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
-SCHEDULES = {
+SCHEDULES: Mapping[str, Mapping[str, Any]] = {
     "linear": LINEAR,
     "cosine": {"beta_schedule": "squaredcos_cap_v2"},
 }

@@ -38,7 +38,7 @@ def network(model: Model) -> dict[str, Any]:
     stem, head = own.stem_and_head_macs()
     blocks = [(block.skip_from is not None, block.macs(own.tokens)) for block in own.blocks]
     macs = {
-        "full evaluation": stem + sum(cost for _, cost in blocks) + head,
+        "full forward pass": stem + sum(cost for _, cost in blocks) + head,
         "stem": stem,
         **{"block with skip" if skip else "block": cost for skip, cost in blocks},
         "head": head,
@@ -48,7 +48,7 @@ def network(model: Model) -> dict[str, Any]:
     return {
         **model.config.to_dict(),
         "classes": model.config.classes,
-        "blocks": model.layers,
+        "num_layers": model.num_layers,
         "tokens": own.tokens,
         "parameters": {"network": _parameters(own), "exits": _parameters(exits)},
         "macs": macs,

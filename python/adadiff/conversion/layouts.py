@@ -43,7 +43,7 @@ def official(keys: Keys, shapes: Shapes) -> dict[str, Tensor]:
 
 
 def duodiff(keys: Keys, shapes: Shapes) -> dict[str, Tensor]:
-    """Their probe and head i read the input of block i, which is what our layer i leaves with. Those of the first
+    """Their probe and head i read the input of block i, which is what our layer i exits with. Those of the first
     block, whose input no block has seen, have no place here; layer L has no probe."""
     tensors = plain(keys, shapes, "uvit.")
     L = shapes["exits.weight"][0]

@@ -1,4 +1,4 @@
-"""Canvases: real digit scans in a square of cells, which ones, the label says. Judged in evaluation/canvases.py.
+"""Canvases: real digit scans in a square of cells, which ones, the label says. Judged in metrics/canvases.py.
 
 A harder data set than single digits that needs no download. Cells are read in rows. With `side` 2 there are 4 cells of
 8x8 pixels, a canvas of 16x16; with 3, 9 cells and 24x24 pixels.

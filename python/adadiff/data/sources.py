@@ -47,7 +47,7 @@ def load(text: str, split: str = "train") -> Dataset:
         return datasets.load(name, split=split, **settings)
     if name == "digits":
         return Images(*digits(split))
-    n, seed = settings.pop("n", CANVASES), settings.pop("seed", 0)
+    n, seed = int(settings.pop("n", CANVASES)), settings.pop("seed", 0)
     if n < 1:
         raise ValueError(f"n of canvases must be at least 1, got {n}")
     return Images(*Canvases(**settings).draw(n, split, seed))

@@ -86,13 +86,13 @@ def _table(schedule: NoiseSchedule, t: Tensor, orders: list[int], data: bool) ->
             rows.append((carried[s + v] / carried[s], c - whole if j else 0.0, -c if j else -whole, not j, last))
         s += order
     base, m0, cur, begins, ends = zip(*rows, strict=True)
-    ends = torch.tensor(ends)
-    stored = torch.tensor(begins) & ~ends
+    end = torch.tensor(ends)
+    stored = torch.tensor(begins) & ~end
     columns = {"px": 1 / alpha[:-1], "pe": -(sigma / alpha)[:-1]} if data else {}
     return make_table(
         t[:-1],
         slot=torch.zeros(len(rows), dtype=torch.int64).where(stored, NOT_STORED),
-        end=ends,
+        end=end,
         base=torch.tensor(base, dtype=torch.float64),
         m0=torch.tensor(m0, dtype=torch.float64),
         cur=torch.tensor(cur, dtype=torch.float64),

@@ -5,8 +5,10 @@ Row i takes evaluation i of a run to evaluation i + 1 (see solver_step). All in 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,18 +58,24 @@ def make_table(t: Tensor, slot: Tensor | None = None, end: Tensor | None = None,
 
 @dataclass(frozen=True)
 class PackedTables:
-    """Tables one below the other in float32, on one device; t and first, steps: int64[tables] stay on the CPU.
+    """Tables one below the other, on one device: coefficients float32 [rows, 8], slot int64 [rows], end bool [rows].
 
-    needs: bool[rows, 4] on the CPU: m is not eps, the row touches history, does not end its step, adds noise.
+    On the host: t, float32 [rows]; first, steps: int64 [tables]; needs, bool [rows, 4]: m is not eps, the row touches
+    history, does not end its step, adds noise.
     """
 
-    t: Tensor
     coefficients: Tensor
     slot: Tensor
     end: Tensor
-    first: Tensor
-    steps: Tensor
-    needs: Tensor
+    t: np.ndarray
+    first: np.ndarray
+    steps: np.ndarray
+    needs: np.ndarray
+
+    @cached_property
+    def same_needs(self) -> tuple[bool, ...] | None:
+        """Those of every row, where they do not differ."""
+        return tuple(self.needs[0].tolist()) if (self.needs == self.needs[0]).all() else None
 
     def start(self, x: Tensor) -> SolverState:
         """A solver state that begins at x: [n, ...], with the memory that these tables need."""
@@ -86,23 +94,22 @@ class PackedTables:
             fresh.history if state.history is None else state.history,
         )
 
-    def rows(self, table: Tensor, step: Tensor) -> tuple[Tensor, StepRows]:
-        """Times float32[n], on the CPU, and rows of n samples: row step[i] of table[i]. table, step: int64[n], CPU.
+    def rows(self, table: np.ndarray, step: np.ndarray) -> tuple[np.ndarray, StepRows]:
+        """Times float32 [n] and rows of n samples: row step[i] of table[i]. table, step: int64 [n].
 
         ValueError where there is no such table or step.
         """
-        if table.shape != step.shape or table.dim() != 1:
+        if table.shape != step.shape or table.ndim != 1:
             raise ValueError(f"table and step must be [n], got {list(table.shape)} and {list(step.shape)}")
-        if not bool(((table >= 0) & (table < len(self.first))).all()):
+        if len(table) and not 0 <= table.min() <= table.max() < len(self.first):
             raise ValueError(f"table must lie in [0, {len(self.first)}), got {table.tolist()}")
-        if not bool(((step >= 0) & (step < self.steps[table])).all()):
+        if len(step) and (step.min() < 0 or (step >= self.steps[table]).any()):
             raise ValueError(f"step must lie in [0, {self.steps[table].tolist()}), got {step.tolist()}")
         index = self.first[table] + step
-        data, history, inner, noise = self.needs[index].any(0).tolist()
-        own = upload(index, self.coefficients.device)
-        return self.t[index], StepRows(
-            self.coefficients[own], self.slot[own], self.end[own], data, history, inner, noise
-        )
+        data, history, inner, noise = self.same_needs or self.needs[index].any(0).tolist()
+        own = upload(torch.from_numpy(index), self.coefficients.device)
+        coefficients, slot, end = (v.index_select(0, own) for v in (self.coefficients, self.slot, self.end))
+        return self.t[index], StepRows(coefficients, slot, end, data, history, inner, noise)
 
 
 def pack(tables: Sequence[SolverTable], device: torch.device | str = "cpu") -> PackedTables:
@@ -112,15 +119,16 @@ def pack(tables: Sequence[SolverTable], device: torch.device | str = "cpu") -> P
     coefficients = torch.cat([table.coefficients for table in tables])
     slot, end = torch.cat([table.slot for table in tables]), torch.cat([table.end for table in tables])
     px, pe, _, m0, m1, _, noise, _ = coefficients.unbind(1)
-    steps = torch.tensor([table.steps for table in tables])
+    steps = np.array([table.steps for table in tables], dtype=np.int64)
+    needs = torch.stack([(px != 0) | (pe != 1), (m0 != 0) | (m1 != 0) | (slot != NOT_STORED), ~end, noise != 0], 1)
     return PackedTables(
-        t=torch.cat([table.t for table in tables]).float(),
         coefficients=coefficients.float().to(device),
         slot=slot.to(device),
         end=end.to(device),
-        first=steps.cumsum(0) - steps,
+        t=torch.cat([table.t for table in tables]).float().numpy(),
+        first=steps.cumsum() - steps,
         steps=steps,
-        needs=torch.stack([(px != 0) | (pe != 1), (m0 != 0) | (m1 != 0) | (slot != NOT_STORED), ~end, noise != 0], 1),
+        needs=needs.numpy(),
     )
 
 
@@ -135,10 +143,10 @@ class TableSet:
     def __len__(self) -> int:
         return len(self._tables)
 
-    def add(self, solver: Solver, steps: Tensor, first: Tensor | None = None) -> Tensor:
-        """steps, first: int64[n], of each sample how many there are and the one it begins at (default 0). Returns the
-        index of its table, int64[n]; those that are new are made."""
-        first = torch.zeros_like(steps) if first is None else first
+    def add(self, solver: Solver, steps: np.ndarray, first: np.ndarray | None = None) -> np.ndarray:
+        """steps, first: int64 [n], of each sample how many there are and the one it begins at (default 0). Returns the
+        index of its table, int64 [n]; those that are new are made."""
+        first = np.zeros_like(steps) if first is None else first
         keys = [(solver, *pair) for pair in zip(steps.tolist(), first.tolist(), strict=True)]
         missing = dict.fromkeys(key for key in keys if key not in self._tables)
         new = {key: _begin(solver.table(self._schedule, key[1]), key[2]) for key in missing}
@@ -146,18 +154,18 @@ class TableSet:
             self._tables.update(new)
             self._pack()
         index = {key: i for i, key in enumerate(self._tables)}
-        return torch.tensor([index[key] for key in keys], dtype=torch.int64)
+        return np.array([index[key] for key in keys], dtype=np.int64)
 
-    def keep(self, used: Tensor) -> Tensor:
-        """Forgets all but the tables used: int64[n]. Returns their new indices, int64[n]."""
-        kept, index = used.unique(return_inverse=True)
+    def keep(self, used: np.ndarray) -> np.ndarray:
+        """Forgets all but the tables used: int64 [n]. Returns their new indices, int64 [n]."""
+        kept, index = np.unique(used, return_inverse=True)
         items = list(self._tables.items())
         self._tables = dict(items[i] for i in kept.tolist())
         self._pack()
         return index
 
-    def alpha_bar(self, table: Tensor, step: Tensor) -> Tensor:
-        """float64[n]: that of evaluation step[i] of table[i]. table, step: int64[n]."""
+    def alpha_bar(self, table: np.ndarray, step: np.ndarray) -> Tensor:
+        """float64 [n]: that of evaluation step[i] of table[i]. table, step: int64 [n]."""
         tables = list(self._tables.values())
         t = torch.stack([tables[i].t[k] for i, k in zip(table.tolist(), step.tolist(), strict=True)])
         return self._schedule.log_alpha_bar(t).exp()

@@ -1,1 +1,1 @@
-"""One evaluation of a network whose lanes may leave it early, on a CPU and on a device."""
+"""One forward pass of a network whose lanes may exit early, on a CPU and on a GPU."""

@@ -1,135 +1,184 @@
-"""What all lanes' rules decide together, asked by row."""
+"""What the policies of all lanes decide in one forward pass."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from adadiff_kernels import upload
 
-from ..policies.exit_policies import Limits, Rule, below, layers_asked
+from ..policies.interface import ExitContext, ExitPolicy, LaneIds, LimitPolicy, exit_layers_of
 
 
-class Decision:
-    """Asks every running lane's own rule after a block, and gathers by row what that rule reads.
+class PolicyFailure(Exception):
+    """A policy raised `error`. Known to this package only: whoever called it gets the error itself."""
 
-    rules: those in use; which: int64 [B], each lane's index into them, or None where there is but one.
-    t, threshold: float [B]. Raises ValueError where a rule refuses its lanes' thresholds or asks nobody. Values that
-    lie on a GPU are not checked: that would wait for it.
+    def __init__(self, policy: ExitPolicy, error: Exception):
+        super().__init__(f"{policy} raised {error!r}")
+        self.policy, self.error = policy, error
+
+
+class ExitDecision:
+    """Asks every running lane's own policy after a block.
+
+    policies: those in use; policy_index: int64 [B], each lane's index into them, None where there is but one.
+    t: float [B]; threshold: float [B], where lanes bring one, else NaN; None: nobody brings one. ids: of the lanes, for
+    policies that need them (None: lane i is sample i at step 0). Thresholds are not checked here.
+    `limits`: float32 [L - 1, B], contiguous, where all policies are `LimitPolicy`s; else None, and `mask` asks them.
+    Everything lies on `device`, and nothing waits for it.
+    Raises ValueError for a policy that does not fit the network, and PolicyFailure for one that raises.
     """
 
-    def __init__(self, rules: Sequence[Rule], which: Tensor | None, layers: int, t: Tensor, threshold: Tensor | None):
-        if which is None and len(rules) != 1:
-            raise ValueError(f"{len(rules)} rules need `which`, the index of each lane's own")
-        if which is not None and (which.dtype != torch.int64 or which.shape != t.shape):
-            raise ValueError(
-                f"which must be int64 [{len(t)}], one rule per lane, got {which.dtype} {list(which.shape)}"
-            )
-        if which is not None and which.is_cpu and not bool(((which >= 0) & (which < len(rules))).all()):
-            raise ValueError(f"which must lie in [0, {len(rules)}), the rules given")
-        if threshold is not None and threshold.shape != t.shape:
-            raise ValueError(f"threshold must be one number per lane, {tuple(t.shape)}, got {tuple(threshold.shape)}")
-        self._rules = [(rule, layers_asked(rule, layers)) for rule in rules]
-        self._which, self._layers, self._t = which, layers, t
-        self.asked = frozenset().union(*(asked for _, asked in self._rules))
-        self.scored = frozenset().union(*(asked for rule, asked in self._rules if rule.scored))
-        self.threshold = self._thresholds(threshold)  # float [B], NaN where a rule has none
-        self._state = torch.zeros(len(t), device=t.device)
-        self._by_row: tuple[Tensor, Tensor, Tensor] | None = None  # until somebody leaves
-        self.limits: Tensor | None = (
-            None  # float32 [layers - 1, B], see `Limits`; made by `to`, for rules that have them
-        )
+    def __init__(
+        self,
+        policies: Sequence[ExitPolicy],
+        policy_index: Tensor | None,
+        num_layers: int,
+        t: Tensor,
+        threshold: Tensor | None,
+        ids: LaneIds | None,
+        device: torch.device,
+    ):
+        B, only = len(t), len(policies) == 1
+        asked = [exit_layers_of(policy, num_layers) for policy in policies]
+        scoring = [layers for policy, layers in zip(policies, asked, strict=True) if policy.needs_scores]
+        self.exit_layers = asked[0] if only else frozenset().union(*asked)
+        self.scored = scoring[0] if only and scoring else frozenset().union(*scoring)
+        self.whole_batch = any(policy.whole_batch for policy in policies)
+        self.limits: Tensor | None = None
+        if not self.exit_layers:
+            return
+        self._num_layers, self._policies, self._asked = num_layers, policies, asked
+        self._index = None if policy_index is None else upload(policy_index, device)
+        self._t = upload(t, device)
+        self._threshold = self._thresholds(t, policy_index, threshold, device)
+        self._ids = None
+        if any(policy.needs_ids for policy in policies):
+            lane = torch.arange(B)
+            ids = LaneIds(lane, lane * 0, lane * 0) if ids is None else ids
+            self._ids = ids.map(lambda value: upload(value, device))
+        self._state = torch.zeros(B, device=device)
+        if all(isinstance(policy, LimitPolicy) for policy in policies) and not self.whole_batch:
+            self.limits = self._all_limits(B).contiguous()
 
-    @property
-    def by_lane(self) -> bool:
-        """Whether no rule looks at the whole batch."""
-        return all(getattr(rule, "by_lane", True) for rule, _ in self._rules)
+    def mask(self, u: Tensor | None, layer: int, row_to_lane: Tensor, running: Tensor | None) -> Tensor:
+        """bool [n]: who exits, for policies without limits. u: float32 [n]; row_to_lane: int32 [n].
 
-    def to(self, device: torch.device) -> "Decision":
-        """Takes what is known by lane to `device`."""
-        self._t, self.threshold = upload(self._t, device), upload(self.threshold.contiguous(), device)
-        self._which = None if self._which is None else upload(self._which, device)
-        if self._state.device != device:
-            self._state = torch.zeros(self._state.shape, device=device)
-        if self.asked and all(isinstance(rule, Limits) for rule, _ in self._rules):
-            self.limits = self._limits()
-        return self
-
-    def _limits(self) -> Tensor:
-        layers, t, threshold, which = self._layers, self._t, self.threshold, self._which
-        if which is None:
-            return self._rules[0][0].limits(layers, t, threshold).contiguous()
-        limits = torch.full((layers - 1, len(t)), -torch.inf, device=t.device)
-        for index, (rule, asked) in enumerate(self._rules):
-            if asked:
-                own = rule.limits(layers, t, threshold)
-                limits = torch.where(which == index, own, limits)
-        return limits.contiguous()
-
-    def leave_blindly(self, u: Tensor | None, layer: int, lanes: Tensor, asked: Tensor) -> Tensor:
-        """`leave` of the rows asked, bool [n], without a look at any value, so that nobody waits for a device: every
-        rule is asked about every row, and heeded where it is that row's own."""
-        t, threshold, before = (v.index_select(0, lanes) for v in (self._t, self.threshold, self._state))
-        which = None if self._which is None else self._which.index_select(0, lanes)
-        mask = torch.zeros_like(asked)
-        for index, (rule, layers) in enumerate(self._rules):
-            if layer in layers:
-                own = asked if which is None else asked & (which == index)
-                state = before.clone() if rule.stateful else before
-                mask |= own & rule.leave(u if rule.scored else None, layer, self._layers, t, threshold, state)
-                if rule.stateful:
-                    before = torch.where(own, state, before)
-                    self._state.index_copy_(0, lanes.long(), before)
-        return mask
-
-    def leave(self, u: Tensor | None, layer: int, lanes: Tensor) -> Tensor:
-        """bool [n]: who of the running rows leaves. u: float32 [n]; lanes: i32 [n], row -> lane."""
-        if self.limits is not None:
-            return below(u, self.limits[layer - 1].index_select(0, lanes))
-        if self._by_row is None:
-            self._by_row = self._t[lanes], self.threshold[lanes], self._state[lanes]
-        if self._which is None:
-            rule, _ = self._rules[0]
-            mask = self._ask(rule, u, layer, lanes, *self._by_row)
-        else:
-            mask = torch.zeros(len(lanes), dtype=torch.bool, device=self._t.device)
-            which = self._which[lanes]
-            for index, (rule, asked) in enumerate(self._rules):
-                rows = (which == index).nonzero().squeeze(1) if layer in asked else ()
+        running: bool [n], rows that still run, where only the device knows it: then every policy is asked about every
+        row and heeded where it is that row's own. None: all run, and a policy is asked about its own rows.
+        """
+        n, lanes = len(row_to_lane), row_to_lane.long()
+        mask = torch.zeros(n, dtype=torch.bool, device=row_to_lane.device)
+        index = None if self._index is None else self._index[lanes]
+        for k, (policy, asked) in enumerate(zip(self._policies, self._asked, strict=True)):
+            if layer not in asked:
+                continue
+            if index is None and (running is None or not policy.whole_batch):
+                own = self._ask(policy, u, layer, lanes)
+                mask = own if running is None else own & running
+            elif running is not None and not policy.whole_batch:
+                chosen = running if index is None else running & (index == k)
+                mask |= chosen & self._ask(policy, u, layer, lanes, chosen)
+            else:  # its own rows alone; on a device the count is exact here, and looking is allowed
+                chosen = torch.ones_like(mask) if index is None else index == k
+                rows = (chosen if running is None else chosen & running).nonzero().squeeze(1)
                 if len(rows):
-                    own = (v[rows] for v in self._by_row)
-                    mask[rows] = self._ask(rule, u if u is None else u[rows], layer, lanes[rows], *own)
-            if any(rule.stateful for rule, _ in self._rules):
-                self._by_row = None
+                    mask[rows] = self._ask(policy, None if u is None else u[rows], layer, lanes[rows])
         return mask
-
-    def moved(self) -> None:
-        """Rows have left or changed places."""
-        self._by_row = None
 
     def _ask(
-        self, rule: Rule, u: Tensor | None, layer: int, lanes: Tensor, t: Tensor, threshold: Tensor, state: Tensor
+        self, policy: ExitPolicy, u: Tensor | None, layer: int, lanes: Tensor, heeded: Tensor | None = None
     ) -> Tensor:
-        mask = rule.leave(u if rule.scored else None, layer, self._layers, t, threshold, state)
-        if rule.stateful:
-            self._state[lanes] = state
-        return mask.expand(len(lanes))
+        """bool [n], of copies that the policy may spoil. Its state is kept where it is heeded."""
+        u = u if policy.needs_scores else None
+        context = self._context(policy, lanes)
+        before = None if heeded is None else context.state.clone()
+        mask = _ask(policy, policy.exit_mask, None if u is None else u.clone(), layer, context)
+        _ask(policy, _check_mask, mask, len(lanes), lanes.device)
+        state = context.state if heeded is None else torch.where(heeded, context.state, before)
+        self._state.index_copy_(0, lanes, state)
+        mask = mask.expand(len(lanes))
+        # a limit has decided about NaN already, whoever shares the pass
+        return mask if u is None or isinstance(policy, LimitPolicy) else mask & (u == u)
 
-    def _thresholds(self, threshold: Tensor | None) -> Tensor:
-        given = threshold is not None
-        if not given:
-            device = self._t.device if self._which is None else self._which.device
-            threshold = torch.full(self._t.shape, torch.nan, device=device)
-        for index, (rule, asked) in enumerate(self._rules):
-            own = None if self._which is None else self._which == index
-            if given:
-                if own is None and threshold.is_cpu:
-                    rule.check(threshold)
-                elif asked and threshold.is_cpu and own.is_cpu:
-                    rule.check(threshold[own])
-            elif rule.threshold is not None:
-                value = float(rule.threshold)
-                threshold = threshold.fill_(value) if own is None else threshold.masked_fill(own, value)
-            elif asked:
-                raise ValueError(f"{rule} has no threshold of its own; give one per lane")
-        return threshold
+    def _context(self, policy: ExitPolicy, lanes: Tensor | None) -> ExitContext:
+        """By row, or by lane where lanes is None; fresh tensors."""
+        take = Tensor.clone if lanes is None else lambda value: value.index_select(0, lanes)
+        ids = self._ids.map(take) if policy.needs_ids else None
+        return ExitContext(self._num_layers, take(self._t), take(self._threshold), take(self._state), ids)
+
+    def _all_limits(self, B: int) -> Tensor:
+        found: Tensor | None = None
+        for k, (policy, asked) in enumerate(zip(self._policies, self._asked, strict=True)):
+            if not asked and len(self._policies) > 1:
+                continue
+            limits = _ask(policy, cast(LimitPolicy, policy).limits, self._context(policy, None))
+            _ask(policy, _check_limits, limits, self._num_layers, B)
+            if self._index is None:
+                return limits
+            found = torch.full_like(limits, -torch.inf) if found is None else found
+            found = torch.where(self._index == k, limits, found)
+        return found
+
+    def _thresholds(
+        self, t: Tensor, policy_index: Tensor | None, threshold: Tensor | None, device: torch.device
+    ) -> Tensor:
+        """float32 [B]: what lanes bring, else what their policies have. On the CPU where all that is given lies there;
+        else on the device, so that nothing waits for it, and a CUDA graph can hold it."""
+        own = [torch.nan if policy.threshold is None else float(policy.threshold) for policy in self._policies]
+        given = [value for value in (t, policy_index, threshold) if value is not None]
+        there = torch.device("cpu") if all(value.is_cpu for value in given) else device
+        found = torch.full((len(t),), own[0], device=there)
+        for k, value in enumerate(own[1:], start=1):
+            found.masked_fill_(upload(policy_index, there) == k, value)
+        if threshold is not None:
+            threshold = upload(threshold, there)
+            found = torch.where(threshold.isnan(), found, threshold.float())
+        return upload(found, device)
+
+
+def decide(
+    policies: Sequence[ExitPolicy],
+    policy_index: Tensor | None,
+    num_layers: int,
+    t: Tensor,
+    threshold: Tensor | None,
+    ids: LaneIds | None,
+    device: torch.device,
+) -> ExitDecision:
+    """An `ExitDecision`, on the CPU one of an earlier pass where it would be the same."""
+    if policy_index is None and threshold is None and device.type == "cpu" and t.is_cpu:
+        policy = policies[0]
+        if isinstance(policy, LimitPolicy) and vars(type(policy)).get("same_limits"):  # what inherits may not have them
+            return _of_all_passes(policy, num_layers, len(t))
+    return ExitDecision(policies, policy_index, num_layers, t, threshold, ids, device)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _of_all_passes(policy: LimitPolicy, num_layers: int, B: int) -> ExitDecision:
+    cpu = torch.device("cpu")
+    return ExitDecision((policy,), None, num_layers, torch.zeros(B, device=cpu), None, None, cpu)
+
+
+def _ask(policy: ExitPolicy, function: Callable, *given: object) -> Any:
+    try:
+        return function(*given)
+    except Exception as error:
+        raise PolicyFailure(policy, error) from error
+
+
+def _check_mask(mask: object, n: int, device: torch.device) -> None:
+    fits = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape in ((n,), ()) and mask.device == device
+    if not fits:
+        kind = f"{mask.dtype} {list(mask.shape)} on {mask.device}" if isinstance(mask, Tensor) else repr(mask)
+        raise ValueError(f"exit_mask must return bool [{n}] on {device}, got {kind}")
+
+
+def _check_limits(limits: object, num_layers: int, B: int) -> None:
+    shape = (num_layers - 1, B)
+    if not isinstance(limits, Tensor) or limits.shape != shape or limits.dtype != torch.float32:
+        kind = f"{limits.dtype} {list(limits.shape)}" if isinstance(limits, Tensor) else repr(limits)
+        raise ValueError(f"limits must return float32 {list(shape)}, got {kind}")

@@ -1,314 +1,207 @@
-"""One evaluation of a network with exits: block, score, decide, leave, head."""
+"""One forward pass of a network with exits: block, score, exit, next block; heads at the end."""
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from adadiff_kernels import ActiveSet, settle_rows, take_rows, upload
+from adadiff_kernels import upload
 
-from ..models.interface import Backbone, Block, Conditioning
-from ..policies.exit_policies import Rule
+from ..models.interface import Backbone
+from ..policies.calibrated import Calibration
+from ..policies.interface import ExitPolicy, LaneIds
+from ..policies.spelling import DEFAULT, policy_from
 from ..uem import Exits
-from .blocks import ForwardOutput, advance, block_range, compiled_advance
-from .counts import Counts, Sync, check_rules, counts_from
-from .decision import Decision
-from .device import evaluate_on_device
-from .lane_by_lane import lane_by_lane
-
-# On a CPU a block runs over groups of lanes with about this many tokens: enough for products at their full rate, few
-# enough that what one writes is still in the cache when the next reads it. Rows do not see each other inside a block.
-CPU_GROUP_TOKENS = 2048
-
-
-@dataclass(frozen=True)
-class _Cohort:
-    """Lanes whose conditioning was computed together: by lane inside it."""
-
-    cond: Conditioning
-    offsets: Tensor | None  # of the scores, float32 [L, lanes, P]
+from .count_sync import Sync
+from .decision import PolicyFailure, decide
+from .lane_by_lane import LaneRunner
+from .options import DEFAULT as EXECUTION
+from .options import ExecutionOptions
+from .output import ForwardOutput
+from .placement import DevicePlacement, HostPlacement, device_set
+from .predictions import predictions
+from .runner import BlockRunner
+from .structure import structure_of
 
 
-@torch.no_grad()
-def evaluate(
-    backbone: Backbone,
-    exits: Exits | None,
-    rule: Rule | Sequence[Rule],
+class HasExits(Protocol):
+    """An `adadiff.Model`, or another owner of a network and its exits."""
+
+    backbone: Backbone
+    exits: Exits | None
+
+
+def forward(
+    model: HasExits,
     x: Tensor,
     t: Tensor,
     context: Tensor | None = None,
     *,
-    which: Tensor | None = None,
+    policy: ExitPolicy | str | Sequence[ExitPolicy] = DEFAULT,
+    policy_index: Tensor | None = None,
     threshold: Tensor | None = None,
-    pairs: Tensor | None = None,
-    batch_invariant: bool = False,
-    group: int | None = None,
-    record: bool = False,
-    counts: Counts | str | None = None,
-    compiled: bool = False,
-    nvtx: bool = False,
+    cfg_partner: Tensor | None = None,
+    execution: ExecutionOptions | None = None,
+    record_scores: bool = False,
 ) -> ForwardOutput:
-    """The network's prediction for B lanes, each at its own timestep, each leaving when its rule says so.
+    """The network's prediction for B lanes, each at its own timestep, each exiting where its policy says so.
 
-    x: [B, C, H, W]; t: float [B], the network's time; context: labels int64 [B], text [B, N, E] or None.
-    What comes by lane may lie on the CPU or on x's device; results lie there. Values on a GPU are not checked.
-    rule: one for all, or several with which: int64 [B], the index of each lane's own.
-    threshold: float [B], overrides the rule's; pairs: int64 [B], each lane's tied partner (itself if it has none),
-    tied lanes leave together by the larger u.
-    batch_invariant: every product is computed lane by lane, on a CPU each on one thread, so that a lane's prediction,
-    score and exit are the same bits in any batch (on one machine).
-    group: lanes per block call (default: `group_size` on a CPU, else all); without effect if batch_invariant.
-    counts: how the host learns how many rows still run: "sync", "sync:4", "lagged", "lagged:2", or a `Counts`. All give
-    the same exits, and images up to rounding. Default: "sync" on a GPU; on a CPU, and if batch_invariant, the host
-    decides and knows. nvtx: name the blocks for NVIDIA's profilers.
-    compiled: blocks go through torch.compile, for any number of rows; the first evaluations take seconds to minutes.
-    Raises ValueError for inputs that require grad, thresholds the rule refuses, pairs that are none or whose two lanes
-    have two thresholds, a rule that needs missing exits, or compiled with batch_invariant.
+    x: [B, C, H, W]; t: float [B], the network's time, 0..1000; context: class labels int64 [B], text [B, N, E] or None.
+    What is by lane may lie on the CPU or on x's device; results lie there. Values that lie on a GPU are not checked.
+    policy: one for all, or several with policy_index: int64 [B], the index of each lane's own.
+    threshold: float [B], instead of the policy's own (NaN: its own); cfg_partner: int64 [B], the other half of a guided
+    sample (the lane itself where there is none): partners exit together, by the larger uncertainty.
+    execution: how it is run (default: `ExecutionOptions()`). record_scores: `scores` of the result are kept.
+    Raises ValueError for inputs that require grad, thresholds that a policy refuses, partners that are none or whose
+    thresholds differ, and a policy that needs exits the model does not have; and whatever a policy raises.
     """
-    B, L, device = len(x), len(backbone.blocks), x.device
-    if x.requires_grad:
-        raise ValueError("evaluate is for inference; x must not require grad")
-    decision = Decision(rule if isinstance(rule, Sequence) else (rule,), which, L, t, threshold)
-    if exits is None and decision.asked:
-        raise ValueError("this network has no exits; only the rule 'full' can run it")
-    if group is not None and group < 1:
-        raise ValueError(f"group must be at least 1 lane, got {group}")
-    if pairs is not None:
-        _check_pairs(pairs, decision.threshold, which)
-    if nvtx and not torch.backends.cuda.is_built():
-        raise ValueError("nvtx names blocks for NVIDIA's profilers, which takes a PyTorch built for CUDA")
-    check_compiled(compiled, batch_invariant)
-    counts = counts_from(counts, batch_invariant)
-    _check_counts(counts, decision, group)
-    if counts is None and device.type != "cpu" and not batch_invariant and group is None:
-        counts = Sync()
-    t, pairs = upload(t, device), None if pairs is None else upload(pairs, device)
-    decision.to(device)
-    if counts is not None:
-        given = {"counts": counts, "record": record, "compiled": compiled, "nvtx": nvtx}
-        partner = None if pairs is None else pairs.int()
-        return evaluate_on_device(backbone, exits, decision, x, t, context, partner=partner, **given)
-    if batch_invariant and B:
-        context = None if context is None else upload(context, device)
-        rows, cohorts = _begin_each(backbone, exits, decision, x, t, context)
-    else:
-        rows, cohorts = _begin(backbone, exits, decision, x, t, context)
-    active, saved, rows_of_all = ActiveSet(B), None, rows
-    scores = torch.full((L, B), torch.nan, device=x.device) if record else None
-    needed = {block.skip_from for block in backbone.blocks} - {None}
+    policies = tuple(policy) if isinstance(policy, Sequence) and not isinstance(policy, str) else (policy,)
+    calibration: Calibration | None = getattr(model, "calibration", None)
+    policies = tuple(policy_from(one, calibration) for one in policies)
+    _check_lanes(x, t, policies, policy_index, threshold, cfg_partner)
+    try:
+        return run_forward(
+            model,
+            x,
+            t,
+            context,
+            policies=policies,
+            policy_index=policy_index,
+            threshold=threshold,
+            cfg_partner=cfg_partner,
+            execution=execution or EXECUTION,
+            record_scores=record_scores,
+        )
+    except PolicyFailure as failure:
+        error = failure.error
+    raise error  # as it was raised, its own traceback with it
+
+
+@torch.no_grad()
+def run_forward(
+    model: HasExits,
+    x: Tensor,
+    t: Tensor,
+    context: Tensor | None,
+    *,
+    policies: Sequence[ExitPolicy],
+    policy_index: Tensor | None,
+    threshold: Tensor | None,
+    cfg_partner: Tensor | None,
+    execution: ExecutionOptions,
+    record_scores: bool = False,
+    ids: LaneIds | None = None,
+) -> ForwardOutput:
+    """`forward` for lanes that have been checked. ids: of the lanes, for policies that need them. A policy's error
+    arrives as PolicyFailure."""
+    backbone, exits, device, B = model.backbone, model.exits, x.device, len(x)
+    structure = structure_of(backbone)
+    decision = decide(policies, policy_index, structure.num_layers, t, threshold, ids, device)
+    if exits is None and decision.exit_layers:
+        raise ValueError("this network has no exits; only the policy 'full' can run it")
+    check_execution(execution, policies, device)
+    count_sync = execution.count_sync or (None if device.type == "cpu" else Sync())
+    t = upload(t, device)
+    partner = None if cfg_partner is None else upload(cfg_partner, device).int()
+    runner = (LaneRunner if execution.batch_invariant else BlockRunner)(
+        backbone, exits, execution, structure, host=count_sync is None
+    )
+    limits = decision.limits if count_sync is None else None
+    hidden = runner.embed(x, t, context, bool(decision.scored), limits)
+    scores = torch.full((structure.num_layers, B), torch.nan, device=device) if record_scores else None
+    rows: list[int] = [0] * structure.num_layers
     skips: dict[int, tuple[Tensor, Tensor]] = {}
-    left: list[tuple[int, Tensor]] = []
-    if group is None:
-        group = group_size(backbone) if device.type == "cpu" else max(1, B)
-    costs = [block.macs(backbone.tokens) for block in backbone.blocks]
-    macs, ran = 0, []
-    run = compiled_advance() if compiled else advance
-
-    for layer, block in enumerate(backbone.blocks, start=1):
-        lanes = upload(active.running, device)  # the plan is the host's
-        n = active.count
-        ran.append(n)
-        scored = layer in decision.scored
-        skip, index = None, None
-        if block.skip_from is not None:
-            skip, snapshot = skips.pop(block.skip_from)
-            index = active.locate(snapshot)
-            index = None if index is None else upload(index, device)
-        layer_exits = exits if scored else None
-        with block_range(layer, nvtx):
-            if batch_invariant:
-                rows, u = _run_each(block, rows, skip, index, cohorts, lanes, layer_exits, layer)
-            else:
-                rows, u = _run_block(run, block, rows, skip, index, cohorts[0], lanes, layer_exits, layer, group)
-        macs += n * costs[layer - 1]
-        if scored:
-            macs += n * exits.macs(backbone.tokens - exits.num_prefix_tokens)
-            if scores is not None:
-                scores[layer - 1, lanes] = u
-            if pairs is not None:
-                by_lane = torch.empty(B, device=u.device).index_copy_(0, lanes.long(), u)
-                u = torch.maximum(u, by_lane[pairs[lanes]])
-        if layer in decision.asked:
-            moves = active.exit_rows_where(decision.leave(u, layer, lanes).to("cpu"), layer)
-            if len(moves):
-                decision.moved()
-                saved = rows.new_empty(rows_of_all.shape) if saved is None else saved
-                settle_rows(upload(moves, device), rows, saved)
-                own = upload(active.row_to_lane[active.count : n], device).long()
-                left.append((layer, saved[:, backbone.num_prefix_tokens :].index_select(0, own)))
-                rows = rows[: active.count]
-                if not active.count:
-                    break
-        if layer - 1 in needed:
-            skips[layer - 1] = (rows, active.snapshot())
-    skips.clear()
-    if exits is not None:
-        macs += (B - active.count) * exits.head_macs(backbone.tokens - backbone.num_prefix_tokens)
-    if active.count:
-        left.append((L, rows[:, backbone.num_prefix_tokens :]))
-        active.finish(L)
-    lane = upload(active.row_to_lane, device)
-    stem, head = backbone.stem_and_head_macs()
-    ends = B * (stem + head)
-    full = B * sum(costs) + ends
-    if not left:
-        prediction = rows.new_empty(0, x.shape[1] * (2 if backbone.learned_variance else 1), *x.shape[2:])
-    elif batch_invariant:
-        prediction = _heads_each(backbone, exits, left, cohorts, lane)
-    else:
-        prediction = _heads(backbone, exits, left, cohorts[0].cond, lane)
-    eps, variance = prediction.chunk(2, dim=1) if backbone.learned_variance else (prediction, None)
-    exit_layer = upload(active.exit_layer, device)
-    ran += [0] * (L - len(ran))
-    return ForwardOutput(eps, exit_layer, macs + ends, full, active.moved, scores, tuple(ran), variance)
+    with nullcontext() if count_sync is None else device_set(B, device) as active:
+        placement = (
+            HostPlacement(hidden, decision, partner)
+            if count_sync is None
+            else DevicePlacement(active, hidden, decision, partner, count_sync, rounds=not execution.batch_invariant)
+        )
+        for layer, block in enumerate(structure.blocks, start=1):
+            n = rows[layer - 1] = placement.bound
+            if not n:
+                break
+            hidden = hidden if hidden.shape[0] == n else hidden[:n]
+            skip = None if block.skip_from is None else placement.skip(skips.pop(block.skip_from))
+            hidden, u = runner.block(block, layer, hidden, skip, placement, layer in decision.scored)
+            if scores is not None and u is not None:
+                placement.record(scores[layer - 1], u)
+            keeps = layer - 1 in structure.skips
+            if layer in decision.exit_layers and runner.anybody:
+                placement.exit(hidden, u, layer, keeps)
+            if keeps:
+                skips[layer - 1] = placement.keep(hidden)
+        skips.clear()
+        placement.finish(hidden, structure.num_layers)
+    prediction = predictions(runner, placement, backbone, exits if decision.exit_layers else None)
+    variance = None
+    if backbone.learned_variance:
+        prediction, variance = prediction.chunk(2, dim=1)
+    costs = structure.costs(exits, decision.scored)
+    exit_layer = placement.exit_layer
+    return ForwardOutput(prediction, exit_layer, costs, tuple(rows), placement.moved, scores, variance)
 
 
-def check_compiled(compiled: bool, batch_invariant: bool) -> None:
-    """Raises ValueError where both are asked for."""
-    if compiled and batch_invariant:
-        raise ValueError("batch_invariant runs lane by lane, which is not compiled; leave one of the two out")
+def check_execution(execution: ExecutionOptions, policies: Sequence[ExitPolicy], device: torch.device) -> None:
+    """ValueError where the options do not fit the policies or the device."""
+    count_sync = execution.count_sync
+    if count_sync is not None and not count_sync.exact and any(policy.whole_batch for policy in policies):
+        raise ValueError(
+            f"a policy that looks at the whole batch needs the exact count, count_sync='sync'; got {count_sync}"
+        )
+    if execution.group_size is not None and device.type != "cpu":
+        raise ValueError(f"groups are for the CPU; leave group_size out on {device}")
 
 
-def _begin(
-    backbone: Backbone, exits: Exits | None, decision: Decision, x: Tensor, t: Tensor, context: Tensor | None
-) -> tuple[Tensor, list[_Cohort]]:
-    rows, cond = backbone.embed(x, t, context)
-    return rows, [_Cohort(cond, exits.offsets(cond.time, t) if decision.scored else None)]
+def _check_lanes(
+    x: Tensor,
+    t: Tensor,
+    policies: Sequence[ExitPolicy],
+    policy_index: Tensor | None,
+    threshold: Tensor | None,
+    cfg_partner: Tensor | None,
+) -> None:
+    """ValueError where what is by lane does not fit."""
+    if x.requires_grad:
+        raise ValueError("forward is for inference; x must not require grad")
+    shape = t.shape
+    if policy_index is None and len(policies) != 1:
+        raise ValueError(f"{len(policies)} policies need policy_index, the index of each lane's own")
+    if policy_index is not None and (policy_index.dtype != torch.int64 or policy_index.shape != shape):
+        raise ValueError(
+            f"policy_index must be int64 {list(shape)}, one policy per lane, got {policy_index.dtype} "
+            f"{list(policy_index.shape)}"
+        )
+    if policy_index is not None and policy_index.is_cpu and not _within(policy_index, len(policies)):
+        raise ValueError(f"policy_index must lie in [0, {len(policies)}), the policies given")
+    if threshold is not None and threshold.shape != shape:
+        raise ValueError(f"threshold must be one number per lane, {list(shape)}, got {list(threshold.shape)}")
+    for k, policy in enumerate(policies):
+        own = None if policy_index is None else policy_index == k
+        if threshold is None:
+            if policy.threshold is None and policy.needs_threshold and len(t):  # its own it has checked itself
+                raise ValueError(f"{policy} needs a threshold for every lane")
+        elif threshold.is_cpu and (own is None or own.is_cpu):
+            values = threshold if own is None else threshold[own]
+            if len(values):
+                policy.check_thresholds(values)
+    if cfg_partner is not None and cfg_partner.is_cpu:
+        _check_partners(cfg_partner, policy_index, threshold, shape)
 
 
-def _run_block(
-    run: Callable[..., tuple[Tensor, Tensor | None]],
-    block: Block,
-    rows: Tensor,
-    skip: Tensor | None,
-    index: Tensor | None,
-    cohort: _Cohort,
-    lanes: Tensor,
-    exits: Exits | None,
-    layer: int,
-    group: int,
-) -> tuple[Tensor, Tensor | None]:
-    """One block over all running rows, a group of them at a time. run: `advance`, compiled or not. Returns its output
-    and u (None without exits)."""
-    n = len(rows)
-    score = exits.score(layer, cohort.offsets) if exits is not None else None
-    if n <= group:
-        here = take_rows(skip, index, n) if skip is not None else None
-        return run(block, rows, here, cohort.cond, lanes, score)
-    out, us = torch.empty_like(rows), []
-    for part in _groups(n, group):
-        here = None
-        if skip is not None:
-            here = skip[part] if index is None else skip.index_select(0, index[part])
-        _, u = run(block, rows[part], here, cohort.cond, lanes[part], score, out=out[part])
-        us.append(u)
-    return out, torch.cat(us) if score is not None else None
+def _check_partners(partner: Tensor, policy_index: Tensor | None, threshold: Tensor | None, shape: torch.Size) -> None:
+    lanes = torch.arange(len(partner))
+    fits = partner.dtype == torch.int64 and partner.shape == shape
+    if not fits or not _within(partner, len(lanes)) or not torch.equal(partner[partner], lanes):
+        raise ValueError("cfg_partner must be int64 [B], each lane's partner, whose partner is that lane in turn")
+    alike = threshold is None or not threshold.is_cpu
+    if not alike and not torch.equal(threshold[partner].nan_to_num(), threshold.nan_to_num()):
+        raise ValueError("partners exit together, so they need one threshold")
+    if policy_index is not None and policy_index.is_cpu and not torch.equal(policy_index[partner], policy_index):
+        raise ValueError("partners exit together, so they need one policy")
 
 
-def _heads(
-    backbone: Backbone, exits: Exits | None, left: list[tuple[int, Tensor]], cond: Conditioning, lane: Tensor
-) -> Tensor:
-    """One head call per tick where it is shared, one per exit layer where each has its own. lane: i32 [B] by row."""
-    left = left[::-1]  # the last to leave lie first
-    if exits is None or exits.heads is None:
-        patches = left[0][1] if len(left) == 1 else torch.cat([rows for _, rows in left])
-        eps = backbone.head(patches, cond, lane)
-    else:
-        lanes = lane.split([len(rows) for _, rows in left])
-        heads = [exits.head(backbone, layer) for layer, _ in left]
-        eps = torch.cat([head(rows, cond, own) for head, (_, rows), own in zip(heads, left, lanes, strict=True)])
-    return torch.empty_like(eps).index_copy_(0, lane.long(), eps)
-
-
-def _begin_each(
-    backbone: Backbone, exits: Exits | None, decision: Decision, x: Tensor, t: Tensor, context: Tensor | None
-) -> tuple[Tensor, list[_Cohort]]:
-    """`_begin` lane by lane. Inputs are copied to memory of their own: how a product rounds may depend on alignment."""
-
-    def one(lane: int) -> tuple[Tensor, list[_Cohort]]:
-        own = (v[lane : lane + 1].clone() if v is not None else None for v in (x, t, context))
-        return _begin(backbone, exits, decision, *own)
-
-    begun = lane_by_lane(one, len(x), x.device)
-    return torch.cat([rows for rows, _ in begun]), [cohort for _, (cohort,) in begun]
-
-
-def _run_each(
-    block: Block,
-    rows: Tensor,
-    skip: Tensor | None,
-    index: Tensor | None,
-    cohorts: Sequence[_Cohort],
-    lanes: Tensor,
-    exits: Exits | None,
-    layer: int,
-) -> tuple[Tensor, Tensor | None]:
-    """`_run_block` lane by lane, on copies."""
-    n, out = len(rows), torch.empty_like(rows)
-    only = torch.zeros(1, dtype=torch.int32, device=rows.device)  # the one lane of a cohort
-    lanes, places = lanes.tolist(), range(n) if index is None else index.tolist()
-
-    def one(row: int) -> Tensor | None:
-        own, place = cohorts[lanes[row]], places[row]
-        here = None if skip is None else skip[place : place + 1].clone()
-        score = exits.score(layer, own.offsets) if exits is not None else None
-        y, u = advance(block, rows[row : row + 1].clone(), here, own.cond, only, score)
-        out[row] = y[0]
-        return u
-
-    us = lane_by_lane(one, n, rows.device)
-    return out, torch.cat(us) if exits is not None else None
-
-
-def _heads_each(
-    backbone: Backbone,
-    exits: Exits | None,
-    left: list[tuple[int, Tensor]],
-    cohorts: Sequence[_Cohort],
-    lane: Tensor,
-) -> Tensor:
-    """`_heads` lane by lane, on copies."""
-    only = torch.zeros(1, dtype=torch.int32, device=lane.device)
-    rows = [(layer, row) for layer, rows in left[::-1] for row in rows.split(1)]
-    lanes = lane.tolist()
-
-    def one(i: int) -> Tensor:
-        layer, row = rows[i]
-        head = backbone.head if exits is None else exits.head(backbone, layer)
-        return head(row.clone(), cohorts[lanes[i]].cond, only)
-
-    eps = torch.cat(lane_by_lane(one, len(rows), lane.device))
-    return torch.empty_like(eps).index_copy_(0, lane.long(), eps)
-
-
-def _check_counts(counts: Counts | None, decision: Decision, group: int | None) -> None:
-    if counts is not None and group is not None:
-        raise ValueError("groups are for a host that knows the count; leave counts or group out")
-    check_rules(counts, decision.by_lane)
-
-
-def _check_pairs(pairs: Tensor, threshold: Tensor, which: Tensor | None) -> None:
-    if not (pairs.is_cpu and threshold.is_cpu and (which is None or which.is_cpu)):
-        return
-    lanes = torch.arange(len(threshold), device=pairs.device)
-    fits = pairs.dtype == torch.int64 and pairs.shape == lanes.shape
-    if not fits or bool(((pairs < 0) | (pairs >= len(lanes))).any()) or not torch.equal(pairs[pairs], lanes):
-        raise ValueError("pairs must be int64 [B], each lane's partner, whose partner is that lane in turn")
-    if not torch.equal(threshold[pairs].nan_to_num(), threshold.nan_to_num()):
-        raise ValueError("tied lanes leave together, so they need one threshold")
-    if which is not None and not torch.equal(which[pairs], which):
-        raise ValueError("tied lanes leave together, so they need one rule")
-
-
-def group_size(backbone: Backbone) -> int:
-    """Lanes per block call on a CPU."""
-    return max(1, round(CPU_GROUP_TOKENS / backbone.tokens))
-
-
-def _groups(n: int, group: int) -> Iterator[slice]:
-    """n rows in as few groups as fit, of nearly equal size: a small last group would run at a worse rate."""
-    parts = -(-n // group)
-    bounds = [n * i // parts for i in range(parts + 1)]
-    return (slice(a, b) for a, b in itertools.pairwise(bounds))
+def _within(index: Tensor, end: int) -> bool:
+    return bool(((index >= 0) & (index < end)).all())

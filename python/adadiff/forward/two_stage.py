@@ -2,6 +2,7 @@
 for the rest (DuoDiff, arXiv 2410.09633; razvanmatisan/duodiff, README and sampler.py, `--t_switch`)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 
@@ -11,67 +12,73 @@ from torch import Tensor
 from adadiff_kernels import upload
 
 from ..model import Model
-from ..models.interface import Backbone
-from ..policies.exit_policies import Full, Rule
-from ..uem import Exits
-from .blocks import ForwardOutput
-from .counts import Counts
-from .forward import evaluate
+from ..policies.exits import Full
+from ..policies.interface import ExitPolicy, LaneIds
+from .forward import run_forward
+from .options import ExecutionOptions
+from .output import Costs, ForwardOutput
+from .structure import structure_of
 
 T_SWITCH = 700.0  # DuoDiff's README: the first 300 of 1000 steps are the shallow network's
 
 
 @dataclass(frozen=True, eq=False)
 class TwoStageForward:
-    """Called like `evaluate`. Lanes at `t_switch` and above run through all of `early`, the others through the network
-    of the call, by their rules; each lane goes by its own time, and those of one network are evaluated together.
+    """Called like `run_forward`. Lanes at `t_switch` and above run through all of `shallow_model`, the others through
+    the network of the call, by their policies; each lane goes by its own time, and those of one network run together.
 
-    Of the evaluation, exit_layer counts the blocks of whichever network a lane ran, macs what was run, and macs_full
-    the network of the call for all lanes; rows and scores are that network's.
+    In the result, exit_layer counts the blocks of whichever network a lane ran; rows and scores are those of the
+    network of the call, and costs compare with it.
     """
 
-    early: Backbone
+    shallow_model: Model
     t_switch: float
 
     def __call__(
         self,
-        backbone: Backbone,
-        exits: Exits | None,
-        rule: Rule | list[Rule],
+        model: Model,
         x: Tensor,
         t: Tensor,
-        context: Tensor | None = None,
+        context: Tensor | None,
         *,
-        which: Tensor | None = None,
-        threshold: Tensor | None = None,
-        pairs: Tensor | None = None,
-        counts: Counts | str | None = None,
-        record: bool = False,
-        **options: bool | int,
+        policies: Sequence[ExitPolicy],
+        policy_index: Tensor | None,
+        threshold: Tensor | None,
+        cfg_partner: Tensor | None,
+        execution: ExecutionOptions,
+        record_scores: bool = False,
+        ids: LaneIds | None = None,
     ) -> ForwardOutput:
-        """Raises ValueError as `evaluate` does, and for tied lanes on both sides of the switch."""
-        first = (t >= self.t_switch).cpu()
-        early, late = first.nonzero().squeeze(1), (~first).nonzero().squeeze(1)
-        if len(early) == 0:
-            given = {"which": which, "threshold": threshold, "pairs": pairs, "counts": counts, "record": record}
-            return evaluate(backbone, exits, rule, x, t, context, **given, **options)
-        parts = []
-        if len(late):
-            parts.append(
-                evaluate(
-                    backbone,
-                    exits,
-                    rule,
-                    *_take(late, x, t, context),
-                    **dict(zip(("which", "threshold"), _take(late, which, threshold), strict=True)),
-                    pairs=_pairs(pairs, first, late),
-                    counts=counts,
-                    record=record,
-                    **options,
-                )
-            )
-        parts.append(evaluate(self.early, None, Full(), *_take(early, x, t, context), counts=counts, **options))
-        return _merge(parts, torch.cat([late, early]), backbone, record)
+        """Raises ValueError as `run_forward` does, and for partners on both sides of the switch."""
+        noisy = (t >= self.t_switch).cpu()
+        first, rest = noisy.nonzero().squeeze(1), (~noisy).nonzero().squeeze(1)
+        own = {"execution": execution, "record_scores": record_scores}
+        if not len(first):
+            given = {"policy_index": policy_index, "threshold": threshold, "cfg_partner": cfg_partner, "ids": ids}
+            return run_forward(model, x, t, context, policies=policies, **given, **own)
+        shallow = run_forward(
+            self.shallow_model,
+            *_take(first, x, t, context),
+            policies=(Full(),),
+            policy_index=None,
+            threshold=None,
+            cfg_partner=None,
+            execution=execution,
+        )
+        if not len(rest):
+            return _merge(model, None, shallow, first, record_scores)
+        index, limits = _take(rest, policy_index, threshold)
+        full = run_forward(
+            model,
+            *_take(rest, x, t, context),
+            policies=policies,
+            policy_index=index,
+            threshold=limits,
+            cfg_partner=_partners(cfg_partner, noisy, rest),
+            ids=None if ids is None else ids.map(lambda value: value[rest]),
+            **own,
+        )
+        return _merge(model, full, shallow, torch.cat([rest, first]), record_scores)
 
 
 def two_stage(model: Model, shallow_model: Model | None, t_switch: float | None) -> TwoStageForward | None:
@@ -91,11 +98,12 @@ def two_stage(model: Model, shallow_model: Model | None, t_switch: float | None)
     wrong = [f"{name} {theirs[name]} instead of {value}" for name, value in ours.items() if theirs[name] != value]
     if wrong:
         raise ValueError(f"the shallow model must draw the same samples as the full one; it has {', '.join(wrong)}")
-    if shallow_model.layers > model.layers:
+    if shallow_model.num_layers > model.num_layers:
         raise ValueError(
-            f"the shallow model has {shallow_model.layers} blocks, the full one {model.layers}; are they swapped?"
+            f"the shallow model has {shallow_model.num_layers} blocks, the full one {model.num_layers}; "
+            "are they swapped?"
         )
-    return TwoStageForward(shallow_model.backbone, float(t_switch))
+    return TwoStageForward(shallow_model, float(t_switch))
 
 
 def what_it_draws(model: Model) -> dict[str, object]:
@@ -119,52 +127,41 @@ def _take(lanes: Tensor, *values: Tensor | None) -> list[Tensor | None]:
     return [None if value is None else value[upload(lanes, value.device)] for value in values]
 
 
-def _pairs(pairs: Tensor | None, first: Tensor, late: Tensor) -> Tensor | None:
-    """Partners among the late lanes, counted among them."""
-    if pairs is None:
+def _partners(partner: Tensor | None, noisy: Tensor, rest: Tensor) -> Tensor | None:
+    """Partners among the lanes of `rest`, counted there."""
+    if partner is None:
         return None
-    partner = pairs.cpu()
-    if not torch.equal(first[partner], first):
-        raise ValueError("tied lanes leave together, so they need one network; these lie on both sides of t_switch")
-    return (~first).long().cumsum(0)[partner[late]] - 1
+    partner = partner.cpu()
+    if not torch.equal(noisy[partner], noisy):
+        raise ValueError("partners exit together, so they need one network; these lie on both sides of t_switch")
+    return (~noisy).long().cumsum(0)[partner[rest]] - 1
 
 
-class _Merged(ForwardOutput):
-    """Of parts that may not yet be written: `macs` and `moved` wait for them when they are read."""
-
-    def __init__(self, parts: list[ForwardOutput], **own: object):
-        for name, value in {**own, "_parts": parts}.items():
-            object.__setattr__(self, name, value)
-
-    @property
-    def macs(self) -> int:
-        return sum(part.macs for part in self._parts)
-
-    @property
-    def moved(self) -> int:
-        return sum(part.moved for part in self._parts)
-
-
-def _merge(parts: list[ForwardOutput], lanes: Tensor, backbone: Backbone, record: bool) -> ForwardOutput:
-    """parts: the late lanes' evaluation, if there is one, and the early ones'; lanes: int64 [B], those of the parts."""
-    B, L, device = len(lanes), len(backbone.blocks), parts[0].eps.device
+def _merge(
+    model: Model, full: ForwardOutput | None, shallow: ForwardOutput, lanes: Tensor, record_scores: bool
+) -> ForwardOutput:
+    """lanes: int64 [B], those of `full`, then those of `shallow`."""
+    parts = [shallow] if full is None else [full, shallow]
+    B, L, device = len(lanes), model.num_layers, shallow.prediction.device
     there = upload(lanes, device)
 
-    def ordered(name: str) -> Tensor:
+    def by_lane(name: str) -> Tensor:
         joined = torch.cat([getattr(part, name) for part in parts])
         return torch.empty_like(joined).index_copy_(0, there, joined)
 
-    late = parts[0] if len(parts) == 2 else None
-    scores = torch.full((L, B), math.nan, device=device) if record else None
-    if record and late is not None:
-        scores[:, there[: len(late.eps)]] = late.scores
-    cost = sum(block.macs(backbone.tokens) for block in backbone.blocks) + sum(backbone.stem_and_head_macs())
-    return _Merged(
-        parts,
-        eps=ordered("eps"),
-        exit_layer=ordered("exit_layer"),
-        macs_full=B * cost,
+    scores = torch.full((L, B), math.nan, device=device) if record_scores else None
+    if record_scores and full is not None:
+        scores[:, there[: len(full.prediction)]] = full.scores
+    plain = structure_of(model.backbone).costs(None, frozenset()) if full is None else full.costs
+    network = torch.ones(B, dtype=torch.int64)
+    network[lanes[: B - len(shallow.prediction)]] = 0
+    costs = Costs(plain.plain, (*plain.by_exit_layer, *shallow.costs.by_exit_layer), tuple(network.tolist()))
+    return ForwardOutput(
+        prediction=by_lane("prediction"),
+        exit_layer=by_lane("exit_layer"),
+        costs=costs,
+        rows=(0,) * L if full is None else full.rows,
+        moved=shallow.moved if full is None else full.moved,
         scores=scores,
-        rows=(0,) * L if late is None else late.rows,
-        variance=None if parts[0].variance is None else ordered("variance"),
+        variance=None if shallow.variance is None else by_lane("variance"),
     )

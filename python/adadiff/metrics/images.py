@@ -126,7 +126,7 @@ def _drawn_pictures(folder: Path) -> ImageSet:
 
 
 def _cycled_labels(configuration: dict[str, Any], n: int, folder: Path) -> Tensor | None:
-    labels = configuration.get("labels")
+    labels = configuration.get("class_labels")
     if not labels:
         return None
     if not isinstance(labels, list) or not all(isinstance(label, int) for label in labels):

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..data.digits import digits
 from .extractors import Extractor
 from .features import digits_network
 from .frechet import FeatureStatistics, bootstrap_frechet, frechet_distance, paired_ratio
@@ -176,8 +175,8 @@ def frechet_ratio(
     check_pair(images, baseline)
     extractor = extractor or digits_network().features
     statistics = as_reference(reference, extractor, images.device).statistics
-    both = [extract(extractor, [side.clamp(-1, 1)]) for side in (images, baseline)]
-    return paired_ratio(*both, statistics, resamples=resamples, seed=seed)
+    ours, theirs = (extract(extractor, [side.clamp(-1, 1)]) for side in (images, baseline))
+    return paired_ratio(ours, theirs, statistics, resamples=resamples, seed=seed)
 
 
 def paired_psnr(images: Tensor, reference: Tensor, data_range: float = 2.0) -> Tensor:
@@ -228,15 +227,6 @@ def as_reference(
     if real.abs().max() > 1:
         raise ValueError(f"real images lie in [-1, 1], got {real.min():g} to {real.max():g}; rescale them")
     return Reference.of(extract(extractor, [real]))
-
-
-def real_floor() -> float:
-    """Fréchet distance of the digits' train split to the held-out one: a floor to read other values against.
-
-    The extractor was fitted to the train split, so fresh scans would score a little differently.
-    """
-    train, held_out = (FeatureStatistics.of(digits_network().features(digits(split)[0])) for split in ("train", "test"))
-    return frechet_distance(train, held_out)
 
 
 def _ends(name: str, value: float, draws: Tensor) -> dict[str, float]:

@@ -95,7 +95,8 @@ def _statistics(path: Path) -> FeatureStatistics:
             f"{list(sigma.shape)}"
         )
     try:
-        return FeatureStatistics(*(torch.from_numpy(v.astype(np.float64)) for v in (mu, sigma)), None)
+        mean, covariance = (torch.from_numpy(v.astype(np.float64)) for v in (mu, sigma))
+        return FeatureStatistics(mean, covariance, None)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

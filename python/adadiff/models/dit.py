@@ -1,7 +1,7 @@
 """DiT (Peebles and Xie, ICCV 2023), written from the paper and the names and shapes in its released state dicts.
 
 All conditioning enters by lane: the sum c of time and label embedding gives every branch shift, scale and gate
-(adaLN-Zero), and the head shift and scale. Those of all blocks are one product, made once per evaluation.
+(adaLN-Zero), and the head shift and scale. Those of all blocks are one product, made once in a forward pass.
 B lanes, T tokens (patches only), D channels, L blocks.
 """
 
@@ -48,6 +48,7 @@ class DiTConfig:
     mlp_norm_eps: float = EPS  # of the norm before the MLP
 
     context_tokens: ClassVar[int] = 0
+    context_dim: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         check_integers(self, 1, "image_size", "channels", "patch", "dim", "depth", "heads", "num_classes", "mlp_ratio")
@@ -127,17 +128,25 @@ class Block(nn.Module):
         self.attn = Attention(config.dim, config.heads, qkv_bias=True)
         self.mlp = Mlp(config.dim, config.mlp_ratio * config.dim, approximate="tanh")
         self.branches = (GatedBranch(self.attn, index, 0, EPS), GatedBranch(self.mlp, index, 1, config.mlp_norm_eps))
-        self._config = config
+        self._config, self._index = config, index
 
-    def join(self, x: Tensor, skip: Tensor, lanes: Tensor | None = None, index: Tensor | None = None) -> Tensor:
-        raise NotImplementedError("DiT has no long skips")
-
-    def forward(self, x: Tensor, cond: DiTConditioning, skip: None = None) -> Tensor:
-        """x: [B, T, D], rows in the order of the lanes."""
-        for branch in self.branches:
-            norm = branch.norm(cond)
-            h = F.layer_norm(x, x.shape[-1:], eps=norm.eps)
-            x = x + branch.gate(cond)[:, None] * branch(h * (1 + norm.scale[:, None]) + norm.shift[:, None])
+    def forward(
+        self,
+        x: Tensor,
+        cond: DiTConditioning,
+        skip: None = None,
+        index: None = None,
+        row_to_lane: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        modulation = cond.modulation[:, self._index]  # [B, 2, 3, D]
+        if row_to_lane is not None:
+            modulation = modulation.index_select(0, row_to_lane)
+        for branch, own in zip(self.branches, modulation.unbind(1), strict=True):
+            shift, scale, gate = own[:, :, None].unbind(1)  # [n, 1, D] each
+            h = F.layer_norm(x, x.shape[-1:], eps=branch.eps)
+            target = out if branch is self.branches[-1] else None
+            x = torch.addcmul(x, gate, branch(torch.addcmul(shift, h, 1 + scale)), out=target)
         return x
 
     def macs(self, tokens: int) -> int:

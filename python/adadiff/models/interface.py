@@ -1,9 +1,7 @@
-"""What the engine asks of a network: blocks made of branches, and a way in and out.
+"""What a forward pass with exits needs of a network: blocks, and a way in and out.
 
-A branch is one residual update, `y = x + gate * branch(norm(x))`. The engine owns the residual stream, so that it can
-fuse the sum with the uncertainty score and drop the rows that have left; a network owns everything else.
-Everything per sample (time, label, modulation) is computed once per evaluation in `embed`, stays by lane, and is
-gathered through `lanes` (i32[n], row -> lane) when a row needs it.
+Everything about a lane (time, label, modulation) is computed once in a forward pass, by `embed`, and stays by lane; a
+block gathers it for its rows. Rows are hidden states [n, T, D] of the n lanes that still run, in any order.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,6 +20,8 @@ class Conditioning(Protocol):
 
 
 class Branch(Protocol):
+    """One residual update, y = x + gate * (branch(norm(x)) + bias), in parts, for the fused pass."""
+
     bias: Tensor | None  # [D], what the last product adds and could leave out
 
     def norm(self, cond: Any) -> Norm: ...
@@ -30,43 +30,44 @@ class Branch(Protocol):
         """[B, D] by lane, or None for a plain residual."""
 
     def __call__(self, h: Tensor, add_bias: bool = True) -> Tensor:
-        """h: normalised rows [n, T, D]. Returns fresh rows [n, T, D]; the engine writes its sum over them. Without
-        add_bias, which only a branch that has a `bias` is asked for, the engine adds it in the pass of the sum."""
+        """h: normalised rows [n, T, D]. Returns fresh rows [n, T, D], over which the sum is written. Without add_bias,
+        which only a branch that has a `bias` is asked for, the fused pass adds it."""
 
 
 class Block(Protocol):
-    branches: Sequence[Branch]
     skip_from: int | None  # index of the block whose output joins this one's input
 
-    def __call__(self, x: Tensor, cond: Any, skip: Tensor | None = None) -> Tensor:
-        """The plain block: x, skip [B, T, D], rows in the order of the lanes -> [B, T, D]."""
+    def __call__(
+        self,
+        x: Tensor,
+        cond: Any,
+        skip: Tensor | None = None,
+        index: Tensor | None = None,
+        row_to_lane: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """The plain block: x [n, T, D] -> fresh rows [n, T, D], in `out` if that is given.
 
-    def join(self, x: Tensor, skip: Tensor, lanes: Tensor | None = None, index: Tensor | None = None) -> Tensor:
-        """x, skip: [n, T, D] -> [n, T, D]. Only called where `skip_from` is set.
-
-        With lanes i32 [n] and index i32 [B], skip is as its block wrote it, and row r joins skip[index[lanes[r]]].
+        skip: [n or more, T, D], where `skip_from` is set: row r joins skip[index[r]], int64 or int32 [n], without index
+        skip[r]. row_to_lane: int32 [n]; None: row i carries lane i, and there are as many rows as lanes.
         """
 
     def macs(self, tokens: int) -> int:
         """Multiply-adds for one lane."""
 
 
-class WholeBlock:
-    """To inherit from: a block that is not ours. It makes its sums itself, and the engine scores what it returns."""
+class FusableBlock(Block, Protocol):
+    """Its residual sums, scores and norms are one pass on a GPU."""
 
-    skip_from = None
+    branches: Sequence[Branch]
 
-    def whole(self, x: Tensor, cond: Any, lanes: Tensor) -> Tensor:
-        """x: [n, T, D] -> fresh rows [n, T, D]."""
-        raise NotImplementedError
-
-    def macs(self, tokens: int) -> int:
-        """Multiply-adds for one lane."""
-        raise NotImplementedError
+    def join(self, x: Tensor, skip: Tensor, row_to_lane: Tensor | None = None, index: Tensor | None = None) -> Tensor:
+        """x: [n, T, D] -> [n, T, D], the block's input with its long skip, see `adadiff_kernels.join_skip`. Only asked
+        of blocks with `skip_from`."""
 
 
 class Backbone(Protocol):
-    blocks: Sequence[Block | WholeBlock]
+    blocks: Sequence[Block]
     dim: int  # D, channels of a row
     time_dim: int  # Dt, channels of Conditioning.time
     num_prefix_tokens: int  # leading tokens that are not patches
@@ -101,9 +102,11 @@ class NetworkConfig(Protocol):
     channels: int  # of what it denoises
     dim: int  # D, channels of a row
     tokens: int  # T, rows of the position embedding
+    image_size: int  # height and width of what it denoises
     blocks: int  # L
     num_classes: int  # labels it takes, the null class included; 0 = none
     context_tokens: int  # of text; 0 = none
+    context_dim: int  # of its embeddings, without meaning where there is none
 
 
 @dataclass(frozen=True)

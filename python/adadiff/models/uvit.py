@@ -111,15 +111,23 @@ class Block(nn.Module):
         self.branches = (AffineBranch(self.norm1, self.attn), AffineBranch(self.norm2, self.mlp))
         self._config = config
 
-    def join(self, x: Tensor, skip: Tensor, lanes: Tensor | None = None, index: Tensor | None = None) -> Tensor:
-        joined = torch.cat([x, skip], dim=-1) if index is None else join_skip(x, skip, lanes, index)
+    def join(self, x: Tensor, skip: Tensor, row_to_lane: Tensor | None = None, index: Tensor | None = None) -> Tensor:
+        joined = torch.cat([x, skip], dim=-1) if index is None else join_skip(x, skip, row_to_lane, index)
         return self.skip_linear(joined)
 
-    def forward(self, x: Tensor, cond: object = None, skip: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cond: object = None,
+        skip: Tensor | None = None,
+        index: Tensor | None = None,
+        row_to_lane: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
         if self.skip_linear is not None:
-            x = self.join(x, skip)
+            x = self.join(x, skip, None, index).to(x.dtype)  # under autocast, too
         x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        return torch.add(x, self.mlp(self.norm2(x)), out=out)
 
     def macs(self, tokens: int) -> int:
         D, ratio = self._config.dim, self._config.mlp_ratio
@@ -298,8 +306,8 @@ def _text(depth: int) -> Preset:
 def _duodiff(like: Preset, depth: int | None = None, divisor: int = 1) -> Preset:
     """Trained by DuoDiff: the same network, of another depth perhaps, told the index of 1000 linear betas, 0..999, or
     that over 1000. None has seen a null class."""
-    depth = like.network.depth if depth is None else depth
-    return Preset(replace(like.network, depth=depth, time_divisor=divisor), "linear", latent_scale=like.latent_scale)
+    own = {} if depth is None else {"depth": depth}
+    return Preset(replace(like.network, **own, time_divisor=divisor), "linear", latent_scale=like.latent_scale)
 
 
 # baofff/U-ViT configs/*.py; sizes of the latents, not of the images, for the latent models

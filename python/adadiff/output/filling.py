@@ -112,7 +112,7 @@ class ShardFolder:
         The bar, of rank 0 alone, counts the shards of others whenever one of its own is done.
         """
         shown = {"disable": self.process.rank > 0, "unit": "image", "smoothing": 0, "dynamic_ncols": True}
-        drawn = blocks = evaluations = 0
+        drawn = blocks = passes = 0
         with tqdm(total=self.manifest.n, initial=self.count, **shown) as bar:
             for number in self.own:
                 if shard_path(self.folder, number).exists():
@@ -122,11 +122,11 @@ class ShardFolder:
                 for places, images in run:
                     values[places.numpy()] = self._values(images, [slots[place] for place in places.tolist()])
                     report = run.report
-                    depth = (blocks + report.blocks) / (evaluations + report.evaluations)
-                    bar.set_postfix(depth=f"{depth:.2f}/{report.layers}", refresh=False)
+                    depth = (blocks + report.blocks) / (passes + report.passes)
+                    bar.set_postfix(depth=f"{depth:.2f}/{report.num_layers}", refresh=False)
                     bar.update(len(places))
                 self._write(number, run, values)
-                drawn, blocks, evaluations = drawn + 1, blocks + report.blocks, evaluations + report.evaluations
+                drawn, blocks, passes = drawn + 1, blocks + report.blocks, passes + report.passes
                 bar.update(self.count - bar.n)
         return drawn
 
@@ -148,7 +148,7 @@ class ShardFolder:
             "exit_layer": report.exit_layer.numpy(),
             **{name: np.array(getattr(report, name)) for name in COUNTS},
         }
-        if self.manifest.configuration.get("labels") is not None:
+        if self.manifest.configuration.get("class_labels") is not None:
             arrays["labels"] = run.samples.context.numpy()
 
         def save(temporary: Path) -> None:
@@ -163,12 +163,12 @@ class ShardFolder:
         Whoever is last does it; if two are, both write the same.
         """
         manifest = self.manifest
-        totals = no_totals(manifest.layers)
+        totals = no_totals(manifest.num_layers)
         try:
             for number in range(manifest.shards):
                 done = read_arrays(shard_path(self.folder, number), ("exit_layer", *COUNTS))
                 counts = (done[name].item() for name in COUNTS)
-                report = Report(torch.from_numpy(done["exit_layer"]), manifest.layers, *counts)
+                report = Report(torch.from_numpy(done["exit_layer"]), manifest.num_layers, None, *counts)
                 add_totals(totals, report, len(manifest.slots(number)))
             if manifest.n and manifest.array == "images":
                 self._write_grid()

@@ -18,7 +18,7 @@ CHANNELS = (1, 3)  # of a picture; anything else is a latent
 GRID_MOST = 100  # pictures in a grid
 GRID_CELL = 64  # pixels; smaller pictures are enlarged by a whole factor
 GRID_GAP = 4  # white pixels between two pictures; many have no border of their own
-TOTALS = ("evaluations", "blocks", "blocks_full", "macs", "macs_full", "seconds")
+TOTALS = ("passes", "blocks", "blocks_full", "macs", "macs_full", "seconds")
 
 
 def to_pixels(image: Tensor) -> np.ndarray:
@@ -34,10 +34,10 @@ def to_pixels(image: Tensor) -> np.ndarray:
     return pixels[..., 0] if image.shape[0] == 1 else pixels
 
 
-def make_grid(pictures: list[np.ndarray]) -> np.ndarray:
-    """pictures: one or more, uint8 [H, W] or [H, W, 3], all alike. Returns a near-square grid by rows, GRID_GAP white
-    pixels between them and none around."""
-    columns = math.ceil(math.sqrt(len(pictures)))
+def make_grid(pictures: list[np.ndarray], columns: int | None = None) -> np.ndarray:
+    """pictures: one or more, uint8 [H, W] or [H, W, 3], all alike. Returns a grid by rows (default: near-square),
+    GRID_GAP white pixels between them and none around."""
+    columns = columns or math.ceil(math.sqrt(len(pictures)))
     rows = math.ceil(len(pictures) / columns)
     scale = max(1, GRID_CELL // max(pictures[0].shape[:2]))
     height, width = (side * scale + GRID_GAP for side in pictures[0].shape[:2])
@@ -68,14 +68,14 @@ def replace_file(path: Path, write: Callable[[Path], object], rank: int = 0) -> 
         raise
 
 
-def no_totals(layers: int) -> dict[str, Any]:
+def no_totals(num_layers: int) -> dict[str, Any]:
     """What report.json tells of all runs together, before the first."""
     return {
-        "layers": layers,
+        "num_layers": num_layers,
         "samples": 0,
         **dict.fromkeys(TOTALS, 0),
         "mean_exit_layer": None,
-        "exit_layer_histogram": [0] * layers,  # evaluations that ended after block 1, 2, ...
+        "exit_layer_histogram": [0] * num_layers,  # lanes that exited after block 1, 2, ...
     }
 
 
@@ -84,11 +84,11 @@ def add_totals(totals: dict[str, Any], report: Report, samples: int) -> None:
     totals["samples"] += samples
     for name in TOTALS:
         totals[name] += getattr(report, name)
-    ends = torch.bincount(report.exit_layer.flatten().long(), minlength=report.layers + 1)[1:].tolist()
+    ends = torch.bincount(report.exit_layer.flatten().long(), minlength=report.num_layers + 1)[1:].tolist()
     earlier = totals["exit_layer_histogram"]
     totals["exit_layer_histogram"] = [a + b for a, b in zip(earlier, ends, strict=True)]
-    if totals["evaluations"]:
-        totals["mean_exit_layer"] = totals["blocks"] / totals["evaluations"]
+    if totals["passes"]:
+        totals["mean_exit_layer"] = totals["blocks"] / totals["passes"]
 
 
 class PictureFolder:
@@ -98,9 +98,9 @@ class PictureFolder:
     pictures of another configuration.
     """
 
-    def __init__(self, folder: Path, configuration: dict[str, Any], layers: int):
+    def __init__(self, folder: Path, configuration: dict[str, Any], num_layers: int):
         self.folder, self._report = folder, folder / "report.json"
-        self._content = {"configuration": configuration, **no_totals(layers)}
+        self._content = {"configuration": configuration, **no_totals(num_layers)}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if any(folder.glob("*.png")):
@@ -135,7 +135,7 @@ class PictureFolder:
         write_png(self.path(slot), to_pixels(image))
 
     def record(self, report: Report, samples: int) -> None:
-        """Adds a run, finished or not; evaluations repeated after an interruption count again."""
+        """Adds a run, finished or not; steps repeated after an interruption count again."""
         add_totals(self._content, report, samples)
         write_json(self._report, self._content)
 

@@ -16,10 +16,10 @@ import numpy as np
 
 from ..config import from_dict
 from ..model import Model
-from ..sampling.samples import whole
+from ..sampling.sample_batch import whole
 from .pictures import CHANNELS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 COUNTS = ("macs", "macs_full", "rows_moved", "seconds")  # of a Report, kept with each shard
 ADVICE = "choose another folder, or empty this one"
@@ -28,12 +28,12 @@ ADVICE = "choose another folder, or empty this one"
 @dataclass(frozen=True)
 class Manifest:
     """What a folder holds. configuration: what was asked for, of it `n` samples, `shard` of them in each shard.
-    array: "images", uint8 [k, H, W, C], or "latents", float32 [k, C, H, W]; shape: that of one. layers: blocks."""
+    array: "images", uint8 [k, H, W, C], or "latents", float32 [k, C, H, W]; shape: that of one. num_layers: blocks."""
 
     configuration: dict[str, Any]
     array: str
     shape: list[int]
-    layers: int
+    num_layers: int
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -45,8 +45,8 @@ class Manifest:
         """`configuration` must survive JSON unchanged."""
         channels, height, width = model.backbone.sample_shape
         if channels in CHANNELS:
-            return Manifest(configuration, "images", [height, width, channels], model.layers)
-        return Manifest(configuration, "latents", [channels, height, width], model.layers)
+            return Manifest(configuration, "images", [height, width, channels], model.num_layers)
+        return Manifest(configuration, "latents", [channels, height, width], model.num_layers)
 
     @staticmethod
     def read(folder: Path) -> "Manifest":
@@ -118,7 +118,7 @@ def read_shard(folder: Path, manifest: Manifest, number: int) -> dict[str, np.nd
         **{name: ("float64" if name == "seconds" else "int64", ()) for name in COUNTS},
         **dict.fromkeys(("slots", "seeds", "labels"), ("int64", (k,))),
     }
-    if manifest.configuration.get("labels") is None:
+    if manifest.configuration.get("class_labels") is None:
         del expected["labels"]
     found = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
     if found != expected or not np.array_equal(arrays["slots"], slots):

@@ -1,10 +1,12 @@
 """Early exit for a DiTPipeline as it is, through its own blocks or through ours. Needs diffusers.
 
 A hook takes the place of the transformer's `forward`: every lane of the call (a sample, or one half of a guided one)
-leaves when its rule says so.
+exits when its policy says so.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from diffusers import DiTPipeline, DiTTransformer2DModel
@@ -14,33 +16,35 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..conversion.convert import from_transformer
-from ..forward.forward import evaluate
+from ..forward.forward import forward
+from ..forward.options import ExecutionOptions
 from ..models.dit import DiT
-from ..models.interface import WholeBlock
-from ..policies.exit_policies import Rule, layers_asked, rule_from
+from ..policies.interface import ExitPolicy, exit_layers_of
+from ..policies.spelling import policy_from
 from ..sampling.reports import Totals
 from ..uem import ExitConfig, Exits
 
 NAME = "adadiff_early_exit"
+WHOLE = 2**31  # lanes, more than any call has
 
 
 @dataclass
 class EarlyExit:
-    """What an enabled pipeline did so far. exit_layer: int32 [lanes], of the last evaluation."""
+    """What an enabled pipeline did so far. exit_layer: int32 [lanes], of the last forward pass."""
 
     totals: Totals = field(default_factory=Totals)
     exit_layer: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))
 
 
 def enable_early_exit(
-    pipe: DiTPipeline, exits: Exits | None = None, rule: str | Rule = "threshold:0.1", *, fused: bool = False
+    pipe: DiTPipeline, policy: str | ExitPolicy, exits: Exits | None = None, *, fused: bool = False
 ) -> EarlyExit:
-    """From now on, lanes of `pipe` leave by `rule`, scored by `exits`, which were trained for its transformer.
+    """From now on, lanes of `pipe` exit by `policy`, scored by `exits`, which were trained for its transformer.
 
-    exits: may be None with rules that read no score, such as "depth:20" or "full"; with heads of their own they need
-    `fused`. fused: a copy of the weights runs through our DiT, whose residual sums, scores and norms are one pass and
-    whose modulation is one product; otherwise the pipeline's own blocks run. Where nobody leaves, images are those of
-    the untouched pipeline: the same bits through its own blocks, within rounding through ours.
+    exits: may be None with policies that read no score, such as "exit:depth=20" or "full"; with heads of their own they
+    need `fused`. fused: a copy of the weights runs through our DiT, whose residual sums, scores and norms are one pass
+    on a GPU and whose modulation is one product; otherwise the pipeline's own blocks run. Where nobody exits, images
+    are those of the untouched pipeline: the same bits through its own blocks, within rounding through ours.
     Returns a record that every call adds to. Raises ValueError for another pipeline, exits that do not fit, and a
     pipeline that is enabled already.
     """
@@ -50,10 +54,11 @@ def enable_early_exit(
     registry = HookRegistry.check_if_exists_or_initialize(transformer)
     if registry.get_hook(NAME) is not None:
         raise ValueError("early exit is enabled already; call disable_early_exit first")
-    backbone, rule = DiffusersDiT(transformer), rule_from(rule)
-    layers_asked(rule, len(backbone.blocks))
-    if exits is None and rule.scored:
-        raise ValueError(f"{rule} reads scores; give the exits that were trained for this transformer")
+    backbone: DiffusersDiT | DiT = DiffusersDiT(transformer)
+    policy = policy_from(policy)
+    exit_layers_of(policy, len(backbone.blocks))
+    if exits is None and policy.needs_scores:
+        raise ValueError(f"{policy} reads scores; give the exits that were trained for this transformer")
     if exits is not None:
         blocks, _, dim = exits.weight.shape
         if (blocks, dim) != (len(backbone.blocks), backbone.dim):
@@ -68,10 +73,10 @@ def enable_early_exit(
     else:
         exits = Exits(backbone, ExitConfig(shared_head=True))  # nobody reads its scores
     if fused:
-        backbone = from_transformer(transformer.state_dict(), transformer.config)
-        backbone.to(transformer.device, transformer.dtype).requires_grad_(False)
+        own = from_transformer(transformer.state_dict(), transformer.config)
+        backbone = own.to(transformer.device, transformer.dtype).requires_grad_(False)
     record = EarlyExit()
-    registry.register_hook(_Hook(backbone, exits, rule, record), NAME)
+    registry.register_hook(_Hook(backbone, exits, policy, record), NAME)
     return record
 
 
@@ -84,9 +89,12 @@ def disable_early_exit(pipe: DiTPipeline) -> None:
 
 
 class _Hook(ModelHook):
-    def __init__(self, backbone: "DiffusersDiT | DiT", exits: Exits, rule: Rule, record: EarlyExit):
+    def __init__(self, backbone: "DiffusersDiT | DiT", exits: Exits, policy: ExitPolicy, record: EarlyExit):
         super().__init__()
-        self.backbone, self.exits, self.rule, self.record = backbone, exits, rule, record
+        self.backbone, self.exits, self.policy, self.record = backbone, exits, policy, record
+        # their blocks see the whole call at once, as ever: other shapes would round otherwise
+        whole = isinstance(backbone, DiffusersDiT) and next(backbone.parameters()).device.type == "cpu"
+        self._execution = ExecutionOptions(group_size=WHOLE if whole else None)
 
     def new_forward(
         self,
@@ -99,21 +107,19 @@ class _Hook(ModelHook):
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         if timestep is None or class_labels is None or cross_attention_kwargs:
             raise ValueError("early exit takes timestep and class_labels, and no cross_attention_kwargs")
-        t = timestep.float()
-        # their blocks see the whole call at once, as ever: other shapes would round otherwise
-        group = max(1, len(t)) if isinstance(self.backbone, DiffusersDiT) else None
-        result = evaluate(self.backbone, self.exits, self.rule, hidden_states, t, class_labels, group=group)
+        own = {"policy": self.policy, "execution": self._execution}
+        output = forward(self, hidden_states, timestep.float(), class_labels, **own)
         done = self.record.totals
-        self.record.totals = Totals(
-            done.ticks + 1,
-            done.evaluations + len(t),
-            done.blocks + int(result.exit_layer.sum()),
-            done.macs + result.macs,
-            done.macs_full + result.macs_full,
-            done.rows_moved + result.moved,
-        )
-        self.record.exit_layer = result.exit_layer
-        out = result.eps if result.variance is None else torch.cat([result.eps, result.variance], 1)
+        done.ticks += 1
+        done.passes += len(timestep)
+        done.blocks += int(output.exit_layer.sum())
+        done.macs += output.macs
+        done.macs_full += output.macs_full
+        done.rows_moved += output.rows_moved
+        self.record.exit_layer = output.exit_layer
+        out = output.prediction
+        if output.variance is not None:
+            out = torch.cat([out, output.variance], 1)
         return Transformer2DModelOutput(sample=out) if return_dict else (out,)
 
 
@@ -127,13 +133,26 @@ class DiffusersCond:
     both: Tensor
 
 
-class DiffusersBlock(WholeBlock):
-    def __init__(self, block: nn.Module):
+class DiffusersBlock:
+    skip_from = None
+
+    def __init__(self, block: Any):
         self._block = block
 
-    def whole(self, x: Tensor, cond: DiffusersCond, lanes: Tensor) -> Tensor:
-        lanes = lanes.long()
-        return self._block(x, timestep=cond.t[lanes], class_labels=cond.labels[lanes])
+    def __call__(
+        self,
+        x: Tensor,
+        cond: DiffusersCond,
+        skip: None = None,
+        index: None = None,
+        row_to_lane: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        t, labels = cond.t, cond.labels
+        if row_to_lane is not None:
+            t, labels = (value.index_select(0, row_to_lane) for value in (t, labels))
+        y = self._block(x, timestep=t, class_labels=labels)
+        return y if out is None else out.copy_(y)
 
     def macs(self, tokens: int) -> int:
         """A block of DiT, with the embedder of time that each of them has."""
@@ -155,6 +174,9 @@ class DiffusersDiT:
         self.tokens = (config.sample_size // config.patch_size) ** 2
         self.sample_shape = (config.in_channels, config.sample_size, config.sample_size)
         self.patch_dim = config.patch_size**2 * config.in_channels
+
+    def parameters(self) -> Iterator[Tensor]:
+        return self._transformer.parameters()
 
     def embed(self, x: Tensor, t: Tensor, context: Tensor) -> tuple[Tensor, DiffusersCond]:
         rows = self._transformer.pos_embed(x)

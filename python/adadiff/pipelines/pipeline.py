@@ -1,7 +1,7 @@
 """A diffusers pipeline around a model with exits: saved, loaded and called as its users expect. Needs diffusers."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,16 +14,19 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import ModelConfig
-from ..diffusion.solvers import solver_from
 from ..diffusion.tables import Solver
-from ..forward.forward import ForwardOutput, evaluate
+from ..forward.forward import run_forward
+from ..forward.output import ForwardOutput
 from ..model import Model
 from ..output.pictures import to_pixels
 from ..policies.calibrated import Calibration
-from ..policies.exit_policies import Rule
+from ..policies.interface import ExitPolicy
+from ..policies.spelling import DEFAULT
 from ..sampling.batch import Batch
+from ..sampling.params import SamplingParams
+from ..sampling.records import PassRecord
 from ..sampling.reports import Report
-from ..sampling.samples import SampleBatch, whole
+from ..sampling.sample_batch import SampleBatch, whole
 from .latents import decode
 from .text import TextEncoder
 
@@ -49,9 +52,9 @@ class AdaDiffTransformer(ModelMixin, ConfigMixin):
         made.model = model
         return made.eval()
 
-    def forward(self, rule: Rule | Sequence[Rule], x: Tensor, t: Tensor, context: Tensor | None = None, **options: Any):
-        """As `adadiff.evaluate`, which says more."""
-        return evaluate(self.model.backbone, self.model.exits, rule, x, t, context, **options)
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, **options: Any) -> ForwardOutput:
+        """A pass of the sampler, see `adadiff.forward.forward.run_forward`."""
+        return run_forward(self.model, x, t, context, **options)
 
 
 @dataclass
@@ -61,7 +64,7 @@ class AdaDiffPipelineOutput(BaseOutput):
 
 
 class AdaDiffPipeline(DiffusionPipeline):
-    """Samples of a U-ViT or DiT whose samples leave early. transformer: may be a `Model`, as `adadiff.load` opens it;
+    """Samples of a U-ViT or DiT whose samples exit early. transformer: may be a `Model`, as `adadiff.load` opens it;
     vae: for latent models; tokenizer, text_encoder: for text models (CLIP ViT-L/14)."""
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -100,7 +103,7 @@ class AdaDiffPipeline(DiffusionPipeline):
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
         solver: str | Solver = "ddim",
-        rule: str | Rule = "full",
+        policy: str | ExitPolicy = DEFAULT,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -110,8 +113,8 @@ class AdaDiffPipeline(DiffusionPipeline):
     ) -> AdaDiffPipelineOutput | tuple[Any, Report]:
         """One image for each label or prompt, or num_images where the model takes neither.
 
-        num_inference_steps: evaluations. guidance_scale: that of diffusers, 1 is none: U-ViT's scale and ours + 1.
-        solver, rule, and further settings (thresholds, tied, guidance_interval, guided_channels): see `SampleBatch.of`.
+        num_inference_steps: evaluations of the network. guidance_scale: 1 is none.
+        solver, policy, and further settings (thresholds, tied, guidance_interval, ...): see `SamplingParams`.
         generator: one for all or one per image; each image's seed is drawn from it, so equal seeds are equal images.
         output_type: "pil", "np" (float32 [n, H, W, C] in [0, 1]), "pt" ([n, C, H, W]), "latent" (what the network
         makes, in [-1, 1] or a latent). callback_on_step_end(pipe, step, t, {"latents": ...}) after each whole step of
@@ -125,72 +128,91 @@ class AdaDiffPipeline(DiffusionPipeline):
             if self.vae is None:
                 raise ValueError("this model makes latents: give the pipeline a vae, or ask for output_type='latent'")
             self._finish(torch.zeros(0, *model.backbone.sample_shape), "pt")  # for its checks
-        if model.config.network.context_tokens and prompt is None and "context" not in settings:
+        if model.config.network.context_tokens and prompt is None and "text_embeds" not in settings:
             raise ValueError("this model takes text: give prompt")
         if set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(f"callbacks may ask for latents, got {list(callback_on_step_end_tensor_inputs)}")
         whole("num_inference_steps", num_inference_steps, 1)
         prompts = [prompt] if isinstance(prompt, str) else prompt
         n = _count(class_labels, prompts, num_images)
-        solver = solver_from(solver) if isinstance(solver, str) else solver
-        guidance = guidance_scale - 1
-        samples = SampleBatch.of(
-            model,
-            n,
-            steps=num_inference_steps,
-            solver=solver,
-            rule=rule,
-            seeds=_seeds(generator, n),
-            labels=class_labels,
-            guidance=guidance,
-            **self._contexts(prompts, negative_prompt, guidance != 0),
-            **settings,
+        params = SamplingParams.of(
+            None,
+            {
+                "seed": _seeds(generator, n),
+                "steps": num_inference_steps,
+                "solver": solver,
+                "policy": policy,
+                "class_labels": class_labels,
+                "guidance_scale": guidance_scale,
+                **self._texts(prompts, negative_prompt, guidance_scale != 1),
+                **settings,
+            },
         )
-        table = solver.table(model.schedule, num_inference_steps)
+        samples = SampleBatch.of(model, n, params)
+        table = samples.solver.table(model.schedule, num_inference_steps)
         images, report = self._run(samples, table.t.tolist(), table.end.tolist(), callback_on_step_end)
         images = self._finish(images, output_type)
         self.maybe_free_model_hooks()
         return AdaDiffPipelineOutput(images, report) if return_dict else (images, report)
 
-    def _contexts(self, prompts: Sequence[str] | None, negative: str, guided: bool) -> dict[str, Tensor]:
+    def _texts(self, prompts: Sequence[str] | None, negative: str, guided: bool) -> dict[str, Tensor]:
         if prompts is None:
             return {}
         if self.tokenizer is None or self.text_encoder is None:
             raise ValueError("prompts take a tokenizer and a text_encoder in the pipeline")
         encode = TextEncoder(self.tokenizer, self.text_encoder)
-        return {"context": encode(prompts), **({"null_context": encode([negative])[0]} if guided else {})}
+        return {"text_embeds": encode(prompts), **({"null_text_embeds": encode([negative])[0]} if guided else {})}
 
     def _run(
         self, samples: SampleBatch, times: list[float], ends: list[bool], callback: Callback | None
     ) -> tuple[Tensor, Report]:
-        def call(_: object, __: object, *args: Any, **options: Any) -> ForwardOutput:
+        @torch.inference_mode(False)  # weights that hooks move are to stay what they are
+        def forward(_: Model, *args: Any, **options: Any) -> ForwardOutput:
             return self.transformer(*args, **options)  # through the module, whose hooks move it between devices
 
         model: Model = self.transformer.model
         # offloaded weights come to that device when they are called, so nothing can tell it from theirs
-        batch = Batch(model, samples.n, evaluate=call, device=self._execution_device)
-        exit_layer = torch.zeros(len(times), samples.n, 2).byte()
-        places = batch.admit(samples, torch.arange(samples.n))
-        slot = torch.empty_like(places)
-        slot[places] = torch.arange(samples.n)
+        batch = Batch(model, samples.n, forward=forward, device=self._execution_device)
+        slots = batch.admit(samples, np.arange(samples.n))
+        sample = np.empty_like(slots)
+        sample[slots] = np.arange(samples.n)
+        exit_layer = np.zeros((len(times), samples.n, 2), dtype=np.uint8)
+        scores = np.full((*exit_layer.shape, model.num_layers), np.nan, dtype=np.float32)
+
+        def learn(records: Iterable[PassRecord]) -> None:
+            for record in records:
+                known = record.read()
+                exit_layer[record.step, sample[record.slots]] = known.exit_layer
+                if known.scores is not None:
+                    scores[record.step, sample[record.slots]] = known.scores
+
         self._interrupt, started = False, time.perf_counter()
         with self.progress_bar(total=len(times)) as bar:
             for step, (t, end) in enumerate(zip(times, ends, strict=True)):
                 tick = batch.tick()
                 if tick.failed:
                     raise next(iter(tick.failed.values()))
-                exit_layer[step, slot[tick.places]] = tick.exit_layer
+                learn(tick.records)
                 if callback is not None and end:
-                    latents = batch.peek(places)
+                    latents = batch.peek(slots)
                     changed = (callback(self, step, t, {"latents": latents}) or {}).get("latents", latents)
                     if changed is not latents:
-                        batch.replace(places, changed)
+                        batch.replace(slots, changed)
                 bar.update()
                 if self._interrupt:
                     break
+        learn(batch.flush())
         done, seconds = batch.totals, time.perf_counter() - started
-        report = Report(exit_layer, model.layers, done.macs, done.macs_full, done.rows_moved, seconds)
-        return batch.take(places), report
+        report = Report(
+            exit_layer=torch.from_numpy(exit_layer),
+            num_layers=model.num_layers,
+            scores=torch.from_numpy(scores) if samples.record_scores else None,
+            macs=done.macs,
+            macs_full=done.macs_full,
+            rows_moved=done.rows_moved,
+            seconds=seconds,
+        )
+        return batch.take(slots), report
 
     def _finish(self, images: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
         if output_type == "latent":

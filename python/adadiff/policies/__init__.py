@@ -1,1 +1,1 @@
-"""Who computes what, sample by sample: pure, small policies."""
+"""Who computes what, sample by sample: small policies without side effects."""

@@ -1,23 +1,23 @@
-"""What a calibration found, kept with the model, and the rules that read it: "budget:0.55" and "table:0.55"."""
+"""What a calibration found, kept with the model, and the policies that read it: "exit:budget=0.55",
+"exit:table=0.55"."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .exit_policies import Limits, Rule, from_depth
+from .interface import ExitContext, LimitPolicy, limits_from_depth
 
 NEAR = 1e-5  # shares closer than this are the same
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A rule on samples it was not chosen on, every sample run with its own errors, against the full network's images
+    """A policy on samples it was not chosen on, every sample run with its own errors, against the full network's images
     of the same noises."""
 
     share: float  # of the full network's multiply-adds
@@ -34,7 +34,7 @@ class Budget:
     """Thresholds for one share of the work. Rows are those of `Calibration.t`."""
 
     share: float  # that was asked for
-    thresholds: tuple[tuple[float, ...], ...]  # [S][L - 1]; 0: nobody leaves, 2: everybody
+    thresholds: tuple[tuple[float, ...], ...]  # [S][L - 1]; 0: nobody exits, 2: everybody
     depths: tuple[int, ...]  # [S], the best table without looking at samples, out of the same recording
     adaptive: Measured
     static: Measured  # of as much work: the table `depths` and the next one below it in work, mixed among samples
@@ -48,23 +48,23 @@ class Calibration:
     aim: str
     solver: str
     steps: int
-    guidance: float
+    guidance_scale: float  # 1: none
     n: int
     seed: int
-    layers: int
+    num_layers: int
     t: tuple[float, ...]
     weights: tuple[float, ...]  # what a unit of error at t adds to the final error, measured
     budgets: tuple[Budget, ...]
     refit: bool = False  # whether the UEMs were fitted anew for it, or are as they were trained
 
     def __post_init__(self) -> None:
-        S, K = len(self.t), self.layers - 1
+        S, K = len(self.t), self.num_layers - 1
         shapes = [(len(b.thresholds), {len(row) for row in b.thresholds}, len(b.depths)) for b in self.budgets]
         if not self.budgets or not S or len(self.weights) != S or any(shape != (S, {K}, S) for shape in shapes):
             raise ValueError(f"a calibration has tables of {S} times and {K} layers, got {shapes}")
         numbers = [v for b in self.budgets for row in b.thresholds for v in row]
         depths = [d for b in self.budgets for d in b.depths]
-        if not all(0 <= v <= 2 for v in numbers) or not all(1 <= d <= self.layers for d in depths):
+        if not all(0 <= v <= 2 for v in numbers) or not all(1 <= d <= self.num_layers for d in depths):
             raise ValueError("a calibration's thresholds lie in [0, 2] and its depths in 1..L")
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,13 +95,13 @@ class Calibration:
     @cached_property
     def _tables(self) -> "Tables":
         shares, thresholds, depths = zip(*((b.share, b.thresholds, b.depths) for b in self.budgets), strict=True)
-        return Tables(self.layers, self.t, shares, torch.tensor(thresholds), torch.tensor(depths))
+        return Tables(self.num_layers, self.t, shares, torch.tensor(thresholds), torch.tensor(depths))
 
-    def rule(self, kind: str, share: float) -> Rule:
+    def policy(self, kind: str, share: float) -> "CalibratedThresholds | CalibratedDepths":
         """kind: "budget" (by uncertainty) or "table" (by time alone). Raises ValueError for a share it lacks."""
-        rule = (Budgeted if kind == "budget" else Scheduled)(share, self._tables)
-        rule.check(torch.tensor([share]))
-        return rule
+        policy = (CalibratedThresholds if kind == "budget" else CalibratedDepths)(share, self._tables)
+        policy.check_thresholds(torch.tensor([share]))
+        return policy
 
     def __str__(self) -> str:
         by_set = self.aim == "distribution"
@@ -114,7 +114,7 @@ class Calibration:
                 (
                     f"{b.share:g}",
                     f"{a.share:.3f}",
-                    f"{a.depth:.2f} of {self.layers}",
+                    f"{a.depth:.2f} of {self.num_layers}",
                     f"{a.error:.3g} [{a.low:.3g}, {a.high:.3g}]",
                     "" if a.psnr is None else f"{a.psnr:.1f}",
                     "" if b.ratio is None else "{:.2f} [{:.2f}, {:.2f}]".format(*b.ratio),
@@ -128,16 +128,18 @@ class Calibration:
 
 class Tables:
     """Thresholds [G, S, L - 1] and depths int64 [G, S] for G budgets and S times, by the network's time and the budget
-    of a lane. Compared by identity, so that rules made of the same one are one kind."""
+    of a lane. Compared by identity, so that policies with the same one are asked together."""
 
-    def __init__(self, layers: int, t: Sequence[float], shares: Sequence[float], thresholds: Tensor, depths: Tensor):
-        t = torch.tensor(t, dtype=torch.float64)
-        rising = t.argsort()
-        self.layers, self.shares = layers, torch.tensor(shares)
-        self.edges = ((t[rising][1:] + t[rising][:-1]) / 2).float()
+    def __init__(
+        self, num_layers: int, t: Sequence[float], shares: Sequence[float], thresholds: Tensor, depths: Tensor
+    ):
+        times = torch.tensor(t, dtype=torch.float64)
+        rising = times.argsort()
+        self.num_layers, self.shares = num_layers, torch.tensor(shares)
+        self.edges = ((times[rising][1:] + times[rising][:-1]) / 2).float()
         self.thresholds, self.depths = thresholds[:, rising], depths[:, rising]
         self.asked = (self.thresholds.amax((0, 1)) > 0).nonzero().squeeze(1).add(1).tolist()
-        self.left = sorted(set(self.depths.flatten().tolist()) - {self.layers})
+        self.left = sorted(set(self.depths.flatten().tolist()) - {self.num_layers})
         self._places: dict[torch.device, tuple[Tensor, ...]] = {}
 
     def at(self, t: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,13 +154,13 @@ class Tables:
 
 
 @dataclass(frozen=True)
-class _Calibrated(Limits):
+class _Calibrated(LimitPolicy):
     """`threshold` is the share asked for, by lane where samples ask for different ones."""
 
-    threshold: float
+    threshold: float = field()  # required; ExitPolicy has a default
     tables: Tables
 
-    def check(self, thresholds: Tensor) -> None:
+    def check_thresholds(self, thresholds: Tensor) -> None:
         known = self.tables.shares
         if not bool(((thresholds.float()[:, None].cpu() - known).abs().amin(1) < NEAR).all()):
             raise ValueError(
@@ -166,55 +168,44 @@ class _Calibrated(Limits):
                 f"got {thresholds.flatten().tolist()[:8]}; `adadiff calibrate` makes others"
             )
 
-    def _check_layers(self, layers: int) -> None:
-        if layers != self.tables.layers:
-            raise ValueError(f"calibrated for a network of {self.tables.layers} blocks, this one has {layers}")
+    def _check_layers(self, num_layers: int) -> None:
+        if num_layers != self.tables.num_layers:
+            raise ValueError(f"calibrated for a network of {self.tables.num_layers} blocks, this one has {num_layers}")
 
 
 @dataclass(frozen=True)
-class Budgeted(_Calibrated):
-    """Leave at the first layer whose uncertainty is below the threshold of this timestep, layer and budget."""
+class CalibratedThresholds(_Calibrated):
+    """Exit after the first layer whose uncertainty is below the threshold of this timestep, layer and budget. Spelled
+    "exit:budget=0.55"."""
 
     @property
-    def scored(self) -> bool:
+    def needs_scores(self) -> bool:
         return bool(self.tables.asked)
 
-    def asks(self, layers: int) -> Sequence[int]:
-        self._check_layers(layers)
+    def exit_layers(self, num_layers: int) -> Sequence[int]:
+        self._check_layers(num_layers)
         return self.tables.asked
 
-    def limits(self, layers: int, t: Tensor, threshold: Tensor) -> Tensor:
-        return self.tables.at(t, threshold)[0].T
+    def limits(self, context: ExitContext) -> Tensor:
+        return self.tables.at(context.t, context.threshold)[0].T
+
+    def __str__(self) -> str:
+        return f"exit:budget={self.threshold:g}"
 
 
 @dataclass(frozen=True)
-class Scheduled(_Calibrated):
-    """Leave after the number of blocks that the table has for this timestep and budget; nothing is scored."""
+class CalibratedDepths(_Calibrated):
+    """Exit after the number of blocks that the table has for this timestep and budget; nothing is scored. Spelled
+    "exit:table=0.55"."""
 
-    scored = False
+    needs_scores = False
 
-    def asks(self, layers: int) -> Sequence[int]:
-        self._check_layers(layers)
+    def exit_layers(self, num_layers: int) -> Sequence[int]:
+        self._check_layers(num_layers)
         return self.tables.left
 
-    def limits(self, layers: int, t: Tensor, threshold: Tensor) -> Tensor:
-        return from_depth(layers, self.tables.at(t, threshold)[1])
+    def limits(self, context: ExitContext) -> Tensor:
+        return limits_from_depth(context.num_layers, self.tables.at(context.t, context.threshold)[1])
 
-
-def calibrated_rule(text: str, calibration: Calibration | None) -> Rule | None:
-    """The rule "budget:SHARE" or "table:SHARE"; None for any other text. Raises ValueError where the model has no
-    calibration, or none for that share."""
-    kind, _, value = text.partition(":")
-    if kind not in ("budget", "table"):
-        return None
-    try:
-        share = float(value)
-    except ValueError:
-        share = math.nan
-    if not 0 < share <= 1:
-        raise ValueError(f"cannot use rule {text!r}; write it as {kind}:0.55, a share of the work in (0, 1]")
-    if calibration is None:
-        raise ValueError(
-            f"rule {text!r} needs a calibrated model: `adadiff calibrate MODEL --budget {share:g} --out FILE`"
-        )
-    return calibration.rule(kind, share)
+    def __str__(self) -> str:
+        return f"exit:table={self.threshold:g}"

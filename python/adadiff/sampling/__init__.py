@@ -1,1 +1,1 @@
-"""From seeds to images: samples in flight, each at its own step, one evaluation after the other."""
+"""From seeds to images: samples in flight, each at its own step, one tick after the other."""

@@ -1,56 +1,74 @@
-"""The samples in flight: each at its own step, in a place of its own. One tick is one evaluation of the network.
+"""The samples in flight, each at its own step, in a slot of its own. One tick is one forward pass and one solver step.
 
-A tick is transactional: what a sample has become is written only when its evaluation and solver step are complete.
-So a tick that fails can be run again in halves, which is what happens when memory runs out, and which finds the one
-sample that is to blame for any other error.
+A tick is transactional: what a sample has become is written only when its forward pass and solver step are complete. So
+one that fails for want of memory is made again in halves, and one that fails for any other reason is halved until the
+sample to blame is found.
 """
 
-import dataclasses
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from adadiff_kernels import SolverState, guide, solver_step, upload
+from adadiff_kernels import Guidance, Noise, SolverState, guide, solver_step, upload
 
-from ..diffusion.noise import initial_noise, step_noise
+from ..diffusion.noise import SOLVER_STEP, initial_noise
 from ..diffusion.tables import TableSet
-from ..forward import forward as engine
-from ..forward.counts import Counts, check_rules, counts_from
-from ..forward.forward import ForwardOutput
+from ..forward.decision import PolicyFailure
+from ..forward.forward import check_execution, run_forward
+from ..forward.options import ExecutionOptions
+from ..forward.output import ForwardOutput
 from ..model import Model
-from ..policies.exit_policies import Rule
+from ..policies.interface import LaneIds
+from ..policies.policy_set import PolicySet
+from .lanes import Lanes, lanes_of
 from .ordering import ExpectedDepth
+from .records import PassRecord
 from .reports import Totals
-from .rule_set import RuleSet
-from .samples import SampleBatch
+from .sample_batch import SampleBatch
+from .slots import SlotState
 
-SPARE = 64  # tables and rules that nobody uses any more are dropped once there are so many
+SPARE = 64  # tables and policies that nobody uses any more are dropped once there are so many
 
 
 @dataclass(frozen=True)
 class Tick:
-    """What one tick did. places: int64 [k], those whose samples made a step; step: int64 [k], which one;
-    exit_layer: uint8 [k, 2], by lane (conditional, unconditional), 0 where there is none.
-    done: int64, places whose samples are finished. failed: place -> why; its sample has made no step."""
+    """What one tick did. slots: int64 [k], those whose samples made a step. done: int64, slots whose samples are
+    finished. failed: slot -> why; its sample has made no step.
+    records: exit layers that became known, in the order of the steps: those of the tick before, and where samples are
+    done, those of this one, so that all are known of a sample that is done.
+    """
 
-    places: Tensor
-    step: Tensor
-    exit_layer: Tensor
-    done: Tensor
+    slots: np.ndarray
+    done: np.ndarray
     failed: dict[int, Exception]
+    records: tuple[PassRecord, ...]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One forward pass and solver step of samples at slots: int64 [k]. solver: what they have become, None once that is
+    written; x: float32 [k, C, H, W], what they were."""
+
+    slots: np.ndarray
+    solver: SolverState | None
+    x: Tensor
+    prediction: Tensor  # of all lanes
+    guidance: Guidance | None
+    record: PassRecord
 
 
 class Batch:
-    """Up to `capacity` samples of one model. Places of finished and failed samples are free again once `take`n or
-    `release`d; results of a sample do not depend on its place.
+    """Up to `capacity` samples of one model. Slots of finished and failed samples are free again once `take`n or
+    `release`d; what becomes of a sample does not depend on its slot.
 
-    What the host decides by lies on the CPU; what the network and the solver see, on `device` (default: the model's),
-    which is waited for once a tick, when everything is queued: for the exit layers.
-    batch_invariant: images and exits are the same bits in any company, see `evaluate`. counts, compiled: see there.
-    evaluate: in place of `adadiff.evaluate`, for experiments and tests.
+    What the host decides by lies on the CPU, what network and solver see on `device` (default: the model's). The host
+    does not wait for exit layers: it reads those of a tick when it has queued the next one, or when samples are done.
+    The order of lanes goes by what was read, so it learns one tick late, on every device the same.
+    forward: in place of `run_forward`, as `TwoStageForward`, for experiments and tests.
     """
 
     @torch.inference_mode(False)  # whatever mode the caller is in, another thread may continue
@@ -59,272 +77,273 @@ class Batch:
         model: Model,
         capacity: int,
         *,
-        batch_invariant: bool = False,
-        counts: Counts | str | None = None,
-        compiled: bool = False,
-        evaluate: Callable[..., ForwardOutput] | None = None,
+        execution: ExecutionOptions | None = None,
+        forward: Callable[..., ForwardOutput] | None = None,
         device: torch.device | None = None,
     ):
-        self.model, self.capacity, self.batch_invariant = model, capacity, batch_invariant
-        self.counts, self.device = counts_from(counts, batch_invariant), device or model.device
-        engine.check_compiled(compiled, batch_invariant)
-        self.compiled, self.totals = compiled, Totals()
-        self._evaluate = evaluate or engine.evaluate
-        self._free = list(range(capacity))[::-1]
-        self._running = torch.zeros(capacity, dtype=torch.bool)
-        self._tables, self._rules = TableSet(model.schedule, self.device), RuleSet()
-        integers = torch.zeros(7, capacity, dtype=torch.int64)
-        self._seed, self._step, self._steps, self._table, self._rule, self._tied, self._channels = integers
-        self._threshold, self._guidance = torch.zeros(2, capacity)
-        self._interval = torch.zeros(capacity, 2)
-        self._context: Tensor | None = None
-        self._null: Tensor | None = None
-        x = torch.zeros(capacity, *model.backbone.sample_shape, device=self.device)
-        self._state = SolverState.start(x, base=False, history=False)
-        self._expected = ExpectedDepth(model.layers, capacity)
-        self._most = max(1, capacity)  # samples in one evaluation; halved when memory runs out
+        self.model, self.capacity, self.totals = model, capacity, Totals()
+        self.execution, self.device = execution or ExecutionOptions(), device or model.device
+        self._forward = forward or run_forward
+        self._tables, self._policies = TableSet(model.schedule, self.device), PolicySet()
+        self._slots = SlotState(capacity, model.backbone.sample_shape, self.device)
+        self._expected = ExpectedDepth(model.num_layers, capacity)
+        self._steps: list[_Step] = []  # of the last tick
+        self._reported = 0  # of their records
+        self._most = max(1, capacity)  # samples in one forward pass; halved when memory runs out
 
     @property
     def count(self) -> int:
         """Samples in flight."""
-        return self.capacity - len(self._free)
+        return self.capacity - self._slots.free
 
     @property
     def free(self) -> int:
-        return len(self._free)
+        return self._slots.free
+
+    def tenancy(self, slot: int) -> int:
+        """How many samples the slot has had: tells those of a record apart."""
+        return int(self._slots.tenancy[slot])
 
     @torch.inference_mode(False)
-    def admit(self, samples: SampleBatch, index: Tensor) -> Tensor:
-        """Samples index: int64 [k] of `samples` begin, k at most `free`. Returns their places, int64 [k]."""
-        k = len(index)
-        if k > self.free:
-            raise ValueError(f"{k} samples for {self.free} free places")
-        check_rules(self.counts, getattr(samples.rule, "by_lane", True))
+    def admit(self, samples: SampleBatch, index: np.ndarray) -> np.ndarray:
+        """Samples index: int64 [k] of `samples` begin, k at most `free`. Returns their slots, int64 [k].
+
+        Raises ValueError, with nothing changed, for more, and for a policy that the execution options exclude.
+        """
+        if len(index) > self.free:
+            raise ValueError(f"{len(index)} samples for {self.free} free slots")
+        check_execution(self.execution, (samples.policy,), self.device)
         self._drop_spare()
-        seeds, steps, first = samples.seeds[index], samples.steps[index], samples.first[index]
-        table, rule = self._tables.add(samples.solver, steps, first), self._rules.add(samples.rule)
-        x = self._begin_at(samples, index, seeds, table, first)
-        state = self._tables.packed.widen(self._state)
-        if self._context is None and samples.context is not None:
-            shape, dtype = samples.context.shape[1:], samples.context.dtype
-            self._context = torch.zeros(self.capacity, *shape, dtype=dtype, device=self.device)
-            self._null = torch.zeros_like(self._context)
-        places = torch.tensor([self._free.pop() for _ in range(k)], dtype=torch.int64)  # nothing fails from here on
-        self._seed[places], self._step[places], self._steps[places] = seeds, first, steps
-        self._table[places], self._rule[places] = table, rule
-        self._threshold[places], self._guidance[places] = samples.threshold[index], samples.guidance[index]
-        self._interval[places], self._channels[places] = samples.interval[index], samples.channels[index]
-        self._tied[places] = int(samples.tied)
-        there = self._there(places)
-        if samples.context is not None:
-            self._context[there] = self._there(samples.context[index])
-            if samples.null is not None:
-                self._null[there] = self._there(samples.null[index])
-        self._state = state
-        self._state.restart(there, x)
-        self._expected.forget(places)
-        self._running[places] = True
-        return places
+        own = torch.from_numpy(index)
+        seeds, steps, first = samples.seeds[own], samples.steps[own].numpy(), samples.first[own].numpy()
+        table, policy = self._tables.add(samples.solver, steps, first), self._policies.add(samples.policy)
+        x = self._begin_at(samples, own, seeds, table, first)
+        slots = self._slots.add(samples, index, table, policy, x, self._tables.packed)
+        self._expected.forget(slots)
+        return slots
 
     @torch.inference_mode(False)
     def tick(self) -> Tick:
         """One step for every running sample."""
-        waiting = [places for places in self._running.nonzero().squeeze(1).split(self._most) if len(places)]
-        steps, failed = [], {}
+        state = self._slots
+        running = state.running.nonzero()[0]
+        waiting = [running[i : i + self._most] for i in range(0, len(running), self._most)]
+        steps: list[_Step] = []
+        failed: dict[int, Exception] = {}
         while waiting:
-            places = waiting.pop(0)
+            slots = waiting.pop(0)
             try:
-                steps.append(self._advance(places))
+                steps.append(self._advance(slots))
+            except PolicyFailure as failure:
+                traceback.clear_frames(failure.__traceback__)  # down to the policy's own, which stay
+                own = np.array([self._policies.kinds[i] is failure.policy for i in state.policy[slots]])
+                failed |= dict.fromkeys(slots[own].tolist(), failure.error)
+                state.running[slots[own]] = False
+                waiting[:0] = [slots[~own]] if not own.all() else []
             except Exception as error:
-                if len(places) == 1:
-                    failed[int(places)] = error
+                if len(slots) == 1:
+                    failed[int(slots[0])] = error
                     traceback.clear_frames(error.__traceback__)  # who keeps the error keeps no tensors
-                    self._running[places] = False
+                    state.running[slots] = False
                     continue
-                half = (len(places) + 1) // 2
+                half = (len(slots) + 1) // 2
                 if _no_memory(error):
                     self._most = half
-                    self._count(halvings=1)
-                    waiting = list(torch.cat([places, *waiting]).split(half))
+                    self.totals.halvings += 1
+                    left = np.concatenate([slots, *waiting])
+                    waiting = [left[i : i + half] for i in range(0, len(left), half)]
                 else:
-                    waiting[:0] = places.split(half)
-        self._count(ticks=1)
-        if not steps:
-            none = torch.zeros(0, dtype=torch.int64)
-            return Tick(none, none, torch.zeros(0, 2, dtype=torch.uint8), none, failed)
-        for places, step, _, state in steps:
-            self._state.put(self._there(places), state)
-            self._step[places] = step + 1
-        places, step, exit_layer = (torch.cat(column) for column in list(zip(*steps, strict=True))[:3])
-        done = places[self._step[places] == self._steps[places]]
-        self._running[done] = False
-        return Tick(places, step, exit_layer, done, failed)
+                    waiting[:0] = [slots[:half], slots[half:]]
+        self.totals.ticks += 1
+        return self._finish(steps, failed)
 
-    def take(self, places: Tensor) -> Tensor:
-        """The images at places: int64 [k], float32 [k, C, H, W] on `device`; the places are free again."""
-        images = self._state.x[self._there(places)]
-        self.release(places)
+    def _finish(self, steps: list[_Step], failed: dict[int, Exception]) -> Tick:
+        """Writes what the samples have become, and learns from the tick before."""
+        state = self._slots
+        for step in steps:
+            state.solver.put(state.there(step.slots), step.solver)
+            state.step[step.slots] += 1
+        records = self.flush()  # waits for the tick before, with this one queued
+        for step in self._steps:
+            self._learn(step.record)
+        self._steps, self._reported = [replace(step, solver=None) for step in steps], 0
+        slots = np.concatenate([step.slots for step in steps]) if steps else np.zeros(0, dtype=np.int64)
+        done = slots[state.step[slots] == state.steps[slots]]
+        state.running[done] = False
+        if len(done):
+            records += self.flush()
+        return Tick(slots, done, failed, tuple(records))
+
+    def flush(self) -> list[PassRecord]:
+        """Records of the last tick that no tick has had, for those who stop here; waits for the device."""
+        records = [step.record for step in self._steps[self._reported :]]
+        for record in records:
+            self._count(record)
+        self._reported = len(self._steps)
+        return records
+
+    def take(self, slots: np.ndarray) -> Tensor:
+        """The images at slots: int64 [k], float32 [k, C, H, W] on `device`; the slots are free again."""
+        images = self.peek(slots)
+        self.release(slots)
         return images
 
-    def peek(self, places: Tensor) -> Tensor:
-        """What the samples at places are now, float32 [k, C, H, W], a copy."""
-        return self._state.x[self._there(places)]
+    def peek(self, slots: np.ndarray) -> Tensor:
+        """What the samples at slots are now, float32 [k, C, H, W], a copy."""
+        return self._slots.solver.x[self._slots.there(slots)]
 
-    def replace(self, places: Tensor, x: Tensor) -> None:
+    def predicted_x0(self, slot: int) -> Tensor:
+        """The image that the sample's last prediction would end in, (x - sqrt(1 - a) eps) / sqrt(a) with the a of its
+        time: float32 [C, H, W]. Raises ValueError for a sample that has made no step since it began."""
+        for step in self._steps:
+            place = (step.slots == slot) & (step.record.tenancy == self._slots.tenancy[slot])
+            if place.any():
+                return self._predicted_x0(step, int(place.argmax()))
+        raise ValueError(f"the sample in slot {slot} has made no step yet")
+
+    def _predicted_x0(self, step: _Step, i: int) -> Tensor:
+        lanes = step.record.lanes
+        eps = step.prediction[i if lanes.conditional is None else int(lanes.conditional[i])][None].float()
+        if (guidance := step.guidance) is not None and lanes.unconditional[i] >= 0:
+            one = torch.tensor([i], device=self.device)
+            channels = None if guidance.channels is None else guidance.channels[one]
+            eps = guide(eps, guidance.uncond[guidance.row[one]], guidance.weight[one], channels)
+        a = self.model.schedule.log_alpha_bar(torch.tensor(step.record.t[i], dtype=torch.float64)).exp()
+        return ((step.x[i] - (1 - a).sqrt().item() * eps[0]) / a.sqrt().item()).float()
+
+    def replace(self, slots: np.ndarray, x: Tensor) -> None:
         """They go on from x: [k, C, H, W] instead. Only between whole steps of their solvers."""
-        if x.shape != (len(places), *self._state.x.shape[1:]):
-            raise ValueError(f"x must be {[len(places), *self._state.x.shape[1:]]}, got {list(x.shape)}")
-        there, x = self._there(places), self._there(x)
-        for value in (self._state.x, self._state.base):
+        solver = self._slots.solver
+        if x.shape != (len(slots), *solver.x.shape[1:]):
+            raise ValueError(f"x must be {[len(slots), *solver.x.shape[1:]]}, got {list(x.shape)}")
+        there, x = self._slots.there(slots), upload(x, self.device)
+        for value in (solver.x, solver.base):
             if value is not None:
                 value[there] = x.to(value.dtype)
 
-    def release(self, places: Tensor) -> None:
+    def release(self, slots: np.ndarray) -> None:
         """Their samples are given up, wherever they stand."""
-        self._running[places] = False
-        self._free.extend(places.tolist())
+        self._slots.release(slots)
 
-    def _begin_at(self, samples: SampleBatch, index: Tensor, seeds: Tensor, table: Tensor, first: Tensor) -> Tensor:
-        """What the samples see first: noise, or their start image with noise on it."""
-        x = self._each(lambda own: initial_noise(own, self.model.backbone.sample_shape, self.device), seeds)
-        if samples.start is None:
+    def _begin_at(
+        self, samples: SampleBatch, own: Tensor, seeds: Tensor, table: np.ndarray, first: np.ndarray
+    ) -> Tensor:
+        """What the samples see first: noise, or their initial image with noise on it."""
+        # how a value rounds may depend on where in a vector it stands
+        parts = seeds.split(1) if self.execution.batch_invariant and len(seeds) else (seeds,)
+        x = torch.cat([initial_noise(part, self.model.backbone.sample_shape, self.device) for part in parts])
+        if samples.init_image is None:
             return x
-        a = self._there(self._tables.alpha_bar(table, first).view(-1, 1, 1, 1))
-        return (a.sqrt() * self._there(samples.start[index]) + (1 - a).sqrt() * x).float()
+        a = upload(self._tables.alpha_bar(table, first).view(-1, 1, 1, 1), self.device)
+        return (a.sqrt() * upload(samples.init_image[own], self.device) + (1 - a).sqrt() * x).float()
 
-    def _advance(self, places: Tensor) -> tuple[Tensor, Tensor, Tensor, SolverState]:
-        """One evaluation and one solver step. Returns places, steps made, exit layers, uint8 [k, 2], and the new state,
-        which is not yet that of the samples."""
-        k, step, shape = len(places), self._step[places], self.model.backbone.sample_shape
-        t, rows = self._tables.packed.rows(self._table[places], step)
-        state = self._state.take(self._there(places))
-        lanes = self._lanes(places, t)
-        result = self._evaluate_lanes(lanes, places, state.x, t)
-        eps, variance = self._guided(lanes, places, result)
-        z = None
+    @torch.inference_mode()
+    def _advance(self, slots: np.ndarray) -> _Step:
+        """One forward pass and one solver step of samples at slots: int64 [k]; nothing is written back."""
+        state, step = self._slots, self._slots.step[slots]
+        t, rows = self._tables.packed.rows(state.table[slots], step)
+        there = state.there(slots)
+        x = state.solver.x.index_select(0, there)
+        lanes = lanes_of(state, slots, t, self._policies.kinds, self.model.num_layers, self._expected)
+        recorded = state.record_scores[slots]
+        output = self._run(lanes, slots, x, t, step, bool(recorded.any()))
+        record = PassRecord(slots, state.tenancy[slots], step, t, recorded, lanes, output)
+        guidance = self._guidance(lanes, slots, output)
+        solver = state.solver.take(there)  # now that what the pass held is free
+        noise = None
         if rows.noise:
-            z = self._each(lambda s, i: step_noise(s, i, shape, self.device), self._seed[places], step)
-        if self.batch_invariant:
-            for i in range(k):
-                one = self._there(torch.tensor([i]))
-                own = (None if value is None else value[one] for value in (z, variance))
-                solver_step(state, eps[one], rows.take(one), one, *own)
+            noise = Noise(state.there(state.seed[slots]), state.there(step), SOLVER_STEP)
+        eps, variance = output.prediction, output.variance
+        if lanes.conditional is not None:
+            own = state.there(lanes.conditional)
+            eps, variance = eps.index_select(0, own), None if variance is None else variance.index_select(0, own)
+        elif guidance is not None:
+            eps, variance = eps[: len(slots)], None if variance is None else variance[: len(slots)]
+        if self.execution.batch_invariant:
+            for i in range(len(slots)):
+                one = torch.tensor([i], device=self.device)
+                own = None if variance is None else variance[one]
+                solver_step(
+                    *(solver, eps[one], rows.take(one), one),
+                    variance=own,
+                    guidance=guidance and guidance.take(one),
+                    noise=noise and noise.take(one),
+                )
         else:
-            solver_step(state, eps, rows, z=z, variance=variance)
-        depth = result.exit_layer.to("cpu")  # waits; everything above is queued
-        if lanes.asked:
-            self._expected.learn(t[lanes.sample], places[lanes.sample], lanes.half, depth)
-        exit_layer = torch.zeros(k, 2, dtype=torch.uint8)
-        exit_layer[lanes.sample, lanes.half] = depth.to(torch.uint8)
-        self._count(
-            evaluations=len(depth),
-            blocks=int(depth.sum()),
-            macs=result.macs,
-            macs_full=result.macs_full,
-            rows_moved=result.moved,
-        )
-        return places, step, exit_layer, state
+            solver_step(solver, eps, rows, variance=variance, guidance=guidance, noise=noise)
+        return _Step(slots, solver, x, output.prediction, guidance, record)
 
-    def _lanes(self, places: Tensor, t: Tensor) -> "_Lanes":
-        """The lanes that the samples at places take, those expected to leave last first."""
-        k = len(places)
-        low, high = self._interval[places].unbind(1)
-        guided = ((self._guidance[places] != 0) & (low <= t) & (t <= high)).nonzero().squeeze(1)
-        sample = torch.cat([torch.arange(k), guided])  # the unconditional ones last
-        half = torch.zeros(len(sample), dtype=torch.int64)
-        half[k:] = 1
-        kinds, which = self._rules.kinds, None
-        if len(kinds) > 1:
-            used, which = self._rule[places].unique(return_inverse=True)
-            kinds = [kinds[i] for i in used.tolist()]
-        asked = any(rule.asks(self.model.layers) for rule in kinds)
-        order = torch.arange(len(sample))
-        if asked:
-            order = self._expected.order(t[sample], places[sample], half)
-        lane = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))  # inverse of order
-        pairs = None
-        if len(guided) and bool(self._tied[places[guided]].any()):
-            partner = torch.arange(len(order))
-            both = self._tied[places[guided]].nonzero().squeeze(1)
-            partner[guided[both]], partner[k + both] = k + both, guided[both]
-            pairs = lane[partner[order]]
-        which = None if which is None else which[sample[order]]
-        return _Lanes(sample[order], half[order], lane, guided, kinds, which, pairs, asked)
-
-    def _evaluate_lanes(self, lanes: "_Lanes", places: Tensor, x: Tensor, t: Tensor) -> ForwardOutput:
-        sample, t = lanes.sample, t[lanes.sample]
-        place = places[sample]
+    def _run(
+        self, lanes: Lanes, slots: np.ndarray, x: Tensor, t: np.ndarray, step: np.ndarray, record_scores: bool
+    ) -> ForwardOutput:
+        state, slot = self._slots, slots
+        if not lanes.in_order:
+            x, t, slot = x.index_select(0, state.there(lanes.sample)), t[lanes.sample], slots[lanes.sample]
         context = None
-        if self._context is not None:
-            context = self._context[self._there(place)]
-            if len(lanes.guided):
-                uncond = lanes.half.nonzero().squeeze(1)
-                context[self._there(uncond)] = self._null[self._there(place[uncond])]
-        options = {"compiled": True} if self.compiled else {}
-        if self.counts is not None:
-            options["counts"] = self.counts
-        return self._evaluate(
-            self.model.backbone,
-            self.model.exits,
-            lanes.kinds,
-            x[self._there(sample)],
-            t,
+        if state.context is not None:
+            context = state.context.index_select(0, state.there(slot))
+            if lanes.unconditional is not None:
+                uncond = lanes.half.nonzero()[0]
+                context[state.there(uncond)] = state.null[state.there(slot[uncond])]
+        ids = None
+        if any(policy.needs_ids for policy in lanes.policies):
+            ids = LaneIds(*map(torch.from_numpy, (state.number[slot], step[lanes.sample], lanes.half)))
+        return self._forward(
+            self.model,
+            x,
+            torch.from_numpy(t),
             context,
-            which=lanes.which,
-            threshold=self._threshold[place] if lanes.asked else None,
-            pairs=lanes.pairs,
-            batch_invariant=self.batch_invariant,
-            **options,
+            policies=lanes.policies,
+            policy_index=None if lanes.policy_index is None else torch.from_numpy(lanes.policy_index),
+            threshold=self._thresholds(lanes, slot),
+            cfg_partner=None if lanes.partner is None else torch.from_numpy(lanes.partner),
+            execution=self.execution,
+            record_scores=record_scores,
+            ids=ids,
         )
 
-    def _guided(self, lanes: "_Lanes", places: Tensor, result: ForwardOutput) -> tuple[Tensor, Tensor | None]:
-        """For places: the guided prediction, float32 [k, C, H, W], and the variance that the conditional lanes predict,
-        float [k, C, H, W] or None."""
-        k, guided = len(places), lanes.guided
-        conditional = self._there(lanes.lane[:k])
-        eps = result.eps[conditional].float()
-        if len(guided):
-            there, scale = self._there(guided), self._there(self._guidance[places[guided]])
-            uncond = result.eps[self._there(lanes.lane[k:])]
-            eps[there] = self._each(guide, eps[there], uncond, scale, self._there(self._channels[places[guided]]))
-        return eps, None if result.variance is None else result.variance[conditional]
+    def _thresholds(self, lanes: Lanes, slot: np.ndarray) -> Tensor | None:
+        """float32 [B], or None where nobody asks for another than the one policy's own."""
+        own, asked = lanes.policies[0].threshold, self._slots.threshold[slot]
+        if not lanes.may_exit or (len(lanes.policies) == 1 and own is not None and (asked == np.float32(own)).all()):
+            return None
+        return torch.from_numpy(asked)
 
-    def _there(self, value: Tensor) -> Tensor:
-        return upload(value, self.device)
+    def _guidance(self, lanes: Lanes, slots: np.ndarray, output: ForwardOutput) -> Guidance | None:
+        if lanes.unconditional is None:
+            return None
+        state = self._slots
+        row, weight, channels = lanes.unconditional, state.guidance[slots], state.channels[slots]
+        all_channels = bool((channels == self.model.backbone.sample_shape[0]).all())
+        return Guidance(
+            *(output.prediction, state.there(row), state.there(weight)),
+            None if all_channels else state.there(channels),
+        )
 
-    def _each(self, function: Callable[..., Tensor], *by_sample: Tensor) -> Tensor:
-        """function of all samples, or, where it must not matter who the others are, sample by sample."""
-        if not self.batch_invariant or not len(by_sample[0]):
-            return function(*by_sample)
-        return torch.cat([function(*(v[i : i + 1] for v in by_sample)) for i in range(len(by_sample[0]))])
+    def _count(self, record: PassRecord) -> None:
+        record.read()
+        totals = self.totals
+        totals.passes += len(record.by_lane)
+        totals.blocks += int(record.by_lane.sum())
+        totals.macs += record.macs
+        totals.macs_full += record.macs_full
+        totals.rows_moved += record.rows_moved
 
-    def _count(self, **more: int) -> None:
-        values = {name: getattr(self.totals, name) + value for name, value in more.items()}
-        self.totals = dataclasses.replace(self.totals, **values)
+    def _learn(self, record: PassRecord) -> None:
+        lanes = record.lanes
+        if lanes.may_exit:
+            t, slots, sample = record.t, record.slots, lanes.sample
+            same = record.tenancy == self._slots.tenancy[slots]
+            if not lanes.in_order:
+                t, slots, same = t[sample], slots[sample], same[sample]
+            self._expected.learn(t, slots, lanes.half, record.by_lane, same)
 
     def _drop_spare(self) -> None:
         """A server meets ever new settings; those that nobody uses are forgotten."""
-        occupied = torch.ones(self.capacity, dtype=torch.bool)
-        occupied[self._free] = False
-        for kinds, index in ((self._tables, self._table), (self._rules, self._rule)):
+        state, taken = self._slots, self._slots.taken
+        for kinds, index in ((self._tables, state.table), (self._policies, state.policy)):
             if len(kinds) > SPARE + self.count:
-                index[occupied] = kinds.keep(index[occupied])
-
-
-@dataclass(frozen=True)
-class _Lanes:
-    """The lanes of one evaluation. sample: int64 [B], position in the places evaluated; half: int64 [B], 0 or 1, the
-    unconditional one; lane: int64 [B], where the conditional lanes, then those of `guided` lie; kinds, which, pairs: as
-    for `evaluate`; asked: somebody may leave."""
-
-    sample: Tensor
-    half: Tensor
-    lane: Tensor
-    guided: Tensor
-    kinds: list[Rule]
-    which: Tensor | None
-    pairs: Tensor | None
-    asked: bool
+                index[taken] = kinds.keep(index[taken])
 
 
 def _no_memory(error: Exception) -> bool:

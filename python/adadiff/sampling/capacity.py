@@ -10,18 +10,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..forward.forward import evaluate, group_size
+from ..forward.forward import forward
+from ..forward.options import ExecutionOptions
+from ..forward.structure import structure_of
 from ..model import Model
-from ..policies.exit_policies import Full, Replay
-from .samples import whole
+from ..policies.exits import Full, Replay
+from .sample_batch import whole
 
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-STATES = 8  # of a sample, float32: x, base, two of history, and the copies of one step
+STATES = 8  # of a sample, float32: x, base, two of history, and what one step and the next one keep
 CONTEXTS = 3  # of a sample: its own, that of no class or prompt, and the one gathered
 
 
 def capacity_of(model: Model, capacity: int | str) -> int:
-    """Lanes: the number itself, or as many as fit into bytes spelt "512MiB" (a few evaluations are run to find out).
+    """Lanes: the number itself, or as many as fit into bytes spelt "512MiB" (a few forward passes are run to find out).
 
     Raises ValueError for another spelling, and where not one lane fits.
     """
@@ -46,19 +48,19 @@ def lane_bytes(model: Model) -> tuple[int, int, int]:
     backbone = model.backbone
     parameter = next(backbone.parameters())
     # on a device, the way that holds most: with a head for every lane
-    way = {"group": 1} if parameter.device.type == "cpu" else {"counts": "lagged"}
+    on_cpu = parameter.device.type == "cpu"
+    execution = ExecutionOptions(group_size=1) if on_cpu else ExecutionOptions(count_sync="lagged")
 
     def peak(n: int) -> int:
         x = torch.zeros(n, *backbone.sample_shape, dtype=parameter.dtype, device=parameter.device)
         t = torch.zeros(n, device=parameter.device)
-        context, last = _context(model, n, parameter), torch.full_like(t, model.layers)
-        if model.exits is None:
-            return peak_bytes(lambda: evaluate(backbone, None, Full(), x, t, context, **way))
-        return peak_bytes(lambda: evaluate(backbone, model.exits, Replay(), x, t, context, threshold=last, **way))
+        context, last = _context(model, n, parameter), torch.full_like(t, model.num_layers)
+        own = {"policy": Full()} if model.exits is None else {"policy": Replay(), "threshold": last}
+        return peak_bytes(lambda: forward(model, x, t, context, execution=execution, **own))
 
     peak(1)  # what is made once, such as stacked heads, is no lane's
     one, two = peak(1), peak(2)
-    group = group_size(backbone) if parameter.device.type == "cpu" else 2**31
+    group = structure_of(backbone).group_size if on_cpu else 2**31
     context = _context(model, 1, parameter)
     kept = STATES * 4 * math.prod(backbone.sample_shape) + (CONTEXTS * context.nbytes if context is not None else 0)
     return two - one + kept, max(0, 2 * one - two), group

@@ -8,14 +8,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ExitRecord:
-    """exit_layer: uint8 [steps, n, 2], blocks run at each step by each sample's lanes (conditional, unconditional),
-    0 where there was no evaluation. layers: blocks of the network."""
+    """exit_layer: uint8 [steps, n, 2], blocks that each sample's lanes (conditional, unconditional) ran at each step, 0
+    where there was none. num_layers: blocks of the network. scores: float32 [steps, n, 2, L], each layer's uncertainty,
+    NaN where its policy did not ask; None unless they were asked for."""
 
     exit_layer: Tensor
-    layers: int
+    num_layers: int
+    scores: Tensor | None
 
     @property
-    def evaluations(self) -> int:
+    def passes(self) -> int:
+        """Lanes that went through the network, each step counted."""
         return int((self.exit_layer > 0).sum())
 
     @property
@@ -24,11 +27,11 @@ class ExitRecord:
 
     @property
     def blocks_full(self) -> int:
-        return self.evaluations * self.layers
+        return self.passes * self.num_layers
 
     @property
     def mean_exit_layer(self) -> float:
-        return self.blocks / self.evaluations if self.evaluations else math.nan
+        return self.blocks / self.passes if self.passes else math.nan
 
 
 @dataclass(frozen=True)
@@ -42,29 +45,30 @@ class Report(ExitRecord):
 
     def __str__(self) -> str:
         n = self.exit_layer.shape[1]
-        if not self.evaluations:
-            return f"{n} samples, nothing to evaluate"
+        if not self.passes:
+            return f"{n} samples, nothing to compute"
         return (
             f"{n} samples in {self.seconds:.2f} s ({n / self.seconds:.1f}/s); mean exit layer "
-            f"{self.mean_exit_layer:.2f} of {self.layers}; {self.blocks / self.blocks_full:.1%} of the blocks, "
+            f"{self.mean_exit_layer:.2f} of {self.num_layers}; {self.blocks / self.blocks_full:.1%} of the blocks, "
             f"{self.macs / self.macs_full:.1%} of the multiply-adds of the full network"
         )
 
 
 @dataclass(frozen=True)
 class RequestReport(ExitRecord):
-    """One request of an `adadiff.Engine`: exit_layer [steps, 1, 2]; seconds in the queue and from then on."""
+    """One request of an `adadiff.Engine`: exit_layer [steps, 1, 2], without the last step while the request runs;
+    seconds in the queue and from then on."""
 
     waited: float
     seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass
 class Totals:
-    """What a batch has done so far. A lane evaluated once is an evaluation."""
+    """What a batch has done so far. passes: lanes that went through the network, each tick counted."""
 
     ticks: int = 0
-    evaluations: int = 0
+    passes: int = 0
     blocks: int = 0
     macs: int = 0
     macs_full: int = 0
@@ -73,4 +77,4 @@ class Totals:
 
     @property
     def mean_exit_layer(self) -> float:
-        return self.blocks / self.evaluations if self.evaluations else math.nan
+        return self.blocks / self.passes if self.passes else math.nan

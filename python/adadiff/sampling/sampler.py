@@ -3,70 +3,82 @@
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..forward.counts import Counts, counts_from
-from ..forward.forward import check_compiled
+from ..forward.forward import check_execution
+from ..forward.options import ExecutionOptions
 from ..forward.two_stage import two_stage
 from ..model import Model
-from .batch import Batch
+from .batch import Batch, Tick
+from .params import SamplingParams
 from .reports import Report, Totals
-from .samples import SampleBatch, whole
+from .sample_batch import SampleBatch, whole
 
 
-def sample(model: Model, n: int, **settings: object) -> tuple[Tensor, Report]:
-    """Draws n samples; `settings` are those of `SamplerRun`.
+def sample(
+    model: Model,
+    n: int,
+    params: SamplingParams | None = None,
+    *,
+    batch: int = 64,
+    execution: ExecutionOptions | None = None,
+    shallow_model: Model | None = None,
+    t_switch: float | None = None,
+    progress: bool = False,
+    **settings: object,
+) -> tuple[Tensor, Report]:
+    """Draws n samples, `batch` of them at a time.
 
-    Returns float32 [n, C, H, W] in slot order (nominally in [-1, 1], not clipped; latents for latent models), and the
-    report. n = 0 returns empty ones.
+    params: what the samples ask for; settings: the same by name (`sample(model, 16, steps=20, policy="exit:0.1")`).
+    execution: how it is computed. shallow_model: a shallower model of the same samples that takes the place of `model`
+    at the noisy timesteps, those of t_switch (the network's time, 0..1000; default 700) and above, whatever the policy
+    (DuoDiff).
+    Returns float32 [n, C, H, W] on the CPU in the order of the samples (images nominally in [-1, 1], not clipped, or
+    latents), and the report. n = 0 returns empty ones.
+    Raises ValueError for anything that does not fit, before any work.
     """
-    sampling = SamplerRun(model, n, **settings)
+    own = {"batch": batch, "execution": execution, "shallow_model": shallow_model, "t_switch": t_switch}
+    run = SamplerRun(model, n, params, **own, progress=progress, **settings)
     images = torch.empty(n, *model.backbone.sample_shape)
-    for slots, finished in sampling:
-        images[slots] = finished.cpu()
-    return images, sampling.report
+    for index, finished in run:
+        images[index] = finished.cpu()
+    return images, run.report
 
 
 class SamplerRun:
-    """A run of n samples, `batch` of them at a time. Iterating draws them: yields (slots int64 [k], images
-    [k, C, H, W]) as samples finish; when one finishes, the next takes its place. `report` tells what was done so far.
-
-    settings: what the samples ask for, see `SampleBatch.of` (steps, solver, rule, thresholds, seeds, labels, guidance,
-    tied, context, start, strength). batch_invariant: a sample is the same bits in any batch, at some cost.
-    counts: how the host learns who still runs, see `evaluate`. compiled: see there.
-    shallow_model: a shallower model of the same samples that takes the place of `model` at the noisy timesteps, those
-    of t_switch (in the network's time; default 700) and above, whatever the rule (DuoDiff).
-    Raises ValueError for anything that does not fit, before any work.
-    """
+    """As `sample`, image by image: iterating yields (index int64 [k], images float32 [k, C, H, W]) as samples finish.
+    `report` tells what was done so far."""
 
     def __init__(
         self,
         model: Model,
         n: int,
+        params: SamplingParams | None = None,
         *,
         batch: int = 64,
-        batch_invariant: bool = False,
-        counts: Counts | str | None = None,
-        compiled: bool = False,
+        execution: ExecutionOptions | None = None,
         shallow_model: Model | None = None,
         t_switch: float | None = None,
         progress: bool = False,
         **settings: object,
     ):
         whole("batch", batch, 1)
-        self._evaluate = two_stage(model, shallow_model, t_switch)
-        self.samples = SampleBatch.of(model, n, **settings)
-        self.model, self.n, self.progress = model, n, progress
-        self.batch, self.batch_invariant = min(batch, n), batch_invariant
-        self.counts, self.compiled = counts_from(counts, batch_invariant), compiled
-        check_compiled(compiled, batch_invariant)
+        self._forward = two_stage(model, shallow_model, t_switch)
+        self.samples = SampleBatch.of(model, n, params, **settings)
+        self.execution = execution or ExecutionOptions()
+        check_execution(self.execution, (self.samples.policy,), model.device)
+        self.model, self.n, self.batch, self.progress = model, n, min(batch, n), progress
         self._clear()
 
     def _clear(self) -> None:
         most = int(self.samples.steps.max()) if self.n else 0
-        self._exit_layer = torch.zeros(most, self.n, 2, dtype=torch.uint8)
+        self._exit_layer = np.zeros((most, self.n, 2), dtype=np.uint8)
+        self._scores = None
+        if self.samples.record_scores:
+            self._scores = np.full((most, self.n, 2, self.model.num_layers), np.nan, dtype=np.float32)
         self._totals = Totals()
         self._seconds = 0.0
 
@@ -74,31 +86,44 @@ class SamplerRun:
     def report(self) -> Report:
         done = self._totals
         return Report(
-            self._exit_layer.clone(), self.model.layers, done.macs, done.macs_full, done.rows_moved, self._seconds
+            exit_layer=torch.from_numpy(self._exit_layer.copy()),
+            num_layers=self.model.num_layers,
+            scores=None if self._scores is None else torch.from_numpy(self._scores.copy()),
+            macs=done.macs,
+            macs_full=done.macs_full,
+            rows_moved=done.rows_moved,
+            seconds=self._seconds,
         )
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self._clear()
-        own = {"batch_invariant": self.batch_invariant, "counts": self.counts, "compiled": self.compiled}
-        batch = Batch(self.model, self.batch, **own, evaluate=self._evaluate)
-        slot = torch.zeros(self.batch, dtype=torch.int64)  # place -> sample
-        begun = 0
-        bar = tqdm(total=self.n, disable=not self.progress, unit="image", dynamic_ncols=True)
-        with bar:
+        batch = Batch(self.model, self.batch, execution=self.execution, forward=self._forward)
+        begun, of = 0, dict[tuple[int, int], int]()  # (slot, tenancy) -> sample
+        with tqdm(total=self.n, disable=not self.progress, unit="image", dynamic_ncols=True) as bar:
             while begun < self.n or batch.count:
                 started = time.perf_counter()
-                new = torch.arange(begun, min(self.n, begun + batch.free))
-                if len(new):
-                    slot[batch.admit(self.samples, new)] = new
-                    begun += len(new)
+                if new := min(self.n - begun, batch.free):
+                    slots = batch.admit(self.samples, np.arange(begun, begun + new))
+                    of |= {(slot, batch.tenancy(slot)): begun + i for i, slot in enumerate(slots.tolist())}
+                    begun += new
                 tick = batch.tick()
                 if tick.failed:
                     raise next(iter(tick.failed.values()))
-                self._exit_layer[tick.step, slot[tick.places]] = tick.exit_layer
+                self._record(tick, of)
                 self._totals = batch.totals
-                finished = slot[tick.done], batch.take(tick.done)
+                if len(tick.done):
+                    index = [of.pop((slot, batch.tenancy(slot))) for slot in tick.done.tolist()]
+                    finished = torch.tensor(index), batch.take(tick.done)
                 self._seconds += time.perf_counter() - started
                 if len(tick.done):
                     bar.update(len(tick.done))
-                    bar.set_postfix(depth=f"{batch.totals.mean_exit_layer:.2f}/{self.model.layers}")
+                    bar.set_postfix(depth=f"{batch.totals.mean_exit_layer:.2f}/{self.model.num_layers}")
                     yield finished
+
+    def _record(self, tick: Tick, of: dict[tuple[int, int], int]) -> None:
+        for record in tick.records:
+            exit_layer, scores = record.read()
+            index = [of[key] for key in zip(record.slots.tolist(), record.tenancy.tolist(), strict=True)]
+            self._exit_layer[record.step, index] = exit_layer
+            if scores is not None and self._scores is not None:
+                self._scores[record.step, index] = scores

@@ -1,1 +1,1 @@
-"""Requests that arrive at any time and share every evaluation."""
+"""Requests that arrive at any time and share every forward pass."""

@@ -1,4 +1,4 @@
-"""Continuous batching: requests arrive at any time, share every evaluation, and end one by one."""
+"""Continuous batching: requests arrive at any time, share every forward pass, and end one by one."""
 
 import atexit
 import math
@@ -9,16 +9,17 @@ from collections.abc import Callable
 from concurrent.futures import InvalidStateError
 from numbers import Real
 
-import torch
+import numpy as np
 from torch import Tensor
 
-from ..forward.counts import Counts
-from ..forward.forward import ForwardOutput
+from ..forward.options import ExecutionOptions
+from ..forward.output import ForwardOutput
 from ..forward.two_stage import two_stage
 from ..model import Model
 from ..sampling.batch import Batch, Tick
 from ..sampling.capacity import capacity_of
-from ..sampling.samples import SampleBatch, whole
+from ..sampling.params import SamplingParams
+from ..sampling.sample_batch import SampleBatch, whole
 from .handles import DeadlineExceeded, EngineClosed, EngineFull, EngineReport, Handle
 from .request_queue import RequestQueue
 
@@ -29,13 +30,12 @@ EXIT_SECONDS = 60.0  # that the end of the interpreter waits for the tick that i
 class Engine:
     """Draws samples for requests that come from any thread.
 
-    capacity: lanes evaluated together (a guided request takes two), or the bytes they may take as "512MiB" or "2GiB".
-    queue: requests that may wait. patience: seconds, see request_queue.py. batch_invariant: an image and its exits are
-    the same bits whatever else runs, at some cost. counts: how the host learns who still runs; compiled: blocks go
-    through torch.compile, see `evaluate`.
-    shallow_model, t_switch: another network at the noisy timesteps of all requests, see `SamplerRun`.
-    start=False: no thread of its own, `step` makes each tick.
-    clock: seconds, for tests and simulations; evaluate: see `Batch`.
+    capacity: lanes in one forward pass (a guided request takes two), or the bytes they may take as "512MiB" or "2GiB".
+    queue: requests that may wait. max_wait: seconds after which a request goes before later ones of a higher priority,
+    see request_queue.py. execution: how forward passes are run.
+    shallow_model, t_switch: another network at the noisy timesteps of all requests, see `sample`.
+    threaded=False: no thread of its own, `step` makes each tick.
+    clock: seconds, for tests and simulations; forward: see `Batch`.
     As a context manager it drains at the end, and aborts after an exception.
     """
 
@@ -45,58 +45,52 @@ class Engine:
         capacity: int | str = 64,
         *,
         queue: int = 1024,
-        patience: float = 60.0,
-        batch_invariant: bool = False,
-        counts: Counts | str | None = None,
-        compiled: bool = False,
+        max_wait: float = 60.0,
+        execution: ExecutionOptions | None = None,
         shallow_model: Model | None = None,
         t_switch: float | None = None,
-        start: bool = True,
+        threaded: bool = True,
         clock: Callable[[], float] = time.monotonic,
-        evaluate: Callable[..., ForwardOutput] | None = None,
+        forward: Callable[..., ForwardOutput] | None = None,
     ):
         whole("queue", queue, 1)
-        _check_seconds("patience", patience)
+        _check_seconds("max_wait", max_wait)
         switch = two_stage(model, shallow_model, t_switch)
-        if switch is not None and evaluate is not None:
-            raise ValueError("shallow_model and evaluate both say how to evaluate; give one")
+        if switch is not None and forward is not None:
+            raise ValueError("shallow_model and forward both say what a forward pass is; give one")
         self.model, self.queue = model, queue
         self.capacity = min(capacity_of(one, capacity) for one in (model, shallow_model) if one is not None)
         self._clock = clock
-        own = {"batch_invariant": batch_invariant, "counts": counts, "compiled": compiled}
-        self._batch = Batch(model, self.capacity, **own, evaluate=switch or evaluate)
+        self._batch = Batch(model, self.capacity, execution=execution, forward=switch or forward)
         self._changed = threading.Condition()  # guards everything below
-        self._waiting = RequestQueue(float(patience))
-        self._at: dict[int, Handle] = {}  # place -> request
+        self._waiting = RequestQueue(float(max_wait))
+        self._at: dict[int, Handle] = {}  # slot -> request
         self._closing = self._aborting = False
         self._broken: BaseException | None = None  # what ended the thread
         self._ended = {"finished": 0, "failed": 0, "cancelled": 0}
         self._stepping = threading.RLock()  # one step at a time
         self._inside: int | None = None  # the thread that makes it
         self._thread: threading.Thread | None = None
-        if start:
+        if threaded:
             self._thread = threading.Thread(target=self._work, name="adadiff-engine", daemon=True)
             self._thread.start()
             _running.add(self)
 
     def submit(
         self,
+        params: SamplingParams | None = None,
         *,
-        seed: int,
-        label: int | None = None,
-        context: Tensor | None = None,
-        start: Tensor | None = None,
         priority: int = 0,
         deadline: float | None = None,
         on_step: Callable[[Handle], object] | None = None,
         wait: float = 0.0,
         **settings: object,
     ) -> Handle:
-        """Asks for one sample; further settings are those of `SampleBatch.of` (steps, solver, rule, guidance, ...).
+        """Asks for one sample. params: what it asks for, a seed at least; settings: the same by name.
 
-        context: [N, E] for text models; start: [C, H, W]. priority: 0 to 100, the more the earlier. deadline: seconds
-        from now, after which the request fails. on_step: called with the handle after each of its steps, in the
-        engine's thread; what it raises fails this request. wait: seconds to wait for room in the queue.
+        priority: 0 to 100, the more the earlier. deadline: seconds from now, after which the request fails. on_step:
+        called with the handle after each of its steps, in the engine's thread; what it raises fails this request.
+        wait: seconds to wait for room in the queue.
         Raises ValueError for what does not fit, EngineFull, EngineClosed.
         """
         whole("priority", priority, 0)
@@ -108,15 +102,10 @@ class Engine:
             raise ValueError(f"on_step must be callable with a handle, got {on_step!r}")
         if not (isinstance(wait, Real) and wait >= 0):
             raise ValueError(f"wait must be a number of seconds >= 0, got {wait!r}")
-        samples = SampleBatch.of(
-            self.model,
-            1,
-            seeds=[seed],
-            labels=None if label is None else [label],
-            context=_one("context", context),
-            start=_one("start", start),
-            **settings,
-        )
+        params = SamplingParams.of(params, settings)
+        if params.seed is None:
+            raise ValueError("a request needs a seed; its image belongs to it")
+        samples = SampleBatch.of(self.model, 1, params)
         if samples.lanes > self.capacity:
             raise ValueError(f"a guided request takes {samples.lanes} lanes, but the capacity is {self.capacity}")
         with self._changed:
@@ -130,7 +119,7 @@ class Engine:
                 raise EngineClosed("this engine is closed") from self._broken
             now = self._clock()
             end = math.inf if deadline is None else now + deadline
-            handle = Handle(samples, self.model.layers, now, end, on_step)
+            handle = Handle(samples, self, now, end, on_step)
             self._waiting.add(handle, priority)
             handle.add_done_callback(self._on_end)
             self._changed.notify_all()
@@ -139,13 +128,13 @@ class Engine:
     def step(self) -> bool:
         """One tick of an engine without a thread: admits who waits, makes a step for all. False if nobody is there."""
         if self._thread is not None and threading.current_thread() is not self._thread:
-            raise RuntimeError("this engine has a thread of its own; `step` is for start=False")
+            raise RuntimeError("this engine has a thread of its own; `step` is for threaded=False")
         if self._inside == threading.get_ident():
             raise RuntimeError("`step` was called from within a step, by a callback")
         with self._stepping:
             self._inside = threading.get_ident()
             try:
-                self._leave_early()
+                self._drop_late()
                 self._admit()
                 if not self._batch.count:
                     return False
@@ -205,63 +194,75 @@ class Engine:
         finally:
             self._abort()
 
-    def _leave_early(self) -> None:
-        """Frees the places of requests that were cancelled or are too late."""
+    def _drop_late(self) -> None:
+        """Frees the slots of requests that were cancelled or are too late."""
         now = self._clock()
-        for place, handle in list(self._at.items()):
+        for slot, handle in list(self._at.items()):
             if handle._ended is not None:  # `done` takes a lock
-                self._give_up(place)
+                self._give_up(slot)
             elif now >= handle.deadline:
-                self._give_up(place)
+                self._give_up(slot)
                 self._end(handle, error=_too_late(handle))
 
     def _admit(self) -> None:
         with self._changed:
             now = self._clock()
-            failed = [(handle, _too_late(handle)) for handle in self._waiting.late(now)]
+            failed: list[tuple[Handle, Exception]] = [(one, _too_late(one)) for one in self._waiting.late(now)]
             lanes = sum(handle._lanes for handle in self._at.values())
             while (handle := self._waiting.first(now)) and lanes + handle._lanes <= self.capacity:
                 self._waiting.pop()
                 try:
-                    place = int(self._batch.admit(handle.samples, _ONLY))
+                    slot = int(self._batch.admit(handle.samples, _ONLY)[0])
                 except Exception as error:
                     failed.append((handle, error))
                 else:
-                    self._at[place], handle._admitted = handle, now
+                    self._at[slot], handle._admitted = handle, now
+                    handle._slot = slot, self._batch.tenancy(slot)
                     self._waiting.left()
                     lanes += handle._lanes
             self._changed.notify_all()  # there may be room in the queue
-        for handle, error in failed:
-            self._end(handle, error=error)
+        for one, why in failed:
+            self._end(one, error=why)
 
     def _deliver(self, tick: Tick) -> None:
-        for place, error in tick.failed.items():
-            self._end(self._give_up(place), error=error)
-        for place, exit_layer in zip(tick.places.tolist(), tick.exit_layer.tolist(), strict=True):
-            self._at[place]._exits.append(exit_layer)
+        for record in tick.records:
+            known, keys = record.read(), zip(record.slots.tolist(), record.tenancy.tolist(), strict=True)
+            for i, (slot, tenancy) in enumerate(keys):
+                handle = self._at.get(slot)
+                if handle is not None and handle._slot == (slot, tenancy):  # else it was given up in the meantime
+                    handle._learn(known, i)
+        for slot, error in tick.failed.items():
+            self._end(self._give_up(slot), error=error)
         images = dict(zip(tick.done.tolist(), self._batch.take(tick.done).cpu(), strict=True))
-        for place in tick.places.tolist():
-            handle = self._at[place]
+        for slot in tick.slots.tolist():
+            handle = self._at[slot]
+            handle._made += 1
             try:
                 if handle._on_step is not None and not handle.done():
                     handle._on_step(handle)
             except Exception as error:
-                if place not in images:
-                    self._batch.release(torch.tensor([place]))
-                images.pop(place, None)
-                del self._at[place]
+                if slot not in images:
+                    self._batch.release(np.array([slot]))
+                images.pop(slot, None)
+                del self._at[slot]
                 self._end(handle, error=error)
                 continue
-            if place in images:
-                del self._at[place]
-                if bool(images[place].isfinite().all()):
-                    self._end(handle, image=images[place].clone())
+            if slot in images:
+                del self._at[slot]
+                if bool(images[slot].isfinite().all()):
+                    self._end(handle, image=images[slot].clone())
                 else:
                     self._end(handle, error=FloatingPointError("the image holds NaN or infinity"))
 
-    def _give_up(self, place: int) -> Handle:
-        self._batch.release(torch.tensor([place]))
-        return self._at.pop(place)
+    def _predicted_x0(self, handle: Handle) -> Tensor:
+        with self._stepping:
+            if handle._slot is None or self._at.get(handle._slot[0]) is not handle:
+                raise ValueError("this request is not in flight: it waits, or has ended")
+            return self._batch.predicted_x0(handle._slot[0]).cpu()
+
+    def _give_up(self, slot: int) -> Handle:
+        self._batch.release(np.array([slot]))
+        return self._at.pop(slot)
 
     def _end(self, handle: Handle, image: Tensor | None = None, error: BaseException | None = None) -> None:
         """Each handle ends once; one that was cancelled in the meantime has ended already."""
@@ -308,7 +309,7 @@ class Engine:
             handle.cancel()
 
 
-_ONLY = torch.zeros(1, dtype=torch.int64)
+_ONLY = np.zeros(1, dtype=np.int64)
 _running: "weakref.WeakSet[Engine]" = weakref.WeakSet()
 
 
@@ -325,15 +326,6 @@ def _stop() -> None:
 def _check_seconds(name: str, value: float) -> None:
     if not (isinstance(value, Real) and 0 < value < math.inf):
         raise ValueError(f"{name} must be a positive number of seconds, got {value!r}")
-
-
-def _one(name: str, value: Tensor | None) -> Tensor | None:
-    """As the only row of a batch, in memory of its own: the caller may use his again."""
-    if value is None:
-        return None
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{name} must be a tensor, got {value!r}")
-    return value.detach()[None].clone()
 
 
 def _too_late(handle: Handle) -> DeadlineExceeded:

@@ -1,14 +1,22 @@
 """What an engine gives back: a handle for each request, a report, and its refusals."""
 
 import math
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from ..sampling.records import Learnt
 from ..sampling.reports import RequestReport, Totals
-from ..sampling.samples import SampleBatch
+from ..sampling.sample_batch import SampleBatch
+
+if TYPE_CHECKING:
+    from .engine import Engine
 
 
 class EngineFull(RuntimeError):
@@ -26,35 +34,62 @@ class DeadlineExceeded(TimeoutError):
 class Handle(Future):
     """One request: a `concurrent.futures.Future` whose result is the image, float32 [C, H, W].
 
-    `cancel` works until the image is there; a running request leaves its place before the next tick.
+    `cancel` works until the image is there; a running request leaves its slot before the next tick.
     """
 
-    def __init__(self, samples: SampleBatch, layers: int, submitted: float, deadline: float, on_step: Callable | None):
+    def __init__(
+        self, samples: SampleBatch, engine: "Engine", submitted: float, deadline: float, on_step: Callable | None
+    ):
         super().__init__()
         self.samples, self.submitted, self.deadline = samples, submitted, deadline
-        self._on_step, self._layers, self._lanes = on_step, layers, samples.lanes
-        self._exits: list[list[int]] = []  # of the steps made, by lane
+        self._engine, self._on_step, self._lanes = weakref.ref(engine), on_step, samples.lanes
+        self._num_layers = engine.model.num_layers
+        self._exits: list[tuple[np.ndarray, np.ndarray | None]] = []  # of the steps made, by lane, as far as known
+        self._made = 0  # steps
+        self._slot: tuple[int, int] | None = None  # and which of its samples
         self._admitted: float | None = None
         self._ended: float | None = None
 
     @property
     def progress(self) -> tuple[int, int]:
         """Steps made, and steps to make."""
-        return len(self._exits), int(self.samples.steps - self.samples.first)
+        return self._made, int(self.samples.steps - self.samples.first)
 
     @property
     def report(self) -> RequestReport:
-        """What has been done for this request so far."""
+        """What has been done for this request so far. Exit layers of the last step come with the next one."""
         began = self._admitted if self._admitted is not None else math.nan
         ended = self._ended if self._ended is not None else math.nan
-        exits = list(self._exits)
-        exit_layer = torch.tensor(exits, dtype=torch.uint8).view(len(exits), 1, 2)
-        return RequestReport(exit_layer, self._layers, began - self.submitted, ended - began)
+        exits, scores = list(self._exits), None
+        exit_layer = np.array([layers for layers, _ in exits], dtype=np.uint8).reshape(-1, 1, 2)
+        if self.samples.record_scores:
+            none = np.full((2, self._num_layers), np.nan, dtype=np.float32)
+            scores = np.array([none if own is None else own for _, own in exits], dtype=np.float32)
+            scores = torch.from_numpy(scores.reshape(-1, 1, *none.shape))
+        return RequestReport(
+            exit_layer=torch.from_numpy(exit_layer),
+            num_layers=self._num_layers,
+            scores=scores,
+            waited=began - self.submitted,
+            seconds=ended - began,
+        )
+
+    def predicted_x0(self) -> Tensor:
+        """The image that the request's last prediction would end in, float32 [C, H, W]; waits for the tick under way.
+
+        Raises ValueError before the first step and after the end.
+        """
+        if (engine := self._engine()) is None:
+            raise ValueError("this request is not in flight: its engine is gone")
+        return engine._predicted_x0(self)
+
+    def _learn(self, known: Learnt, i: int) -> None:
+        self._exits.append((known.exit_layer[i], None if known.scores is None else known.scores[i]))
 
 
 @dataclass(frozen=True)
 class EngineReport:
-    """What an engine did so far. batch: evaluations, blocks, multiply-adds, rows moved."""
+    """What an engine did so far. batch: forward passes, blocks, multiply-adds, rows moved."""
 
     waiting: int
     running: int

@@ -1,8 +1,8 @@
-"""Requests that wait for a place.
+"""Requests that wait for a slot.
 
-Every request has a due time, its deadline or `patience` seconds after it was submitted; each level of priority moves it
-`patience` seconds earlier. The earliest due comes first. Due times do not change, so whoever waits is overtaken only by
-requests submitted within the next (priority + 1) x patience seconds: nobody starves.
+Every request has a due time, its deadline or `max_wait` seconds after it was submitted; each level of priority moves it
+`max_wait` seconds earlier. The earliest due comes first. Due times do not change, so whoever waits is overtaken only by
+requests submitted within the next (priority + 1) x max_wait seconds: nobody starves.
 """
 
 import heapq
@@ -17,14 +17,14 @@ SLACK = 64  # ended requests that may stay besides twice those that wait
 class RequestQueue:
     """`count` requests, without those that have ended. Locks nothing: who uses it does."""
 
-    def __init__(self, patience: float):
-        self.patience, self.count = patience, 0
+    def __init__(self, max_wait: float):
+        self.max_wait, self.count = max_wait, 0
         self._heap: list[tuple[float, int, Handle]] = []  # due, number, handle; ended ones are skipped later
         self._number = itertools.count()
         self._soonest = math.inf  # no deadline of those who wait is earlier
 
     def add(self, handle: Handle, priority: int) -> None:
-        due = min(handle.deadline, handle.submitted + self.patience) - priority * self.patience
+        due = min(handle.deadline, handle.submitted + self.max_wait) - priority * self.max_wait
         heapq.heappush(self._heap, (due, next(self._number), handle))
         self._soonest = min(self._soonest, handle.deadline)
         self.count += 1
@@ -43,7 +43,7 @@ class RequestQueue:
         heapq.heappop(self._heap)
 
     def left(self) -> None:
-        """One that was counted has got a place, or has ended."""
+        """One that was counted has got a slot, or has ended."""
         self.count -= 1
         if len(self._heap) > SLACK + 2 * self.count:
             self._heap = [entry for entry in self._heap if not entry[2].done()]

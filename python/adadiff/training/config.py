@@ -17,6 +17,8 @@ from .losses import loss_named
 
 T = TypeVar("T")
 
+FORMAT_VERSION = 2  # of configuration files
+
 POSITIVE = ("steps", "batch", "accumulate", "save_every", "log_every")
 COUNTS = ("warmup", "seed", "sample_every")
 SHARES = ("ema", "label_drop")
@@ -133,6 +135,20 @@ def shipped() -> dict[str, Path]:
     return {file.stem: file for file in sorted(files) if file.suffix == ".toml"}
 
 
+def versioned(values: Any, what: str) -> Any:
+    """values of a file without its format_version. ValueError for another one."""
+    if not isinstance(values, dict):
+        return values
+    version = values.get("format_version")
+    if version != FORMAT_VERSION:
+        advice = ""
+        if version in (None, 1):
+            entry = '"format_version":' if what.endswith(".json") else "format_version ="
+            advice = f"; its keys mean what they did, so write {entry} {FORMAT_VERSION}"
+        raise ValueError(f"{what} has format_version {version!r}, this release reads {FORMAT_VERSION}{advice}")
+    return {key: value for key, value in values.items() if key != "format_version"}
+
+
 def load_config(name_or_file: str | Path | None, changes: Mapping[str, Any]) -> TrainConfig:
     """`changes` to what a shipped name or a file (.toml or .json) holds, or to the defaults where that is None.
 
@@ -149,6 +165,7 @@ def load_config(name_or_file: str | Path | None, changes: Mapping[str, Any]) -> 
         values = (tomllib if kind == "TOML" else json).loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not {kind}: {error}") from None
+    values = versioned(values, str(path))
     if isinstance(values, dict):
         if changes.get("exits") is False:
             values.pop("exit_options", None)  # of exits that there are none of now

@@ -18,12 +18,12 @@ supervised (ours)
 keep it from learning anything (13 blocks, D = 64: L_simple stayed at 1). `supervised` begins anywhere.
 
 All: L_simple + uem_weight * L_u + ual_weight * L_UAL. The noise cannot be known at low noise levels, so |e_i| tells
-little about a layer; r_i is what leaving there costs, and a function of what the layer sees.
+little about a layer; r_i is what exiting there costs, and a function of what the layer sees.
 
 Where the network learns a variance v (DiT), to each of them is added
     L_v      = L_vlb(v_L) + sum_(i<L) mean (v_i - v_L)^2        the teacher v_L detached in the sum
 L_vlb is what DiT's own variance is trained by, with the mean held (Nichol and Dhariwal 2021, section 3.1), so that
-training on keeps it. The exits' is taught by the network's: the bound would have them add noise for what leaving early
+training on keeps it. The exits' is taught by the network's: the bound would have them add noise for what exiting early
 gets wrong, and hardly sees v but at the last timesteps; a head copied from the network and held would read rows it was
 not made for.
 """
@@ -210,5 +210,4 @@ def _terms(
     errors = squared.mean(1)
     total = errors[-1] + uem_weight * uem.sum() + ual_weight * ual.sum()
     relative = _squared([p.detach() for p in predictions], predictions[-1].detach()).mean(1)
-    kept = (value.detach() for value in (errors[-1], uem, ual, errors))
-    return LossTerms(total, *kept, relative)
+    return LossTerms(total, errors[-1].detach(), uem.detach(), ual.detach(), errors.detach(), relative)

@@ -12,7 +12,7 @@ from ..config import from_dict
 from ..model import Model
 from ..output.pictures import make_grid, to_pixels, write_json, write_png
 from ..sampling.sampler import sample
-from .config import TrainConfig
+from .config import FORMAT_VERSION, TrainConfig, versioned
 
 STATE, MODEL, LOG, CONFIG = "state.safetensors", "model.safetensors", "log.jsonl", "config.json"
 SAMPLES, TENSORBOARD = "samples", "tensorboard"
@@ -31,7 +31,7 @@ class RunFolder:
         file = path / CONFIG
         if file.exists():
             try:
-                theirs = from_dict(TrainConfig, json.loads(file.read_text()), str(file))
+                theirs = from_dict(TrainConfig, versioned(json.loads(file.read_text()), str(file)), str(file))
             except json.JSONDecodeError as error:
                 raise ValueError(f"{file} is not readable: {error}") from error
             if theirs != config:
@@ -39,7 +39,7 @@ class RunFolder:
                 raise ValueError(f"{path} holds a run with another {', '.join(differing)}; choose another folder")
         self._board = None
         if main:
-            write_json(file, dataclasses.asdict(config))
+            write_json(file, {"format_version": FORMAT_VERSION, **dataclasses.asdict(config)})
 
     def read_state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Tensors and numbers of the last checkpoint, if there is one. Raises ValueError for a damaged one."""
@@ -93,7 +93,7 @@ class RunFolder:
             return
         classes = model.config.classes
         labels = [i % classes for i in range(PICTURES)] if classes else None
-        images, _ = sample(model, PICTURES, steps=PICTURE_STEPS, labels=labels)
+        images, _ = sample(model, PICTURES, steps=PICTURE_STEPS, class_labels=labels)
         if not bool(images.isfinite().all()):
             return  # weights so far off, early on, that there is nothing to see
         folder = self.path / SAMPLES

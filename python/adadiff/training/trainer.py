@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from .. import checkpoint
 from ..data import sources
+from ..forward.all_layers import all_layers
 from ..model import Model
 from ..models.uvit import start_as_linear
 from ..output.pictures import CHANNELS
 from ..pipelines.latents import draw_latents
-from ..uem import all_layers
 from .config import TrainConfig, learning_rate
 from .losses import VarianceLoss, loss_named
 from .processes import Processes
@@ -44,9 +44,10 @@ class Objective(nn.Module):
         """x, noise: [B, C, H, W]; t: float [B]; labels: int64 [B]. Returns the loss and its terms, detached."""
         backbone, exits = self.model.backbone, self.model.exits
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self._half):
+            scores: list[Tensor] = []
             if exits is None:
                 prediction, *variances = backbone(x, t, labels).split(x.shape[1], dim=1)
-                predictions, scores = [prediction], []
+                predictions = [prediction]
             else:
                 predictions, scores, variances, _ = all_layers(backbone, exits, x, t, labels)
         predictions = [prediction.float() for prediction in predictions]

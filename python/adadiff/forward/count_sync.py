@@ -1,8 +1,8 @@
 """How the host learns how many rows still run on a device.
 
-The device decides who leaves and holds the exact count; the host launches every block over a bound of the rows. Rows
-between the count and the bound are computed and never looked at. So all of these give the same images and exits, and
-differ in what they wait for and waste.
+The device decides who exits and holds the exact count; the host launches every block over a bound of the rows. Rows
+between the count and the bound are computed and never read. So all of these give the same images and exits, and differ
+in how long the host waits and in what is computed in vain.
 """
 
 from collections.abc import Sequence
@@ -12,19 +12,19 @@ from typing import Protocol
 from adadiff_kernels import DeviceSet
 
 
-class Counts(Protocol):
-    exact: bool  # the bound is the count, after every layer that is asked
+class CountSync(Protocol):
+    exact: bool  # the bound is the count, after every layer at which somebody may exit
 
     def bound(self, active: DeviceSet, layers: Sequence[int], bound: int) -> int:
         """Rows for the blocks after layers[-1], at most `bound`, those of the block before.
 
-        layers: where somebody has been asked in this pass; the last leave is queued, and perhaps not yet done.
+        layers: where somebody could exit in this pass; the last exit is queued, and perhaps not yet done.
         """
 
 
 @dataclass(frozen=True)
 class Sync:
-    """The host waits for the count after every `every` layers at which somebody is asked."""
+    """The host waits for the count after every `every` layers at which somebody may exit."""
 
     every: int = 1
 
@@ -42,7 +42,7 @@ class Sync:
 @dataclass(frozen=True)
 class Lagged:
     """The host goes by the last count it has seen. It never waits, and may be many blocks ahead of the device; with
-    `most`, it waits until all but so many of the leaves it has queued are done, which leaves the device enough to do.
+    `most`, it waits until all but so many of the exits it has queued are done, which leaves the device enough to do.
     """
 
     most: int | None = None
@@ -58,21 +58,19 @@ class Lagged:
         return min(bound, active.seen().count)
 
 
-STRATEGIES = {"sync": Sync, "lagged": Lagged}
+KINDS = {"sync": Sync, "lagged": Lagged}
 
 
-def counts_from(counts: Counts | str | None, batch_invariant: bool = False) -> Counts | None:
-    """A strategy, or its spelling: "sync", "sync:4", "lagged", "lagged:2". None stays None."""
-    if counts is not None and batch_invariant:
-        raise ValueError("batch_invariant runs lane by lane, on a host that knows the count; leave counts out")
-    if not isinstance(counts, str):
-        if counts is not None and not hasattr(counts, "bound"):
-            raise ValueError(f"counts is a strategy or a spelling such as 'lagged', got {counts!r}")
-        return counts
-    name, colon, value = counts.partition(":")
-    if name not in STRATEGIES or (colon and not value.isdecimal()):
-        raise ValueError(f"no counts {counts!r}; there are sync, sync:BLOCKS, lagged and lagged:BLOCKS")
-    return STRATEGIES[name](int(value)) if colon else STRATEGIES[name]()
+def count_sync_from(given: CountSync | str | None) -> CountSync | None:
+    """A CountSync, or its spelling: "sync", "sync:4", "lagged", "lagged:2". None stays None."""
+    if not isinstance(given, str):
+        if given is not None and not hasattr(given, "bound"):
+            raise ValueError(f"count_sync is a CountSync or text such as 'lagged', got {given!r}")
+        return given
+    name, colon, value = given.partition(":")
+    if name not in KINDS or (colon and not value.isdecimal()):
+        raise ValueError(f"no count_sync {given!r}; there are sync, sync:BLOCKS, lagged and lagged:BLOCKS")
+    return KINDS[name](int(value)) if colon else KINDS[name]()
 
 
 ALL_EXACT = 16  # up to so many rows every number is a bucket
@@ -87,12 +85,6 @@ def bucket(n: int, B: int) -> int:
     """
     step = max(1, B // BUCKETS)
     return n if n <= ALL_EXACT else min(B, -(-n // step) * step)
-
-
-def check_rules(counts: Counts | None, by_lane: bool) -> None:
-    """by_lane: no rule looks at the whole batch. ValueError where one does, and rows may be there that have left."""
-    if counts is not None and not counts.exact and not by_lane:
-        raise ValueError(f"a rule that looks at the whole batch needs the exact count, counts='sync'; got {counts}")
 
 
 def _check_whole(name: str, value: int) -> None:

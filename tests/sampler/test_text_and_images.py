@@ -1,4 +1,4 @@
-"""What samples may ask for: text, start images, and what is refused, against loops written again in float64."""
+"""Samples that begin at an image or are told by text, against loops written again in float64."""
 
 import math
 from functools import cache
@@ -10,24 +10,17 @@ from torch import Tensor
 
 from adadiff.config import ModelConfig
 from adadiff.diffusion.noise import initial_noise
+from adadiff.forward.options import ExecutionOptions
 from adadiff.model import Model
-from adadiff.models.uvit import UViT, UViTConfig
+from adadiff.models.uvit import UViTConfig
 from adadiff.sampling.sampler import sample
-from adadiff.sampling.samples import SampleBatch
 from adadiff.serving.engine import Engine
 from adadiff.uem import PAPER
-from sampler.tiny import (
-    SERVED,
-    Inputs,
-    plain_layers,
-    plain_predictions,
-    plain_uncertainties,
-    requests,
-    served,
-)
+from sampler.tiny import SERVED, Inputs, plain_layers, plain_predictions, plain_uncertainties, served
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
 
+EXACT = ExecutionOptions(batch_invariant=True)
 SHAPE = (1, 4, 4)
 TEXT = ModelConfig(UViTConfig(4, 1, 2, 16, 4, 2, context_tokens=3, context_dim=5), "stable_diffusion", exits=PAPER)
 
@@ -65,7 +58,7 @@ def by_hand(
     start: Tensor | None = None,
     context: Tensor | None = None,
     null: Tensor | None = None,
-    scale: float = 0.0,
+    scale: float = 1.0,
     threshold: float | None = None,
 ) -> tuple[Tensor, list[list[int]]]:
     """DDIM over the last `run` of the steps: the image in float64, and the exit layers of its lanes at every step."""
@@ -77,9 +70,9 @@ def by_hand(
         x = math.sqrt(a) * start.double() + math.sqrt(1 - a) * x
     for k in range(steps - run, steps):
         eps, trace[k][0] = lane(model, times[k], x, context, threshold)
-        if scale:
+        if scale != 1:
             uncond, trace[k][1] = lane(model, times[k], x, null, threshold)
-            eps = eps + scale * (eps - uncond)
+            eps = uncond + scale * (eps - uncond)
         x0 = (x - math.sqrt(1 - alpha_bar[k]) * eps) / math.sqrt(alpha_bar[k])
         x = math.sqrt(alpha_bar[k + 1]) * x0 + math.sqrt(1 - alpha_bar[k + 1]) * eps
     return x, trace
@@ -102,9 +95,9 @@ def test_start_images_by_hand(name: str) -> None:
     """Steps kept are those of diffusers, int(steps * strength), but one at least; 0.3 is a little more in float32."""
     model, steps = with_schedule(name), [5, 10, 5, 4, 3]
     strengths, kept = [0.8, 0.3, 0.5, 1.0, 1e-6], [4, 3, 2, 4, 1]
-    labels, scales, thresholds = [0, 1, 2, 0, 1], [0.0, 1.5, 0.0, 0.5, 0.0], [0.3, 0.45, 0.5, 0.4, 0.6]
-    given = {"steps": steps, "labels": labels, "guidance": scales, "start": starts(5), "strength": strengths}
-    images, report = sample(model, 5, rule="threshold:0.5", thresholds=thresholds, batch=2, **given)
+    labels, scales, thresholds = [0, 1, 2, 0, 1], [1.0, 2.5, 1.0, 1.5, 1.0], [0.3, 0.45, 0.5, 0.4, 0.6]
+    given = {"steps": steps, "class_labels": labels, "guidance_scale": scales, "thresholds": thresholds}
+    images, report = sample(model, 5, policy="exit:0.5", batch=2, init_image=starts(5), strength=strengths, **given)
     for i in range(5):
         image, trace = by_hand(
             model,
@@ -123,7 +116,7 @@ def test_start_images_by_hand(name: str) -> None:
 
 
 def test_strength_is_four_fifths_unless_given() -> None:
-    settings = {"steps": 10, "labels": [0, 1], "start": starts(2)}
+    settings = {"steps": 10, "class_labels": [0, 1], "init_image": starts(2)}
     usual, report = sample(served(), 2, **settings)
     assert (report.exit_layer[:, :, 0] > 0).sum(0).tolist() == [8, 8]
     assert torch.equal(usual, sample(served(), 2, strength=0.8, **settings)[0])
@@ -135,7 +128,7 @@ def test_a_multistep_solver_begins_at_a_start_image_as_that_of_diffusers(strengt
     """There is no earlier prediction yet: the first step is of first order, wherever it lies."""
     count = 8
     image, _ = sample(
-        served(), 1, steps=count, solver="dpm++2m", labels=[1], seeds=[4], start=starts(1), strength=strength
+        served(), 1, steps=count, solver="dpm++2m", class_labels=[1], seed=[4], init_image=starts(1), strength=strength
     )
     scheduler = DPMSolverMultistepScheduler(
         beta_schedule="linear", beta_start=1e-4, beta_end=0.02, final_sigmas_type="zero"
@@ -158,16 +151,16 @@ def contexts(n: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("batch", [1, 4])
 def test_text_with_guidance_by_hand(batch: int) -> None:
     model, null = served(TEXT), contexts(1, seed=9)[0]
-    steps, scales, thresholds = [3, 4, 2, 5], [0.0, 2.0, 0.7, 0.0], [0.4, 0.5, 0.45, 0.55]
+    steps, scales, thresholds = [3, 4, 2, 5], [1.0, 3.0, 1.7, 1.0], [0.4, 0.5, 0.45, 0.55]
     images, report = sample(
         model,
         4,
         steps=steps,
-        rule="threshold:0.5",
+        policy="exit:0.5",
         thresholds=thresholds,
-        guidance=scales,
-        context=contexts(4),
-        null_context=null,
+        guidance_scale=scales,
+        text_embeds=contexts(4),
+        null_text_embeds=null,
         batch=batch,
     )
     for i in range(4):
@@ -188,11 +181,16 @@ def test_text_with_guidance_by_hand(batch: int) -> None:
 def test_requests_bring_their_own_text_and_empty_prompt() -> None:
     """Each guided request has an empty prompt of its own, and those without guidance need none."""
     model, prompts = served(TEXT), contexts(4)
-    nulls, scales = [contexts(1, seed=7)[0], None, contexts(1, seed=8)[0], None], [1.5, 0.0, 2.0, 0.0]
-    with Engine(model, 3, start=False) as engine:
+    nulls, scales = [contexts(1, seed=7)[0], None, contexts(1, seed=8)[0], None], [2.5, 1.0, 3.0, 1.0]
+    with Engine(model, 3, threaded=False) as engine:
         handles = [
             engine.submit(
-                seed=i, steps=2 + i, context=prompts[i], null_context=nulls[i], guidance=scales[i], start=starts(4)[i]
+                seed=i,
+                steps=2 + i,
+                text_embeds=prompts[i],
+                null_text_embeds=nulls[i],
+                guidance_scale=scales[i],
+                init_image=starts(4)[i],
             )
             for i in range(4)
         ]
@@ -207,141 +205,26 @@ def test_requests_bring_their_own_text_and_empty_prompt() -> None:
 @pytest.mark.parametrize("first", ["mine", "theirs"])
 def test_what_dtype_mates_bring_does_not_matter(dtype: torch.dtype, first: str) -> None:
     model, mine, theirs = served(TEXT), contexts(1)[0], contexts(1, seed=1)[0].to(dtype)
-    plain = sample(model, 1, steps=2, context=mine[None], batch_invariant=True)[0][0]
-    with Engine(model, 2, start=False, batch_invariant=True) as engine:
+    plain = sample(model, 1, steps=2, text_embeds=mine[None], execution=EXACT)[0][0]
+    with Engine(model, 2, threaded=False, execution=EXACT) as engine:
         order = [mine, theirs] if first == "mine" else [theirs, mine]
-        handles = [engine.submit(seed=0, steps=2, context=context) for context in order]
+        handles = [engine.submit(seed=0, steps=2, text_embeds=context) for context in order]
     assert torch.equal(handles[order.index(mine) if first == "mine" else 1].result(0), plain)
 
 
 def test_tensors_may_require_grad_and_be_used_again() -> None:
     """A request takes copies; autograd stays with the caller."""
     model, prompt, null, start = served(TEXT), contexts(1)[0], contexts(1, seed=2)[0], starts(1)[0]
-    settings = {"seed": 3, "steps": 4, "guidance": 1.0}
-    with Engine(model, 4, start=False, batch_invariant=True) as engine:
-        plain = engine.submit(context=prompt, null_context=null, start=start, **settings)
+    settings = {"seed": 3, "steps": 4, "guidance_scale": 2.0}
+    with Engine(model, 4, threaded=False, execution=EXACT) as engine:
+        plain = engine.submit(text_embeds=prompt, null_text_embeds=null, init_image=start, **settings)
     mine = [value.clone().requires_grad_() for value in (prompt, null, start)]
-    with Engine(model, 4, start=False, batch_invariant=True) as engine:
-        handle = engine.submit(context=mine[0], null_context=mine[1], start=mine[2], **settings)
-        mate = engine.submit(seed=4, steps=2, context=prompt)
+    with Engine(model, 4, threaded=False, execution=EXACT) as engine:
+        handle = engine.submit(text_embeds=mine[0], null_text_embeds=mine[1], init_image=mine[2], **settings)
+        mate = engine.submit(seed=4, steps=2, text_embeds=prompt)
         with torch.no_grad():
             for value in mine:
                 value.zero_()
     assert torch.equal(handle.result(0), plain.result(0))
     assert not handle.result(0).requires_grad
     assert mate.result(0).isfinite().all()
-
-
-def test_lanes_are_two_for_a_guided_sample() -> None:
-    assert SampleBatch.of(served(), 4, guidance=[0.0, 1.0, -0.0, -2.0]).lanes == 6
-    assert [SampleBatch.of(served(), 1, guidance=scale).lanes for scale in (0.0, 1e-6)] == [1, 2]
-
-
-def test_every_setting_reaches_the_network() -> None:
-    """Changing any one of them changes the image, so that none is ignored."""
-    base = {"steps": 4, "solver": "ddim:0.5", "rule": "threshold:0.5", "seeds": [3], "labels": [1], "guidance": 1.0}
-    changes = [
-        {},
-        {"steps": 5},
-        {"solver": "ddim:0.6"},
-        {"rule": "depth:2"},
-        {"thresholds": [0.3]},
-        {"seeds": [4]},
-        {"labels": [2]},
-        {"guidance": 1.1},
-        {"tied": True},
-        {"start": starts(1)},
-        {"start": starts(1), "strength": 0.3},
-    ]
-    images = [sample(served(), 1, **{**base, **change})[0] for change in changes]
-    assert len({float(image.double().sum()) for image in images}) == len(changes)
-
-
-OTHER = {"steps": 2, "labels": [0, 1]}
-PROMPTS = {"context": torch.zeros(2, 3, 5)}
-
-
-@pytest.mark.parametrize(
-    ("config", "settings", "message"),
-    [
-        (SERVED, {"strength": 0.5}, "give `start`"),
-        (SERVED, {"start": torch.zeros(2, 1, 4, 4), "strength": 0.0}, r"strength must lie in \(0, 1\]"),
-        (SERVED, {"start": torch.zeros(2, 1, 4, 4), "strength": [0.5, 1.01]}, r"strength must lie in \(0, 1\]"),
-        (SERVED, {"start": torch.zeros(2, 1, 4, 4), "strength": -0.5}, r"strength must lie in \(0, 1\]"),
-        (SERVED, {"start": torch.zeros(2, 1, 4, 4), "strength": math.nan}, "strength must be finite"),
-        (SERVED, {"start": torch.zeros(2, 1, 4, 4), "strength": [0.5]}, "strength must hold one number per sample"),
-        (SERVED, {"start": torch.zeros(2, 1, 4, 4), "strength": "much"}, "strength must be a number"),
-        (SERVED, {"start": torch.zeros(1, 1, 4, 4)}, r"start must be a float tensor \[2, 1, 4, 4\]"),
-        (SERVED, {"start": torch.zeros(2, 4, 4)}, "start must be a float tensor"),
-        (SERVED, {"start": torch.zeros(2, 1, 4, 4, dtype=torch.uint8)}, "start must be a float tensor"),
-        (SERVED, {"start": [[0.0]]}, "start must be a float tensor"),
-        (SERVED, {"start": torch.full((2, 1, 4, 4), math.nan)}, "NaN or infinity"),
-        (SERVED, {"start": torch.full((2, 1, 4, 4), math.inf)}, "NaN or infinity"),
-        (SERVED, PROMPTS, "takes no text"),
-        (SERVED, {"null_context": torch.zeros(3, 5)}, "takes no text"),
-        (TEXT, {}, "takes text"),
-        (TEXT, {"context": torch.zeros(2, 3, 4)}, r"context must be a float tensor \[2, 3, 5\]"),
-        (TEXT, {"context": torch.zeros(1, 3, 5)}, r"context must be a float tensor \[2, 3, 5\]"),
-        (TEXT, {"context": torch.zeros(2, 3, 5, dtype=torch.int64)}, "context must be a float tensor"),
-        (TEXT, {"context": "a cat"}, "context must be a float tensor"),
-        (TEXT, {**PROMPTS, "labels": [0, 1]}, "leave labels out"),
-        (TEXT, {**PROMPTS, "guidance": [0.0, 1.0]}, "guidance needs null_context"),
-        (TEXT, {**PROMPTS, "guidance": 1.0, "null_context": torch.zeros(2, 3, 5)}, r"null_context .* \[3, 5\]"),
-        (TEXT, {**PROMPTS, "null_context": "nothing"}, "null_context must be a float tensor"),
-        (SERVED, {"solver": object()}, "a solver is"),
-        (SERVED, {"rule": object()}, "a rule is"),
-        (SERVED, {"rule": "threshold:0.5,first=5"}, "asks after no block"),
-    ],
-    ids=str,
-)
-def test_bad_input_is_named_before_any_work(config, settings, message, monkeypatch) -> None:
-    monkeypatch.setattr(UViT, "embed", lambda *_, **__: pytest.fail("the network was called"))
-    with pytest.raises(ValueError, match=message):
-        sample(served(config), 2, **settings)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"seed": -1}, "seeds must be >= 0"),
-        ({"seed": 2**63}, "seeds"),
-        ({"seed": 1.5}, "seeds must be whole numbers"),
-        ({"seed": None}, "seeds"),
-        ({"label": 3}, r"labels must be in 0\.\.2"),  # 3 is the null class
-        ({"label": -1}, r"labels must be in 0\.\.2"),
-        ({"label": 0.5}, "labels must be whole numbers"),
-        ({"label": "cat"}, "labels"),
-        ({"steps": 0}, "steps must be at least 1"),
-        ({"start": torch.zeros(1, 1, 4, 4)}, "start"),
-        ({"start": "image"}, "start"),
-        ({"context": "a cat"}, "context"),
-        ({"guidance": math.inf}, "guidance must be finite"),
-        ({"rule": "threshold:2"}, "strictly between 0 and 1"),
-        ({"rule": "full", "thresholds": 0.5}, "takes no thresholds"),
-        ({"priority": -1}, "priority"),
-        ({"priority": 101}, "priority must be at most 100"),
-        ({"priority": 1.0}, "priority must be an integer"),
-        ({"deadline": 0}, "deadline must be a positive number"),
-        ({"deadline": math.nan}, "deadline must be a positive number"),
-        ({"deadline": math.inf}, "deadline must be a positive number"),
-        ({"deadline": "soon"}, "deadline must be a positive number"),
-        ({"wait": -1}, "wait must be"),
-        ({"wait": math.nan}, "wait must be"),
-        ({"on_step": 3}, "on_step must be callable"),
-    ],
-    ids=str,
-)
-def test_bad_requests_are_named_at_once_and_hurt_nobody(settings: dict, message: str) -> None:
-    with Engine(served(), 2, start=False) as engine:
-        good = engine.submit(**requests(1)[0])
-        with pytest.raises(ValueError, match=message):
-            engine.submit(**{"seed": 0, "steps": 2, **settings})
-        assert engine.report.waiting == 1
-    assert good.result(0).isfinite().all()
-
-
-def test_settings_that_do_not_exist_are_refused() -> None:
-    with Engine(served(), 2, start=False) as engine:
-        with pytest.raises(TypeError, match="stepz"):
-            engine.submit(seed=0, stepz=3)
-        assert engine.report.waiting == 0

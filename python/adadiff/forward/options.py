@@ -1,0 +1,51 @@
+"""How a forward pass is executed. No option changes what is computed, beyond rounding."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from .count_sync import CountSync, count_sync_from
+
+Runner = Literal["eager", "compiled"]
+
+
+@dataclass(frozen=True)
+class ExecutionOptions:
+    """batch_invariant: every product is computed lane by lane, on the CPU each on one thread, so that a lane's
+    prediction, scores and exit are the same bits in any batch (on one machine).
+    runner: "eager", or "compiled": blocks go through torch.compile, for any number of rows; the first passes take
+    seconds to minutes.
+    count_sync: how the host learns how many rows still run: "sync", "sync:4", "lagged", "lagged:2", or a `CountSync`.
+    None: "sync" on a GPU; on the CPU the host decides itself.
+    group_size: lanes per block call on the CPU (None: about 2048 tokens).
+    nvtx: name the blocks for NVIDIA's profilers.
+    Raises ValueError for values of other kinds, and for options that exclude each other.
+    """
+
+    batch_invariant: bool = False
+    runner: Runner = "eager"
+    count_sync: CountSync | str | None = None
+    group_size: int | None = None
+    nvtx: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "count_sync", count_sync_from(self.count_sync))
+        if self.runner not in get_args(Runner):
+            raise ValueError(f"runner must be one of {get_args(Runner)}, got {self.runner!r}")
+        for name in ("batch_invariant", "nvtx"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.group_size is not None and (type(self.group_size) is not int or self.group_size < 1):
+            raise ValueError(f"group_size must be a whole number of 1 or more lanes, got {self.group_size!r}")
+        if self.batch_invariant and self.runner == "compiled":
+            raise ValueError("batch_invariant runs lane by lane, which is not compiled; leave one of the two out")
+        if self.batch_invariant and self.count_sync is not None:
+            raise ValueError("batch_invariant runs lane by lane, with the exact count; leave count_sync out")
+        if self.group_size is not None and self.count_sync is not None:
+            raise ValueError("groups are for a host that knows the count; leave count_sync or group_size out")
+        if self.nvtx and not torch.backends.cuda.is_built():
+            raise ValueError("nvtx names blocks for NVIDIA's profilers, which needs a PyTorch built for CUDA")
+
+
+DEFAULT = ExecutionOptions()

@@ -1,0 +1,198 @@
+"""Where the rows lie and who still runs: known to the host, or to a device alone. Both exit by the same algorithm
+(adadiff_kernels/compaction/), and keep by lane what a lane had at its own layer.
+
+Blocks write fresh rows. Those of a lane that exits are saved before the next block runs, and the remaining ones move
+together. On a device the host launches every block over a bound of the rows; what is computed beyond the count is never
+read.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adadiff_kernels import ActiveSet, DeviceSet, settle_rows
+
+from .count_sync import CountSync, bucket
+from .decision import ExitDecision
+
+
+class Skip(NamedTuple):
+    """A long skip as its block wrote it: row r joins rows[index[r]], or with row_to_lane, rows[index[row_to_lane[r]]];
+    without index the first n in order. See `join_skip`."""
+
+    rows: Tensor
+    row_to_lane: Tensor | None
+    index: Tensor | None
+
+
+class HostPlacement:
+    """bound: rows to run, n. row_to_lane: int32 [n]. in_order: row i carries lane i, for all lanes. saved: [B, T, D] by
+    lane, what those that exited had; None as long as nobody has. exits: (layer, n before, n after) where somebody
+    exited. partner: int32 [B] or None, the lane that a lane is tied to."""
+
+    tickets = None
+
+    def __init__(self, hidden: Tensor, decision: ExitDecision, partner: Tensor | None):
+        self._decision, self._partner, self._shape = decision, partner, hidden.shape
+        self.bound, self.in_order = len(hidden), True
+        self.saved: Tensor | None = None
+        self.row_to_lane = self._identity = torch.arange(self.bound, dtype=torch.int32, device="cpu")
+        self._active: ActiveSet | None = None  # none is needed before somebody may exit
+        self.exits: list[tuple[int, int, int]] = []
+
+    def exit(self, hidden: Tensor, u: Tensor | None, layer: int, keeps: bool) -> None:
+        """Those that exit after `layer` are saved out of hidden [n, T, D], and rows move there. u: float32 [n] or
+        None."""
+        if self._active is None:
+            self._active = ActiveSet(self._shape[0])
+        active, limits = self._active, self._decision.limits
+        if limits is not None:
+            moves = active.exit_rows(u, limits[layer - 1], layer, partner=self._partner)
+        else:
+            u = _larger_of_tied(u, self.row_to_lane, self._partner)
+            mask = self._decision.mask(u, layer, self.row_to_lane, None)
+            moves = active.exit_rows_where(mask, layer, partner=self._partner)
+        if active.count == self.bound:
+            return
+        if self.saved is None:
+            self.saved = hidden.new_empty(self._shape)
+        settle_rows(moves, hidden, self.saved)
+        self.exits.append((layer, self.bound, active.count))
+        self.bound, self.row_to_lane, self.in_order = active.count, active.running, False
+
+    def keep(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """A long skip that is written now."""
+        return hidden, self._identity if self.in_order else self._active.snapshot()
+
+    def skip(self, kept: tuple[Tensor, Tensor]) -> Skip:
+        rows, snapshot = kept
+        return Skip(rows, None, None if self.in_order else self._active.locate(snapshot))
+
+    def record(self, scores: Tensor, u: Tensor) -> None:
+        """scores: float32 [B] by lane."""
+        scores.index_copy_(0, self.row_to_lane.long(), u)
+
+    def finish(self, hidden: Tensor, num_layers: int) -> None:
+        """Everybody exits after the last layer; `saved` then has all lanes."""
+        n, active = self.bound, self._active
+        if n:
+            self.exits.append((num_layers, n, 0))
+        if self.in_order:
+            self.saved, self.order, self.moved = hidden, self.row_to_lane, 0
+            self.exit_layer = torch.full((n,), num_layers, dtype=torch.int32, device="cpu")
+            return
+        if n:
+            self.saved.index_copy_(0, self.row_to_lane.long(), hidden[:n])
+            active.finish(num_layers)
+        self.exit_layer, self.moved, self.order = active.exit_layer, active.moved, active.row_to_lane
+
+
+class DevicePlacement:
+    """As `HostPlacement`. bound: no fewer than the rows that run. A round number of rows is launched where `rounds`.
+    At the end exits and order (int32 [B], the lanes by row) are None unless the host has seen every count."""
+
+    in_order = False
+    exits: list[tuple[int, int, int]] | None
+
+    def __init__(
+        self,
+        active: DeviceSet,
+        hidden: Tensor,
+        decision: ExitDecision,
+        partner: Tensor | None,
+        count_sync: CountSync,
+        rounds: bool,
+    ):
+        self._active, self._decision, self._partner = active, decision, partner
+        self._limits = None if decision.limits is None else decision.limits.unbind(0)
+        self._count_sync, self._rounds = count_sync, rounds and not decision.whole_batch
+        self.bound = self._count = len(hidden)
+        self.row_to_lane, self.tickets = active.row_to_lane, active.tickets
+        self.saved = torch.empty_like(hidden) if decision.exit_layers else None
+        self.exits: list[tuple[int, int, int]] = []
+        self._asked: list[int] = []
+        self._snapshot = active.snapshot()
+
+    def exit(self, hidden: Tensor, u: Tensor | None, layer: int, keeps: bool) -> None:
+        """keeps: a long skip is written at this layer."""
+        active, bound, limits = self._active, self.bound, self._limits
+        self._snapshot = torch.empty_like(active.lane_to_row) if keeps else None
+        given = {"bound": bound, "partner": self._partner, "snapshot": self._snapshot}
+        if limits is not None:
+            moves = active.exit_rows(u, limits[layer - 1], layer, **given)
+        else:
+            u = _larger_of_tied(u, self.row_to_lane, self._partner)
+            mask = self._decision.mask(u, layer, self.row_to_lane, self._running())
+            moves = active.exit_rows_where(mask, layer, **given)
+        settle_rows(moves, hidden, self.saved)
+        self._asked.append(layer)
+        before, self._count = self._count, self._count_sync.bound(active, self._asked, bound)
+        if self._count < before:
+            self.exits.append((layer, before, self._count))
+        bound = min(bound, bucket(self._count, active.num_lanes)) if self._rounds else self._count
+        if bound < self.bound:
+            self.bound, self.row_to_lane = bound, active.row_to_lane[:bound]
+
+    def keep(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        if self._snapshot is None:
+            self._snapshot = self._active.snapshot()
+        return hidden, self._snapshot
+
+    def skip(self, kept: tuple[Tensor, Tensor]) -> Skip:
+        rows, snapshot = kept
+        return Skip(rows, self.row_to_lane, snapshot)
+
+    def record(self, scores: Tensor, u: Tensor) -> None:
+        lanes = self.row_to_lane.long()
+        scores.index_copy_(0, lanes, torch.where(self._running(), u, scores.index_select(0, lanes)))
+
+    def finish(self, hidden: Tensor, num_layers: int) -> None:
+        active = self._active
+        moves = active.finish(num_layers, bound=self.bound)
+        if self.saved is None:
+            self.saved = hidden
+        else:
+            settle_rows(moves, hidden[: self.bound], self.saved)
+        if self._count:
+            self.exits.append((num_layers, self._count, 0))
+        # the set serves the next pass
+        self.exit_layer, self.moved = active.exit_layer.clone(), active.moved.clone()
+        exact = self._count_sync.exact
+        self.order: Tensor | None
+        self.exits, self.order = (self.exits, active.row_to_lane.clone()) if exact else (None, None)
+
+    def _running(self) -> Tensor:
+        """bool [n]: rows that run."""
+        return torch.arange(self.bound, device=self.row_to_lane.device) < self._active.count
+
+
+def _larger_of_tied(u: Tensor | None, row_to_lane: Tensor, partner: Tensor | None) -> Tensor | None:
+    """u by row, of two tied lanes the larger."""
+    if u is None or partner is None:
+        return u
+    lanes = row_to_lane.long()
+    by_lane = torch.zeros(len(partner), device=u.device).index_copy_(0, lanes, u)
+    return torch.maximum(u, by_lane.index_select(0, partner.index_select(0, lanes)))
+
+
+_idle = threading.local()
+_of_graphs: list[DeviceSet] = []  # a captured graph writes to the memory of its set for as long as it lives
+
+
+@contextmanager
+def device_set(B: int, device: torch.device) -> Iterator[DeviceSet]:
+    """A set that nobody uses, started. Making one needs pinned memory and waits for the device, so they are kept, apart
+    for threads, streams and captured graphs, which must not share one."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    kept = _idle.__dict__.setdefault((B, device, stream), [])
+    with torch.inference_mode(False):  # whatever mode the caller is in, the next one may be in another
+        active = kept.pop() if kept else DeviceSet(B, device)
+    active.start()
+    try:
+        yield active
+    finally:
+        (_of_graphs if active.recorded else kept).append(active)

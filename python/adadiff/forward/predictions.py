@@ -1,0 +1,42 @@
+"""Each lane's prediction, by the head of the layer after which it exited."""
+
+import torch
+from torch import Tensor
+
+from ..models.interface import Backbone
+from ..uem import Exits
+from .lane_by_lane import LaneRunner
+from .placement import DevicePlacement, HostPlacement
+from .runner import BlockRunner
+
+
+def predictions(
+    runner: BlockRunner | LaneRunner,
+    placement: HostPlacement | DevicePlacement,
+    backbone: Backbone,
+    exits: Exits | None,
+) -> Tensor:
+    """[B, C or 2 C, H, W]. One call where the head is shared or nobody exited early; else one for each layer at which
+    somebody exited, or, where only the device knows who that is, one for the last layer and one for all others."""
+    patches, last = placement.saved[:, backbone.num_prefix_tokens :], len(backbone.blocks)
+    if not len(patches):
+        C, H, W = backbone.sample_shape
+        return patches.new_empty(0, 2 * C if backbone.learned_variance else C, H, W)
+    lanes = placement.row_to_lane  # where nobody exited early, that is all of them in order
+    if not placement.in_order:
+        lanes = torch.arange(len(patches), dtype=torch.int32, device=patches.device)
+    shared = exits is None or exits.heads is None
+    if shared or (placement.exits is not None and all(layer == last for layer, _, _ in placement.exits)):
+        return runner.head(backbone.head, patches, lanes)
+    # where heads are small, one call for all lanes takes less time than several
+    by_lane = isinstance(placement, DevicePlacement) and isinstance(runner, BlockRunner)
+    if placement.exits is None or (by_lane and exits.config.head == "linear"):
+        at_last = (placement.exit_layer == last).view(-1, 1, 1, 1)
+        by_layer = runner.heads_by_lane(patches, lanes, placement.exit_layer)
+        return torch.where(at_last, runner.head(backbone.head, patches, lanes), by_layer)
+    parts = []
+    for layer, before, after in reversed(placement.exits):  # the last to exit lie first
+        lanes = placement.order[after:before]
+        parts.append(runner.head(exits.head(backbone, layer), patches.index_select(0, lanes), lanes))
+    prediction = torch.cat(parts)
+    return torch.empty_like(prediction).index_copy_(0, placement.order.long(), prediction)

@@ -1,0 +1,207 @@
+"""How blocks are run: plainly, fused with the passes that follow, or compiled."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from functools import cache
+from types import FunctionType
+
+import torch
+from torch import Tensor, nn
+
+from adadiff_kernels import LayerScores, Score, is_fused, layer_norm, residual_uem
+
+from ..models.interface import Backbone, Block, Conditioning, FusableBlock
+from ..uem import Exits
+from .options import ExecutionOptions
+from .placement import DevicePlacement, HostPlacement, Skip
+from .structure import Structure
+
+Rows = tuple[Tensor, Tensor | None]  # a block's output and u
+
+
+def plain_block(
+    block: Block,
+    hidden: Tensor,
+    cond: Conditioning,
+    skip: Tensor | None,
+    index: Tensor | None,
+    row_to_lane: Tensor | None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """hidden, out: [n, T, D]; skip and index: see `Block`; row_to_lane: int32 [n], None where row i carries lane i."""
+    return block(hidden, cond, skip, index, row_to_lane, out)
+
+
+def fused_block(
+    block: FusableBlock, hidden: Tensor, cond: Conditioning, skip: Skip | None, row_to_lane: Tensor, score: Score | None
+) -> Rows:
+    """The passes after a branch are one: its bias and gate, the sum, the score, and the norm of the next branch."""
+    if skip is not None:
+        hidden = block.join(hidden, *skip).to(hidden.dtype)
+    branches, u = block.branches, None
+    h = layer_norm(hidden, branches[0].norm(cond), row_to_lane)
+    for branch, after in zip(branches, (*branches[1:], None), strict=True):
+        b = branch(h, add_bias=False) if branch.bias is not None else branch(h)
+        hidden, h, u = residual_uem(
+            hidden,
+            b,
+            row_to_lane=row_to_lane,
+            gate=branch.gate(cond),
+            bias=branch.bias,
+            score=score if after is None else None,
+            norm=None if after is None else after.norm(cond),
+            out=b if b.dtype == hidden.dtype else None,  # nobody needs the branch any more
+        )
+    return hidden, u
+
+
+class BlockRunner:
+    """Blocks for all running rows at once, on a CPU a group of lanes at a time.
+
+    anybody: whether somebody may exit after the block that ran last; True where only the placement can tell.
+    """
+
+    def __init__(
+        self, backbone: Backbone, exits: Exits | None, execution: ExecutionOptions, structure: Structure, host: bool
+    ):
+        self._backbone, self._exits, self._nvtx = backbone, exits, execution.nvtx
+        self._group_size = execution.group_size or (structure.group_size if host else None)
+        self._fuses = not host
+        compiled = execution.runner == "compiled"
+        self._plain = compiled_function(plain_block) if compiled else plain_block
+        self._fused = compiled_function(fused_block) if compiled else fused_block
+        self._scores: LayerScores | None = None
+        self.anybody = True
+
+    def embed(self, x: Tensor, t: Tensor, context: Tensor | None, scored: bool, limits: Tensor | None) -> Tensor:
+        """[B, T, D]: the input of the first block. scored: some layer's score will be asked for; limits: float32
+        [L - 1, B] or None, below which score a lane may exit."""
+        hidden, self._cond = self._backbone.embed(x, t, context)
+        if scored:
+            exits = self._exits
+            offsets = exits.offsets(self._cond.time, t)
+            self._scores = LayerScores(exits.weight, offsets, exits.num_prefix_tokens, limits)
+        if self._fuses:
+            self._fuses = is_fused(hidden, 1 if self._exits is None else self._exits.outputs)
+        return hidden
+
+    def block(
+        self,
+        block: Block,
+        layer: int,
+        hidden: Tensor,
+        skip: Skip | None,
+        placement: HostPlacement | DevicePlacement,
+        scored: bool,
+    ) -> Rows:
+        """hidden: [n, T, D]. Returns the block's output and u, float32 [n], None unless scored."""
+        if self._nvtx:
+            with torch.cuda.nvtx.range(f"block {layer}"):
+                return self._block(block, layer, hidden, skip, placement, scored)
+        return self._block(block, layer, hidden, skip, placement, scored)
+
+    def _block(
+        self,
+        block: Block,
+        layer: int,
+        hidden: Tensor,
+        skip: Skip | None,
+        placement: HostPlacement | DevicePlacement,
+        scored: bool,
+    ) -> Rows:
+        row_to_lane = placement.row_to_lane
+        if self._fuses and hasattr(block, "branches"):
+            score = self._scores.of(layer, placement.tickets) if scored else None
+            return self._fused(block, hidden, self._cond, skip, row_to_lane, score)
+        n, group, rows, index = hidden.shape[0], self._group_size, None, None
+        if skip is not None:
+            rows, by_lane, index = skip
+            if by_lane is not None:
+                index = index.index_select(0, by_lane)
+            elif index is None and rows.shape[0] != n:
+                rows = rows[:n]
+        by_lane = None if placement.in_order else row_to_lane
+        scores = self._scores if scored else None
+        if group is not None and n > group:
+            return self._in_groups(block, layer, hidden, rows, index, by_lane, row_to_lane, scores)
+        y = self._plain(block, hidden, self._cond, rows, index, by_lane)
+        if scores is None:
+            self.anybody = True
+            return y, None
+        u = scores(y, layer, row_to_lane)
+        self.anybody = scores.anybody
+        return y, u
+
+    def _in_groups(
+        self,
+        block: Block,
+        layer: int,
+        hidden: Tensor,
+        skip: Tensor | None,
+        index: Tensor | None,
+        by_lane: Tensor | None,
+        row_to_lane: Tensor,
+        scores: LayerScores | None,
+    ) -> Rows:
+        out, u, self.anybody = torch.empty_like(hidden), [], scores is None
+        for part in _groups(hidden.shape[0], self._group_size):
+            own_skip = skip if skip is None or index is not None else skip[part]
+            own_index = None if index is None else index[part]
+            lanes = row_to_lane[part]
+            # by slices row i carries lane i no more
+            y = self._plain(block, hidden[part], self._cond, own_skip, own_index, lanes, out[part])
+            if scores is not None:
+                u.append(scores(y, layer, lanes).clone())
+                self.anybody |= scores.anybody
+        return out, torch.cat(u) if u else None
+
+    def head(self, head: nn.Module, patches: Tensor, lanes: Tensor) -> Tensor:
+        """patches: [n, N, D] of lanes: int32 [n]."""
+        return head(patches, self._cond, lanes)
+
+    def heads_by_lane(self, patches: Tensor, lanes: Tensor, exit_layer: Tensor) -> Tensor:
+        """Each lane through the head of its own layer, of 1..L-1; see `Exits.heads_by_lane`."""
+        return self._exits.heads_by_lane(patches, self._cond, lanes, exit_layer)
+
+
+def _groups(n: int, group: int) -> Iterator[slice]:
+    """n rows in as few groups as fit, of nearly equal size: a small last group would run at a worse rate."""
+    parts = -(-n // group)
+    bounds = [n * i // parts for i in range(parts + 1)]
+    return (slice(a, b) for a, b in itertools.pairwise(bounds))
+
+
+def compile_each_kind(function: Callable[..., Tensor | Rows], **options: object) -> Callable[..., Tensor | Rows]:
+    """`function` through torch.compile(dynamic=True, **options), for any number of rows and blocks.
+
+    Dynamo counts graphs by function, and after eight of them (torch._dynamo.config.recompile_limit) runs it eagerly. A
+    network needs more: blocks with and without skip, with and without score, one row or several. So every kind of call
+    has a function of its own.
+    """
+    number = itertools.count()
+
+    @cache
+    def own(*kind: object) -> Callable[..., Tensor | Rows]:
+        code = function.__code__.replace(co_name=f"{function.__name__}_{next(number)}")
+        renamed = FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
+        return torch.compile(renamed, dynamic=True, **options)
+
+    def call(block: Block, *given: object) -> Tensor | Rows:
+        return own(type(block), *map(_kind, given))(block, *given)
+
+    return call
+
+
+def _kind(value: object) -> object:
+    """Of an argument, by which one graph cannot serve for another."""
+    if isinstance(value, Tensor):
+        return value.shape[0] == 1
+    if isinstance(value, Score):
+        return value.offset.shape[0] == 1
+    return None if value is None else type(value)
+
+
+@cache
+def compiled_function(function: Callable[..., Tensor | Rows]) -> Callable[..., Tensor | Rows]:
+    """`compile_each_kind`, one for all forward passes, so that nothing is compiled twice."""
+    return compile_each_kind(function)

@@ -1,0 +1,52 @@
+"""What a forward pass needs to know of a network beforehand. Computed once for each network."""
+
+from itertools import accumulate
+from weakref import WeakKeyDictionary
+
+from ..models.interface import Backbone
+from ..uem import Exits
+from .output import Costs
+
+# On a CPU a block runs over groups of lanes with about so many tokens: enough for products at their full rate, few
+# enough that what one writes is still in the cache when the next reads it. Rows do not see each other inside a block.
+CPU_GROUP_TOKENS = 2048
+
+
+class Structure:
+    """blocks; num_layers: L; skips: indices of the blocks whose output a later one joins; group_size: lanes per block
+    call on a CPU."""
+
+    def __init__(self, backbone: Backbone):
+        self.blocks = tuple(backbone.blocks)
+        self.num_layers = len(self.blocks)
+        self.skips = frozenset(block.skip_from for block in self.blocks) - {None}
+        self.group_size = max(1, round(CPU_GROUP_TOKENS / backbone.tokens))
+        self._block_macs = [block.macs(backbone.tokens) for block in self.blocks]
+        self._ends = sum(backbone.stem_and_head_macs())
+        self._tokens, self._patches = backbone.tokens, backbone.tokens - backbone.num_prefix_tokens
+        self._costs: dict[tuple[int, int, frozenset[int]], Costs] = {}
+        self._last: tuple[Exits | None, frozenset[int], Costs] | None = None
+
+    def costs(self, exits: Exits | None, scored: frozenset[int]) -> Costs:
+        """scored: layers whose score is computed."""
+        if self._last is not None and self._last[0] is exits and self._last[1] == scored:
+            return self._last[2]
+        score = exits.macs(self._tokens - exits.num_prefix_tokens) if exits is not None and scored else 0
+        head = 0 if exits is None else exits.head_macs(self._patches)
+        key = score, head, scored
+        if key not in self._costs:
+            each = [macs + score * (layer in scored) for layer, macs in enumerate(self._block_macs, start=1)]
+            *inner, last = (self._ends + macs for macs in accumulate(each, initial=0))
+            by_exit_layer = (*(macs + head for macs in inner), last)
+            self._costs[key] = Costs(sum(self._block_macs) + self._ends, (by_exit_layer,))
+        self._last = exits, scored, self._costs[key]
+        return self._costs[key]
+
+
+_structures: WeakKeyDictionary[Backbone, Structure] = WeakKeyDictionary()
+
+
+def structure_of(backbone: Backbone) -> Structure:
+    if (found := _structures.get(backbone)) is None:
+        found = _structures[backbone] = Structure(backbone)
+    return found

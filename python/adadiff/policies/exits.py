@@ -1,0 +1,183 @@
+"""Who exits when: the full network, thresholds, patience, a batch's mean, fixed depths, recorded runs."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from .interface import ExitContext, ExitPolicy, LimitPolicy, limits_from_depth
+
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+@dataclass(frozen=True)
+class Full(LimitPolicy):
+    """Nobody exits, and nothing is scored: the plain network. Spelled "full"."""
+
+    needs_scores = False
+
+    def exit_layers(self, num_layers: int) -> Sequence[int]:
+        return ()
+
+    def check_thresholds(self, thresholds: Tensor) -> None:
+        if not bool(thresholds.isnan().all()):
+            raise ValueError("the policy 'full' takes no thresholds")
+
+    def limits(self, context: ExitContext) -> Tensor:
+        return torch.full((context.num_layers - 1, len(context.t)), -torch.inf, device=context.t.device)
+
+    def __str__(self) -> str:
+        return "full"
+
+
+@dataclass(frozen=True)
+class _ByUncertainty(ExitPolicy):
+    """min_layer: the first layer after which anybody may exit. A UEM learns how far a layer is from the true noise, not
+    how far it is from the full network, and the shallowest heads are often the worst."""
+
+    threshold: float = field()  # required; ExitPolicy has a default
+    min_layer: int = 1
+    name: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        self.check_thresholds(torch.tensor([float(self.threshold)]))
+        if type(self.min_layer) is not int or self.min_layer < 1:
+            raise ValueError(f"min_layer must be a whole number of 1 or more, got {self.min_layer!r}")
+
+    def exit_layers(self, num_layers: int) -> Sequence[int]:
+        return range(self.min_layer, num_layers)
+
+    def check_thresholds(self, thresholds: Tensor) -> None:
+        if not bool(((thresholds > 0) & (thresholds < 1)).all()):
+            raise ValueError(f"thresholds must lie strictly between 0 and 1, got {thresholds.flatten().tolist()[:8]}")
+
+    def __str__(self) -> str:
+        return f"exit:{self.name}{self.threshold:g}" + (f",min_layer={self.min_layer}" if self.min_layer > 1 else "")
+
+
+@dataclass(frozen=True)
+class Threshold(LimitPolicy, _ByUncertainty):
+    """AdaDiff: exit after the first layer with u < threshold, every lane on its own. Spelled "exit:0.135,min_layer=3".
+
+    Tang et al., ECCV 2024, section 3.3."""
+
+    same_limits = True
+
+    def limits(self, context: ExitContext) -> Tensor:
+        limits = context.threshold.float().expand(context.num_layers - 1, -1)
+        if self.min_layer > 1:
+            limits = limits.clone()
+            limits[: self.min_layer - 1] = -torch.inf
+        return limits
+
+
+@dataclass(frozen=True)
+class Patience(_ByUncertainty):
+    """The authors' code (libs/uvit.py, forward): among the in-blocks the first u < threshold is ignored. Spelled
+    "exit:patience=0.08"."""
+
+    name = "patience="
+
+    def exit_mask(self, u: Tensor, layer: int, context: ExitContext) -> Tensor:
+        triggered = u < context.threshold
+        if layer > context.num_layers // 2:  # the mid block and the out-blocks exit at once
+            return triggered
+        first = triggered & (context.state == 0)
+        context.state.add_(triggered)
+        return triggered & ~first
+
+
+@dataclass(frozen=True)
+class BatchMean(_ByUncertainty):
+    """A baseline, not for use: one decision for the batch, by its mean uncertainty, as in the authors' sampler. Spelled
+    "exit:batch-mean=0.07"."""
+
+    whole_batch = True
+    name = "batch-mean="
+
+    def exit_mask(self, u: Tensor, layer: int, context: ExitContext) -> Tensor:
+        return u.mean() < context.threshold
+
+
+@dataclass(frozen=True)
+class Depth(LimitPolicy):
+    """Everybody exits after `threshold` blocks, unscored. Spelled "exit:depth=8".
+
+    A fraction is spread over timesteps: 7.3 means 7 blocks at about 70 % of them and 8 at the others, evenly (the
+    multiples of the golden ratio fill the unit interval evenly), so that fixed depth can meet any mean depth.
+    """
+
+    threshold: float = field()  # required; ExitPolicy has a default
+    needs_scores = False
+
+    def __post_init__(self) -> None:
+        self.check_thresholds(torch.tensor([float(self.threshold)]))
+
+    def check_thresholds(self, thresholds: Tensor) -> None:
+        if not bool((torch.isfinite(thresholds) & (thresholds >= 1)).all()):
+            raise ValueError(f"a depth is at least 1 block, got {thresholds.flatten().tolist()[:8]}")
+
+    def limits(self, context: ExitContext) -> Tensor:
+        t, depth = context.t, context.threshold
+        deeper = torch.frac(t.double() * GOLDEN) < torch.frac(depth.double())
+        return limits_from_depth(context.num_layers, torch.floor(depth) + deeper)
+
+    def __str__(self) -> str:
+        return f"exit:depth={self.threshold:g}"
+
+
+@dataclass(frozen=True, eq=False)
+class Replay(LimitPolicy):
+    """Lanes exit after known numbers of blocks: those given as thresholds, or those of a recorded run, see
+    `from_report`.
+
+    For measuring the cost of a known exit pattern, decisions included, and for looking at a run again. exit_layer:
+    uint8 [steps, samples, 2] or None. needs_scores: scores are computed as if they were read.
+    """
+
+    exit_layer: Tensor | None = None
+    needs_scores: bool = True
+
+    @staticmethod
+    def from_report(report: "RecordedExits", needs_scores: bool = False) -> "Replay":
+        """Every sample exits at every step where it did in the run reported. A run of as many samples and steps."""
+        return Replay(report.exit_layer, needs_scores)
+
+    @property
+    def needs_ids(self) -> bool:
+        return self.exit_layer is not None
+
+    @property
+    def needs_threshold(self) -> bool:
+        return self.exit_layer is None
+
+    def check_thresholds(self, thresholds: Tensor) -> None:
+        if self.exit_layer is not None:
+            if not bool(thresholds.isnan().all()):
+                raise ValueError("a recorded run knows its exit layers; leave thresholds out")
+        elif not bool((thresholds >= 1).all()):
+            raise ValueError(
+                f"replayed exit layers are given as thresholds of at least 1, got {thresholds.flatten().tolist()[:8]}"
+            )
+
+    def limits(self, context: ExitContext) -> Tensor:
+        return limits_from_depth(context.num_layers, self._depth(context))
+
+    def _depth(self, context: ExitContext) -> Tensor:
+        if self.exit_layer is None:
+            return context.threshold
+        ids, (steps, samples, _) = context.ids, self.exit_layer.shape
+        fits = (ids.step < steps) & (ids.sample < samples)
+        if not bool(fits.all()):
+            raise ValueError(f"the recorded run has {steps} steps of {samples} samples, this one has more")
+        depth = self.exit_layer.to(ids.step.device)[ids.step, ids.sample, ids.half].float()
+        return depth.where(depth > 0, torch.inf)  # a lane that did not run then
+
+
+class RecordedExits(Protocol):
+    """What a report has: exit_layer, uint8 [steps, samples, 2], 0 where a lane did not run."""
+
+    exit_layer: Tensor

@@ -1,0 +1,51 @@
+"""The policies of the samples in flight."""
+
+import dataclasses
+
+import numpy as np
+
+from . import calibrated, exits
+from .interface import ExitPolicy
+
+# They read thresholds from the context alone, so that those that differ in nothing else are asked together. A policy of
+# somebody else may read its own, so two of them are two, unless they are equal.
+_MERGED = {
+    *(exits.Full, exits.Threshold, exits.Patience, exits.BatchMean, exits.Depth, exits.Replay),
+    *(calibrated.CalibratedThresholds, calibrated.CalibratedDepths),
+}
+
+
+class PolicySet:
+    """Policies in use, each kind once."""
+
+    def __init__(self) -> None:
+        self._index: dict[object, int] = {}
+        self.kinds: list[ExitPolicy] = []
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+    def add(self, policy: ExitPolicy) -> int:
+        """The index of its kind."""
+        index = self._index.setdefault(_kind(policy), len(self.kinds))
+        if index == len(self.kinds):
+            self.kinds.append(policy)
+        return index
+
+    def keep(self, used: np.ndarray) -> np.ndarray:
+        """Forgets all but the kinds used: int64 [n]. Returns their new indices, int64 [n]."""
+        kept, index = np.unique(used, return_inverse=True)
+        self.kinds = [self.kinds[i] for i in kept]
+        self._index = {_kind(policy): i for i, policy in enumerate(self.kinds)}
+        return index
+
+
+def _kind(policy: ExitPolicy) -> object:
+    if type(policy) in _MERGED:
+        settings = (getattr(policy, field.name) for field in dataclasses.fields(policy) if field.name != "threshold")
+        return type(policy), *settings
+    try:
+        hash(policy)
+    except TypeError:  # it compares by value, but has no hash
+        return id(policy)
+    return policy

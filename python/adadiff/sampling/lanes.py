@@ -1,0 +1,89 @@
+"""The lanes of one forward pass: which samples they belong to, and in which order they lie."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..policies.interface import ExitPolicy
+from .ordering import ExpectedDepth
+from .slots import SlotState
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """B lanes of k samples. sample: int64 [B], position among the samples; half: int64 [B], 1 for the unconditional
+    ones.
+
+    conditional: int64 [k], the lane of each sample's conditional half, None where that is 0..k-1; unconditional: int64
+    [k], that of the other, -1 where there is none; None where there are none at all.
+    policies: those in use; policy_index: int64 [B] or None; partner: int64 [B] or None, see `forward`; may_exit:
+    somebody may exit before the last layer.
+    """
+
+    sample: np.ndarray
+    half: np.ndarray
+    conditional: np.ndarray | None
+    unconditional: np.ndarray | None
+    policies: Sequence[ExitPolicy]
+    policy_index: np.ndarray | None
+    partner: np.ndarray | None
+    may_exit: bool
+
+    @property
+    def in_order(self) -> bool:
+        """Lane i is the conditional half of sample i, and there are no others."""
+        return self.conditional is None and self.unconditional is None
+
+
+def lanes_of(
+    state: SlotState,
+    slots: np.ndarray,
+    t: np.ndarray,
+    kinds: Sequence[ExitPolicy],
+    num_layers: int,
+    expected: ExpectedDepth,
+) -> Lanes:
+    """The lanes that the samples at slots: int64 [k] need at times t: float32 [k], those expected to exit last first.
+
+    kinds: of the policies, by index.
+    """
+    k, guidance = len(slots), state.guidance[slots]
+    sample, half, guided = np.arange(k), np.zeros(k, dtype=np.int64), None
+    if guidance.any():
+        low, high = state.interval[slots].T
+        guided = ((guidance != 0) & (low <= t) & (t <= high)).nonzero()[0]
+        guided = guided if len(guided) else None
+    if guided is not None:  # the unconditional lanes last
+        sample = np.concatenate([sample, guided])
+        half = np.concatenate([half, np.ones(len(guided), dtype=np.int64)])
+    index, used = None, kinds
+    if len(kinds) > 1:
+        present, index = np.unique(state.policy[slots], return_inverse=True)
+        used = [kinds[i] for i in present]
+        index = None if len(used) == 1 else index[sample]
+    may_exit = any(policy.exit_layers(num_layers) for policy in used)
+    order, lane = None, sample
+    if may_exit and len(sample) > 1:
+        order = expected.order(t, slots, half) if guided is None else expected.order(t[sample], slots[sample], half)
+        if (order[1:] > order[:-1]).all():
+            order = None  # as they lie
+    if order is not None or guided is not None:
+        lane = np.arange(len(sample))
+    if order is not None:
+        lane[order] = lane.copy()  # where each lies
+    partner = None
+    if guided is not None and state.tied[slots[guided]].any():
+        partner = np.arange(len(sample))
+        both = state.tied[slots[guided]].nonzero()[0]
+        partner[guided[both]], partner[k + both] = k + both, guided[both]
+        partner = partner if order is None else lane[partner[order]]
+    unconditional = None
+    if guided is not None:
+        unconditional = np.full(k, -1)
+        unconditional[guided] = lane[k:]
+    if order is not None:
+        sample, half = sample[order], half[order]
+        index = None if index is None else index[order]
+    conditional = None if order is None else lane[:k]
+    return Lanes(sample, half, conditional, unconditional, used, index, partner, may_exit)

@@ -1,0 +1,129 @@
+"""What samples ask for."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..diffusion.solvers import solver_from
+from ..diffusion.tables import Solver
+from ..policies.interface import ExitPolicy
+from ..policies.spelling import DEFAULT
+
+Numbers = Sequence[float] | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SamplingParams:
+    """One value for all samples, or a sequence with one for each. Checked on construction as far as no model is needed,
+    and against the model before any work.
+
+    seed: in [0, 2^63); a sample is a function of its seed, not of its batch. One number: sample i has seed + i; None:
+    0. class_labels: None: no class (the null class). text_embeds: float [N, E] for all, or [n, N, E], for models that
+    take text; null_text_embeds: [N, E], those of the empty prompt, which guidance needs.
+    steps: network evaluations. solver: "ddim", "ddim:ETA", "ddpm", "dpm++2m", "dpm-fast", "dpm++fast",
+    "euler-maruyama" (settings: see `solver_from`) or a Solver.
+    policy: "full", "exit:0.135,min_layer=3", "exit:patience=0.08", "exit:depth=8", "exit:batch-mean=0.07", of a
+    calibrated model "exit:budget=0.55" and "exit:table=0.55", or an ExitPolicy. thresholds: instead of the policy's
+    own. guidance_scale: uncond + guidance_scale (cond - uncond), as in diffusers; 1 is none. guidance_interval: (low,
+    high), or [n, 2], in the network's time 0..1000; at other times there is no guidance, and no unconditional lane is
+    run. guided_channels: how many channels are guided, from the first on (None: what the model was published with).
+    tied: the two lanes of a guided sample exit together, by the larger uncertainty.
+    init_image: float [C, H, W] for all, or [n, C, H, W], images to begin from; strength: in (0, 1], the share of the
+    steps that is run from there (None: 0.8), as in diffusers' image-to-image (SDEdit). A singlestep solver begins with
+    a whole step, so it may run an evaluation or two more.
+    record_scores: the report has every uncertainty that was computed.
+    Raises ValueError for anything else, naming what was given.
+    """
+
+    seed: int | Sequence[int] | Tensor | None = None
+    class_labels: int | Sequence[int] | Tensor | None = None
+    text_embeds: Tensor | None = None
+    null_text_embeds: Tensor | None = None
+    steps: int | Sequence[int] | Tensor = 50
+    solver: str | Solver = "ddim"
+    policy: str | ExitPolicy = DEFAULT
+    thresholds: float | Numbers | None = None
+    guidance_scale: float | Numbers = 1.0
+    guidance_interval: Numbers | None = None
+    guided_channels: int | Sequence[int] | Tensor | None = None
+    tied: bool = False
+    init_image: Tensor | None = None
+    strength: float | Numbers | None = None
+    record_scores: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.policy, str | ExitPolicy):
+            raise ValueError(f"a policy is an ExitPolicy or text such as 'exit:0.1', got {self.policy!r}")
+        if isinstance(self.solver, str):
+            object.__setattr__(self, "solver", solver_from(self.solver))
+        elif not hasattr(self.solver, "table"):
+            raise ValueError(f"a solver is a Solver or text such as 'ddim', got {self.solver!r}")
+        for name in ("tied", "record_scores"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name in ("seed", "class_labels", "guided_channels"):
+            _check_numbers(name, getattr(self, name), whole=True)
+        _check_numbers("steps", self.steps, whole=True, least=1)
+        _check_numbers("seed", self.seed, whole=True, least=0)
+        for name in ("thresholds", "guidance_scale", "strength"):
+            _check_numbers(name, getattr(self, name))
+        if self.strength is not None:
+            strength = torch.as_tensor(self.strength).flatten()
+            if not bool(((strength > 0) & (strength <= 1)).all()):
+                raise ValueError(f"strength must lie in (0, 1], got {strength.tolist()[:8]}")
+            if self.init_image is None:
+                raise ValueError("strength says how far to go back from init_image; give that, too")
+        for name in ("text_embeds", "null_text_embeds", "init_image"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, Tensor) and value.is_floating_point()):
+                raise ValueError(f"{name} must be a float tensor, got {_shown(value)}")
+
+    @staticmethod
+    def of(params: "SamplingParams | None", settings: dict[str, Any]) -> "SamplingParams":
+        """`params`, with `settings` by name in place of its own; both may be absent. ValueError for an unknown name."""
+        names = [field.name for field in dataclasses.fields(SamplingParams)]
+        if unknown := [name for name in settings if name not in names]:
+            raise ValueError(f"unknown setting {', '.join(unknown)}; there are {', '.join(names)}")
+        if params is None:
+            return SamplingParams(**settings)
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"params must be SamplingParams, got {_shown(params)}")
+        return dataclasses.replace(params, **settings) if settings else params
+
+
+def per_sample(name: str, value: object, n: int, dtype: torch.dtype) -> Tensor:
+    """A number for all, or one for each, as a tensor [n] of its own. ValueError for another length."""
+    given = torch.as_tensor(value)
+    if given.ndim == 0:
+        given = given.expand(n)
+    if given.shape != (n,):
+        raise ValueError(f"{name} must be one number, or one for each sample, {n}, got shape {list(given.shape)}")
+    return given.to(dtype, copy=True)
+
+
+def _check_numbers(name: str, value: object, whole: bool = False, least: float = -math.inf) -> None:
+    """ValueError unless `value` is None, a finite number, or a sequence or tensor [n] of them."""
+    if value is None:
+        return
+    try:
+        given = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{name} must be a number or one for each sample, got {_shown(value)}: {error}") from None
+    if given.ndim > 1:
+        raise ValueError(f"{name} must be a number or one for each sample, got shape {list(given.shape)}")
+    integer = not given.dtype.is_floating_point and given.dtype != torch.bool
+    if given.dtype == torch.bool or (whole and not integer and given.numel()):
+        raise ValueError(f"{name} must be {'whole ' if whole else ''}numbers, got {_shown(value)}")
+    if not bool(torch.isfinite(given).all()):
+        raise ValueError(f"{name} must be finite, got {_shown(value)}")
+    if given.numel() and float(given.min()) < least:
+        raise ValueError(f"{name} must be at least {least:g}, got {given.min().item()}")
+
+
+def _shown(value: object) -> str:
+    return f"a tensor {list(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else repr(value)

@@ -1,0 +1,86 @@
+"""Exit layers and scores of one forward pass, on their way from the device to the host."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..forward.output import ForwardOutput
+from .lanes import Lanes
+
+
+class Learnt(NamedTuple):
+    """exit_layer: uint8 [k, 2] by sample and half (conditional, unconditional), 0 where there is none; scores: float32
+    [k, 2, L] or None, NaN where a sample's own policy did not ask."""
+
+    exit_layer: np.ndarray
+    scores: np.ndarray | None
+
+
+class PassRecord:
+    """slots, tenancy, step: int64 [k], of the k samples that made a step, see `SlotState`. t: float32 [k]. recorded:
+    bool [k], whose scores were asked for.
+
+    The copies to the host are queued at once; `read` waits for them.
+    """
+
+    def __init__(
+        self,
+        slots: np.ndarray,
+        tenancy: np.ndarray,
+        step: np.ndarray,
+        t: np.ndarray,
+        recorded: np.ndarray,
+        lanes: Lanes,
+        output: ForwardOutput,
+    ):
+        self.slots, self.tenancy, self.step, self.t = slots, tenancy, step, t
+        self.recorded, self.lanes = recorded, lanes
+        self._costs, self._moved = output.costs, output.moved
+        exit_layer, self._event = output.exit_layer, None
+        if exit_layer.is_cuda:
+            exit_layer = torch.cat([exit_layer, torch.as_tensor(output.moved)])
+        self._exit_layer, self._scores = _to_host(exit_layer), None
+        if output.scores is not None:
+            self._scores = _to_host(output.scores)
+        if exit_layer.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
+        self._learnt: Learnt | None = None
+
+    def read(self) -> Learnt:
+        """Waits for the device where that is needed. Sets by_lane, integers [B], macs, macs_full and rows_moved."""
+        if self._learnt is not None:
+            return self._learnt
+        if self._event is not None:
+            self._event.synchronize()
+            *_, self._moved = self._exit_layer.tolist()
+            self._exit_layer = self._exit_layer[:-1]
+        lanes, k = self.lanes, len(self.slots)
+        self.by_lane = self._exit_layer.numpy()
+        self.macs = self._costs.total(self.by_lane.tolist())
+        self.macs_full, self.rows_moved = len(self.by_lane) * self._costs.plain, int(self._moved)
+        exit_layer, scores = np.zeros((k, 2), dtype=np.uint8), None
+        exit_layer[lanes.sample, lanes.half] = self.by_lane
+        if self._scores is not None:
+            scores = np.full((k, 2, len(self._scores)), np.nan, dtype=np.float32)
+            scores[lanes.sample, lanes.half] = np.where(self._asked(), self._scores.numpy().T, np.nan)
+            scores[~self.recorded] = np.nan
+        self._learnt = Learnt(exit_layer, scores)
+        return self._learnt
+
+    def _asked(self) -> np.ndarray:
+        """bool [1 or B, L]: where a lane's own policy asks for a score. Others are computed for its mates."""
+        policies, num_layers = self.lanes.policies, len(self._scores)
+        asked = np.zeros((len(policies), num_layers), dtype=bool)
+        for own, policy in zip(asked, policies, strict=True):
+            if policy.needs_scores:
+                own[[layer - 1 for layer in policy.exit_layers(num_layers)]] = True
+        return asked if self.lanes.policy_index is None else asked[self.lanes.policy_index]
+
+
+def _to_host(value: Tensor) -> Tensor:
+    if not value.is_cuda:
+        return value.to("cpu")
+    return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)

@@ -1,0 +1,193 @@
+"""Samples whose parameters have been checked against a model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..diffusion.schedules import NoiseSchedule
+from ..diffusion.tables import Solver
+from ..model import Model
+from ..policies.interface import ExitPolicy, exit_layers_of
+from ..policies.spelling import policy_from
+from .params import SamplingParams, per_sample
+
+
+@dataclass(frozen=True)
+class SampleBatch:
+    """n samples with one policy and one solver; everything else by sample. Made by `SampleBatch.of`, which checks."""
+
+    n: int
+    policy: ExitPolicy
+    solver: Solver
+    seeds: Tensor  # int64 [n]
+    steps: Tensor  # int64 [n]
+    first: Tensor  # int64 [n], the step each begins at; more than 0 where it starts from an image
+    threshold: Tensor  # float32 [n], NaN where there is none
+    guidance: Tensor  # float32 [n], guidance_scale - 1
+    interval: Tensor  # float32 [n, 2], first and last of the network's times at which there is guidance
+    channels: Tensor  # int64 [n], how many are guided, from the first on
+    tied: bool
+    context: Tensor | None  # labels int64 [n], text [n, N, E]
+    null: Tensor | None  # context of the unconditional lanes, [n] or [n, N, E]; None without guidance
+    init_image: Tensor | None  # float32 [n, C, H, W]
+    record_scores: bool
+
+    @property
+    def lanes(self) -> int:
+        """Sequences that the network sees, at most: two for a guided sample."""
+        return self.n + int(self.guidance.count_nonzero())
+
+    @staticmethod
+    def of(model: Model, n: int, params: SamplingParams | None = None, **settings: object) -> "SampleBatch":
+        """n samples of `model`; settings: `SamplingParams` by name. Raises ValueError for what does not fit the
+        model."""
+        whole("n", n, 0)
+        params = SamplingParams.of(params, settings)
+        policy = policy_from(params.policy, model.calibration)
+        asked = exit_layers_of(policy, model.num_layers)
+        if model.exits is None and asked:
+            raise ValueError("this model has no exits; sample it with policy='full'")
+        guidance = (per_sample("guidance_scale", params.guidance_scale, n, torch.float64) - 1).float()
+        guided = bool(guidance.ne(0).any())
+        if model.config.network.context_tokens:
+            if params.class_labels is not None:
+                raise ValueError("this model takes text; leave class_labels out")
+            context, null = _text(model, params, n, guided)
+        else:
+            if params.text_embeds is not None or params.null_text_embeds is not None:
+                raise ValueError("this model takes no text; leave text_embeds and null_text_embeds out")
+            context, null = _labels(model, params.class_labels, n, guided)
+        steps = per_sample("steps", params.steps, n, torch.int64)
+        for count in set(steps.tolist()):
+            _check_steps(params.solver, model.schedule, count)
+        init_image, first = _init_image(model, params, steps, n)
+        return SampleBatch(
+            n=n,
+            policy=policy,
+            solver=params.solver,
+            seeds=_seeds(params.seed, n),
+            steps=steps,
+            first=first,
+            threshold=_thresholds(policy, params.thresholds, n),
+            guidance=guidance,
+            interval=_interval(params.guidance_interval, n, model.schedule),
+            channels=_channels(model, params.guided_channels, n),
+            tied=params.tied,
+            context=context,
+            null=null,
+            init_image=init_image,
+            record_scores=params.record_scores,
+        )
+
+
+@lru_cache(maxsize=1024)
+def _check_steps(solver: Solver, schedule: NoiseSchedule, steps: int) -> None:
+    solver.table(schedule, steps)
+
+
+def whole(name: str, value: int, least: int) -> None:
+    """ValueError unless `value` is an int of at least `least`."""
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+
+
+def _seeds(given: int | Sequence[int] | Tensor | None, n: int) -> Tensor:
+    given = torch.as_tensor(0 if given is None else given)
+    if given.ndim:
+        return per_sample("seed", given, n, torch.int64)
+    if int(given) + n - 1 >= 2**63:
+        raise ValueError(f"seed must be below 2^63 for every sample; got {int(given)} for the first of {n}")
+    return given.long() + torch.arange(n)
+
+
+def _thresholds(policy: ExitPolicy, given: object, n: int) -> Tensor:
+    own = torch.nan if policy.threshold is None else float(policy.threshold)
+    threshold = per_sample("thresholds", own if given is None else given, n, torch.float32)
+    if n:
+        policy.check_thresholds(threshold)
+    return threshold
+
+
+def _interval(given: Sequence[float] | Tensor | None, n: int, schedule: NoiseSchedule) -> Tensor:
+    if given is None:
+        return torch.tensor([-torch.inf, torch.inf]).repeat(n, 1)
+    try:
+        interval = torch.as_tensor(given, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"guidance_interval must be (low, high), got {given!r}: {error}") from None
+    if interval.shape not in ((2,), (n, 2)):
+        raise ValueError(f"guidance_interval must be (low, high) or [{n}, 2], got shape {list(interval.shape)}")
+    interval = interval.expand(n, 2).clone()
+    if not bool((interval[:, 0] <= interval[:, 1]).all()):
+        raise ValueError(f"guidance_interval must have low <= high, got {given!r}")
+    high, low = schedule.times
+    if bool(((interval[:, 0] > high) | (interval[:, 1] < low)).any()):
+        raise ValueError(f"guidance_interval holds none of the network's times, {low:.3g}..{high:g}: {given!r}")
+    return interval
+
+
+def _channels(model: Model, given: int | Sequence[int] | Tensor | None, n: int) -> Tensor:
+    most = model.backbone.sample_shape[0]
+    published = most if model.config.guided_channels is None else model.config.guided_channels
+    channels = per_sample("guided_channels", published if given is None else given, n, torch.int64)
+    if n and not 1 <= int(channels.min()) <= int(channels.max()) <= most:
+        raise ValueError(f"guided_channels must lie in 1..{most}, got {sorted(set(channels.tolist()))[:8]}")
+    return channels
+
+
+def _labels(
+    model: Model, given: int | Sequence[int] | Tensor | None, n: int, guided: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    config = model.config
+    if guided and config.null_label is None:
+        raise ValueError("guidance needs a model with a null class")
+    if not config.network.num_classes:
+        if given is not None:
+            raise ValueError("this model has no classes; leave class_labels out")
+        return None, None
+    null = torch.full((n,), config.null_label) if config.null_label is not None else None
+    if given is None:
+        if null is None:
+            raise ValueError(f"this model needs class_labels in 0..{config.classes - 1}")
+        return null, null
+    labels = per_sample("class_labels", given, n, torch.int64)
+    if n and not 0 <= int(labels.min()) <= int(labels.max()) < config.classes:
+        raise ValueError(f"class_labels must be in 0..{config.classes - 1}, got {sorted(set(labels.tolist()))[:8]}")
+    return labels, null
+
+
+def _text(model: Model, params: SamplingParams, n: int, guided: bool) -> tuple[Tensor, Tensor | None]:
+    network = model.config.network
+    shape = (network.context_tokens, network.context_dim)
+    text, null = params.text_embeds, params.null_text_embeds
+    if text is None or tuple(text.shape) not in (shape, (n, *shape)):
+        raise ValueError(f"this model takes text: text_embeds must be float {list(shape)} or {[n, *shape]}")
+    if guided and null is None:
+        raise ValueError("guidance needs null_text_embeds, those of the empty prompt")
+    if null is not None and tuple(null.shape) != shape:
+        raise ValueError(f"null_text_embeds must be float {list(shape)}, got {list(null.shape)}")
+    dtype = model.backbone.pos_embed.dtype  # what the network makes of it, so that mates may bring other dtypes
+    null = None if null is None else null.detach().to(dtype, copy=True).expand(n, *shape)
+    return text.detach().to(dtype, copy=True).expand(n, *shape), null
+
+
+def _init_image(model: Model, params: SamplingParams, steps: Tensor, n: int) -> tuple[Tensor | None, Tensor]:
+    """The images to begin from and the first step of each sample."""
+    image, strength = params.init_image, params.strength
+    if image is None:
+        return None, torch.zeros_like(steps)
+    shape = model.backbone.sample_shape
+    if tuple(image.shape) not in (shape, (n, *shape)):
+        raise ValueError(f"init_image must be float {list(shape)} or {[n, *shape]}, got {list(image.shape)}")
+    if not bool(image.isfinite().all()):
+        raise ValueError("init_image holds NaN or infinity")
+    strength = per_sample("strength", 0.8 if strength is None else strength, n, torch.float32)
+    kept = (strength.double() * steps + 1e-6).long().clamp(min=1)  # steps that are run; float32 0.3 is above 0.3
+    first = steps - kept
+    for i in first.nonzero().squeeze(1).tolist():
+        starts = params.solver.table(model.schedule, int(steps[i])).starts
+        first[i] = starts[: first[i] + 1].nonzero().max()
+    return image.detach().float().expand(n, *shape).clone(), first
