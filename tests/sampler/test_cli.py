@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import adadiff
 from adadiff import cli
-from adadiff.commands import calibrate, diff, evaluate, info, models, sample, train
+from adadiff.commands import calibrate, diff, evaluate, info, models, sample, texts, train
 from adadiff.config import ModelConfig
 from adadiff.sampling.batch import Batch
 from adadiff.training.config import FORMAT_VERSION, TrainConfig
@@ -210,14 +210,14 @@ def test_ctrl_c_without_results_says_so(tiny, monkeypatch, capsys):
     assert error_line(capsys.readouterr().err) == "adadiff: interrupted; no results are on disk"
 
 
-@pytest.mark.parametrize("command", [*cli.EXAMPLES])
+@pytest.mark.parametrize("command", [*texts.EXAMPLES])
 def test_help_explains_every_option_and_its_examples_parse(command):
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as end:
         cli.main([command, "--help"])
     assert end.value.code == 0
-    assert cli.EXAMPLES[command] in printed.getvalue()
-    examples = cli.EXAMPLES[command].replace("\\\n", "")
+    assert texts.EXAMPLES[command] in printed.getvalue()
+    examples = texts.EXAMPLES[command].replace("\\\n", "")
     lines = re.findall(r"^  (?:torchrun .*-m )?adadiff (.*)$", examples, re.MULTILINE)
     assert lines
     for line in lines:

@@ -65,9 +65,8 @@ class Batch:
     """Up to `capacity` samples of one model. Slots of finished and failed samples are free again once `take`n or
     `release`d; what becomes of a sample does not depend on its slot.
 
-    What the host decides by lies on the CPU, what network and solver see on `device` (default: the model's). The host
-    does not wait for exit layers: it reads those of a tick when it has queued the next one, or when samples are done.
-    The order of lanes goes by what was read, so it learns one tick late, on every device the same.
+    What the host decides by lies on the CPU, what network and solver see on `device` (default: the model's). Exit
+    layers of a tick are read when the next one is queued, or samples are done; the order of lanes learns one tick late.
     forward: in place of `run_forward`, as `TwoStageForward`, for experiments and tests.
     """
 
