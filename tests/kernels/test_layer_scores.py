@@ -88,6 +88,18 @@ def test_an_exit_is_the_same_with_and_without_the_question() -> None:
         assert scores._core is None or scores.anybody == (active.count < B)
 
 
+def test_a_score_at_its_limit_is_not_below_it() -> None:
+    """Else nothing would be wrong but the time it takes to find that nobody exits."""
+    p = Problem(1, 6, torch.float32)
+    u = LayerScores(p.weight, p.offset, 1)(p.y, 1, p.lanes).clone()
+    limits = torch.full((L - 1, B), -math.inf)
+    for above in (False, True):
+        limits[0, p.lanes.long()] = torch.where(torch.arange(6) == 3, u.nextafter(u + 1), u) if above else u
+        scores = LayerScores(p.weight, p.offset, 1, limits)
+        scores(p.y, 1, p.lanes)
+        assert scores.anybody == above or scores._core is None
+
+
 def test_shapes_that_do_not_fit() -> None:
     p = Problem(1, 6, torch.float32)
     for weight, offset in ((p.weight[:3], p.offset), (p.weight[0], p.offset), (p.weight, p.offset[:, :, :0])):

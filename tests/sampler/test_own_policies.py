@@ -237,6 +237,21 @@ def test_one_answer_for_all_is_an_answer() -> None:
     assert bool((report.exit_layer[..., 0] == 1).all())
 
 
+@pytest.mark.parametrize("count_sync", [None, "sync", "lagged"])
+@pytest.mark.parametrize("answer", [lambda u: ~(u > 0.5), lambda u: torch.tensor(True)], ids=["by row", "for all"])
+def test_nan_never_exits_whatever_a_policy_answers(answer: Callable[[Tensor], Tensor], count_sync: str | None) -> None:
+    """Lane 4 alone, be the policy the only one or one of two."""
+    c, index = case("uvit", PAPER, F32), torch.arange(BATCH) % 2
+    (x, *given), execution = c.given.all, ExecutionOptions(count_sync=count_sync)
+    hurt = torch.where((torch.arange(BATCH) == 4).view(-1, 1, 1, 1), torch.nan, x)
+    own = Answering(answer)
+    for options in ({"policy": own}, {"policy": [own, Patience(0.5)], "policy_index": index}):
+        wanted = forward(c, x, *given, **options, execution=execution).exit_layer
+        assert wanted[4] < c.num_layers
+        wanted[4] = c.num_layers
+        assert torch.equal(forward(c, hurt, *given, **options, execution=execution).exit_layer, wanted)
+
+
 def test_who_keeps_a_policys_error_keeps_no_activations() -> None:
     kept = []
 
