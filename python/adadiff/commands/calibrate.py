@@ -1,7 +1,6 @@
 """adadiff calibrate."""
 
 import argparse
-import os
 
 import torch
 
@@ -12,7 +11,7 @@ from ..calibration.reliability import matplotlib_figure, reliability_picture
 from ..data import sources
 from ..metrics.extractors import features_from
 from ..model import Model
-from .shared import load_model, show
+from .shared import check_writable, load_model, show
 
 TIMES = 10  # of a picture, at which noise is put on real images
 
@@ -25,8 +24,7 @@ def calibrate(options: argparse.Namespace) -> None:
     if options.picture is not None:
         matplotlib_figure()  # else it would be missed at the end
     for path in filter(None, (options.out, options.picture)):
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise ValueError(f"cannot write {path}")
+        check_writable(path)
     settings = {
         "aim": options.aim,
         "n": options.n,

@@ -1,7 +1,6 @@
 """adadiff diff: one sample in two ways, and where they part."""
 
 import argparse
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from ..output.pictures import CHANNELS, make_grid, to_pixels, write_png
 from ..sampling.params import SamplingParams
 from ..sampling.sample_batch import SampleBatch
 from ..sampling.trace import Trace, trace
-from .shared import device_of, load_model, print_table, show
+from .shared import check_writable, device_of, execution_of, load_model, print_table, show
 
 OF_SAMPLES = ("policy", "solver", "guidance_scale", "seed", "class_label")
 OF_EXECUTION = ("batch_invariant", "runner")
@@ -37,8 +36,8 @@ def diff(options: argparse.Namespace) -> None:
     if unknown := [key for key in options.other if key not in KEYS]:
         raise ValueError(f"--other knows no {', '.join(unknown)}; there are {', '.join(KEYS)}")
     picture = options.picture
-    if picture is not None and (picture.is_dir() or not os.access(picture.parent, os.W_OK)):
-        raise ValueError(f"cannot write {picture}")
+    if picture is not None:
+        check_writable(picture)
     named = {key: str(value) if key in OF_MODELS else value for key, value in options.other.items()}  # a file named 3
     other = argparse.Namespace(**{**vars(options), **named})
     ways = _way(options), _way(other)
@@ -65,19 +64,17 @@ def diff(options: argparse.Namespace) -> None:
 
 
 def _way(options: argparse.Namespace) -> Way:
-    labels = None if options.class_label is None else [options.class_label]
     params = SamplingParams(
         seed=options.seed,
-        class_labels=labels,
+        class_labels=options.class_label,
         steps=options.steps,
         solver=options.solver,
         policy=options.policy,
         guidance_scale=options.guidance_scale,
     )
-    execution = ExecutionOptions(batch_invariant=options.batch_invariant, runner=options.runner)
     model = load_model(options)
     SampleBatch.of(model, 1, params)  # for its checks
-    return Way(model, params, execution)
+    return Way(model, params, execution_of(options))
 
 
 def _shown(options: argparse.Namespace) -> dict[str, Any]:

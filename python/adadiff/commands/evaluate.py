@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,12 @@ from ..model import Model
 from ..output.pictures import CHANNELS, write_json
 from ..policies.spelling import DEFAULT
 from ..sampling import sampler
-from .shared import cycled, decoder, execution_of, load_model, print_table, resolved, show
+from .shared import check_writable, cycled, decoder, execution_of, load_model, print_table, resolved, show
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    if options.json and (options.json.is_dir() or not os.access(options.json.parent, os.W_OK)):
-        raise ValueError(f"cannot write {options.json}")
+    if options.json:
+        check_writable(options.json)
     if options.resamples < 2:
         raise ValueError(f"--resamples takes at least 2, got {options.resamples}")
     drawn = is_images(options.model)

@@ -2,7 +2,9 @@
 
 import argparse
 import hashlib
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,12 @@ def load_model(options: argparse.Namespace, name_or_file: str | None = None) -> 
 
 def device_of(options: argparse.Namespace) -> str:
     return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_writable(path: Path) -> None:
+    """ValueError for a file that could not be written at the end."""
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"cannot write {path}")
 
 
 def execution_of(options: argparse.Namespace) -> ExecutionOptions:

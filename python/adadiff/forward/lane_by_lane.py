@@ -66,9 +66,7 @@ class LaneRunner:
         scored: bool,
     ) -> tuple[Tensor, Tensor | None]:
         n, out, lanes = len(hidden), torch.empty_like(hidden), placement.row_to_lane.tolist()
-        index = None if skip is None else skip.index
-        if index is not None and skip.row_to_lane is not None:
-            index = index.index_select(0, skip.row_to_lane)
+        index = None if skip is None else skip.row_index
         sources = range(n) if index is None else index.tolist()
 
         def one(row: int) -> Tensor | None:

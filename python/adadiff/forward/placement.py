@@ -28,6 +28,12 @@ class Skip(NamedTuple):
     row_to_lane: Tensor | None
     index: Tensor | None
 
+    @property
+    def row_index(self) -> Tensor | None:
+        """index by row, for blocks that do not look lanes up."""
+        by_row = self.row_to_lane is None or self.index is None
+        return self.index if by_row else self.index.index_select(0, self.row_to_lane)
+
 
 class HostPlacement:
     """bound: rows to run, n. row_to_lane: int32 [n]. in_order: row i carries lane i, for all lanes. saved: [B, T, D] by

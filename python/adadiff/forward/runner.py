@@ -115,10 +115,8 @@ class BlockRunner:
             return self._fused(block, hidden, self._cond, skip, row_to_lane, score)
         n, group, rows, index = hidden.shape[0], self._group_size, None, None
         if skip is not None:
-            rows, by_lane, index = skip
-            if by_lane is not None:
-                index = index.index_select(0, by_lane)
-            elif index is None and rows.shape[0] != n:
+            rows, index = skip.rows, skip.row_index
+            if index is None and rows.shape[0] != n:
                 rows = rows[:n]
         by_lane = None if placement.in_order else row_to_lane
         scores = self._scores if scored else None

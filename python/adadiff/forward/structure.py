@@ -24,23 +24,19 @@ class Structure:
         self._block_macs = [block.macs(backbone.tokens) for block in self.blocks]
         self._ends = sum(backbone.stem_and_head_macs())
         self._tokens, self._patches = backbone.tokens, backbone.tokens - backbone.num_prefix_tokens
-        self._costs: dict[tuple[int, int, frozenset[int]], Costs] = {}
         self._last: tuple[Exits | None, frozenset[int], Costs] | None = None
 
     def costs(self, exits: Exits | None, scored: frozenset[int]) -> Costs:
-        """scored: layers whose score is computed."""
+        """scored: layers whose score is computed. Those asked for last are kept: one pass is mostly like the next."""
         if self._last is not None and self._last[0] is exits and self._last[1] == scored:
             return self._last[2]
         score = exits.macs(self._tokens - exits.num_prefix_tokens) if exits is not None and scored else 0
         head = 0 if exits is None else exits.head_macs(self._patches)
-        key = score, head, scored
-        if key not in self._costs:
-            each = [macs + score * (layer in scored) for layer, macs in enumerate(self._block_macs, start=1)]
-            *inner, last = (self._ends + macs for macs in accumulate(each, initial=0))
-            by_exit_layer = (*(macs + head for macs in inner), last)
-            self._costs[key] = Costs(sum(self._block_macs) + self._ends, (by_exit_layer,))
-        self._last = exits, scored, self._costs[key]
-        return self._costs[key]
+        each = [macs + score * (layer in scored) for layer, macs in enumerate(self._block_macs, start=1)]
+        *inner, last = (self._ends + macs for macs in accumulate(each, initial=0))
+        found = Costs(sum(self._block_macs) + self._ends, ((*(macs + head for macs in inner), last),))
+        self._last = exits, scored, found
+        return found
 
 
 _structures: WeakKeyDictionary[Backbone, Structure] = WeakKeyDictionary()

@@ -24,7 +24,7 @@ from ..policies.interface import ExitPolicy
 from ..policies.spelling import DEFAULT
 from ..sampling.batch import Batch
 from ..sampling.params import SamplingParams
-from ..sampling.records import PassRecord
+from ..sampling.records import PassRecord, RunRecord
 from ..sampling.reports import Report
 from ..sampling.sample_batch import SampleBatch, whole
 from .latents import decode
@@ -176,15 +176,11 @@ class AdaDiffPipeline(DiffusionPipeline):
         slots = batch.admit(samples, np.arange(samples.n))
         sample = np.empty_like(slots)
         sample[slots] = np.arange(samples.n)
-        exit_layer = np.zeros((len(times), samples.n, 2), dtype=np.uint8)
-        scores = np.full((*exit_layer.shape, model.num_layers), np.nan, dtype=np.float32)
+        told = RunRecord(len(times), samples.n, model.num_layers, samples.record_scores)
 
         def learn(records: Iterable[PassRecord]) -> None:
             for record in records:
-                known = record.read()
-                exit_layer[record.step, sample[record.slots]] = known.exit_layer
-                if known.scores is not None:
-                    scores[record.step, sample[record.slots]] = known.scores
+                told.add(record, sample[record.slots])
 
         self._interrupt, started = False, time.perf_counter()
         with self.progress_bar(total=len(times)) as bar:
@@ -202,16 +198,7 @@ class AdaDiffPipeline(DiffusionPipeline):
                 if self._interrupt:
                     break
         learn(batch.flush())
-        done, seconds = batch.totals, time.perf_counter() - started
-        report = Report(
-            exit_layer=torch.from_numpy(exit_layer),
-            num_layers=model.num_layers,
-            scores=torch.from_numpy(scores) if samples.record_scores else None,
-            macs=done.macs,
-            macs_full=done.macs_full,
-            rows_moved=done.rows_moved,
-            seconds=seconds,
-        )
+        report = told.report(batch.totals, time.perf_counter() - started)
         return batch.take(slots), report
 
     def _finish(self, images: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..forward.output import ForwardOutput
 from .lanes import Lanes
+from .reports import Report, Totals
 
 
 class Learnt(NamedTuple):
@@ -78,6 +79,33 @@ class PassRecord:
             if policy.needs_scores:
                 own[[layer - 1 for layer in policy.exit_layers(num_layers)]] = True
         return asked if self.lanes.policy_index is None else asked[self.lanes.policy_index]
+
+
+class RunRecord:
+    """What a run of n samples, of at most so many steps, has told so far."""
+
+    def __init__(self, steps: int, n: int, num_layers: int, record_scores: bool):
+        self._num_layers = num_layers
+        self._exit_layer = np.zeros((steps, n, 2), dtype=np.uint8)
+        self._scores = np.full((steps, n, 2, num_layers), np.nan, dtype=np.float32) if record_scores else None
+
+    def add(self, record: PassRecord, index: np.ndarray) -> None:
+        """index: int64 [k], which samples of the run those of the record are."""
+        known = record.read()
+        self._exit_layer[record.step, index] = known.exit_layer
+        if known.scores is not None and self._scores is not None:
+            self._scores[record.step, index] = known.scores
+
+    def report(self, done: Totals, seconds: float) -> Report:
+        return Report(
+            exit_layer=torch.from_numpy(self._exit_layer.copy()),
+            num_layers=self._num_layers,
+            scores=None if self._scores is None else torch.from_numpy(self._scores.copy()),
+            macs=done.macs,
+            macs_full=done.macs_full,
+            rows_moved=done.rows_moved,
+            seconds=seconds,
+        )
 
 
 def _to_host(value: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from ..forward.forward import check_execution
 from ..forward.options import ExecutionOptions
 from ..forward.two_stage import two_stage
 from ..model import Model
-from .batch import Batch, Tick
+from .batch import Batch
 from .params import SamplingParams
+from .records import RunRecord
 from .reports import Report, Totals
 from .sample_batch import SampleBatch, whole
 
@@ -75,25 +76,13 @@ class SamplerRun:
 
     def _clear(self) -> None:
         most = int(self.samples.steps.max()) if self.n else 0
-        self._exit_layer = np.zeros((most, self.n, 2), dtype=np.uint8)
-        self._scores = None
-        if self.samples.record_scores:
-            self._scores = np.full((most, self.n, 2, self.model.num_layers), np.nan, dtype=np.float32)
+        self._record = RunRecord(most, self.n, self.model.num_layers, self.samples.record_scores)
         self._totals = Totals()
         self._seconds = 0.0
 
     @property
     def report(self) -> Report:
-        done = self._totals
-        return Report(
-            exit_layer=torch.from_numpy(self._exit_layer.copy()),
-            num_layers=self.model.num_layers,
-            scores=None if self._scores is None else torch.from_numpy(self._scores.copy()),
-            macs=done.macs,
-            macs_full=done.macs_full,
-            rows_moved=done.rows_moved,
-            seconds=self._seconds,
-        )
+        return self._record.report(self._totals, self._seconds)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self._clear()
@@ -109,7 +98,9 @@ class SamplerRun:
                 tick = batch.tick()
                 if tick.failed:
                     raise next(iter(tick.failed.values()))
-                self._record(tick, of)
+                for record in tick.records:
+                    keys = zip(record.slots.tolist(), record.tenancy.tolist(), strict=True)
+                    self._record.add(record, np.array([of[key] for key in keys]))
                 self._totals = batch.totals
                 if len(tick.done):
                     index = [of.pop((slot, batch.tenancy(slot))) for slot in tick.done.tolist()]
@@ -119,11 +110,3 @@ class SamplerRun:
                     bar.update(len(tick.done))
                     bar.set_postfix(depth=f"{batch.totals.mean_exit_layer:.2f}/{self.model.num_layers}")
                     yield finished
-
-    def _record(self, tick: Tick, of: dict[tuple[int, int], int]) -> None:
-        for record in tick.records:
-            exit_layer, scores = record.read()
-            index = [of[key] for key in zip(record.slots.tolist(), record.tenancy.tolist(), strict=True)]
-            self._exit_layer[record.step, index] = exit_layer
-            if scores is not None and self._scores is not None:
-                self._scores[record.step, index] = scores
