@@ -256,10 +256,11 @@ def test_without_a_compiler_there_is_one_way_less(
 def test_a_policy_that_looks_at_the_batch_is_timed_in_the_batches_it_was_judged_in(
     networks: alternatives.Networks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(equal_seconds, "in_engine", lambda method, seeds, labels, batch: batch)
+    monkeypatch.setattr(equal_seconds, "in_engine", lambda method, seeds, labels, batch, runner: (batch, runner))
     given = drawing.seeds_and_labels(0, 200)
     for name, batch in (("batch mean", 64), ("ours, faithful", 200), ("fewer steps", 200)):
-        assert equal_seconds.timed(drawing.Method(name, networks.full), "engine", *given)() == batch
+        for way, runner in (("engine", "eager"), ("compiled engine", "compiled")):
+            assert equal_seconds.timed(drawing.Method(name, networks.full), way, *given)() == (batch, runner)
 
 
 def test_plain_loops_are_timed_in_the_batches_their_ways_say(
@@ -307,7 +308,8 @@ def check_speed(speed: list[rows.Row]) -> None:
         assert row["seconds_per_image"] == pytest.approx(row["seconds"]["median"] / row["at_once"])
         assert len(row["rounds"]) == row["seconds"]["n"] >= 3
         plain = row["variant"] in ("fewer steps", "plain network", "shallow network", "DuoDiff")
-        ways = ["loop", "engine", "compiled loop", "compiled loop, batches of 128"] if plain else ["engine"]
+        compiled_loops = ["compiled loop", "compiled loop, batches of 128"]
+        ways = ["loop", "engine", *compiled_loops] if plain else ["engine", "compiled engine"]
         assert list(row["ways"]) == (["loop"] if row["variant"] == "reuse" else ways)
         assert row["seconds"]["median"] == row["ways"][row["way"]] == min(row["ways"].values())
 

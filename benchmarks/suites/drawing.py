@@ -20,6 +20,7 @@ from adadiff.diffusion.noise import initial_noise
 from adadiff.diffusion.schedules import NoiseSchedule
 from adadiff.diffusion.solvers import solver_from
 from adadiff.diffusion.tables import pack
+from adadiff.forward.options import Runner
 from adadiff.models.interface import Backbone
 from adadiff_kernels import solver_step
 from benchmarks.baselines.reuse import Reusing
@@ -138,7 +139,7 @@ def compiled_network(name: str) -> Callable[..., Tensor]:
     return torch.compile(load(name).backbone, dynamic=False)
 
 
-def in_engine(method: Method, seeds: Tensor, labels: Tensor, batch: int) -> Drawn:
+def in_engine(method: Method, seeds: Tensor, labels: Tensor, batch: int, runner: Runner = "eager") -> Drawn:
     images, report = adadiff.sample(
         load(method.model),
         len(seeds),
@@ -150,6 +151,7 @@ def in_engine(method: Method, seeds: Tensor, labels: Tensor, batch: int) -> Draw
         batch=batch,
         shallow_model=None if method.shallow_model is None else load(method.shallow_model),
         t_switch=method.t_switch,
+        execution=adadiff.ExecutionOptions(runner=runner),
     )
     return Drawn(images, report.exit_layer[..., 0], (report.macs, report.macs_full))
 

@@ -2,8 +2,8 @@
 
 All methods draw the same samples (same noises, same labels). Seconds are measured apart from the quality, on one
 thread, in rounds in which all settings take turns. Plain networks, DuoDiff's two among them, are timed in the ordinary
-loop and in the same compiled, in batches of the best size, and in the engine, the others in the engine; the fastest way
-counts. What the rows have is not measured again, and an interrupted run goes on with its next setting or round.
+loop and in the same compiled, in batches of the best size, and in the engine; the others in the engine, as it is and
+compiled. The fastest way counts. What the rows have is not measured again, and an interrupted run goes on with its next setting or round.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ from benchmarks.suites.network import compiles
 from benchmarks.suites.quality import depth
 
 SUITE = "quality"
-LOOP, COMPILED, ENGINE = "loop", "compiled loop", "engine"
+LOOP, COMPILED, ENGINE, COMPILED_ENGINE = "loop", "compiled loop", "engine", "compiled engine"
 LARGER_BATCH = 2 * BATCH  # which shallow networks like
 LARGER = f"{COMPILED}, batches of {LARGER_BATCH}"
 AT_ONCE = 256  # samples timed, and the engine's capacity
@@ -168,7 +168,7 @@ class Comparison:
 
 def ways(method: Method, compiles: bool) -> tuple[str, ...]:
     if method.policy != "full":
-        return (ENGINE,)
+        return (ENGINE, COMPILED_ENGINE) if compiles else (ENGINE,)
     if method.reuse != 1:
         return (LOOP,)
     return (LOOP, ENGINE, COMPILED, LARGER) if compiles else (LOOP, ENGINE)
@@ -180,7 +180,7 @@ def can_compile(chosen: list[Method], seeds: Tensor, labels: Tensor) -> bool:
     compiled_network.cache_clear()
     calls: dict[str, Callable[[], object]] = {}
     for method in chosen:
-        for way in {COMPILED, LARGER}.intersection(ways(method, True)):
+        for way in {COMPILED, LARGER, COMPILED_ENGINE}.intersection(ways(method, True)):
             calls.setdefault(f"{method.name}, {way}", timed(method, way, seeds, labels))
     return compiles(*calls.values())
 
@@ -191,9 +191,10 @@ def title(method: Method, way: str) -> str:
 
 def timed(method: Method, way: str, seeds: Tensor, labels: Tensor) -> Callable[[], object]:
     load(method.model)
-    if way == ENGINE:
+    if way in (ENGINE, COMPILED_ENGINE):
         whole = method.name != "batch mean"  # which in other batches would decide otherwise
-        return lambda: in_engine(method, seeds, labels, len(seeds) if whole else BATCH)
+        batch, runner = len(seeds) if whole else BATCH, "compiled" if way == COMPILED_ENGINE else "eager"
+        return lambda: in_engine(method, seeds, labels, batch, runner)
     return lambda: in_plain_loop(method, seeds, labels, LARGER_BATCH if way == LARGER else BATCH, compiled=way != LOOP)
 
 
