@@ -1,0 +1,64 @@
+"""What the README shows first: the images of one call, full and with early exit, and the seconds of both.
+
+The full network is timed as a plain loop, eager and compiled, and the call with early exit through `adadiff.sample`,
+eager and compiled; the faster way of each counts. All threads.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.harness import interleave
+from benchmarks.rows import Rows, say
+from benchmarks.suites.drawing import Method, compiled_network, in_engine, in_plain_loop, load, seeds_and_labels
+from benchmarks.suites.network import compiles
+
+SUITE = "headline"
+MODEL, POLICY, STEPS, SAMPLES = "canvases", "exit:budget=0.55", 20, 64
+FULL = Method("full network", MODEL, steps=STEPS)
+EARLY = Method("early exit", MODEL, policy=POLICY, steps=STEPS)
+
+
+def run(rows: Rows, repeats: int = 21, limit: float = 120.0) -> None:
+    say(f"{SUITE}: {SAMPLES} {MODEL}, {STEPS} steps, full and {POLICY}")
+    seeds, labels = seeds_and_labels(0, SAMPLES, load(MODEL).config.classes)
+    ways: dict[tuple[str, str], Callable[[], object]] = {
+        (FULL.name, "loop"): lambda: in_plain_loop(FULL, seeds, labels, SAMPLES),
+        (FULL.name, "compiled loop"): lambda: in_plain_loop(FULL, seeds, labels, SAMPLES, compiled=True),
+        (EARLY.name, "engine"): lambda: in_engine(EARLY, seeds, labels, SAMPLES),
+        (EARLY.name, "compiled engine"): lambda: in_engine(EARLY, seeds, labels, SAMPLES, "compiled"),
+    }
+    torch.compiler.reset()
+    compiled_network.cache_clear()
+    if not compiles(*(call for (_, way), call in ways.items() if "compiled" in way)):
+        ways = {key: call for key, call in ways.items() if "compiled" not in key[1]}
+    measured = interleave(
+        {", ".join(key): call for key, call in ways.items()}, repeats, limit=limit, turn=0.05, label=SUITE
+    )
+    fastest: dict[str, str] = {}
+    for name, way in ways:
+        taken = measured.median(f"{name}, {way}")
+        if name not in fastest or taken < measured.median(f"{name}, {fastest[name]}"):
+            fastest[name] = way
+    report = in_engine(EARLY, seeds, labels, SAMPLES)
+    for method in (FULL, EARLY):
+        title = f"{method.name}, {fastest[method.name]}"
+        speedup = measured.ratio(f"{FULL.name}, {fastest[FULL.name]}", title)
+        results: dict[str, object] = {}
+        if method is EARLY:
+            run_macs, full_macs = report.macs
+            results = {"mean_exit_layer": float(report.exit_layer.float().mean()), "macs_share": run_macs / full_macs}
+        rows.write(
+            SUITE,
+            "speed",
+            method.name,
+            {"model": MODEL, "policy": method.policy, "steps": STEPS, "samples": SAMPLES},
+            dtype="float32",
+            **measured.row(title),
+            way=fastest[method.name],
+            ways={way: measured.median(f"{name}, {way}") for name, way in ways if name == method.name},
+            images_per_second=SAMPLES / measured.median(title),
+            speedup=speedup.median,
+            speedup_spread=[speedup.quantile(0.2), speedup.quantile(0.8)],
+            **results,
+        )
