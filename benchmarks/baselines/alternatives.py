@@ -162,7 +162,8 @@ def _methods(networks: Networks, sweep: Sweep, folder: Path, common: dict) -> It
             policy, setting = f"exit:{theta:g},min_layer={first}", f"θ = {theta:g} from block {first}"
             yield Method("ours, one threshold", full, policy=policy, setting=setting, **common)
         for theta in single_thresholds(full, tuple(sweep.shares), first, True):
-            policy, setting = f"exit:batch-mean={theta:g},min_layer={first}", f"θ = {theta:g} from block {first}"
+            policy = f"exit:batch-mean={theta:g},min_layer={first},patience=0"
+            setting = f"θ = {theta:g} from block {first}"
             yield Method("batch mean", full, policy=policy, setting=setting, **common)
 
 

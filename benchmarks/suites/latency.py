@@ -115,7 +115,7 @@ def digits(rows: Rows, sizes: Sizes) -> None:
     chosen = [
         Way(servers.LOCK_STEP, None, together=capacity),
         Way(servers.PLAIN, "full"),
-        Way(servers.MEAN, f"exit:batch-mean={DIGITS_THETA},min_layer=3"),
+        Way(servers.MEAN, f"exit:batch-mean={DIGITS_THETA},min_layer=3,patience=0"),
         Way(servers.AGREE, servers.AllAgree(DIGITS_THETA, min_layer=3)),
         Way(servers.STATIC, DepthTable(table, needs_scores=False)),
         Way(servers.OURS, DIGITS_POLICY),

@@ -1,6 +1,7 @@
 """Policies as pure functions: sequences of uncertainties by hand, and what a policy may and may not be given."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -10,20 +11,25 @@ from torch import Tensor
 
 from adadiff.diffusion.schedules import NoiseSchedule
 from adadiff.policies.exits import BatchMean, Depth, Full, Patience, Replay, Threshold
-from adadiff.policies.interface import ExitContext, ExitPolicy, LimitPolicy, exit_layers_of
+from adadiff.policies.interface import ExitContext, ExitPolicy, LaneIds, LimitPolicy, exit_layers_of
 from adadiff.policies.spelling import policy_from
 
 L = 7  # three in-blocks, one mid block, three out-blocks
 
 
-def depths(policy: ExitPolicy, u: Tensor, threshold: Tensor, t: Tensor | None = None) -> list[int]:
-    """u: [L, n]. The layer at which each lane exits when the policy is asked where it asks."""
+def depths(
+    policy: ExitPolicy, u: Tensor, threshold: Tensor, t: Tensor | None = None, half: Tensor | None = None
+) -> list[int]:
+    """u: [L, n]; half: [n], 1 for unconditional lanes. The layer at which each lane exits when the policy is asked where
+    it asks."""
     n = u.shape[1]
+    half = torch.zeros(n, dtype=torch.int64) if half is None else half
     t = torch.zeros(n) if t is None else t
     state, exited = torch.zeros(n), torch.full((n,), L)
     running = torch.arange(n)
     for layer in policy.exit_layers(L):
-        own = ExitContext(L, t[running], threshold[running], state[running])
+        ids = LaneIds(running, running * 0, half[running])
+        own = ExitContext(L, t[running], threshold[running], state[running], ids if policy.needs_ids else None)
         mask = policy.exit_mask(u[layer - 1, running], layer, own)
         assert mask.dtype == torch.bool
         assert mask.shape == running.shape
@@ -97,9 +103,45 @@ def test_lanes_are_decided_by_their_own_numbers() -> None:
 def test_batch_mean_is_the_mean_of_those_who_run() -> None:
     u = torch.tensor([[0.9, 0.2, 0.3], [0.5, 0.2, 0.1], [0.1, 0.1, 0.1]])
     u = torch.cat([u, torch.full((4, 3), 0.1)])
-    assert depths(BatchMean(0.3), u, torch.full((3,), 0.3)) == [2, 2, 2]  # 0.467, then 0.267
+    at_once = BatchMean(0.3, patience=False)
+    assert depths(at_once, u, torch.full((3,), 0.3)) == [2, 2, 2]  # 0.467, then 0.267
     u[1, 2] = math.nan
-    assert depths(BatchMean(0.3), u, torch.full((3,), 0.3)) == [3, 3, 3]
+    assert depths(at_once, u, torch.full((3,), 0.3)) == [3, 3, 3]
+
+
+def authors_batch(u: list[list[float]], threshold: float, patient: bool) -> int:
+    """Blocks that a batch runs in the authors' code, u[layer - 1] being the uncertainties of its samples: libs/uvit.py
+    (`patient`) and libs/uvit_t2i.py, where the certainty is 1 - u and a batch returns when the mean exceeds 1 - threshold."""
+    triggers = 0
+    for layer in range(1, L):
+        certain = sum(1 - value for value in u[layer - 1]) / len(u[layer - 1])
+        if not certain > 1 - threshold:
+            continue
+        in_block = layer <= L // 2
+        triggers += in_block
+        if not (patient and in_block) or triggers == 2:
+            return layer
+    return L
+
+
+@pytest.mark.parametrize("patient", [True, False])
+@pytest.mark.parametrize("seed", range(20))
+def test_batch_mean_is_the_authors_sampler(patient: bool, seed: int) -> None:
+    """Batches of 5 samples, of which the last three are guided: their unconditional halves are a batch of their own."""
+    numbers = random.Random(seed)
+    u = [[numbers.uniform(0.2, 0.6) + 0.3 * (lane >= 5) for lane in range(8)] for _ in range(L)]
+    half = torch.tensor([0] * 5 + [1] * 3)
+    policy, scores = BatchMean(0.41, patience=patient), torch.tensor(u, dtype=torch.float64)
+    found = depths(policy, scores, torch.full((8,), 0.41), half=half)
+    wanted = [authors_batch([row[part] for row in u], 0.41, patient) for part in (slice(0, 5), slice(5, 8))]
+    assert found == [wanted[0]] * 5 + [wanted[1]] * 3
+
+
+def test_a_half_with_nan_holds_back_itself_alone() -> None:
+    u = torch.full((L, 4), 0.1)
+    u[:, 3] = math.nan
+    half = torch.tensor([0, 0, 1, 1])
+    assert depths(BatchMean(0.3), u, torch.full((4,), 0.3), half=half) == [2, 2, L, L]
 
 
 def test_the_first_layer_asked_may_come_later() -> None:
@@ -190,6 +232,8 @@ def test_replayed_layers_below_one_are_refused(value: float) -> None:
         ("exit:0.13,min_layer=3", Threshold(0.13, min_layer=3)),
         ("exit:patience=0.13,min_layer=2", Patience(0.13, min_layer=2)),
         ("exit:batch-mean=7e-2", BatchMean(0.07)),
+        ("exit:batch-mean=0.07,patience=0", BatchMean(0.07, patience=False)),
+        ("exit:batch-mean=0.07,min_layer=3,patience=1", BatchMean(0.07, min_layer=3)),
         ("exit:depth=7.5", Depth(7.5)),
         ("exit:depth=3", Depth(3)),
     ],

@@ -57,8 +57,10 @@ class Case:
 
 def cases() -> Iterator[Case]:
     for number, (solver, (policy, numbers), guidance) in enumerate(itertools.product(SOLVERS, POLICIES, GUIDANCE)):
+        looks_at_the_batch = policy == "batch-mean"
+        if looks_at_the_batch and guidance["scales"] != (1.0,):
+            continue  # the commit compared with decides for both halves together, unlike the authors' sampler
         for k, placement in enumerate(PLACEMENTS):
-            looks_at_the_batch = policy == "batch-mean"
             if k and (number % EVERY != k % EVERY or (looks_at_the_batch and placement in PLACEMENTS[3:])):
                 continue  # nothing is the same in another batch, or refused
             yield Case(placement, solver, policy, numbers, **guidance)

@@ -25,7 +25,8 @@ def policy(case: Case) -> str:
         return "full"
     if "theta" in n:
         kind = "" if case.policy == "threshold" else f"{case.policy}="
-        return f"exit:{kind}{n['theta']},min_layer={n['first']}"
+        more = ",patience=0" if case.policy == "batch-mean" else ""
+        return f"exit:{kind}{n['theta']},min_layer={n['first']}{more}"
     return f"exit:{case.policy}={n.get('depth', n.get('share'))}"
 
 

@@ -82,24 +82,49 @@ class Patience(_ByUncertainty):
     name = "patience="
 
     def exit_mask(self, u: Tensor, layer: int, context: ExitContext) -> Tensor:
-        triggered = u < context.threshold
-        if layer > context.num_layers // 2:  # the mid block and the out-blocks exit at once
-            return triggered
-        first = triggered & (context.state == 0)
-        context.state.add_(triggered)
-        return triggered & ~first
+        return second_trigger(u < context.threshold, layer, context)
+
+
+def second_trigger(triggered: Tensor, layer: int, context: ExitContext) -> Tensor:
+    """triggered: bool [n]. Among the in-blocks a row's first trigger is ignored, and it exits at its second; the mid
+    block and the out-blocks exit at once (libs/uvit.py of the authors' code)."""
+    if layer > context.num_layers // 2:
+        return triggered
+    first = triggered & (context.state == 0)
+    context.state.add_(triggered)
+    return triggered & ~first
 
 
 @dataclass(frozen=True)
 class BatchMean(_ByUncertainty):
-    """A baseline, not for use: one decision for the batch, by its mean uncertainty, as in the authors' sampler. Spelled
-    "exit:batch-mean=0.07"."""
+    """A baseline, not for use: one decision for the batch, by its mean uncertainty, as the authors' sampler decides.
+    The conditional and the unconditional lanes of guided samples are two batches, since that sampler runs them in two
+    passes. patience: as in `Patience`, libs/uvit.py; False: the first trigger counts, as in their text-to-image
+    network (libs/uvit_t2i.py). Spelled "exit:batch-mean=0.07" and "exit:batch-mean=0.07,patience=0"."""
 
+    patience: bool = True
     whole_batch = True
+    needs_ids = True
     name = "batch-mean="
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.patience, bool):
+            raise ValueError(f"patience must be True or False, got {self.patience!r}")
+
     def exit_mask(self, u: Tensor, layer: int, context: ExitContext) -> Tensor:
-        return u.mean() < context.threshold
+        unconditional = context.ids.half == 1
+        means = torch.where(unconditional, _mean(u, unconditional), _mean(u, ~unconditional))
+        triggered = means < context.threshold
+        return second_trigger(triggered, layer, context) if self.patience else triggered
+
+    def __str__(self) -> str:
+        return super().__str__() + ("" if self.patience else ",patience=0")
+
+
+def _mean(u: Tensor, rows: Tensor) -> Tensor:
+    """Of those rows; NaN where there are none. rows: bool [n]."""
+    return torch.where(rows, u, 0).sum() / rows.sum()
 
 
 @dataclass(frozen=True)

@@ -64,11 +64,16 @@ def _share(kind: str, share: float, rest: list[str]) -> float:
     return share
 
 
-def _options(kind: str, rest: list[str]) -> dict[str, int]:
-    """min_layer=K, for policies that read u."""
-    options = {}
+def _options(kind: str, rest: list[str]) -> dict[str, int | bool]:
+    """min_layer=K, for policies that read u; patience=0 or 1, for "batch-mean"."""
+    options: dict[str, int | bool] = {}
     for text in rest:
         name, _, value = text.partition("=")
+        if name == "patience" and kind == "batch-mean" and name not in options:
+            if value not in ("0", "1"):
+                raise ValueError(f"patience must be 0 or 1, got {value!r}")
+            options[name] = value == "1"
+            continue
         if name != "min_layer" or kind == "depth" or name in options:
             raise ValueError(f"{kind} takes no {name!r}" if name not in options else f"{name} is given twice")
         if not value.isdecimal():
