@@ -14,18 +14,26 @@ help: ## list the targets
 
 install: $(INSTALLED) ## make the virtual environment .venv (VENV=...) and install into it
 $(INSTALLED): setup.py pyproject.toml $(wildcard csrc/*)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -e '.[test,train,bench]'
-	touch $@
+	@echo 'Installing PyTorch, the packages for tests and benchmarks, and the C++ extension: a few minutes.' >&2
+	@rm -f $@
+	@$(PYTHON) -m venv $(VENV)
+	@{ $(BIN)/python -m pip install $(PIP_FLAGS) -e '.[test,train,bench]' && touch $@; } | sed -unE $(PROGRESS) >&2
+	@test -e $@ || { echo 'The installation failed, see above.' >&2; exit 1; }
+
+# Of what pip prints: large downloads, the build and the end. Its errors are not on stdout and stay as they are.
+PIP_FLAGS := --disable-pip-version-check --progress-bar off
+PROGRESS := -e 's/^ *Downloading ([^ ]*\/)?([^-\/ ]+)-[^ ]*\.whl \(([0-9]{3}.* MB|.* GB)\).*/  downloading \2, \3/p' \
+	-e 's/^ *Building editable for adadiff_kernels.* started.*/  building the C++ extension/p' \
+	-e 's/^Installing collected packages.*/  unpacking/p'
 
 bench: install ## run the main job; ARGS=--quick for its short form
-	$(BIN)/python benchmarks/run.py $(ARGS)
+	@$(BIN)/python benchmarks/run.py $(ARGS)
 
 test: install ## run the quick tests; ARGS="-k policies" for some
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 test-all: install ## run all tests
-	$(BIN)/python -m pytest $(ARGS)
+	ADADIFF_FUZZ=300 $(BIN)/python -m pytest $(ARGS)
 
 lint: install ## check style, format and types
 	$(BIN)/ruff check $(SOURCES)

@@ -1,5 +1,7 @@
 """Measures early exit on this machine: speed, and beside it the quality of the images.
 
+Prints a summary of a few lines; the folder --out holds the rest: report.html, tables.txt, pictures and rows.jsonl.
+
 python benchmarks/run.py [--quick]            both suites, short: under 8 minutes (90 s) on 2 cores
 python benchmarks/run.py --suite network      U-ViT-S/2 at batch 8 and 64, both dtypes, compiled baseline
 python benchmarks/run.py --suite serving      throughput and latency of continuous batching: 50 minutes (--quick: 1)
@@ -18,13 +20,15 @@ from pathlib import Path
 import torch
 
 from adadiff.commands.values import shares, whole_numbers
+from adadiff.output.pictures import replace_file
 from benchmarks.baselines.alternatives import COARSE, QUICK, Networks, Sweep, default_networks
 from benchmarks.gpu.session import gpu_facts
 from benchmarks.harness import threads
-from benchmarks.report import plots
+from benchmarks.report import html, plots
+from benchmarks.report.summary import REPORT, TABLES, summary
 from benchmarks.report.tables import all_tables, plain
 from benchmarks.rows import ROOT, Rows, cores, machine, say
-from benchmarks.suites import digits, network, quality, serving
+from benchmarks.suites import digits, headline, network, quality, serving
 from benchmarks.suites import models as presets
 from benchmarks.suites.equal_seconds import Comparison
 from benchmarks.suites.judging import DATA
@@ -37,10 +41,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    suites = ("default", "digits", "models", "network", "quality", "serving")
+    suites = ("default", "digits", "headline", "models", "network", "quality", "serving")
     parser.add_argument("--suite", choices=suites, default="default")
     parser.add_argument("--quick", action="store_true", help="few repeats, few samples: shows that it works")
-    parser.add_argument("--out", type=Path, help="folder for rows and pictures (default: benchmarks/out/DATE)")
+    parser.add_argument("--out", type=Path, help="folder for everything written (default: benchmarks/out/DATE)")
     parser.add_argument("--presets", help="of the suite models, separated by commas (quick: digits)")
     parser.add_argument(
         "--samples", type=_positive, help="drawn by each method (default: 1000, suite quality: 512; quick: 200)"
@@ -66,7 +70,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=whole_numbers, help="suite quality: numbers of solver steps, as in 6,10,20")
     parser.add_argument("--budgets", type=shares, help="suite quality: shares of the work, as in 0.4,0.55")
     chosen = parser.parse_args(argv)
-    if chosen.quality_only and chosen.suite in ("network", "serving", "models"):
+    if chosen.quality_only and chosen.suite in ("headline", "network", "serving", "models"):
         parser.error(f"the suite {chosen.suite} measures no quality; use --suite digits")
     if chosen.presets is not None and chosen.suite != "models":
         parser.error("--presets are those of --suite models")
@@ -100,30 +104,44 @@ def main() -> None:
         comparison = compared(rows, chosen) if chosen.suite == "quality" else None
     except ValueError as error:
         sys.exit(f"run.py: {error}")
-    say("  ".join(f"{name}: {value}" for name, value in machine().items()))
-    before = len(rows.rows)
+    say(f"rows and report go to {chosen.out}")
     interrupted = False
     try:
-        if chosen.suite == "serving":
-            serving.run(rows, serving.QUICK if chosen.quick else serving.FULL)
-        if comparison is not None:
-            given = {"samples": chosen.samples, "runs": chosen.seeds, "processes": chosen.processes}
-            comparison.run(**given, timing=not chosen.quality_only)
-        if chosen.suite == "models":
-            presets.run(rows, chosen.preset_setting)
-        if chosen.suite in ("default", "digits"):
-            measure_digits(rows, chosen)
-        if chosen.suite in ("default", "network") and not chosen.quality_only:
-            network.run(rows, network_settings(chosen))
+        measure(rows, comparison, chosen)
     except KeyboardInterrupt:
         interrupted = True
-    for table in all_tables(rows.rows):
-        print("\n" + plain(table))
-    pictures = plots.draw(rows.rows, chosen.out)
-    print(f"\n{len(rows.rows) - before} new rows in {rows.path}")
-    print(*(f"picture: {path}" for path in pictures), sep="\n")
+    report(rows)
     if interrupted:
         sys.exit("interrupted: what was finished is in the rows")
+
+
+def measure(rows: Rows, comparison: Comparison | None, chosen: argparse.Namespace) -> None:
+    if chosen.suite == "serving":
+        serving.run(rows, serving.QUICK if chosen.quick else serving.FULL)
+    if chosen.suite == "headline":
+        headline.run(rows)
+    if comparison is not None:
+        given = {"samples": chosen.samples, "runs": chosen.seeds, "processes": chosen.processes}
+        comparison.run(**given, timing=not chosen.quality_only)
+    if chosen.suite == "models":
+        presets.run(rows, chosen.preset_setting)
+    if chosen.suite in ("default", "digits"):
+        measure_digits(rows, chosen)
+    if chosen.suite in ("default", "network") and not chosen.quality_only:
+        network.run(rows, network_settings(chosen))
+
+
+def report(rows: Rows) -> None:
+    """Writes tables, pictures and the page that holds both beside the rows, and prints the summary, alone on stdout."""
+    say("tables, pictures and report")
+    lines = summary(rows.rows, rows.folder)
+    pictures = [*plots.draw(rows.rows, rows.folder), *sorted(rows.folder.glob("reliability-*.png"))]
+    tables = "\n\n".join(plain(table) for table in all_tables(rows.rows)) + "\n"
+    page = html.page(lines[:-1], rows.rows, pictures)  # without the line that says where it lies
+    for name, text in ((TABLES, tables), (REPORT, page)):
+        replace_file(rows.folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+    print(file=sys.stderr)
+    print(*lines, sep="\n", flush=True)
 
 
 def measure_digits(rows: Rows, chosen: argparse.Namespace) -> None:

@@ -170,6 +170,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
             call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else each start and stop of the profiler is a line on stderr
     with (
         torch.inference_mode(),
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler,

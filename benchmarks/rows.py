@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
@@ -22,6 +23,7 @@ import adadiff
 Row = dict[str, object]
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {".py", ".h", ".cpp", ".cu", ".txt"}
+STARTED = time.monotonic()
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86 and ARM names
 
 
@@ -157,5 +159,6 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def say(text: str) -> None:
-    """A line above the progress bars."""
-    tqdm.write(text)
+    """A line of progress above the bars, after minutes and seconds. On stderr, as stdout is for results."""
+    minutes, seconds = divmod(int(time.monotonic() - STARTED), 60)
+    tqdm.write(f"[{minutes:02}:{seconds:02}] {text}", file=sys.stderr)

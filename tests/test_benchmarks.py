@@ -19,7 +19,7 @@ from adadiff.uem import PAPER
 from benchmarks import __main__ as run
 from benchmarks import harness, rows
 from benchmarks.baselines import attainable
-from benchmarks.report import plots, readme, tables
+from benchmarks.report import plots, tables
 from benchmarks.suites import digits, drawing, network, quality
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -475,17 +475,3 @@ def test_tables_join_speed_and_quality_and_show_what_is_unusable() -> None:
     text = tables.plain(table).splitlines()
     assert text[1].index("images/s") + len("images/s") == text[2].index("100.0") + len("100.0")  # flush right
     assert tables.markdown(table).splitlines()[4].startswith("| full | 100.0 | 1.50 |")
-
-
-def test_the_readme_tables_replace_what_lies_between_the_marks() -> None:
-    text = f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n"
-    assert readme.replace(text, "new\n") == f"before\n{readme.BEGIN}\nnew\n{readme.END}\nafter\n"
-    for broken in ("no marks", f"{readme.END}{readme.BEGIN}", text + readme.BEGIN):
-        with pytest.raises(ValueError, match="once each"):
-            readme.replace(broken, "new")
-
-
-@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: str(page.relative_to(rows.ROOT)))
-def test_the_pages_show_the_committed_rows(page: Path) -> None:
-    text = page.read_text()
-    assert readme.replace(text, readme.render(readme.PAGES[page])) == text, "run python -m benchmarks.report.readme"

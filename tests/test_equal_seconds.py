@@ -248,7 +248,7 @@ def test_without_a_compiler_there_is_one_way_less(
     monkeypatch.setattr(torch, "compile", fails)
     plain = drawing.Method("plain network", networks.full, steps=1)
     assert not equal_seconds.can_compile([plain], *drawing.seeds_and_labels(0, 2))
-    assert "left out: no compiler" in capsys.readouterr().out
+    assert "left out: no compiler" in capsys.readouterr().err
     assert equal_seconds.ways(plain, False) == ("loop", "engine")
     assert equal_seconds.ways(dataclasses.replace(plain, policy="exit:depth=2"), False) == ("engine",)
 

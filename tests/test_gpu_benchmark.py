@@ -275,7 +275,7 @@ def test_what_needs_more_memory_than_there_is_costs_the_others_nothing(tmp_path:
     suite = SimpleNamespace(SUITE="gpu-ceilings", tasks=lambda session: tasks)
     assert gpu_run.run_suite(Session(CPU), suite) == 1
     assert ran == [1, 1]
-    assert "needs more memory than there is: CUDA out of memory. Tried to allocate 96 GiB\n" in capsys.readouterr().out
+    assert "needs more memory than there is: CUDA out of memory. Tried to allocate 96 GiB\n" in capsys.readouterr().err
 
 
 def test_the_small_run_agrees_with_its_references() -> None:

@@ -189,6 +189,8 @@ def test_the_command_measures_and_prints(
     monkeypatch.setattr(sys, "argv", argv)
     run.main()
     printed = capsys.readouterr().out
-    assert "batch 8" in printed
-    assert "8 new rows" in printed
-    assert {row["parameters"]["preset"] for row in rows.read(tmp_path / "rows.jsonl")} == {"uvit"}
+    assert "batch 8, every other lane exits" in printed
+    assert "batch 8," in (tmp_path / "tables.txt").read_text()
+    measured = rows.read(tmp_path / "rows.jsonl")
+    assert len(measured) == 8
+    assert {row["parameters"]["preset"] for row in measured} == {"uvit"}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TextIO
 from unittest.mock import MagicMock
 
 
@@ -33,8 +33,8 @@ class Bar:
     def set_postfix(self, **_: object) -> None: ...
 
     @staticmethod
-    def write(text: str) -> None:
-        print(text, flush=True)
+    def write(text: str, file: TextIO | None = None) -> None:
+        print(text, file=file, flush=True)
 
 
 def no_file(*_: object, **__: object) -> None:

@@ -124,35 +124,6 @@ def blocks(rows: Sequence[Row]) -> list[Table]:
     return tables
 
 
-def compact(rows: Sequence[Row]) -> list[Table]:
-    """Throughput without its minor columns, and p95 at one load of all models side by side."""
-    tables = []
-    for table in throughput(rows)[:1]:
-        columns = (table.header[0], "images/s", "speed-up", "exit layer", "of attainable", "over static")
-        places = [table.header.index(name) for name in columns]
-        note = table.note.split("Unordered:")[0] + warning(select(rows, SUITE, "throughput"))
-        tables.append(Table(table.title, columns, [[line[i] for i in places] for line in table.body], note))
-    measured = [row for row in select(rows, SUITE, "latency") if row["parameters"]["load"] == COMPACT_LOAD]
-    if measured:
-        models = list(dict.fromkeys(row["parameters"]["model"] for row in measured))
-        cells = {(row["variant"], row["parameters"]["model"]): row for row in measured}
-        body = [
-            [name]
-            + [
-                number(cells[name, model]["p95"], 2) + _mark(cells[name, model]) if (name, model) in cells else ""
-                for model in models
-            ]
-            for name in dict.fromkeys(row["variant"] for row in measured)
-        ]
-        header = [f"p95 latency at {COMPACT_LOAD:.0%} load, s", *(NAMES.get(model, model) for model in models)]
-        note = (
-            "Poisson arrivals, requests of 10 to 30 steps; load: of what lock-step batches can bear. The digits in "
-            "real time, the others on a virtual clock fed with the measured times of their blocks. "
-        )
-        tables.append(Table(where(measured), header, body, note + warning(measured)))
-    return tables
-
-
 ALL = (throughput, overhead, latency, blocks)
 
 

@@ -1,6 +1,5 @@
 """Rows as tables: for the terminal (`plain`) and for the README (`markdown`)."""
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -10,18 +9,6 @@ from benchmarks.report import fronts, serving_tables
 from benchmarks.report.cells import Table, number, select, warning, where
 from benchmarks.report.model_tables import models
 from benchmarks.rows import Row, key
-
-# About 40 % fewer blocks, as the paper's rule reaches them and asked from block 3 on, and what else does that work.
-COMPACT_DIGITS = (
-    "full",
-    "full, batches of 64",
-    "fewer steps, 12",
-    "plain, equal budget",
-    "engine, nobody leaves",
-    "early exit, θ = 0.115",
-    "early exit, θ = 0.135 from block 3",
-    "fixed depth, as θ = 0.135 from block 3",
-)
 
 
 def plain(table: Table) -> str:
@@ -38,8 +25,9 @@ def plain(table: Table) -> str:
 
 
 def markdown(table: Table) -> str:
-    lines = [table.header, ["---", *["---:"] * (len(table.header) - 1)], *table.body]
-    return "\n".join([f"**{table.title}**", "", *("| " + " | ".join(line) + " |" for line in lines), "", table.note])
+    head, *body = ("| " + " | ".join(line) + " |" for line in (table.header, *table.body))
+    rule = "|---|" + "---:|" * (len(table.header) - 1)
+    return "\n".join([f"**{table.title}**", "", head, rule, *body, "", table.note])
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
@@ -54,26 +42,6 @@ def all_tables(rows: Iterable[Row]) -> list[Table]:
     rows = latest(rows)
     makers = (digits, overhead, fronts.tables, network, *serving_tables.ALL, models, *gpu_tables.ALL)
     return [table for make in makers for table in make(rows) if table.body]
-
-
-def compact(rows: Iterable[Row]) -> list[Table]:
-    """What fits on a page: the digits on all threads, one threshold and minor columns left out, and the network's
-    patterns side by side."""
-    rows = latest(rows)
-    columns = ("digits, trained", "images/s", "speed-up", "exit layer", "of attainable", "Fréchet", "over full")
-    return [
-        *(pick(table, columns, COMPACT_DIGITS) for table in digits(rows)[:1] if table.body),
-        *(table for table in network_side_by_side(rows) if table.body),
-        *(table for table in serving_tables.compact(rows) if table.body),
-        *gpu_tables.network_side_by_side(rows),
-    ]
-
-
-def pick(table: Table, columns: Sequence[str], lines: Sequence[str]) -> Table:
-    """The table with these of its columns, and of its lines those that are there."""
-    places = [table.header.index(name) for name in columns]
-    body = [[line[i] for i in places] for line in table.body if line[0] in lines]
-    return dataclasses.replace(table, header=columns, body=body)
 
 
 def title(row: Row) -> str:
@@ -245,35 +213,3 @@ def network(rows: Sequence[Row]) -> list[Table]:
         )
         tables.append(Table(f"batch {batch}, {where(group)}", header, body, note + warning(group)))
     return tables
-
-
-def network_side_by_side(rows: Sequence[Row]) -> list[Table]:
-    """One line for each exit pattern, the comparisons on all threads beside each other."""
-    measured = select(rows, "network", "pattern")
-    if not measured:
-        return []
-    threads = max(row["threads"] for row in measured)
-    measured = [row for row in measured if row["threads"] == threads and row["parameters"]["batch"] in (8, 64)]
-    batches = sorted({row["parameters"]["batch"] for row in measured})
-    cells = {(row["variant"], row["parameters"]["batch"]): row for row in measured}
-    header = ["U-ViT-S/2, CIFAR-10 shape", "blocks"]
-    for batch in batches:
-        header += [f"speed-up, batch {batch}", "of attainable"]
-    body = []
-    for name in dict.fromkeys(row["variant"] for row in measured):
-        line = [name]
-        for batch in batches:
-            row = cells[name, batch]
-            if len(line) == 1:
-                line.append(number(row["blocks"] / row["blocks_full"], 0, percent=True))
-            line += [
-                number(row["speedup"], 2) + ("" if row["usable"] else " (!)"),
-                number(row["share_of_attainable"], 3),
-            ]
-        body.append(line)
-    note = (
-        "Replayed exits, random weights. Speed-up: over the fastest of the plain network eager, compiled and in "
-        "micro-batches. Of attainable: the plain network's fastest pieces on exactly the rows that still ran, over the "
-        "measured time. "
-    )
-    return [Table(where(measured), header, body, note + warning(measured))]

@@ -3,7 +3,8 @@
 All methods draw the same samples (same noises, same labels). Seconds are measured apart from the quality, on one
 thread, in rounds in which all settings take turns. Plain networks, DuoDiff's two among them, are timed in the ordinary
 loop and in the same compiled, in batches of the best size, and in the engine; the others in the engine, as it is and
-compiled. The fastest way counts. What the rows have is not measured again, and an interrupted run goes on with its next setting or round.
+compiled. The fastest way counts. What the rows have is not measured again, and an interrupted run goes on with its next
+setting or round.
 """
 
 import dataclasses

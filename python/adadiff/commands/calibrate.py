@@ -1,6 +1,10 @@
 """adadiff calibrate."""
 
 import argparse
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,20 +15,26 @@ from ..calibration.reliability import matplotlib_figure, reliability_picture
 from ..data import sources
 from ..metrics.extractors import features_from
 from ..model import Model
-from .shared import check_writable, load_model, show
+from ..writing import check_outputs, check_space, replace_file
+from .shared import check_limits, file_of, load_model
+from .terminal import show, show_lines, with_bars
 
+HEADER = 2**16  # bytes, for names and the configuration
+MOST_SAMPLES = 10**5  # whose runs are recorded
 TIMES = 10  # of a picture, at which noise is put on real images
 
 
 def calibrate(options: argparse.Namespace) -> None:
+    check_outputs(options.force, options.picture, inputs=[options.model])  # which --out may replace
+    check_outputs(options.force, options.out, options.picture, inputs=[file_of(options.features)])
+    check_limits(options, MOST_SAMPLES)
+    if options.picture is not None:
+        matplotlib_figure()  # else it would be missed at the end
     model = load_model(options)
+    notes = checkpoint.read_tensors(checkpoint.find(options.model))[1].get("notes", {})
     if len(options.steps) != 1:
         raise ValueError(f"a calibration is for one number of steps, got {len(options.steps)}")
     real = None if options.data is None else _held_out(model, options)
-    if options.picture is not None:
-        matplotlib_figure()  # else it would be missed at the end
-    for path in filter(None, (options.out, options.picture)):
-        check_writable(path)
     settings = {
         "aim": options.aim,
         "n": options.n,
@@ -39,20 +49,44 @@ def calibrate(options: argparse.Namespace) -> None:
     if features is not None:
         features.dims(tuple(model.backbone.sample_shape))  # for its checks
     calibrating = Calibrating(model, options.budget, features=features, **settings)  # and its
+    check_space(options.out, _bytes(model, options))
     shown = {"features": options.features or "the model's own, if known"}
     show({"model": options.model, "budget": options.budget, **settings, **shown, "out": options.out})
-    calibration = calibrating.run(progress=True)
+    calibration = calibrating.run(progress=with_bars())
     model = calibrating.model
-    notes = checkpoint.read_tensors(checkpoint.find(options.model))[1].get("notes", {})
-    checkpoint.save(model, options.out, notes)
-    print(f"\n{calibration}\n")
+    try:
+        _save(model, options, notes)
+        if options.picture is not None:
+            t = calibrating.recording.t
+            t = t[torch.linspace(0, len(t) - 1, min(TIMES, len(t))).round().long()]
+            noised = None if real is None else (t, *noised_errors(model, *real, t.tolist(), options.seed))
+            picture = partial(reliability_picture, calibrating.recording, noised=noised)
+            replace_file(options.picture, picture, force=options.force)
+    finally:  # on a full disk the numbers are not lost
+        show_lines(f"\n{calibration}\n")
     if options.picture is not None:
-        t = calibrating.recording.t
-        t = t[torch.linspace(0, len(t) - 1, min(TIMES, len(t))).round().long()]
-        noised = None if real is None else (t, *noised_errors(model, *real, t.tolist(), options.seed))
-        reliability_picture(calibrating.recording, options.picture, noised)
         print(f"wrote {options.picture}")
     print(f"wrote {options.out}; sample it with --policy exit:budget={calibration.budgets[0].share:g}")
+
+
+def _save(model: Model, options: argparse.Namespace, notes: dict[str, Any]) -> None:
+    """Writes --out. Where that fails, as on a full disk, writes the model to the folder of temporary files instead,
+    for it may have taken hours, and raises OSError, which names that file."""
+    try:
+        replace_file(options.out, lambda temporary: checkpoint.save(model, temporary, notes), force=options.force)
+    except (OSError, ValueError) as error:
+        try:
+            elsewhere = Path(tempfile.mkdtemp(prefix="adadiff-")) / options.out.name
+            checkpoint.save(model, elsewhere, notes)
+        except OSError as second:
+            raise OSError(f"{error}; nor was there room for the model elsewhere: {second}") from error
+        raise OSError(f"{error}; the calibrated model is in {elsewhere}") from error
+
+
+def _bytes(model: Model, options: argparse.Namespace) -> int:
+    """About the size of --out: weights, and thresholds of some 24 characters."""
+    numbers = len(options.budget) * options.steps[0] * model.num_layers
+    return sum(value.nbytes for value in model.parameters()) + 24 * numbers + HEADER
 
 
 def _held_out(model: Model, options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -13,7 +13,9 @@ from ..output.pictures import CHANNELS, make_grid, to_pixels, write_png
 from ..sampling.params import SamplingParams
 from ..sampling.sample_batch import SampleBatch
 from ..sampling.trace import Trace, trace
-from .shared import check_writable, device_of, execution_of, load_model, print_table, show
+from ..writing import check_outputs, replace_file
+from .shared import device_of, execution_of, load_model
+from .terminal import print_table, show
 
 OF_SAMPLES = ("policy", "solver", "guidance_scale", "seed", "class_label")
 OF_EXECUTION = ("batch_invariant", "runner")
@@ -36,8 +38,7 @@ def diff(options: argparse.Namespace) -> None:
     if unknown := [key for key in options.other if key not in KEYS]:
         raise ValueError(f"--other knows no {', '.join(unknown)}; there are {', '.join(KEYS)}")
     picture = options.picture
-    if picture is not None:
-        check_writable(picture)
+    check_outputs(options.force, picture, inputs=(options.model, str(options.other.get("model", options.model))))
     named = {key: str(value) if key in OF_MODELS else value for key, value in options.other.items()}  # a file named 3
     other = argparse.Namespace(**{**vars(options), **named})
     ways = _way(options), _way(other)
@@ -52,13 +53,17 @@ def diff(options: argparse.Namespace) -> None:
     if not torch.equal(one.t, two.t):
         raise ValueError("the two ways do not take the same timesteps; choose solvers that do")
     apart = (one.x - two.x).square().flatten(1).mean(1).sqrt()
-    print_table([_row(i, one, two, float(apart[i])) for i in range(len(apart))])
-    _tell(one, two, apart.numpy())
+    at = np.unique(np.linspace(0, len(apart) - 1, min(MOST, len(apart))).round().astype(int))
+    try:
+        if picture is not None:
+            gap = (one.x0 - two.x0).abs() * 2 - 1  # black where they agree
+            rows = [run[i] for run in (one.x0, two.x0, gap) for i in at]
+            grid = make_grid([to_pixels(image) for image in rows], len(at))
+            replace_file(picture, lambda temporary: write_png(temporary, grid), force=options.force)
+    finally:  # on a full disk the numbers are not lost
+        print_table([_row(i, one, two, float(apart[i])) for i in range(len(apart))])
+        _tell(one, two, apart.numpy())
     if picture is not None:
-        at = np.unique(np.linspace(0, len(apart) - 1, min(MOST, len(apart))).round().astype(int))
-        gap = (one.x0 - two.x0).abs() * 2 - 1  # black where they agree
-        rows = [run[i] for run in (one.x0, two.x0, gap) for i in at]
-        write_png(picture, make_grid([to_pixels(image) for image in rows], len(at)))
         steps = ", ".join(map(str, at + 1))
         print(f"wrote {picture}: images predicted at steps {steps}; the first way's, the other's, difference")
 

@@ -21,12 +21,17 @@ from ..model import Model
 from ..output.pictures import CHANNELS, write_json
 from ..policies.spelling import DEFAULT
 from ..sampling import sampler
-from .shared import check_writable, cycled, decoder, execution_of, load_model, print_table, resolved, show
+from ..writing import check_outputs, replace_file
+from .shared import check_limits, cycled, decoder, execution_of, file_of, load_model, resolved
+from .terminal import print_table, show, with_bars
+
+MOST_SAMPLES = 10**6  # all are held in memory
+MOST_DRAWS = 2 * 10**8  # of samples by all resamples together
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    if options.json:
-        check_writable(options.json)
+    check_outputs(options.force, options.json, inputs=(options.model, options.reference, file_of(options.features)))
+    check_limits(options, MOST_SAMPLES)
     if options.resamples < 2:
         raise ValueError(f"--resamples takes at least 2, got {options.resamples}")
     drawn = is_images(options.model)
@@ -34,16 +39,25 @@ def evaluate(options: argparse.Namespace) -> None:
     content = {"configuration": configuration, "results": results}
     if judge is not None:
         content = {"real": _json(dataclasses.asdict(_real(judge))), **content}
-    _print(results, content.get("real"))
+    try:
+        if options.json:
+            replace_file(options.json, lambda temporary: write_json(temporary, content), force=options.force)
+    finally:  # on a full disk the numbers are not lost
+        _print(results, content.get("real"))
     if options.json:
-        write_json(options.json, content)
         print(f"wrote {options.json}")
+
+
+def _check_resamples(resamples: int, n: int) -> None:
+    if resamples * n > MOST_DRAWS:
+        raise ValueError(f"--resamples {resamples} of {n} samples are more than {MOST_DRAWS:,} draws; give fewer")
 
 
 def _of_model(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], Judge | None]:
     model, n = load_model(options), options.n
     if n < 2:
         raise ValueError(f"evaluation takes n >= 2 samples, better thousands, got {n}")
+    _check_resamples(options.resamples, n)
     if model.config.network.context_tokens:
         raise ValueError(
             "evaluation draws samples of classes or of nothing; this model takes text, so name a folder that is drawn"
@@ -84,17 +98,18 @@ def _of_model(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, An
     show({**configuration, "policy": ", ".join(policies), "class_labels": options.class_labels or _in_turn(labels)})
     for line in yardstick.too_few(n):
         print(line)
-    reference = yardstick.reference(progress=True)
+    reference = yardstick.reference(progress=with_bars())
     _warm_up(model, min(n, options.batch), settings)
     results, full, full_features = {}, None, None
     for policy in policies:
-        samples, report = sampler.sample(model, n, policy=policy, progress=True, **settings)
+        samples, report = sampler.sample(model, n, policy=policy, progress=with_bars(), **settings)
         pieces = _pieces(samples, labels, full, decode, options.batch)
         peak = 1.0 if pictures or full is None else float(full.abs().max())
         measured = measure(pieces, yardstick.features, yardstick.judge, 2 * peak)
         results[policy] = {
             **_numbers(measured, reference, full_features, options.resamples),
             "mean_exit_layer": report.mean_exit_layer,
+            "work": report.macs / report.macs_full,
             "num_layers": report.num_layers,
             "images_per_second": n / report.seconds,
         }
@@ -111,6 +126,7 @@ def _of_images(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, A
     images = open_images(options.model)
     if images.count < 2:
         raise ValueError(f"{options.model} holds {images.count} image; evaluation takes at least 2, better thousands")
+    _check_resamples(options.resamples, images.count)
     judge = judge_of(images.shape, name=options.features)
     if options.features is None:
         raise ValueError(f"images are told apart by features: give --features, {EXAMPLES}")
@@ -132,7 +148,7 @@ def _of_images(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, A
     show({**configuration, "shape": "x".join(map(str, images.shape))})
     for line in yardstick.too_few(images.count):
         print(line)
-    reference = yardstick.reference(progress=True)
+    reference = yardstick.reference(progress=with_bars())
     measured = measure(_read(images, labels), yardstick.features, judge)
     return configuration, {"images": _numbers(measured, reference, None, options.resamples)}, judge
 
@@ -159,7 +175,7 @@ def _pieces(
 
 def _read(images: ImageSet, labels: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None, None]]:
     done = 0
-    for piece in images.pieces(progress=True):
+    for piece in images.pieces(progress=with_bars()):
         yield piece, None if labels is None else labels[done : done + len(piece)], None
         done += len(piece)
 
@@ -205,6 +221,7 @@ def _print(results: dict[str, dict[str, Any]], real: dict[str, Any] | None) -> N
             "accuracy": _with_ends(r, "accuracy", ".1%"),
             "PSNR in dB": _psnr(r),
             "max": "" if r["max_difference"] is None else f"{r['max_difference']:.2g}",
+            "work": f"{r['work']:.1%}" if "num_layers" in r else "",
             "exit layer": f"{r['mean_exit_layer']:.2f} of {r['num_layers']}" if "num_layers" in r else "",
             "images/s": f"{r['images_per_second']:.1f}" if "num_layers" in r else "",
         }
@@ -219,7 +236,7 @@ def _print(results: dict[str, dict[str, Any]], real: dict[str, Any] | None) -> N
     if len(results) > 1:
         print("PSNR: to full from the same noise, median and 5th percentile; max: the largest difference to it;")
     if any("num_layers" in r for r in results.values()):
-        print("images/s: of one run, `make bench` measures with care")
+        print("work: share of the full network's multiply-adds; images/s: of one run, `make bench` measures with care")
 
 
 def _with_ends(r: dict[str, Any], name: str, form: str) -> str:

@@ -10,7 +10,9 @@ import torch
 from adadiff_kernels import OPERATORS, backends
 
 from .. import __version__
-from .shared import show
+from .terminal import show
+
+INDENT = 26  # of all values
 
 
 def info(options: argparse.Namespace) -> None:
@@ -23,7 +25,8 @@ def info(options: argparse.Namespace) -> None:
             "triton": _version("triton"),
             "diffusers": _version("diffusers"),
             "numpy": _version("numpy"),
-        }
+        },
+        indent=INDENT,
     )
     print()
     show(
@@ -31,16 +34,17 @@ def info(options: argparse.Namespace) -> None:
             "cpu": f"{_cpu()}, {torch.backends.cpu.get_cpu_capability()}",
             "threads": f"{torch.get_num_threads()} of {os.cpu_count()}",
             **{f"cuda:{i}": _gpu(i) for i in range(torch.cuda.device_count())},
-        }
+        },
+        indent=INDENT,
     )
     if not torch.cuda.is_available():
-        print(f"{'gpu':25} none: {_why_no_gpu()}")
+        print(f"{'gpu':{INDENT}} none: {_why_no_gpu()}")
     print()
     cpu, gpu = backends("cpu"), backends("cuda") if torch.cuda.is_available() else {}
     width = max(map(len, cpu.values())) + 2
-    print(f"{'kernels':25} {'on the CPU':{width}} on a GPU")
+    print(f"{'kernels':{INDENT}} {'on the CPU':{width}} on a GPU")
     for name in OPERATORS:
-        print(f"{name:25} {cpu[name]:{width}} {gpu.get(name, 'no GPU')}")
+        print(f"{name:{INDENT}} {cpu[name]:{width}} {gpu.get(name, 'no GPU')}")
 
 
 def _version(package: str) -> str:

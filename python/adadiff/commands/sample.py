@@ -2,9 +2,11 @@
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,21 +15,30 @@ from ..forward.two_stage import T_SWITCH
 from ..model import Model
 from ..output.filling import Process, ShardFolder
 from ..output.locking import only_launch
-from ..output.pictures import CHANNELS, PictureFolder
-from ..output.shards import ADVICE, MANIFEST, Manifest
+from ..output.pictures import ADVICE, CHANNELS, PictureFolder
+from ..output.shards import MANIFEST, MOST_SAMPLES, Manifest
 from ..pipelines.text import CLIP, TextEncoder
+from ..policies.calibrated import Calibration
 from ..sampling import sampler
 from ..sampling.params import SamplingParams
-from .shared import cycled, decoder, digest, execution_of, load_model, resolved, show
+from ..sampling.reports import NEVER_ACTED, Report
+from ..writing import check_replaceable
+from .shared import check_limits, cycled, decoder, digest, execution_of, load_model, resolved, with_progress
+from .terminal import printable, with_bars
 
 PNG_MOST = 1000  # samples that become a picture each where nothing else is asked for
+PNG_LIMIT = 10**6  # samples that can become a picture each
+OUTPUTS = re.compile(r"report\.json|manifest\.json|grid\.png|[0-9]{6,}\.png|shard-[0-9]{5,}\.npz")
+Folder = TypeVar("Folder", PictureFolder, ShardFolder)
 SHARD = 1000  # samples
 
 
 def sample(options: argparse.Namespace) -> None:
-    model, n, process = load_model(options), options.n, Process.of(os.environ)
+    n, process = options.n, Process.of(os.environ)
     if n < 0:
         raise ValueError(f"n must be an integer >= 0, got {n}")
+    check_limits(options, MOST_SAMPLES)
+    model = load_model(options)
     if options.guidance_interval is not None and options.guidance_scale == 1:
         raise ValueError("--guidance-interval says at which times there is guidance; give --guidance-scale, too")
     configuration = {
@@ -79,19 +90,58 @@ def sample(options: argparse.Namespace) -> None:
             raise ValueError("--format png takes one process; --format npz as many as you like")
         if options.shard is not None:
             raise ValueError("--shard is for --format npz")
-        if (options.out / MANIFEST).exists():
-            raise ValueError(f"{options.out} holds shards; {ADVICE}, or give --format npz")
+        if n > PNG_LIMIT:
+            raise ValueError(f"--format png takes at most {PNG_LIMIT:,} samples; --format npz takes more")
     else:
         shard = SHARD if options.shard is None else options.shard
         manifest = Manifest.of(model, {**configuration, "shard": shard})
-    sampling(range(n))  # for its checks, before anything is loaded or the folder touched
+    sampling(_some(options))  # for its checks, before anything is loaded or the folder touched
+    if options.guidance_scale != 1 and model.config.classes and options.class_labels is None:
+        raise ValueError(
+            f"--guidance-scale {options.guidance_scale:g} without --class-labels doubles the work and changes nothing"
+        )
     decoded, texts = decoder(options, model), _texts(options, model)
     with only_launch(options.out, process.rank, process.world):
         if kind == "png":
-            folder = PictureFolder(options.out, configuration, model.num_layers)
-            _fill_with_pictures(folder, configuration, sampling, decoded)
+            shape = model.backbone.sample_shape
+            if decoded is not None:
+                shape = tuple(decoded(torch.zeros(0, *shape)).shape[1:])
+            pictures = _opened(options, lambda: _picture_folder(options.out, configuration, model.num_layers, shape))
+            _fill_with_pictures(pictures, configuration, sampling, decoded, model.calibration)
         else:
-            _fill_with_shards(ShardFolder(options.out, manifest, process), sampling)
+            shards = _opened(options, lambda: ShardFolder(options.out, manifest, process))
+            _fill_with_shards(shards, sampling, model.calibration)
+
+
+def _some(options: argparse.Namespace) -> list[int]:
+    """Slots that have all settings between them, and the largest seed."""
+    n, longest = options.n, max(len(values) for values in (options.class_labels or (), options.steps))
+    return sorted({*range(min(n, longest)), *range(max(0, n - 1), n)})
+
+
+def _picture_folder(out: Path, *settings: Any) -> PictureFolder:
+    if (out / MANIFEST).exists():
+        raise ValueError(f"{out} holds shards; {ADVICE}, or --format npz")
+    return PictureFolder(out, *settings)
+
+
+def _opened(options: argparse.Namespace, folder: Callable[[], Folder]) -> Folder:
+    """What `folder` makes. Where that raises ValueError, as for samples of other settings, --force removes all files
+    that bear names of samples."""
+    for path in options.out.iterdir():
+        if OUTPUTS.fullmatch(path.name):
+            check_replaceable(path)
+    try:
+        return folder()
+    except ValueError:
+        if not options.force:
+            raise
+        if Process.of(os.environ).world > 1:
+            raise ValueError(f"--force takes one process; empty {options.out} first") from None
+    for path in options.out.iterdir():
+        if OUTPUTS.fullmatch(path.name):
+            path.unlink()
+    return folder()
 
 
 Texts = Callable[[Sequence[int]], dict[str, Tensor]]  # slots -> embeddings of the prompts of the samples there
@@ -141,49 +191,91 @@ def _fill_with_pictures(
     configuration: dict[str, Any],
     sampling: Callable[..., sampler.SamplerRun],
     decoded: Callable[[Tensor], Tensor] | None,
+    calibration: Calibration | None,
 ) -> None:
     out, n = folder.folder, configuration["n"]
-    show({**configuration, "out": out})
-    missing = folder.missing(n)
-    if len(missing) < n:
-        print(f"{n - len(missing)} of {n} pictures are in {out} already; drawing {len(missing)}")
-    run, drawn = sampling(missing, progress=True), 0
+    _announce(configuration, calibration)
+    missing = folder.missing
+    if folder.damaged:
+        some = f"{len(folder.damaged)} of {n} pictures are damaged"
+        print(printable(f"{some} and drawn again: {folder.damaged[0]}"))
+    if folder.count:
+        print(f"{folder.count} of {n} pictures are in {out} already; drawing {len(missing)}")
+    run = sampling(missing, progress=with_bars())
     try:
         for places, images in run:
             images = images if decoded is None else decoded(images)
+            folder.record(run.report)
             for place, image in zip(places.tolist(), images, strict=True):
                 folder.add(missing[place], image)
-                drawn += 1
-    except KeyboardInterrupt:
-        there = f"{n - len(folder.missing(n))} of {n} pictures are in {out}"
-        raise KeyboardInterrupt(f"{there}; the same command draws the others") from None
-    finally:
-        folder.record(run.report, drawn)
-    if missing:
-        print(run.report)
+        folder.record(run.report)
+    except BaseException as error:
+        with suppress(OSError):  # where the disk is full already
+            folder.record(run.report)
+        there = f"{folder.count} of {n} pictures are in {out}"
+        raise with_progress(error, f"{there}; the same command draws the others") from error.__cause__
     if n:
-        print(f"wrote {out}; on one page: {folder.write_grid(n)}")
+        print(f"wrote {folder.write_grid()}: {_saving(run.report) if missing else f'{n} images, drawn before'}")
+    else:
+        print(f"wrote {out}: no images were asked for")
 
 
-def _fill_with_shards(folder: ShardFolder, sampling: Callable[..., sampler.SamplerRun]) -> None:
+def _fill_with_shards(
+    folder: ShardFolder, sampling: Callable[..., sampler.SamplerRun], calibration: Calibration | None
+) -> None:
     """Rank 0 speaks for all; others only of damage, and of the end where they are the last."""
     out, n, first = folder.folder, folder.manifest.n, folder.process.rank == 0
     if first:
-        show({**folder.manifest.configuration, "out": out})
+        _announce(folder.manifest.configuration, calibration)
     try:
         for damage in folder.drop_damaged():
-            print(f"{damage}; drawing it again")
+            print(printable(f"{damage}; drawing it again"))
         before = folder.count
         if before and first:
             print(f"{before} of {n} samples are in {out} already")
-        drew = folder.draw(sampling)
+        drew = folder.draw(sampling, progress=with_bars())
         totals = folder.finish()
-    except KeyboardInterrupt:
-        if not first:
+    except (KeyboardInterrupt, OSError) as error:
+        if isinstance(error, KeyboardInterrupt) and not first:
             raise SystemExit(130) from None
-        raise KeyboardInterrupt(f"{folder.count} of {n} samples are in {out}; the same command goes on") from None
+        raise with_progress(error, f"{folder.count} of {n} samples are in {out}; the same command goes on") from None
     if totals is None and first:
         print(f"{folder.count} of {n} samples are in {out}; the other processes draw the rest")
     elif totals is not None and (first or drew):
-        depth = f"; mean exit layer {totals['mean_exit_layer']:.2f} of {totals['num_layers']}" if n else ""
-        print(f"wrote {out}: {n} samples{depth}")
+        numbers = (totals[name] for name in ("macs", "macs_full", "mean_exit_layer", "num_layers"))
+        left_out = f", {_left_out(*numbers, asks=folder.manifest.configuration['policy'] != 'full')}"
+        time = f" in {totals['seconds']:.1f} s of drawing" if n else ""
+        print(f"wrote {out}: {n} samples{time}{left_out if n else ''}")
+
+
+def _announce(configuration: dict[str, Any], calibration: Calibration | None) -> None:
+    """What is going to be drawn, in a line; report.json and manifest.json hold every setting."""
+    steps = " or ".join(map(str, configuration["steps"]))
+    n, guidance = configuration["n"], configuration["guidance_scale"]
+    asked = (*configuration["steps"], configuration["solver"], guidance)
+    guided = "" if guidance == 1 else f", guidance scale {guidance:g}"
+    print(
+        f"{configuration['model']}: {n} samples, {steps} steps of {configuration['solver']}{guided}, policy "
+        f"{configuration['policy']}, seeds from {configuration['seed']}, on {configuration['device']}"
+    )
+    if calibration is None or not configuration["policy"].startswith(("exit:budget=", "exit:table=")):
+        return
+    known = (calibration.steps, calibration.solver, calibration.guidance_scale)
+    if asked != known:
+        guided = "" if known[2] == 1 else f", guidance scale {known[2]:g}"
+        print(
+            f"note: the policy was calibrated for {known[0]} steps of {printable(known[1])}{guided}; the share of the "
+            "work may be another here"
+        )
+
+
+def _saving(report: Report) -> str:
+    n, seconds = report.exit_layer.shape[1], report.seconds
+    left_out = _left_out(report.macs, report.macs_full, report.mean_exit_layer, report.num_layers, report.asks)
+    return f"{n} images in {seconds:.2f} s ({n / seconds:.1f} images/s), {left_out}"
+
+
+def _left_out(macs: int, macs_full: int, mean_exit_layer: float, num_layers: int, asks: bool) -> str:
+    if macs >= macs_full:
+        return "no work left out" + (f": {NEVER_ACTED}" if asks and mean_exit_layer == num_layers else "")
+    return f"{1 - macs / macs_full:.0%} of the work left out (mean exit layer {mean_exit_layer:.2f} of {num_layers})"

@@ -2,9 +2,7 @@
 
 import argparse
 import hashlib
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +14,8 @@ from ..model import Model
 from ..output.pictures import CHANNELS
 from ..pipelines import latents
 
+MOST_BATCH, MOST_SHARD, MOST_RESAMPLES = 2**16, 10**5, 10**4
+
 
 def load_model(options: argparse.Namespace, name_or_file: str | None = None) -> Model:
     """The model of a command, or another one, as --device and --dtype ask for it."""
@@ -26,10 +26,26 @@ def device_of(options: argparse.Namespace) -> str:
     return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def check_writable(path: Path) -> None:
-    """ValueError for a file that could not be written at the end."""
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"cannot write {path}")
+def check_limits(options: argparse.Namespace, n: int) -> None:
+    """ValueError for counts beyond their limits, `n` for samples: before anything of their size is made."""
+    for name, most in {"n": n, "batch": MOST_BATCH, "shard": MOST_SHARD, "resamples": MOST_RESAMPLES}.items():
+        value = getattr(options, name, None)
+        if value is not None and value > most:
+            raise ValueError(f"{name} must be at most {most:,}, got {value:,}")
+
+
+def file_of(features: str | None) -> str | None:
+    """The file that --features names, if it names one."""
+    return None if features is None else features.removeprefix("inception:")
+
+
+def with_progress(error: BaseException, progress: str) -> BaseException:
+    """What to raise for Ctrl-C, or for a disk that is full: it says what is done. Any other error as it is."""
+    if isinstance(error, KeyboardInterrupt):
+        return KeyboardInterrupt(progress)
+    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+        return OSError(f"{error}; {progress}")
+    return error
 
 
 def execution_of(options: argparse.Namespace) -> ExecutionOptions:
@@ -65,27 +81,6 @@ def cycled(name: str, values: list[int], n: int, slots: Sequence[int]) -> list[i
     if n and len(values) > n:
         raise ValueError(f"{len(values)} {name} for {n} samples; give at most one each")
     return [values[slot % len(values)] for slot in slots]
-
-
-def show(values: dict[str, Any], prefix: str = "") -> None:
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            show(value, f"{prefix}{name}.")
-            continue
-        if isinstance(value, list):
-            value = ",".join(map(str, value)) + (", cycled over the samples" if len(value) > 1 else "")
-        print(f"{prefix + name:25} {'none' if value in (None, {}) else value}")
-
-
-def print_table(rows: Sequence[dict[str, str]]) -> None:
-    """Rows with the same keys, which are the head; columns without content are left out."""
-    head = [key for key in rows[0] if any(row[key] for row in rows)]
-    lines = [head, *([row[key] for key in head] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    print()
-    for line in lines:
-        print("  ".join(f"{text:{width}}" for text, width in zip(line, widths, strict=True)).rstrip())
-    print()
 
 
 def decoder(options: argparse.Namespace, model: Model) -> Callable[[Tensor], Tensor] | None:

@@ -1,89 +1,287 @@
-"""Examples and explanations that the command line shows."""
+"""What the command line explains: a page for each command, and help texts that are longer than a line."""
 
+from dataclasses import dataclass
+
+from ..config import PRESETS
 from ..data import datasets
 
-EXAMPLES = {
-    "sample": """examples:
-  adadiff sample digits --out samples --n 40 --class-labels 0,1,2,3,4,5,6,7,8,9 \\
-      --policy exit:0.135,min_layer=3
-  adadiff sample digits --out samples --steps 20,50 --solver dpm++2m --guidance-scale 2.5
-  adadiff sample digits_plain --out duo --shallow-model runs/shallow/model.safetensors --t-switch 600
-  adadiff sample dit_xl.safetensors --out dogs --class-labels 207 --guidance-scale 4 --guidance-interval 100,800 \\
-      --decoder vae
-  adadiff sample mscoco.safetensors --out cats --prompt "a cat" "two cats" --guidance-scale 2 --decoder vae
-  torchrun --nproc_per_node 2 -m adadiff sample digits --out many -n 50000
-after Ctrl-C, or a kill, the same command draws what is missing; `adadiff.output.shards.read` reads shards. Shards are
-the same bits on any number of processes, if each has as many threads: torchrun sets OMP_NUM_THREADS=1 unless you do""",
-    "train": """examples:
-  adadiff train --out runs/digits
-  adadiff train --out runs/plain --plain
-  adadiff train digits_frozen --exit-options head=mlp
-  adadiff train runs/digits/config.json --out runs/longer --steps 20000
-  accelerate launch --num_processes 2 -m adadiff train canvases --precision bfloat16
-  torchrun --nproc_per_node 2 -m adadiff train canvases
-accelerate starts a process for every GPU, torchrun as many as are asked for on a CPU, too;
-after Ctrl-C, or a kill, the same command goes on where it stopped, or at the last checkpoint""",
-    "calibrate": """examples:
-  adadiff calibrate digits --budget 0.55 --out digits-calibrated.safetensors
-  adadiff calibrate digits --budget 0.4,0.55,0.7,0.85 --aim distribution --out d.safetensors --picture d.png
-the file is a model like any other: sample it with --policy exit:budget=0.55, or, by timestep alone,
---policy exit:table=0.55""",
-    "evaluate": """examples:
-  adadiff evaluate digits
-  adadiff evaluate runs/digits/model.safetensors --n 5000 --steps 20 --policy exit:depth=8 --policy exit:depth=6 \\
-      --json quality.json
-  adadiff evaluate samples --features digits
-  adadiff evaluate samples --reference fid_stats_cifar10_train_pytorch.npz --features inception:pt_inception.pth
-a model's policies are compared with the full network from the same noises, with or without a reference""",
-    "convert": """examples:
-  adadiff convert imagenet256_uvit_huge.pth uvit_huge.safetensors --preset imagenet256_uvit_huge
-  adadiff convert 75000.ckpt adadiff_cifar10.safetensors --preset cifar10_uvit_small
-  adadiff convert DiT-XL-2-256x256.pt dit_xl.safetensors
-  adadiff convert DiT-XL-2-256 dit_xl.safetensors --served-by dit
-no weights are run and nothing but tensors is read from a pickle""",
-    "diff": """examples:
-  adadiff diff digits --seed 3 --class-label 7 --other policy=exit:0.135,min_layer=3 --picture diff.png
-  adadiff diff digits --policy exit:0.1 --other dtype=bfloat16
-  adadiff diff canvases --other model=canvases_plain
-for each step: exit layers, uncertainties there, and how far the two images are apart""",
-    "info": """examples:
-  adadiff info""",
-    "inspect": """examples:
+SUMMARY = (
+    "Draw images with diffusion transformers whose samples exit early: each one skips the remaining blocks of the "
+    "network as soon as the error that this is expected to cause is small."
+)
+START = """first steps:
+  adadiff info
+  adadiff sample digits --out samples --policy exit:0.135
   adadiff inspect digits
+  adadiff evaluate digits --policy exit:0.135
+
+`adadiff COMMAND --help` explains the options of a command and gives examples.
+
+exit code: 0 on success; 2 if the input cannot be used, with the reason on stderr; 130 after Ctrl-C."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """summary: for the list of commands. usage: without "adadiff" and the command's name. description: what the command
+    does and what it leaves on disk. examples: indented, at most 58 columns wide, so that they fit a narrow terminal.
+    notes: for after the examples."""
+
+    summary: str
+    usage: str
+    description: str
+    examples: str
+    notes: str = ""
+
+
+PAGES = {
+    "info": Page(
+        summary="show versions, devices and kernels",
+        usage="",
+        description="Show the versions of the package and of its dependencies, the CPU and the GPUs that were found, "
+        "and which implementation of each kernel runs on them. Nothing is written to disk.",
+        examples="""  adadiff info""",
+    ),
+    "sample": Page(
+        summary="draw images and save them",
+        usage="MODEL --out FOLDER [options]",
+        description="Draw samples from a model and save them in the folder --out, as one PNG file for each sample or "
+        "as array files. The folder also gets report.json, which holds the settings and the cost of the run, and, for "
+        "images, an overview in grid.png.",
+        examples="""\
+  # 40 digits, four of each class, with early exit
+  adadiff sample digits --out samples --n 40 \\
+      --class-labels 0,1,2,3,4,5,6,7,8,9 \\
+      --policy exit:0.135,min_layer=3
+
+  # a calibrated model at 55 % of the full network's work
+  adadiff sample canvases --out counts --steps 20 \\
+      --class-labels 13 --policy exit:budget=0.55
+
+  # samples of 20 and of 50 steps, with guidance
+  adadiff sample digits --out mixed --steps 20,50 \\
+      --solver dpm++2m --class-labels 3 --guidance-scale 2.5
+
+  # a shallow model for the noisy timesteps (DuoDiff)
+  adadiff sample canvases_plain --out duo \\
+      --shallow-model canvases_shallow --t-switch 600
+
+  # a converted DiT, its latents decoded to pictures
+  adadiff sample dit_xl.safetensors --out dogs \\
+      --class-labels 207 --guidance-scale 4 \\
+      --guidance-interval 100,800 --decoder vae
+
+  # a converted text-to-image model
+  adadiff sample mscoco.safetensors --out cats \\
+      --prompt "a cat" "two cats" --guidance-scale 2 \\
+      --decoder vae
+
+  # 50,000 samples in array files, by two processes
+  torchrun --nproc_per_node 2 -m adadiff sample digits \\
+      --out many -n 50000""",
+        notes="If the run is interrupted, the same command draws only the samples that are missing.\n\n"
+        "In Python, `adadiff.output.shards.read(FOLDER)` reads the array files. They are the same, bit for bit, for "
+        "any number of processes, provided that each process has the same number of threads; torchrun gives each one "
+        "thread unless OMP_NUM_THREADS is set.",
+    ),
+    "inspect": Page(
+        summary="show what a model is and what it costs",
+        usage="MODEL [options]",
+        description="Show the architecture of a model, its parameters and multiply-adds, its exits and calibration, "
+        "and how it was trained. Nothing is written to disk unless --picture is given.",
+        examples="""\
+  adadiff inspect digits
+  adadiff inspect canvases --picture thresholds.png
   adadiff inspect runs/digits/model.safetensors --json
   adadiff inspect DiT-XL-2-256x256.pt""",
-}
+    ),
+    "evaluate": Page(
+        summary="measure the quality of samples",
+        usage="MODEL|IMAGES [options]",
+        description="Draw samples from a model with one or several exit policies, or read existing images, and print "
+        "their quality: Fréchet and kernel distance to real images, accuracy (of digits and canvases), and the "
+        "difference to the samples of the full network, with 95 % intervals. Nothing is written to disk unless --json "
+        "is given.",
+        examples="""\
+  # the full network alone
+  adadiff evaluate digits
 
+  # two policies against the full network
+  adadiff evaluate runs/digits/model.safetensors \\
+      --n 5000 --steps 20 --policy exit:depth=8 \\
+      --policy exit:depth=6 --json quality.json
+
+  # images that `adadiff sample` has drawn
+  adadiff evaluate samples --features digits
+
+  # FID of a folder of images, with published statistics
+  adadiff evaluate samples \\
+      --reference fid_stats_cifar10_train_pytorch.npz \\
+      --features inception:pt_inception.pth""",
+        notes="All policies draw their samples from the same noise, so that each sample is compared with that of the "
+        "full network. This needs no real images.",
+    ),
+    "diff": Page(
+        summary="compare two ways to draw one sample, step by step",
+        usage="MODEL --other KEY=VALUE ... [options]",
+        description="Draw one sample in two ways, first with the options as given and then with the changes in "
+        "--other, and print for each step the exit layers, the uncertainties there and the distance between the two "
+        "images. Nothing is written to disk unless --picture is given.",
+        examples="""\
+  # early exit against the full network
+  adadiff diff digits --seed 3 --class-label 7 \\
+      --other policy=exit:0.135,min_layer=3 \\
+      --picture diff.png
+
+  # does bfloat16 change where a sample exits?
+  adadiff diff digits --policy exit:0.1 \\
+      --other dtype=bfloat16
+
+  # two models
+  adadiff diff canvases --other model=canvases_plain""",
+    ),
+    "calibrate": Page(
+        summary="choose exit thresholds for a share of the work",
+        usage="MODEL --budget SHARE --out FILE\n                         [options]",
+        description="Choose exit thresholds for every timestep and block, so that sampling takes a given share of the "
+        "full network's multiply-adds, and print what each share loses on samples that were not used for the choice. "
+        "The model with its thresholds is written to the file --out.",
+        examples="""\
+  adadiff calibrate digits --budget 0.55 \\
+      --out calibrated.safetensors
+
+  # four budgets in one file, and a picture
+  adadiff calibrate digits --budget 0.4,0.55,0.7,0.85 \\
+      --aim distribution --out calibrated.safetensors \\
+      --picture calibrated.png""",
+        notes="The file is used like any other model. `adadiff sample FILE --policy exit:budget=0.55` decides by the "
+        "uncertainty of each sample, --policy exit:table=0.55 by the timestep alone.",
+    ),
+    "train": Page(
+        summary="train a model with exits, or add exits to one",
+        usage="[CONFIG] [options]",
+        description="Train a model, or exits for a finished model, as CONFIG says; options override its values. The "
+        "folder --out gets model.safetensors (the trained model), state.safetensors (to resume from), config.json and "
+        "log.jsonl.",
+        examples="""\
+  # the model "digits" of the package
+  adadiff train digits --out runs/digits
+
+  # the same network without exits
+  adadiff train digits --plain --out runs/plain
+
+  # exits for a finished network, which does not change
+  adadiff train digits_frozen --exit-options head=mlp
+
+  # an earlier run with other settings
+  adadiff train runs/digits/config.json --steps 20000 \\
+      --out runs/longer
+
+  # several processes: one for each GPU, or two on a CPU
+  accelerate launch -m adadiff train \\
+      canvases_scratch --precision bfloat16
+  torchrun --nproc_per_node 2 -m adadiff train \\
+      canvases_scratch""",
+        notes="Data imagenet256_features is a folder of 0.npy, 1.npy, ...: each a pair (moments, label), moments "
+        "float32 [8, 32, 32], the mean and the logarithm of the variance of the autoencoder's latents, not scaled. "
+        "U-ViT's scripts/extract_imagenet_feature.py writes such files. If the run is interrupted, the same command "
+        "resumes it: after Ctrl-C from where it stopped, after a crash from the last checkpoint.",
+    ),
+    "convert": Page(
+        summary="convert a checkpoint of another project",
+        usage="SOURCE DEST [options]",
+        description="Convert a checkpoint of U-ViT, DiT, AdaDiff, DuoDiff or diffusers, or of an earlier version of "
+        "this package, so that the other commands can use it. The converted model is written to the file DEST.",
+        examples="""\
+  adadiff convert DiT-XL-2-256x256.pt dit_xl.safetensors
+  adadiff convert imagenet256_uvit_huge.pth \\
+      uvit_huge.safetensors --preset imagenet256_uvit_huge
+  adadiff convert 75000.ckpt adadiff_cifar10.safetensors \\
+      --preset cifar10_uvit_small
+
+  # a folder of diffusers
+  adadiff convert DiT-XL-2-256 dit_xl.safetensors \\
+      --served-by dit""",
+        notes="No code of a checkpoint is run: only tensors and plain values are read from pickle files.\n\n"
+        f"presets: {', '.join(PRESETS)}",
+    ),
+}
+EXAMPLES = {name: page.examples for name, page in PAGES.items()}
+
+POLICY_TABLE = """\
+A policy decides after which block a sample exits, that is, leaves the network. After each block, the model estimates \
+the error of exiting there: the uncertainty, from 0 to 1.
+  full                every block runs
+  exit:U              after the first block with an
+                      uncertainty below U, 0 < U < 1
+  exit:U,min_layer=K  like exit:U, but not before block K
+  exit:patience=U     like exit:U, but ignores the first
+                      such block in the first half of the
+                      network
+  exit:depth=K        after block K; 7.5: after 7 at half
+                      of the timesteps, after 8 at others
+  exit:batch-mean=U   all samples at once, by their mean
+                      uncertainty, as the authors' sampler
+                      (a baseline)
+  exit:budget=SHARE   by the thresholds that `adadiff
+                      calibrate` chose for SHARE of the
+                      full network's work
+  exit:table=SHARE    the same share, by timestep alone"""
 SOLVER_HELP = (
-    "ddim, ddim:ETA, ddpm, dpm++2m, dpm-fast, dpm++fast or euler-maruyama; where a solver can choose its timesteps, "
-    "as in ddpm:spacing=respaced (default: ddim)"
+    "sampling method: ddim, ddim:ETA (ETA from 0, deterministic, to 1), ddpm, dpm++2m, dpm-fast, dpm++fast, or "
+    "euler-maruyama (models of schedule vp); ddim, ddpm and dpm++2m accept a spacing of the timesteps (leading, "
+    "trailing, linspace or respaced), as in ddpm:spacing=respaced (default: ddim)"
 )
-GUIDANCE_HELP = "of classifier-free guidance, as in diffusers (default: 1, none)"
-TRAIN_HELP = {
-    "preset": "the network",
-    "data": "what it is trained on: digits; canvases, also as in canvases:side=3,hard=0.75,n=50000; or files of yours, "
-    f"as in cifar10:FOLDER: {', '.join(datasets.NAMES)}",
-    "network": "settings of the preset's network to change, as in depth=2 dim=96",
-    "exits": "train the network together with its exits, or alone",
-    "exit_options": "settings of the exits to change, as in head=mlp shared_head=false",
-    "recipe": "joint: everything; frozen: only the exits, on the network of INIT",
-    "start": "how a fresh network begins: as its authors', or linear (U-ViT), for networks narrower than theirs",
-    "init": "checkpoint to start from: a name that ships with the package, or a file",
-    "loss": "of the exits: paper or official, to the noise; relative, to the full network; supervised, of both",
-    "steps": "optimizer updates",
-    "batch": "images per update, of all processes together",
-    "accumulate": "parts in which each process takes its share of a batch, to save memory",
-    "lr": "learning rate after the warm-up; from there a cosine to zero",
-    "warmup": "updates until the learning rate is reached",
-    "weight_decay": "AdamW's",
-    "ema": "decay of the averaged weights, which are the result",
-    "uem_weight": "lambda, the weight of the uncertainty loss",
-    "ual_weight": "beta, the weight of the uncertainty-aware layer loss",
-    "label_drop": "share of labels replaced by the null class",
-    "precision": "of the network's products: float32, or bfloat16 by autocast",
-    "seed": "of the weights, batches and noises",
-    "save_every": "updates between checkpoints",
-    "log_every": "updates between rows of log.jsonl",
-    "sample_every": "updates between grids of pictures; 0 for none",
-    "tensorboard": "log for TensorBoard, too",
+GUIDANCE_HELP = "scale of classifier-free guidance, defined as in diffusers; 1 is no guidance (default: 1)"
+FEATURES = (
+    "digits, canvases, inception:FILE (the Inception network of FID, with the weight file of pytorch-fid), or the file "
+    "of a TorchScript module that maps float32 images [N, C, H, W] in [-1, 1] to features [N, F]"
+)
+
+TRAIN_GROUPS = {  # fields of TrainConfig by the heading under which they are explained
+    "what to train": {
+        "preset": "network, with its noise schedule: digits, canvases, or another preset listed by `adadiff convert "
+        "--help`",
+        "network": "changes to the preset's network, as in depth=2 dim=96; `adadiff inspect MODEL --all` lists the "
+        "settings as network.KEY",
+        "exits": "train exits, that is, for each block an uncertainty estimation module and an output head; --no-exits "
+        "trains the plain network",
+        "exit_options": "changes to the exits, as in head=mlp time=false; `adadiff inspect MODEL --all` lists the "
+        "settings as exits.KEY",
+        "recipe": "joint trains the network together with its exits; frozen trains only the exits and leaves the "
+        "network of --init as it is",
+        "init": "model to start from, the name of one in the package or a file; without it, the weights start at "
+        "random",
+        "start": "random weights to start with: published, as the authors of the network choose them; linear (U-ViT "
+        "only), for networks much narrower than theirs",
+    },
+    "data": {
+        "data": "training images: digits, canvases (with settings, as in canvases:side=3,n=50000), or a data "
+        f"set in a local folder, as in cifar10:FOLDER; known are {', '.join(datasets.NAMES)}",
+        "label_drop": "share of the labels, in [0, 1), that are replaced by the null class for classifier-free "
+        "guidance; 0 for networks without one",
+    },
+    "loss": {
+        "loss": "loss of the exits: paper or official (of the AdaDiff paper or of its code; errors are relative to the "
+        "true noise), relative (errors are relative to the full network, which --init must provide), or supervised "
+        "(predictions learn the true noise, uncertainties the error relative to the full network)",
+        "uem_weight": "weight of the loss of the uncertainty estimation modules (lambda in the AdaDiff paper)",
+        "ual_weight": "weight of the loss of the predictions at the exits (beta in the AdaDiff paper)",
+    },
+    "optimization": {
+        "steps": "number of optimizer updates",
+        "batch": "images in an update, counted over all processes",
+        "accumulate": "number of parts into which each process splits its images of an update, to save memory",
+        "lr": "peak learning rate of AdamW, reached after the warm-up; from there it falls to 0 along a cosine",
+        "warmup": "updates in which the learning rate rises to its peak",
+        "weight_decay": "weight decay of AdamW",
+        "ema": "decay, in [0, 1), of the moving average of the weights; the average is the trained model",
+        "precision": "precision in which the network computes; bfloat16 uses autocast and keeps the weights in float32",
+        "seed": "seed of the initial weights, the batches and the noise",
+    },
+    "output": {
+        "save_every": "updates between checkpoints",
+        "log_every": "updates between rows of log.jsonl",
+        "sample_every": "updates between grids of samples, saved in the folder samples; 0 saves none",
+        "tensorboard": "also log to the folder tensorboard, for TensorBoard",
+    },
 }

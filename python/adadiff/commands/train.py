@@ -5,32 +5,32 @@ import dataclasses
 import os
 from pathlib import Path
 
-from .. import checkpoint
 from ..output.filling import Process
+from ..output.locking import only_launch
 from ..training.config import TrainConfig, load_config
-from ..training.run_folder import STATE
 from ..training.trainer import Trainer
-from .shared import show
+from .shared import with_progress
+from .terminal import show, with_bars
 
 
 def train(options: argparse.Namespace) -> None:
     config = train_config(options)
     out = options.out or Path("runs") / Path(options.config or config.preset).stem
-    main = Process.of(os.environ).rank == 0
-    if main:
-        show({**dataclasses.asdict(config), "out": out})
-    trainer = Trainer(config, out)
-    if trainer.step and main:
-        print(f"{out} holds step {trainer.step} of {config.steps}; going on from there")
-    try:
-        file = trainer.run()
-    except KeyboardInterrupt:
-        state = out / STATE  # may lag behind: nothing is saved in the middle of an update
-        step = checkpoint.read_tensors(state)[1]["step"] if state.exists() else 0
-        there = f"step {step} of {config.steps} is in {out}"
-        raise KeyboardInterrupt(f"{there}; the same command goes on from there") from None
-    if main:
-        print(f"wrote {file}")
+    process = Process.of(os.environ)
+    with only_launch(out, process.rank, process.world):
+        if process.rank == 0:
+            show({**dataclasses.asdict(config), "out": out})
+        trainer = Trainer(config, out, options.force)
+        if trainer.step and process.rank == 0:
+            print(f"{out} holds step {trainer.step} of {config.steps}; going on from there")
+        try:
+            file = trainer.run(progress=with_bars())
+        except (KeyboardInterrupt, OSError) as error:
+            # the checkpoint may lag behind: nothing is saved in the middle of an update
+            there = f"step {trainer.folder.saved} of {config.steps} is in {out}"
+            raise with_progress(error, f"{there}; the same command goes on from there") from None
+        if process.rank == 0:
+            print(f"wrote {file}")
 
 
 def train_config(options: argparse.Namespace) -> TrainConfig:

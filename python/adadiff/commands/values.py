@@ -16,7 +16,7 @@ def setting(text: str) -> tuple[str, Any]:
     """The pair behind "depth=2", "time=false" or "head=mlp"."""
     key, equals, value = text.partition("=")
     if not (key and equals):
-        raise argparse.ArgumentTypeError(f"takes KEY=VALUE, got {text!r}")
+        raise argparse.ArgumentTypeError(f"takes KEY=VALUE, as in depth=2, got {text!r}")
     try:
         return key, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
@@ -28,7 +28,7 @@ def shares(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"takes numbers separated by commas, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"takes numbers separated by commas, as in 0.4,0.55, got {text!r}") from None
 
 
 def interval(text: str) -> tuple[float, float]:
@@ -36,7 +36,7 @@ def interval(text: str) -> tuple[float, float]:
     try:
         low, high = map(float, text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"takes two numbers, LOW,HIGH, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"takes two numbers, LOW,HIGH, as in 100,800, got {text!r}") from None
     return low, high
 
 
@@ -45,4 +45,6 @@ def whole_numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"takes whole numbers separated by commas, got {text!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"takes whole numbers separated by commas, as in 20,30, got {text!r}"
+        ) from None

@@ -1,0 +1,93 @@
+"""The picture at the top of the README: the same noises drawn by the full network and with early exit, and below each
+image the blocks that every step needed. The seconds come from rows, the images from the model that ships."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+import adadiff
+from benchmarks.report.cells import select
+from benchmarks.rows import Row
+from benchmarks.suites.drawing import fingerprint, load, seeds_and_labels
+from benchmarks.suites.headline import EARLY, FULL, MODEL, POLICY, SAMPLES, STEPS, SUITE
+
+SHOWN = 16  # the first of the samples, as they come
+
+
+def source(rows: Sequence[Row]) -> str:
+    """Stands for all that the picture shows: the rows it tells of, and the model."""
+    found = json.dumps([*select(rows, SUITE, "speed"), SHOWN, fingerprint(MODEL)], sort_keys=True)
+    return hashlib.sha256(found.encode()).hexdigest()[:16]
+
+
+def picture(rows: Sequence[Row]) -> Figure:
+    """Raises ValueError where the two rows are missing."""
+    timed = {row["variant"]: row for row in select(rows, SUITE, "speed")}
+    if not {FULL.name, EARLY.name} <= set(timed):
+        raise ValueError("the picture needs the rows of `python benchmarks/run.py --suite headline`")
+    full, early = timed[FULL.name], timed[EARLY.name]
+    model = adadiff.load(MODEL)
+    images, report = drawn(model, POLICY)
+    plain, _ = drawn(model, "full")
+    layers = report.exit_layer[..., 0].numpy()[:, :SHOWN]  # [steps, n]
+    figure = plt.figure(figsize=(13, 3.1), layout="constrained")
+    axes = figure.subplots(3, SHOWN, height_ratios=(1, 1, 0.9), gridspec_kw={"wspace": 0.06, "hspace": 0.04})
+    palette = plt.get_cmap("viridis")
+    for i in range(SHOWN):
+        _image(axes[0, i], plain[i], palette(1.0))
+        _image(axes[1, i], images[i], palette(layers[:, i].mean() / model.num_layers))
+        _steps(axes[2, i], layers[:, i], model.num_layers, palette)
+    axes[0, 0].set_ylabel("full network", fontsize=9)
+    axes[1, 0].set_ylabel("early exit", fontsize=9)
+    axes[2, 0].set_ylabel("blocks run\nat each step", fontsize=9)
+    axes[2, 0].set_yticks([1, model.num_layers], ["1", str(model.num_layers)], fontsize=7)
+    share, n, L = early["macs_share"], SAMPLES, model.num_layers
+    figure.suptitle(
+        f"{n} images of {STEPS} steps:  all {L} blocks in {full['seconds']['median']:.2f} s;  "
+        f"early exit, {early['mean_exit_layer']:.1f} of {L} blocks ({share:.0%} of the work), in "
+        f"{early['seconds']['median']:.2f} s",
+        fontsize=11,
+    )
+    bar = figure.colorbar(plt.cm.ScalarMappable(plt.Normalize(0, L), palette), ax=axes, pad=0.01, aspect=30)
+    bar.set_label("blocks run (frame: mean)", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    return figure
+
+
+def printed(rows: Sequence[Row]) -> str:
+    """What `print(report)` says after the README's example, with the seconds of the rows."""
+    row = next(row for row in select(rows, SUITE, "speed") if row["variant"] == EARLY.name)
+    n, seconds, depth, L = SAMPLES, row["seconds"]["median"], row["mean_exit_layer"], load(MODEL).num_layers
+    return (
+        f"{n} samples in {seconds:.2f} s ({n / seconds:.1f}/s); mean exit layer {depth:.2f} of {L}; "
+        f"{depth / L:.1%} of the blocks, {row['macs_share']:.1%} of the multiply-adds of the full network"
+    )
+
+
+def drawn(model: adadiff.Model, policy: str) -> tuple[Tensor, adadiff.Report]:
+    """The samples that the rows timed."""
+    seeds, labels = seeds_and_labels(0, SAMPLES, model.config.classes)
+    return adadiff.sample(model, SAMPLES, seed=seeds, class_labels=labels, steps=STEPS, policy=policy)
+
+
+def _image(axis: Axes, image: Tensor, colour: tuple[float, ...]) -> None:
+    axis.imshow(image[0].clamp(-1, 1), cmap="gray", vmin=-1, vmax=1)
+    axis.set(xticks=[], yticks=[])
+    for spine in axis.spines.values():
+        spine.set(color=colour, linewidth=3)
+
+
+def _steps(axis: Axes, layers: np.ndarray, num_layers: int, palette: matplotlib.colors.Colormap) -> None:
+    axis.bar(range(len(layers)), layers, width=1.0, color=palette(layers / num_layers))
+    axis.set(xticks=[], yticks=[], ylim=(0, num_layers), xlim=(-0.5, len(layers) - 0.5))
+    axis.set_xlabel("noise → image", fontsize=6)

@@ -1,0 +1,191 @@
+"""Options of the commands that make or show models: inspect, calibrate, train, convert."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from ..calibration.calibrating import AIMS, CALIBRATION_SEED
+from ..checkpoint import DTYPES
+from ..conversion import convert as conversion
+from ..training.config import CHOICES, TrainConfig, shipped
+from . import calibrate, convert, inspect, train
+from .options import (
+    Commands,
+    Options,
+    add_batch,
+    add_command,
+    add_count,
+    add_device,
+    add_features,
+    add_force,
+    add_guidance,
+    add_model,
+    add_seed,
+    add_solver,
+    add_steps,
+)
+from .texts import TRAIN_GROUPS
+from .values import Settings, setting, shares
+
+
+def add_inspect(commands: Commands) -> None:
+    command = add_command(commands, "inspect", inspect.inspect)
+    add_model(
+        command, "; of a file or folder that `adadiff convert` reads, it shows what can be told before converting"
+    )
+    command.add_argument(
+        "--all", action="store_true", help="show every setting, and all thresholds of a calibrated model"
+    )
+    command.add_argument(
+        "--picture",
+        type=Path,
+        metavar="FILE.png",
+        help="plot the thresholds of a calibrated model; needs matplotlib (default: no plot)",
+    )
+    command.add_argument("--json", action="store_true", help="print everything as JSON")
+    add_force(command)
+
+
+def add_calibrate(commands: Commands) -> None:
+    command = add_command(commands, "calibrate", calibrate.calibrate)
+    add_model(command)
+
+    goal = command.add_argument_group("what to calibrate for")
+    goal.add_argument(
+        "--budget",
+        type=shares,
+        required=True,
+        metavar="SHARE,...",
+        help="share of the full network's multiply-adds to spend, above 0 and at most 1; or several, as in 0.4,0.55 "
+        "(required)",
+    )
+    goal.add_argument(
+        "--aim",
+        choices=AIMS,
+        default=AIMS[0],
+        help="what to keep: faithful, each image as the full network draws it; distribution, the quality of all images "
+        f"together (their Fréchet distance), while single images may change (default: {AIMS[0]})",
+    )
+    add_features(
+        goal,
+        "features of the image in which the error of an exit is measured",
+        "digits or canvases for models that draw these, else the error of the predicted noise",
+    )
+    goal.add_argument(
+        "--refit",
+        action="store_true",
+        help="first fit the uncertainty estimation modules anew, in closed form, so that they tell the samples of one "
+        "timestep apart by the error that exiting causes",
+    )
+
+    samples = command.add_argument_group("samples to calibrate on")
+    add_count(
+        samples, 256, "number of samples on which thresholds are chosen, at least 8; as many others measure the result"
+    )
+    add_seed(samples, CALIBRATION_SEED, ", far from the seeds of other commands")
+    add_steps(samples, several=False)
+    add_solver(samples)
+    add_guidance(samples)
+
+    output = command.add_argument_group("output")
+    output.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="safetensors file for the calibrated model (required)"
+    )
+    output.add_argument(
+        "--picture",
+        type=Path,
+        metavar="FILE.png",
+        help="also plot uncertainties against the errors of exiting; needs matplotlib (default: no plot)",
+    )
+    output.add_argument(
+        "--data",
+        help="also plot, in --picture, uncertainties against errors relative to the true noise, on held-out images of "
+        "this data set, named as for `adadiff train --data` (default: none)",
+    )
+    add_force(output)
+
+    execution = command.add_argument_group("execution")
+    add_batch(execution)
+    add_device(execution)
+
+
+def add_train(commands: Commands) -> None:
+    command = add_command(commands, "train", train.train)
+    command.add_argument(
+        "config",
+        nargs="?",
+        metavar="CONFIG",
+        help=f"configuration: one in the package ({', '.join(shipped())}), or a TOML or JSON file with values for the "
+        "options below (default: none; settings in neither CONFIG nor an option have the defaults below)",
+    )
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    for title, texts in TRAIN_GROUPS.items():
+        group = command.add_argument_group(title)
+        if title == "output":
+            group.add_argument(
+                "--out",
+                type=Path,
+                metavar="FOLDER",
+                help="folder of the run; if it holds the same run already, training resumes (default: runs/NAME, "
+                "after CONFIG or the preset)",
+            )
+            add_force(group, "begin anew where FOLDER holds another run, or files with the names of a run's")
+        for name, text in texts.items():
+            _add_train_option(group, fields[name], text)
+            if name == "exits":
+                group.add_argument(
+                    "--plain",
+                    dest="exits",
+                    action="store_false",
+                    default=argparse.SUPPRESS,
+                    help="the same as --no-exits",
+                )
+
+
+def _add_train_option(group: Options, field: dataclasses.Field[Any], text: str) -> None:
+    option, default = "--" + field.name.replace("_", "-"), field.default
+    kind: dict[str, Any] = {"type": field.type, "metavar": "N" if field.type is int else field.name.upper()}
+    if field.type is bool:
+        kind = {"action": argparse.BooleanOptionalAction}
+        default = option if default else f"--no-{option[2:]}"
+    elif field.type is dict:
+        kind = {"nargs": "+", "type": setting, "action": Settings, "metavar": "KEY=VALUE"}
+        default = "none"
+    elif field.name in CHOICES:
+        kind = {"choices": CHOICES[field.name]}
+    shown = f"{text} (default: {'none' if default == '' else default})"
+    group.add_argument(option, dest=field.name, default=argparse.SUPPRESS, help=shown, **kind)
+
+
+def add_convert(commands: Commands) -> None:
+    command = add_command(commands, "convert", convert.convert)
+    command.add_argument(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="checkpoint to read: a released file, a training folder of U-ViT, or a folder of diffusers with a "
+        "DiTTransformer2DModel or its pipeline",
+    )
+    command.add_argument("dest", type=Path, metavar="DEST", help="safetensors file to write")
+    command.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="configuration for what the shapes of the tensors do not tell, such as the noise schedule: one of the "
+        "presets below, or a JSON file (default: what a folder of diffusers says, else the only preset with these "
+        "shapes)",
+    )
+    command.add_argument(
+        "--served-by",
+        choices=conversion.SERVERS,
+        help="required for a folder of diffusers: compute the DiT as diffusers does or as the DiT repository does, "
+        "which differ slightly in the time embedding and the norms (default: none)",
+    )
+    command.add_argument(
+        "--drop-first-exit",
+        action="store_true",
+        help="required for networks of DuoDiff with exits: leave out their exit before block 0, which models of this "
+        "package do not have",
+    )
+    command.add_argument("--dtype", choices=tuple(DTYPES), help="type to store the weights in (default: as in SOURCE)")
+    add_force(command)

@@ -1,0 +1,95 @@
+"""What is published is what was measured: pages and pictures show the committed rows, none of a busy machine."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.report import equal_seconds_table, headline, publish
+from benchmarks.report.cells import Table
+from benchmarks.rows import ROOT, read
+
+ROWS = publish.committed()
+
+
+@pytest.mark.parametrize("page", publish.PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_pages_show_the_committed_rows(page: Path) -> None:
+    text = page.read_text()
+    assert publish.shown(page, ROWS) == text, "run python -m benchmarks.report.publish"
+    assert "(!)" not in text
+
+
+@pytest.mark.parametrize("name", publish.PICTURES)
+def test_pictures_are_of_the_committed_rows(name: str) -> None:
+    made_of, _ = publish.PICTURES[name]
+    assert publish.source_of(publish.RESULTS / name) == made_of(ROWS), "run python -m benchmarks.report.publish"
+
+
+@pytest.mark.parametrize("path", sorted(publish.RESULTS.glob("*.jsonl")), ids=lambda path: path.name)
+def test_no_committed_row_is_of_a_busy_machine(path: Path) -> None:
+    rows = read(path)
+    assert rows
+    assert all(row.get("usable", True) for row in rows)
+
+
+def test_rows_of_a_busy_machine_are_left_out() -> None:
+    row = next(row for row in ROWS if row.get("usable"))
+    busy = {**row, "usable": False, "variant": "busy"}
+    assert publish.publishable([row, busy]) == [row]
+    assert publish.publishable([row, {**row, "usable": False}]) == [], "the last row of the same thing counts"
+
+
+def test_a_changed_row_changes_pages_and_pictures() -> None:
+    changed = json.loads(json.dumps(ROWS))
+    for row in changed:
+        if "seconds_per_image" in row:
+            row["seconds_per_image"] *= 1.01
+        for name in ("speedup", "images_per_second", "share_of_attainable"):
+            if row.get(name) is not None:
+                row[name] *= 1.01
+    assert {path.name for path in publish.outdated(ROWS)} == set()
+    everything = {path.name for path in publish.PAGES} | set(publish.PICTURES)
+    unmeasured = set() if any(row["suite"].startswith("gpu-") for row in ROWS) else {"gpu.md"}
+    assert {path.name for path in publish.outdated(changed)} == everything - unmeasured
+
+
+def test_tables_replace_what_lies_between_the_marks() -> None:
+    text = f"before\n{publish.BEGIN}\nold\n{publish.END}\nafter\n"
+    assert publish.replace(text, "new\n") == f"before\n{publish.BEGIN}\nnew\n{publish.END}\nafter\n"
+    for broken in ("no marks", f"{publish.END}{publish.BEGIN}", text + publish.BEGIN):
+        with pytest.raises(ValueError, match="once each"):
+            publish.replace(broken, "new")
+
+
+def test_values_in_the_text_come_from_rows() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert {name for _, name, _, _ in publish.VALUE.findall(text)} == set(publish.VALUES)
+    claim = publish.claim(ROWS)
+    assert (claim["variant"], claim["parameters"]["batch"], claim["mean_exit_layer"]) == ("same", 64, 7.0)
+    assert f"<!--value:speed-up-->{claim['speedup']:.1f}<!--end-->" in text
+
+
+def test_the_table_compares_within_the_same_time() -> None:
+    """No method of the README's table takes more than a fifth of the full network's time, and none of its settings that
+    keeps to it has a smaller error."""
+    (table,) = equal_seconds_table.tables(ROWS)
+    full, *others = (dict(zip(table.header, line, strict=True)) for line in table.body)
+    assert len(table.body) == 6
+    limit = float(full["ms/image"]) / equal_seconds_table.PART
+    assert all(float(line["ms/image"]) <= limit + 0.005 for line in others)
+    timed = equal_seconds_table.points(ROWS, equal_seconds_table.DATA)
+    for line, methods in zip(others, equal_seconds_table.KINDS.values(), strict=True):
+        errors = [p.measures["error"].value for p in timed if p.method in methods and p.seconds * 1e3 <= limit]
+        assert f"{min(errors) * 1e3:.1f}" == line["error x 1000"].split()[0]
+
+
+def test_the_picture_needs_its_rows() -> None:
+    with pytest.raises(ValueError, match="--suite headline"):
+        headline.picture([row for row in ROWS if row["suite"] != headline.SUITE])
+
+
+def test_tables_as_markdown() -> None:
+    table = Table("title", ("a", "b"), [("1", "2")], "note")
+    assert publish.markdown(table) == "**title**\n\n| a | b |\n|---|---:|\n| 1 | 2 |\n\nnote"
+    assert publish.markdown(dataclasses.replace(table, body=[])).count("|") == 6
