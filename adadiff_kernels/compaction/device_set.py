@@ -220,7 +220,7 @@ def _start(row_to_lane: Tensor, lane_to_row: Tensor, exit_layer: Tensor, state: 
         pointers = _pointers(row_to_lane, lane_to_row, exit_layer, state)
         extension.core.start(*pointers, row_to_lane.shape[0], word, *_stream(row_to_lane))
         return
-    torch.arange(row_to_lane.shape[0], dtype=torch.int32, out=row_to_lane)
+    torch.arange(row_to_lane.shape[0], dtype=torch.int32, device=row_to_lane.device, out=row_to_lane)
     lane_to_row.copy_(row_to_lane)
     exit_layer.zero_()
     state[:2] = 0

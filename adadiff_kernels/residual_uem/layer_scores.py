@@ -36,7 +36,7 @@ class LayerScores:
                 raise ValueError(f"limits must be float32 [L - 1, {lanes}], contiguous, got {list(limits.shape)}")
             # addresses of floats, of the first layer
             self._first = [0 if v is None else v.data_ptr() for v in (self._single, offset, limits)]
-            self._u = torch.empty(lanes, device="cpu")
+            self._u = torch.empty(lanes, dtype=torch.float32, device="cpu")
 
     def of(self, layer: int, tickets: Tensor | None = None) -> Score:
         """That of one layer, 1..L, for the fused pass. tickets: see `Score`."""
@@ -58,7 +58,7 @@ class LayerScores:
                 f"{row_to_lane.dtype} {list(row_to_lane.shape)}"
             )
         if (u := self._u).shape[0] != n:
-            u = self._u = torch.empty(n, device="cpu")
+            u = self._u = torch.empty(n, dtype=torch.float32, device="cpu")
         weight, offset, limit = self._first
         before = 4 * (layer - 1)
         stride, lanes = self._lanes

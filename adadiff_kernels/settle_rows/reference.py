@@ -25,7 +25,7 @@ def settle_rows_reference(moves: Tensor, rows: Tensor, saved: Tensor) -> None:
         return
     origin = torch.arange(n + 1, device=rows.device)  # one spare element, here and below, for unused moves
     origin[row.where(source >= 0, n)] = source.where(source >= 0, n)
-    exiting = torch.full((len(saved) + 1,), -1, device=rows.device)
+    exiting = torch.full((len(saved) + 1,), -1, dtype=torch.int64, device=rows.device)
     exiting[lane.where(row >= 0, len(saved))] = row
     exiting, one = exiting[:-1], [1] * (saved.dim() - 1)
     saved.copy_(torch.where((exiting >= 0).view(-1, *one), rows.index_select(0, exiting.clamp(min=0)), saved))

@@ -1,63 +1,104 @@
 """Models on disk: one safetensors file, weights with the whole configuration in its header."""
 
+import errno
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from importlib import resources
 from pathlib import Path
+from reprlib import repr as shortly
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Size, Tensor, nn
 
 from .config import ModelConfig
-from .model import Model
+from .model import Model, shapes
 from .policies.calibrated import Calibration
+from .weights import apart, cast, check_weights, plain_names
+from .writing import replace_file
+
+M = TypeVar("M", bound=nn.Module)
 
 FORMAT_VERSION = 2
+HINT = "truncated, or of others: adadiff convert reads those"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
-    """Writes to a temporary name and renames: a reader never sees half a file. Values of metadata become JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
+    """Writes the file whole or leaves it as it was, see writing.py. Values of metadata become JSON. Raises OSError
+    where it cannot be written."""
     header = {key: json.dumps(value) for key, value in {"format_version": FORMAT_VERSION, **metadata}.items()}
-    temporary.touch()
-    try:
+    for key, value in tensors.items():
+        if value.is_meta:
+            raise ValueError(f"cannot write {path}: {key} has no values, it lies on the device 'meta'")
+    tensors = apart(tensors)
+
+    def write(temporary: Path) -> None:
+        temporary.touch()
         mode = temporary.stat().st_mode  # what the umask asks for; save_file writes for the owner alone
-        save_file({key: value.detach().contiguous() for key, value in tensors.items()}, temporary, metadata=header)
+        try:
+            save_file(tensors, temporary, metadata=header)
+        except SafetensorError as error:  # a full disk, for one
+            code = re.search(r"(?:os error |code: )(\d+)", str(error))
+            number = int(code[1]) if code else errno.EIO
+            raise OSError(number, os.strerror(number) if code else str(error)) from error
         temporary.chmod(mode)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, write)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """Raises ValueError for a file that is truncated, not safetensors, or of another format version."""
+@contextmanager
+def opened(path: Path, hint: str = "truncated, or damaged") -> Iterator[Any]:
+    """A safetensors file, whose tensors come to the CPU. Raises ValueError, which names it, where there is no such file
+    and for a damaged one."""
     if not path.is_file():
         raise ValueError(f"no such file: {path}")
+    path.open("rb").close()  # of a file without read permission, safe_open says that there is none
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-        metadata = {key: json.loads(value) for key, value in header.items()}
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} is not a readable safetensors file (truncated, or of others: adadiff convert reads those): {error}"
-        ) from error
+        with torch.device("cpu"), safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({hint}): {error}") from error
+
+
+def read_header(file: Any, path: Path) -> dict[str, Any]:
+    """Metadata of an opened file, whose values are JSON. Raises ValueError for others."""
+    try:
+        return {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({HINT}): {error}") from error
+
+
+def read_all(file: Any) -> dict[str, Tensor]:
+    """Tensors of an opened file."""
+    return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Raises ValueError for a file that is truncated, not safetensors, or of another format version."""
+    with opened(path, HINT) as file:
+        metadata = _current(read_header(file, path), path)
+        return read_all(file), metadata
+
+
+def _current(metadata: dict[str, Any], path: Path) -> dict[str, Any]:
+    """metadata without its format version. ValueError for another one."""
     version = metadata.pop("format_version", None)
     if version != FORMAT_VERSION:
-        advice = {None: "; adadiff convert reads files of others"}
-        if "config" in metadata:  # of a model
-            advice[1] = f"; adadiff convert {path} NEW.safetensors"
-        raise ValueError(
-            f"{path} has format version {version!r}, this release reads {FORMAT_VERSION}{advice.get(version, '')}"
-        )
-    return tensors, metadata
+        advice = ""
+        if version is None:
+            advice = "; adadiff convert reads files of others"
+        elif version == 1 and "config" in metadata:  # of a model
+            advice = f"; adadiff convert {path} NEW.safetensors"
+        raise ValueError(f"{path} has format version {version!r}, this release reads {FORMAT_VERSION}{advice}")
+    return metadata
 
 
 class Keys:
@@ -79,7 +120,7 @@ class Keys:
             self.problems.append(f"{key} is {tuple(value.shape)}, expected {tuple(shape)}")
         else:
             return value
-        return torch.zeros(()).expand(*shape)
+        return torch.zeros((), device="cpu").expand(tuple(shape))
 
     def finish(self, source: str) -> None:
         """Raises ValueError that names every missing, mis-shaped and, of what was not taken, unexpected key."""
@@ -89,39 +130,109 @@ class Keys:
             raise ValueError(f"{source} does not fit this model: {'; '.join(problems[:8])}{more}")
 
 
-def load_strictly(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """load_state_dict that names every missing, unexpected or mis-shaped key, and changes nothing where it raises."""
+def matched(shapes: Mapping[str, Size], tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The tensors of these names and shapes. Raises ValueError, which names all that is wrong, for any others."""
     keys = Keys(tensors)
-    taken = {key: keys.take(key, value.shape) for key, value in module.state_dict().items()}
+    taken = {key: keys.take(key, shape) for key, shape in shapes.items()}
     keys.finish(source)
-    module.load_state_dict(taken)
+    return taken
+
+
+def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str, assign: bool = False) -> None:
+    """load_state_dict that names every missing, unexpected or mis-shaped key, and changes nothing where it raises.
+
+    Keys are those of a module of which nothing is compiled.
+    """
+    own = module.state_dict()
+    plain = plain_names(own, "the module")
+    taken = matched({key: value.shape for key, value in plain.items()}, tensors, source)
+    module.load_state_dict(dict(zip(own, taken.values(), strict=True)), assign=assign)
+
+
+@torch.inference_mode(False)  # whatever mode the caller is in, the weights are for any
+def built(
+    make: Callable[[], M],
+    tensors: Mapping[str, Tensor],
+    source: str,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> M:
+    """What `make` makes, with a copy of these tensors for weights, on their device and of their dtype unless others are
+    given. Nothing is initialised, so that no random number is drawn, and default device and dtype have no effect."""
+    with torch.device("meta"):
+        module = make()
+    copies = {key: value.detach().to(device=device, dtype=dtype, copy=True) for key, value in tensors.items()}
+    load_strictly(module, copies, source, assign=True)
+    return module
 
 
 def save(model: Model, path: str | Path, notes: Mapping[str, object] | None = None) -> None:
-    """Writes weights, configuration and calibration. `notes` (how it was trained) is kept in the header."""
+    """Writes weights, configuration and calibration. `notes` (how it was trained) is kept in the header.
+
+    model: it or its backbone may be compiled, and wrapped by DistributedDataParallel. Raises ValueError for one that
+    `load` would refuse.
+    """
+    model, what = unwrapped(model), "the model to save"
+    tensors = matched(shapes(model.config), plain_names(model.state_dict(), what), what)
+    check_weights(tensors, what)
     metadata = {"config": model.config.to_dict(), "notes": dict(notes or {})}
     if model.calibration is not None:
         metadata["calibration"] = model.calibration.to_dict()
-    write_tensors(Path(path), model.state_dict(), metadata)
+    write_tensors(Path(path), tensors, metadata)
+
+
+def unwrapped(model: Any) -> Model:
+    """The model inside what torch.compile or DistributedDataParallel makes of it. ValueError where there is none."""
+    while not isinstance(model, Model):
+        inner = getattr(model, "_orig_mod", getattr(model, "module", None))
+        if inner is None:
+            raise ValueError(f"this takes an adadiff.Model, got {type(model).__name__}")
+        model = inner
+    return model
 
 
 def load(name_or_file: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None) -> Model:
     """Opens a model with its exits: a name that ships with the package ("digits"), or a file that `save` wrote.
 
     dtype: float32, bfloat16 or float16, or its name; None: as the weights are stored.
-    Raises ValueError where there is no such file, device or dtype, or where the file does not fit the configuration it
-    carries.
+    Raises ValueError where there is no such file, device or dtype, where the file does not fit the configuration it
+    carries, and for weights that are not finite floating-point numbers. Sizes are compared before anything is
+    allocated.
     """
     device, dtype = device_from(device), dtype_from(dtype)
     path = find(name_or_file)
-    tensors, metadata = read_tensors(path)
+    with opened(path, HINT) as file:
+        metadata = _current(read_header(file, path), path)
+        config, calibration = described(metadata, path)
+        stored = {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
+        matched(shapes(config), plain_names(stored, str(path)), str(path))
+        tensors = plain_names(read_all(file), str(path))
+    check_weights(tensors, str(path))
+    tensors = cast(tensors, dtype or _stored(tensors), str(path))
+    model = built(lambda: Model(config), tensors, str(path), device)
+    model.calibration = calibration
+    return model.eval()
+
+
+def described(metadata: Mapping[str, Any], path: Path) -> tuple[ModelConfig, Calibration | None]:
+    """Configuration and calibration in a file's metadata. Raises ValueError, which names the file, for anything else
+    and where there is no configuration."""
     if "config" not in metadata:
         raise ValueError(f"{path} holds tensors but no model configuration")
-    model = Model(ModelConfig.from_dict(metadata["config"]))
-    load_strictly(model, tensors, str(path))
-    if "calibration" in metadata:
-        model.calibration = Calibration.from_dict(metadata["calibration"])
-    return model.to(device, dtype or _stored(tensors)).eval()
+    try:
+        config = ModelConfig.from_dict(metadata["config"])
+        if not isinstance(metadata.get("notes", {}), dict):
+            raise ValueError(f"notes must be a table of values, got {shortly(metadata['notes'])}")
+        if "calibration" not in metadata:
+            return config, None
+        calibration = Calibration.from_dict(metadata["calibration"])
+        if calibration.num_layers != config.network.blocks:
+            raise ValueError(
+                f"it is calibrated for {calibration.num_layers} blocks, its network has {config.network.blocks}"
+            )
+    except ValueError as error:
+        raise ValueError(f"cannot use {path}: {error}") from None
+    return config, calibration
 
 
 def _stored(tensors: Mapping[str, Tensor]) -> torch.dtype:
@@ -133,7 +244,7 @@ def device_from(name: torch.device | str) -> torch.device:
     """ValueError for a device that this machine or this PyTorch does not have."""
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(f"cannot use device {str(name)!r}: {str(error).splitlines()[0]}") from None
 
 
@@ -141,7 +252,7 @@ def dtype_from(name: torch.dtype | str | None) -> torch.dtype | None:
     """ValueError for a dtype that models are not run in."""
     if name is None or name in DTYPES.values():
         return name
-    if name not in DTYPES:
+    if not isinstance(name, str) or name not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
     return DTYPES[name]
 

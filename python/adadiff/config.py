@@ -1,9 +1,11 @@
 """What a model is, as frozen dataclasses, and the table of presets. Unknown keys are errors."""
 
 import dataclasses
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from reprlib import repr as shortly
+from types import NoneType
 from typing import Any, TypeVar
 
 from .diffusion.schedules import NoiseSchedule
@@ -29,22 +31,27 @@ class ModelConfig:
     latent_scale: float | None = None
 
     def __post_init__(self) -> None:
+        _family(self.network)
         NoiseSchedule(self.schedule)
+        if not isinstance(self.exits, ExitConfig | None):
+            raise ValueError(f"exits must be an ExitConfig or None, got {shortly(self.exits)}")
+        for name in ("null_label", "guided_channels"):
+            if type(getattr(self, name)) not in (int, NoneType):
+                raise ValueError(f"{name} must be an integer or none, got {shortly(getattr(self, name))}")
+        if type(self.latent_scale) not in (int, float, NoneType):
+            raise ValueError(f"latent_scale must be a number or none, got {shortly(self.latent_scale)}")
         if self.null_label is not None and self.null_label != self.network.num_classes - 1:
             raise ValueError(
                 f"null_label must be the last of {self.network.num_classes} classes, got {self.null_label}"
             )
         if self.guided_channels is not None and not 1 <= self.guided_channels <= self.network.channels:
             raise ValueError(f"guided_channels must lie in 1..{self.network.channels}, got {self.guided_channels}")
-        if self.latent_scale is not None and not 0 < self.latent_scale < math.inf:
-            raise ValueError(f"latent_scale must be a positive number, got {self.latent_scale}")
+        if self.latent_scale is not None and not 0 < self.latent_scale <= sys.float_info.max:
+            raise ValueError(f"latent_scale must be a positive number, got {shortly(self.latent_scale)}")
 
     @property
     def family(self) -> str:
-        for name, family in FAMILIES.items():
-            if isinstance(self.network, family.config):
-                return name
-        raise ValueError(f"no network family is configured by a {type(self.network).__name__}: {', '.join(FAMILIES)}")
+        return _family(self.network)
 
     @property
     def classes(self) -> int:
@@ -56,22 +63,28 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
-        values = dict(values)
+        values = dict(_table(values, "a model's configuration"))
         family = values.pop("family", None)
-        if family not in FAMILIES:
-            raise ValueError(f"unknown network family {family!r}, known: {', '.join(map(repr, FAMILIES))}")
+        if not isinstance(family, str) or family not in FAMILIES:
+            raise ValueError(f"unknown network family {shortly(family)}, known: {', '.join(map(repr, FAMILIES))}")
         for key, kind in (("network", FAMILIES[family].config), ("exits", ExitConfig)):
-            if values.get(key) is not None:
+            if key in values and (key == "network" or values[key] is not None):
                 values[key] = from_dict(kind, values[key], key)
         return from_dict(cls, values, "model")
 
 
+def _family(network: NetworkConfig) -> str:
+    for name, family in FAMILIES.items():
+        if isinstance(network, family.config):
+            return name
+    raise ValueError(f"no network family is configured by a {type(network).__name__}: {', '.join(FAMILIES)}")
+
+
 def from_dict(kind: type[T], values: Any, what: str) -> T:
     """Builds a dataclass from a mapping; a key it does not have, or one it lacks, is a ValueError that names it."""
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{what} must be a table of values, got {values!r}")
+    _table(values, what)
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    unknown = sorted(set(values) - set(fields))
+    unknown = sorted(map(str, set(values) - set(fields)))
     if unknown:
         raise ValueError(f"unknown key {', '.join(unknown)} in {what}; known: {', '.join(fields)}")
     needed = (
@@ -81,6 +94,12 @@ def from_dict(kind: type[T], values: Any, what: str) -> T:
     if missing:
         raise ValueError(f"{what} lacks {', '.join(missing)}")
     return kind(**values)
+
+
+def _table(values: Any, what: str) -> Mapping[str, Any]:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{what} must be a table of values, got {shortly(values)}")
+    return values
 
 
 PRESETS: dict[str, ModelConfig] = {

@@ -1,9 +1,11 @@
 """A network together with its exits and its configuration: what is built, trained, saved and sampled from."""
 
 import dataclasses
+from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
-from torch import nn
+from torch import Size, nn
 
 from .config import PRESETS, ModelConfig
 from .diffusion.schedules import NoiseSchedule
@@ -16,6 +18,7 @@ class Model(nn.Module):
     """`backbone` keeps the published state-dict keys; `exits` is None for a plain network, and `calibration` where
     nobody has made one (see `adadiff calibrate`)."""
 
+    @torch.inference_mode(False)  # whatever mode the caller is in, the weights are for any
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -47,3 +50,10 @@ def build(name: str, exits: ExitConfig | None = None) -> Model:
     if exits is not None:
         config = dataclasses.replace(config, exits=exits)
     return Model(config).eval()
+
+
+@lru_cache(maxsize=256)
+def shapes(config: ModelConfig) -> Mapping[str, Size]:
+    """Of the tensors in a `Model(config)`, by name."""
+    with torch.device("meta"):
+        return {key: value.shape for key, value in Model(config).state_dict().items()}

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adadiff_kernels import captures, no_autocast
+from adadiff_kernels import no_autocast
 
 from .heads import HEADS
 from .models.interface import Backbone
@@ -69,7 +69,6 @@ class Exits(nn.Module):
         self.time_weight = nn.Parameter(torch.zeros(L, P, backbone.time_dim)) if config.time is True else None
         self.time_bias = nn.Parameter(torch.zeros(STRETCHES + 1, L, P)) if config.time == "bias" else None
         self.heads = None
-        self._stacked: tuple[list[tuple[int, int]], dict[str, Tensor]] | None = None
         if not config.shared_head:
             kind = HEADS.get(config.head)
             self.heads = nn.ModuleList(kind(backbone) if kind else backbone.new_head() for _ in range(L - 1))
@@ -118,19 +117,10 @@ class Exits(nn.Module):
         return torch.vmap(head)(own, patches, lanes)
 
     def _stacked_heads(self) -> dict[str, Tensor]:
-        """Every parameter of the heads of layers 1..L-1, [L - 1, ...]; stacked again when one of them has changed."""
+        """Every parameter of the heads of layers 1..L-1, [L - 1, ...]. Nothing is kept: nobody can tell whether weights
+        were edited through `.data`, and `heads_by_lane` copies more than this for 64 lanes."""
         named = [dict(head.named_parameters()) for head in self.heads]
-        made_of = [
-            (id(value), value.data_ptr(), 0 if value.is_inference() else value._version)
-            for head in named
-            for value in head.values()
-        ]
-        if self._stacked is not None and self._stacked[0] == made_of:
-            return self._stacked[1]
-        stacked = {name: torch.stack([head[name] for head in named]) for name in named[0]}
-        if not captures(self.weight.device):  # memory of a graph is nobody else's
-            self._stacked = made_of, stacked
-        return stacked
+        return {name: torch.stack([head[name] for head in named]) for name in named[0]}
 
     def macs(self, tokens: int) -> int:
         """Multiply-adds of one layer's score for one lane, of which so many tokens have a say."""

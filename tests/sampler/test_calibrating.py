@@ -265,9 +265,15 @@ def test_by_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert command(f"{drawn} --out {tmp_path}/s --policy exit:budget=0.6") == 0
     assert command(f"{drawn} --out {tmp_path}/r --policy exit:budget=0.5") == 2
     assert "calibrated for budgets 0.6" in capsys.readouterr().err
+    before = (tmp_path / "c.safetensors").read_bytes()
+    assert command(line) == 2
+    assert "c.safetensors: it exists; --force replaces it" in capsys.readouterr().err
+    line += " --force"
     assert command(line.replace("0.6", "1.6")) == 2
+    assert "budgets are shares" in capsys.readouterr().err
     assert command(line + " --data digits") == 2
     assert "give --picture" in capsys.readouterr().err
     assert command(line + f" --data digits --picture {tmp_path}/p.png") == 2
     assert "is (1, 8, 8) in 10 classes, but the model draws (1, 4, 4) in 3" in capsys.readouterr().err
     assert command(line.replace("c.safetensors", "none/c.safetensors")) == 2
+    assert (tmp_path / "c.safetensors").read_bytes() == before

@@ -202,7 +202,7 @@ def test_latents_are_compared_in_their_own_range_or_decoded(tmp_path):
     own = {"steps": 2, "class_labels": labels}
     full, early = (adadiff.sample(loaded, 5, policy=policy, **own)[0] for policy in ("full", "exit:depth=1"))
     line = f"evaluate {model} --n 5 --steps 2 --policy exit:depth=1 --batch 2 --resamples 3"
-    line += f" --json {tmp_path / 'q.json'}"
+    line += f" --json {tmp_path / 'q.json'} --force"
 
     def results() -> dict:
         return strict_json((tmp_path / "q.json").read_text())["results"]
@@ -239,7 +239,7 @@ def test_folders_of_samples_are_scored(form, tiny, tmp_path, capsys):
     labels = torch.tensor([3, 1]).repeat(23)[:45] if "labels" in form else None
     result = strict_json(file.read_text())["results"]["images"]
     same(result, evaluate_samples(images, labels, resamples=9))
-    assert run(f"evaluate {out} --features digits --resamples 2 --class-labels 0,1,2 --json {file}") == 0
+    assert run(f"evaluate {out} --features digits --resamples 2 --class-labels 0,1,2 --json {file} --force") == 0
     quality = evaluate_samples(images, torch.arange(45) % 3, resamples=2)
     assert strict_json(file.read_text())["results"]["images"]["accuracy"] == quality.accuracy
     capsys.readouterr()

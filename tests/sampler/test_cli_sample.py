@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
-import re
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +16,10 @@ from PIL import Image
 import adadiff
 from adadiff.forward import runner
 from adadiff.output import pictures
-from sampler import shell
+from sampler import guards, shell
 from sampler.shell import config, error_line, grid_cells, interrupt_call, pixels, read, run, saved
 
-ctrl_c, tiny = shell.ctrl_c, shell.tiny
+ctrl_c, tiny, no_hang = shell.ctrl_c, shell.tiny, guards.no_hang
 
 
 # Seven samples, three at a time, in runs of 3 and 4 steps: slots are refilled at different times.
@@ -59,8 +62,13 @@ def test_sample_writes_the_images_that_python_draws(tiny, tmp_path, capsys):
     assert written["seconds"] > 0
     assert written["configuration"]["class_labels"] == [0, 7, 2]
     printed = capsys.readouterr().out
-    assert re.search(r"^class_labels +0,7,2, cycled over the samples$", printed, re.MULTILINE)
-    assert re.search(r"^policy +exit:0\.4$", printed, re.MULTILINE)
+    first, last = printed.splitlines()
+    assert first == (
+        f"{tiny}: 7 samples, 3 or 4 steps of ddim:0.5, guidance scale 2.5, policy exit:0.4, seeds from 5, on cpu"
+    )
+    left_out = f"{1 - report.macs / report.macs_full:.0%} of the work left out"
+    assert last.startswith(f"wrote {out / 'grid.png'}: 7 images in ")
+    assert last.endswith(f"images/s), {left_out} (mean exit layer {report.mean_exit_layer:.2f} of 3)")
 
 
 def test_grid_shows_the_pictures_in_order(tiny, tmp_path):
@@ -202,6 +210,7 @@ def test_no_samples_is_no_error(tiny, tmp_path, capsys):
         ("--n -1", "n must be an integer >= 0"),
         ("--batch 0", "batch must be an integer >= 1"),
         ("--seed -1", "seed must be at least 0"),
+        ("--guidance-scale 2", "without --class-labels doubles the work and changes nothing"),
         ("--guidance-scale nan", "guidance_scale must be finite"),
         ("--device toaster", "cannot use device 'toaster'"),
         ("--runner compiled --batch-invariant", "lane by lane, which is not compiled"),
@@ -249,3 +258,149 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         pictures.write_png(path, np.zeros((8, 8), np.uint8))
     assert path.read_bytes() == before
+
+
+# ---- only whole pictures count as drawn ----
+
+DAMAGES = {
+    "empty": lambda data: b"",
+    "signature": lambda data: data[:8],
+    "header": lambda data: data[:40],
+    "half": lambda data: data[: len(data) // 2],
+    "pixels": lambda data: data[:-20],
+    "end": lambda data: data[:-12],
+    "last byte": lambda data: data[:-1],
+    "a byte": lambda data: data[:50] + bytes([data[50] ^ 1]) + data[51:],
+    "zeros": lambda data: bytes(len(data)),
+    "text": lambda data: b"no picture",
+}
+
+
+def times(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("0*.png")}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_pictures_are_drawn_again_and_counted_once(damage, tiny, tmp_path, capsys):
+    line = f"sample {tiny} --out {tmp_path} --n 5 --steps 2 --batch 1"
+    assert run(line) == 0
+    whole = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
+    before = times(tmp_path)
+    for slot in (1, 4):
+        path = tmp_path / f"{slot:06d}.png"
+        path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    capsys.readouterr()
+    assert run(line) == 0
+    out = capsys.readouterr().out
+    assert f"2 of 5 pictures are damaged and drawn again: {tmp_path}/000001.png" in out
+    assert f"3 of 5 pictures are in {tmp_path} already; drawing 2" in out
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.png")} == whole
+    kept = {name: before[name] for name in ("000000.png", "000002.png", "000003.png")}
+    assert kept.items() <= times(tmp_path).items()
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["samples"] == 5
+    assert report["passes"] == sum(report["exit_layer_histogram"]) == 7 * 2
+
+
+def test_a_picture_of_another_size_is_refused(tiny, tmp_path, capsys):
+    """Somebody has changed it; it is neither replaced nor counted."""
+    line = f"sample {tiny} --out {tmp_path} --n 3 --steps 1"
+    assert run(line) == 0
+    Image.open(tmp_path / "000001.png").resize((16, 16)).save(tmp_path / "000001.png")
+    (tmp_path / "000002.png").unlink()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert run(line) == 2
+    assert "000001.png is 16x16, but the samples are 8x8" in error_line(capsys.readouterr().err)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["000001.png", "grid.png", "report.json"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "zeros", "dead link"])
+def test_what_is_no_file_is_no_picture(kind, name, tiny, tmp_path, capsys, no_hang):
+    line = f"sample {tiny} --out {tmp_path} --n 3 --steps 1"
+    assert run(line) == 0
+    path = tmp_path / name
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "zeros" else "nowhere")
+    before = path.lstat()
+    assert run(line) == 2
+    assert name in error_line(capsys.readouterr().err)
+    assert path.lstat() == before
+
+
+KILLED = """
+import os, signal, sys
+from adadiff import cli
+from adadiff.output.pictures import PictureFolder
+
+add, calls = PictureFolder.add, []
+
+def killed(self, slot, image):
+    calls.append(slot)
+    if len(calls) == 7:
+        (self.folder / f"{slot:06d}.png.0.part").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    add(self, slot, image)
+
+PictureFolder.add = killed
+cli.main(sys.argv[1:])
+"""
+
+
+def test_a_killed_run_is_counted_and_completed(tiny, tmp_path):
+    """Ten samples, two at a time, of 3 steps: killed while the seventh was written, three ticks of two having ended."""
+    words = f"sample {tiny} --out {tmp_path} --n 10 --steps 3 --batch 2 --format png".split()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    death = subprocess.run([sys.executable, "-c", KILLED, *words], env=environment, timeout=120)
+    assert death.returncode == -signal.SIGKILL
+    there = times(tmp_path)
+    assert len(there) == 6
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["samples"] == 6
+    assert report["passes"] >= 6 * 3
+    assert run(" ".join(words)) == 0
+    assert there.items() <= times(tmp_path).items()
+    assert len(times(tmp_path)) == 10
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["samples"] == 10
+    assert 10 * 3 <= report["passes"] == sum(report["exit_layer_histogram"]) <= 12 * 3
+    assert report["blocks_full"] == 3 * report["passes"]
+    assert not list(tmp_path.glob("*.part"))
+
+
+def changed(report: dict, **changes: object) -> str:
+    return json.dumps({**report, **changes})
+
+
+@pytest.mark.parametrize("pictures_too", [True, False])
+def test_a_report_that_is_none_is_not_replaced(pictures_too, tiny, tmp_path, capsys):
+    line = f"sample {tiny} --out {tmp_path} --n 2 --steps 1"
+    assert run(line) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    if not pictures_too:
+        for path in tmp_path.glob("*.png"):
+            path.unlink()
+    for text in (
+        *("", "{", "[]", "7", "[" * 100_000, '{"accuracy": 0.9}', '{"configuration": 3}', '{"configuration": []}'),
+        *(changed(report, passes=value) for value in ("7", None, -1, True, [1], float("nan"), 10**40)),
+        *(changed(report, exit_layer_histogram=value) for value in ([1, 2], 7, ["1", "2", "3"], None)),
+        changed(report, num_layers=4),
+        json.dumps({name: value for name, value in report.items() if name != "macs"}),
+    ):
+        (tmp_path / "report.json").write_text(text)
+        assert run(line) == 2
+        assert "is not a report of `adadiff sample`" in error_line(capsys.readouterr().err)
+        assert (tmp_path / "report.json").read_text() == text
+
+
+def test_an_option_given_twice_is_an_error(tiny, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        run(f"sample {tiny} --out {tmp_path}/o --policy full --policy exit:0.5")
+    assert end.value.code == 2
+    assert "--policy is given twice; this command takes one" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ import torch
 from PIL import Image
 
 from adadiff.data.datasets import NAMES, load
+from sampler import guards
 
+no_hang, little_memory = guards.no_hang, guards.little_memory
 DRAW = np.random.default_rng(0)
 
 
@@ -112,6 +115,59 @@ def test_damaged_cifar10(tmp_path: Path) -> None:
             load("cifar10", tmp_path / "py", "test")
 
 
+@pytest.mark.parametrize(
+    "labels", [[1.5, 2], ["1", "2"], [None, 1], [10, 1], [-1, 1], [10**30, 1], [[1], [2]]], ids=str
+)
+def test_labels_of_cifar10_that_are_none(labels: list, tmp_path: Path) -> None:
+    make_cifar(tmp_path, "py")
+    file = tmp_path / "cifar-10-batches-py" / "test_batch"
+    file.write_bytes(pickle.dumps({b"data": pixels(2, 3072), b"labels": labels}))
+    with pytest.raises(ValueError, match=r"test_batch (must hold|has labels)"):
+        load("cifar10", tmp_path, "test")
+
+
+# Each opcode by hand: what unpickling it would allocate or run.
+ARRAY = b"cnumpy._core.multiarray\n_reconstruct\n(cnumpy\nndarray\n"
+PICKLES = {
+    "a memo index of 2^26": b"\x80\x02]r" + struct.pack("<I", 2**26) + b".",
+    "an array of 1 GB": b"\x80\x02cnumpy\nndarray\n(J\x00\x00\x00\x40\x85tR.",
+    "an array that is empty, of 1 GB": b"\x80\x02" + ARRAY + b"J\x00\x00\x00\x40\x85U\x01btR.",
+    "bytes of 2^40": b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"abc.",
+    "a number of 2^30 bytes": b"\x80\x02\x8b" + struct.pack("<i", 2**30) + b"1.",
+    "bytes of -1": b"\x80\x02T" + struct.pack("<i", -1) + b".",
+    "a scalar of 2^30 bytes": b"\x80\x02cnumpy._core.multiarray\nscalar\n(cnumpy\ndtype\n(U\x0bV1073741824tRtR.",
+    "a dtype of many fields": b"\x80\x02cnumpy\ndtype\n(T" + struct.pack("<i", 600_000) + b"f8," * 200_000 + b"tR.",
+    "another encoding": b"\x80\x02c_codecs\nencode\n(X"
+    + struct.pack("<i", 3)
+    + b"abcX"
+    + struct.pack("<i", 4)
+    + b"idnatR.",
+    "a name below an allowed one": b"\x80\x04\x8c\x05numpy\x8c\x0fndarray.tofile\x93.",
+    "an extension": b"\x80\x02\x82\x01.",
+    "nothing": b"",
+    "no end": b"\x80\x02]",
+    "marks": b"\x80\x02" + b"(" * 100_000 + b".",
+    "an empty stack": b"\x80\x02.",
+    "no such protocol": b"\x80\xff.",
+    "text": b"no pickle",
+    "a number of many digits": b"I" + b"9" * 100_000 + b"\n.",
+}
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_a_pickle_cannot_take_memory_or_time(name: str, tmp_path: Path, little_memory: None, no_hang: None) -> None:
+    make_cifar(tmp_path, "py")
+    (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(PICKLES[name])
+    with pytest.raises(ValueError, match=r"test_batch (is not read|must hold)"):
+        load("cifar10", tmp_path, "test")
+    header = (
+        np.lib.format.magic(1, 0) + struct.pack("<H", 54) + b"{'descr': '|O', 'fortran_order': False, 'shape': (2,)}"
+    )
+    (tmp_path / "0.npy").write_bytes(header + PICKLES[name])
+    with pytest.raises(ValueError, match=r"0\.npy (is not read|holds list|must hold)"):
+        load("imagenet256_features", tmp_path)
+
+
 # ---- CelebA ----
 
 
@@ -156,6 +212,27 @@ def test_wrong_celeba(tmp_path: Path) -> None:
         load("celeba64", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (["../000001.jpg 0"], "got '../000001.jpg 0'"),
+        (["/dev/zero 0"], "got '/dev/zero 0'"),
+        (["000001.jpg 01"], "got '000001.jpg 01'"),
+        (["000001.jpg 3"], "got '000001.jpg 3'"),
+        (["000001.jpg"], "got '000001.jpg'"),
+        (["000001.jpg 0", "000001.jpg 0"], "lists a picture twice"),
+        (["000001.jpg 0", "000009.jpg 0", "000002.jpg 0"], "lists 000009.jpg, but there is no .*000009.jpg"),
+        (["000001.jpg 2"], "lists no picture of this split"),
+        ([chr(0xE9) + ".jpg 0"], "can't decode byte"),
+    ],
+)
+def test_a_list_of_celeba_names_its_own_pictures_once(lines: list[str], words: str, tmp_path: Path) -> None:
+    make_celeba(tmp_path)
+    (tmp_path / "list_eval_partition.txt").write_text("\n".join(lines), encoding="latin1")
+    with pytest.raises(ValueError, match=f"list_eval_partition.txt .*{words}"):
+        load("celeba64", tmp_path)
+
+
 # ---- ImageNet ----
 
 
@@ -184,6 +261,80 @@ def test_imagenet(flat: bool, tmp_path: Path) -> None:
         wanted = np.stack([y_ * 255 / height, x_ * 255 / width, (x_ + y_) * 255 / (height + width)])
         error = np.abs((got.numpy() + 1) * 127.5 - wanted)[:, 2:-2, 2:-2]
         assert error.max() < 6
+
+
+def write(path: Path, gray: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (64, 64), gray).save(path)
+
+
+def labels_of(root: Path, split: str = "train") -> dict[str, int]:
+    """By the name of the picture's file."""
+    data = load("imagenet64", root, split)
+    _, labels = data.batch(torch.arange(len(data)))
+    return {path.name: label for path, label in zip(data.paths, labels.tolist(), strict=True)}
+
+
+def test_the_class_is_the_folder_directly_below(tmp_path: Path) -> None:
+    """Not the last folder, nor a hidden one; a folder is a class of its own if it is a link, too."""
+    for name in (
+        *("n1/images/a.png", "n2/images/b.png", "n2/images/more/c.png", "n2/d.png", "n3/e.png"),
+        *(".cache/x.png", ".y.png", "n1/.thumbnails/z.png", "n1/._a.png"),
+    ):
+        write(tmp_path / "train" / name)
+    write(tmp_path / "elsewhere" / "images" / "f.png")
+    (tmp_path / "train" / "n0").symlink_to("../elsewhere")
+    assert labels_of(tmp_path) == {"f.png": 0, "a.png": 1, "b.png": 2, "c.png": 2, "d.png": 2, "e.png": 3}
+    assert load("imagenet64", tmp_path).classes == 4
+
+
+def test_files_without_a_folder_are_classes_beside_folders(tmp_path: Path) -> None:
+    for name in ("n00000002/a.png", "n00000001_5.png", "n00000002_7.png", "n00000003/n00000001_9.png"):
+        write(tmp_path / "train" / name)
+    assert labels_of(tmp_path) == {"a.png": 1, "n00000001_5.png": 0, "n00000002_7.png": 1, "n00000001_9.png": 2}
+
+
+def test_the_training_classes_number_the_validation_set(tmp_path: Path) -> None:
+    for name in ("train/n1/a.png", "train/n2/b.png", "train/n3_flat/c.png", "val/n3_flat/d.png", "val/n1/e.png"):
+        write(tmp_path / name)
+    write(tmp_path / "train" / ".hidden" / "x.png")
+    assert labels_of(tmp_path, "test") == {"d.png": 2, "e.png": 0}
+    assert load("imagenet64", tmp_path, "test").classes == 3
+    (tmp_path / "train" / "n10").mkdir()
+    with pytest.raises(ValueError, match="train/n10 holds no picture"):
+        load("imagenet64", tmp_path, "test")
+    write(tmp_path / "train" / "n10" / "f.png")
+    write(tmp_path / "val" / "n4" / "g.png")
+    with pytest.raises(ValueError, match=r"val holds the class n4, which .*train lacks"):
+        load("imagenet64", tmp_path, "test")
+
+
+def damage(path: Path, how: str) -> None:
+    write(path)
+    content = {"empty": b"", "text": b"no picture", "cut": path.read_bytes()[:-20]}
+    path.write_bytes(content[how])
+
+
+@pytest.mark.filterwarnings("ignore:.*left out")  # notes.txt
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("how", ["no file", "notes", "hidden", "empty", "text", "cut", "deep"])
+def test_a_class_without_a_picture_that_is_read_is_refused(how: str, split: str, tmp_path: Path) -> None:
+    write(tmp_path / split / "n1" / "a.png")
+    folder = tmp_path / split / "n2"
+    folder.mkdir()
+    if how == "notes":
+        (folder / "notes.txt").write_text("no picture")
+    elif how == "hidden":
+        write(folder / ".b.png")
+    elif how == "deep":
+        damage(folder / "images" / "b.png", "cut")
+    elif how != "no file":
+        damage(folder / "b.png", how)
+    name = "train" if split == "train" else "test"
+    with pytest.raises(ValueError, match=r"n2 (holds no picture|none can be read)"):
+        load("imagenet64", tmp_path, name)
+    write(folder / "c.png")  # one is enough to begin with
+    assert load("imagenet64", tmp_path, name).classes == 2
 
 
 def test_large_pictures_are_halved_by_averages(tmp_path: Path) -> None:
@@ -304,6 +455,98 @@ def test_wrong_mscoco_features(tmp_path: Path) -> None:
     np.save(tmp_path / "train" / "9_0.npy", np.zeros((77, 6), np.float32))
     with pytest.raises(ValueError, match=r"9_0\.npy is a context of no 9\.npy"):
         load("mscoco256_features", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "label", [3.0, True, None, "7", [7], np.float64(7), np.bool_(True), -1, 10**400, np.arange(2)], ids=repr
+)
+def test_labels_of_features_that_are_none(label: object, tmp_path: Path) -> None:
+    np.save(tmp_path / "0.npy", pair(np.zeros((8, 32, 32), np.float32), label), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"0\.npy (must hold \(moments, label\)|has label)"):
+        load("imagenet256_features", tmp_path)
+
+
+@pytest.mark.parametrize("label", [7, np.int32(7), np.uint8(7), np.array(7), np.array([7])], ids=repr)
+def test_labels_of_features_are_whole_numbers_of_any_kind(label: object, tmp_path: Path) -> None:
+    np.save(tmp_path / "0.npy", pair(np.zeros((8, 32, 32), np.float32), label), allow_pickle=True)
+    assert load("imagenet256_features", tmp_path).batch(torch.tensor([0]))[1].tolist() == [7]
+
+
+def test_features_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    make_mscoco(tmp_path)
+    for file in ("train/0.npy", "train/0_0.npy", "empty_context.npy"):
+        content = (tmp_path / file).read_bytes()
+        value = np.load(tmp_path / file)
+        value.flat[5] = np.nan
+        np.save(tmp_path / file, value)
+        (tmp_path / "train" / "0_1.npy").write_bytes((tmp_path / "train" / "0_0.npy").read_bytes())  # either is drawn
+        with pytest.raises(ValueError, match=r"\.npy holds NaN or infinity"):
+            load("mscoco256_features", tmp_path)
+        (tmp_path / file).write_bytes(content)
+
+
+def test_which_files_of_features_count(tmp_path: Path) -> None:
+    """Contexts are numbered from 0 for each picture; other spellings of a number are other files."""
+    make_mscoco(tmp_path)
+    for name in ("007.npy", "00.npy", "\u0661.npy"):
+        (tmp_path / "train" / name).touch()
+    assert len(load("mscoco256_features", tmp_path)) == 3
+    (tmp_path / "train" / "2_1.npy").unlink()
+    with pytest.raises(ValueError, match=r"2\.npy lacks 2_1\.npy"):
+        load("mscoco256_features", tmp_path)
+    (tmp_path / "train" / "2_01.npy").touch()
+    with pytest.raises(ValueError, match=r"2_01\.npy is a context of no"):
+        load("mscoco256_features", tmp_path)
+
+
+def npy(shape: str, data: bytes = b"", descr: str = "'<f4'") -> bytes:
+    header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".encode()
+    return np.lib.format.magic(1, 0) + struct.pack("<H", len(header)) + header + data
+
+
+NPY = {
+    "more than there is": npy("(1000000000,)", bytes(100)),
+    "less than there is": npy("(2,)", bytes(100)),
+    "negative": npy("(-5, -5)", bytes(100)),
+    "too many dimensions": npy("(" + "1," * 100 + ")", bytes(4)),
+    "beyond 64 bits": npy("(2**70,)", bytes(100)).replace(b"2**70", str(2**70).encode()),
+    "nested": npy("(" * 3000 + ")" * 3000),
+    "no shape": npy("None"),
+    "no dtype": npy("(1,)", bytes(4), "'nonsense'"),
+    "no header": np.lib.format.magic(1, 0) + b"\xff\xff",
+    "no version": b"\x93NUMPY\x09\x00" + bytes(100),
+    "empty": b"",
+    "text": b"no array",
+}
+
+
+@pytest.mark.parametrize("name", NPY)
+def test_a_file_of_numpy_is_as_large_as_it_says(name: str, tmp_path: Path, little_memory: None, no_hang: None) -> None:
+    make_mscoco(tmp_path)
+    (tmp_path / "empty_context.npy").write_bytes(NPY[name])
+    with pytest.raises(ValueError, match=r"empty_context\.npy (is no \.npy file|must hold)"):
+        load("mscoco256_features", tmp_path)
+    (tmp_path / "0.npy").write_bytes(NPY[name])
+    with pytest.raises(ValueError, match=r"0\.npy (is no \.npy file|must hold)"):
+        load("imagenet256_features", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "zeros"])
+def test_pipes_and_devices_among_features_are_refused(kind: str, tmp_path: Path, no_hang: None) -> None:
+    make_mscoco(tmp_path)
+    data = load("mscoco256_features", tmp_path)
+    for name in ("1.npy", "1_0.npy"):
+        file = tmp_path / "train" / name
+        content = file.read_bytes()
+        file.unlink()
+        if kind == "pipe":
+            os.mkfifo(file)
+        else:
+            file.symlink_to("/dev/zero")
+        with pytest.raises(ValueError, match=f"{name} is no regular file"):
+            data.batch(torch.tensor([1]))
+        file.unlink()
+        file.write_bytes(content)
 
 
 def test_names_and_folders(tmp_path: Path) -> None:

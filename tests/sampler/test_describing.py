@@ -25,8 +25,8 @@ presets = theirs.presets  # an autouse fixture: tiny ones
 SAME = ("family", "network", "exits", "classes", "num_layers", "tokens", "parameters", "macs", "null_label")
 MADE = {
     "plain": (lambda: theirs.state_of(UViT(UVIT)), "tiny_uvit", ["tiny_uvit", "tiny_duodiff"]),
-    "official": (theirs.official_state, "tiny_uvit", ["tiny_uvit", "tiny_duodiff"]),
-    "duodiff": (theirs.duodiff_state, "tiny_duodiff", ["tiny_uvit", "tiny_duodiff"]),
+    "official": (theirs.official_state, "tiny_uvit", ["tiny_uvit"]),
+    "duodiff": (theirs.duodiff_state, "tiny_duodiff", ["tiny_duodiff"]),
     "dit": (lambda: {"ema": theirs.state_of(DiT(DIT)), "args": theirs.namespace()}, "tiny_dit", ["tiny_dit"]),
 }
 
@@ -36,7 +36,7 @@ def test_files_of_others_are_told_as_what_they_become(kind: str, tmp_path: Path)
     make, preset, fitting = MADE[kind]
     source = theirs.saved(tmp_path / "a.pth", make())
     found = describe(source)
-    convert(source, tmp_path / "b.safetensors", preset)
+    convert(source, tmp_path / "b.safetensors", preset, drop_first_exit=kind == "duodiff")
     became = describe(tmp_path / "b.safetensors")
     differing = [name for name in SAME if found[name] != became[name]]
     assert differing == ([] if preset == fitting[0] else ["network", "classes", "null_label"])  # the first is shown
@@ -44,7 +44,8 @@ def test_files_of_others_are_told_as_what_they_become(kind: str, tmp_path: Path)
     assert found["layout"] == became["notes"]["layout"]
     assert found["part"] == ("ema" if kind == "dit" else None)
     assert found["file_bytes"] == source.stat().st_size
-    assert found["schedule"] == ("linear" if kind == "dit" else "vp (tiny_uvit), linear (tiny_duodiff)")
+    schedules = {"plain": "vp (tiny_uvit), linear (tiny_duodiff)", "official": "vp"}
+    assert found["schedule"] == schedules.get(kind, "linear")
     assert len(json.dumps(found)) > 500
 
 
@@ -75,18 +76,30 @@ def test_a_network_of_no_preset_is_counted(tmp_path: Path) -> None:
 
 
 def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    source = theirs.saved(tmp_path / "a.pth", theirs.official_state())
-    assert run(f"inspect {source}") == 0
-    printed = capsys.readouterr().out
-    for line in (
-        "layout                    official",
-        "presets                   tiny_uvit or tiny_duodiff",
-        "exits.map                 True",
-        "schedule                  vp (tiny_uvit), linear (tiny_duodiff)",
+    source, plain, duodiff = (
+        theirs.saved(tmp_path / f"{make.__name__}.pth", make())
+        for make in (theirs.official_state, theirs.uvit_state, theirs.duodiff_state)
+    )
+    for file, name, value in (
+        (source, "layout", "official"),
+        (source, "presets", "tiny_uvit"),
+        (plain, "presets", "tiny_uvit or tiny_duodiff"),
+        (source, "exits.map", "True"),
+        (plain, "schedule", "vp (tiny_uvit), linear (tiny_duodiff)"),
+        (source, "macs.full forward pass", "[0-9,]+"),
     ):
-        assert line in printed
-    assert "adadiff convert makes one of it" in printed
-    assert re.search(r"^macs.full forward pass +[\d,]+$", printed, re.MULTILINE)
+        assert run(f"inspect {file} --all") == 0
+        printed = capsys.readouterr().out
+        assert re.search(rf"^{re.escape(name)} +{value if '+' in value else re.escape(value)}$", printed, re.MULTILINE)
+    for file, preset, options in (
+        (plain, "tiny_uvit or tiny_duodiff", " --preset tiny_uvit"),
+        (source, "tiny_uvit", ""),
+        (duodiff, "tiny_duodiff", " --drop-first-exit"),
+    ):
+        assert run(f"inspect {file}") == 0
+        printed = capsys.readouterr().out
+        assert f"preset: {preset}\n" in printed
+        assert f"convert it first: adadiff convert {file} model.safetensors{options}\n" in printed
     assert run(f"sample {source} --out {tmp_path}/o") == 2
     assert "adadiff convert reads those" in error_line(capsys.readouterr().err)
 
@@ -99,7 +112,7 @@ def test_thresholds_are_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     content = json.loads(capsys.readouterr().out)["calibration"]
     assert content["budgets"][0]["thresholds"] == HALF[1]
     assert [budget["share"] for budget in content["budgets"]] == [0.5, 0.9]
-    assert run(f"inspect {tmp_path}/c.safetensors") == 0
+    assert run(f"inspect {tmp_path}/c.safetensors --all") == 0
     lines = capsys.readouterr().out.splitlines()
     table = [
         line.split() for line in lines[lines.index(next(line for line in lines if line.startswith("budget  "))) + 1 :]

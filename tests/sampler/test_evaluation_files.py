@@ -1,6 +1,10 @@
 """Images and statistics from files: what lies on disk is what is measured, or it is refused by name."""
 
+import io
 import json
+import os
+import struct
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +19,11 @@ from adadiff.metrics.features import digits_network
 from adadiff.metrics.images import open_images
 from adadiff.metrics.references import open_reference
 from adadiff.output.pictures import to_pixels
-from sampler import shell
-from sampler.shell import config, run, saved
+from sampler import guards, shell
+from sampler.shell import config, error_line, run, saved
 
 tiny = shell.tiny
+no_hang, little_memory = guards.no_hang, guards.little_memory
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 
 
@@ -39,6 +44,7 @@ def shown(arrays: np.ndarray) -> Tensor:
 
 
 # 5 images in pieces of 2 leave a last one alone; 3x4 pixels, so that rows cannot be mistaken for columns.
+@pytest.mark.filterwarnings("ignore:.*left out 1 file that is no picture")
 @pytest.mark.parametrize("channels", [(), (3,)], ids=["gray", "color"])
 def test_pictures_are_read_as_they_were_written(
     channels: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -205,3 +211,193 @@ def test_latents_are_no_images(tmp_path: Path) -> None:
     assert run(f"sample {latents} --out {tmp_path / 'o'} --n 3 --steps 1 --policy full") == 0
     with pytest.raises(ValueError, match="holds latents; evaluation takes images"):
         open_images(tmp_path / "o")
+
+
+# ---- .npz files that are not what they say ----
+
+
+def npy(shape: tuple[int, ...], data: bytes, descr: str = "|u1") -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
+    return file.getvalue() + data
+
+
+def pack(path: Path, method: int = zipfile.ZIP_DEFLATED, **members: bytes) -> None:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in members.items():
+            archive.writestr(f"{name}.npy", content)
+
+
+def claim(path: Path, *sizes: int) -> None:
+    """The directory of the archive says so of the unpacked sizes of its members."""
+    data, at = bytearray(path.read_bytes()), 0
+    for size in sizes:
+        at = data.index(b"PK\x01\x02", at + 1)
+        data[at + 24 : at + 28] = struct.pack("<I", size)
+    path.write_bytes(data)
+
+
+LARGE = 3 * 2**30  # bytes that nobody has packed
+
+
+def untrue(path: Path, name: str) -> None:
+    """A small file that says it is large, or something else than it is."""
+    head = npy((LARGE // 768, 16, 16, 3), b"")
+    if name == "array":
+        pack(path, arr_0=head + bytes(768))
+    elif name == "archive":
+        pack(path, arr_0=head + bytes(768))
+        claim(path, len(head) + LARGE)
+    elif name == "sum":  # each is allowed, together they are not
+        n = 33_000_000
+        parts = [npy((n, 1, 1, 1), b""), npy((n,), b"", "<i8")]
+        pack(path, arr_0=parts[0], arr_1=parts[1])
+        claim(path, len(parts[0]) + n, len(parts[1]) + 8 * n)
+    elif name == "labels":
+        pack(path, arr_0=npy((2, 8, 8, 3), bytes(384)), arr_1=npy((2,), bytes(16), "<f8"))
+    elif name == "lzma":
+        pack(path, zipfile.ZIP_LZMA, arr_0=npy((1, 8, 8, 3), bytes(192)))
+    elif name == "objects":
+        np.savez(path, arr_0=np.array([None]))
+    elif name == "no pixels":
+        pack(path, arr_0=npy((2, 0, 8, 3), b""))
+    elif name == "pixels":
+        pack(path, arr_0=npy((1, 5000, 5000, 1), b""))
+        claim(path, len(npy((1, 5000, 5000, 1), b"")) + 5000 * 5000)
+    elif name == "text":
+        path.write_text("no archive")
+    elif name == "array alone":
+        with path.open("wb") as file:
+            np.save(file, np.zeros(3))
+    elif name == "empty":
+        path.touch()
+    elif name == "no arrays":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("arr_0", b"no array")
+    elif name == "no header":
+        pack(path, arr_0=b"\x93NUMPY\x01\x00\xff\xff")
+    elif name == "nested":
+        pack(path, arr_0=npy((1,), b"").replace(b"(1,)", b"(" * 40))
+    elif name == "encrypted":
+        pack(path, arr_0=npy((1, 8, 8, 3), bytes(192)))
+        data = bytearray(path.read_bytes())
+        for at in (6, data.index(b"PK\x01\x02") + 8):
+            data[at] |= 1
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("array", "takes 3221225472 bytes, but 768 follow its header"),
+        ("archive", r"[\d,]+ bytes unpack to 3,221,225,472, more than 100 times as many; save it uncompressed"),
+        ("sum", "bytes unpack to 297,000,000"),
+        ("labels", "must be labels"),
+        ("lzma", "arr_0 is compressed as numpy never does"),
+        ("objects", "arr_0|holds objects"),
+        ("no pixels", r"got uint8 \[2, 0, 8, 3\]"),
+        ("pixels", "images of 25000000 pixels; evaluation takes at most 16777216"),
+        ("text", "not a zip file"),
+        ("array alone", "not a zip file"),
+        ("empty", "not a zip file"),
+        ("no arrays", "holds nothing"),
+        ("no header", "read"),
+        ("nested", "read"),
+        ("encrypted", "encrypted"),
+    ],
+)
+def test_an_archive_is_what_it_says_or_is_refused(
+    name: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture, little_memory: None
+) -> None:
+    path = tmp_path / "a.npz"
+    untrue(path, name)
+    with pytest.raises(ValueError, match=f"a.npz.*({message})"):
+        open_reference(path)
+    with pytest.raises(ValueError, match=f"a.npz.*({message})"):
+        open_images(path)
+    assert run(f"evaluate {path} --features digits") == 2
+    assert "a.npz" in error_line(capsys.readouterr().err)
+
+
+def test_large_arrays_that_compress_little_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than is free of the limit, for images do not compress by a hundred; zeros are taken uncompressed."""
+    monkeypatch.setattr("adadiff.data.numpy_files.FREE", 1000)
+    arrays, black = pixels(40, 8, 8, 3), np.zeros((900, 8, 8, 3), np.uint8)
+    np.savez_compressed(tmp_path / "s.npz", arrays)
+    torch.testing.assert_close(torch.cat(list(open_images(tmp_path / "s.npz").pieces())), shown(arrays))
+    np.savez_compressed(tmp_path / "black.npz", black)
+    with pytest.raises(ValueError, match="save it uncompressed"):
+        open_images(tmp_path / "black.npz")
+    np.savez(tmp_path / "black.npz", black)
+    assert open_images(tmp_path / "black.npz").count == 900
+
+
+def test_every_byte_of_an_archive_is_damage_or_changes_nothing(tmp_path: Path) -> None:
+    path, arrays = tmp_path / "a.npz", pixels(2, 4, 4, 3)
+    np.savez_compressed(path, arrays)
+    whole, refused = path.read_bytes(), 0
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x21]) + whole[at + 1 :])
+        try:
+            (piece,) = open_images(path).pieces()
+        except ValueError:
+            refused += 1
+        else:
+            torch.testing.assert_close(piece, shown(arrays))
+    assert refused > len(whole) / 2
+
+
+# ---- folders that `adadiff sample` did not finish, or did not write ----
+
+REPORTS = {
+    "not JSON": "{",
+    "nested": "[" * 100_000,
+    "a list": "[]",
+    "no configuration": "{}",
+    "a name": '{"configuration": "n"}',
+    "text": '{"configuration": {"n": "3"}}',
+    "half": '{"configuration": {"n": 2.5}}',
+    "a truth": '{"configuration": {"n": true}}',
+    "negative": '{"configuration": {"n": -1}}',
+    "infinity": '{"configuration": {"n": 1e400}}',
+    "many": '{"configuration": {"n": 1000000000}}',
+    "more": '{"configuration": {"n": 1' + "0" * 100 + "}}",
+    "digits": '{"configuration": {"n": 1' + "0" * 10_000 + "}}",
+    "labels": '{"configuration": {"n": 1, "class_labels": [1e3]}}',
+    "truths": '{"configuration": {"n": 1, "class_labels": [true]}}',
+    "beyond": '{"configuration": {"n": 1, "class_labels": [1' + "0" * 30 + "]}}",
+    "below": '{"configuration": {"n": 1, "class_labels": [-1]}}',
+    "a number": '{"configuration": {"n": 1, "class_labels": 7}}',
+}
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_a_report_that_is_none_is_refused(name: str, tmp_path: Path, little_memory: None) -> None:
+    Image.fromarray(pixels(1, 8, 8)[0]).save(tmp_path / "000000.png")
+    (tmp_path / "report.json").write_text(REPORTS[name])
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        open_images(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["report.json", "000001.png"])
+def test_a_drawn_folder_with_a_pipe_is_refused(file: str, tmp_path: Path, no_hang: None) -> None:
+    write_pictures(tmp_path, pixels(2, 8, 8))
+    for i in range(2):
+        (tmp_path / f"p{i:03d}.png").rename(tmp_path / f"{i:06d}.png")
+    (tmp_path / "report.json").write_text('{"configuration": {"n": 2}}')
+    assert open_images(tmp_path).count == 2
+    (tmp_path / file).unlink()
+    os.mkfifo(tmp_path / file)
+    with pytest.raises(ValueError, match=f"{file}.* is no regular file"):
+        open_images(tmp_path)
+
+
+def test_a_manifest_of_more_samples_than_its_shards_hold_is_refused(
+    tiny: str, tmp_path: Path, little_memory: None
+) -> None:
+    assert run(f"sample {tiny} --out {tmp_path} --n 4 --shard 4 --steps 1 --class-labels 3 --format npz") == 0
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["configuration"] |= {"n": 10**9, "shard": 10**9}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"too few|lacks|manifest|damaged"):
+        open_images(tmp_path)

@@ -1,6 +1,7 @@
 """A tick that fails has changed nothing: it is made again in halves, until the sample to blame is found."""
 
 import gc
+import itertools
 import weakref
 from collections.abc import Callable
 
@@ -9,8 +10,9 @@ import torch
 
 from adadiff.forward.forward import run_forward
 from adadiff.forward.output import ForwardOutput
+from adadiff.sampling.pass_size import PassSize
 from sampler.test_batch import OTHERS, POISON, admit, check, make, run
-from sampler.tiny import requests
+from sampler.tiny import images_are_right, requests, stepped
 
 
 def out_of_memory(lanes: int) -> tuple[Callable[..., ForwardOutput], list[int]]:
@@ -62,6 +64,93 @@ def test_a_guided_pair_is_not_torn_apart() -> None:
     ended = dict(run(batch, {admit(batch, request): i for i, request in enumerate(wanted)}))
     assert all(isinstance(error, torch.OutOfMemoryError) for error in ended.values())
     assert batch.free == 5
+
+
+LONG = [{"seed": i, "steps": 100, "class_labels": i % 2, "policy": "exit:depth=1"} for i in range(4)]
+
+
+def short_of_memory(lanes: int, calls: range) -> tuple[Callable[..., ForwardOutput], list[int]]:
+    """As `out_of_memory`, but for some of the calls only, as where somebody else takes the memory for a while."""
+    made = []
+
+    def limited(*args: object, **options: object) -> ForwardOutput:
+        made.append(len(args[1]))
+        if len(made) in calls and made[-1] > lanes:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run_forward(*args, **options)
+
+    return limited, made
+
+
+@pytest.mark.parametrize("lanes", [2, 1])
+@pytest.mark.parametrize("calls", [range(1, 9), range(20, 29)], ids=["at the start", "later"])
+def test_a_batch_is_whole_again_once_memory_is_back(lanes: int, calls: range) -> None:
+    call, made = short_of_memory(lanes, calls)
+    batch = make(4, call)
+    ended = dict(run(batch, {admit(batch, request): i for i, request in enumerate(LONG)}))
+    assert batch.totals.halvings > 0
+    assert made[-20:] == [4] * 20
+    failed = sum(n > lanes for i, n in enumerate(made, start=1) if i in calls)
+    assert batch.totals.halvings == failed  # and none of the attempts to grow has failed
+    check(LONG, ended)
+
+
+def test_an_attempt_that_fails_is_repeated_ever_later() -> None:
+    """A tick that fails costs a forward pass; where memory stays short, few are spent."""
+    size, attempts = PassSize(64), []
+    for tick in range(5000):
+        if size.most > 16:
+            attempts.append(tick)
+            size.shrink(16)
+        size.tick_is_done(64)
+    gaps = [b - a for a, b in itertools.pairwise(attempts)]
+    assert gaps == [17, 33, 65, 129, 257, 513, 1025, 1025, 1025]
+    assert attempts[0] == 0
+
+
+def ticks_until_more(size: PassSize) -> int:
+    before, ticks = size.most, 0
+    while size.most == before:
+        size.tick_is_done(64)
+        ticks += 1
+    return ticks
+
+
+def test_after_a_good_while_an_attempt_is_cheap_again() -> None:
+    size = PassSize(4)
+    for _ in range(6):
+        size.shrink(2)
+        size.tick_is_done(4)
+    assert ticks_until_more(size) == 512
+    for calm, wait in ((10, 1024), (1100, 16)):  # after a few ticks it is doubled once more, after many it is the first
+        for _ in range(calm):
+            size.tick_is_done(4)
+        size.shrink(2)
+        size.tick_is_done(4)
+        assert ticks_until_more(size) == wait
+
+
+def test_nobody_is_tried_where_nobody_is_held_back() -> None:
+    """With few samples in flight nothing is learnt of the memory that more would take."""
+    size = PassSize(8)
+    size.shrink(2)
+    for _ in range(100):
+        size.tick_is_done(1)
+    assert size.most == 2
+    for _ in range(40):
+        size.tick_is_done(8)
+    assert size.most == 8
+
+
+def test_an_engine_is_whole_again_too() -> None:
+    call, made = short_of_memory(2, range(3, 12))
+    engine = stepped(4, forward=call)
+    handles = [engine.submit(**request) for request in LONG]
+    while engine.step():
+        pass
+    assert engine.report.batch.halvings > 0
+    assert made[-20:] == [4] * 20
+    images_are_right(handles, LONG)
 
 
 @pytest.mark.parametrize(

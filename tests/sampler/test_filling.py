@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -26,6 +25,7 @@ ctrl_c, tiny, whole, copy = shell.ctrl_c, shell.tiny, sharded.whole, sharded.cop
 def test_any_number_of_processes_in_any_order_write_the_same(order, tiny, whole, tmp_path, monkeypatch, capsys):
     """Of five processes two have nothing to do."""
     monkeypatch.setenv("WORLD_SIZE", str(len(order)))
+    monkeypatch.setattr("adadiff.commands.sample.with_bars", lambda: True)  # as on a terminal
     done = set()
     for rank in order:
         monkeypatch.setenv("RANK", str(rank))
@@ -38,7 +38,7 @@ def test_any_number_of_processes_in_any_order_write_the_same(order, tiny, whole,
         assert ("wrote" in printed.out) == last
         assert ("image/s" in printed.err) == (rank == 0)
         if rank:
-            assert not re.search("^policy ", printed.out, re.MULTILINE)
+            assert "policy" not in printed.out
             assert printed.err == ""
     assert_equal(tmp_path, whole)
 

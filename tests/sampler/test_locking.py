@@ -2,11 +2,13 @@
 
 import errno
 import fcntl
+import json
 import os
+import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,99 @@ def test_locks_of_killed_launches_of_any_size_are_taken(tiny, whole, tmp_path):
         (tmp_path / f".rank-{rank}.lock").write_text("process 1 on elsewhere\n")
     assert run(line(tiny, tmp_path)) == 0
     assert_equal(tmp_path, whole)
+
+
+TRAIN = "--steps 2 --batch 2 --warmup 1 --save-every 1 --log-every 1 --network dim=16 depth=2"
+
+
+def test_training_holds_its_folder(tmp_path, other, capsys):
+    """Another launch, of whatever size, is refused, and changes nothing there: neither with nor without --force."""
+    assert run(f"train --out {tmp_path} {TRAIN}") == 0
+    assert not [*tmp_path.glob(".rank-*")]
+    capsys.readouterr()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for rank, world in ((0, 1), (1, 2), (0, 4)):
+        other.append(hold(tmp_path, rank, world))
+        for more in ("", "--force", "--steps 3 --force"):
+            assert run(f"train --out {tmp_path} {TRAIN} {more}") == 2
+            captured = capsys.readouterr()
+            assert f"{tmp_path} is being filled by process {other[-1].pid} on " in error_line(captured.err)
+            assert captured.out == ""
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix != ".lock"} == before
+        other[-1].kill()
+        other[-1].communicate()
+    assert run(f"train --out {tmp_path} {TRAIN}") == 0
+
+
+@pytest.mark.slow
+def test_of_three_trainings_at_once_one_runs(tmp_path):
+    command = f"-m adadiff train --out {tmp_path / 'run'} {TRAIN} --steps 60"
+    begun = [
+        subprocess.Popen(
+            [sys.executable, *command.split()],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in begun]
+    assert sorted(process.returncode for process in begun)[0] == 0
+    for process, error in zip(begun, errors, strict=True):
+        assert process.returncode == 0 or "is being filled by" in error
+    steps = [json.loads(row)["step"] for row in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 61))
+
+
+OBSTACLES: dict[str, Callable[[Path], object]] = {
+    "a link": lambda path: path.symlink_to("kept"),
+    "a link to nothing": lambda path: path.symlink_to("nothing"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a folder": lambda path: path.mkdir(),
+    "a pipe": os.mkfifo,
+}
+
+
+@pytest.mark.parametrize("kind", [*OBSTACLES])
+@pytest.mark.parametrize("number", [0, 3])
+def test_nothing_is_written_through_the_name_of_a_lock(kind, number, tmp_path):
+    (tmp_path / "kept").write_text("kept")
+    OBSTACLES[kind](tmp_path / f".rank-{number}.lock")
+    words = rf"cannot write to .*: \.rank-{number}\.lock is no regular file"
+    with pytest.raises(ValueError, match=words), only_launch(tmp_path):
+        pytest.fail("the folder was held")
+    assert (tmp_path / "kept").read_text() == "kept"
+    assert {path.name for path in tmp_path.iterdir()} == {"kept", f".rank-{number}.lock"}
+
+
+def test_a_lock_needs_no_room_on_the_disk(tmp_path, monkeypatch):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with only_launch(tmp_path):
+            assert (tmp_path / ".rank-0.lock").stat().st_size == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train --data canvases",
+        "train --init {0}/none.safetensors",
+        "train --init {0}/file",
+        "train --network depth=10 --data digits --steps 2 --batch 10 --accumulate 10 --init digits",
+    ],
+)
+def test_a_failed_start_leaves_no_folder(line, tmp_path, capsys):
+    (tmp_path / "file").write_text("no model")
+    (tmp_path / "there").mkdir()
+    for out in ("new", "deep/er/new", "there", "there/new"):
+        assert run(f"{line.format(tmp_path)} --out {tmp_path / out}") == 2
+        error_line(capsys.readouterr().err)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["file", "there"]
 
 
 def test_file_systems_without_locks_are_no_obstacle(tmp_path, monkeypatch):

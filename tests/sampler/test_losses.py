@@ -1,19 +1,27 @@
 """AdaDiff's loss against its formulas element by element in float64, and where its gradients go."""
 
+import dataclasses
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from adadiff.checkpoint import save
 from adadiff.diffusion.schedules import NoiseSchedule
 from adadiff.forward.all_layers import all_layers
 from adadiff.models.layers import patchify
 from adadiff.models.uvit import UViT
+from adadiff.training.config import TrainConfig
 from adadiff.training.losses import (
     LOSSES,
+    OF_WHOLE_BATCHES,
+    BatchMeans,
     VarianceLoss,
+    batch_means,
     log_error,
     loss_named,
     official_loss,
@@ -21,6 +29,8 @@ from adadiff.training.losses import (
     relative_loss,
     supervised_loss,
 )
+from adadiff.training.processes import Processes
+from adadiff.training.trainer import Trainer, start_model
 from adadiff.uem import ExitConfig, Exits
 from sampler.tiny import UVIT, inputs, scramble
 
@@ -238,6 +248,82 @@ def test_official_states_its_code(outputs: int) -> None:
     assert float(terms.uem.sum()) == pytest.approx(lte, rel=1e-12)
     assert float(terms.ual.sum()) == pytest.approx(ual, rel=1e-12)
     assert float(terms.total) == pytest.approx(errors[-1] + 0.7 * lte + 1.9 * ual, rel=1e-12)
+
+
+@pytest.mark.parametrize("sizes", [(5,), (1, 1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_parts_of_a_batch_have_the_loss_and_the_gradient_of_the_whole(name: str, sizes: tuple[int, ...]) -> None:
+    """Equal parts, as of processes and of accumulation: loss and gradient are the means of theirs."""
+    predictions, scores, noise = problem(1)
+    given = [[value.requires_grad_() for value in part] for part in (predictions, scores)]
+    leaves = [*given[0], *given[1]]
+    whole = loss_named(name)(*given, noise, to_patches, 0.7, 1.3)
+    wanted = torch.autograd.grad(whole.total, leaves, allow_unused=True)
+    splits = [list(zip(*(value.split(sizes) for value in part), strict=True)) for part in given]
+    noises = noise.split(sizes)
+    means = [batch_means(*own) for own in zip(*splits, noises, strict=True)]
+    known = BatchMeans(*(torch.stack([getattr(m, key) for m in means]).mean(0) for key in ("certainty", "errors")))
+    options = {"whole": known} if name in OF_WHOLE_BATCHES else {}
+    terms = [loss_named(name)(*own, to_patches, 0.7, 1.3, **options) for own in zip(*splits, noises, strict=True)]
+    total = torch.stack([term.total for term in terms]).mean()
+    torch.testing.assert_close(total, whole.total, rtol=1e-10, atol=0)
+    found = torch.autograd.grad(total, leaves, allow_unused=True)
+    for own, right in zip(found, wanted, strict=True):
+        assert (own is None) == (right is None)
+        if own is not None:
+            torch.testing.assert_close(own, right, rtol=1e-9, atol=1e-12)
+    for term in ("simple", "uem", "ual", "errors", "relative"):
+        mean = torch.stack([getattr(own, term) for own in terms]).mean(0)
+        torch.testing.assert_close(mean, getattr(whole, term), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("accumulate", [2, 4])
+@pytest.mark.parametrize("name", LOSSES)
+def test_accumulated_updates_are_those_of_the_whole_batch(
+    name: str, accumulate: int, precision: str, tmp_path: Path
+) -> None:
+    base = TrainConfig(
+        loss=name,
+        batch=8,
+        warmup=0,
+        precision=precision,
+        network={"dim": 16, "depth": 2, "heads": 2},
+        init=str(tmp_path / "start.safetensors"),
+    )
+    save(start_model(dataclasses.replace(base, loss="paper", init="")), Path(base.init))
+    whole, parts = (Trainer(dataclasses.replace(base, accumulate=k), tmp_path / str(k)) for k in (1, accumulate))
+    for trainer in (whole, parts):
+        scramble(trainer.model.exits, 0.5, seed=3)  # uncertainties that differ from sample to sample
+    terms, found = whole.update(), parts.update()
+    tolerance = {"rtol": 1e-3, "atol": 1e-5} if precision == "float32" else {"rtol": 0.02, "atol": 1e-3}
+    for key in ("loss", "ual", "uem", "simple"):
+        torch.testing.assert_close(found[key], terms[key], **tolerance)
+    a, b = (torch.cat([value.grad.flatten() for value in trainer.trained]) for trainer in (whole, parts))
+    assert float((a - b).norm() / a.norm()) < (1e-5 if precision == "float32" else 0.02)
+
+
+def test_processes_share_the_means_of_the_whole_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes, played one after the other: what each asks of `mean` is answered with the mean over both."""
+    config = TrainConfig(loss="official", batch=8, accumulate=2, network={"dim": 16, "depth": 2, "heads": 2})
+    one = Trainer(config, tmp_path / "one")
+    scramble(one.model.exits, 0.5, seed=3)
+    wanted = one._means()
+
+    def answer(told: list[Tensor]) -> Callable[[Processes, Tensor], Tensor]:
+        return lambda self, value: told.append(value) or torch.stack(told).mean(0)
+
+    shares: list[Tensor] = []
+    monkeypatch.setattr(Processes, "mean", answer(shares))
+    found = None
+    for rank in (0, 1):
+        place = {"rank": rank, "world": 2, "device": torch.device("cpu"), "_accelerator": None}
+        monkeypatch.setattr(Processes, "__init__", lambda self, place=place: vars(self).update(place))
+        trainer = Trainer(config, tmp_path / f"two-{rank}")
+        scramble(trainer.model.exits, 0.5, seed=3)
+        found = trainer._means()
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(shares[0], shares[1], rtol=1e-3)
 
 
 def test_official_weights_carry_a_gradient() -> None:

@@ -167,6 +167,109 @@ def test_a_callback_may_change_latents_and_stop(solver: str) -> None:
     assert torch.equal(pipeline()(generator=seeded(9), callback_on_step_end=put_back, **given).images, plain)
 
 
+def into(values: dict, latents: torch.Tensor) -> None:
+    values["latents"] = latents
+
+
+def in_place(values: dict) -> None:
+    values["latents"].mul_(0.5)
+
+
+def through_data(values: dict) -> None:
+    values["latents"].data.mul_(0.5)
+
+
+def by_numpy(values: dict) -> None:
+    values["latents"].numpy()[:] *= 0.5
+
+
+def by_inference(values: dict) -> dict:
+    with torch.inference_mode():
+        return {"latents": values["latents"] * 0.5}
+
+
+EDITS = {
+    "returned": lambda values: {"latents": values["latents"] * 0.5},
+    "in place": in_place,
+    "in place, returned": lambda values: {"latents": values["latents"].mul_(0.5)},
+    "in place, and the mapping returned": lambda values: values["latents"].mul_(0.5) is not None and values,
+    "by index": lambda values: values["latents"].__setitem__(slice(None), values["latents"] * 0.5),
+    "through .data": through_data,
+    "through numpy": by_numpy,
+    "another in the mapping": lambda values: into(values, values["latents"] * 0.5),
+    "in float64": lambda values: {"latents": values["latents"].double() * 0.5},
+    "made in inference mode": by_inference,
+    "with a graph": lambda values: {"latents": values["latents"].requires_grad_() * 0.5},
+}
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpm++2m", "dpm-fast"])
+@pytest.mark.parametrize("edit", EDITS)
+def test_however_a_callback_changes_latents_they_are_changed(edit: str, solver: str) -> None:
+    given = {"class_labels": [0, 1], "num_inference_steps": 8, "solver": solver, "output_type": "latent"}
+
+    def draw(change: str | None) -> torch.Tensor:
+        def callback(pipe: AdaDiffPipeline, step: int, t: float, values: dict) -> object:
+            return EDITS[change](values) if step == 2 and change is not None else None
+
+        return pipeline()(generator=seeded(), callback_on_step_end=callback, **given).images
+
+    with torch.no_grad():
+        plain, wanted, found = draw(None), draw("returned"), draw(edit)
+    assert torch.equal(found, wanted)
+    assert not torch.allclose(plain, wanted, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ({"latents": torch.zeros(2, 1, 4, 5)}, r"latents must be a float tensor \[2, 1, 4, 4\], got .* \[2, 1, 4, 5\]"),
+        ({"latents": torch.zeros(2, 1, 4, 4, dtype=torch.int64)}, "got torch.int64"),
+        ({"latents": [0.5]}, r"latents of a callback must be a tensor, got \[0.5\]"),
+        ({"latents": None}, "must be a tensor, got None"),
+        (torch.zeros(2, 1, 4, 4), "returns None or a mapping such as"),
+        ("latents", "returns None or a mapping such as .* got 'latents'"),
+    ],
+    ids=str,
+)
+def test_what_a_callback_cannot_mean_is_refused(returned: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipeline()(class_labels=[0, 1], num_inference_steps=3, callback_on_step_end=lambda *_: returned)
+
+
+def nan_latents(*given: object) -> dict:
+    return {"latents": torch.full_like(given[3]["latents"], torch.nan)}
+
+
+@pytest.mark.parametrize("output_type", ["latent", "pt", "np", "pil"])
+def test_nan_is_no_image(output_type: str) -> None:
+    given = {"class_labels": [0, 1], "num_inference_steps": 3, "output_type": output_type}
+    with pytest.raises(FloatingPointError, match=r"sample 0 .* holds NaN or infinity"):
+        pipeline()(callback_on_step_end=nan_latents, **given)
+    with pytest.raises(FloatingPointError, match=r"sample 0 .* holds NaN or infinity"):
+        pipeline()(guidance_scale=1e37, **given)
+
+
+@pytest.mark.parametrize("fails", ["in a step", "in a callback", "at the end"])
+def test_after_an_error_offloaded_weights_go_back(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, freed = pipeline(), []
+    monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: freed.append(1))
+    given = {"class_labels": [0], "num_inference_steps": 2, "generator": seeded(), "output_type": "pt"}
+    wanted = pipe(**given).images
+    freed.clear()
+    if fails == "in a step":
+        with monkeypatch.context() as patched:
+            patched.setattr(UViT, "embed", lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                pipe(**given)
+    else:
+        callback = (lambda *_: 1 / 0) if fails == "in a callback" else nan_latents
+        with pytest.raises(ArithmeticError):
+            pipe(callback_on_step_end=callback, **given)
+    assert freed == [1]
+    assert torch.equal(pipe(**{**given, "generator": seeded()}).images, wanted)  # nothing is left of it
+
+
 def test_prompts_reach_the_network() -> None:
     """An encoder whose contexts count letters stands for CLIP, behind the interface of transformers."""
 

@@ -20,8 +20,8 @@ L = 7  # three in-blocks, one mid block, three out-blocks
 def depths(
     policy: ExitPolicy, u: Tensor, threshold: Tensor, t: Tensor | None = None, half: Tensor | None = None
 ) -> list[int]:
-    """u: [L, n]; half: [n], 1 for unconditional lanes. The layer at which each lane exits when the policy is asked where
-    it asks."""
+    """u: [L, n]; half: [n], 1 for unconditional lanes. The layer at which each lane exits when the policy is asked
+    where it asks."""
     n = u.shape[1]
     half = torch.zeros(n, dtype=torch.int64) if half is None else half
     t = torch.zeros(n) if t is None else t
@@ -111,7 +111,7 @@ def test_batch_mean_is_the_mean_of_those_who_run() -> None:
 
 def authors_batch(u: list[list[float]], threshold: float, patient: bool) -> int:
     """Blocks that a batch runs in the authors' code, u[layer - 1] being the uncertainties of its samples: libs/uvit.py
-    (`patient`) and libs/uvit_t2i.py, where the certainty is 1 - u and a batch returns when the mean exceeds 1 - threshold."""
+    (`patient`) and libs/uvit_t2i.py. The certainty is 1 - u; a batch returns when its mean exceeds 1 - threshold."""
     triggers = 0
     for layer in range(1, L):
         certain = sum(1 - value for value in u[layer - 1]) / len(u[layer - 1])

@@ -63,12 +63,13 @@ def moved(file: Path, start: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loss", ["supervised", "official"])
+def test_two_processes_train_as_one_does(loss: str, tmp_path: Path) -> None:
     """The same batches in two shares: gradients are averages over both, so only sums are taken in another order. Were
     they not averaged, or both shares the same, weights would part at once."""
     pytest.importorskip("accelerate")
     file = tmp_path / "c.toml"
-    file.write_text(CONFIG)
+    file.write_text(CONFIG.replace("supervised", loss))
     config = load_config(file, {})
     one = Trainer(config, tmp_path / "one")
     start = {key: value.clone() for key, value in one.model.state_dict().items()}

@@ -165,7 +165,7 @@ def run_data(p: Process, eps: Network, x: Tensor, steps: int) -> Tensor:
 
 def run_sde(eps: Network, x: Tensor, steps: int, seed: int = 0) -> Tensor:
     """dx = -beta/2 x dt + sqrt(beta) dw backwards: x + (-beta/2 x + beta eps / sigma) dt + sqrt(-beta dt) z."""
-    times = [1 - k * (1 - 1e-3) / (steps - 1) for k in range(steps)] if steps > 1 else [1.0]
+    times = [1 - k * (1 - 1e-3) / (steps - 1) for k in range(steps)]
     for k, (t, after) in enumerate(zip(times, [*times[1:], 0.0], strict=True)):
         beta, dt = 0.1 + 19.9 * t, after - t
         sigma = math.sqrt(-math.expm1(-0.1 * t - 9.95 * t * t))
@@ -204,11 +204,17 @@ def test_singlestep_rows_state_the_papers(solver: Solver, steps: int, schedule: 
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10 * float(wanted.abs().max()))
 
 
-@pytest.mark.parametrize("steps", [1, 2, 50, 250])
+@pytest.mark.parametrize("steps", [2, 3, 50, 250])
 def test_euler_maruyama_rows_state_the_sde(steps: int) -> None:
     wanted = run_sde(network, start(), steps)
     got = run_rows(EulerMaruyama(), "vp", steps)
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10 * float(wanted.abs().max()))
+
+
+def test_euler_maruyama_in_one_step_is_refused() -> None:
+    """x + 10 x - 20 eps would be no image, and say nothing."""
+    with pytest.raises(ValueError, match="no image in 1 step; take 2 or more"):
+        EulerMaruyama().table(NoiseSchedule("vp"), 1)
 
 
 def test_times_the_published_networks_are_told() -> None:

@@ -182,6 +182,10 @@ def test_nan_in_a_sample_reaches_neither_its_mates_nor_who_takes_its_slot(monkey
     }
     clean, before = sample(model(), 5, seed=[5, 6, 7, 8, 9], **settings)
     monkeypatch.setattr("adadiff.sampling.batch.initial_noise", hurt)
+    with pytest.raises(FloatingPointError, match=r"sample 0 \(seed 5\) holds NaN"):
+        sample(model(), 5, seed=[5, 6, 7, 8, 9], **settings)
+    # as if nobody looked, to see who else would be hurt
+    monkeypatch.setattr("adadiff.sampling.sampler.check_finite", lambda index, images, seeds: ((index, images), None))
     images, after = sample(model(), 5, seed=[5, 6, 7, 8, 9], **settings)
     assert images[0].isnan().all()
     assert after.exit_layer[:4, 0, 0].tolist() == [7] * 4

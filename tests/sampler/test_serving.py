@@ -2,9 +2,12 @@
 
 import asyncio
 import concurrent.futures
+import copy
+import dataclasses
 import math
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +17,8 @@ from adadiff.diffusion.tables import SolverTable
 from adadiff.forward.forward import run_forward
 from adadiff.forward.options import ExecutionOptions
 from adadiff.forward.output import ForwardOutput
+from adadiff.policies.interface import ExitContext, ExitPolicy
+from adadiff.sampling.batch import Batch
 from adadiff.serving.engine import Engine, EngineClosed, EngineFull, Handle
 from sampler.tiny import Clock, alone, images_are_right, is_empty, requests, served, stepped
 
@@ -342,16 +347,16 @@ def test_ctrl_c_is_not_swallowed_and_costs_no_image() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_engine_that_breaks_tells_everybody() -> None:
-    """What is no exception of a sample's ends the thread; nobody waits for ever, and it takes no more requests."""
-
+def test_an_engine_that_breaks_tells_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A defect of the engine's own ends its thread; nobody waits for ever, and it takes no more requests."""
     ready, broken = threading.Event(), SystemExit("broken")
 
-    def exits(*_: object, **__: object) -> ForwardOutput:
+    def breaks(*_: object) -> None:
         assert ready.wait(60)
         raise broken
 
-    engine = Engine(served(), 1, forward=exits)
+    monkeypatch.setattr(Engine, "_deliver", breaks)
+    engine = Engine(served(), 1)
     handles = [engine.submit(seed=i, steps=1) for i in range(3)]
     ready.set()
     for handle in handles:
@@ -360,6 +365,125 @@ def test_an_engine_that_breaks_tells_everybody() -> None:
     with pytest.raises(EngineClosed) as closed:
         engine.submit(seed=0, steps=1)
     assert closed.value.__cause__ is broken
+
+
+class Odd(BaseException):
+    """No `Exception`, as SystemExit is none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Raises(ExitPolicy):
+    error: type[BaseException]
+
+    def exit_mask(self, u: torch.Tensor, layer: int, context: ExitContext) -> torch.Tensor:
+        raise self.error
+
+
+ERRORS = [SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError, concurrent.futures.CancelledError, Odd]
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+@pytest.mark.parametrize("place", ["callback", "last callback", "policy"])
+@pytest.mark.parametrize("error", ERRORS)
+def test_whatever_a_request_s_own_code_raises_fails_it_alone(
+    error: type[BaseException], place: str, threaded: bool
+) -> None:
+    ready = threading.Event()
+
+    def shout(handle: Handle) -> None:
+        if handle.progress[0] == (1 if place == "callback" else 3):
+            raise error
+
+    engine = Engine(served(), 3, threaded=threaded, execution=EXACT)
+    wanted = [{"seed": 0, "steps": 3, "policy": "exit:0.5"}, {"seed": 2, "steps": 5}]
+    own = {"policy": Raises(error)} if place == "policy" else {"on_step": shout}
+    handles = [engine.submit(**wanted[0], on_step=lambda _: ready.wait(60))]
+    bad = [engine.submit(seed=i, steps=3, **own) for i in (1, 7)]
+    handles.append(engine.submit(**wanted[1]))
+    ready.set()
+    if not threaded:
+        while engine.step():
+            pass
+    assert not concurrent.futures.wait([*handles, *bad], 60).not_done
+    assert [type(handle.exception(0)) for handle in bad] == [error, error]
+    images_are_right(handles, wanted)
+    later = engine.submit(**wanted[0])  # it goes on
+    engine.close(timeout=60)
+    images_are_right([later], wanted[:1])
+    assert (engine.report.finished, engine.report.failed, is_empty(engine)) == (3, 2, True)
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+@pytest.mark.parametrize("error", [*ERRORS, LookupError])
+def test_whatever_a_done_callback_raises_hurts_nobody(error: type[BaseException], threaded: bool) -> None:
+    def shout(_: object) -> None:
+        raise error
+
+    engine, ready, heard = Engine(served(), 2, threaded=threaded, execution=EXACT), threading.Event(), []
+    handles = [engine.submit(seed=i, steps=2, on_step=lambda _: ready.wait(60)) for i in range(3)]
+    handles.append(engine.submit(seed=3, steps=2, on_step=lambda _: 1 / 0))
+    handles.append(engine.submit(seed=4, steps=2, deadline=1e-9))
+    for handle in handles:
+        handle.add_done_callback(shout)
+        handle.add_done_callback(heard.append)  # the others are called all the same
+    ready.set()
+    engine.close(timeout=60)
+    assert sorted(map(id, heard)) == sorted(map(id, handles))
+    images_are_right(handles[:3], [{"seed": i, "steps": 2} for i in range(3)])
+    assert (engine.report.finished, engine.report.failed, is_empty(engine)) == (3, 2, True)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_whatever_a_forward_pass_raises_in_the_engine_s_thread_is_a_sample_s(error: type[BaseException]) -> None:
+    """Signal handlers run in the main thread alone."""
+
+    def refuse(*args: object, **options: object) -> ForwardOutput:
+        if bool((args[3] == POISON).any()):
+            raise error
+        return run_forward(*args, **options)
+
+    with Engine(served(), 4, forward=refuse, execution=EXACT) as engine:
+        handles = [engine.submit(seed=i, steps=3, class_labels=i) for i in (0, 1, POISON)]
+    assert type(handles[2].exception(60)) is error
+    images_are_right(handles[:2], [{"seed": i, "steps": 3, "class_labels": i} for i in (0, 1)])
+
+
+def test_an_image_that_cannot_be_fetched_fails_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    peek, engine = Batch.peek, stepped(2)
+
+    def short(self: Batch, slots: np.ndarray) -> torch.Tensor:
+        if engine.report.batch.ticks == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return peek(self, slots)
+
+    monkeypatch.setattr(Batch, "peek", short)
+    handles = [engine.submit(seed=i, steps=2 + i) for i in range(2)]
+    while engine.step():
+        pass
+    assert isinstance(handles[0].exception(0), torch.OutOfMemoryError)
+    images_are_right(handles[1:], [{"seed": 1, "steps": 3}])
+    assert is_empty(engine)
+
+
+def test_an_engine_whose_model_has_moved_refuses() -> None:
+    model = copy.deepcopy(served())
+    engine = Engine(model, 2, threaded=False)
+    model.to("meta")
+    with pytest.raises(ValueError, match="made for a model on cpu, which is on meta now; make another engine"):
+        engine.submit(seed=0, steps=1)
+
+
+def test_an_engine_goes_on_with_weights_of_another_dtype() -> None:
+    model, request = copy.deepcopy(served()), {"steps": 2, "class_labels": 1}
+    engine = Engine(model, 2, threaded=False, execution=EXACT)
+    handles = [engine.submit(seed=0, **request)]
+    engine.step()
+    engine.step()
+    model.bfloat16()
+    handles.append(engine.submit(seed=0, **request))
+    engine.close()
+    images_are_right(handles[:1], [{"seed": 0, **request}])
+    assert torch.equal(handles[1].result(0), alone({"seed": 0, **request}, model)[0])
 
 
 def test_clients_in_inference_mode_hurt_nobody() -> None:

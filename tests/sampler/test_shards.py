@@ -1,6 +1,7 @@
 """Shards hold what Python draws, the reader gives each sample once, and damage is seen and drawn again."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from adadiff.output import shards
 from sampler import sharded, shell
 from sampler.sharded import assert_equal, line, load, times
 from sampler.shell import config, error_line, pixels, run, saved
+from sampler.test_writing import NEVER_REPLACED
 
 ctrl_c, tiny, whole, copy = shell.ctrl_c, shell.tiny, sharded.whole, sharded.copy
 
@@ -128,7 +130,8 @@ def test_the_default_format_follows_n(tiny, tmp_path, monkeypatch):
         assert (tmp_path / str(n) / file).exists()
 
 
-def test_bar_shows_the_mean_exit_depth(tiny, whole, tmp_path, capsys):
+def test_bar_shows_the_mean_exit_depth(tiny, whole, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("adadiff.commands.sample.with_bars", lambda: True)  # as on a terminal
     assert run(line(tiny, tmp_path)) == 0
     depth = json.loads((whole / "report.json").read_text())["mean_exit_layer"]
     last = capsys.readouterr().err.strip().split("\r")[-1]
@@ -172,6 +175,70 @@ def test_every_other_byte_is_damage_or_changes_nothing(copy):
         else:
             np.testing.assert_equal(shard, expected)
     assert damaged > len(data) / 5 / 2
+
+
+@pytest.mark.parametrize("shard", [1, 4, 10**9])
+@pytest.mark.parametrize("n", [10**7, 10**9, 10**30])
+def test_a_manifest_of_any_number_of_samples_costs_nothing(n, shard, tiny, copy, capsys):
+    """Whether it is read, evaluated or drawn on."""
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["configuration"] |= {"n": n, "shard": shard}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    before = times(copy)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"lacks \d+ of \d+ shards|n must be at most|damaged"):
+            list(shards.read(copy))
+        assert run(f"evaluate {copy} --features digits") == 2
+        assert run(line(tiny, copy)) == 2
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 10**8 or n == 10**7, "a label each"
+    assert most < 10**9
+    assert capsys.readouterr().err.count("adadiff: error: ") == 2
+    assert times(copy) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"array": "pixels"},
+        {"array": ["images"]},
+        {"shape": "888"},
+        {"shape": [8, 8]},
+        {"shape": [8, 8, -1]},
+        {"shape": [8, 8, 1.5]},
+        {"shape": None},
+        {"num_layers": "3"},
+        {"num_layers": 0},
+        {"configuration": None},
+        {"configuration": [1]},
+        {"configuration": {}},
+        {"configuration": {"n": True, "shard": 4}},
+        {"configuration": {"n": 11, "shard": 0}},
+        {"configuration": {"n": 11, "shard": None}},
+    ],
+    ids=str,
+)
+def test_manifests_of_other_types_are_one_line(change, tiny, copy, capsys):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, **change}))
+    for command in (f"evaluate {copy} --features digits", line(tiny, copy)):
+        assert run(command) == 2
+        assert "manifest.json is no manifest that" in error_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in NEVER_REPLACED if kind != "a link to itself"])
+@pytest.mark.parametrize("name", ["manifest.json", "shard-00001.npz"])
+def test_shards_that_are_pipes_or_devices_are_refused(name, kind, copy, monkeypatch, capsys):
+    monkeypatch.chdir(copy)
+    (copy / name).unlink()
+    NEVER_REPLACED[kind](copy / name)
+    with pytest.raises((ValueError, OSError)):
+        list(shards.read(copy))
+    assert run(f"evaluate {copy} --features digits") == 2
+    error_line(capsys.readouterr().err)
 
 
 def test_shards_of_other_slots_are_damage(tiny, whole, copy):

@@ -1,5 +1,6 @@
 """Solver tables against diffusers in float64, and ragged batches against one scheduler for each sample."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -66,6 +67,75 @@ def test_ddim_rows_are_the_scheduler_s_responses(eta: float, spacing: str, steps
     torch.testing.assert_close(column(table, "cur"), cur, rtol=1e-10, atol=1e-11)
     torch.testing.assert_close(column(table, "noise"), noise, rtol=1e-10, atol=1e-11)
     assert_plain(table)
+
+
+def ddim_of_diffusers(steps: int) -> DDIMScheduler:
+    scheduler = exact(DDIMScheduler(clip_sample=False, timestep_spacing="trailing", **COMMON))
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def runs_of_diffusers(steps: int, eta: float) -> tuple[Tensor, Tensor]:
+    """x from 1 on in float64: by diffusers' scheduler, and by the rows of ours with their name."""
+    scheduler = ddim_of_diffusers(steps)
+    table = DDIM(eta, "trailing-diffusers").table(NoiseSchedule("linear"), steps)
+    assert table.t.tolist() == scheduler.timesteps.tolist()
+    theirs = ours = torch.ones(1, 1, dtype=torch.float64)
+    for i, t in enumerate(scheduler.timesteps):
+        z = torch.full_like(ours, math.sin(i))
+        theirs = scheduler.step(network(theirs, t), t, theirs, eta=eta, variance_noise=z).prev_sample
+        base, cur, noise = (column(table, name)[i] for name in ("base", "cur", "noise"))
+        ours = base * ours + cur * network(ours, t) + noise * z
+    return theirs, ours
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+@pytest.mark.parametrize("steps", [*range(1, 61), 67, 75, 99, 101, 128, 150, 300, 333, 498, 501, 600, 750, 999, 1000])
+def test_ddim_with_the_landing_places_of_diffusers(steps: int, eta: float) -> None:
+    theirs, ours = runs_of_diffusers(steps, eta)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+def test_where_diffusers_repeats_a_timestep_it_is_refused() -> None:
+    """numpy.arange gives one number too many where its stride rounds down. The others, all of them, have theirs."""
+    refused = []
+    for steps in range(1, 1001):
+        try:
+            t = DDIM(spacing="trailing-diffusers").table(NoiseSchedule("linear"), steps).t
+        except ValueError as error:
+            assert "end with -1" in str(error)  # noqa: PT017 (many of them)
+            refused.append(steps)
+        else:
+            assert t.tolist() == ddim_of_diffusers(steps).timesteps.tolist()
+    assert refused == [steps for steps in range(1, 1001) if -1 in ddim_of_diffusers(steps).timesteps]
+    assert len(refused) == 62
+
+
+def test_ours_lands_where_the_next_step_begins_and_theirs_at_sixteen_step_counts() -> None:
+    schedule, same = NoiseSchedule("linear"), []
+    for steps in range(1, 1001):
+        ours = DDIM().table(schedule, steps)
+        after = torch.cat([schedule.log_alpha_bar(ours.t[1:]).exp(), torch.ones(1, dtype=torch.float64)])
+        a = schedule.log_alpha_bar(ours.t).exp()
+        torch.testing.assert_close(column(ours, "base"), (after / a).sqrt(), rtol=1e-12, atol=0)
+        try:
+            theirs = DDIM(spacing="trailing-diffusers").table(schedule, steps)
+        except ValueError:
+            continue
+        if torch.allclose(theirs.coefficients, ours.coefficients, rtol=1e-9, atol=1e-12):
+            same.append(steps)
+    assert same == [steps for steps in range(1, 1001) if 1000 % steps == 0]
+    assert len(same) == 16
+
+
+def test_the_landing_places_of_diffusers_are_ddim_s_alone() -> None:
+    assert solver_from("ddim:0.5,spacing=trailing-diffusers") == DDIM(0.5, "trailing-diffusers")
+    with pytest.raises(ValueError, match="has spacings"):
+        DDPM("trailing-diffusers").table(NoiseSchedule("linear"), 7)
+    with pytest.raises(ValueError, match="has spacings"):
+        DDIM(spacing="trailing-diffusers").table(NoiseSchedule("vp"), 7)
+    first = DDIM(spacing="trailing-diffusers").table(NoiseSchedule("stable_diffusion"), 7)
+    assert first.t[0] == 1000
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 import adadiff
-from adadiff.checkpoint import load, read_tensors
+from adadiff.checkpoint import load, read_tensors, write_tensors
 from adadiff.data.image_sets import Images
 from adadiff.output.pictures import make_grid, to_pixels
 from adadiff.training.config import TrainConfig, load_config
-from adadiff.training.run_folder import CONFIG, LOG, MODEL, SAMPLES, STATE
+from adadiff.training.run_folder import CONFIG, LOG, MODEL, SAMPLES, STATE, TENSORBOARD, RunFolder
 from adadiff.training.trainer import Trainer
+from sampler.test_writing import NEVER_REPLACED, state
 
 TINY = {"dim": 16, "depth": 2, "heads": 2}
 SHORT = TrainConfig(steps=5, batch=3, warmup=2, save_every=2, seed=4, network=TINY)
@@ -123,12 +126,96 @@ def test_a_loss_that_is_nan_stops_and_keeps_the_last_checkpoint(tmp_path: Path) 
 
 
 def test_a_folder_of_another_configuration_is_refused(tmp_path: Path) -> None:
-    Trainer(SHORT, tmp_path)
-    before = (tmp_path / CONFIG).read_bytes()
-    with pytest.raises(ValueError, match="another batch, lr; choose another folder"):
+    Trainer(SHORT, tmp_path).save()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before.keys() == {CONFIG, STATE, MODEL}
+    with pytest.raises(ValueError, match=r"another batch, lr; choose another folder, or give --force to begin anew$"):
         Trainer(dataclasses.replace(SHORT, batch=4, lr=1.0), tmp_path)
-    assert (tmp_path / CONFIG).read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG]
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert Trainer(SHORT, tmp_path, force=True).step == 0, "that of a run that can go on"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("kept", [{STATE, MODEL}, {MODEL}, {STATE}])
+def test_force_begins_anew(tmp_path: Path, kept: set[str]) -> None:
+    Trainer(dataclasses.replace(SHORT, log_every=1), tmp_path).run(progress=False)
+    for name in {STATE, MODEL} - kept:
+        (tmp_path / name).unlink()
+    other = dataclasses.replace(SHORT, batch=4, log_every=1)
+    trainer = Trainer(other, tmp_path, force=True)
+    assert trainer.step == 0
+    assert [path.name for path in tmp_path.iterdir()] == [CONFIG]
+    trainer.run(progress=False)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5]
+    assert load_config(tmp_path / CONFIG, {}) == other
+
+
+def test_a_run_without_a_checkpoint_leaves_its_folder_to_others(tmp_path: Path) -> None:
+    """As after a failed start: there is nothing to lose but the rows of its log."""
+    trainer = Trainer(dataclasses.replace(SHORT, log_every=1), tmp_path)
+    trainer.update = raising(1, MemoryError(), before=False)(trainer.update)
+    with pytest.raises(MemoryError):
+        trainer.run(progress=False)
+    assert {path.name for path in tmp_path.iterdir()} == {CONFIG, LOG}
+    other = dataclasses.replace(SHORT, batch=4, log_every=1)
+    Trainer(other, tmp_path).run(progress=False)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5]
+    assert load_config(tmp_path / CONFIG, {}) == other
+
+
+@pytest.mark.parametrize("name", [STATE, MODEL, LOG, f"{SAMPLES}/00000002.png"])
+def test_files_that_no_run_wrote_are_kept(tmp_path: Path, name: str) -> None:
+    (tmp_path / SAMPLES).mkdir()
+    (tmp_path / name).write_bytes(b"of the user")
+    with pytest.raises(ValueError, match=rf"holds {name} but no {CONFIG}; choose another folder, or give --force"):
+        Trainer(SHORT, tmp_path)
+    assert (tmp_path / name).read_bytes() == b"of the user"
+    assert not (tmp_path / CONFIG).exists()
+
+
+def test_a_finished_model_without_its_state_is_kept(tmp_path: Path) -> None:
+    """Training would begin anew and replace it."""
+    Trainer(SHORT, tmp_path).save()
+    (tmp_path / STATE).unlink()
+    before = (tmp_path / MODEL).read_bytes()
+    with pytest.raises(ValueError, match=f"holds {MODEL} but no {STATE}; choose another folder, or give --force"):
+        Trainer(SHORT, tmp_path)
+    assert (tmp_path / MODEL).read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", [*NEVER_REPLACED])
+@pytest.mark.parametrize("name", [STATE, MODEL, LOG, CONFIG])
+def test_links_and_pipes_in_a_run_are_refused(
+    tmp_path: Path, name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any is read, which might never end, or written through."""
+    monkeypatch.chdir(tmp_path)
+    RunFolder(tmp_path, SHORT)
+    (tmp_path / name).unlink(missing_ok=True)
+    NEVER_REPLACED[kind](tmp_path / name)
+    before = state(tmp_path)
+    for force in (False, True):
+        with pytest.raises(ValueError, match=rf"cannot write .*{name}: it is a"):
+            RunFolder(tmp_path, SHORT, force=force)
+    assert state(tmp_path) == before
+
+
+def test_a_run_does_not_replace_what_it_begins_with(tmp_path: Path) -> None:
+    Trainer(SHORT, tmp_path).save()
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / MODEL)
+    before = (tmp_path / MODEL).read_bytes()
+    for name in (MODEL, "link.safetensors"):
+        config = dataclasses.replace(SHORT, init=str(tmp_path / name))
+        with pytest.raises(ValueError, match="this run begins with it; choose another folder"):
+            Trainer(config, tmp_path, force=True)
+    assert (tmp_path / MODEL).read_bytes() == before
+
+
+@pytest.mark.parametrize("name", [SAMPLES, TENSORBOARD])
+def test_a_file_in_the_place_of_a_folder_is_seen_at_the_start(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("of the user")
+    with pytest.raises(ValueError, match=f"{name}: it is no folder"):
+        Trainer(SHORT, tmp_path)
 
 
 def test_a_folder_tells_its_configuration_to_other_runs(tmp_path: Path) -> None:
@@ -142,7 +229,9 @@ def test_a_folder_tells_its_configuration_to_other_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not readable"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("\x80", "is not JSON"),
         ('{"format_version": 2, "stepz": 3}', "unknown key stepz"),
         ("[]", "a table of values"),
         ("{}", r"config\.json has format_version None, this release reads 2; .* write \"format_version\": 2$"),
@@ -150,16 +239,91 @@ def test_a_folder_tells_its_configuration_to_other_runs(tmp_path: Path) -> None:
     ],
 )
 def test_a_folder_with_a_damaged_configuration_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / CONFIG).write_text(text)
+    (tmp_path / CONFIG).write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=message):
         Trainer(SHORT, tmp_path)
-    assert (tmp_path / CONFIG).read_text() == text
+    assert (tmp_path / CONFIG).read_text(encoding="latin-1") == text
 
 
 def test_a_truncated_state_is_refused(tmp_path: Path) -> None:
     Trainer(SHORT, tmp_path).save()
     (tmp_path / STATE).write_bytes((tmp_path / STATE).read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"state\.safetensors is not a readable"):
+        Trainer(SHORT, tmp_path)
+
+
+def numbers(**changes: object) -> Callable[[dict, dict], None]:
+    def change(tensors: dict[str, Tensor], metadata: dict[str, object]) -> None:
+        metadata.update(changes)
+
+    return change
+
+
+def other_bit(tensors: dict[str, Tensor], metadata: dict[str, object]) -> None:
+    tensors["average.backbone.pos_embed"].view(torch.uint8)[0, 0, 5] ^= 16
+
+
+DAMAGES = {
+    "a bit": (other_bit, "checksum"),
+    "no step": (lambda tensors, metadata: metadata.pop("step"), r"step must be in 0\.\.5, got None"),
+    "no seconds": (lambda tensors, metadata: metadata.pop("seconds"), "seconds must be a number"),
+    "a step as text": (numbers(step="2"), "step must be"),
+    "a step as a truth": (numbers(step=True), "step must be"),
+    "a step below 0": (numbers(step=-1), "step must be"),
+    "a step after the last": (numbers(step=6), r"step must be in 0\.\.5, got 6"),
+    "seconds without end": (numbers(seconds=math.inf), "seconds must be"),
+    "another checksum": (numbers(crc32="7"), "checksum"),
+    "no average": (
+        lambda tensors, metadata: [tensors.pop(key) for key in [*tensors] if key.startswith("average.")],
+        "checksum",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", [*DAMAGES])
+def test_a_damaged_state_is_named_in_one_line(tmp_path: Path, kind: str) -> None:
+    trainer = Trainer(SHORT, tmp_path)
+    trainer.update()
+    trainer.save()
+    change, words = DAMAGES[kind]
+    found, metadata = read_tensors(tmp_path / STATE)
+    change(found, metadata)
+    write_tensors(tmp_path / STATE, found, metadata)
+    before = (tmp_path / STATE).read_bytes()
+    with pytest.raises(ValueError, match=rf"state\.safetensors is damaged: .*{words}") as error:
+        Trainer(SHORT, tmp_path)
+    assert "\n" not in str(error.value)
+    assert (tmp_path / STATE).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda found: found.pop("optimizer.3.exp_avg"), r"missing 3\.exp_avg"),
+        (
+            lambda found: [found.pop(key) for key in [*found] if "optimizer" in key],
+            "the optimizer's moments are missing",
+        ),
+        (lambda found: found.pop("model.backbone.pos_embed"), r"missing backbone\.pos_embed"),
+        (lambda found: found.update({"optimizer.x.y": torch.ones(1)}), r"unexpected x\.y"),
+        (lambda found: found.update({"optimizer.99.step": torch.ones(())}), r"unexpected 99\.step"),
+        (lambda found: found.update({"optimizer.0.exp_avg": torch.ones(1)}), r"0\.exp_avg is \(1,\), expected"),
+        (lambda found: found.update({"nobody": torch.ones(1)}), "unexpected nobody"),
+        (lambda found: found.update({"nobody.knows": torch.ones(1)}), r"unexpected nobody\.knows"),
+    ],
+)
+def test_a_state_of_earlier_releases_is_checked_by_name(tmp_path: Path, change: Callable, words: str) -> None:
+    """They wrote no checksum."""
+    trainer = Trainer(SHORT, tmp_path)
+    trainer.update()
+    trainer.save()
+    found, metadata = read_tensors(tmp_path / STATE)
+    del metadata["crc32"]
+    write_tensors(tmp_path / STATE, found, metadata)
+    assert Trainer(SHORT, tmp_path).step == 1
+    change(found)
+    write_tensors(tmp_path / STATE, found, metadata)
+    with pytest.raises(ValueError, match=words):
         Trainer(SHORT, tmp_path)
 
 
@@ -326,6 +490,101 @@ def test_the_log_goes_on_where_the_weights_do(tmp_path: Path) -> None:
     assert killed == whole
     assert [row["step"] for row in whole] == [1, 2, 3, 4, 5, 6]
     assert {len(whole[0][name]) for name in ("uem", "ual", "errors", "relative")} == {3}
+
+
+BAD_ROWS = [
+    b"",
+    b"{",
+    b"\0\0\0\0",
+    b"\xff\xfe{}",
+    b"3",
+    b"null",
+    b"[1]",
+    b"{}",
+    b'{"seconds": 1}',
+    b'{"step": "2"}',
+    b'{"step": null}',
+    b'{"step": 2.5}',
+    b'{"step": true}',
+    b'{"step": NaN}',
+    b"[" * 100_000,
+    b'{"step": ' + b"9" * 5000 + b"}",
+]
+
+
+@pytest.mark.parametrize("bad", BAD_ROWS, ids=lambda row: repr(row[:20]))
+def test_a_damaged_row_of_the_log_is_dropped_with_a_warning(tmp_path: Path, bad: bytes) -> None:
+    folder = RunFolder(tmp_path, SHORT)
+    for step in (1, 2, 3, 4):
+        folder.log(step, {"loss": 0.5})
+    first, *others = (tmp_path / LOG).read_bytes().splitlines(keepends=True)
+    (tmp_path / LOG).write_bytes(b"".join([first, bad + b"\n", *others]))
+    with pytest.warns(UserWarning, match=r"log\.jsonl: dropped 1 damaged row, line 2$"):
+        folder.start_logs(3)
+    assert rows(tmp_path) == [{"step": step, "loss": 0.5} for step in (1, 2, 3)]
+    (tmp_path / LOG).write_bytes(b"".join([bad + b"\n", first, bad + b"\n"]))
+    with pytest.warns(UserWarning, match=r"log\.jsonl: dropped 2 damaged rows, the first in line 1$"):
+        folder.start_logs(3)
+    assert rows(tmp_path) == [{"step": 1, "loss": 0.5}]
+
+
+def test_a_log_on_a_full_disk_keeps_its_rows(tmp_path: Path) -> None:
+    """It is written anew when a run goes on; here a file may have 9 bytes."""
+    config = dataclasses.replace(SHORT, log_every=1)
+    Trainer(config, tmp_path).run(progress=False)
+    before = (tmp_path / LOG).read_bytes()
+    folder = Trainer(config, tmp_path).folder
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*log\.jsonl"):
+            folder.start_logs(5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / LOG).read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["steps", "batch", "accumulate", "save_every", "log_every", "warmup", "seed"])
+def test_counts_have_limits(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} must be at most 1,000,000(,000)?, got 1,000,000,000,000"):
+        TrainConfig(**{name: 10**12})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("c.toml", b"a = " + b"[" * 100_000, "is not TOML"),
+        ("c.toml", b"\xff", "is not TOML"),
+        ("c.json", b"[" * 100_000, "is not JSON"),
+        ("c.json", b"\xff", "is not JSON"),
+        ("c.json", b"3", "must be a table of values"),
+        ("c.json", b'{"format_version": 2, "network": {"depth": 1e400}}', "depth must be"),
+        ("c.json", b'{"format_version": 2, "network": 3}', "network must be of type dict"),
+        ("c.json", b'{"format_version": 2, "lr": 1' + b"0" * 400 + b"}", "lr must be"),
+        ("c.json", b'{"format_version": 2, "steps": 1' + b"0" * 5000 + b"}", "is not JSON"),
+    ],
+)
+def test_damaged_configurations_are_one_line(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=words) as error:
+        load_config(tmp_path / name, {})
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("kind", [*NEVER_REPLACED])
+def test_a_configuration_is_a_regular_file(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "c.json"
+    NEVER_REPLACED[kind](path)
+    with pytest.raises(ValueError, match="not JSON" if kind == "a link" else "no configuration"):
+        load_config(path, {})
+
+
+def test_a_network_beyond_all_memory_is_refused_before_it_is_made(tmp_path: Path) -> None:
+    """32 blocks of 65,536 channels hold 1.6 trillion weights."""
+    with pytest.raises(ValueError, match=r"has 1,\d\d\d\.\d billion weights; .* GB of memory"):
+        Trainer(dataclasses.replace(SHORT, network={"dim": 2**16, "depth": 32}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_pictures_are_drawn_along_the_way(tmp_path: Path) -> None:

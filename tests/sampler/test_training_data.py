@@ -1,6 +1,8 @@
 """Training on files, and a DiT on latents: the data by one spelling, and variances that are trained, too."""
 
 import dataclasses
+import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,13 @@ from adadiff.data import sources
 from adadiff.data.datasets import NAMES
 from adadiff.training.config import TrainConfig
 from adadiff.training.trainer import Trainer
+from sampler import guards
 from sampler.shell import error_line, run
 from sampler.test_datasets import make_celeba, make_cifar, make_imagenet, make_mscoco, pair
+from sampler.test_picture_files import png
 from sampler.tiny import scramble
 
+no_hang, little_memory = guards.no_hang, guards.little_memory
 MOMENTS = 5  # files, each of a class of its own
 # 16 patches of 8 x 8 latents, 3 blocks; the null class and the four channels are those of the preset
 TINY_DIT = {"dim": 16, "depth": 3, "heads": 2}
@@ -98,6 +103,41 @@ def test_training_on_pictures(tmp_path: Path) -> None:
     images, _ = adadiff.sample(model, 2, steps=2)
     assert images.shape == (2, 3, 32, 32)
     assert bool(images.isfinite().all())
+
+
+BROKEN = {
+    "empty": (lambda path: path.write_bytes(b""), "is no picture that can be read"),
+    "cut": (lambda path: path.write_bytes(path.read_bytes()[:2000]), "is no picture that can be read"),
+    "another size": (lambda path: path.write_bytes(png(64, 64)), r"img_align_celeba"),
+    "bomb": (lambda path: path.write_bytes(png(60000, 60000)), "exceeds limit"),
+    "large": (lambda path: path.write_bytes(png(9000, 9000)), "9000 x 9000 pixels"),
+    "pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "is no regular file"),
+    "device": (lambda path: (path.unlink(), path.symlink_to("/dev/zero")), "is no regular file"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_picture_ends_training_in_a_line_that_names_it(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture, no_hang: None
+) -> None:
+    make_celeba(tmp_path / "celeba")
+    damage, words = BROKEN[name]
+    for file in ("000001.jpg", "000002.jpg", "000005.jpg"):  # all of the training set
+        path = tmp_path / "celeba" / "img_align_celeba" / file
+        damage(path)
+    network = "--preset celeba64_uvit_small --network dim=16 depth=2 heads=2 --label-drop 0 --steps 1 --batch 2"
+    assert run(f"train {network} --data celeba64:{tmp_path} --out {tmp_path}/run") == 2
+    line = error_line(capsys.readouterr().err)
+    assert re.search(words, line)
+    assert "img_align_celeba/00000" in line
+
+
+@pytest.mark.parametrize("n", [0, -1, 200_001, 10**9, 10**18, 10**400])
+def test_canvases_fit_in_memory(n: int, little_memory: None) -> None:
+    with pytest.raises(ValueError, match="n of canvases must be at least 1 and at most 200000"):
+        sources.load(f"canvases:n={n}")
+    with pytest.raises(ValueError, match=r"seed of canvases must be below 2\^62"):
+        sources.load(f"canvases:seed={2**62 + abs(n)}")
 
 
 def test_latents_are_drawn_from_moments(tmp_path: Path, features: tuple[str, Tensor]) -> None:

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .. import checkpoint
@@ -80,9 +79,9 @@ def _foreign(path: Path) -> dict[str, Any]:
 def _is_ours(path: Path) -> bool:
     """Damaged files that are named as ours count as ours."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with checkpoint.opened(path) as file:
             return "format_version" in (file.metadata() or {})
-    except SafetensorError:
+    except ValueError:
         return path.suffix == ".safetensors"
 
 

@@ -4,15 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..checkpoint import FORMAT_VERSION
+from ..checkpoint import FORMAT_VERSION, opened, read_all, read_header
+from ..weights import plain_names
 
 
 def is_earlier(path: Path) -> bool:
     """Whether `upgraded` reads it."""
-    return _version(path) in range(1, FORMAT_VERSION)
+    version = _version(path)
+    return type(version) is int and version in range(1, FORMAT_VERSION)
 
 
 def upgraded(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -21,9 +22,8 @@ def upgraded(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Version 1 had `layers` and `guidance`, counted from 0, in its calibrations: now `num_layers` and `guidance_scale`,
     counted from 1. Raises ValueError for a calibration that has neither.
     """
-    with safe_open(path, framework="pt") as file:
-        metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    with opened(path) as file:
+        metadata, tensors = read_header(file, path), plain_names(read_all(file), str(path))
     del metadata["format_version"]
     if (calibration := metadata.get("calibration")) is not None:
         try:
@@ -37,7 +37,7 @@ def upgraded(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _version(path: Path) -> object:
     """None for files of others."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with opened(path) as file:
             return json.loads((file.metadata() or {}).get("format_version", "null"))
-    except (SafetensorError, OSError, json.JSONDecodeError):
+    except (ValueError, RecursionError):
         return None

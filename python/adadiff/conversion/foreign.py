@@ -11,26 +11,36 @@ import json
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from reprlib import repr as shortly
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-WRAPPERS = ("ema", "model_state_dict")  # of training files: DiT's average, DuoDiff's weights
+from ..checkpoint import opened, read_all
+from ..weights import check_dtype, plain_names
+
+AVERAGES = ("ema", "model_ema", "ema_state_dict")
+WRAPPERS = (*AVERAGES, "model_state_dict", "state_dict", "model")  # of training files; the first one there is read
+PREFIXES = ("module.", "model.", "net.")  # of all names: parallel and averaged modules, Lightning's
+SETTINGS = ("args", "config", "hyper_parameters")  # of training files, beside the weights
+NESTED = 4  # wrappers in one another, at most
 WEIGHTS = "diffusion_pytorch_model"  # of diffusers, without its ending
+MOST_JSON = 2**24  # bytes
+COMPRESSED = "it is compressed, which torch.save does not do"
 
 
 @dataclass(frozen=True)
 class Source:
-    """What was found: the file that holds the weights, its tensors, the part of it that they are (None: all); for
-    diffusers the configurations of network, scheduler and autoencoder."""
+    """What was found: the file that holds the weights, its tensors, the part of it that they are (None: all), and the
+    settings that stand beside them; for diffusers the configurations of network, scheduler and autoencoder."""
 
     file: Path
     tensors: Mapping[str, Tensor]
     part: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
     network: Mapping[str, Any] | None = None
     scheduler: Mapping[str, Any] | None = None
     autoencoder: Mapping[str, Any] | None = None
@@ -38,81 +48,119 @@ class Source:
 
 def read(source: Path) -> Source:
     """Raises ValueError where there are no weights that can be read without running anything."""
-    if source.is_dir():
-        found = _read_folder(source)
-    elif source.is_file():
-        found = _read_file(source)
-    else:
-        raise ValueError(f"no such file or folder: {source}")
-    for key, value in found.tensors.items():
-        if not value.is_floating_point():
-            raise ValueError(f"{key} in {found.file} is {value.dtype}; weights are floating point")
-    return found
+    with torch.device("cpu"):
+        if source.is_dir():
+            found = _read_folder(source)
+        elif source.is_file():
+            found = _read_file(source)
+        else:
+            raise ValueError(f"no such file or folder: {source}")
+    tensors = _unprefixed(found.tensors, str(found.file))
+    for key, value in tensors.items():
+        check_dtype(key, value, str(found.file))
+    return replace(found, tensors=tensors)
 
 
 def _read_folder(folder: Path) -> Source:
     if (folder / "model_index.json").is_file():
-        found = _read_folder(folder / "transformer")
+        found = _read_transformer(folder / "transformer")
         beside = {
             "scheduler": folder / "scheduler" / "scheduler_config.json",
             "autoencoder": folder / "vae" / "config.json",
         }
         return replace(found, **{name: read_json(file) for name, file in beside.items() if file.is_file()})
     if (folder / "config.json").is_file():
-        network = read_json(folder / "config.json")
-        kind = network.get("_class_name")
-        if kind == "AdaDiffTransformer":
-            raise ValueError(f"{folder} is of a pipeline of ours already; AdaDiffPipeline.from_pretrained opens it")
-        if kind not in ("DiTTransformer2DModel", "Transformer2DModel"):  # its name of old
-            raise ValueError(f"{folder} holds a {kind} of diffusers; DiTTransformer2DModel is read")
-        return replace(_read_parts(folder), network=network)
-    if (folder / "nnet_ema.pth").is_file():
-        return _read_file(folder / "nnet_ema.pth")
+        return _read_transformer(folder)
     steps = {int(path.stem): path for path in folder.glob("*.ckpt") if path.stem.isdecimal()}
-    if steps:  # as U-ViT itself goes on training
-        return _read_folder(steps[max(steps)])
+    inner = steps[max(steps)] if steps else folder  # as U-ViT itself goes on training
+    if (inner / "nnet_ema.pth").is_file():
+        return _read_file(inner / "nnet_ema.pth")
     raise ValueError(
-        f"{folder} holds no nnet_ema.pth or <step>.ckpt (U-ViT's training), config.json or model_index.json (diffusers)"
+        f"{inner} holds no nnet_ema.pth or <step>.ckpt (U-ViT's training), config.json or model_index.json (diffusers)"
     )
+
+
+def _read_transformer(folder: Path) -> Source:
+    network = read_json(folder / "config.json")
+    kind = network.get("_class_name")
+    if kind == "AdaDiffTransformer":
+        raise ValueError(f"{folder} is of a pipeline of ours already; AdaDiffPipeline.from_pretrained opens it")
+    if kind not in ("DiTTransformer2DModel", "Transformer2DModel"):  # its name of old
+        raise ValueError(f"{folder} holds a {kind} of diffusers; DiTTransformer2DModel is read")
+    return replace(_read_parts(folder), network=network)
 
 
 def _read_parts(folder: Path) -> Source:
     index = folder / f"{WEIGHTS}.safetensors.index.json"
     if index.is_file():
-        parts = [_read_file(folder / name) for name in sorted(set(read_json(index)["weight_map"].values()))]
-        return Source(index, {key: value for part in parts for key, value in part.tensors.items()})
+        tensors: dict[str, Tensor] = {}
+        for name in _part_names(index):
+            part = _read_file(folder / name).tensors
+            if twice := sorted(tensors.keys() & part.keys()):
+                raise ValueError(f"{twice[0]} is in two of the files that {index} names")
+            tensors |= part
+        return Source(index, tensors)
     for file in (folder / f"{WEIGHTS}.safetensors", folder / f"{WEIGHTS}.bin"):
         if file.is_file():
             return _read_file(file)
     raise ValueError(f"{folder} holds no {WEIGHTS}.safetensors or .bin")
 
 
+def _part_names(index: Path) -> list[str]:
+    """Of the files beside it that an index names."""
+    names = read_json(index).get("weight_map")
+    beside = {path.name for path in index.parent.iterdir() if path.is_file()}
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{index} has no table weight_map of tensors and the files that hold them")
+    for name in names.values():
+        if not isinstance(name, str) or name not in beside:
+            raise ValueError(f"{index} names {shortly(name)}, which is no file beside it")
+    return sorted(set(names.values()))
+
+
 def _read_file(file: Path) -> Source:
-    if file.suffix == ".safetensors" or _begins_as_safetensors(file):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                if "format_version" in (opened.metadata() or {}):
-                    raise ValueError(f"{file} is a checkpoint of ours already")
-                return Source(file, {key: opened.get_tensor(key) for key in opened.keys()})  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a readable safetensors file (truncated, or damaged): {error}") from error
+    if _begins_as_safetensors(file) or file.suffix == ".safetensors":
+        with opened(file) as tensors:
+            if "format_version" in (tensors.metadata() or {}):
+                raise ValueError(f"{file} is a checkpoint of ours already")
+            return Source(file, read_all(tensors))
     values = _unpickle(file)
-    for part in WRAPPERS:
-        if isinstance(values, Mapping) and isinstance(values.get(part), Mapping):
-            return Source(file, dict(_tensors(values[part], file)), part)
     if not isinstance(values, Mapping):
         raise ValueError(f"{file} holds a {type(values).__name__}, not a state dict")
-    return Source(file, dict(_tensors(values, file)))
+    settings: dict[str, Any] = {}
+    for name in SETTINGS:
+        own = values.get(name)
+        own = vars(own) if isinstance(own, argparse.Namespace) else own
+        if isinstance(own, Mapping):
+            settings |= {key: value for key, value in own.items() if isinstance(value, str | int | float)}
+    parts: list[str] = []
+    while name := next((name for name in WRAPPERS if isinstance(values.get(name), Mapping)), None):
+        if len(parts) == NESTED:
+            raise ValueError(f"{file} holds {'.'.join(parts)} and more; a state dict is expected")
+        values, parts = values[name], [*parts, name]
+    return Source(file, dict(_tensors(values, file)), ".".join(parts) or None, settings)
+
+
+def _unprefixed(tensors: Mapping[str, Tensor], file: str) -> dict[str, Tensor]:
+    """The same without what wrappers of a network add to its names."""
+    made = plain_names(tensors, file)
+    if all(key.startswith("module.") or key == "n_averaged" for key in made):  # AveragedModel's counter
+        made.pop("n_averaged", None)
+    while made and (prefix := next((one for one in PREFIXES if all(key.startswith(one) for key in made)), None)):
+        made = {key.removeprefix(prefix): value for key, value in made.items()}
+    return made
 
 
 def _begins_as_safetensors(file: Path) -> bool:
     """Whatever its name says: eight bytes of a length, then JSON, which no pickle or archive begins with."""
-    with file.open("rb") as opened:
-        return opened.read(9)[8:] == b"{"
+    with file.open("rb") as stream:
+        return stream.read(9)[8:] == b"{"
 
 
 def _tensors(values: Mapping[str, object], file: Path) -> Iterator[tuple[str, Tensor]]:
     for key, value in values.items():
+        if not isinstance(key, str):
+            raise ValueError(f"{shortly(key)} in {file} is a {type(key).__name__}; names of tensors are text")
         if not isinstance(value, Tensor):
             raise ValueError(f"{key} in {file} is a {type(value).__name__}; a state dict holds tensors only")
         yield key, value
@@ -121,19 +169,39 @@ def _tensors(values: Mapping[str, object], file: Path) -> Iterator[tuple[str, Te
 def _unpickle(file: Path) -> object:
     """Tensors, plain values and the arguments of a command line; nothing else is built and nothing run."""
     try:
+        archive = _is_archive(file)
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=archive)
     except Exception as error:  # whatever a damaged or foreign file makes the unpickler say
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        why = f"it holds a {refused[1]}, and only tensors are read" if refused else "truncated, or another format"
+        why = COMPRESSED if str(error) == COMPRESSED else "truncated, or another format"
+        if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            why = f"it holds a {refused[1]}, and only tensors are read"
         raise ValueError(f"{file} is not a readable PyTorch file: {why}") from error
+
+
+def _is_archive(file: Path) -> bool:
+    """Whether it is a ZIP archive, as torch.save writes since 1.6. Raises ValueError for one that is compressed, as no
+    such file is: a few bytes could become gigabytes."""
+    with file.open("rb") as stream:
+        if stream.read(4) != b"PK\3\4":
+            return False
+    size = file.stat().st_size
+    with zipfile.ZipFile(file) as archive:
+        parts = archive.infolist()
+    if any(part.compress_type != zipfile.ZIP_STORED or part.file_size > size for part in parts):
+        raise ValueError(COMPRESSED)
+    return True
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """Raises ValueError for what is not a JSON object."""
     try:
+        if not file.is_file():
+            raise ValueError("there is no such file")
+        if file.stat().st_size > MOST_JSON:
+            raise ValueError(f"it has more than {MOST_JSON:,} bytes")
         values = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not readable JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{file} must hold a JSON object")

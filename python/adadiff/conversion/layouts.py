@@ -42,9 +42,12 @@ def official(keys: Keys, shapes: Shapes) -> dict[str, Tensor]:
     return tensors
 
 
+FIRST_EXIT = "matrix.0 and in_blocks_heads.0"  # of DuoDiff: they exit before block 0
+
+
 def duodiff(keys: Keys, shapes: Shapes) -> dict[str, Tensor]:
     """Their probe and head i read the input of block i, which is what our layer i exits with. Those of the first
-    block, whose input no block has seen, have no place here; layer L has no probe."""
+    block, whose input no block has seen, have no place here, see FIRST_EXIT; layer L has no probe."""
     tensors = plain(keys, shapes, "uvit.")
     L = shapes["exits.weight"][0]
     for name in ("weight", "bias"):

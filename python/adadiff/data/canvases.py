@@ -63,6 +63,8 @@ class Canvases:
         """
         if isinstance(n, bool) or not isinstance(n, int) or n < 0 or not isinstance(seed, int) or seed < 0:
             raise ValueError(f"n and seed must be integers >= 0, got {n!r} and {seed!r}")
+        if seed >= 2**62:
+            raise ValueError("the seed of canvases must be below 2^62")
         if labels is not None and labels.shape != (n,):
             raise ValueError(f"labels must be int64 [{n}], got {labels.dtype} {list(labels.shape)}")
         scans, classes = digits(split)

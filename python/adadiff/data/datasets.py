@@ -6,6 +6,11 @@ celeba64              celeba/ with img_align_celeba/000001.jpg ... and list_eval
 imagenet64, 256, 512  train/ and val/ with a folder for each class, n01440764/...; or train/n01440764_1.JPEG ...
 imagenet256_features  0.npy, 1.npy, ...: (moments, label), from U-ViT's scripts/extract_imagenet_feature.py; also 512
 mscoco256_features    train/ and val/ with moments 0.npy ... and contexts 0_0.npy ..., empty_context.npy; by the same
+
+Which pictures of ImageNet count, and what their pixels are: see pictures.py. The class of a picture is the folder
+directly below train/ or val/, whatever lies between, or for a picture directly there what its name begins with. Labels
+are the places of the classes in the sorted list of their names, as text ("10" before "2"); the classes of train/ number
+those of val/, too. A class without a picture that can be read is refused.
 """
 
 from collections.abc import Callable

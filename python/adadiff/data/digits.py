@@ -16,7 +16,9 @@ def digits(split: str = "train") -> tuple[Tensor, Tensor]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("the digits come with scikit-learn: pip install 'adadiff_kernels[train]'") from error
+        raise ImportError(
+            "the real images of digits and canvases come with scikit-learn: pip install 'adadiff_kernels[train]'"
+        ) from error
     raw = load_digits()
     images = torch.from_numpy(raw.images).float()[:, None] / 8 - 1  # pixels count 0..16
     labels = torch.from_numpy(raw.target).long()

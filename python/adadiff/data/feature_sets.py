@@ -1,5 +1,6 @@
 """Features that U-ViT's scripts extract, moments of latents and contexts of captions, see datasets.py."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from .numpy_files import load_npy
 
+NUMBER = r"0|[1-9][0-9]*"  # in the name of a file
 MOMENTS = 8  # channels: mean and log variance of four latents
 
 
@@ -34,9 +36,12 @@ class LabelledMoments:
         pair = load_npy(path)
         if pair.dtype != object or pair.shape != (2,):
             raise ValueError(f"{path} must hold (moments, label), got {pair.dtype} {pair.shape}")
-        label = int(pair[1])
+        label = pair[1].item() if isinstance(pair[1], np.generic | np.ndarray) and pair[1].size == 1 else pair[1]
+        if not isinstance(label, int) or isinstance(label, bool):
+            raise ValueError(f"{path} must hold (moments, label), got a label of type {type(label).__name__}")
         if not 0 <= label < self.classes:
-            raise ValueError(f"{path} has label {label}, expected 0..{self.classes - 1}")
+            shown = label if abs(label) < 1e9 else "of many digits"
+            raise ValueError(f"{path} has label {shown}, expected 0..{self.classes - 1}")
         return _moments(pair[0], self.shape, path), label
 
 
@@ -87,22 +92,25 @@ def mscoco(path: Path, split: str) -> CaptionedMoments:
                 f"{path} holds no features of MS-COCO: expected {file}, as U-ViT's scripts/extract_mscoco_feature.py "
                 "and extract_empty_feature.py write it"
             )
-    captions = [0] * _numbered(root)
+    captions: list[set[int]] = [set() for _ in range(_numbered(root))]
     for file in root.glob("*_*.npy"):
-        number = file.stem.split("_")[0]
-        if not number.isdecimal() or int(number) >= len(captions):
-            raise ValueError(f"{file} is a context of no {number}.npy")
-        captions[int(number)] += 1
-    if not all(captions):
-        raise ValueError(f"{root / f'{captions.index(0)}.npy'} has no context; expected {captions.index(0)}_0.npy")
-    data = CaptionedMoments(root, captions, _context(path / "empty_context.npy", None))
+        match = re.fullmatch(rf"({NUMBER})_({NUMBER})", file.stem)
+        if match is None or int(match[1]) >= len(captions):
+            raise ValueError(f"{file} is a context of no {file.stem.split('_')[0]}.npy")
+        captions[int(match[1])].add(int(match[2]))
+    for i, numbers in enumerate(captions):
+        if numbers != set(range(len(numbers))) or not numbers:
+            missing = min(set(range(len(numbers) + 1)) - numbers)
+            what = f"lacks {i}_{missing}.npy" if numbers else f"has no context; expected {i}_0.npy"
+            raise ValueError(f"{root / f'{i}.npy'} {what}")
+    data = CaptionedMoments(root, [len(numbers) for numbers in captions], _context(path / "empty_context.npy", None))
     data.batch(torch.tensor([0]))  # for its checks
     return data
 
 
 def _numbered(folder: Path) -> int:
     """How many files 0.npy, 1.npy, ... there are. ValueError where one is missing."""
-    numbers = {int(file.stem) for file in folder.glob("*.npy") if file.stem.isdecimal()}
+    numbers = {int(file.stem) for file in folder.glob("*.npy") if re.fullmatch(NUMBER, file.stem)}
     if len(numbers) != max(numbers) + 1:
         missing = min(set(range(len(numbers) + 1)) - numbers)
         raise ValueError(f"{folder} lacks {missing}.npy of 0.npy..{max(numbers)}.npy")
@@ -111,12 +119,19 @@ def _numbered(folder: Path) -> int:
 
 def _moments(value: object, shape: tuple[int, int, int], path: Path) -> Tensor:
     if not isinstance(value, np.ndarray) or value.shape != shape or value.dtype.kind != "f":
-        raise ValueError(f"{path} must hold moments, float {list(shape)}, got {getattr(value, 'shape', value)}")
-    return torch.from_numpy(value.astype(np.float32))
+        got = f"{value.shape} of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
+        raise ValueError(f"{path} must hold moments, float {list(shape)}, got {got}")
+    return _finite(value, path)
 
 
 def _context(path: Path, shape: tuple[int, ...] | None) -> Tensor:
     value = load_npy(path)
     if value.dtype.kind != "f" or value.ndim != 2 or shape not in (None, value.shape):
         raise ValueError(f"{path} must hold a context, float {list(shape or ('N', 'E'))}, got {list(value.shape)}")
+    return _finite(value, path)
+
+
+def _finite(value: np.ndarray, path: Path) -> Tensor:
+    if not np.isfinite(value).all():
+        raise ValueError(f"{path} holds NaN or infinity")
     return torch.from_numpy(value.astype(np.float32))

@@ -1,5 +1,7 @@
 """Pictures with or without labels: CIFAR-10, CelebA and ImageNet, see `datasets`."""
 
+import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,9 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .files import check_regular
 from .numpy_files import unpickle
+from .pictures import FORMATS, MOST_PIXELS, find_pictures, is_picture, read_picture
 
-SUFFIXES = {".jpg", ".jpeg", ".png"}
+EMPTY = f"holds no picture ({', '.join(FORMATS)}); remove the folder, or fill it"
+FLAT_NAME = re.compile(r"(n\d{8})_")  # of a picture that lies in no folder of its class
 
 
 @dataclass(frozen=True)
@@ -79,10 +84,10 @@ class ImageFiles:
 
     def _read(self, path: Path) -> Tensor:
         try:
-            with Image.open(path) as picture:
-                pixels = self.crop(picture.convert("RGB"))
-        except OSError as error:
-            raise ValueError(f"{path} is no picture that can be read: {error}") from error
+            pixels = self.crop(read_picture(path).convert("RGB"))
+        except ValueError as error:
+            text = str(error)
+            raise ValueError(text if str(path) in text else f"{path}: {text}") from error
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
@@ -114,8 +119,10 @@ def _read_cifar_pickle(path: Path) -> tuple[Tensor, Tensor]:
     content = unpickle(path)
     data, labels = (content.get(key) for key in (b"data", b"labels")) if isinstance(content, dict) else (None, None)
     fits = isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.ndim == 2 and data.shape[1] == 3072
-    if not fits or not isinstance(labels, list) or len(labels) != len(data):
-        raise ValueError(f"{path} must hold b'data', uint8 [n, 3072], and b'labels', n numbers")
+    whole = isinstance(labels, list) and all(isinstance(v, int | np.integer) for v in labels)
+    if not fits or not whole or len(labels) != len(data):
+        raise ValueError(f"{path} must hold b'data', uint8 [n, 3072], and b'labels', n whole numbers")
+    labels = [min(max(int(label), -1), 255) for label in labels]  # what lies beyond is refused below
     return _cifar(torch.cat([torch.tensor(labels)[:, None], torch.from_numpy(data)], 1), path)
 
 
@@ -136,12 +143,31 @@ def celeba64(path: Path, split: str) -> ImageFiles:
         )
     partition = root / "list_eval_partition.txt"
     wanted = "0" if split == "train" else "1"
-    rows = [line.split() for line in partition.read_text().splitlines() if line.strip()]
-    if not all(len(row) == 2 and row[1] in "012" for row in rows):
-        raise ValueError(f"{partition} must hold lines such as '000001.jpg 0'")
-    paths = [root / "img_align_celeba" / name for name, part in rows if part == wanted]
-    _there(paths, partition)
-    return ImageFiles(paths, None, 0, (3, 64, 64), crop_celeba)
+    rows = _rows(partition)
+    names = [name for name, part in rows if part == wanted]
+    if not names:
+        raise ValueError(f"{partition} lists no picture of this split")
+    there = set(os.listdir(root / "img_align_celeba"))
+    missing = next((name for name in names if name not in there), None)
+    if missing is not None:
+        raise ValueError(f"{partition} lists {missing}, but there is no {root / 'img_align_celeba' / missing}")
+    return ImageFiles([root / "img_align_celeba" / name for name in names], None, 0, (3, 64, 64), crop_celeba)
+
+
+def _rows(partition: Path) -> list[list[str]]:
+    """Names and parts. Raises ValueError for a name that leads elsewhere or occurs twice."""
+    form = "lines such as '000001.jpg 0'"
+    check_regular(partition)
+    try:
+        rows = [line.split() for line in partition.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{partition} must hold {form}: {error}") from error
+    wrong = next((row for row in rows if len(row) != 2 or row[1] not in ("0", "1", "2") or "/" in row[0]), None)
+    if wrong is not None:
+        raise ValueError(f"{partition} must hold {form}, got {' '.join(wrong)[:80]!r}")
+    if len({name for name, _ in rows}) != len(rows):
+        raise ValueError(f"{partition} lists a picture twice")
+    return rows
 
 
 def crop_celeba(picture: Image.Image) -> np.ndarray:
@@ -159,40 +185,90 @@ def imagenet(size: int) -> Callable[[Path, str], ImageFiles]:
         root = path / ("train" if split == "train" else "val")
         if not root.is_dir():
             raise ValueError(f"{path} holds no ImageNet: expected {root} with a folder of pictures for each class")
-        paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
-        flat = [re.match(r"(n\d{8})_", p.name) for p in paths]
-        names = [p.parent.name if p.parent != root else m[1] if m else "" for p, m in zip(paths, flat, strict=True)]
-        if not paths or "" in names:
-            stray = f"; {paths[names.index('')]} has no class" if paths else ""
-            raise ValueError(
-                f"{root} must hold a folder of pictures (.JPEG, .jpg, .png) for each class, or files such as "
-                f"n01440764_1.JPEG{stray}"
-            )
-        number = {name: i for i, name in enumerate(sorted(set(names)))}
-        labels = torch.tensor([number[name] for name in names])
-        return ImageFiles(paths, labels, len(number), (3, size, size), partial(crop_centre, size=size))
+        of_class = _by_class(root)
+        # The classes of the training set number those of the validation set, which may lack some.
+        names = sorted(of_class)
+        if split == "test" and (path / "train").is_dir():
+            names = sorted(_train_classes(path / "train", set(of_class))) or names
+        number = {name: i for i, name in enumerate(names)}
+        files = sorted((file, number[name]) for name, own in of_class.items() for file in own)
+        paths, labels = zip(*files, strict=True)
+        return ImageFiles(paths, torch.tensor(labels), len(names), (3, size, size), partial(crop_centre, size=size))
 
     return load_folder
+
+
+def _by_class(root: Path) -> dict[str, list[Path]]:
+    """The pictures of each class. Raises ValueError for a class without one that can be read, or a picture without a
+    class."""
+    form = (
+        f"{root} must hold a folder of pictures ({', '.join(FORMATS)}) for each class, or files such as "
+        "n01440764_1.JPEG"
+    )
+    of_class: dict[str, list[Path]] = {name: [] for name in _class_folders(root)}
+    for file in find_pictures(root).pictures:
+        name = _class_of(file.relative_to(root).parts)
+        if name is None:
+            raise ValueError(f"{form}; {file} has no class")
+        of_class.setdefault(name, []).append(file)
+    if not of_class:
+        raise ValueError(form)
+    for name, files in of_class.items():
+        if not files:
+            raise ValueError(f"{root / name} {EMPTY}")
+        _check_one_is_read(root / name, files)
+    return of_class
+
+
+def _check_one_is_read(folder: Path, files: Sequence[Path]) -> None:
+    for file in files:
+        try:
+            read_picture(file)
+            return
+        except ValueError as error:
+            last = error
+    raise ValueError(f"of {len(files)} pictures of the class {folder} none can be read; {last}")
+
+
+def _train_classes(train: Path, of_val: set[str]) -> set[str]:
+    """Raises ValueError where they cannot number those of the validation set."""
+    flat = {match[1] for path in train.iterdir() if (match := FLAT_NAME.match(path.name)) and is_picture(path)}
+    folders = _class_folders(train)
+    unknown = min(of_val - folders - flat, default=None)
+    if (folders or flat) and unknown is not None:
+        raise ValueError(f"{train.with_name('val')} holds the class {unknown}, which {train} lacks")
+    for name in sorted(folders - flat - of_val):
+        if not find_pictures(train / name).pictures:
+            raise ValueError(f"{train / name} {EMPTY}")
+    return folders | flat
+
+
+def _class_folders(root: Path) -> set[str]:
+    """Those directly below that are not hidden."""
+    with os.scandir(root) as entries:
+        return {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
+
+
+def _class_of(parts: Sequence[str]) -> str | None:
+    """parts: of a path below train or val. The folder directly below, or what the name of a file there begins with."""
+    if len(parts) > 1:
+        return parts[0]
+    match = FLAT_NAME.match(parts[0])
+    return None if match is None else match[1]
 
 
 def crop_centre(picture: Image.Image, size: int) -> np.ndarray:
     """The middle size x size pixels of a picture whose shorter side was brought to `size`: halved by averages while
     it is twice as long, then bicubic (guided diffusion, image_datasets.py; U-ViT and DiT do the same).
 
-    Returns uint8 [size, size, 3].
+    Returns uint8 [size, size, 3]. ValueError for one so long and narrow that it would become too large.
     """
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = size / min(picture.size)
     shape = (round(picture.width * scale), round(picture.height * scale))
+    if math.prod(shape) > MOST_PIXELS:
+        raise ValueError(f"{picture.width} x {picture.height} pixels are too narrow to cut a square out")
     pixels = np.asarray(picture.resize(shape, Image.Resampling.BICUBIC))
     top, left = ((length - size) // 2 for length in pixels.shape[:2])
     return pixels[top : top + size, left : left + size]
-
-
-def _there(paths: Sequence[Path], listed: Path) -> None:
-    if not paths:
-        raise ValueError(f"{listed} lists no picture of this split")
-    if not paths[0].is_file() or not paths[-1].is_file():
-        missing = paths[0] if not paths[0].is_file() else paths[-1]
-        raise ValueError(f"{listed} lists {missing.name}, but there is no {missing}")

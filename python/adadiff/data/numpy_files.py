@@ -1,33 +1,71 @@
-"""Arrays that others pickled, without running what a pickle may hold: only numpy's own constructors are called."""
+"""Arrays from files that others made.
 
+A pickle calls none but the constructors below, and a file is read only if its size fits what its header says.
+"""
+
+import errno
+import io
+import math
 import pickle
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 
-# (module, name) -> as numpy 2 has it. Older releases wrote numpy.core, and Python 2 strings that go through _codecs.
-ALLOWED = {
-    (module, name): (module.replace("numpy.core", "numpy._core"), name)
-    for module, name in (
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy.core.multiarray", "scalar"),
-        ("numpy._core.multiarray", "scalar"),
-        ("numpy._core.numeric", "_frombuffer"),
-        ("numpy.core.numeric", "_frombuffer"),
-        ("_codecs", "encode"),
-    )
+from .files import check_regular, of_system, reason
+
+# A compressed .npz may unpack to this many bytes, and beyond that to so many times its size. Images compress to about
+# a half, zeros to a thousandth.
+FREE, MOST_RATIO = 2**28, 100
+
+
+def _reconstruct(kind: object, shape: object, code: object) -> np.ndarray:
+    """Always empty, as numpy writes it: the array's state follows."""
+    return np.empty(0, "u1")
+
+
+def _dtype(name: str | bytes, align: object = False, copy: object = False) -> np.dtype:
+    if len(name) > 8:
+        raise ValueError("a name of a dtype has at most 8 characters")
+    return np.dtype(name if isinstance(name, str) else name.decode("ascii"))
+
+
+def _scalar(dtype: np.dtype, data: bytes) -> np.generic:
+    return np.frombuffer(data, dtype, 1)[0]
+
+
+def _frombuffer(data: bytes, dtype: np.dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
+    return np.frombuffer(data, dtype).reshape(shape, order=order)
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """Bytes of Python 2 and of old protocols."""
+    if encoding != "latin1":
+        raise ValueError(f"it asks for the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+# What a pickled array names. Older releases of numpy call numpy._core numpy.core.
+ALLOWED: dict[tuple[str, str], object] = {
+    ("numpy", "ndarray"): "the first argument of _reconstruct",
+    ("numpy", "dtype"): _dtype,
+    ("_codecs", "encode"): _encode,
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")},
+    **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _frombuffer for core in ("core", "_core")},
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """The one in Python: the one in C allocates room for whatever memo index, up to 2^32, a tiny file names."""
+
     def find_class(self, module: str, name: str) -> object:
         if (module, name) not in ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array")
-        return super().find_class(*ALLOWED[module, name])
+        return ALLOWED[module, name]
 
 
 def unpickle(path: Path) -> object:
@@ -35,30 +73,137 @@ def unpickle(path: Path) -> object:
 
     Raises ValueError for anything else.
     """
-    with path.open("rb") as file:
-        return _read(file, path)
+    check_regular(path)
+    return _unpickled(path.read_bytes(), path)
 
 
 def load_npy(path: Path) -> np.ndarray:
     """A .npy file, also one of dtype object, which is a pickle. ValueError for anything else."""
+    check_regular(path)
+    size = path.stat().st_size
     with path.open("rb") as file:
         try:
-            version = np.lib.format.read_magic(file)
-            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            _, _, dtype = header(file)
-            if not dtype.hasobject:
+            header = Header.read(file)
+            if not header.dtype.hasobject:
+                header.check(size - file.tell())
                 file.seek(0)
-                return np.load(file, allow_pickle=False)
-        except ValueError as error:
-            raise ValueError(f"{path} is no .npy file that can be read: {error}") from error
-        value = _read(file, path)
+                return np.lib.format.read_array(file, allow_pickle=False)
+        except Exception as error:  # numpy parses the header as Python
+            if of_system(error):
+                raise
+            raise ValueError(f"{path} is no .npy file that can be read: {reason(error)}") from error
+        value = _unpickled(file.read(), path)
     if not isinstance(value, np.ndarray):
         raise ValueError(f"{path} holds {type(value).__name__}, expected an array")
     return value
 
 
-def _read(file: BinaryIO, path: Path) -> object:
+@dataclass(frozen=True)
+class Header:
+    """What a .npy file says of its array."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @staticmethod
+    def read(file: IO[bytes]) -> "Header":
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+        return Header(dtype, shape)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def check(self, left: int) -> None:
+        """left: bytes of the file behind the header. ValueError unless they are the array."""
+        if self.dtype.hasobject:
+            raise ValueError("it holds objects, expected numbers")
+        if min(self.shape, default=0) < 0 or self.size != left:
+            raise ValueError(f"{self.dtype} {list(self.shape)} takes {self.size} bytes, but {left} follow its header")
+
+
+def npz_headers(path: Path) -> dict[str, Header]:
+    """Of every array in a .npz file. Raises ValueError for a file that is none, OSError where it cannot be read."""
+    with _Npz(path) as npz:
+        return npz.headers(npz.members)
+
+
+def read_npz(path: Path, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+    """The arrays of those names, or all. zipfile checks their sums.
+
+    Raises ValueError for a file that is damaged or unpacks to far more than its size, OSError where it cannot be read
+    or does not fit in memory.
+    """
+    with _Npz(path) as npz:
+        names = list(npz.members if names is None else names)
+        npz.check_size(npz.headers(names))
+        return {name: npz.array(name) for name in names}
+
+
+class _Npz:
+    """An open .npz file; what zipfile and zlib raise, of many types, becomes ValueError."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> "_Npz":
+        check_regular(self.path)
+        try:
+            self._archive = zipfile.ZipFile(self.path)
+        except Exception as error:
+            self._refuse(error)
+        self.members = {
+            info.filename.removesuffix(".npy"): info
+            for info in self._archive.infolist()
+            if info.filename.endswith(".npy")
+        }
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._archive.close()
+        if isinstance(error, Exception):
+            self._refuse(error)
+
+    def _refuse(self, error: Exception) -> None:
+        if isinstance(error, MemoryError):
+            raise OSError(errno.ENOMEM, "not enough memory for its arrays", str(self.path)) from error
+        if of_system(error):
+            raise error
+        raise ValueError(f"{self.path} is damaged or no .npz file that can be read: {reason(error)}") from error
+
+    def headers(self, names: Iterable[str]) -> dict[str, Header]:
+        return {name: self._header(name) for name in names}
+
+    def _header(self, name: str) -> Header:
+        if name not in self.members:
+            raise ValueError(f"it holds no {name}")
+        info = self.members[name]
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{name} is compressed as numpy never does")
+        with self._archive.open(info) as file:
+            header = Header.read(file)
+            header.check(info.file_size - file.tell())
+        return header
+
+    def check_size(self, headers: dict[str, Header]) -> None:
+        unpacked = sum(header.size for header in headers.values())
+        packed = min(sum(self.members[name].compress_size for name in headers), self.path.stat().st_size)
+        if unpacked > max(FREE, MOST_RATIO * packed):
+            raise ValueError(
+                f"{packed:,} bytes unpack to {unpacked:,}, more than {MOST_RATIO} times as many; save it uncompressed, "
+                "with np.savez"
+            )
+
+    def array(self, name: str) -> np.ndarray:
+        with self._archive.open(self.members[name]) as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def _unpickled(data: bytes, path: Path) -> object:
     try:
-        return _Unpickler(file, encoding="bytes").load()
-    except (pickle.UnpicklingError, AttributeError, EOFError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not read: {error}") from error
+        return _Unpickler(io.BytesIO(data), encoding="bytes").load()
+    except Exception as error:  # a pickle can make numpy's constructors raise anything
+        raise ValueError(f"{path} is not read: {reason(error)}") from error

@@ -8,6 +8,7 @@ from .digits import digits
 from .image_sets import Images
 
 CANVASES = 20000  # where no n is given
+MOST_CANVASES = 200_000  # all are in memory, in a few copies while they are drawn: 2 GB
 
 SETTINGS = {"digits": {}, "canvases": {"side": int, "hard": float, "n": int, "seed": int}}
 NAMES = (*SETTINGS, *datasets.NAMES)
@@ -48,6 +49,6 @@ def load(text: str, split: str = "train") -> Dataset:
     if name == "digits":
         return Images(*digits(split))
     n, seed = int(settings.pop("n", CANVASES)), settings.pop("seed", 0)
-    if n < 1:
-        raise ValueError(f"n of canvases must be at least 1, got {n}")
+    if not 1 <= n <= MOST_CANVASES:
+        raise ValueError(f"n of canvases must be at least 1 and at most {MOST_CANVASES}, got {n}")
     return Images(*Canvases(**settings).draw(n, split, seed))

@@ -59,7 +59,7 @@ class NoiseSchedule:
         alpha_bar[i] belongs to evaluation i; alpha_bar[steps] = 1 is where the last step lands (no noise).
         With N steps, the discrete spacings are those of diffusers' set_timesteps:
             leading   k * (1000 // N), k = N-1..0                     (DDPMScheduler, DDIMScheduler)
-            trailing  round(1000 - k * 1000 / N) - 1, k = 0..N-1      (the same)
+            trailing  round(1000 - k * 1000 / N) - 1, k = 0..N-1      (the same; where DDIMScheduler lands: see DDIM)
             linspace  round(linspace(0, 999, N + 1)) without its 0    (DPMSolverMultistepScheduler); N <= 999
         and that of improved diffusion, which DiT samples with:
             respaced  round(k * 999 / (N - 1)), k = N-1..0            (space_timesteps); N >= 2
@@ -70,9 +70,9 @@ class NoiseSchedule:
             raise ValueError(f"steps must be an int from 1 to {T}, got {steps!r}")
         if spacing not in self.spacings:
             raise ValueError(f"schedule {self.name!r} has spacings {self.spacings}, got {spacing!r}")
-        k = torch.arange(steps, dtype=torch.float64)
+        k = torch.arange(steps, dtype=torch.float64, device="cpu")
         if spacing == "uniform":
-            t = torch.linspace(1, VP_END, steps, dtype=torch.float64)
+            t = torch.linspace(1, VP_END, steps, dtype=torch.float64, device="cpu")
             t_net, alpha_bar = 999 * t, _vp_log_alpha_bar(t).exp()
         elif spacing == "leading":
             t_net, alpha_bar = self._at((k * (T // steps)).long().flip(0))
@@ -85,12 +85,12 @@ class NoiseSchedule:
                 raise ValueError("spacing 'respaced' begins at timestep 0 with 1 step; take 2 or more")
             # summed up as its authors do: ties of round() depend on it
             index = list(itertools.accumulate(itertools.repeat((T - 1) / (steps - 1), steps - 1), initial=0.0))
-            t_net, alpha_bar = self._at(torch.tensor([round(i) for i in index[::-1]]))
+            t_net, alpha_bar = self._at(torch.tensor([round(i) for i in index[::-1]], dtype=torch.int64, device="cpu"))
         else:
             if steps == T:
                 raise ValueError(f"spacing 'linspace' repeats a timestep at {T} steps; take {T - 1} or fewer")
             t_net, alpha_bar = self._at(((k + 1) * ((T - 1) / steps)).round().long().flip(0))
-        return t_net, torch.cat([alpha_bar, torch.ones(1, dtype=torch.float64)])
+        return t_net, torch.cat([alpha_bar, torch.ones(1, dtype=torch.float64, device="cpu")])
 
     def log_alpha_bar(self, t: Tensor) -> Tensor:
         """ln(alpha_bar) at t: float64, any shape, the network's times: 0..999, or 1..1000 with stable_diffusion.
@@ -141,10 +141,10 @@ def _vp_log_alpha_bar(t: Tensor) -> Tensor:
 @lru_cache
 def _alpha_bar(name: str) -> Tensor:
     if name == "linear":
-        beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+        beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64, device="cpu")
     elif name == "stable_diffusion":
-        beta = torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float64) ** 2
+        beta = torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float64, device="cpu") ** 2
     else:
-        f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
+        f = torch.cos((torch.arange(T + 1, dtype=torch.float64, device="cpu") / T + 0.008) / 1.008 * math.pi / 2) ** 2
         beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
     return torch.cumprod(1 - beta, 0)

@@ -34,11 +34,11 @@ class DPMSolverFast:
     def table(self, schedule: NoiseSchedule, steps: int) -> SolverTable:
         begin, end = schedule.times
         orders = _orders(schedule, steps)
-        t = torch.tensor([begin, end], dtype=torch.float64)
+        t = torch.tensor([begin, end], dtype=torch.float64, device="cpu")
         first, last = _half_log_snr(schedule, t).tolist()
         width = (last - first) / len(orders)
         lam = [first + width * (k + j / order) for k, order in enumerate(orders) for j in range(order)]
-        inner = schedule.time(F.logsigmoid(2 * torch.tensor(lam[1:], dtype=torch.float64)))
+        inner = schedule.time(F.logsigmoid(2 * torch.tensor(lam[1:], dtype=torch.float64, device="cpu")))
         return _table(schedule, torch.cat([t[:1], inner, t[1:]]), orders, data=False)
 
 
@@ -52,7 +52,8 @@ class DPMSolverPPFast:
     def table(self, schedule: NoiseSchedule, steps: int) -> SolverTable:
         begin, end = schedule.times
         orders = _orders(schedule, steps)
-        return _table(schedule, torch.linspace(begin, end, steps + 1, dtype=torch.float64), orders, data=True)
+        t = torch.linspace(begin, end, steps + 1, dtype=torch.float64, device="cpu")
+        return _table(schedule, t, orders, data=True)
 
 
 def _orders(schedule: NoiseSchedule, steps: int) -> list[int]:
@@ -86,15 +87,15 @@ def _table(schedule: NoiseSchedule, t: Tensor, orders: list[int], data: bool) ->
             rows.append((carried[s + v] / carried[s], c - whole if j else 0.0, -c if j else -whole, not j, last))
         s += order
     base, m0, cur, begins, ends = zip(*rows, strict=True)
-    end = torch.tensor(ends)
-    stored = torch.tensor(begins) & ~end
+    end = torch.tensor(ends, dtype=torch.bool, device="cpu")
+    stored = torch.tensor(begins, dtype=torch.bool, device="cpu") & ~end
     columns = {"px": 1 / alpha[:-1], "pe": -(sigma / alpha)[:-1]} if data else {}
     return make_table(
         t[:-1],
-        slot=torch.zeros(len(rows), dtype=torch.int64).where(stored, NOT_STORED),
+        slot=torch.zeros(len(rows), dtype=torch.int64, device="cpu").where(stored, NOT_STORED),
         end=end,
-        base=torch.tensor(base, dtype=torch.float64),
-        m0=torch.tensor(m0, dtype=torch.float64),
-        cur=torch.tensor(cur, dtype=torch.float64),
+        base=torch.tensor(base, dtype=torch.float64, device="cpu"),
+        m0=torch.tensor(m0, dtype=torch.float64, device="cpu"),
+        cur=torch.tensor(cur, dtype=torch.float64, device="cpu"),
         **columns,
     )

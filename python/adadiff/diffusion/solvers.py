@@ -5,6 +5,7 @@ float64.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .schedules import NoiseSchedule, vp_beta
+from .schedules import T as TIMESTEPS
 from .singlestep import DPMSolverFast, DPMSolverPPFast
 from .tables import NOT_STORED, Solver, SolverTable, make_table
 
@@ -48,11 +50,19 @@ class DDPM:
         )
 
 
+TRAILING_OF_DIFFUSERS = "trailing-diffusers"
+
+
 @dataclass(frozen=True)
 class DDIM:
     """Song et al. 2021, equations 12 and 16: eta = 0 is deterministic, eta = 1 has the variance of DDPM.
 
-    Default spacing: "trailing", for the reason given at DDPM; "uniform" for vp. ValueError for another eta.
+    Default spacing: "trailing", for the reason given at DDPM; "uniform" for vp. With it every step lands where the next
+    one begins. DDIMScheduler of diffusers evaluates at the same timesteps, but lands 1000 // steps timesteps lower,
+    which is where the next step begins only if `steps` divides 1000: at 16 of the 1000 step counts.
+    "trailing-diffusers", of this solver alone, is theirs (with set_alpha_to_one, its default); ValueError at the step
+    counts where a rounding of theirs adds timestep -1.
+    ValueError for another eta.
     """
 
     eta: float = 0.0
@@ -63,7 +73,10 @@ class DDIM:
             raise ValueError(f"eta must lie in [0, 1], got {self.eta}")
 
     def table(self, schedule: NoiseSchedule, steps: int) -> SolverTable:
-        t, a, after = _grid(schedule, steps, self.spacing, "trailing")
+        if self.spacing == TRAILING_OF_DIFFUSERS:
+            t, a, after = _trailing_of_diffusers(schedule, steps)
+        else:
+            t, a, after = _grid(schedule, steps, self.spacing, "trailing")
         share = (1 - a / after) / (1 - a)  # of 1 - a', that eta = 1 replaces by fresh noise
         direction = ((1 - after) * (1 - self.eta**2 * share)).sqrt()
         return make_table(
@@ -91,9 +104,9 @@ class DPMSolverPP2M:
         h = lam[1:] - lam[:-1]
         # -alpha' (exp(-h) - 1), which is 1 on the last row, where sigma' is 0 and h infinite
         first = alpha_after - alpha * sigma_after / sigma
-        second = torch.zeros(steps, dtype=torch.float64)
+        second = torch.zeros(steps, dtype=torch.float64, device="cpu")
         second[1:-1] = first[1:-1] * h[1:] / (2 * h[:-1])  # first / (2 r0)
-        row = torch.arange(steps)
+        row = torch.arange(steps, device="cpu")
         previous = -second
         return make_table(
             t,
@@ -110,12 +123,16 @@ class DPMSolverPP2M:
 @dataclass(frozen=True)
 class EulerMaruyama:
     """The reverse SDE of vp, a step of Euler and Maruyama at a time (Song et al. 2021; U-ViT, sde.py); the last one,
-    to t = 0, adds no noise. The published U-ViTs on pixels take 1000 steps. ValueError for other schedules.
+    to t = 0, adds no noise. The published U-ViTs on pixels take 1000 steps. ValueError for other schedules, and for one
+    step, which would be from t = 1 to 0 at once: ten times the noise, and no image (U-ViT's own begins at t = 1e-3
+    then, where there is next to nothing to remove).
     """
 
     def table(self, schedule: NoiseSchedule, steps: int) -> SolverTable:
         if schedule.name != "vp":
             raise ValueError(f"Euler-Maruyama integrates an SDE, which schedule 'vp' is and {schedule.name!r} is not")
+        if steps == 1:
+            raise ValueError("Euler-Maruyama makes no image in 1 step; take 2 or more, and hundreds for a good one")
         t, a, after = _grid(schedule, steps, None, "uniform")
         change = vp_beta(t) * (torch.cat([t[1:], t.new_zeros(1)]) - t) / 999  # beta dt, below 0
         return make_table(
@@ -160,6 +177,20 @@ def _eta(value: str, text: str) -> float:
         return float(value)
     except ValueError:
         raise ValueError(f"eta must be a number in [0, 1], got {text!r}") from None
+
+
+def _trailing_of_diffusers(schedule: NoiseSchedule, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_grid`, with the landing places of diffusers' DDIMScheduler (scheduling_ddim.py, `step`)."""
+    t, alpha_bar = schedule.grid(steps, "trailing")
+    if math.ceil(TIMESTEPS / (TIMESTEPS / steps)) != steps:  # the length of numpy.arange(1000, 0, -1000 / steps)
+        raise ValueError(
+            f"diffusers' trailing timesteps end with -1 at {steps} steps; take another number, or 'trailing'"
+        )
+    low = t - TIMESTEPS // steps
+    first = schedule.times[1]
+    inside = low >= first
+    after = schedule.log_alpha_bar(low.where(inside, first)).exp()
+    return t, alpha_bar[:-1], after.where(inside, 1.0)
 
 
 def _grid(schedule: NoiseSchedule, steps: int, spacing: str | None, default: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -36,7 +36,7 @@ class SolverTable:
     @property
     def starts(self) -> Tensor:
         """bool[steps]: a step begins with the row, so that a sample may begin there, too."""
-        return torch.cat([torch.ones(1, dtype=torch.bool), self.end[:-1]])
+        return torch.cat([torch.ones(1, dtype=torch.bool, device="cpu"), self.end[:-1]])
 
 
 class Solver(Protocol):

@@ -15,7 +15,7 @@ from ..policies.interface import ExitContext, ExitPolicy, LaneIds, LimitPolicy, 
 class PolicyFailure(Exception):
     """A policy raised `error`. Known to this package only: whoever called it gets the error itself."""
 
-    def __init__(self, policy: ExitPolicy, error: Exception):
+    def __init__(self, policy: ExitPolicy, error: BaseException):
         super().__init__(f"{policy} raised {error!r}")
         self.policy, self.error = policy, error
 
@@ -56,10 +56,10 @@ class ExitDecision:
         self._threshold = self._thresholds(t, policy_index, threshold, device)
         self._ids = None
         if any(policy.needs_ids for policy in policies):
-            lane = torch.arange(B)
+            lane = torch.arange(B, device="cpu")
             ids = LaneIds(lane, lane * 0, lane * 0) if ids is None else ids
             self._ids = ids.map(lambda value: upload(value, device))
-        self._state = torch.zeros(B, device=device)
+        self._state = torch.zeros(B, dtype=torch.float32, device=device)
         if all(isinstance(policy, LimitPolicy) for policy in policies) and not self.whole_batch:
             self.limits = self._all_limits(B).contiguous()
 
@@ -130,7 +130,7 @@ class ExitDecision:
         own = [torch.nan if policy.threshold is None else float(policy.threshold) for policy in self._policies]
         given = [value for value in (t, policy_index, threshold) if value is not None]
         there = torch.device("cpu") if all(value.is_cpu for value in given) else device
-        found = torch.full((len(t),), own[0], device=there)
+        found = torch.full((len(t),), own[0], dtype=torch.float32, device=there)
         for k, value in enumerate(own[1:], start=1):
             found.masked_fill_(upload(policy_index, there) == k, value)
         if threshold is not None:
@@ -160,13 +160,16 @@ def decide(
 @torch.inference_mode(False)
 def _of_all_passes(policy: LimitPolicy, num_layers: int, B: int) -> ExitDecision:
     cpu = torch.device("cpu")
-    return ExitDecision((policy,), None, num_layers, torch.zeros(B, device=cpu), None, None, cpu)
+    t = torch.zeros(B, dtype=torch.float32, device=cpu)
+    return ExitDecision((policy,), None, num_layers, t, None, None, cpu)
 
 
 def _ask(policy: ExitPolicy, function: Callable, *given: object) -> Any:
     try:
         return function(*given)
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(policy).__module__.startswith("adadiff."):
+            raise  # a signal's, such as Ctrl-C: policies of this package raise nothing of the kind
         raise PolicyFailure(policy, error) from error
 
 

@@ -110,7 +110,9 @@ def run_forward(
     )
     limits = decision.limits if count_sync is None else None
     hidden = runner.embed(x, t, context, bool(decision.scored), limits)
-    scores = torch.full((structure.num_layers, B), torch.nan, device=device) if record_scores else None
+    scores = None
+    if record_scores:
+        scores = torch.full((structure.num_layers, B), torch.nan, dtype=torch.float32, device=device)
     rows: list[int] = [0] * structure.num_layers
     skips: dict[int, tuple[Tensor, Tensor]] = {}
     with nullcontext() if count_sync is None else device_set(B, device) as active:
@@ -192,7 +194,7 @@ def _check_lanes(
 
 
 def _check_partners(partner: Tensor, policy_index: Tensor | None, threshold: Tensor | None, shape: torch.Size) -> None:
-    lanes = torch.arange(len(partner))
+    lanes = torch.arange(len(partner), device="cpu")
     fits = partner.dtype == torch.int64 and partner.shape == shape
     if not fits or not _within(partner, len(lanes)) or not torch.equal(partner[partner], lanes):
         raise ValueError("cfg_partner must be int64 [B], each lane's partner, whose partner is that lane in turn")

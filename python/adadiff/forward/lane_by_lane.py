@@ -6,11 +6,11 @@ threads there are; and lanes that run at the same time need not wait for each ot
 """
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
-from threading import Barrier
+from queue import SimpleQueue
 from typing import TypeVar
 
 import torch
@@ -98,39 +98,72 @@ def lane_by_lane(work: Callable[[int], Result], n: int, device: torch.device) ->
         return [work(lane) for lane in range(n)]
     todo, results = deque(range(n)), [None] * n  # every entry is written, or an error raised
     inference = torch.is_inference_mode_enabled()  # a setting of a thread, as is no_grad
+    ended: SimpleQueue[BaseException | None] = SimpleQueue()
 
     def some() -> None:
-        with torch.inference_mode(inference), torch.no_grad():
-            while todo:
-                try:
-                    lane = todo.popleft()
-                except IndexError:  # another thread was quicker
-                    return
-                results[lane] = work(lane)
+        try:
+            with torch.inference_mode(inference), torch.no_grad():
+                while todo:
+                    try:
+                        lane = todo.popleft()
+                    except IndexError:  # another thread was quicker
+                        break
+                    results[lane] = work(lane)
+            ended.put(None)
+        except BaseException as error:
+            todo.clear()  # nobody begins another
+            ended.put(error)
 
-    pool = _pool(threads, os.getpid())  # threads do not survive a fork
-    running = [pool.submit(some) for _ in range(min(threads, n))]
+    workers = _workers(threads, os.getpid())  # threads do not survive a fork
+    parts = min(threads, n)
     try:
-        wait(running, return_when="FIRST_EXCEPTION")
-    finally:
-        todo.clear()  # after an error, or Ctrl-C, nobody begins another
-    for future in running:
-        future.result()
+        for _ in range(parts):
+            workers.start(some)
+        errors = [ended.get() for _ in range(parts)]
+    except BaseException:  # Ctrl-C
+        todo.clear()
+        raise
+    for error in errors:
+        if error is not None:
+            raise error
     return results
 
 
+class _Workers:
+    """Threads of one PyTorch thread each. Work comes through a queue of C: of a lock held in Python, as those of
+    `concurrent.futures` are, a signal handler that raises could leave one held, and all later passes would wait."""
+
+    def __init__(self, threads: int):
+        self._threads = threads
+        self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        ready: SimpleQueue[None] = SimpleQueue()
+        try:
+            for _ in range(threads):
+                own = self._work, ready
+                threading.Thread(target=_serve, args=own, name="adadiff-lane", daemon=True).start()
+            for _ in range(threads):
+                ready.get()
+        finally:
+            # a worker sets its own number and that of threads yet to come; here, theirs again
+            torch.set_num_threads(threads)
+
+    def start(self, work: Callable[[], None]) -> None:
+        self._work.put(work)
+
+    def __del__(self) -> None:
+        for _ in range(self._threads):
+            self._work.put(None)
+
+
+def _serve(todo: "SimpleQueue[Callable[[], None] | None]", ready: "SimpleQueue[None]") -> None:
+    torch.get_num_threads()  # a thread's first use of PyTorch resets its number, hence before
+    torch.set_num_threads(1)
+    ready.put(None)
+    while (work := todo.get()) is not None:
+        work()
+        del work  # and what it holds
+
+
 @lru_cache(maxsize=1)
-def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """That many workers of one PyTorch thread each."""
-    ready = Barrier(threads + 1)
-
-    def start() -> None:
-        torch.get_num_threads()  # a thread's first use of PyTorch resets its number, hence before
-        torch.set_num_threads(1)
-
-    pool = ThreadPoolExecutor(threads, "adadiff-lane", start)
-    for _ in range(threads):
-        pool.submit(ready.wait)  # one that waits takes no second, so each has a thread
-    ready.wait()
-    torch.set_num_threads(threads)  # a worker sets its own number and that of threads yet to come; here, theirs again
-    return pool
+def _workers(threads: int, process: int) -> _Workers:
+    return _Workers(threads)

@@ -181,7 +181,7 @@ def _larger_of_tied(u: Tensor | None, row_to_lane: Tensor, partner: Tensor | Non
     if u is None or partner is None:
         return u
     lanes = row_to_lane.long()
-    by_lane = torch.zeros(len(partner), device=u.device).index_copy_(0, lanes, u)
+    by_lane = torch.zeros(len(partner), dtype=torch.float32, device=u.device).index_copy_(0, lanes, u)
     return torch.maximum(u, by_lane.index_select(0, partner.index_select(0, lanes)))
 
 

@@ -43,6 +43,7 @@ _structures: WeakKeyDictionary[Backbone, Structure] = WeakKeyDictionary()
 
 
 def structure_of(backbone: Backbone) -> Structure:
-    if (found := _structures.get(backbone)) is None:
+    found = _structures.get(backbone)
+    if found is None or found.blocks != tuple(backbone.blocks):  # somebody may have put others into their places
         found = _structures[backbone] = Structure(backbone)
     return found

@@ -149,11 +149,11 @@ def _merge(
         joined = torch.cat([getattr(part, name) for part in parts])
         return torch.empty_like(joined).index_copy_(0, there, joined)
 
-    scores = torch.full((L, B), math.nan, device=device) if record_scores else None
+    scores = torch.full((L, B), math.nan, dtype=torch.float32, device=device) if record_scores else None
     if record_scores and full is not None:
         scores[:, there[: len(full.prediction)]] = full.scores
     plain = structure_of(model.backbone).costs(None, frozenset()) if full is None else full.costs
-    network = torch.ones(B, dtype=torch.int64)
+    network = torch.ones(B, dtype=torch.int64, device="cpu")
     network[lanes[: B - len(shallow.prediction)]] = 0
     costs = Costs(plain.plain, (*plain.by_exit_layer, *shallow.costs.by_exit_layer), tuple(network.tolist()))
     return ForwardOutput(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checkpoint import load_strictly, read_tensors, write_tensors
+from ..checkpoint import built, read_tensors, write_tensors
 from ..data.digits import digits
 
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "digits_features.safetensors"
@@ -103,9 +103,7 @@ def load(path: Path = CHECKPOINT) -> DigitsNet:
     Raises ValueError for a file that is missing, truncated or not of this network.
     """
     tensors, _ = read_tensors(path)
-    network = DigitsNet()
-    load_strictly(network, tensors, str(path))
-    return network.eval().requires_grad_(False)
+    return built(DigitsNet, tensors, str(path)).eval().requires_grad_(False)
 
 
 @cache

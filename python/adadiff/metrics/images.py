@@ -1,6 +1,5 @@
 """Images on disk, to evaluate or to compare with: pictures, shards of `adadiff sample`, guided-diffusion's batches."""
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -10,16 +9,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.image_sets import SUFFIXES
+from ..data.files import read_json, reason
+from ..data.numpy_files import npz_headers, read_npz
+from ..data.pictures import FORMATS, find_pictures, picture_size, read_picture
 from ..output import shards
-from ..output.shards import read_arrays
 
-BATCH = 64  # images in a piece
-MODES = {"L": 1, "RGB": 3}
+BATCH = 64  # images in a piece, at most
+MOST_VALUES = 2**26  # in a piece of several images
+MOST_PIXELS = 2**24  # of an image
+CHANNELS = {"L": 1, "RGB": 3}
 
 
 @dataclass(frozen=True)
@@ -35,17 +36,19 @@ class ImageSet:
     def pieces(self, progress: bool = False) -> Iterator[Tensor]:
         """Reads them: float32 [k, C, H, W] in [-1, 1], in order. Raises ValueError where a file proves damaged."""
         with tqdm(total=self.count, disable=not progress, unit="image", dynamic_ncols=True) as bar:
+            most = _in_a_piece(self.shape)
             for pixels in self.read():
-                for start in range(0, len(pixels), BATCH):
-                    piece = torch.from_numpy(pixels[start : start + BATCH])
+                for start in range(0, len(pixels), most):
+                    piece = torch.from_numpy(pixels[start : start + most])
                     yield piece.permute(0, 3, 1, 2).float() / 127.5 - 1
                     bar.update(len(piece))
 
 
 def open_images(path: str | Path) -> ImageSet:
-    """The images at `path`: a folder of pictures (PNG or JPEG, gray or RGB, of one size, subfolders included), one that
-    `adadiff sample` wrote, pictures or shards, or a .npz with arr_0, uint8 [n, H, W, C], and perhaps arr_1, labels [n],
-    as guided-diffusion's samples and reference batches are. Nothing but headers is read yet, of a .npz all.
+    """The images at `path`: a folder of pictures of one size, subfolders included (data/pictures.py says which files
+    count), one that `adadiff sample` wrote, pictures or shards, or a .npz with arr_0, uint8 [n, H, W, C], and perhaps
+    arr_1, labels [n], as guided-diffusion's samples and reference batches are. Nothing but headers is read yet, of a
+    .npz all. Pictures are RGB if one of them is.
 
     Labels are known of what `adadiff sample` wrote, and from arr_1. Raises ValueError where there are no such images,
     some are missing, or their sizes differ.
@@ -55,13 +58,13 @@ def open_images(path: str | Path) -> ImageSet:
         return _batch(path)
     if not path.is_dir():
         raise ValueError(f"no images at {path}: expected a folder or a .npz file")
-    if (path / shards.MANIFEST).is_file():
+    if (path / shards.MANIFEST).exists():
         return _shards(path)
-    if (path / "report.json").is_file():
+    if (path / "report.json").exists():
         return _drawn_pictures(path)
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    files = find_pictures(path).pictures
     if not files:
-        raise ValueError(f"{path} holds no pictures ({', '.join(sorted(SUFFIXES))}) and no shards")
+        raise ValueError(f"{path} holds no pictures ({', '.join(FORMATS)}) and no shards")
     return _pictures(path, files, None)
 
 
@@ -70,32 +73,21 @@ def is_images(path: str | Path) -> bool:
     return Path(path).is_dir() or (Path(path).is_file() and Path(path).suffix == ".npz")
 
 
-def array_names(path: Path) -> set[str]:
-    """Of the arrays in a .npz file. Raises ValueError where it cannot be read."""
-    try:
-        with np.load(path) as file:
-            return set(file.files)
-    except Exception as error:  # which one depends on the byte that is wrong
-        if isinstance(error, MemoryError):
-            raise
-        raise ValueError(f"{path} is no .npz file that can be read: {error}") from error
-
-
 def _batch(path: Path) -> ImageSet:
-    names = array_names(path)
-    if "arr_0" not in names:
-        raise ValueError(f"{path} holds {', '.join(sorted(names)) or 'nothing'}; images would be arr_0")
-    arrays = read_arrays(path, names & {"arr_0", "arr_1"})
-    images, labels = arrays["arr_0"], arrays.get("arr_1")
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in MODES.values() or not len(images):
-        raise ValueError(
-            f"arr_0 of {path} must be images, uint8 [n, H, W, 1 or 3], got {images.dtype} {list(images.shape)}"
-        )
-    if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
-        raise ValueError(f"arr_1 of {path} must be labels, integers [{len(images)}], got {labels.dtype} {labels.shape}")
-    count, H, W, C = images.shape
-    labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
-    return ImageSet(str(path), (C, H, W), count, labels, lambda: iter([images]))
+    headers = npz_headers(path)
+    if "arr_0" not in headers:
+        raise ValueError(f"{path} holds {', '.join(sorted(headers)) or 'nothing'}; images would be arr_0")
+    dtype, shape = headers["arr_0"].dtype, headers["arr_0"].shape
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] not in CHANNELS.values() or not math.prod(shape):
+        raise ValueError(f"arr_0 of {path} must be images, uint8 [n, H, W, 1 or 3], got {dtype} {list(shape)}")
+    count, H, W, C = shape
+    _check_pixels(H * W, path)
+    labels = headers.get("arr_1")
+    if labels is not None and (labels.shape != (count,) or labels.dtype.kind not in "iu"):
+        raise ValueError(f"arr_1 of {path} must be labels, integers [{count}], got {labels.dtype} {labels.shape}")
+    arrays = read_npz(path, headers.keys() & {"arr_0", "arr_1"})
+    labels = torch.from_numpy(arrays["arr_1"].astype(np.int64)) if "arr_1" in arrays else None
+    return ImageSet(str(path), (C, H, W), count, labels, lambda: iter([arrays["arr_0"]]))
 
 
 def _shards(folder: Path) -> ImageSet:
@@ -106,22 +98,30 @@ def _shards(folder: Path) -> ImageSet:
         raise ValueError(f"{folder} holds no samples")
     shards.read(folder)  # for its checks
     H, W, C = manifest.shape
+    _check_pixels(H * W, folder)
+    stored = sum(shards.shard_path(folder, i).stat().st_size for i in range(manifest.shards))
+    if stored < manifest.n * math.prod(manifest.shape):
+        raise ValueError(f"{folder} holds {stored} bytes, too few for {manifest.n} samples; its shards are damaged")
     labels = _cycled_labels(manifest.configuration, manifest.n, folder)
     return ImageSet(str(folder), (C, H, W), manifest.n, labels, lambda: (s["images"] for s in shards.read(folder)))
 
 
 def _drawn_pictures(folder: Path) -> ImageSet:
     """What `adadiff sample` wrote; grid.png is none of them."""
-    files = sorted(file for file in folder.glob("*.png") if re.fullmatch(r"\d{6,}", file.stem))
+    numbers = sorted(int(file.stem) for file in folder.glob("*.png") if re.fullmatch(r"[0-9]{6,}", file.stem))
+    report = folder / "report.json"
     try:
-        configuration = json.loads((folder / "report.json").read_text())["configuration"]
-        n = int(configuration["n"])
+        configuration = read_json(report)["configuration"]
+        n = configuration["n"]
+        if type(n) is not int or n < 0:
+            raise ValueError("its n is no whole number")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'report.json'} is not a report of `adadiff sample`: {error}") from None
+        raise ValueError(f"{report} is not a report of `adadiff sample`: {reason(error)}") from None
     if not n:
         raise ValueError(f"{folder} holds no samples")
-    if [int(file.stem) for file in files] != list(range(n)):
-        raise ValueError(f"{folder} holds {len(files)} of {n} pictures; the command that began it draws the others")
+    if len(numbers) != n or numbers != list(range(n)):
+        raise ValueError(f"{folder} holds {len(numbers)} of {n} pictures; the command that began it draws the others")
+    files = [folder / f"{number:06d}.png" for number in numbers]
     return _pictures(folder, files, _cycled_labels(configuration, n, folder))
 
 
@@ -129,7 +129,7 @@ def _cycled_labels(configuration: dict[str, Any], n: int, folder: Path) -> Tenso
     labels = configuration.get("class_labels")
     if not labels:
         return None
-    if not isinstance(labels, list) or not all(isinstance(label, int) for label in labels):
+    if not isinstance(labels, list) or not all(type(label) is int and 0 <= label < 2**31 for label in labels):
         raise ValueError(f"the labels that {folder} tells of are none: {labels!r}")
     return torch.tensor(labels).repeat(math.ceil(n / len(labels)))[:n]
 
@@ -138,36 +138,38 @@ def _pictures(folder: Path, files: Sequence[Path], labels: Tensor | None) -> Ima
     kinds: dict[tuple[int, int], Path] = {}
     channels = 1
     for file in files:
-        with _opened(file) as picture:
-            if picture.mode not in MODES:
-                raise ValueError(f"{file} has mode {picture.mode}; convert it to gray or RGB, 8 bits each")
-            kinds.setdefault(picture.size, file)
-            channels = max(channels, MODES[picture.mode])
+        mode, size = picture_size(file)
+        kinds.setdefault(size, file)
+        channels = max(channels, CHANNELS[mode])
     if len(kinds) > 1:
         (a, first), (b, other), *_ = kinds.items()
         sizes = f"{first} is {a[0]}x{a[1]}, {other} is {b[0]}x{b[1]}"
         raise ValueError(f"pictures must be of one size, but {sizes}; crop and resize them")
+    ((W, H),) = kinds
+    _check_pixels(H * W, folder)
+    shape = (channels, H, W)
     mode = "L" if channels == 1 else "RGB"
 
     def read() -> Iterator[np.ndarray]:
-        for start in range(0, len(files), BATCH):
-            pixels = [_read(file, mode) for file in files[start : start + BATCH]]
+        most = _in_a_piece(shape)
+        for start in range(0, len(files), most):
+            pixels = [_read(file, mode, (W, H)) for file in files[start : start + most]]
             yield np.stack(pixels).reshape(len(pixels), H, W, channels)
 
-    ((W, H),) = kinds
-    return ImageSet(str(folder), (channels, H, W), len(files), labels, read)
+    return ImageSet(str(folder), shape, len(files), labels, read)
 
 
-def _opened(file: Path) -> Image.Image:
-    try:
-        return Image.open(file)
-    except OSError as error:
-        raise ValueError(f"{file} is no picture that can be read: {error}") from error
+def _read(file: Path, mode: str, size: tuple[int, int]) -> np.ndarray:
+    picture = read_picture(file)
+    if picture.size != size or (mode == "L" and picture.mode != "L"):
+        raise ValueError(f"{file} is another picture than when it was opened")
+    return np.asarray(picture.convert(mode))
 
 
-def _read(file: Path, mode: str) -> np.ndarray:
-    with _opened(file) as picture:
-        try:
-            return np.asarray(picture.convert(mode))
-        except OSError as error:
-            raise ValueError(f"{file} is no picture that can be read: {error}") from error
+def _in_a_piece(shape: tuple[int, int, int]) -> int:
+    return max(1, min(BATCH, MOST_VALUES // math.prod(shape)))
+
+
+def _check_pixels(pixels: int, source: Path) -> None:
+    if pixels > MOST_PIXELS:
+        raise ValueError(f"{source} holds images of {pixels} pixels; evaluation takes at most {MOST_PIXELS}")

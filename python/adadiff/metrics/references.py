@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..output.shards import read_arrays
+from ..data.numpy_files import npz_headers, read_npz
 from .extractors import Extractor, Features
 from .frechet import FeatureStatistics
-from .images import ImageSet, array_names, open_images
+from .images import ImageSet, open_images
 from .kernel import mean_within
 
 
@@ -77,7 +77,7 @@ def open_reference(path: str | Path) -> ReferenceFiles:
     path = Path(path)
     if not (path.is_file() and path.suffix == ".npz"):
         return ReferenceFiles(path, None, open_images(path))
-    names = array_names(path)
+    names = set(npz_headers(path))
     has_statistics = {"mu", "sigma"} <= names
     if not has_statistics and "arr_0" not in names:
         held = ", ".join(sorted(names)) or "nothing"
@@ -87,15 +87,16 @@ def open_reference(path: str | Path) -> ReferenceFiles:
 
 
 def _statistics(path: Path) -> FeatureStatistics:
-    arrays = read_arrays(path, ("mu", "sigma"))
-    mu, sigma = arrays["mu"], arrays["sigma"]
-    if mu.dtype.kind != "f" or sigma.dtype.kind != "f" or mu.ndim != 1 or sigma.shape != 2 * mu.shape:
+    headers = npz_headers(path)
+    mu, sigma = headers["mu"], headers["sigma"]
+    if mu.dtype.kind != "f" or sigma.dtype.kind != "f" or len(mu.shape) != 1 or sigma.shape != 2 * mu.shape:
         raise ValueError(
             f"{path} must hold mu [F] and sigma [F, F] of floats, got {mu.dtype} {list(mu.shape)} and {sigma.dtype} "
             f"{list(sigma.shape)}"
         )
+    arrays = read_npz(path, ("mu", "sigma"))
     try:
-        mean, covariance = (torch.from_numpy(v.astype(np.float64)) for v in (mu, sigma))
+        mean, covariance = (torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma"))
         return FeatureStatistics(mean, covariance, None)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

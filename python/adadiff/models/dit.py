@@ -19,6 +19,7 @@ from .layers import (
     Attention,
     Mlp,
     PatchEmbed,
+    check_booleans,
     check_images,
     check_integers,
     check_labels,
@@ -51,14 +52,15 @@ class DiTConfig:
     context_dim: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        check_integers(self, 1, "image_size", "channels", "patch", "dim", "depth", "heads", "num_classes", "mlp_ratio")
+        check_integers(self, 1, "image_size", "dim", "heads")
+        check_integers(self, 1, "channels", "patch", "depth", "mlp_ratio", most=1024)
+        check_integers(self, 1, "num_classes", most=2**24)
+        check_booleans(self, "learned_variance")
         if self.image_size % self.patch:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch {self.patch}")
         if self.dim % self.heads or self.dim % 4:
             raise ValueError(f"dim {self.dim} must be a multiple of 4 and of heads {self.heads}")
-        if not isinstance(self.learned_variance, bool):
-            raise ValueError(f"learned_variance must be true or false, got {self.learned_variance!r}")
-        if self.frequency_shift not in (0, 1):
+        if type(self.frequency_shift) is not int or self.frequency_shift not in (0, 1):
             raise ValueError(f"frequency_shift must be 0 (as released) or 1 (diffusers), got {self.frequency_shift!r}")
         if not isinstance(self.mlp_norm_eps, float) or not 0 < self.mlp_norm_eps < 1:
             raise ValueError(f"mlp_norm_eps must be a number in (0, 1), got {self.mlp_norm_eps!r}")
@@ -209,7 +211,8 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed(config.channels, D, config.patch)
         self.t_embedder = TimestepEmbedder(D)
         self.y_embedder = LabelEmbedder(config.num_classes, D)
-        self.pos_embed = nn.Parameter(position_embedding(D, config.side)[None], requires_grad=False)
+        position = position_embedding(D, config.side)[None].to(torch.get_default_dtype())  # as all other weights
+        self.pos_embed = nn.Parameter(position, requires_grad=False)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
         self.apply(_initialise)
         for linear in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.y_embedder.embedding_table):

@@ -4,6 +4,7 @@ B lanes, n rows, T tokens, N patches, D channels. Parameter names are those of t
 """
 
 import math
+from reprlib import repr as shortly
 from typing import Any
 
 import torch
@@ -89,13 +90,25 @@ def patchify(images: Tensor, patch: int) -> Tensor:
     return patches.reshape(n, -1, patch * patch * channels)
 
 
-def check_integers(config: Any, least: int, *names: str) -> None:
-    """ValueError for fields of a configuration that are no integers of at least `least`."""
+LARGEST = 2**16  # size in a configuration; with it no number of elements overflows
+
+
+def check_integers(config: Any, least: int, *names: str, most: int = LARGEST) -> None:
+    """ValueError for fields of a configuration that are no integers in [least, most]."""
     kind = "a positive integer" if least == 1 else f"an integer >= {least}"
     for name in names:
         value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} must be {kind}, got {value!r}")
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name} must be {kind}, got {shortly(value)}")
+        if value > most:
+            raise ValueError(f"{name} must be at most {most}, got {shortly(value)}")
+
+
+def check_booleans(config: Any, *names: str) -> None:
+    """ValueError for fields of a configuration that are not true or false."""
+    for name in names:
+        if not isinstance(getattr(config, name), bool):
+            raise ValueError(f"{name} must be true or false, got {shortly(getattr(config, name))}")
 
 
 def check_images(x: Tensor, t: Tensor, shape: tuple[int, int, int]) -> None:

@@ -15,6 +15,7 @@ from .layers import (
     Attention,
     Mlp,
     PatchEmbed,
+    check_booleans,
     check_images,
     check_integers,
     check_labels,
@@ -44,9 +45,11 @@ class UViTConfig:
     time_divisor: int = 1  # the sinusoid is of t / time_divisor; DuoDiff's pixel models read t / 1000
 
     def __post_init__(self) -> None:
-        check_integers(self, 1, "image_size", "channels", "patch", "dim", "depth", "heads", "context_dim", "mlp_ratio")
-        check_integers(self, 1, "time_divisor")
-        check_integers(self, 0, "num_classes", "context_tokens")
+        check_integers(self, 1, "image_size", "dim", "heads", "context_dim", "time_divisor")
+        check_integers(self, 1, "channels", "patch", "depth", "mlp_ratio", most=1024)
+        check_integers(self, 0, "context_tokens")
+        check_integers(self, 0, "num_classes", most=2**24)
+        check_booleans(self, "conv", "qkv_bias", "mlp_time_embed")
         if self.image_size % self.patch:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch {self.patch}")
         if self.dim % self.heads or self.dim % 2:
@@ -285,7 +288,7 @@ def start_as_linear(network: UViT) -> None:
         for linear in (block.attn.proj, block.mlp.fc2):
             nn.init.zeros_(linear.weight)
         if block.skip_linear is not None:
-            block.skip_linear.weight[:, : network.dim] += torch.eye(network.dim)
+            block.skip_linear.weight[:, : network.dim].diagonal().add_(1)
     nn.init.normal_(network.pos_embed, std=0.2)
 
 

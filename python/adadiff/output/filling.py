@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from ..sampling.reports import Report
 from ..sampling.sampler import SamplerRun
-from .pictures import GRID_MOST, add_totals, make_grid, no_totals, replace_file, to_pixels, write_json, write_png
-from .shards import ADVICE, COUNTS, MANIFEST, Manifest, read_arrays, read_shard, shard_path
+from ..writing import check_replaceable, replace_file
+from .pictures import ADVICE, GRID_MOST, add_totals, make_grid, no_totals, to_pixels, write_json, write_png
+from .shards import COUNTS, MANIFEST, SHARD, Manifest, present, read_arrays, read_shard, shard_path
 
 REPORT, GRID = "report.json", "grid.png"
 PART = re.compile(r"(?:shard-\d+\.npz|manifest\.json|report\.json|grid\.png)\.(\d+)\.part")
@@ -57,6 +58,9 @@ class ShardFolder:
         self.folder, self.manifest, self.process = folder, manifest, process
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            for path in folder.iterdir():
+                if path.name in (MANIFEST, REPORT, GRID) or SHARD.fullmatch(path.name):
+                    check_replaceable(path)
             self._agree()
             for path in folder.iterdir():  # of a run that was killed
                 part = PART.fullmatch(path.name)
@@ -67,13 +71,16 @@ class ShardFolder:
             raise ValueError(f"cannot write to {folder}: {error.strerror}") from error
 
     def _agree(self) -> None:
-        # In this order: another process may write all three in the meantime, the manifest first.
-        filled = (self.folder / REPORT).exists() or any(self.folder.glob("shard-*.npz"))
+        # In this order: another process may write them all in the meantime, the manifest first.
+        drawn = any(SHARD.fullmatch(path.name) for path in self.folder.iterdir())
+        finished = any((self.folder / name).exists() for name in (REPORT, GRID))
         if not (self.folder / MANIFEST).exists():
-            if filled:
+            if drawn or finished:
                 raise ValueError(f"{self.folder} holds samples but no {MANIFEST}; {ADVICE}")
             return
         theirs = Manifest.read(self.folder)
+        if not (drawn or finished):
+            return  # of a run that has drawn nothing
         differing = self.manifest.differing(theirs)
         if differing == ["n"] and theirs.n < self.manifest.n:
             if theirs.n % theirs.shard:
@@ -85,8 +92,7 @@ class ShardFolder:
     @property
     def count(self) -> int:
         """Samples in shards that are there."""
-        there = (i for i in range(self.manifest.shards) if shard_path(self.folder, i).exists())
-        return sum(len(self.manifest.slots(i)) for i in there)
+        return sum(len(self.manifest.slots(i)) for i in present(self.folder, self.manifest))
 
     @property
     def own(self) -> range:
@@ -96,7 +102,9 @@ class ShardFolder:
     def drop_damaged(self) -> list[str]:
         """Removes damaged shards of this process, so that they are drawn again; returns what was wrong."""
         damaged = []
-        for number in self.own:
+        for number in sorted(present(self.folder, self.manifest)):
+            if number not in self.own:
+                continue
             try:
                 read_shard(self.folder, self.manifest, number)
             except FileNotFoundError:
@@ -106,12 +114,17 @@ class ShardFolder:
                 shard_path(self.folder, number).unlink()
         return damaged
 
-    def draw(self, sampling: Callable[[range], SamplerRun]) -> int:
+    def draw(self, sampling: Callable[[range], SamplerRun], progress: bool = True) -> int:
         """Draws the missing shards of this process, and returns how many; `sampling` makes the run of some slots.
 
         The bar, of rank 0 alone, counts the shards of others whenever one of its own is done.
         """
-        shown = {"disable": self.process.rank > 0, "unit": "image", "smoothing": 0, "dynamic_ncols": True}
+        shown = {
+            "disable": self.process.rank > 0 or not progress,
+            "unit": "image",
+            "smoothing": 0,
+            "dynamic_ncols": True,
+        }
         drawn = blocks = passes = 0
         with tqdm(total=self.manifest.n, initial=self.count, **shown) as bar:
             for number in self.own:

@@ -6,9 +6,11 @@ file may stay, and the next run takes it.
 
 import errno
 import fcntl
+import itertools
 import os
 import re
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -19,14 +21,17 @@ NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}  # on a file system wi
 
 @contextmanager
 def only_launch(folder: Path, rank: int = 0, world: int = 1) -> Iterator[None]:
-    """Holds the folder, made if it is missing, for one of `world` processes that fill it together.
+    """Holds the folder, made if it is missing, for one of `world` processes that fill it together. A folder that was
+    made and is left empty, as after a failed start, is removed.
 
     Of another launch, whatever its world, some process meets one of this one's here: besides its own rank it asks for
     those whose work would be its own. Raises ValueError where they still run, or the folder cannot be written.
     """
     with ExitStack() as held:
         try:
+            made = list(itertools.takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
             folder.mkdir(parents=True, exist_ok=True)
+            held.callback(_remove_empty, made)
             found = [int(name[1]) for path in folder.iterdir() if (name := LOCK.fullmatch(path.name))]
             for other in sorted({rank, *(other for other in found if other % world == rank)}):
                 held.enter_context(_locked(folder / f".rank-{other}.lock"))
@@ -35,16 +40,21 @@ def only_launch(folder: Path, rank: int = 0, world: int = 1) -> Iterator[None]:
         yield
 
 
+def _remove_empty(folders: list[Path]) -> None:
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with ExitStack() as opened:
         while True:
-            file = opened.enter_context(path.open("a+"))
+            file = opened.enter_context(open(_open(path), "r+b", buffering=0))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                file.seek(0)
-                whose = file.read().strip() or "another process"
+                whose = file.read(200).decode(errors="replace").strip() or "another process"
                 raise ValueError(f"{path.parent} is being filled by {whose}; wait for it, or choose another") from None
             except OSError as error:
                 if error.errno not in NO_LOCKS:
@@ -52,10 +62,23 @@ def _locked(path: Path) -> Iterator[None]:
             with suppress(FileNotFoundError):  # who held it may have removed it in the meantime
                 if os.path.samestat(path.stat(), os.fstat(file.fileno())):
                     break
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        with suppress(OSError):  # the lock is held, even where a full disk leaves no room for the holder's name
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         try:
             yield
         finally:
             path.unlink(missing_ok=True)  # while it is held
+
+
+def _open(path: Path) -> int:
+    """A regular file, made if it is missing; neither through a link nor a pipe or device, which might block."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+    raise OSError(errno.EINVAL, f"{path.name} is no regular file")

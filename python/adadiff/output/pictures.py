@@ -3,7 +3,6 @@
 import json
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..data.files import read_json, reason
+from ..data.pictures import read_picture
 from ..sampling.reports import Report
+from ..writing import check_replaceable, drop_parts
+from ..writing import replace_file as replace_file
 
 CHANNELS = (1, 3)  # of a picture; anything else is a latent
 GRID_MOST = 100  # pictures in a grid
 GRID_CELL = 64  # pixels; smaller pictures are enlarged by a whole factor
 GRID_GAP = 4  # white pixels between two pictures; many have no border of their own
+GRID = "grid.png"
+ADVICE = "choose another folder, empty this one, or give --force"
 TOTALS = ("passes", "blocks", "blocks_full", "macs", "macs_full", "seconds")
 
 
@@ -57,17 +62,6 @@ def write_json(path: Path, values: object, rank: int = 0) -> None:
     replace_file(path, lambda temporary: temporary.write_text(json.dumps(values, indent=2) + "\n"), rank)
 
 
-def replace_file(path: Path, write: Callable[[Path], object], rank: int = 0) -> None:
-    """A reader, or a later run, never sees half a file; nor do processes of other ranks that write the same one."""
-    temporary = path.with_name(f"{path.name}.{rank}.part")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def no_totals(num_layers: int) -> dict[str, Any]:
     """What report.json tells of all runs together, before the first."""
     return {
@@ -94,54 +88,101 @@ def add_totals(totals: dict[str, Any], report: Report, samples: int) -> None:
 class PictureFolder:
     """One PNG per sample, named by its slot, and report.json: the configuration, what all runs did together.
 
-    `configuration` must survive JSON unchanged. Raises ValueError where the folder cannot be written or holds
-    pictures of another configuration.
+    Only whole pictures count as drawn: `missing` are the other slots, and `damaged` says what is wrong with files that
+    are there but are to be drawn again. `configuration` must survive JSON unchanged; of it, `n` pictures of `shape`,
+    C, H, W, are wanted. Raises ValueError where the folder cannot be written or holds anything else.
     """
 
-    def __init__(self, folder: Path, configuration: dict[str, Any], num_layers: int):
-        self.folder, self._report = folder, folder / "report.json"
-        self._content = {"configuration": configuration, **no_totals(num_layers)}
+    def __init__(self, folder: Path, configuration: dict[str, Any], num_layers: int, shape: tuple[int, int, int]):
+        self.folder, self.shape, self.n = folder, shape, configuration["n"]
+        self._report = folder / "report.json"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if any(folder.glob("*.png")):
-                self._content = self._earlier(configuration)
-            write_json(self._report, self._content)
+            drop_parts(folder, r"[0-9]{6,}\.png|grid\.png|report\.json")
+            for path in (self._report, folder / GRID):
+                check_replaceable(path)
+            self._before = {"configuration": configuration, **self._totals_before(configuration, num_layers)}
+        except OSError as error:
+            raise ValueError(f"cannot write to {folder}: {error.strerror}") from error
+        self.missing, self.damaged = self._check()
+        self.count = self.n - len(self.missing)
+        try:
+            write_json(self._report, {**self._before, "samples": self.count})
         except OSError as error:
             raise ValueError(f"cannot write to {folder}: {error.strerror}") from error
 
-    def _earlier(self, configuration: dict[str, Any]) -> dict[str, Any]:
-        advice = "choose another folder, or empty this one"
+    def _totals_before(self, configuration: dict[str, Any], num_layers: int) -> dict[str, Any]:
+        drawn = any(self.folder.glob("*.png"))
         if not self._report.exists():
-            raise ValueError(f"{self.folder} holds pictures but no report.json; {advice}")
+            if drawn:
+                raise ValueError(f"{self.folder} holds pictures but no report.json; {ADVICE}")
+            return no_totals(num_layers)
         try:
-            content = json.loads(self._report.read_text())
+            content = read_json(self._report)
             theirs = content["configuration"]
             differing = [k for k in {**theirs, **configuration} if theirs.get(k) != configuration.get(k)]
+            if not differing:
+                return _checked_totals(content, num_layers)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self._report} is not a report of `adadiff sample`: {error}; {advice}") from None
-        if differing:
-            raise ValueError(f"{self.folder} holds pictures drawn with another {', '.join(differing)}; {advice}")
-        return content
+            raise ValueError(f"{self._report} is not a report of `adadiff sample`: {reason(error)}; {ADVICE}") from None
+        if drawn:
+            raise ValueError(f"{self.folder} holds pictures drawn with another {', '.join(differing)}; {ADVICE}")
+        return no_totals(num_layers)
+
+    def _check(self) -> tuple[list[int], list[str]]:
+        """Slots without a whole picture, and what is wrong with those that have one. ValueError for files that no run
+        has left there."""
+        missing, damaged = [], []
+        for slot in range(self.n):
+            path = self.path(slot)
+            if not os.path.lexists(path):
+                missing.append(slot)
+                continue
+            if not path.is_file():
+                raise ValueError(f"{path} is no regular file; {ADVICE}")
+            try:
+                size = read_picture(path).size
+            except ValueError as error:
+                check_replaceable(path)
+                missing.append(slot)
+                damaged.append(str(error))
+                continue
+            if size != (self.shape[2], self.shape[1]):
+                raise ValueError(
+                    f"{path} is {size[0]}x{size[1]}, but the samples are {self.shape[2]}x{self.shape[1]}; {ADVICE}"
+                )
+        return missing, damaged
 
     def path(self, slot: int) -> Path:
         return self.folder / f"{slot:06d}.png"
 
-    def missing(self, n: int) -> list[int]:
-        """Slots in 0..n-1 without a picture."""
-        return [slot for slot in range(n) if not self.path(slot).exists()]
-
     def add(self, slot: int, image: Tensor) -> None:
         """image: float [C, H, W]."""
         write_png(self.path(slot), to_pixels(image))
+        self.count += 1
 
-    def record(self, report: Report, samples: int) -> None:
-        """Adds a run, finished or not; steps repeated after an interruption count again."""
-        add_totals(self._content, report, samples)
-        write_json(self._report, self._content)
+    def record(self, report: Report) -> None:
+        """Writes what this run has done so far beside what others did before; steps that are repeated after an
+        interruption count again. Called before pictures are added, so that a killed run has counted all of its own."""
+        totals = dict(self._before)
+        add_totals(totals, report, 0)
+        write_json(self._report, {**totals, "samples": self.count})
 
-    def write_grid(self, n: int) -> Path:
+    def write_grid(self) -> Path:
         """grid.png of the first GRID_MOST of n >= 1 pictures."""
-        grid = self.folder / "grid.png"
-        first = range(min(n, GRID_MOST))
-        write_png(grid, make_grid([np.asarray(Image.open(self.path(slot))) for slot in first]))
+        grid = self.folder / GRID
+        mode = "L" if self.shape[0] == 1 else "RGB"
+        first = [read_picture(self.path(slot)).convert(mode) for slot in range(min(self.n, GRID_MOST))]
+        write_png(grid, make_grid([np.asarray(picture) for picture in first]))
         return grid
+
+
+def _checked_totals(content: dict[str, Any], num_layers: int) -> dict[str, Any]:
+    """Those of `no_totals` in a report that was read. Raises ValueError where they are none."""
+    totals = {name: content[name] for name in no_totals(num_layers)}
+    numbers = [*(totals[name] for name in ("samples", *TOTALS)), *totals["exit_layer_histogram"]]
+    if any(type(v) not in (int, float) or not 0 <= v < 2**63 for v in numbers):
+        raise ValueError("its totals are no numbers")
+    if totals["num_layers"] != num_layers or len(totals["exit_layer_histogram"]) != num_layers:
+        raise ValueError(f"its totals are not of {num_layers} layers")
+    return {**totals, "mean_exit_layer": totals["blocks"] / totals["passes"] if totals["passes"] else None}

@@ -5,8 +5,8 @@ number of processes, nor on which of them draws it, nor on interruptions. Only w
 """
 
 import dataclasses
-import errno
-import json
+import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +15,18 @@ from typing import Any
 import numpy as np
 
 from ..config import from_dict
+from ..data.files import read_json
+from ..data.numpy_files import read_npz
 from ..model import Model
 from ..sampling.sample_batch import whole
-from .pictures import CHANNELS
+from .pictures import ADVICE, CHANNELS
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 COUNTS = ("macs", "macs_full", "rows_moved", "seconds")  # of a Report, kept with each shard
-ADVICE = "choose another folder, or empty this one"
+SHARD = re.compile(r"shard-(\d{5,})\.npz")
+DTYPES = {"images": "uint8", "latents": "float32"}
+MOST_SAMPLES = 10**7
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,15 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        whole("n", self.configuration.get("n"), 0)
+        whole("n", self.configuration.get("n"), 0, MOST_SAMPLES)
         whole("shard", self.configuration.get("shard"), 1)
+        whole("num_layers", self.num_layers, 1)
+        if self.array not in DTYPES:
+            raise ValueError(f"array must be one of {', '.join(DTYPES)}, got {self.array!r}")
+        if type(self.shape) is not list or len(self.shape) != 3:
+            raise ValueError(f"shape must be three sizes, got {self.shape!r}")
+        for size in self.shape:
+            whole("shape", size, 1)
 
     @staticmethod
     def of(model: Model, configuration: dict[str, Any]) -> "Manifest":
@@ -55,7 +66,7 @@ class Manifest:
         if not path.is_file():
             raise ValueError(f"{folder} holds no {MANIFEST}")
         try:
-            values = json.loads(path.read_text())
+            values: Any = read_json(path)
             version = values.get("format_version")
             if version != FORMAT_VERSION:
                 raise ValueError(f"its format version is {version!r}, this release reads {FORMAT_VERSION}")
@@ -73,7 +84,7 @@ class Manifest:
 
     @property
     def dtype(self) -> str:
-        return "uint8" if self.array == "images" else "float32"
+        return DTYPES[self.array]
 
     @property
     def shards(self) -> int:
@@ -96,11 +107,18 @@ def read(folder: str | Path) -> Iterator[dict[str, np.ndarray]]:
     """
     folder = Path(folder)
     manifest = Manifest.read(folder)
-    missing = [i for i in range(manifest.shards) if not shard_path(folder, i).exists()]
-    if missing:
-        some = f"{len(missing)} of {manifest.shards} shards, the first of them {shard_path(folder, missing[0]).name}"
+    there = present(folder, manifest)
+    if missing := manifest.shards - len(there):
+        first = shard_path(folder, next(i for i in range(manifest.shards) if i not in there)).name
+        some = f"{missing} of {manifest.shards} shards, the first of them {first}"
         raise ValueError(f"{folder} lacks {some}; the command that began it draws them")
     return (read_shard(folder, manifest, i) for i in range(manifest.shards))
+
+
+def present(folder: Path, manifest: Manifest) -> set[int]:
+    """Numbers of the manifest's shards that are there; takes time for files only, whatever the manifest says."""
+    found = {int(name[1]) for entry in os.scandir(folder) if (name := SHARD.fullmatch(entry.name))}
+    return {number for number in found if number < manifest.shards and shard_path(folder, number).exists()}
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -129,11 +147,5 @@ def read_shard(folder: Path, manifest: Manifest, number: int) -> dict[str, np.nd
 
 
 def read_arrays(path: Path, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
-    """Those named, or all. zipfile checks their sums."""
-    try:
-        with np.load(path) as file:
-            return {name: file[name] for name in names or file.files}
-    except Exception as error:  # which one depends on the byte that is wrong; EINVAL is a seek to nowhere
-        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
-            raise
-        raise ValueError(f"{path} is damaged: {error}") from error
+    """Those named, or all. See `read_npz`."""
+    return read_npz(path, names)

@@ -4,6 +4,7 @@ A hook takes the place of the transformer's `forward`: every lane of the call (a
 exits when its policy says so.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ from ..policies.interface import ExitPolicy, exit_layers_of
 from ..policies.spelling import policy_from
 from ..sampling.reports import Totals
 from ..uem import ExitConfig, Exits
+from .copies import Copy
 
 NAME = "adadiff_early_exit"
 WHOLE = 2**31  # lanes, more than any call has
@@ -33,7 +35,7 @@ class EarlyExit:
     """What an enabled pipeline did so far. exit_layer: int32 [lanes], of the last forward pass."""
 
     totals: Totals = field(default_factory=Totals)
-    exit_layer: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))
+    exit_layer: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32, device="cpu"))
 
 
 def enable_early_exit(
@@ -45,6 +47,8 @@ def enable_early_exit(
     need `fused`. fused: a copy of the weights runs through our DiT, whose residual sums, scores and norms are one pass
     on a GPU and whose modulation is one product; otherwise the pipeline's own blocks run. Where nobody exits, images
     are those of the untouched pipeline: the same bits through its own blocks, within rounding through ours.
+    The transformer may change afterwards: weights that are loaded or edited, `to` of another device or dtype. A copy is
+    made anew then, at the next call.
     Returns a record that every call adds to. Raises ValueError for another pipeline, exits that do not fit, and a
     pipeline that is enabled already.
     """
@@ -54,7 +58,7 @@ def enable_early_exit(
     registry = HookRegistry.check_if_exists_or_initialize(transformer)
     if registry.get_hook(NAME) is not None:
         raise ValueError("early exit is enabled already; call disable_early_exit first")
-    backbone: DiffusersDiT | DiT = DiffusersDiT(transformer)
+    backbone = DiffusersDiT(transformer)
     policy = policy_from(policy)
     exit_layers_of(policy, len(backbone.blocks))
     if exits is None and policy.needs_scores:
@@ -71,13 +75,11 @@ def enable_early_exit(
                 "these exits have heads of their own, which a pipeline's blocks do not fit; take fused=True"
             )
     else:
-        exits = Exits(backbone, ExitConfig(shared_head=True))  # nobody reads its scores
-    if fused:
-        own = from_transformer(transformer.state_dict(), transformer.config)
-        backbone = own.to(transformer.device, transformer.dtype).requires_grad_(False)
-    record = EarlyExit()
-    registry.register_hook(_Hook(backbone, exits, policy, record), NAME)
-    return record
+        with torch.device("cpu"):
+            exits = Exits(backbone, ExitConfig(shared_head=True))  # nobody reads its scores
+    hook = _Hook(transformer, backbone, exits, policy, fused)
+    registry.register_hook(hook, NAME)
+    return hook.record
 
 
 def disable_early_exit(pipe: DiTPipeline) -> None:
@@ -89,12 +91,40 @@ def disable_early_exit(pipe: DiTPipeline) -> None:
 
 
 class _Hook(ModelHook):
-    def __init__(self, backbone: "DiffusersDiT | DiT", exits: Exits, policy: ExitPolicy, record: EarlyExit):
+    """backbone, exits: those of the call that is made, as `forward` wants them."""
+
+    backbone: "DiffusersDiT | DiT"
+    exits: Exits
+
+    def __init__(
+        self,
+        transformer: DiTTransformer2DModel,
+        own: "DiffusersDiT",
+        exits: Exits,
+        policy: ExitPolicy,
+        fused: bool,
+    ):
         super().__init__()
-        self.backbone, self.exits, self.policy, self.record = backbone, exits, policy, record
+        self.policy, self.record = policy, EarlyExit()
+        self._transformer, self._own, self._given = transformer, own, exits
+        self._copy = Copy(transformer, lambda: _through_our_blocks(transformer)) if fused else None
+        self._place: tuple[torch.device, torch.dtype] | None = None
+        if self._copy is not None:
+            self._copy()  # says now what is wrong with the weights
+
+    def _prepare(self, x: Tensor) -> ExecutionOptions:
+        """For one call, with what the transformer is now."""
+        if len(self._transformer.transformer_blocks) != len(self._own.blocks):
+            raise ValueError(
+                "the transformer has another number of blocks now; call disable_early_exit, then enable_early_exit"
+            )
+        self.backbone, device = self._own if self._copy is None else self._copy(), x.device
+        if self._place != (device, x.dtype):
+            self._place, dtype = (device, x.dtype), x.dtype
+            self._moved = Copy(self._given, lambda: _placed(self._given, device, dtype))
+        self.exits = self._moved()
         # their blocks see the whole call at once, as ever: other shapes would round otherwise
-        whole = isinstance(backbone, DiffusersDiT) and next(backbone.parameters()).device.type == "cpu"
-        self._execution = ExecutionOptions(group_size=WHOLE if whole else None)
+        return ExecutionOptions(group_size=WHOLE if self._copy is None and device.type == "cpu" else None)
 
     def new_forward(
         self,
@@ -107,7 +137,8 @@ class _Hook(ModelHook):
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         if timestep is None or class_labels is None or cross_attention_kwargs:
             raise ValueError("early exit takes timestep and class_labels, and no cross_attention_kwargs")
-        own = {"policy": self.policy, "execution": self._execution}
+        execution = self._prepare(hidden_states)
+        own = {"policy": self.policy, "execution": execution}
         output = forward(self, hidden_states, timestep.float(), class_labels, **own)
         done = self.record.totals
         done.ticks += 1
@@ -123,6 +154,26 @@ class _Hook(ModelHook):
         return Transformer2DModelOutput(sample=out) if return_dict else (out,)
 
 
+def _through_our_blocks(transformer: DiTTransformer2DModel) -> DiT:
+    if any(value.is_meta for value in transformer.parameters()):
+        raise ValueError(
+            "fused=True copies all weights, and some are offloaded; use enable_model_cpu_offload, or fused=False"
+        )
+    own = from_transformer(transformer.state_dict(), transformer.config)
+    return own.to(transformer.device, transformer.dtype).requires_grad_(False)
+
+
+def _placed(exits: Exits, device: torch.device, dtype: torch.dtype) -> Exits:
+    """`exits` themselves where they lie on the device. Only heads have to have the dtype of what they read."""
+    heads = exits.heads is not None and any(value.dtype != dtype for value in exits.heads.parameters())
+    if exits.weight.device == device and not heads:
+        return exits
+    moved = copy.deepcopy(exits).to(device)
+    if moved.heads is not None:
+        moved.heads.to(dtype)
+    return moved
+
+
 @dataclass(frozen=True)
 class DiffusersCond:
     """By lane: time and labels as given, and what the first block's embedder makes of the time and of both."""
@@ -136,8 +187,13 @@ class DiffusersCond:
 class DiffusersBlock:
     skip_from = None
 
-    def __init__(self, block: Any):
-        self._block = block
+    def __init__(self, transformer: DiTTransformer2DModel, index: int):
+        self._transformer, self._index = transformer, index
+
+    @property
+    def _block(self) -> Any:
+        """The one that is there now; somebody may have put another into its place."""
+        return self._transformer.transformer_blocks[self._index]
 
     def __call__(
         self,
@@ -169,7 +225,7 @@ class DiffusersDiT:
     def __init__(self, transformer: DiTTransformer2DModel):
         config = transformer.config
         self._transformer, self._patch = transformer, config.patch_size
-        self.blocks = [DiffusersBlock(block) for block in transformer.transformer_blocks]
+        self.blocks = [DiffusersBlock(transformer, i) for i in range(len(transformer.transformer_blocks))]
         self.dim = self.time_dim = transformer.inner_dim
         self.tokens = (config.sample_size // config.patch_size) ** 2
         self.sample_shape = (config.in_channels, config.sample_size, config.sample_size)

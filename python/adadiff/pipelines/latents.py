@@ -62,7 +62,8 @@ def decode(
             images.append(autoencoder.decode(part).sample.float().cpu())
             bar.update(len(part))
     if not images:
-        return torch.zeros(0, config.out_channels, *(v * 2 ** (len(config.block_out_channels) - 1) for v in size))
+        sides = (v * 2 ** (len(config.block_out_channels) - 1) for v in size)
+        return torch.zeros(0, config.out_channels, *sides, dtype=torch.float32, device="cpu")
     return torch.cat(images)
 
 

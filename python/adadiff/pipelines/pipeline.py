@@ -13,6 +13,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
+from ..checkpoint import unwrapped
 from ..config import ModelConfig
 from ..diffusion.tables import Solver
 from ..forward.forward import run_forward
@@ -27,6 +28,8 @@ from ..sampling.params import SamplingParams
 from ..sampling.records import PassRecord, RunRecord
 from ..sampling.reports import Report
 from ..sampling.sample_batch import SampleBatch, whole
+from ..sampling.sampler import check_finite
+from ..weights import apart, plain_names
 from .latents import decode
 from .text import TextEncoder
 
@@ -51,6 +54,10 @@ class AdaDiffTransformer(ModelMixin, ConfigMixin):
             made = AdaDiffTransformer(model.config.to_dict(), calibration)
         made.model = model
         return made.eval()
+
+    def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Tensor]:
+        """As `save_pretrained` needs it: under the names of a model that is not compiled, tied weights twice."""
+        return apart(plain_names(super().state_dict(*arguments, **options), "the transformer"))
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, **options: Any) -> ForwardOutput:
         """A pass of the sampler, see `adadiff.forward.forward.run_forward`."""
@@ -79,8 +86,8 @@ class AdaDiffPipeline(DiffusionPipeline):
         text_encoder: Any = None,
     ):
         super().__init__()
-        if isinstance(transformer, Model):
-            transformer = AdaDiffTransformer.of(transformer)
+        if not isinstance(transformer, AdaDiffTransformer):
+            transformer = AdaDiffTransformer.of(unwrapped(transformer))
         self.register_modules(transformer=transformer, vae=vae, tokenizer=tokenizer, text_encoder=text_encoder)
         self._interrupt = False
 
@@ -118,8 +125,9 @@ class AdaDiffPipeline(DiffusionPipeline):
         generator: one for all or one per image; each image's seed is drawn from it, so equal seeds are equal images.
         output_type: "pil", "np" (float32 [n, H, W, C] in [0, 1]), "pt" ([n, C, H, W]), "latent" (what the network
         makes, in [-1, 1] or a latent). callback_on_step_end(pipe, step, t, {"latents": ...}) after each whole step of
-        the solver; it may return {"latents": ...} to go on from. Returns images and our report.
-        Raises ValueError for anything that does not fit, before any work.
+        the solver; it may return {"latents": ...} to go on from, put others into the mapping it is given, or edit them
+        in place. Returns images and our report.
+        Raises ValueError for anything that does not fit, before any work, and FloatingPointError as `sample` does.
         """
         model: Model = self.transformer.model
         if output_type not in OUTPUTS:
@@ -127,7 +135,8 @@ class AdaDiffPipeline(DiffusionPipeline):
         if model.config.latent_scale is not None and output_type != "latent":
             if self.vae is None:
                 raise ValueError("this model makes latents: give the pipeline a vae, or ask for output_type='latent'")
-            self._finish(torch.zeros(0, *model.backbone.sample_shape), "pt")  # for its checks
+            nothing = torch.zeros(0, *model.backbone.sample_shape, dtype=torch.float32, device="cpu")
+            self._finish(nothing, "pt")  # for its checks
         if model.config.network.context_tokens and prompt is None and "text_embeds" not in settings:
             raise ValueError("this model takes text: give prompt")
         if set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
@@ -150,9 +159,14 @@ class AdaDiffPipeline(DiffusionPipeline):
         )
         samples = SampleBatch.of(model, n, params)
         table = samples.solver.table(model.schedule, num_inference_steps)
-        images, report = self._run(samples, table.t.tolist(), table.end.tolist(), callback_on_step_end)
-        images = self._finish(images, output_type)
-        self.maybe_free_model_hooks()
+        try:
+            images, report = self._run(samples, table.t.tolist(), table.end.tolist(), callback_on_step_end)
+            _, error = check_finite(torch.arange(n, device="cpu"), images, samples.seeds)
+            if error is not None:
+                raise error
+            images = self._finish(images, output_type)
+        finally:  # offloaded weights go back, whatever happened
+            self.maybe_free_model_hooks()
         return AdaDiffPipelineOutput(images, report) if return_dict else (images, report)
 
     def _texts(self, prompts: Sequence[str] | None, negative: str, guided: bool) -> dict[str, Tensor]:
@@ -190,10 +204,9 @@ class AdaDiffPipeline(DiffusionPipeline):
                     raise next(iter(tick.failed.values()))
                 learn(tick.records)
                 if callback is not None and end:
-                    latents = batch.peek(slots)
-                    changed = (callback(self, step, t, {"latents": latents}) or {}).get("latents", latents)
-                    if changed is not latents:
-                        batch.replace(slots, changed)
+                    given = {"latents": batch.peek(slots)}
+                    returned = callback(self, step, t, given)
+                    batch.replace(slots, _latents(given, returned))
                 bar.update()
                 if self._interrupt:
                     break
@@ -211,6 +224,16 @@ class AdaDiffPipeline(DiffusionPipeline):
             return [Image.fromarray(to_pixels(image)) for image in images]
         images = (images / 2 + 0.5).clamp(0, 1)
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _latents(given: Mapping[str, Any], returned: object) -> Tensor:
+    """What a callback wants to go on from: what it returns, else what the mapping it was given holds now."""
+    if returned is not None and not isinstance(returned, Mapping):
+        raise ValueError(f"callback_on_step_end returns None or a mapping such as {{'latents': ...}}, got {returned!r}")
+    latents = (returned or {}).get("latents", given.get("latents"))
+    if not isinstance(latents, Tensor):
+        raise ValueError(f"latents of a callback must be a tensor, got {latents!r}")
+    return latents
 
 
 def _count(labels: Sequence[int] | None, prompts: Sequence[str] | None, num_images: int | None) -> int:

@@ -62,4 +62,6 @@ class TextEncoder:
             )
             # without the mask of the padding, as U-ViT's authors call it
             contexts.append(self.model(tokens.input_ids.to(self.model.device)).last_hidden_state.float().cpu())
-        return torch.cat(contexts) if contexts else torch.zeros(0, most, self.model.config.hidden_size)
+        if not contexts:
+            return torch.zeros(0, most, self.model.config.hidden_size, dtype=torch.float32, device="cpu")
+        return torch.cat(contexts)

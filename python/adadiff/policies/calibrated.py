@@ -2,6 +2,7 @@
 "exit:table=0.55"."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +14,7 @@ from torch import Tensor
 from .interface import ExitContext, LimitPolicy, limits_from_depth
 
 NEAR = 1e-5  # shares closer than this are the same
+LARGEST = 2**63  # of whole numbers
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,32 @@ class Calibration:
     refit: bool = False  # whether the UEMs were fitted anew for it, or are as they were trained
 
     def __post_init__(self) -> None:
+        self._check_types()
         S, K = len(self.t), self.num_layers - 1
         shapes = [(len(b.thresholds), {len(row) for row in b.thresholds}, len(b.depths)) for b in self.budgets]
         if not self.budgets or not S or len(self.weights) != S or any(shape != (S, {K}, S) for shape in shapes):
             raise ValueError(f"a calibration has tables of {S} times and {K} layers, got {shapes}")
-        numbers = [v for b in self.budgets for row in b.thresholds for v in row]
+        thresholds = [v for b in self.budgets for row in b.thresholds for v in row]
         depths = [d for b in self.budgets for d in b.depths]
-        if not all(0 <= v <= 2 for v in numbers) or not all(1 <= d <= self.num_layers for d in depths):
+        if not all(0 <= v <= 2 for v in thresholds) or not all(1 <= d <= self.num_layers for d in depths):
             raise ValueError("a calibration's thresholds lie in [0, 2] and its depths in 1..L")
+
+    def _check_types(self) -> None:
+        """ValueError where a field is not of its kind, as a damaged file may have it."""
+        chosen = [self.guidance_scale, *self.t, *self.weights, *(b.share for b in self.budgets)]
+        found = [value for b in self.budgets for part in (b.adaptive, b.static) for value in vars(part).values()]
+        found += [value for b in self.budgets for value in b.ratio or ()]
+        whole = [self.steps, self.n, self.seed, self.num_layers, *(d for b in self.budgets for d in b.depths)]
+        thresholds = [value for b in self.budgets for row in b.thresholds for value in row]
+        numbers = [*chosen, *thresholds, *(value for value in found if value is not None)]
+        if any(type(v) not in (int, float) or (type(v) is int and abs(v) > LARGEST) for v in numbers):
+            raise ValueError("a calibration has something else where it needs a number")
+        if any(type(v) is not int or abs(v) > LARGEST for v in whole):
+            raise ValueError("a calibration has something else where it needs a whole number")
+        if not all(math.isfinite(v) for v in chosen):
+            raise ValueError("a calibration's times, weights and shares are finite")
+        if not (isinstance(self.aim, str) and isinstance(self.solver, str) and isinstance(self.refit, bool)):
+            raise ValueError("a calibration's aim and solver are text, and refit is true or false")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -95,12 +115,14 @@ class Calibration:
     @cached_property
     def _tables(self) -> "Tables":
         shares, thresholds, depths = zip(*((b.share, b.thresholds, b.depths) for b in self.budgets), strict=True)
-        return Tables(self.num_layers, self.t, shares, torch.tensor(thresholds), torch.tensor(depths))
+        limits = torch.tensor(thresholds, dtype=torch.float32, device="cpu")
+        own = limits, torch.tensor(depths, dtype=torch.int64, device="cpu")
+        return Tables(self.num_layers, self.t, shares, *own)
 
     def policy(self, kind: str, share: float) -> "CalibratedThresholds | CalibratedDepths":
         """kind: "budget" (by uncertainty) or "table" (by time alone). Raises ValueError for a share it lacks."""
         policy = (CalibratedThresholds if kind == "budget" else CalibratedDepths)(share, self._tables)
-        policy.check_thresholds(torch.tensor([share]))
+        policy.check_thresholds(torch.tensor([share], dtype=torch.float32, device="cpu"))
         return policy
 
     def __str__(self) -> str:
@@ -133,9 +155,10 @@ class Tables:
     def __init__(
         self, num_layers: int, t: Sequence[float], shares: Sequence[float], thresholds: Tensor, depths: Tensor
     ):
-        times = torch.tensor(t, dtype=torch.float64)
+        times = torch.tensor(t, dtype=torch.float64, device="cpu")
         rising = times.argsort()
-        self.num_layers, self.shares = num_layers, torch.tensor(shares)
+        self.num_layers = num_layers
+        self.shares = torch.tensor(shares, dtype=torch.float32, device="cpu")
         self.edges = ((times[rising][1:] + times[rising][:-1]) / 2).float()
         self.thresholds, self.depths = thresholds[:, rising], depths[:, rising]
         self.asked = (self.thresholds.amax((0, 1)) > 0).nonzero().squeeze(1).add(1).tolist()
@@ -163,9 +186,11 @@ class _Calibrated(LimitPolicy):
     def check_thresholds(self, thresholds: Tensor) -> None:
         known = self.tables.shares
         if not bool(((thresholds.float()[:, None].cpu() - known).abs().amin(1) < NEAR).all()):
+            budgets, got = (
+                ", ".join(f"{share:g}" for share in shares.tolist()) for shares in (known, thresholds.flatten()[:8])
+            )
             raise ValueError(
-                f"the model is calibrated for budgets {', '.join(f'{v:g}' for v in known.tolist())}, "
-                f"got {thresholds.flatten().tolist()[:8]}; `adadiff calibrate` makes others"
+                f"the model is calibrated for budgets {budgets}, got {got}; `adadiff calibrate` makes others"
             )
 
     def _check_layers(self, num_layers: int) -> None:

@@ -27,7 +27,8 @@ class Full(LimitPolicy):
             raise ValueError("the policy 'full' takes no thresholds")
 
     def limits(self, context: ExitContext) -> Tensor:
-        return torch.full((context.num_layers - 1, len(context.t)), -torch.inf, device=context.t.device)
+        shape = context.num_layers - 1, len(context.t)
+        return torch.full(shape, -torch.inf, dtype=torch.float32, device=context.t.device)
 
     def __str__(self) -> str:
         return "full"
@@ -43,7 +44,7 @@ class _ByUncertainty(ExitPolicy):
     name: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        self.check_thresholds(torch.tensor([float(self.threshold)]))
+        self.check_thresholds(torch.tensor([float(self.threshold)], dtype=torch.float32, device="cpu"))
         if type(self.min_layer) is not int or self.min_layer < 1:
             raise ValueError(f"min_layer must be a whole number of 1 or more, got {self.min_layer!r}")
 
@@ -139,7 +140,7 @@ class Depth(LimitPolicy):
     needs_scores = False
 
     def __post_init__(self) -> None:
-        self.check_thresholds(torch.tensor([float(self.threshold)]))
+        self.check_thresholds(torch.tensor([float(self.threshold)], dtype=torch.float32, device="cpu"))
 
     def check_thresholds(self, thresholds: Tensor) -> None:
         if not bool((torch.isfinite(thresholds) & (thresholds >= 1)).all()):

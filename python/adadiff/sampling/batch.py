@@ -5,6 +5,7 @@ one that fails for want of memory is made again in halves, and one that fails fo
 sample to blame is found.
 """
 
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,8 +27,9 @@ from ..policies.interface import LaneIds
 from ..policies.policy_set import PolicySet
 from .lanes import Lanes, lanes_of
 from .ordering import ExpectedDepth
+from .pass_size import PassSize
 from .records import PassRecord
-from .reports import Totals
+from .reports import Totals, asks_for_exits
 from .sample_batch import SampleBatch
 from .slots import SlotState
 
@@ -44,7 +46,7 @@ class Tick:
 
     slots: np.ndarray
     done: np.ndarray
-    failed: dict[int, Exception]
+    failed: dict[int, BaseException]
     records: tuple[PassRecord, ...]
 
 
@@ -67,6 +69,8 @@ class Batch:
 
     What the host decides by lies on the CPU, what network and solver see on `device` (default: the model's). Exit
     layers of a tick are read when the next one is queued, or samples are done; the order of lanes learns one tick late.
+    whole: False from the moment that a tick writes what samples have become; whoever keeps books of their own sets it
+    to True when those are written, too.
     forward: in place of `run_forward`, as `TwoStageForward`, for experiments and tests.
     """
 
@@ -88,7 +92,8 @@ class Batch:
         self._expected = ExpectedDepth(model.num_layers, capacity)
         self._steps: list[_Step] = []  # of the last tick
         self._reported = 0  # of their records
-        self._most = max(1, capacity)  # samples in one forward pass; halved when memory runs out
+        self._size = PassSize(capacity)
+        self.whole = True
 
     @property
     def count(self) -> int:
@@ -126,9 +131,9 @@ class Batch:
         """One step for every running sample."""
         state = self._slots
         running = state.running.nonzero()[0]
-        waiting = [running[i : i + self._most] for i in range(0, len(running), self._most)]
+        waiting = self._size.parts(running)
         steps: list[_Step] = []
-        failed: dict[int, Exception] = {}
+        failed: dict[int, BaseException] = {}
         while waiting:
             slots = waiting.pop(0)
             try:
@@ -137,28 +142,29 @@ class Batch:
                 traceback.clear_frames(failure.__traceback__)  # down to the policy's own, which stay
                 own = np.array([self._policies.kinds[i] is failure.policy for i in state.policy[slots]])
                 failed |= dict.fromkeys(slots[own].tolist(), failure.error)
-                state.running[slots[own]] = False
                 waiting[:0] = [slots[~own]] if not own.all() else []
-            except Exception as error:
+            except BaseException as error:
+                if is_interrupt(error):
+                    raise
                 if len(slots) == 1:
                     failed[int(slots[0])] = error
                     traceback.clear_frames(error.__traceback__)  # who keeps the error keeps no tensors
-                    state.running[slots] = False
                     continue
                 half = (len(slots) + 1) // 2
-                if _no_memory(error):
-                    self._most = half
+                if is_memory_error(error):
+                    self._size.shrink(half)
                     self.totals.halvings += 1
-                    left = np.concatenate([slots, *waiting])
-                    waiting = [left[i : i + half] for i in range(0, len(left), half)]
+                    waiting = self._size.parts(np.concatenate([slots, *waiting]))
                 else:
                     waiting[:0] = [slots[:half], slots[half:]]
-        self.totals.ticks += 1
+        self._size.tick_is_done(len(running))
         return self._finish(steps, failed)
 
-    def _finish(self, steps: list[_Step], failed: dict[int, Exception]) -> Tick:
+    def _finish(self, steps: list[_Step], failed: dict[int, BaseException]) -> Tick:
         """Writes what the samples have become, and learns from the tick before."""
-        state = self._slots
+        state, self.whole = self._slots, False
+        self.totals.ticks += 1
+        state.running[list(failed)] = False
         for step in steps:
             state.solver.put(state.there(step.slots), step.solver)
             state.step[step.slots] += 1
@@ -204,18 +210,20 @@ class Batch:
         lanes = step.record.lanes
         eps = step.prediction[i if lanes.conditional is None else int(lanes.conditional[i])][None].float()
         if (guidance := step.guidance) is not None and lanes.unconditional[i] >= 0:
-            one = torch.tensor([i], device=self.device)
+            one = torch.tensor([i], dtype=torch.int64, device=self.device)
             channels = None if guidance.channels is None else guidance.channels[one]
             eps = guide(eps, guidance.uncond[guidance.row[one]], guidance.weight[one], channels)
-        a = self.model.schedule.log_alpha_bar(torch.tensor(step.record.t[i], dtype=torch.float64)).exp()
+        a = self.model.schedule.log_alpha_bar(torch.tensor(step.record.t[i], dtype=torch.float64, device="cpu")).exp()
         return ((step.x[i] - (1 - a).sqrt().item() * eps[0]) / a.sqrt().item()).float()
 
     def replace(self, slots: np.ndarray, x: Tensor) -> None:
-        """They go on from x: [k, C, H, W] instead. Only between whole steps of their solvers."""
+        """They go on from x: float [k, C, H, W] instead. Only between whole steps of their solvers."""
         solver = self._slots.solver
-        if x.shape != (len(slots), *solver.x.shape[1:]):
-            raise ValueError(f"x must be {[len(slots), *solver.x.shape[1:]]}, got {list(x.shape)}")
-        there, x = self._slots.there(slots), upload(x, self.device)
+        wanted = [len(slots), *solver.x.shape[1:]]
+        if not isinstance(x, Tensor) or not x.is_floating_point() or list(x.shape) != wanted:
+            given = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else repr(x)
+            raise ValueError(f"latents must be a float tensor {wanted}, got {given}")
+        there, x = self._slots.there(slots), upload(x.detach(), self.device)
         for value in (solver.x, solver.base):
             if value is not None:
                 value[there] = x.to(value.dtype)
@@ -260,7 +268,7 @@ class Batch:
             eps, variance = eps[: len(slots)], None if variance is None else variance[: len(slots)]
         if self.execution.batch_invariant:
             for i in range(len(slots)):
-                one = torch.tensor([i], device=self.device)
+                one = torch.tensor([i], dtype=torch.int64, device=self.device)
                 own = None if variance is None else variance[one]
                 solver_step(
                     *(solver, eps[one], rows.take(one), one),
@@ -327,6 +335,11 @@ class Batch:
         totals.macs += record.macs
         totals.macs_full += record.macs_full
         totals.rows_moved += record.rows_moved
+        asks = np.array([asks_for_exits(policy) for policy in record.lanes.policies])
+        index = 0 if record.lanes.policy_index is None else record.lanes.policy_index
+        asked = np.broadcast_to(asks[index], record.by_lane.shape)
+        totals.asked += int(asked.sum())
+        totals.exited += int((asked & (record.by_lane < self.model.num_layers)).sum())
 
     def _learn(self, record: PassRecord) -> None:
         lanes = record.lanes
@@ -345,6 +358,12 @@ class Batch:
                 index[taken] = kinds.keep(index[taken])
 
 
-def _no_memory(error: Exception) -> bool:
+def is_interrupt(error: BaseException) -> bool:
+    """Whether it is for whoever runs the program, as Ctrl-C is, and no fault of a sample's. Signal handlers run in the
+    main thread only."""
+    return not isinstance(error, Exception) and threading.current_thread() is threading.main_thread()
+
+
+def is_memory_error(error: BaseException) -> bool:
     """Whether memory ran out; on a CPU PyTorch says so in words only."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -53,14 +53,15 @@ def lane_bytes(model: Model) -> tuple[int, int, int]:
 
     def peak(n: int) -> int:
         x = torch.zeros(n, *backbone.sample_shape, dtype=parameter.dtype, device=parameter.device)
-        t = torch.zeros(n, device=parameter.device)
+        t = torch.zeros(n, dtype=torch.float32, device=parameter.device)
         context, last = _context(model, n, parameter), torch.full_like(t, model.num_layers)
         own = {"policy": Full()} if model.exits is None else {"policy": Replay(), "threshold": last}
         return peak_bytes(lambda: forward(model, x, t, context, execution=execution, **own))
 
-    peak(1)  # what is made once, such as stacked heads, is no lane's
+    peak(1)  # what is made once and kept is no lane's
     one, two = peak(1), peak(2)
-    group = structure_of(backbone).group_size if on_cpu else 2**31
+    # on a device all lanes are inside at once, and what does not grow with them, such as stacked heads, is taken once
+    group = structure_of(backbone).group_size if on_cpu else 1
     context = _context(model, 1, parameter)
     kept = STATES * 4 * math.prod(backbone.sample_shape) + (CONTEXTS * context.nbytes if context is not None else 0)
     return two - one + kept, max(0, 2 * one - two), group

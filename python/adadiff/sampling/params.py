@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,7 +74,7 @@ class SamplingParams:
         for name in ("thresholds", "guidance_scale", "strength"):
             _check_numbers(name, getattr(self, name))
         if self.strength is not None:
-            strength = torch.as_tensor(self.strength).flatten()
+            strength = as_tensor(self.strength).flatten()
             if not bool(((strength > 0) & (strength <= 1)).all()):
                 raise ValueError(f"strength must lie in (0, 1], got {strength.tolist()[:8]}")
             if self.init_image is None:
@@ -82,6 +83,8 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, Tensor) and value.is_floating_point()):
                 raise ValueError(f"{name} must be a float tensor, got {_shown(value)}")
+            if value is not None and value.is_meta:
+                raise ValueError(f"{name} must hold values, and those of device 'meta' hold none")
 
     @staticmethod
     def of(params: "SamplingParams | None", settings: dict[str, Any]) -> "SamplingParams":
@@ -96,9 +99,17 @@ class SamplingParams:
         return dataclasses.replace(params, **settings) if settings else params
 
 
+def as_tensor(value: object) -> Tensor:
+    """`torch.as_tensor` on the CPU, numbers of Python in int64 and float32, whatever PyTorch's defaults are."""
+    given = torch.as_tensor(value, device="cpu")
+    if given.is_floating_point() and not isinstance(value, Tensor | np.ndarray | np.generic):
+        return torch.as_tensor(value, dtype=torch.float32, device="cpu")
+    return given
+
+
 def per_sample(name: str, value: object, n: int, dtype: torch.dtype) -> Tensor:
     """A number for all, or one for each, as a tensor [n] of its own. ValueError for another length."""
-    given = torch.as_tensor(value)
+    given = as_tensor(value).detach()
     if given.ndim == 0:
         given = given.expand(n)
     if given.shape != (n,):
@@ -111,13 +122,13 @@ def _check_numbers(name: str, value: object, whole: bool = False, least: float =
     if value is None:
         return
     try:
-        given = torch.as_tensor(value)
+        given = as_tensor(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{name} must be a number or one for each sample, got {_shown(value)}: {error}") from None
     if given.ndim > 1:
         raise ValueError(f"{name} must be a number or one for each sample, got shape {list(given.shape)}")
     integer = not given.dtype.is_floating_point and given.dtype != torch.bool
-    if given.dtype == torch.bool or (whole and not integer and given.numel()):
+    if given.dtype == torch.bool or given.is_complex() or (whole and not integer and given.numel()):
         raise ValueError(f"{name} must be {'whole ' if whole else ''}numbers, got {_shown(value)}")
     if not bool(torch.isfinite(given).all()):
         raise ValueError(f"{name} must be finite, got {_shown(value)}")

@@ -41,10 +41,10 @@ class PassRecord:
         self._costs, self._moved = output.costs, output.moved
         exit_layer, self._event = output.exit_layer, None
         if exit_layer.is_cuda:
-            exit_layer = torch.cat([exit_layer, torch.as_tensor(output.moved)])
+            exit_layer = torch.cat([exit_layer, torch.as_tensor(output.moved, device=exit_layer.device)])
         self._exit_layer, self._scores = _to_host(exit_layer), None
         if output.scores is not None:
-            self._scores = _to_host(output.scores)
+            self._scores, self._asked = _to_host(output.scores), _asked(lanes, len(output.scores))
         if exit_layer.is_cuda:
             self._event = torch.cuda.Event()
             self._event.record()
@@ -66,19 +66,19 @@ class PassRecord:
         exit_layer[lanes.sample, lanes.half] = self.by_lane
         if self._scores is not None:
             scores = np.full((k, 2, len(self._scores)), np.nan, dtype=np.float32)
-            scores[lanes.sample, lanes.half] = np.where(self._asked(), self._scores.numpy().T, np.nan)
+            scores[lanes.sample, lanes.half] = np.where(self._asked, self._scores.numpy().T, np.nan)
             scores[~self.recorded] = np.nan
         self._learnt = Learnt(exit_layer, scores)
         return self._learnt
 
-    def _asked(self) -> np.ndarray:
-        """bool [1 or B, L]: where a lane's own policy asks for a score. Others are computed for its mates."""
-        policies, num_layers = self.lanes.policies, len(self._scores)
-        asked = np.zeros((len(policies), num_layers), dtype=bool)
-        for own, policy in zip(asked, policies, strict=True):
-            if policy.needs_scores:
-                own[[layer - 1 for layer in policy.exit_layers(num_layers)]] = True
-        return asked if self.lanes.policy_index is None else asked[self.lanes.policy_index]
+
+def _asked(lanes: Lanes, num_layers: int) -> np.ndarray:
+    """bool [1 or B, L]: where a lane's own policy asks for a score. Others are computed for its mates."""
+    asked = np.zeros((len(lanes.policies), num_layers), dtype=bool)
+    for own, policy in zip(asked, lanes.policies, strict=True):
+        if policy.needs_scores:
+            own[[layer - 1 for layer in policy.exit_layers(num_layers)]] = True
+    return asked if lanes.policy_index is None else asked[lanes.policy_index]
 
 
 class RunRecord:
@@ -105,6 +105,7 @@ class RunRecord:
             macs_full=done.macs_full,
             rows_moved=done.rows_moved,
             seconds=seconds,
+            asks=done.asked > 0,
         )
 
 

@@ -1,20 +1,43 @@
 """What runs did: exit layers, blocks, multiply-adds, seconds."""
 
+import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 from torch import Tensor
+
+from ..policies.exits import Full
+from ..policies.interface import ExitPolicy
+
+NEVER_ACTED = "the policy never let a sample exit"
+
+
+def asks_for_exits(policy: ExitPolicy) -> bool:
+    return not isinstance(policy, Full)
+
+
+@lru_cache(maxsize=256)
+def log_never_acted(policy: str) -> None:
+    """Once for each policy."""
+    logging.getLogger("adadiff").warning("policy %s never let a sample exit: every block was run", policy)
 
 
 @dataclass(frozen=True)
 class ExitRecord:
     """exit_layer: uint8 [steps, n, 2], blocks that each sample's lanes (conditional, unconditional) ran at each step, 0
     where there was none. num_layers: blocks of the network. scores: float32 [steps, n, 2, L], each layer's uncertainty,
-    NaN where its policy did not ask; None unless they were asked for."""
+    NaN where its policy did not ask; None unless they were asked for. asks: its policy is there to let samples exit."""
 
     exit_layer: Tensor
     num_layers: int
     scores: Tensor | None
+    asks: bool = field(default=False, kw_only=True)
+
+    @property
+    def never_acted(self) -> bool:
+        """A policy that is there to let samples exit let none exit."""
+        return self.asks and 0 < self.blocks == self.blocks_full
 
     @property
     def passes(self) -> int:
@@ -51,6 +74,7 @@ class Report(ExitRecord):
             f"{n} samples in {self.seconds:.2f} s ({n / self.seconds:.1f}/s); mean exit layer "
             f"{self.mean_exit_layer:.2f} of {self.num_layers}; {self.blocks / self.blocks_full:.1%} of the blocks, "
             f"{self.macs / self.macs_full:.1%} of the multiply-adds of the full network"
+            f"{f'; {NEVER_ACTED}' if self.never_acted else ''}"
         )
 
 
@@ -65,7 +89,8 @@ class RequestReport(ExitRecord):
 
 @dataclass
 class Totals:
-    """What a batch has done so far. passes: lanes that went through the network, each tick counted."""
+    """What a batch has done so far. passes: lanes that went through the network, each tick counted; asked: those of
+    them whose policy is there to let them exit; exited: those of these that did."""
 
     ticks: int = 0
     passes: int = 0
@@ -74,7 +99,14 @@ class Totals:
     macs_full: int = 0
     rows_moved: int = 0
     halvings: int = 0  # ticks cut in two because memory ran out
+    asked: int = 0
+    exited: int = 0
 
     @property
     def mean_exit_layer(self) -> float:
         return self.blocks / self.passes if self.passes else math.nan
+
+    @property
+    def never_acted(self) -> bool:
+        """Policies that are there to let samples exit let none exit."""
+        return self.asked > 0 and not self.exited

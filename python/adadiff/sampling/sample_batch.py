@@ -12,7 +12,7 @@ from ..diffusion.tables import Solver
 from ..model import Model
 from ..policies.interface import ExitPolicy, exit_layers_of
 from ..policies.spelling import policy_from
-from .params import SamplingParams, per_sample
+from .params import SamplingParams, as_tensor, per_sample
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class SampleBatch:
         if model.exits is None and asked:
             raise ValueError("this model has no exits; sample it with policy='full'")
         guidance = (per_sample("guidance_scale", params.guidance_scale, n, torch.float64) - 1).float()
+        if not bool(guidance.isfinite().all()):
+            raise ValueError(f"guidance_scale must fit into float32, got {params.guidance_scale}")
         guided = bool(guidance.ne(0).any())
         if model.config.network.context_tokens:
             if params.class_labels is not None:
@@ -88,19 +90,21 @@ def _check_steps(solver: Solver, schedule: NoiseSchedule, steps: int) -> None:
     solver.table(schedule, steps)
 
 
-def whole(name: str, value: int, least: int) -> None:
-    """ValueError unless `value` is an int of at least `least`."""
+def whole(name: str, value: int, least: int, most: int | None = None) -> None:
+    """ValueError unless `value` is an int of at least `least` and, where that is given, at most `most`."""
     if type(value) is not int or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be at most {most:,}, got {value:,}")
 
 
 def _seeds(given: int | Sequence[int] | Tensor | None, n: int) -> Tensor:
-    given = torch.as_tensor(0 if given is None else given)
+    given = as_tensor(0 if given is None else given)
     if given.ndim:
         return per_sample("seed", given, n, torch.int64)
     if int(given) + n - 1 >= 2**63:
         raise ValueError(f"seed must be below 2^63 for every sample; got {int(given)} for the first of {n}")
-    return given.long() + torch.arange(n)
+    return given.long() + torch.arange(n, device="cpu")
 
 
 def _thresholds(policy: ExitPolicy, given: object, n: int) -> Tensor:
@@ -113,9 +117,9 @@ def _thresholds(policy: ExitPolicy, given: object, n: int) -> Tensor:
 
 def _interval(given: Sequence[float] | Tensor | None, n: int, schedule: NoiseSchedule) -> Tensor:
     if given is None:
-        return torch.tensor([-torch.inf, torch.inf]).repeat(n, 1)
+        return torch.tensor([-torch.inf, torch.inf], dtype=torch.float32, device="cpu").repeat(n, 1)
     try:
-        interval = torch.as_tensor(given, dtype=torch.float32)
+        interval = torch.as_tensor(given, dtype=torch.float32, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"guidance_interval must be (low, high), got {given!r}: {error}") from None
     if interval.shape not in ((2,), (n, 2)):
@@ -148,7 +152,9 @@ def _labels(
         if given is not None:
             raise ValueError("this model has no classes; leave class_labels out")
         return None, None
-    null = torch.full((n,), config.null_label) if config.null_label is not None else None
+    null = (
+        torch.full((n,), config.null_label, dtype=torch.int64, device="cpu") if config.null_label is not None else None
+    )
     if given is None:
         if null is None:
             raise ValueError(f"this model needs class_labels in 0..{config.classes - 1}")

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from ..model import Model
 from .batch import Batch
 from .params import SamplingParams
 from .records import RunRecord
-from .reports import Report, Totals
+from .reports import Report, Totals, log_never_acted
 from .sample_batch import SampleBatch, whole
 
 
@@ -39,19 +40,37 @@ def sample(
     (DuoDiff).
     Returns float32 [n, C, H, W] on the CPU in the order of the samples (images nominally in [-1, 1], not clipped, or
     latents), and the report. n = 0 returns empty ones.
-    Raises ValueError for anything that does not fit, before any work.
+    Raises ValueError for anything that does not fit, before any work, and FloatingPointError where a sample comes out
+    as NaN or infinity (large guidance scales overflow), as `SamplerRun`, pipelines, the command line and, for that
+    request alone, `Engine` do. `trace` keeps such values, to be looked at.
     """
     own = {"batch": batch, "execution": execution, "shallow_model": shallow_model, "t_switch": t_switch}
     run = SamplerRun(model, n, params, **own, progress=progress, **settings)
-    images = torch.empty(n, *model.backbone.sample_shape)
+    images = torch.empty(n, *model.backbone.sample_shape, dtype=torch.float32, device="cpu")
     for index, finished in run:
         images[index] = finished.cpu()
     return images, run.report
 
 
+def check_finite(
+    index: Tensor, images: Tensor, seeds: Tensor
+) -> tuple[tuple[Tensor, Tensor], FloatingPointError | None]:
+    """index: int64 [k]; images: float [k, ...] of the samples with those; seeds: of all samples. Returns those that are
+    finite, and an error that names the first of the others."""
+    finite = images.flatten(1).isfinite().all(1).cpu()
+    if bool(finite.all()):
+        return (index, images), None
+    first = int(index[~finite][0])
+    error = FloatingPointError(
+        f"sample {first} (seed {int(seeds[first])}) holds NaN or infinity; large guidance scales and float16 overflow"
+    )
+    return (index[finite], images[finite.to(images.device)]), error
+
+
 class SamplerRun:
     """As `sample`, image by image: iterating yields (index int64 [k], images float32 [k, C, H, W]) as samples finish.
-    `report` tells what was done so far."""
+    `report` tells what was done so far. Raises FloatingPointError for a sample that is not finite, after those that
+    were finished with it have been yielded."""
 
     def __init__(
         self,
@@ -88,7 +107,8 @@ class SamplerRun:
         self._clear()
         batch = Batch(self.model, self.batch, execution=self.execution, forward=self._forward)
         begun, of = 0, dict[tuple[int, int], int]()  # (slot, tenancy) -> sample
-        with tqdm(total=self.n, disable=not self.progress, unit="image", dynamic_ncols=True) as bar:
+        # not even a disabled bar where none is wanted: tqdm holds a lock that a signal could leave held
+        with tqdm(total=self.n, unit="image", dynamic_ncols=True) if self.progress else nullcontext() as bar:
             while begun < self.n or batch.count:
                 started = time.perf_counter()
                 if new := min(self.n - begun, batch.free):
@@ -104,9 +124,16 @@ class SamplerRun:
                 self._totals = batch.totals
                 if len(tick.done):
                     index = [of.pop((slot, batch.tenancy(slot))) for slot in tick.done.tolist()]
-                    finished = torch.tensor(index), batch.take(tick.done)
+                    finished = torch.tensor(index, dtype=torch.int64, device="cpu"), batch.take(tick.done)
                 self._seconds += time.perf_counter() - started
-                if len(tick.done):
+                if bar is not None and len(tick.done):
                     bar.update(len(tick.done))
                     bar.set_postfix(depth=f"{batch.totals.mean_exit_layer:.2f}/{self.model.num_layers}")
-                    yield finished
+                if len(tick.done):
+                    finite, error = check_finite(*finished, self.samples.seeds)
+                    if len(finite[0]):
+                        yield finite
+                    if error is not None:
+                        raise error
+        if self._totals.never_acted:
+            log_never_acted(str(self.samples.policy))

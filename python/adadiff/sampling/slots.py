@@ -28,7 +28,7 @@ class SlotState:
         self.seed, self.step, self.steps, self.table, self.policy, self.channels, self.number, self.tenancy = integers
         self.threshold, self.guidance = np.zeros((2, capacity), dtype=np.float32)
         self.interval = np.zeros((capacity, 2), dtype=np.float32)
-        x = torch.zeros(capacity, *sample_shape, device=device)
+        x = torch.zeros(capacity, *sample_shape, dtype=torch.float32, device=device)
         self.solver = SolverState.start(x, base=False, history=False)
         self.context: Tensor | None = None
         self.null: Tensor | None = None

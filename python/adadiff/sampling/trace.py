@@ -38,7 +38,7 @@ def trace(
 ) -> Trace:
     """Draws one sample alone, as `sample(model, 1, params, **settings)` does, and keeps every step.
 
-    Raises ValueError as `sample` does.
+    Raises ValueError as `sample` does. NaN and infinity are kept, to be looked at.
     """
     params = SamplingParams.of(params, {**settings, "record_scores": True})
     batch = Batch(model, 1, execution=execution)

@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..sampling.records import Learnt
-from ..sampling.reports import RequestReport, Totals
+from ..sampling.reports import RequestReport, Totals, asks_for_exits
 from ..sampling.sample_batch import SampleBatch
+from .waking import SignalSafeCondition
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -38,10 +40,17 @@ class Handle(Future):
     """
 
     def __init__(
-        self, samples: SampleBatch, engine: "Engine", submitted: float, deadline: float, on_step: Callable | None
+        self,
+        samples: SampleBatch,
+        engine: "Engine",
+        submitted: float,
+        deadline: float,
+        priority: int,
+        on_step: Callable | None,
     ):
         super().__init__()
-        self.samples, self.submitted, self.deadline = samples, submitted, deadline
+        self._condition = SignalSafeCondition()  # the engine's thread takes it, too
+        self.samples, self.submitted, self.deadline, self.priority = samples, submitted, deadline, priority
         self._engine, self._on_step, self._lanes = weakref.ref(engine), on_step, samples.lanes
         self._num_layers = engine.model.num_layers
         self._exits: list[tuple[np.ndarray, np.ndarray | None]] = []  # of the steps made, by lane, as far as known
@@ -49,6 +58,11 @@ class Handle(Future):
         self._slot: tuple[int, int] | None = None  # and which of its samples
         self._admitted: float | None = None
         self._ended: float | None = None
+
+    @property
+    def over(self) -> bool:
+        """As `done`, without its lock."""
+        return self._state not in ("PENDING", "RUNNING")
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -72,6 +86,7 @@ class Handle(Future):
             scores=scores,
             waited=began - self.submitted,
             seconds=ended - began,
+            asks=asks_for_exits(self.samples.policy),
         )
 
     def predicted_x0(self) -> Tensor:
@@ -83,8 +98,36 @@ class Handle(Future):
             raise ValueError("this request is not in flight: its engine is gone")
         return engine._predicted_x0(self)
 
+    def add_done_callback(self, fn: Callable[[Future], object]) -> None:
+        """As `Future.add_done_callback`. What `fn` raises is logged, whatever it is, and reaches nobody else."""
+        super().add_done_callback(partial(_contained, fn))
+
+    def _begin_again(self) -> None:
+        """The steps made are forgotten; the same image comes of it, since it belongs to its seed."""
+        self._exits.clear()
+        self._made, self._slot, self._admitted, self._ended = 0, None, None, None
+
+    def _end_in_child(self, error: Exception) -> None:
+        """In a forked process, where a thread that is not there any more may hold the lock. Callbacks and who waits are
+        the parent's."""
+        self._condition = SignalSafeCondition()
+        vars(self).update(_waiters=[], _done_callbacks=[])
+        if not self.done():
+            self.set_exception(error)
+
     def _learn(self, known: Learnt, i: int) -> None:
         self._exits.append((known.exit_layer[i], None if known.scores is None else known.scores[i]))
+
+
+def _contained(fn: Callable[[Future], object], handle: Future) -> None:
+    """`Future` logs exceptions of callbacks. Others, such as SystemExit, it would let through, into the thread that
+    serves everybody."""
+    try:
+        fn(handle)
+    except Exception:
+        raise
+    except BaseException as error:
+        raise RuntimeError(f"a done callback raised {error!r}") from error
 
 
 @dataclass(frozen=True)
@@ -97,3 +140,8 @@ class EngineReport:
     failed: int
     cancelled: int
     batch: Totals
+
+    @property
+    def never_acted(self) -> bool:
+        """Policies that are there to let samples exit let none exit so far."""
+        return self.batch.never_acted

@@ -11,49 +11,59 @@ import math
 
 from .handles import Handle
 
-SLACK = 64  # ended requests that may stay besides twice those that wait
+SLACK = 64  # ended requests that may stay besides as many as wait
 
 
 class RequestQueue:
-    """`count` requests, without those that have ended. Locks nothing: who uses it does."""
+    """Locks nothing: who uses it does. Who waits is read from the handles and counted nowhere, and `add` is one call
+    that a signal cannot cut in two, so that no interrupt leaves a wrong count behind."""
 
     def __init__(self, max_wait: float):
-        self.max_wait, self.count = max_wait, 0
+        self.max_wait = max_wait
         self._heap: list[tuple[float, int, Handle]] = []  # due, number, handle; ended ones are skipped later
         self._number = itertools.count()
         self._soonest = math.inf  # no deadline of those who wait is earlier
+        self._ended = 0  # of those in the heap, about
+
+    @property
+    def count(self) -> int:
+        """Requests that wait."""
+        return sum(not handle.over for handle in self.all())
 
     def add(self, handle: Handle, priority: int) -> None:
         due = min(handle.deadline, handle.submitted + self.max_wait) - priority * self.max_wait
-        heapq.heappush(self._heap, (due, next(self._number), handle))
         self._soonest = min(self._soonest, handle.deadline)
-        self.count += 1
+        heapq.heappush(self._heap, (due, next(self._number), handle))
 
-    def first(self, now: float) -> Handle | None:
-        """The earliest due of those that have not ended and are not too late."""
+    def full(self, most: int) -> bool:
+        """Whether `most` requests wait."""
+        if len(self._heap) >= most:
+            self._drop_ended()
+        return len(self._heap) >= most
+
+    def first(self) -> Handle | None:
+        """The earliest due of those that have not ended."""
         while self._heap:
-            handle = self._heap[0][2]
-            if not handle.done() and now < handle.deadline:
+            if not (handle := self._heap[0][2]).over:
                 return handle
             heapq.heappop(self._heap)
         return None
 
     def pop(self) -> None:
-        """Takes out what `first` gave. It counts until `left` is called."""
+        """Takes out what `first` gave."""
         heapq.heappop(self._heap)
 
     def left(self) -> None:
-        """One that was counted has got a slot, or has ended."""
-        self.count -= 1
-        if len(self._heap) > SLACK + 2 * self.count:
-            self._heap = [entry for entry in self._heap if not entry[2].done()]
-            heapq.heapify(self._heap)
+        """One of those that wait has ended. They are taken out once they are many."""
+        self._ended += 1
+        if self._ended > SLACK and 2 * self._ended > len(self._heap):
+            self._drop_ended()
 
     def late(self, now: float) -> list[Handle]:
         """Those past their deadlines, wherever they stand. They stay until they have ended."""
         if now < self._soonest:
             return []
-        waiting = [handle for handle in self.all() if not handle.done()]
+        waiting = [handle for handle in self.all() if not handle.over]
         self._soonest = min((handle.deadline for handle in waiting if now < handle.deadline), default=math.inf)
         return [handle for handle in waiting if now >= handle.deadline]
 
@@ -61,8 +71,10 @@ class RequestQueue:
         """In no order; some of them may have ended."""
         return [handle for _, _, handle in self._heap]
 
-    def clear(self) -> list[Handle]:
-        """Takes all of them out, and returns them."""
-        handles = self.all()
+    def clear(self) -> None:
         self._heap.clear()
-        return handles
+
+    def _drop_ended(self) -> None:
+        kept = [entry for entry in self._heap if not entry[2].over]
+        heapq.heapify(kept)
+        self._heap, self._ended = kept, 0

@@ -1,8 +1,8 @@
 """What a training is: one frozen dataclass, read from a TOML or JSON file, a shipped name or the command line."""
 
 import dataclasses
-import json
 import math
+import sys
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from ..config import PRESETS, ModelConfig, from_dict
 from ..data import sources
+from ..data.files import read_json
 from ..uem import ExitConfig
 from .losses import loss_named
 
@@ -23,6 +24,7 @@ POSITIVE = ("steps", "batch", "accumulate", "save_every", "log_every")
 COUNTS = ("warmup", "seed", "sample_every")
 SHARES = ("ema", "label_drop")
 FACTORS = ("lr", "weight_decay", "uem_weight", "ual_weight")
+MOST = dict.fromkeys((*POSITIVE, *COUNTS), 10**9) | {"batch": 10**6}
 CHOICES = {
     "recipe": ("joint", "frozen"),
     "precision": ("float32", "bfloat16"),
@@ -78,11 +80,14 @@ class TrainConfig:
         for name in COUNTS:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be an integer >= 0, got {getattr(self, name)!r}")
+        for name, most in MOST.items():
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} must be at most {most:,}, got {getattr(self, name):,}")
         for name in SHARES:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
         for name in FACTORS:
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+            if not 0 <= getattr(self, name) <= sys.float_info.max:
                 raise ValueError(f"{name} must be a finite number >= 0, got {getattr(self, name)!r}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
@@ -160,11 +165,7 @@ def load_config(name_or_file: str | Path | None, changes: Mapping[str, Any]) -> 
     path = known.get(str(name_or_file), Path(name_or_file))
     if not path.is_file():
         raise ValueError(f"no configuration {str(name_or_file)!r}: neither a file nor one of {', '.join(known)}")
-    kind = "TOML" if path.suffix == ".toml" else "JSON"
-    try:
-        values = (tomllib if kind == "TOML" else json).loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not {kind}: {error}") from None
+    values = _read_toml(path) if path.suffix == ".toml" else read_json(path)
     values = versioned(values, str(path))
     if isinstance(values, dict):
         if changes.get("exits") is False:
@@ -174,6 +175,13 @@ def load_config(name_or_file: str | Path | None, changes: Mapping[str, Any]) -> 
         return from_dict(TrainConfig, values, "a training")
     except ValueError as error:
         raise ValueError(f"cannot use {path}: {error}") from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not TOML: {error}") from None
 
 
 def _changed(value: T, changes: Mapping[str, Any], what: str) -> T:

@@ -6,7 +6,8 @@ paper (Tang et al., ECCV 2024, Eqs. 10 and 12)
     L_UAL    = sum_i mean_b (1 - u_ib) * mean e_ib^2    weight detached, one per sample: the mean of its u
 official (Tangshengku/AdaDiff sde.py, mos_lte and mos_layer_wise)
     L_u      = the same, divided by L
-    L_UAL    = sum_i W_i mean e_i^2,  W_i = m_i / sum_j m_j,  m_i = 1 - mean u_i over the whole batch, not detached
+    L_UAL    = sum_i W_i mean e_i^2,  W_i = m_i / sum_j m_j,  m_i = 1 - mean u_i over the whole batch, not detached.
+               A batch that comes in parts has its means taken beforehand, without gradients, see `BatchMeans`
 relative (ours)
     L_u      = sum_(i<L) mean (u_i - log_error(r_i^2))^2    target detached; P = 1: r_i^2 averaged over the patch first
     L_UAL    = sum_(i<L) mean r_i^2                         the teacher g_L detached
@@ -58,6 +59,20 @@ class LossTerms:
 Loss = Callable[..., LossTerms]
 
 
+@dataclass(frozen=True)
+class BatchMeans:
+    """Of a whole batch, of which a loss is given a part: m and mean e^2 of every layer, [L] each, detached."""
+
+    certainty: Tensor
+    errors: Tensor
+
+
+def batch_means(predictions: Sequence[Tensor], scores: Sequence[Tensor], noise: Tensor) -> BatchMeans:
+    """Of the batch given. Those of equal parts have the mean of theirs as that of the whole."""
+    certainty = torch.stack([1 - score.mean() for score in scores])
+    return BatchMeans(certainty.detach(), _squared(predictions, noise).mean(1).detach())
+
+
 def log_error(squared: Tensor) -> Tensor:
     """Mean squared errors on a logarithmic scale, what u means in `relative`: 0 at 1e-6 or below, 1 at 1 or above."""
     return 1 + torch.log10(squared.clamp(ERROR_FLOOR, 1)) / DECADES
@@ -86,12 +101,17 @@ def official_loss(
     patchify: Callable[[Tensor], Tensor],
     uem_weight: float = 1.0,
     ual_weight: float = 1.0,
+    whole: BatchMeans | None = None,
 ) -> LossTerms:
-    """Arguments as `paper_loss`. The batch that m_i is taken over is the one given."""
+    """Arguments as `paper_loss`. whole: of the batch that this is a part of. L_UAL is then that of the whole batch, and
+    the mean of the parts' gradients is its gradient: L_UAL is no mean over the parts, but m and mean e^2 are."""
     squared = _squared(predictions, noise)
     uem = _uem_to_noise(predictions, scores, noise, patchify) / len(predictions)
-    certainty = torch.stack([1 - score.mean() for score in scores])
-    ual = certainty / certainty.sum() * squared.mean(1)
+    certainty, errors = torch.stack([1 - score.mean() for score in scores]), squared.mean(1)
+    if whole is not None:  # their values, with the gradients of the part
+        certainty = whole.certainty + certainty - certainty.detach()
+        errors = whole.errors + errors - errors.detach()
+    ual = certainty / certainty.sum() * errors
     return _terms(predictions, squared, uem, ual, uem_weight, ual_weight)
 
 
@@ -130,6 +150,9 @@ LOSSES: Mapping[str, Loss] = {
     "relative": relative_loss,
     "supervised": supervised_loss,
 }
+
+
+OF_WHOLE_BATCHES = frozenset({"official"})  # those that take `whole`; all others are means over samples
 
 
 def loss_named(name: str) -> Loss:

@@ -2,49 +2,91 @@
 
 import dataclasses
 import json
+import math
+import re
+import warnings
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import checkpoint
 from ..config import from_dict
+from ..data.files import read_json
 from ..model import Model
 from ..output.pictures import make_grid, to_pixels, write_json, write_png
 from ..sampling.sampler import sample
+from ..writing import check_replaceable, check_space, drop_parts, replace_file, same_file
 from .config import FORMAT_VERSION, TrainConfig, versioned
 
 STATE, MODEL, LOG, CONFIG = "state.safetensors", "model.safetensors", "log.jsonl", "config.json"
 SAMPLES, TENSORBOARD = "samples", "tensorboard"
 PICTURES, PICTURE_STEPS = 36, 20
+ADVICE = "choose another folder, or give --force to begin anew"
 
 
 class RunFolder:
-    """Claims `path` for a configuration. Only the `main` process writes; all read.
+    """Claims `path` for a configuration. Only the `main` process writes; all read. Two launches must not use it at a
+    time: `adadiff train` holds it by `only_launch`.
 
-    Raises ValueError where the folder holds a run of another configuration, or one that cannot be read.
+    Raises ValueError where the folder holds a run of another configuration, one that cannot be read, or files of these
+    names that no run wrote. A run that ended before its first checkpoint is none. force: all this is replaced, and
+    training begins anew. `saved` is the step of the last checkpoint, 0 before the first.
     """
 
-    def __init__(self, path: Path, config: TrainConfig, main: bool = True):
-        self.path, self.config, self.main = path, config, main
+    def __init__(self, path: Path, config: TrainConfig, main: bool = True, force: bool = False):
+        self.path, self.config, self.main, self.saved = path, config, main, 0
         path.mkdir(parents=True, exist_ok=True)
-        file = path / CONFIG
-        if file.exists():
-            try:
-                theirs = from_dict(TrainConfig, versioned(json.loads(file.read_text()), str(file)), str(file))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file} is not readable: {error}") from error
-            if theirs != config:
-                differing = [k for k, v in vars(config).items() if getattr(theirs, k) != v]
-                raise ValueError(f"{path} holds a run with another {', '.join(differing)}; choose another folder")
+        for name in (STATE, MODEL, LOG, CONFIG):
+            check_replaceable(path / name)
+        for name in (SAMPLES, TENSORBOARD):
+            if (path / name).exists() and not (path / name).is_dir():
+                raise ValueError(f"cannot write to {path / name}: it is no folder")
+        if config.init and any(same_file(path / name, Path(config.init)) for name in (STATE, MODEL)):
+            raise ValueError(f"cannot write {config.init}: this run begins with it; choose another folder")
+        self._resumes = self._agrees(force)
         self._board = None
         if main:
-            write_json(file, {"format_version": FORMAT_VERSION, **dataclasses.asdict(config)})
+            drop_parts(path, "|".join(map(re.escape, (STATE, MODEL, LOG, CONFIG))))
+            if not self._resumes:
+                for name in (STATE, MODEL, LOG):
+                    (path / name).unlink(missing_ok=True)
+            write_json(path / CONFIG, {"format_version": FORMAT_VERSION, **dataclasses.asdict(config)})
+
+    def _agrees(self, force: bool) -> bool:
+        """Whether the folder holds a state of this configuration."""
+        # In this order: meanwhile the main process may remove a state and then replace the configuration.
+        file = self.path / CONFIG
+        try:
+            if not file.exists():
+                pictures = [f"{SAMPLES}/{path.name}" for path in (self.path / SAMPLES).glob("[0-9]" * 8 + ".png")]
+                if there := [*(name for name in (STATE, MODEL, LOG) if (self.path / name).exists()), *pictures[:1]]:
+                    raise ValueError(f"{self.path} holds {', '.join(there)} but no {CONFIG}; {ADVICE}")
+                return False
+            theirs = from_dict(TrainConfig, versioned(read_json(file), str(file)), str(file))
+            differing = [k for k, v in vars(self.config).items() if getattr(theirs, k) != v]
+            state = (self.path / STATE).exists()
+            if state and not differing:
+                return True
+            if state or (self.path / MODEL).exists():
+                what = f"a run with another {', '.join(differing)}" if differing else f"{MODEL} but no {STATE}"
+                raise ValueError(f"{self.path} holds {what}; {ADVICE}")
+        except ValueError:
+            if not force:
+                raise
+        return False
 
     def read_state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Tensors and numbers of the last checkpoint, if there is one. Raises ValueError for a damaged one."""
-        file = self.path / STATE
-        return checkpoint.read_tensors(file) if file.exists() else None
+        if not self._resumes:
+            return None
+        tensors, numbers = checkpoint.read_tensors(self.path / STATE)
+        check_state(tensors, numbers, self.config.steps, str(self.path / STATE))
+        self.saved = numbers["step"]
+        return tensors, numbers
 
     def save(self, state: dict[str, Tensor], numbers: dict[str, Any], average: Model) -> None:
         """Both files whole or as they were. Raises FloatingPointError, with nothing written, where a value is not
@@ -56,19 +98,30 @@ class RunFolder:
             raise FloatingPointError(
                 f"{', '.join(broken[:3])} hold NaN or infinity at step {numbers['step']}; the last checkpoint is kept"
             )
-        checkpoint.write_tensors(self.path / STATE, state, numbers)
+        checkpoint.write_tensors(self.path / STATE, state, {**numbers, "crc32": checksum(state)})
+        self.saved = numbers["step"]
         notes = {"train": dataclasses.asdict(self.config), **numbers, "seconds": round(numbers["seconds"])}
         checkpoint.save(average, self.path / MODEL, notes)
 
+    def check_space(self, size: int) -> None:
+        """OSError where the disk has no room for `size` bytes."""
+        if self.main:
+            check_space(self.path / STATE, size)
+
     def start_logs(self, step: int) -> None:
-        """Logs go on from `step`; rows of updates that were lost to a kill, and will be made again, are dropped."""
+        """Logs go on from `step`; rows of updates that were lost to a kill, and will be made again, are dropped. So are
+        damaged rows, with a warning."""
         if not self.main:
             return
         file = self.path / LOG
         if file.exists():
-            rows = file.read_text().split("\n")[:-1]  # a row without its end was being written
-            kept = [row for row in rows if json.loads(row)["step"] <= step]
-            file.write_text("".join(row + "\n" for row in kept))
+            rows = file.read_bytes().split(b"\n")[:-1]  # a row without its end was being written
+            steps = [_step_of(row) for row in rows]
+            if damaged := [number for number, found in enumerate(steps, start=1) if found is None]:
+                rows_of = "row, line" if len(damaged) == 1 else "rows, the first in line"
+                warnings.warn(f"{file}: dropped {len(damaged)} damaged {rows_of} {damaged[0]}", stacklevel=2)
+            kept = [row for row, found in zip(rows, steps, strict=True) if found is not None and found <= step]
+            replace_file(file, lambda temporary: temporary.write_bytes(b"".join(row + b"\n" for row in kept)))
         if self.config.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -103,6 +156,36 @@ class RunFolder:
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
+
+
+def check_state(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], steps: int, file: str) -> None:
+    """ValueError where a state is not what `RunFolder.save` wrote."""
+    step: Any = numbers.get("step")
+    seconds: Any = numbers.get("seconds")
+    if type(step) is not int or not 0 <= step <= steps:
+        raise ValueError(f"{file} is damaged: its step must be in 0..{steps}, got {step!r}")
+    if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
+        raise ValueError(f"{file} is damaged: its seconds must be a number >= 0, got {seconds!r}")
+    if "crc32" in numbers and numbers["crc32"] != checksum(tensors):  # earlier releases wrote none
+        raise ValueError(f"{file} is damaged: its tensors do not have the checksum that was written with them")
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> int:
+    """CRC-32 of names and values."""
+    value = 0
+    for name, tensor in sorted(tensors.items()):
+        value = zlib.crc32(name.encode(), value)
+        value = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), value)
+    return value
+
+
+def _step_of(row: bytes) -> int | None:
+    """None for a damaged row."""
+    try:
+        step = json.loads(row)["step"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return step if type(step) is int else None
 
 
 def _by_layer(name: str, value: float | list[float]) -> list[tuple[str, float]]:

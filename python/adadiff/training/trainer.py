@@ -7,7 +7,9 @@ takes its share, so that the number of processes changes a run by rounding only.
 
 import copy
 import hashlib
+import os
 import time
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -23,7 +25,7 @@ from ..models.uvit import start_as_linear
 from ..output.pictures import CHANNELS
 from ..pipelines.latents import draw_latents
 from .config import TrainConfig, learning_rate
-from .losses import VarianceLoss, loss_named
+from .losses import OF_WHOLE_BATCHES, BatchMeans, VarianceLoss, batch_means, loss_named
 from .processes import Processes
 from .run_folder import MODEL, STATE, RunFolder
 
@@ -40,10 +42,13 @@ class Objective(nn.Module):
         self._weights = config.uem_weight, config.ual_weight
         self._half = config.precision == "bfloat16"
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """x, noise: [B, C, H, W]; t: float [B]; labels: int64 [B]. Returns the loss and its terms, detached."""
+    def forward(
+        self, x: Tensor, t: Tensor, labels: Tensor | None, noise: Tensor, whole: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """x, noise: [B, C, H, W]; t: float [B]; labels: int64 [B]. whole: [2, L], `means` of the batch that this is a
+        part of, for losses that need it. Returns the loss and its terms, detached."""
         backbone, exits = self.model.backbone, self.model.exits
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self._half):
+        with self._autocast(x):
             scores: list[Tensor] = []
             if exits is None:
                 prediction, *variances = backbone(x, t, labels).split(x.shape[1], dim=1)
@@ -55,7 +60,8 @@ class Objective(nn.Module):
             loss = F.mse_loss(predictions[0], noise)
             logged = {"simple": loss.detach()}
         else:
-            terms = self._loss(predictions, scores, noise, backbone.patchify, *self._weights)
+            known = {} if whole is None else {"whole": BatchMeans(*whole)}
+            terms = self._loss(predictions, scores, noise, backbone.patchify, *self._weights, **known)
             loss = terms.total
             logged = {name: getattr(terms, name) for name in ("simple", "uem", "ual", "errors", "relative")}
         if self.variance is not None:
@@ -63,15 +69,26 @@ class Objective(nn.Module):
             loss, logged["variance"] = loss + variance.sum(), variance.detach()
         return loss, logged
 
+    @torch.no_grad()
+    def means(self, x: Tensor, t: Tensor, labels: Tensor | None, noise: Tensor) -> Tensor:
+        """Arguments as `forward`. [2, L], `batch_means` of what is given."""
+        with self._autocast(x):
+            predictions, scores, _, _ = all_layers(self.model.backbone, self.model.exits, x, t, labels)
+        found = batch_means([prediction.float() for prediction in predictions], scores, noise)
+        return torch.stack([found.certainty, found.errors])
+
+    def _autocast(self, x: Tensor) -> torch.autocast:
+        return torch.autocast(x.device.type, torch.bfloat16, enabled=self._half)
+
 
 class Trainer:
     """Weights, their average and the optimizer, at some step. `folder` receives state, log and the averaged model.
 
     Raises ValueError where the configuration, the data, the checkpoint to start from and the folder do not fit
-    together, before any step.
+    together, before any step. force: replaces what the folder holds of another run, see `RunFolder`.
     """
 
-    def __init__(self, config: TrainConfig, folder: Path):
+    def __init__(self, config: TrainConfig, folder: Path, force: bool = False):
         self.config, self.step, self.seconds = config, 0, 0.0
         self._whole = True  # False while an update has changed some of the weights and not yet all
         self.processes = Processes()
@@ -85,13 +102,15 @@ class Trainer:
         self._check_data()
         torch.manual_seed(config.seed)
         self.model = start_model(config)
+        self._start = fingerprint(self.model.backbone) if config.init else None  # of the network that it begins with
         self.average = copy.deepcopy(self.model).requires_grad_(False).to(self.processes.device)
-        self.objective = self.processes.join(Objective(self.model, config))
+        self._own = Objective(self.model, config)
+        self.objective = self.processes.join(self._own)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.trained, config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay
         )
-        self.folder = RunFolder(folder, config, self.processes.main)
+        self.folder = RunFolder(folder, config, self.processes.main, force)
         if (state := self.folder.read_state()) is not None:
             self._resume(*state)
 
@@ -140,11 +159,11 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        parts = []
+        parts, whole = [], self._means()
         for part in range(1, self.config.accumulate):
             with self.processes.apart(self.objective):
-                parts.append(self._backward(part))
-        parts.append(self._backward(0))
+                parts.append(self._backward(part, whole))
+        parts.append(self._backward(0, whole))
         terms = {name: torch.stack([part[name] for part in parts]).mean(0) for name in parts[0]}
         norm = nn.utils.clip_grad_norm_(self.trained, MOST_NORM)
         if not bool(torch.isfinite(norm)):  # a loss that is not finite, on whatever process, leaves no norm either
@@ -162,14 +181,25 @@ class Trainer:
         self._whole = True
         return terms
 
-    def _backward(self, part: int) -> dict[str, Tensor]:
-        loss, terms = self.objective(*self.inputs(self.step, part))
+    def _means(self) -> Tensor | None:
+        """What the loss needs of the whole batch before any of its parts; None where it needs nothing, or has it."""
+        parts = self.config.accumulate
+        if self.config.loss not in OF_WHOLE_BATCHES or self.model.exits is None or parts * self.processes.world == 1:
+            return None
+        return self.processes.mean(
+            torch.stack([self._own.means(*self.inputs(self.step, part)) for part in range(parts)]).mean(0)
+        )
+
+    def _backward(self, part: int, whole: Tensor | None) -> dict[str, Tensor]:
+        loss, terms = self.objective(*self.inputs(self.step, part), whole)
         (loss / self.config.accumulate).backward()
         return {"loss": loss.detach(), **terms}
 
     def run(self, progress: bool = True) -> Path:
         """Trains to the end, saving as it goes and when interrupted. Returns the file of the averaged model."""
         config = self.config
+        weights, trained = (sum(v.nbytes for v in values) for values in (self.model.parameters(), self.trained))
+        self.folder.check_space(2 * weights + 2 * trained)  # weights, their average, the optimizer's moments
         self.folder.start_logs(self.step)
         hidden = not (progress and self.processes.main)
         bar = tqdm(total=config.steps, initial=self.step, disable=hidden, unit="step", dynamic_ncols=True)
@@ -188,9 +218,10 @@ class Trainer:
                         self.folder.draw(self.step, copy.deepcopy(self.average).cpu().eval())
                     if self.step % config.save_every == 0:
                         self.save()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, OSError) as error:
             if self._whole:  # else the last checkpoint stands
-                self.save()
+                with suppress(OSError) if isinstance(error, OSError) else nullcontext():
+                    self.save()
             raise
         finally:
             self.folder.close()
@@ -203,22 +234,40 @@ class Trainer:
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
         numbers = {"step": self.step, "seconds": self.seconds, "network_sha256": fingerprint(self.model.backbone)}
+        if self._start is not None:
+            numbers["start_sha256"] = self._start
         self.folder.save(tensors, numbers, self.average)
 
     def _resume(self, tensors: dict[str, Tensor], numbers: dict[str, float]) -> None:
         groups: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
-        for key, value in tensors.items():
-            group, name = key.split(".", 1)
-            groups[group][name] = value
         file = str(self.folder.path / STATE)
+        if numbers.get("start_sha256", self._start) != self._start:
+            raise ValueError(
+                f"{self.folder.path} holds a run that began with other weights of {self.config.init}; choose another "
+                "folder, or give --force to begin anew"
+            )
+        for key, value in tensors.items():
+            group, _, name = key.partition(".")
+            if group not in groups:
+                raise ValueError(f"{file} is damaged: unexpected {key}")
+            groups[group][name] = value
         checkpoint.load_strictly(self.model, groups["model"], file)
         checkpoint.load_strictly(self.average, groups["average"], file)
-        state = self.optimizer.state_dict()
-        for key, value in groups["optimizer"].items():
-            index, name = key.split(".", 1)
-            state["state"].setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict(state)
+        if numbers["step"]:
+            self._load_moments(groups["optimizer"], file)
         self.step, self.seconds = numbers["step"], numbers["seconds"]
+
+    def _load_moments(self, tensors: dict[str, Tensor], file: str) -> None:
+        """Those of AdamW, of every parameter that has had a gradient."""
+        if not tensors:
+            raise ValueError(f"{file} is damaged: the optimizer's moments are missing")
+        keys, state = checkpoint.Keys(tensors), self.optimizer.state_dict()
+        for index, parameter in enumerate(self.trained):
+            shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+            if any(f"{index}.{name}" in keys for name in shapes):
+                state["state"][index] = {name: keys.take(f"{index}.{name}", shape) for name, shape in shapes.items()}
+        keys.finish(file)
+        self.optimizer.load_state_dict(state)
 
     def _log(self, terms: dict[str, Tensor]) -> None:
         row = {name: self.processes.mean(value).tolist() for name, value in terms.items()}
@@ -230,8 +279,10 @@ def start_model(config: TrainConfig) -> Model:
     requires no gradient.
 
     Exits of the checkpoint are kept where it has some of the same kind; else they are made anew, the heads as copies
-    of the network's own. Raises ValueError for a checkpoint of another network.
+    of the network's own. Raises ValueError for a checkpoint of another network, and for a network that this machine has
+    no memory for.
     """
+    _check_memory(config)
     model = Model(config.model)
     if not config.init:
         if config.start == "linear":
@@ -239,10 +290,15 @@ def start_model(config: TrainConfig) -> Model:
         return model
     found = checkpoint.load(config.init)
     ours, theirs = config.model.to_dict(), found.config.to_dict()
-    differing = [key for key in ("family", "network", "schedule", "null_label") if ours[key] != theirs[key]]
-    if differing:
-        values = "; ".join(f"{key}: {theirs[key]}, the configuration asks for {ours[key]}" for key in differing)
-        raise ValueError(f"{config.init} holds another network, choose preset and network to fit it. {values}")
+    differing = [key for key in ("family", "schedule", "null_label") if ours[key] != theirs[key]]
+    values = [f"{key}: {theirs[key]}, the configuration asks for {ours[key]}" for key in differing]
+    if ours["family"] == theirs["family"]:
+        sizes, asked = theirs["network"], ours["network"]
+        values += [f"{k}: {v}, the configuration asks for {asked[k]}" for k, v in sizes.items() if asked[k] != v]
+    if values:
+        raise ValueError(
+            f"{config.init} holds another network, choose preset and network to fit it. {'; '.join(values)}"
+        )
     checkpoint.load_strictly(model.backbone, found.backbone.state_dict(), config.init)
     if model.exits is not None:
         if found.exits is not None and found.config.exits == config.model.exits:
@@ -252,6 +308,17 @@ def start_model(config: TrainConfig) -> Model:
     if config.recipe == "frozen":
         model.backbone.requires_grad_(False)
     return model
+
+
+def _check_memory(config: TrainConfig) -> None:
+    with torch.device("meta"):
+        weights = sum(value.numel() for value in Model(config.model).parameters())
+    memory, needed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 8 * weights  # them and their average
+    if needed > memory:
+        raise ValueError(
+            f"this network has {weights / 1e9:,.1f} billion weights; training it takes more than the "
+            f"{memory / 1e9:,.1f} GB of memory of this machine; choose smaller network settings"
+        )
 
 
 def fingerprint(module: nn.Module) -> str:

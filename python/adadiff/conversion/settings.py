@@ -1,0 +1,86 @@
+"""What a training file says of its network besides the weights, held against the configuration it is to become.
+
+The settings are the arguments of the training: those of DiT's train.py and of its relatives, and of DuoDiff's main.py.
+Shapes tell the same network apart from none of these: what it predicts, what it reads as time, its attention heads.
+"""
+
+from collections.abc import Iterator, Mapping
+from reprlib import repr as shortly
+from typing import Any
+
+from ..config import ModelConfig
+
+PREDICTION = (  # names of a setting for what the network predicts
+    *("prediction", "prediction_type", "parametrization", "parameterization", "objective", "pred", "pred_type"),
+    "model_mean_type",
+)
+NOISE = ("noise", "epsilon", "eps", "noise_pred", "pred_noise", "predict_noise", "pred_epsilon", "predict_epsilon")
+FLAGS = {  # that must be off
+    "predict_xstart": "the network predicts the image",
+    "predict_v": "the network predicts the velocity",
+    "rescale_betas_zero_snr": "the noise schedule is rescaled",
+}
+TIMESTEPS = ("num_timesteps", "num_train_timesteps", "diffusion_steps", "num_diffusion_timesteps")
+SCHEDULE = ("noise_schedule", "beta_schedule")
+SCHEDULES = {
+    "linear": "linear",
+    "cosine": "cosine",
+    "squaredcos_cap_v2": "cosine",
+    "scaled_linear": "stable_diffusion",
+    "sqrt_linear": "stable_diffusion",
+}
+OTHERS = ("sit", "lightningdit")  # networks with the shapes of DiT that are told another time
+KINDS = {  # of the layouts of exits: the schedules that the code which writes them knows
+    "official": ("vp", "stable_diffusion"),
+    "duodiff": ("linear",),
+}
+
+
+def contradictions(settings: Mapping[str, Any], config: ModelConfig) -> list[str]:
+    """Why a file with these settings does not hold a network of `config`: a sentence for each setting."""
+    return [f"{name} is {shortly(settings[name])}, {why}" for name, why in _contradictions(settings, config)]
+
+
+def _contradictions(said: Mapping[str, Any], config: ModelConfig) -> Iterator[tuple[str, str]]:
+    for name in PREDICTION:
+        if isinstance(value := said.get(name), str) and value.lower() not in NOISE:
+            yield name, "and only networks that predict the noise are read"
+    for name, why in FLAGS.items():
+        if _is_true(said.get(name)):
+            yield name, f"so {why}, which is not read"
+    if said.get("path_type") is not None:
+        yield "path_type", "as SiT has it, whose networks are told another time"
+    if isinstance(value := said.get("model"), str) and value.lower().startswith(OTHERS):
+        yield "model", "which is told another time than DiT"
+    for name in TIMESTEPS:
+        if (value := said.get(name)) is not None and str(value) != "1000":
+            yield name, "and there are 1000 timesteps in every schedule of ours"
+    for name in SCHEDULE:
+        if isinstance(value := said.get(name), str) and SCHEDULES.get(value) != config.schedule:
+            yield name, f"the configuration has schedule {config.schedule}"
+    if said.get("normalize_timesteps") is not None:  # DuoDiff's
+        divisor = getattr(config.network, "time_divisor", 1)
+        if _is_true(said["normalize_timesteps"]) != (divisor == 1000):
+            yield "normalize_timesteps", f"the configuration has time_divisor {divisor}"
+        if config.schedule != "linear":
+            yield "normalize_timesteps", f"as DuoDiff has it, which trains with schedule linear, not {config.schedule}"
+    for name, field, default in (("num_heads", "heads", None), ("learn_sigma", "learned_variance", False)):
+        own = getattr(config.network, field, default)
+        if (value := said.get(name)) is not None and str(value) != str(own):
+            yield name, f"the configuration has {field} {own}"
+
+
+def other_kind(layout: str, config: ModelConfig) -> str | None:
+    """Why a file of this layout is none of `config`, or None."""
+    if config.family != "uvit":
+        return None  # which shapes tell
+    known = KINDS.get(layout)
+    if known is not None and config.schedule not in known:
+        return f"networks of layout {layout} are trained with schedule {' or '.join(known)}, not {config.schedule}"
+    if layout == "official" and getattr(config.network, "time_divisor", 1) != 1:
+        return "networks of layout official read the timestep itself, those of this configuration a fraction of it"
+    return None
+
+
+def _is_true(value: object) -> bool:
+    return value is True or (isinstance(value, str) and value.lower() == "true")

@@ -1,0 +1,166 @@
+"""A policy that is there to let samples exit, and lets none exit, says so: in the report, once in the log, and in the
+line of the command."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+import adadiff
+from adadiff.policies.exits import Depth, Full, Replay, Threshold
+from adadiff.policies.interface import ExitPolicy
+from adadiff.sampling.reports import Totals, log_never_acted
+from sampler.shell import config, run, saved
+from sampler.test_calibration import made
+from sampler.tiny import SERVED, scramble, served, stepped
+
+NEVER = [[0.0] * 4] * 3, [5, 5, 5]
+
+
+@pytest.fixture(autouse=True)
+def fresh_log() -> None:
+    log_never_acted.cache_clear()
+
+
+class Stubborn(ExitPolicy):
+    """Asks, and answers no."""
+
+    def exit_mask(self, u: torch.Tensor | None, layer: int, context: object) -> torch.Tensor:
+        return torch.zeros(len(u), dtype=torch.bool)
+
+    def __str__(self) -> str:
+        return "stubborn"
+
+
+def broken() -> adadiff.Model:
+    """Its uncertainties are NaN, which is below no threshold."""
+    model = adadiff.Model(SERVED).requires_grad_(False).eval()
+    scramble(model, 0.3)
+    model.exits.weight.fill_(torch.nan)
+    return model
+
+
+def sure_of_nothing() -> adadiff.Model:
+    """Its uncertainties are 0.5."""
+    model = broken()
+    for parameter in (model.exits.weight, model.exits.bias, model.exits.time_weight):
+        parameter.zero_()
+    return model
+
+
+def calibrated() -> adadiff.Model:
+    model = broken()
+    model.calibration = made((0.5, *NEVER))
+    return model
+
+
+CASES = [
+    (sure_of_nothing, "exit:0.1"),
+    (sure_of_nothing, "exit:patience=0.1"),
+    (sure_of_nothing, "exit:batch-mean=0.1"),
+    (served, "exit:depth=5"),
+    (served, "exit:depth=99"),
+    (served, Stubborn()),
+    (broken, "exit:0.99"),
+    (broken, "exit:patience=0.99"),
+    (calibrated, "exit:budget=0.5"),
+    (calibrated, "exit:table=0.5"),
+]
+
+
+def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "adadiff"]
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
+@pytest.mark.parametrize(("make", "policy"), CASES, ids=str)
+def test_a_run_in_which_nobody_exits_says_so(make, policy, guidance_scale: float, caplog) -> None:
+    settings = {"steps": 3, "class_labels": [0, 1, 2], "policy": policy, "guidance_scale": guidance_scale}
+    with caplog.at_level(logging.WARNING, "adadiff"):
+        for _ in range(2):
+            _, report = adadiff.sample(make(), 3, **settings)
+            assert report.never_acted
+            assert str(report).endswith("; the policy never let a sample exit")
+    assert messages(caplog) == [f"policy {policy} never let a sample exit: every block was run"]  # once
+
+
+@pytest.mark.parametrize(
+    ("policy", "n"),
+    [
+        ("full", 3),
+        (Full(), 3),
+        ("exit:0.5", 3),
+        ("exit:depth=2", 3),
+        ("exit:depth=4.9", 3),
+        (Threshold(0.99), 3),
+        (Depth(1), 3),
+        ("exit:1e-30", 0),
+    ],
+    ids=str,
+)
+def test_others_say_nothing(policy, n: int, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "adadiff"):
+        _, report = adadiff.sample(served(), n, steps=4, policy=policy)
+    assert not report.never_acted
+    assert "never" not in str(report)
+    assert messages(caplog) == []
+
+
+def test_one_exit_is_enough(caplog: pytest.LogCaptureFixture) -> None:
+    """One sample, at one step of many, after the last layer that one may exit after."""
+    exit_layer = torch.full((4, 3, 2), 5, dtype=torch.uint8)
+    exit_layer[2, 1, 0] = 4
+    with caplog.at_level(logging.WARNING, "adadiff"):
+        _, report = adadiff.sample(served(), 3, steps=4, policy=Replay(exit_layer, needs_scores=False))
+    assert not report.never_acted
+    assert messages(caplog) == []
+
+
+def test_an_engine_says_so_when_it_is_closed(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "adadiff"), stepped() as engine:
+        stuck = engine.submit(seed=1, steps=3, policy=Stubborn())
+        whole = engine.submit(seed=2, steps=3, policy="full")
+        while engine.step():
+            pass
+        assert (stuck.report.never_acted, whole.report.never_acted) == (True, False)
+        assert engine.report.never_acted
+        assert messages(caplog) == []  # others may still come
+    assert len(messages(caplog)) == 1
+    assert "requests" in messages(caplog)[0]
+
+
+def test_an_engine_with_one_request_that_exits_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "adadiff"), adadiff.Engine(served(), 4) as engine:
+        handles = [engine.submit(seed=1, steps=3, policy=policy) for policy in (Stubborn(), "full", "exit:depth=2")]
+        for handle in handles:
+            handle.result(60)
+    assert [handle.report.never_acted for handle in handles] == [True, False, False]
+    assert not engine.report.never_acted
+    assert messages(caplog) == []
+
+
+def test_an_engine_of_plain_requests_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "adadiff"), stepped() as engine:
+        engine.submit(seed=1, steps=2, policy="full")
+    assert engine.report.batch == Totals(ticks=2, passes=2, blocks=10, **costs(engine.report.batch))
+    assert not engine.report.never_acted
+    assert messages(caplog) == []
+
+
+def costs(totals: Totals) -> dict[str, int]:
+    return {name: getattr(totals, name) for name in ("macs", "macs_full", "rows_moved")}
+
+
+@pytest.mark.parametrize("form", ["png", "npz"])
+def test_the_command_says_so_in_its_line(form: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = saved(tmp_path / "m.safetensors", config())
+    said = "no work left out: the policy never let a sample exit"
+    for number, (policy, never) in enumerate([("exit:0.0001", True), ("exit:depth=3", True), ("full", False)]):
+        line = f"sample {model} --out {tmp_path}/{number} --n 2 --steps 2 --format {form} --policy {policy}"
+        assert run(line) == 0
+        printed = capsys.readouterr().out
+        assert (said in printed) == never
+        assert "no work left out" in printed
+    assert run(f"sample {model} --out {tmp_path}/d --n 2 --steps 2 --format {form} --policy exit:depth=1") == 0
+    assert "no work left out" not in capsys.readouterr().out
