@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from adadiff.commands.values import shares, whole_numbers
-from adadiff.output.pictures import replace_file
+from adadiff.writing import replace_file
 from benchmarks.baselines.alternatives import COARSE, QUICK, Networks, Sweep, default_networks
 from benchmarks.gpu.session import gpu_facts
 from benchmarks.harness import threads

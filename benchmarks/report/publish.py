@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
 
-from adadiff.output.pictures import replace_file
+from adadiff.writing import replace_file
 from benchmarks.gpu import tables as gpu_tables
 from benchmarks.report import equal_seconds_table, front_plots, fronts, headline, plots, serving_tables
 from benchmarks.report.cells import Table, select

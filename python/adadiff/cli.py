@@ -19,6 +19,7 @@ from .commands.options import add_command
 from .commands.sample_options import add_diff, add_evaluate, add_sample
 from .commands.terminal import print_error
 from .commands.texts import START, SUMMARY
+from .data.files import reason
 from .sampling.batch import is_memory_error
 
 
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _drop_output()
         return 141
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        return _refused(" ".join(str(error).split()) or type(error).__name__)
+        return _refused(reason(error))
     except (MemoryError, RuntimeError) as error:  # PyTorch's allocators raise both
         if not is_memory_error(error):
             raise

@@ -1,8 +1,7 @@
 """PyTorch's and NumPy's settings of a process or a thread, entered between calls: the same bits come of everything."""
 
 import ast
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
@@ -20,6 +19,7 @@ from adadiff.forward.options import ExecutionOptions
 from adadiff.pipelines.pipeline import AdaDiffPipeline
 from adadiff.policies import spelling
 from adadiff.sampling import sample_batch
+from sampler.settings import default_device, default_dtype, deterministic
 from sampler.test_calibration import HALF, made
 from sampler.test_early_exit import exits, parts
 from sampler.test_pipeline import LATENT, vae
@@ -30,35 +30,6 @@ REQUESTS, ASKED = (
     requests(4, seed=77, most=3),
     requests(4, seed=5, most=3),
 )  # made here, since their images follow the settings
-
-
-@contextlib.contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextlib.contextmanager
-def default_device(device: str) -> Iterator[None]:
-    torch.set_default_device(device)
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
-
-
-@contextlib.contextmanager
-def deterministic(mode: str) -> Iterator[None]:
-    before = torch.get_deterministic_debug_mode()
-    torch.set_deterministic_debug_mode(mode)
-    try:
-        yield
-    finally:
-        torch.set_deterministic_debug_mode(before)
 
 
 SETTINGS: dict[str, Callable[[], AbstractContextManager]] = {

@@ -27,6 +27,7 @@ from adadiff.metrics import features
 from adadiff.model import Model
 from adadiff.models.dit import DiTConfig
 from adadiff.uem import PAPER
+from sampler.settings import default_device, default_dtype
 from sampler.test_calibration import HALF, made
 from sampler.test_conversion import DI_T, saved, state_of
 from sampler.tiny import DIT, SERVED, UVIT, scramble
@@ -402,25 +403,6 @@ def test_what_could_not_be_loaded_is_not_saved(spoil: Callable, message: str, fi
         save(spoil(model_of(UVIT_CONFIG)), file)
     assert file.read_bytes() == before
     assert list(file.parent.iterdir()) == [file]
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def default_device(device: str) -> Iterator[None]:
-    torch.set_default_device(device)
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..output.pictures import replace_file
+from ..writing import replace_file
 from .recording import Recording
 
 PANELS = 6

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..output.pictures import replace_file
 from ..policies.calibrated import Calibration
+from ..writing import replace_file
 from .reliability import matplotlib_figure
 
 COLUMNS = 4  # panels beside each other

@@ -21,7 +21,7 @@ from ..model import Model
 from ..output.pictures import CHANNELS, write_json
 from ..policies.spelling import DEFAULT
 from ..sampling import sampler
-from ..writing import check_outputs, replace_file
+from ..writing import check_outputs
 from .shared import check_limits, cycled, decoder, execution_of, file_of, load_model, resolved
 from .terminal import print_table, show, with_bars
 
@@ -41,7 +41,7 @@ def evaluate(options: argparse.Namespace) -> None:
         content = {"real": _json(dataclasses.asdict(_real(judge))), **content}
     try:
         if options.json:
-            replace_file(options.json, lambda temporary: write_json(temporary, content), force=options.force)
+            write_json(options.json, content, rank=None, force=options.force)
     finally:  # on a full disk the numbers are not lost
         _print(results, content.get("real"))
     if options.json:

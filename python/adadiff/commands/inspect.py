@@ -10,7 +10,7 @@ from ..conversion.describing import describe
 from ..output.pictures import CHANNELS
 from ..policies.calibrated import Calibration
 from ..writing import check_outputs, replace_file
-from .terminal import bold, print_table, printable, show, show_lines
+from .terminal import bold, print_table, printable, show, show_lines, way_of_drawing
 
 FAMILY_NAMES = {"uvit": "U-ViT", "dit": "DiT"}
 COLOURS = {1: "grey", 3: "colour"}
@@ -142,11 +142,8 @@ def _show_budgets(calibration: Calibration) -> None:
             for budget in calibration.budgets
         ]
     )
-    solver, guidance = printable(calibration.solver), calibration.guidance_scale
-    guided = "" if guidance == 1 else f", guidance scale {guidance:g}"
-    print(
-        f"Measured with {calibration.steps} steps of {solver}{guided}, on samples of all classes that were not used for"
-    )
+    way = way_of_drawing(calibration.steps, calibration.solver, calibration.guidance_scale)
+    print(f"Measured with {way}, on samples of all classes that were not used for")
     print(
         "the thresholds. work: share of the full network's multiply-adds, on average: other steps, guidance or classes"
     )

@@ -24,7 +24,7 @@ from ..sampling.params import SamplingParams
 from ..sampling.reports import NEVER_ACTED, Report
 from ..writing import check_replaceable
 from .shared import check_limits, cycled, decoder, digest, execution_of, load_model, resolved, with_progress
-from .terminal import printable, with_bars
+from .terminal import printable, way_of_drawing, with_bars
 
 PNG_MOST = 1000  # samples that become a picture each where nothing else is asked for
 PNG_LIMIT = 10**6  # samples that can become a picture each
@@ -253,19 +253,16 @@ def _announce(configuration: dict[str, Any], calibration: Calibration | None) ->
     steps = " or ".join(map(str, configuration["steps"]))
     n, guidance = configuration["n"], configuration["guidance_scale"]
     asked = (*configuration["steps"], configuration["solver"], guidance)
-    guided = "" if guidance == 1 else f", guidance scale {guidance:g}"
     print(
-        f"{configuration['model']}: {n} samples, {steps} steps of {configuration['solver']}{guided}, policy "
+        f"{configuration['model']}: {n} samples, {way_of_drawing(steps, configuration['solver'], guidance)}, policy "
         f"{configuration['policy']}, seeds from {configuration['seed']}, on {configuration['device']}"
     )
     if calibration is None or not configuration["policy"].startswith(("exit:budget=", "exit:table=")):
         return
     known = (calibration.steps, calibration.solver, calibration.guidance_scale)
     if asked != known:
-        guided = "" if known[2] == 1 else f", guidance scale {known[2]:g}"
         print(
-            f"note: the policy was calibrated for {known[0]} steps of {printable(known[1])}{guided}; the share of the "
-            "work may be another here"
+            f"note: the policy was calibrated for {way_of_drawing(*known)}; the share of the work may be another here"
         )
 
 

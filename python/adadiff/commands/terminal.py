@@ -60,6 +60,12 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return {printable(name): printable(text) for name, text in found.items()}
 
 
+def way_of_drawing(steps: object, solver: str, guidance_scale: float) -> str:
+    """Such as "20 steps of ddim, guidance scale 4"; no guidance is not mentioned."""
+    guided = "" if guidance_scale == 1 else f", guidance scale {guidance_scale:g}"
+    return f"{steps} steps of {printable(solver)}{guided}"
+
+
 def show_lines(text: str) -> None:
     """Text of several lines, printable."""
     print("\n".join(map(printable, text.split("\n"))))

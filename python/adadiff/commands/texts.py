@@ -229,7 +229,7 @@ the error of exiting there: the uncertainty, from 0 to 1.
 SOLVER_HELP = (
     "sampling method: ddim, ddim:ETA (ETA from 0, deterministic, to 1), ddpm, dpm++2m, dpm-fast, dpm++fast, or "
     "euler-maruyama (models of schedule vp); ddim, ddpm and dpm++2m accept a spacing of the timesteps (leading, "
-    "trailing, linspace or respaced), as in ddpm:spacing=respaced (default: ddim)"
+    "trailing, linspace or respaced; ddim also trailing-diffusers), as in ddpm:spacing=respaced (default: ddim)"
 )
 GUIDANCE_HELP = "scale of classifier-free guidance, defined as in diffusers; 1 is no guidance (default: 1)"
 FEATURES = (

@@ -14,8 +14,7 @@ from torch import Tensor
 from ..data.files import read_json, reason
 from ..data.pictures import read_picture
 from ..sampling.reports import Report
-from ..writing import check_replaceable, drop_parts
-from ..writing import replace_file as replace_file
+from ..writing import check_replaceable, drop_parts, replace_file
 
 CHANNELS = (1, 3)  # of a picture; anything else is a latent
 GRID_MOST = 100  # pictures in a grid
@@ -58,8 +57,9 @@ def write_png(path: Path, pixels: np.ndarray, rank: int = 0) -> None:
     replace_file(path, lambda temporary: Image.fromarray(pixels).save(temporary, format="PNG"), rank)
 
 
-def write_json(path: Path, values: object, rank: int = 0) -> None:
-    replace_file(path, lambda temporary: temporary.write_text(json.dumps(values, indent=2) + "\n"), rank)
+def write_json(path: Path, values: object, rank: int | None = 0, force: bool = True) -> None:
+    """rank, force: see `replace_file`."""
+    replace_file(path, lambda temporary: temporary.write_text(json.dumps(values, indent=2) + "\n"), rank, force)
 
 
 def no_totals(num_layers: int) -> dict[str, Any]:

@@ -111,7 +111,7 @@ class Handle(Future):
         """In a forked process, where a thread that is not there any more may hold the lock. Callbacks and who waits are
         the parent's."""
         self._condition = SignalSafeCondition()
-        vars(self).update(_waiters=[], _done_callbacks=[])
+        self._waiters, self._done_callbacks = [], []  # type: ignore[var-annotated]
         if not self.done():
             self.set_exception(error)
 
