@@ -82,11 +82,12 @@ def start(
     exit_layer: int,
     state: int,
     num_lanes: int,
+    count: int,
     word: int,
     device: int,
     stream: int,
 ) -> None:
-    """Queues the identity, everybody running, and the next tick."""
+    """Queues the identity, the first `count` lanes running, and the next tick."""
 
 class MappedWord:
     """A word of pinned host memory that a CUDA device writes: tick, layer, count; see DeviceSet."""

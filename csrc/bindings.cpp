@@ -86,11 +86,11 @@ void compact(std::uintptr_t row_to_lane, std::uintptr_t lane_to_row, std::uintpt
 }
 
 void start(std::uintptr_t row_to_lane, std::uintptr_t lane_to_row, std::uintptr_t exit_layer, std::uintptr_t state,
-           std::int32_t num_lanes, std::uintptr_t word, int device, std::uintptr_t stream) {
+           std::int32_t num_lanes, std::int32_t count, std::uintptr_t word, int device, std::uintptr_t stream) {
   using std::int32_t;
   adadiff::cuda::start(pointer<int32_t>(row_to_lane), pointer<int32_t>(lane_to_row), pointer<int32_t>(exit_layer),
-                       pointer<adadiff::compaction::State>(state), num_lanes, pointer<volatile std::uint64_t>(word),
-                       device, stream);
+                       pointer<adadiff::compaction::State>(state), num_lanes, count,
+                       pointer<volatile std::uint64_t>(word), device, stream);
 }
 
 void def_cuda(py::module_& m) {
@@ -100,7 +100,7 @@ void def_cuda(py::module_& m) {
         py::arg("bound"), py::arg("num_lanes"), py::arg("layer"), py::arg("word"), py::arg("device"),
         py::arg("stream"));
   m.def("start", &start, py::arg("row_to_lane"), py::arg("lane_to_row"), py::arg("exit_layer"), py::arg("state"),
-        py::arg("num_lanes"), py::arg("word"), py::arg("device"), py::arg("stream"));
+        py::arg("num_lanes"), py::arg("count"), py::arg("word"), py::arg("device"), py::arg("stream"));
   py::class_<MappedWord>(m, "MappedWord")
       .def(py::init<int>(), py::arg("device"))
       .def("read", &MappedWord::read)

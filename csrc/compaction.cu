@@ -35,9 +35,9 @@ __global__ void __launch_bounds__(kThreads) compact_kernel(const Arguments a) {
 
 __global__ void __launch_bounds__(kThreads)
     start_kernel(int32_t* row_to_lane, int32_t* lane_to_row, int32_t* exit_layer, State* state, int32_t num_lanes,
-                 volatile std::uint64_t* word) {
-  compaction::start(row_to_lane, lane_to_row, exit_layer, state, num_lanes, word, static_cast<int32_t>(threadIdx.x),
-                    static_cast<int32_t>(blockDim.x));
+                 int32_t count, volatile std::uint64_t* word) {
+  compaction::start(row_to_lane, lane_to_row, exit_layer, state, num_lanes, count, word,
+                    static_cast<int32_t>(threadIdx.x), static_cast<int32_t>(blockDim.x));
 }
 
 void require(bool holds, const char* message) {
@@ -94,12 +94,13 @@ void compact(const Arguments& a, int device, std::uintptr_t stream) {
 }
 
 void start(int32_t* row_to_lane, int32_t* lane_to_row, int32_t* exit_layer, State* state, int32_t num_lanes,
-           volatile std::uint64_t* word, int device, std::uintptr_t stream) {
+           int32_t count, volatile std::uint64_t* word, int device, std::uintptr_t stream) {
   require(num_lanes >= 0 && num_lanes <= compaction::kMaxLanes, "start: num_lanes must lie in [0, 32768]");
+  require(count >= 0 && count <= num_lanes, "start: count must lie in [0, num_lanes]");
   require((row_to_lane && lane_to_row && exit_layer) || num_lanes == 0,
           "start: row_to_lane, lane_to_row or exit_layer is null");
   require(state && word, "start: state or word is null");
-  launch(start_kernel, num_lanes, device, stream, row_to_lane, lane_to_row, exit_layer, state, num_lanes, word);
+  launch(start_kernel, num_lanes, device, stream, row_to_lane, lane_to_row, exit_layer, state, num_lanes, count, word);
 }
 
 MappedWord::MappedWord(int device) {

@@ -202,16 +202,17 @@ ADADIFF_BOTH void record(const Arguments& a, const Thread& t, int32_t threads) {
   for (int32_t lane = t.index; lane < a.num_lanes; lane += threads) a.snapshot[lane] = a.lane_to_row[lane];
 }
 
-// Everybody runs again, in the order of the lanes. The word says so with layer 0.
+// The first `count` lanes run again, in their order; those beyond take no part. The word says so with layer 0.
 ADADIFF_BOTH void start(int32_t* row_to_lane, int32_t* lane_to_row, int32_t* exit_layer, State* state,
-                        int32_t num_lanes, volatile std::uint64_t* word, int32_t index, int32_t threads) {
+                        int32_t num_lanes, int32_t count, volatile std::uint64_t* word, int32_t index,
+                        int32_t threads) {
   for (int32_t lane = index; lane < num_lanes; lane += threads) {
     row_to_lane[lane] = lane_to_row[lane] = lane;
     exit_layer[lane] = 0;
   }
   if (index == 0) {
-    *state = {num_lanes, 0, (state->tick + 1) & 0xFFFF};
-    *word = pack(state->tick, 0, num_lanes);
+    *state = {count, 0, (state->tick + 1) & 0xFFFF};
+    *word = pack(state->tick, 0, count);
   }
 }
 

@@ -12,9 +12,9 @@ namespace adadiff::cuda {
 // One exit, by one block of threads.
 void compact(const compaction::Arguments& arguments, int device, std::uintptr_t stream);
 
-// Everybody runs again; the tick counts up.
+// The first `count` lanes run again; the tick counts up.
 void start(std::int32_t* row_to_lane, std::int32_t* lane_to_row, std::int32_t* exit_layer, compaction::State* state,
-           std::int32_t num_lanes, volatile std::uint64_t* word, int device, std::uintptr_t stream);
+           std::int32_t num_lanes, std::int32_t count, volatile std::uint64_t* word, int device, std::uintptr_t stream);
 
 // A word of pinned host memory, in the form of compaction::pack, that `device` writes and the host reads. It must
 // outlive every launch, and every captured graph, that writes to it.

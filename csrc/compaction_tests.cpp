@@ -42,10 +42,13 @@ struct Block {
 };
 
 struct Set {
-  Set(std::int32_t lanes, Block& block)
+  Set(std::int32_t lanes, Block& block) : Set(lanes, lanes, block) {}
+
+  Set(std::int32_t lanes, std::int32_t count, Block& block)
       : row_to_lane(lanes, -7), lane_to_row(lanes, -7), exit_layer(lanes, -7), lanes(lanes), block(block) {
     block.each([&](std::int32_t i) {
-      compaction::start(row_to_lane.data(), lane_to_row.data(), exit_layer.data(), &state, lanes, &word, i,
+      compaction::start(row_to_lane.data(), lane_to_row.data(), exit_layer.data(), &state, lanes, count, &word,
+                        i,
                         static_cast<std::int32_t>(block.order.size()));
     });
   }
@@ -222,6 +225,28 @@ void test_moves_by_hand() {
 }
 
 // A bound below the count: nothing moves, and the count says so until the next start.
+// Lanes beyond the count of a start take no part: nobody asks them, and they stay where they are.
+void test_fewer_lanes() {
+  Block block(64, 5);
+  for (const std::int32_t count : {0, 1, 3, 6}) {
+    Set set(7, count, block);
+    CHECK(set.state.count == count && set.word == compaction::pack(0, 0, count));
+    Mask mask(7, 1);
+    if (count) mask[0] = 0;
+    compaction::Arguments a = at(1, 7);
+    a.mask = mask.data();
+    set.exit(a);
+    CHECK(set.state.count == std::min(count, 1));
+    for (std::int32_t lane = 0; lane < 7; ++lane) {
+      CHECK(set.exit_layer[lane] == (lane > 0 && lane < count ? 1 : 0));
+      if (lane >= count) CHECK(set.row_to_lane[lane] == lane);
+    }
+    set.exit(at(2, 7));
+    CHECK(set.state.count == 0);
+    for (std::int32_t lane = count; lane < 7; ++lane) CHECK(set.exit_layer[lane] == 0);
+  }
+}
+
 void test_faults() {
   Block block(32, 9);
   Set set(4, block);
@@ -244,5 +269,6 @@ void test_compaction() {
   for (const std::int32_t lanes : {1023, 1025, 3000}) check_run(lanes, compaction::kThreads, random);
   check_run(compaction::kMaxLanes, compaction::kThreads, random);
   test_moves_by_hand();
+  test_fewer_lanes();
   test_faults();
 }

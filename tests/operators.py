@@ -70,8 +70,10 @@ def fused_pass(n: int, backend: str | None, P: int = 1) -> Case:
         own = branch @ branch.mT @ branch  # ours to overwrite
         _, h, u = residual_uem(x, own, row_to_lane=lanes, gate=gate, score=score, norm=norm, out=own, backend=backend)
         y, _, same = residual_uem(x.relu(), branch, row_to_lane=lanes, score=score, backend=backend)
-        residual_uem(x, branch, row_to_lane=lanes, out=x, backend=backend)
-        return own, h, u, y, same, x
+        norms = torch.empty_like(x)
+        given = {"norm": norm, "out": x, "norm_out": norms}
+        residual_uem(x, branch, row_to_lane=lanes, **given, backend=backend)
+        return own, h, u, y, same, x, norms
 
     score, norm = (normal(P, 8) / 8, normal(B, P), 1), (1e-6, None, None, normal(B, 8), normal(B, 8))
     return call, (normal(n, 3, 8), normal(n, 3, 8), some_lanes(n), normal(B, 8), score, norm)
@@ -86,9 +88,10 @@ def skips(n: int, backend: str | None) -> Case:
 
 def settles(n: int, backend: str | None) -> Case:
     def call(moves: Tensor, rows: Tensor, saved: Tensor) -> Results:
-        own = rows.relu()
+        own, beside = rows.relu(), rows.exp()
         settle_rows(moves, own, saved, backend=backend)
-        return own, saved
+        settle_rows(moves, own, saved, beside, backend=backend)
+        return own, saved, beside
 
     moves = torch.tensor(
         [[0, 5, n - 1 if n > 2 else -1], [1, 2, -1], *([[-1] * 3] * (n - 2))], dtype=torch.int32, device=DEVICE

@@ -93,13 +93,19 @@ class DeviceSet:
         self._word = word or (extension.core.MappedWord(device.index) if self._kernel else PinnedCount(device))
         self._address = self._word.device_address if self._kernel else None
         self._tick, self._layer, self.recorded = 0, 0, False
+        self._started = num_lanes
 
-    def start(self) -> None:
-        """Everybody runs again, in the order of the lanes: the next tick."""
-        self._layer = 0
+    def start(self, count: int | None = None) -> None:
+        """The first `count` lanes (None: all) run again, in their order: the next tick. Those beyond take no part:
+        their rows lie beyond the count, and they never exit.
+
+        ValueError for a count that is no int from 0 to num_lanes.
+        """
+        count = self._bound(self.num_lanes if count is None else count)
+        self._layer, self._started = 0, count
         unseen = traced(self.row_to_lane)
         begin = _START if unseen and self._kernel else _start
-        begin(self.row_to_lane, self.lane_to_row, self.exit_layer, self._state, self._address)
+        begin(self.row_to_lane, self.lane_to_row, self.exit_layer, self._state, count, self._address)
         if not self._kernel:
             self._word.post(_packed(self._state, 0))
         if unseen or not captures(self.device):
@@ -152,7 +158,7 @@ class DeviceSet:
         """The last count of this tick that the host can see, without waiting: an upper bound of the running rows."""
         tick, layer, count = unpacked(self._word.read())
         if self.recorded or tick != self._tick or layer == 0:
-            return CountSnapshot(0, self.num_lanes)
+            return CountSnapshot(0, self._started)
         return CountSnapshot(layer, _checked(count, layer))
 
     def wait(self, layer: int) -> int:
@@ -215,16 +221,18 @@ class DeviceSet:
 # nothing.
 
 
-def _start(row_to_lane: Tensor, lane_to_row: Tensor, exit_layer: Tensor, state: Tensor, word: int | None) -> None:
+def _start(
+    row_to_lane: Tensor, lane_to_row: Tensor, exit_layer: Tensor, state: Tensor, count: int, word: int | None
+) -> None:
     if word is not None:
         pointers = _pointers(row_to_lane, lane_to_row, exit_layer, state)
-        extension.core.start(*pointers, row_to_lane.shape[0], word, *_stream(row_to_lane))
+        extension.core.start(*pointers, row_to_lane.shape[0], count, word, *_stream(row_to_lane))
         return
     torch.arange(row_to_lane.shape[0], dtype=torch.int32, device=row_to_lane.device, out=row_to_lane)
     lane_to_row.copy_(row_to_lane)
     exit_layer.zero_()
     state[:2] = 0
-    state[0] += row_to_lane.shape[0]
+    state[0] += count
     state[2] += 1
 
 
@@ -252,7 +260,7 @@ def _exit_rows(
 
 
 _SET = "Tensor(a!) row_to_lane, Tensor(b!) lane_to_row, Tensor(c!) exit_layer, Tensor(d!) state"
-_START = register(f"start_device_set({_SET}, int? word) -> ()", _start, lambda *given: None)
+_START = register(f"start_device_set({_SET}, SymInt count, int? word) -> ()", _start, lambda *given: None)
 _EXIT = register(
     f"exit_rows({_SET}, Tensor? u, Tensor? threshold, Tensor? mask, Tensor? partner, Tensor(e!)? snapshot, "
     "SymInt bound, SymInt layer, int? word) -> Tensor",

@@ -14,6 +14,7 @@ from adadiff_kernels.residual_uem.layer_scores import LayerScores
 from adadiff_kernels.residual_uem.reference import (
     Norm,
     Score,
+    check_norm_out,
     check_score,
     check_sum,
     core_scores,
@@ -59,21 +60,25 @@ def _run(
     score: Score | None = None,
     norm: Norm | None = None,
     out: Tensor | None = None,
+    norm_out: Tensor | None = None,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """One pass over the residual stream: y = x + gate * (branch + bias), its score and its norm.
 
-    x, branch, out: [n, T, D]; row_to_lane: int32 [n]; gate: [B, D] by lane; bias: [D]. out receives y and may be x or
-    branch. x may be float32 with a branch of 16 bits, as under autocast.
+    x, branch, out, norm_out: [n, T, D]; row_to_lane: int32 [n]; gate: [B, D] by lane; bias: [D]. out receives y and may
+    be x or branch; norm_out, given only beside `norm` and `out`, receives the normalised rows and may be neither. x may
+    be float32 with a branch of 16 bits, as under autocast.
     Returns y in x's dtype, the normalised rows in branch's dtype (None without `norm`), and u, float32 [n] (None
     without `score`). Raises ValueError for shapes or dtypes that do not fit.
     """
     check_sum(x, branch, row_to_lane, gate, bias, out)
+    check_norm_out(branch, norm, out, norm_out)
     if score is not None:
         check_score(x, score, row_to_lane)
     parts = (*(() if score is None else (score.weight, score.offset)), *(() if norm is None else norm.parameters))
     chosen = dispatch.choose(backend, x, needs_grad=needs_grad(x, branch, gate, bias, *parts))
     given = {"row_to_lane": row_to_lane, "gate": gate, "bias": bias, "score": score, "norm": norm, "out": out}
+    given["norm_out"] = norm_out
     outputs = 1 if score is None else len(score.weight)
     if chosen == "triton" and (backend == "triton" or _fits(x.shape[-1], outputs)):
         from adadiff_kernels.residual_uem.kernel import launch_residual_uem
@@ -102,6 +107,7 @@ def _flat(
     x: Tensor,
     branch: Tensor,
     out: Tensor | None,
+    norm_out: Tensor | None,
     row_to_lane: Tensor,
     gate: Tensor | None,
     bias: Tensor | None,
@@ -121,19 +127,23 @@ def _flat(
         check_sum(x, branch, row_to_lane, gate, bias, out)
         if score is not None:
             check_score(x, score, row_to_lane)
+        check_norm_out(branch, given["norm"], out, norm_out)
         made = residual_uem_reference(x, branch, **given)
     else:
-        made = _run(x, branch, **given, out=out, backend=backend)
+        made = _run(x, branch, **given, out=out, norm_out=norm_out, backend=backend)
+    if norm_out is not None:
+        made = made[0], None, made[2]
     return tuple(x.new_empty(0) if part is None else part for part in made)
 
 
 _OPERATOR = register(
     f"residual_uem(Tensor x, Tensor branch, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
-    lambda x, branch, *given: _flat(x, branch, None, *given),
-    lambda x, branch, *given: _flat(x, branch, None, *given, fake=True),
+    lambda x, branch, *given: _flat(x, branch, None, None, *given),
+    lambda x, branch, *given: _flat(x, branch, None, None, *given, fake=True),
 )
 _OPERATOR_OUT = register(
-    f"residual_uem_out(Tensor x, Tensor branch, Tensor(a!) out, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    "residual_uem_out(Tensor x, Tensor branch, Tensor(a!) out, Tensor(b!)? norm_out, "
+    f"{_ARGUMENTS}) -> (Tensor, Tensor)",
     lambda *given: _flat(*given)[1:],
     lambda *given: _flat(*given, fake=True)[1:],
 )
@@ -150,11 +160,13 @@ def residual_uem(
     score: Score | None = None,
     norm: Norm | None = None,
     out: Tensor | None = None,
+    norm_out: Tensor | None = None,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if not (traced(x) and (is_opaque(backend, x) or (backend is None and _core_is_faster(x, branch, score)))):
         given = {"row_to_lane": row_to_lane, "gate": gate, "bias": bias, "score": score, "norm": norm}
-        return _run(x, branch, **given, out=out, backend=backend)
+        return _run(x, branch, **given, out=out, norm_out=norm_out, backend=backend)
+    check_norm_out(branch, norm, out, norm_out)
     flat = (
         *(row_to_lane, gate, bias),
         *(
@@ -165,7 +177,8 @@ def residual_uem(
         *((None,) * 5 if norm is None else (norm.eps, norm.weight, norm.bias, norm.scale, norm.shift)),
         backend,
     )
-    y, h, u = _OPERATOR(x, branch, *flat) if out is None else (out, *_OPERATOR_OUT(x, branch, out, *flat))
+    y, h, u = _OPERATOR(x, branch, *flat) if out is None else (out, *_OPERATOR_OUT(x, branch, out, norm_out, *flat))
+    h = h if norm_out is None else norm_out
     return y, None if norm is None else h, None if score is None else u
 
 

@@ -178,15 +178,16 @@ def launch_residual_uem(
     score: Score | None = None,
     norm: Norm | None = None,
     out: Tensor | None = None,
+    norm_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As `residual_uem`. x, branch, out, row_to_lane, bias, the score's weight and tickets contiguous; tensors by lane
-    with contiguous rows; all on one device; D up to 1536, P up to 64. Lanes are not checked against B,
+    """As `residual_uem`. x, branch, out, norm_out, row_to_lane, bias, the score's weight and tickets contiguous;
+    tensors by lane with contiguous rows; all on one device; D up to 1536, P up to 64. Lanes are not checked against B,
     nor tickets for being zero."""
     n, T, D = x.shape
     P = 1 if score is None else len(score.weight)
-    _check(x, branch, row_to_lane, gate, bias, score, norm, out)
+    _check(x, branch, row_to_lane, gate, bias, score, norm, out, norm_out)
     y = torch.empty_like(x) if out is None else out
-    h = None if norm is None else torch.empty_like(branch)
+    h = None if norm is None else torch.empty_like(branch) if norm_out is None else norm_out
     BLOCK_T = 8 if D <= 512 else 4  # two tokens a warp where their share fits in few registers
     BLOCK_M = BLOCK_T if P == 1 else MAP_TILE
     BLOCK_D = min(512 // x.element_size(), max(16, next_power_of_2(D)))
@@ -234,6 +235,7 @@ def _check(
     score: Score | None,
     norm: Norm | None,
     out: Tensor | None,
+    norm_out: Tensor | None,
 ) -> None:
     n, T, D = x.shape
     if not 1 <= D <= MAX_CHANNELS:
@@ -246,6 +248,7 @@ def _check(
     need("gate", gate, ("B", D), x, rows_apart=True)
     need("bias", bias, (D,), x)
     need("out", out, (n, T, D), x, (x.dtype,))
+    need("norm_out", norm_out, (n, T, D), x, (branch.dtype,))
     if score is not None:
         if not 1 <= len(score.weight) <= MAX_OUTPUTS:
             raise ValueError(f"score takes 1 to {MAX_OUTPUTS} outputs a token, got {len(score.weight)}")

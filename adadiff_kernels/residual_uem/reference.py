@@ -142,6 +142,7 @@ def residual_uem_reference(
     score: Score | None = None,
     norm: Norm | None = None,
     out: Tensor | None = None,
+    norm_out: Tensor | None = None,
     scorer: Callable[[Tensor, Score, Tensor], Tensor] = uem_score_reference,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`residual_uem` in PyTorch, for any device, dtype, D and P."""
@@ -157,7 +158,10 @@ def residual_uem_reference(
     if work != x.dtype:
         y = y.to(x.dtype) if out is None else out.copy_(y)
     u = None if score is None else scorer(y, score, row_to_lane)
-    return y, None if norm is None else layer_norm(y, norm, row_to_lane).to(branch.dtype), u
+    if norm is None:
+        return y, None, u
+    h = layer_norm(y, norm, row_to_lane).to(branch.dtype)
+    return y, h if norm_out is None else norm_out.copy_(h), u
 
 
 def check_sum(
@@ -175,6 +179,18 @@ def check_sum(
         raise ValueError(f"bias must be [{D}], got {tuple(bias.shape)}")
     if out is not None and (out.shape != x.shape or out.dtype != x.dtype):
         raise ValueError(f"out must be {tuple(x.shape)} {x.dtype}, got {tuple(out.shape)} {out.dtype}")
+
+
+def check_norm_out(branch: Tensor, norm: Norm | None, out: Tensor | None, norm_out: Tensor | None) -> None:
+    """ValueError where `norm_out` has nothing to receive, or another shape or dtype than what it would."""
+    if norm_out is None:
+        return
+    if norm is None or out is None:
+        raise ValueError("norm_out receives normalised rows beside out; give norm and out, too")
+    if norm_out.shape != branch.shape or norm_out.dtype != branch.dtype:
+        raise ValueError(
+            f"norm_out must be {tuple(branch.shape)} {branch.dtype}, got {tuple(norm_out.shape)} {norm_out.dtype}"
+        )
 
 
 def check_score(y: Tensor, score: Score, row_to_lane: Tensor) -> None:

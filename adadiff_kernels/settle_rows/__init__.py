@@ -12,36 +12,41 @@ from adadiff_kernels.library import register
 from adadiff_kernels.settle_rows.reference import check_settle, settle_rows_core, settle_rows_reference
 
 
-def _run(moves: Tensor, rows: Tensor, saved: Tensor, *, backend: Backend | None = None) -> None:
-    """Saves the rows that exit and moves remaining ones to their places, for one tensor held by row.
+def _run(
+    moves: Tensor, rows: Tensor, saved: Tensor, beside: Tensor | None = None, *, backend: Backend | None = None
+) -> None:
+    """Saves the rows that exit and moves remaining ones to their places.
 
     moves: int32 [k, 3] of `ActiveSet.exit_rows` or `DeviceSet.exit_rows`; rows: any dtype, [k or more, ...]; saved:
-    [B, ...] by lane, of the same dtype. Rows of either are contiguous, any distance apart.
+    [B, ...] by lane, of the same dtype. beside: as rows in shape and dtype, held by row, too: its remaining rows move
+    likewise, and none is saved. Rows of all are contiguous, any distance apart.
     Raises ValueError, with nothing moved, for shapes or dtypes that do not fit; on the CPU also for moves that name a
     row or lane twice. Elsewhere moves are not checked, since that would wait for the device.
     """
-    check_settle(moves, rows, saved)
+    check_settle(moves, rows, saved, beside)
     chosen = dispatch.choose(backend, rows)
     if chosen == "triton":
         from adadiff_kernels.settle_rows.kernel import launch_settle_rows
 
         with on_device_of(rows):
-            launch_settle_rows(moves, rows, saved)
+            launch_settle_rows(moves, rows, saved, beside)
     elif chosen == "cpu" or (chosen is None and rows.is_cpu and extension.core is not None):
-        settle_rows_core(moves, rows, saved)
+        settle_rows_core(moves, rows, saved, beside)
     else:
-        settle_rows_reference(moves, rows, saved)
+        settle_rows_reference(moves, rows, saved, beside)
 
 
 _OPERATOR = register(
-    "settle_rows(Tensor moves, Tensor(a!) rows, Tensor(b!) saved, str? backend) -> ()",
+    "settle_rows(Tensor moves, Tensor(a!) rows, Tensor(b!) saved, Tensor(c!)? beside, str? backend) -> ()",
     lambda *given: _run(*given[:-1], backend=given[-1]),
     lambda *given: check_settle(*given[:-1]),
 )
 
 
 @wraps(_run)
-def settle_rows(moves: Tensor, rows: Tensor, saved: Tensor, *, backend: Backend | None = None) -> None:
+def settle_rows(
+    moves: Tensor, rows: Tensor, saved: Tensor, beside: Tensor | None = None, *, backend: Backend | None = None
+) -> None:
     if traced(rows) and (is_opaque(backend, rows) or backend is None):
-        return _OPERATOR(moves, rows, saved, backend)
-    return _run(moves, rows, saved, backend=backend)
+        return _OPERATOR(moves, rows, saved, beside, backend)
+    return _run(moves, rows, saved, beside, backend=backend)

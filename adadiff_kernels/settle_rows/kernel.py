@@ -18,8 +18,10 @@ def _settle_rows_kernel(
     moves_ptr,  # i32 [k, 3]
     rows_ptr,  # [n, width] of integers
     saved_ptr,  # [B, width]
+    beside_ptr,  # [n, width] or None
     stride_rows,
     stride_saved,
+    stride_beside,
     width,
     items,
     BLOCK: tl.constexpr,
@@ -38,11 +40,14 @@ def _settle_rows_kernel(
         staying = tl.load(rows_ptr + source.to(tl.int64) * stride_rows + at, mask=moved)
         tl.store(saved_ptr + lane * stride_saved + at, exiting, mask=at < width)
         tl.store(here, staying, mask=moved)
+        if beside_ptr is not None:
+            staying = tl.load(beside_ptr + source.to(tl.int64) * stride_beside + at, mask=moved)
+            tl.store(beside_ptr + row.to(tl.int64) * stride_beside + at, staying, mask=moved)
         item += tl.num_programs(0)
         row = tl.load(moves_ptr + 3 * (item // blocks), mask=item < items, other=-1)
 
 
-def launch_settle_rows(moves: Tensor, rows: Tensor, saved: Tensor) -> None:
+def launch_settle_rows(moves: Tensor, rows: Tensor, saved: Tensor, beside: Tensor | None = None) -> None:
     """As `settle_rows`. Every row contiguous, of 1, 2, 4 or 8 bytes an element; all on one device. Rows and lanes are
     not checked against their ranges."""
     if rows.element_size() not in WORDS:
@@ -50,6 +55,7 @@ def launch_settle_rows(moves: Tensor, rows: Tensor, saved: Tensor) -> None:
     shape = tuple(rows.shape[1:])
     need("rows", rows, ("n", *shape), rows, (rows.dtype,), rows_apart=True)
     need("saved", saved, ("B", *shape), rows, (rows.dtype,), rows_apart=True)
+    need("beside", beside, (len(rows), *shape), rows, (rows.dtype,), rows_apart=True)
     need("moves", moves, ("k", 3), rows, (moves.dtype,))
     width = rows.numel() // len(rows) if len(moves) else 0
     if not width:
@@ -58,7 +64,8 @@ def launch_settle_rows(moves: Tensor, rows: Tensor, saved: Tensor) -> None:
     word = WORDS[rows.element_size()]
     items = len(moves) * cdiv(width, BLOCK)
     _settle_rows_kernel[(min(items, PROGRAMS),)](
-        *(moves, rows.view(word), saved.view(word), rows.stride(0), saved.stride(0), width, items),
+        *(moves, rows.view(word), saved.view(word), None if beside is None else beside.view(word)),
+        *(rows.stride(0), saved.stride(0), 0 if beside is None else beside.stride(0), width, items),
         BLOCK=BLOCK,
         num_warps=4,
         enable_fp_fusion=True,

@@ -2,7 +2,8 @@
 
     for every move (row, lane, source) with row >= 0, in any order:
         saved[lane] <- rows[row]
-        rows[row] <- rows[source]    where source >= 0
+        rows[row] <- rows[source]      where source >= 0
+        beside[row] <- beside[source]  likewise, where there is such a tensor
 
 rows: [bound or more, ...], a block's output; saved: [B, ...] by lane, which no later block writes; moves: int32
 [bound, 3] of `ActiveSet.exit_rows` or `DeviceSet.exit_rows`. All rows and sources differ; unused moves come last. Rows
@@ -18,7 +19,7 @@ from adadiff_kernels import extension
 from adadiff_kernels.launch import rows_are_contiguous
 
 
-def settle_rows_reference(moves: Tensor, rows: Tensor, saved: Tensor) -> None:
+def settle_rows_reference(moves: Tensor, rows: Tensor, saved: Tensor, beside: Tensor | None = None) -> None:
     """`settle_rows` in PyTorch, on any device, without host synchronisation: every row is read and written back."""
     n, (row, lane, source) = len(rows), moves.long().unbind(1)
     if not len(moves):
@@ -29,10 +30,11 @@ def settle_rows_reference(moves: Tensor, rows: Tensor, saved: Tensor) -> None:
     exiting[lane.where(row >= 0, len(saved))] = row
     exiting, one = exiting[:-1], [1] * (saved.dim() - 1)
     saved.copy_(torch.where((exiting >= 0).view(-1, *one), rows.index_select(0, exiting.clamp(min=0)), saved))
-    rows.copy_(rows.index_select(0, origin[:n]))
+    for moved in (rows,) if beside is None else (rows, beside):
+        moved.copy_(moved.index_select(0, origin[:n]))
 
 
-def check_settle(moves: Tensor, rows: Tensor, saved: Tensor) -> None:
+def check_settle(moves: Tensor, rows: Tensor, saved: Tensor, beside: Tensor | None = None) -> None:
     """ValueError for shapes, dtypes or memory that do not fit."""
     if rows.dim() < 1 or saved.shape[1:] != rows.shape[1:] or saved.dtype != rows.dtype:
         raise ValueError(
@@ -43,7 +45,13 @@ def check_settle(moves: Tensor, rows: Tensor, saved: Tensor) -> None:
         raise ValueError(
             f"moves must be int32 [k, 3], of no more than {rows.shape[0]} rows, got {moves.dtype} {list(moves.shape)}"
         )
-    for name, tensor in (("rows", rows), ("saved", saved)):
+    if beside is not None and (beside.shape != rows.shape or beside.dtype != rows.dtype):
+        raise ValueError(
+            f"beside must be as rows, {rows.dtype} {list(rows.shape)}, got {beside.dtype} {list(beside.shape)}"
+        )
+    for name, tensor in (("rows", rows), ("saved", saved), ("beside", beside)):
+        if tensor is None:
+            continue
         if tensor.device != moves.device:
             raise ValueError(f"{name} must be on {moves.device} like the moves, got {tensor.device}")
         if tensor.requires_grad:
@@ -53,7 +61,7 @@ def check_settle(moves: Tensor, rows: Tensor, saved: Tensor) -> None:
             raise ValueError(f"{name} must have contiguous rows that do not overlap, got strides {tensor.stride()}")
 
 
-def settle_rows_core(moves: Tensor, rows: Tensor, saved: Tensor) -> None:
+def settle_rows_core(moves: Tensor, rows: Tensor, saved: Tensor, beside: Tensor | None = None) -> None:
     """`settle_rows` in C++, for tensors on the CPU. Raises ValueError for moves that name a row or lane twice, or one
     that does not exist."""
     size = rows.element_size()
@@ -64,3 +72,7 @@ def settle_rows_core(moves: Tensor, rows: Tensor, saved: Tensor) -> None:
         *(saved.data_ptr(), len(saved), saved.stride(0) * size),
         math.prod(rows.shape[1:]) * size,
     )
+    if beside is not None:
+        _, _, source = moves.long().unbind(1)
+        filled = moves.long()[source >= 0]
+        beside[filled[:, 0]] = beside[filled[:, 2]]

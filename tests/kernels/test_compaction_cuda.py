@@ -29,13 +29,14 @@ def test_cuda_says_itself_what_is_missing(cuda_core: ModuleType) -> None:
     with pytest.raises(RuntimeError, match=r"^cudaGetDevice: (?!no error).+"):
         cuda_core.MappedWord(0)
     with pytest.raises(RuntimeError, match=r"^cudaGetDevice: (?!no error).+"):
-        cuda_core.start(8, 8, 8, 8, 4, 8, 0, 0)
+        cuda_core.start(8, 8, 8, 8, 4, 4, 8, 0, 0)
 
 
 GOOD = dict.fromkeys(("row_to_lane", "lane_to_row", "exit_layer", "state", "u", "threshold", "moves", "word"), 8) | {
     **dict.fromkeys(("mask", "partner", "snapshot", "device", "stream"), 0),
     "bound": 3,
     "num_lanes": 4,
+    "count": 4,
     "layer": 1,
 }
 
@@ -60,18 +61,20 @@ def test_bad_arguments_are_refused_before_anything_is_launched(
     cuda_core: ModuleType, change: dict[str, int], message: str
 ) -> None:
     with pytest.raises(ValueError, match=f"^compact: {message}"):
-        cuda_core.compact(**GOOD | change)
+        cuda_core.compact(**{name: value for name, value in GOOD.items() if name != "count"} | change)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"num_lanes": 32769}, r"num_lanes must lie in \[0, 32768\]"),
+        ({"count": 5}, r"count must lie in \[0, num_lanes\]"),
+        ({"count": -1}, "count must lie"),
         ({"exit_layer": 0}, "row_to_lane, lane_to_row or exit_layer is null"),
         ({"word": 0}, "state or word is null"),
     ],
 )
 def test_bad_starts_are_refused(cuda_core: ModuleType, change: dict[str, int], message: str) -> None:
-    names = ("row_to_lane", "lane_to_row", "exit_layer", "state", "num_lanes", "word", "device", "stream")
+    names = ("row_to_lane", "lane_to_row", "exit_layer", "state", "num_lanes", "count", "word", "device", "stream")
     with pytest.raises(ValueError, match=f"^start: {message}"):
         cuda_core.start(**{name: GOOD[name] for name in names} | change)

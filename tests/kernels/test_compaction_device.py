@@ -250,7 +250,7 @@ def test_what_a_graph_holds_is_unknown_until_it_is_replayed(monkeypatch: pytest.
     assert active.seen() == CountSnapshot(0, 4)
     with pytest.raises(RuntimeError, match="layer 1 is recorded in a CUDA graph, which has not been replayed"):
         active.wait(1)
-    _start(active.row_to_lane, active.lane_to_row, active.exit_layer, active._state, None)
+    _start(active.row_to_lane, active.lane_to_row, active.exit_layer, active._state, 4, None)
     active._word.post(_packed(active._state, 0))
     active.replayed()
     assert active.seen() == CountSnapshot(0, 4)

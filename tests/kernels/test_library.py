@@ -35,7 +35,8 @@ def fused(n: int, T: int, D: int, P: int, out: bool, parts: str, backend: str) -
     modulated = (normal(B, D), normal(B, D)) if "modulated" in parts else (None, None)
     gate, bias = (normal(B, D), normal(D)) if "gate" in parts else (None, None)
     norm = (1e-6 if "norm" in parts else None, *affine, *modulated)
-    return (x, branch, *[normal(n, T, D)] * out, some_lanes(n), gate, bias, *score, tickets, *norm, backend)
+    norms = normal(n, T, D) if "beside" in parts else None
+    return (x, branch, *[normal(n, T, D), norms] * out, some_lanes(n), gate, bias, *score, tickets, *norm, backend)
 
 
 @pytest.mark.parametrize(
@@ -43,11 +44,13 @@ def fused(n: int, T: int, D: int, P: int, out: bool, parts: str, backend: str) -
     [
         pytest.param((3, 5, 12, 2), False, "gate score modulated norm", "reference", id="all of it in PyTorch"),
         pytest.param((3, 5, 12, 2), True, "gate score modulated norm", "reference", id="in place in PyTorch"),
+        pytest.param((3, 5, 12, 2), True, "gate score affine norm beside", "reference", id="norms in place in PyTorch"),
         pytest.param((0, 5, 12, 2), False, "gate score affine norm", "reference", id="no rows"),
         pytest.param((1, 1, 1, 1), True, "", "reference", id="the sum alone, of one number"),
         pytest.param((3, 5, 12, 1), False, "score affine norm", "cpu", id="core"),
         pytest.param((2, 3, 12, 2), False, "gate score affine modulated norm", "triton", id="all of it in Triton"),
         pytest.param((2, 3, 12, 1), True, "score tickets norm", "triton", id="in place in Triton"),
+        pytest.param((2, 3, 12, 1), True, "score affine norm beside", "triton", id="norms in place in Triton"),
         pytest.param((0, 3, 12, 1), True, "score norm", "triton", id="no rows in Triton"),
     ],
 )
@@ -59,10 +62,11 @@ def test_the_fused_pass_is_what_it_declares(shape: tuple, out: bool, parts: str,
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 def test_moves_are_what_they_declare(backend: str) -> None:
     moves = torch.tensor([[0, 4, 2], [1, 6, -1], [-1, -1, -1]], dtype=torch.int32, device=DEVICE)
-    opcheck(OPS.settle_rows.default, (moves, normal(3, 2, 5), normal(B, 2, 5), serves(backend)))
+    opcheck(OPS.settle_rows.default, (moves, normal(3, 2, 5), normal(B, 2, 5), None, serves(backend)))
+    opcheck(OPS.settle_rows.default, (moves, normal(3, 2, 5), normal(B, 2, 5), normal(3, 2, 5), backend))
     wide, integers = normal(6, 3, 8)[:, 1:2], torch.arange(6, dtype=torch.int16, device=DEVICE)  # wide: rows lie apart
-    opcheck(OPS.settle_rows.default, (moves, wide, normal(B, 1, 8), backend))
-    opcheck(OPS.settle_rows.default, (moves, integers, torch.zeros(B, dtype=torch.int16, device=DEVICE), backend))
+    opcheck(OPS.settle_rows.default, (moves, wide, normal(B, 1, 8), None, backend))
+    opcheck(OPS.settle_rows.default, (moves, integers, torch.zeros(B, dtype=torch.int16, device=DEVICE), None, backend))
     if backend == "cpu":
         return
     x, skip, index = normal(3, 2, 5), normal(B, 2, 5), torch.randperm(B, device=DEVICE)
@@ -81,7 +85,7 @@ def test_a_step_is_what_it_declares(backend: str) -> None:
 def test_the_steps_of_a_set_are_what_they_declare() -> None:
     active = DeviceSet(B, DEVICE, backend="reference")
     own = (active.row_to_lane, active.lane_to_row, active.exit_layer, active._state)
-    opcheck(OPS.start_device_set.default, (*own, None))
+    opcheck(OPS.start_device_set.default, (*own, B - 2, None))
     partner, snapshot = torch.arange(B).int().to(DEVICE), torch.zeros(B, dtype=torch.int32, device=DEVICE)
     u, threshold, mask = torch.rand(B).to(DEVICE), torch.rand(B).to(DEVICE), torch.arange(B).to(DEVICE) > 1
     opcheck(OPS.exit_rows.default, (*own, u, threshold, None, partner, snapshot, B, 1, None))

@@ -91,6 +91,33 @@ def test_out_receives_the_sum_and_its_neighbours_stay(target: str) -> None:
     assert bool((whole[7:] == 7).all())
 
 
+def test_norm_out_receives_the_normalised_rows_and_its_neighbours_stay() -> None:
+    p = Problem((5, 18, 48, 1, 2, 13), torch.float32)
+    want = residual_uem(p.x, p.branch, row_to_lane=p.lanes, gate=p.gate, score=p.score, norm=p.affine)
+    whole, given = torch.full((9, p.T, p.D), 7.0), {"gate": p.gate, "score": p.score, "norm": p.affine}
+    got = residual_uem(p.x, p.branch, row_to_lane=p.lanes, **given, out=p.branch, norm_out=whole[2:7])
+    assert got[1].data_ptr() == whole[2:7].data_ptr()
+    for mine, theirs in zip(got, want, strict=True):
+        assert torch.equal(mine, theirs)
+    assert bool((whole[[0, 1, 7, 8]] == 7).all())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm": None}, "give norm and out, too"),
+        ({"out": None}, "give norm and out, too"),
+        ({"norm_out": torch.zeros(4, 18, 48)}, r"norm_out must be \(5, 18, 48\) torch.float32, got \(4, 18, 48\)"),
+        ({"norm_out": torch.zeros(5, 18, 48).bfloat16()}, "norm_out must be .* torch.bfloat16"),
+    ],
+)
+def test_norm_out_must_fit(change: dict, message: str) -> None:
+    p = Problem((5, 18, 48, 1, 2, 13), torch.float32)
+    given = {"norm": p.affine, "out": torch.zeros_like(p.x), "norm_out": torch.zeros_like(p.x)}
+    with pytest.raises(ValueError, match=message):
+        residual_uem(p.x, p.branch, row_to_lane=p.lanes, **given | change)
+
+
 @pytest.mark.usefixtures("core")
 @pytest.mark.parametrize("outputs", [1, 4])
 def test_extra_tokens_have_no_say(outputs: int) -> None:

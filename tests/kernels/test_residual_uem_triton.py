@@ -109,6 +109,17 @@ def test_out_receives_the_sum_and_its_neighbours_stay(target: str) -> None:
     assert bool((whole[[0, 1, 4]] == 7).all())
 
 
+def test_norm_out_receives_the_normalised_rows_and_its_neighbours_stay() -> None:
+    p = Problem((2, 18, 200, 1, 2, 3), (BRAIN, BRAIN))
+    want = p.run()
+    whole = torch.full((5, 18, 200), 7.0, device=DEVICE, dtype=BRAIN)
+    got = p.run(out=p.x, norm_out=whole[2:4])
+    assert got[1].data_ptr() == whole[2:4].data_ptr()
+    for mine, theirs in zip(got, want, strict=True):
+        assert torch.equal(mine, theirs)
+    assert bool((whole[[0, 1, 4]] == 7).all())
+
+
 def test_what_is_not_asked_for_is_not_made() -> None:
     p = Problem((2, 18, 96, 1, 2, 3), (SINGLE, SINGLE))
     y, h, u = p.run(None, gate=None, bias=None, score=None)

@@ -53,6 +53,29 @@ def test_rows_of_this_leave_and_no_others(shape, used, backend) -> None:
     assert parent[[0, 8]].isnan().all()
 
 
+@pytest.mark.parametrize("shape", [(3, 2049), (1,)])
+def test_what_is_held_beside_the_rows_moves_with_them(shape, backend) -> None:
+    """As the next block's normalised rows do: nothing of it is saved, and the moves of the rows are as without it."""
+    rows, saved, parent = filled(7, *shape), filled(7, *shape, start=1000), filled(9, *shape, start=50)
+    beside, used = parent[1:8], moves_of([(1, 0, 5), (2, 4, 3), (4, 6, -1)], 6)
+    alone, kept, wanted = rows.clone(), saved.clone(), parent.clone()
+    settle_rows(used, alone, kept, backend=backend)
+    wanted[[2, 3]] = parent[[6, 4]]
+    settle_rows(used, rows, saved, beside, backend=backend)
+    assert torch.equal(rows, alone)
+    assert torch.equal(saved, kept)
+    assert torch.equal(parent, wanted)
+
+
+def test_what_is_held_beside_must_fit() -> None:
+    rows, used = filled(7, 4), moves_of([(1, 0, 5)], 6)
+    for other in (filled(6, 4), filled(7, 4, dtype=torch.bfloat16)):
+        before = rows.clone()
+        with pytest.raises(ValueError, match="beside must be as rows"):
+            settle_rows(used, rows, filled(7, 4), other)
+        assert torch.equal(rows, before)
+
+
 @pytest.mark.parametrize("width", [1, 33, 1024, 1300])  # below, at and beyond one block of float32
 def test_rows_may_lie_apart(width, backend) -> None:
     """Between rows of others, with gaps."""
