@@ -18,8 +18,8 @@ def _run(
     """Saves the rows that exit and moves remaining ones to their places.
 
     moves: int32 [k, 3] of `ActiveSet.exit_rows` or `DeviceSet.exit_rows`; rows: any dtype, [k or more, ...]; saved:
-    [B, ...] by lane, of the same dtype. beside: as rows in shape and dtype, held by row, too: its remaining rows move
-    likewise, and none is saved. Rows of all are contiguous, any distance apart.
+    [B, ...] by lane, of the same dtype. beside: of the shape of rows and any dtype, held by row, too: its remaining
+    rows move likewise, and none is saved. Rows of all are contiguous, any distance apart.
     Raises ValueError, with nothing moved, for shapes or dtypes that do not fit; on the CPU also for moves that name a
     row or lane twice. Elsewhere moves are not checked, since that would wait for the device.
     """

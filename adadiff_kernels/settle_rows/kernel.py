@@ -50,12 +50,15 @@ def _settle_rows_kernel(
 def launch_settle_rows(moves: Tensor, rows: Tensor, saved: Tensor, beside: Tensor | None = None) -> None:
     """As `settle_rows`. Every row contiguous, of 1, 2, 4 or 8 bytes an element; all on one device. Rows and lanes are
     not checked against their ranges."""
-    if rows.element_size() not in WORDS:
-        raise ValueError(f"rows must have elements of 1, 2, 4 or 8 bytes, got {rows.dtype}")
+    for name, tensor in (("rows", rows), ("beside", beside)):
+        if tensor is not None and tensor.element_size() not in WORDS:
+            raise ValueError(f"{name} must have elements of 1, 2, 4 or 8 bytes, got {tensor.dtype}")
     shape = tuple(rows.shape[1:])
     need("rows", rows, ("n", *shape), rows, (rows.dtype,), rows_apart=True)
     need("saved", saved, ("B", *shape), rows, (rows.dtype,), rows_apart=True)
-    need("beside", beside, (len(rows), *shape), rows, (rows.dtype,), rows_apart=True)
+    if beside is not None:
+        need("beside", beside, (len(rows), *shape), rows, (beside.dtype,), rows_apart=True)
+        beside = beside.view(WORDS[beside.element_size()])
     need("moves", moves, ("k", 3), rows, (moves.dtype,))
     width = rows.numel() // len(rows) if len(moves) else 0
     if not width:
@@ -64,7 +67,7 @@ def launch_settle_rows(moves: Tensor, rows: Tensor, saved: Tensor, beside: Tenso
     word = WORDS[rows.element_size()]
     items = len(moves) * cdiv(width, BLOCK)
     _settle_rows_kernel[(min(items, PROGRAMS),)](
-        *(moves, rows.view(word), saved.view(word), None if beside is None else beside.view(word)),
+        *(moves, rows.view(word), saved.view(word), beside),
         *(rows.stride(0), saved.stride(0), 0 if beside is None else beside.stride(0), width, items),
         BLOCK=BLOCK,
         num_warps=4,

@@ -45,10 +45,8 @@ def check_settle(moves: Tensor, rows: Tensor, saved: Tensor, beside: Tensor | No
         raise ValueError(
             f"moves must be int32 [k, 3], of no more than {rows.shape[0]} rows, got {moves.dtype} {list(moves.shape)}"
         )
-    if beside is not None and (beside.shape != rows.shape or beside.dtype != rows.dtype):
-        raise ValueError(
-            f"beside must be as rows, {rows.dtype} {list(rows.shape)}, got {beside.dtype} {list(beside.shape)}"
-        )
+    if beside is not None and beside.shape != rows.shape:
+        raise ValueError(f"beside must be of the shape of rows, {list(rows.shape)}, got {list(beside.shape)}")
     for name, tensor in (("rows", rows), ("saved", saved), ("beside", beside)):
         if tensor is None:
             continue

@@ -15,7 +15,10 @@ does for language models (Pan et al. 2024, arXiv 2402.00518). A copy has the var
 is trained to keep the full network's variance (see training/losses.py).
 """
 
+import copy
+import threading
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -110,9 +113,10 @@ class Exits(nn.Module):
         """
         index = (layer - 1).clamp(0, len(self.heads) - 1)
         own = {name: values.index_select(0, index) for name, values in self._stacked_heads().items()}
+        shape = _of_this_thread(self.heads[0])
 
         def head(parameters: dict[str, Tensor], rows: Tensor, lane: Tensor) -> Tensor:
-            return torch.func.functional_call(self.heads[0], parameters, (rows[None], cond, lane[None]))[0]
+            return torch.func.functional_call(shape, parameters, (rows[None], cond, lane[None]))[0]
 
         return torch.vmap(head)(own, patches, lanes)
 
@@ -145,3 +149,16 @@ class Exits(nn.Module):
                 raise ValueError(f"the network's own head has no {key} of shape {tuple(value.shape)} to copy")
         for head in heads:
             head.load_state_dict({key: values[key] for key in head.state_dict()})
+
+
+_shapes = threading.local()
+
+
+def _of_this_thread(head: nn.Module) -> nn.Module:
+    """A copy without values: `functional_call` puts parameters into a module for a while, where others would see
+    them."""
+    known: WeakKeyDictionary[nn.Module, nn.Module] = _shapes.__dict__.setdefault("of", WeakKeyDictionary())
+    if head not in known:
+        values = {id(value): torch.empty_like(value, device="meta") for value in (*head.parameters(), *head.buffers())}
+        known[head] = copy.deepcopy(head, memo=values)
+    return known[head]

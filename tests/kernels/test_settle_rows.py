@@ -53,10 +53,11 @@ def test_rows_of_this_leave_and_no_others(shape, used, backend) -> None:
     assert parent[[0, 8]].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
 @pytest.mark.parametrize("shape", [(3, 2049), (1,)])
-def test_what_is_held_beside_the_rows_moves_with_them(shape, backend) -> None:
+def test_what_is_held_beside_the_rows_moves_with_them(shape, dtype, backend) -> None:
     """As the next block's normalised rows do: nothing of it is saved, and the moves of the rows are as without it."""
-    rows, saved, parent = filled(7, *shape), filled(7, *shape, start=1000), filled(9, *shape, start=50)
+    rows, saved, parent = filled(7, *shape), filled(7, *shape, start=1000), filled(9, *shape, dtype=dtype, start=50)
     beside, used = parent[1:8], moves_of([(1, 0, 5), (2, 4, 3), (4, 6, -1)], 6)
     alone, kept, wanted = rows.clone(), saved.clone(), parent.clone()
     settle_rows(used, alone, kept, backend=backend)
@@ -69,9 +70,9 @@ def test_what_is_held_beside_the_rows_moves_with_them(shape, backend) -> None:
 
 def test_what_is_held_beside_must_fit() -> None:
     rows, used = filled(7, 4), moves_of([(1, 0, 5)], 6)
-    for other in (filled(6, 4), filled(7, 4, dtype=torch.bfloat16)):
+    for other in (filled(6, 4), filled(7, 5), filled(7)):
         before = rows.clone()
-        with pytest.raises(ValueError, match="beside must be as rows"):
+        with pytest.raises(ValueError, match="beside must be of the shape of rows"):
             settle_rows(used, rows, filled(7, 4), other)
         assert torch.equal(rows, before)
 

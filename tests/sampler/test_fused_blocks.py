@@ -48,16 +48,21 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def outputs(kind: str, config: ExitConfig, dtype: torch.dtype, fused: bool) -> list[tuple[Tensor, Tensor]]:
-    """Rows and scores after every block."""
+    """Rows and scores after every block. Fused, the pass that ends a block writes the first norm of the next one, where
+    that joins no skip."""
     c = case(kind, config, dtype)
     rows, cond = c.backbone.embed(*c.given.all)
     scores = LayerScores(c.exits.weight, c.exits.offsets(cond.time, c.given.t), c.exits.num_prefix_tokens)
-    lanes, made = LANES.int(), []
-    for layer, block in enumerate(c.backbone.blocks, start=1):
+    lanes, made, normed = LANES.int(), [], None
+    blocks = c.backbone.blocks
+    for layer, block in enumerate(blocks, start=1):
         skip = None if block.skip_from is None else made[block.skip_from][0]
         if fused:
             own = None if skip is None else Skip(skip, None, None)
-            rows, u = fused_block(block, rows, cond, own, lanes, scores.of(layer))
+            joins = layer == len(blocks) or blocks[layer].skip_from is not None
+            after = None if joins else blocks[layer].branches[0].norm(cond)
+            rows, normed, u = fused_block(block, rows, cond, own, lanes, scores.of(layer), normed, after)
+            assert (normed is None) == (after is None)
         else:
             rows = plain_block(block, rows, cond, skip, None, None)
             u = scores(rows, layer, lanes).clone()  # good until the next call
@@ -78,7 +83,8 @@ def test_fused_blocks_are_as_accurate(kind: str, config: ExitConfig) -> None:
 
 @torch.no_grad()
 def test_a_bias_is_added_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the pass where it is fused, by the product otherwise; and the norm after it is the pass's, but the first."""
+    """By the pass where it is fused, by the product otherwise; and every norm is a pass's, but the first of the network
+    and those that come after the join of a skip."""
     calls: list[tuple[bool, bool]] = []
     usual = runner.residual_uem
 
@@ -88,8 +94,11 @@ def test_a_bias_is_added_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(runner, "residual_uem", noted)
     for kind, biased in (("uvit", True), ("dit", True), ("adaln", False)):
-        num_layers = len(outputs(kind, PAPER, torch.float32, fused=True))
-        assert calls == [(biased, True), (biased, False)] * num_layers
+        outputs(kind, PAPER, torch.float32, fused=True)
+        blocks = case(kind, PAPER, torch.float32).backbone.blocks
+        ahead = [block.skip_from is None for block in blocks[1:]] + [False]
+        assert any(ahead)
+        assert calls == [(biased, norm) for follows in ahead for norm in (True, follows)]
         calls.clear()
         outputs(kind, PAPER, torch.float32, fused=False)
         assert calls == []

@@ -142,6 +142,8 @@ def walk(
             placement.exit(hidden, u, layer, keeps)
         if keeps:
             kept[layer] = placement.keep(hidden)
+        if layer in decision.exit_layers:
+            placement.advance(layer)
         running.append(placement.row_to_lane[: count()].tolist())
     placement.finish(hidden, L)
     return Walk(running, scores, placement.saved.flatten(), placement)

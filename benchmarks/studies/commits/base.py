@@ -146,5 +146,5 @@ class Everybody:
 def nothing(*_: object, **__: object) -> None: ...
 
 
-def ways_of_the_device() -> dict:
-    return {"counts": "lagged"}
+def ways_of_the_device() -> dict[str, dict]:
+    return {"ours": {"counts": "lagged"}}

@@ -13,6 +13,7 @@ from torch import Tensor
 import adadiff
 from adadiff import ExecutionOptions
 from adadiff.forward import forward as forward_pass
+from adadiff.forward import spaces
 from adadiff.policies.exits import Threshold
 from adadiff.uem import ExitConfig
 from adadiff_kernels import dispatch
@@ -106,12 +107,22 @@ def noop_launches() -> Iterator[None]:
     @contextmanager
     def prepared(B: int, device: torch.device) -> Iterator[device_set.DeviceSet]:
         if B not in sets:
-            sets[B] = made = device_set.DeviceSet(B, device)
-            made._kernel, made._address, made._word = True, 8, Everybody()
-            made.seen = lambda: device_set.CountSnapshot(0, B)
-            made.wait = lambda layer: B
+            sets[B] = Prepared(B, device)
         sets[B].start()
         yield sets[B]
+
+    class Prepared(device_set.DeviceSet):
+        """Whose kernel does nothing."""
+
+        def __init__(self, lanes: int, device: torch.device) -> None:
+            super().__init__(lanes, device)
+            self._kernel, self._address, self._word = True, 8, Everybody()
+
+        def seen(self) -> device_set.CountSnapshot:
+            return device_set.CountSnapshot(0, self._started)
+
+        def wait(self, layer: int) -> int:
+            return self._started
 
     with ExitStack() as patches:
 
@@ -126,10 +137,24 @@ def noop_launches() -> Iterator[None]:
         patch(device_set, "extension", SimpleNamespace(core=core))
         patch(device_set, "_stream", lambda tensor: (0, 0))
         patch(forward_pass, "device_set", prepared)
+        patch(forward_pass, "check_execution", nothing)
+        patch(spaces, "DeviceSet", Prepared)
+        patch(spaces, "graphs_on", lambda device: NoGraphs())
+        patch(spaces, "_spaces", type(spaces._spaces)())
         yield
 
 
 KERNELS = ("residual_uem", "join_skip", "settle_rows", "solver_step")
+
+
+class NoGraphs:
+    """Graphs whose launch does nothing."""
+
+    def aside(self, work: Callable[[], None]) -> None:
+        work()
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        return nothing
 
 
 class NoLaunch:
@@ -151,5 +176,9 @@ class Everybody:
 def nothing(*_: object, **__: object) -> None: ...
 
 
-def ways_of_the_device() -> dict:
-    return counts("lagged")
+def ways_of_the_device() -> dict[str, dict]:
+    """Options of `forward` by name, of which the first is compared with other commits."""
+    return {
+        "ours": counts("lagged"),
+        "captured": {"execution": ExecutionOptions(runner="captured", count_sync="lagged")},
+    }

@@ -14,16 +14,21 @@ from ..policies.calibrated import Calibration
 from ..policies.interface import ExitPolicy, LaneIds
 from ..policies.spelling import DEFAULT, policy_from
 from ..uem import Exits
+from .captured import in_pieces
 from .count_sync import Sync
-from .decision import PolicyFailure, decide
+from .decision import ExitDecision, PolicyFailure, decide
 from .lane_by_lane import LaneRunner
+from .layers import Layers, no_scores
 from .options import DEFAULT as EXECUTION
 from .options import ExecutionOptions
 from .output import ForwardOutput
 from .placement import DevicePlacement, HostPlacement, device_set
 from .predictions import predictions
 from .runner import BlockRunner
-from .structure import structure_of
+from .structure import Structure, structure_of
+
+# the prediction of all lanes, where they lay, float32 [L, B] scores or None, and the rows that each block ran over
+Done = tuple[Tensor, HostPlacement | DevicePlacement, Tensor | None, tuple[int, ...]]
 
 
 class HasExits(Protocol):
@@ -96,54 +101,56 @@ def run_forward(
 ) -> ForwardOutput:
     """`forward` for lanes that have been checked. ids: of the lanes, for policies that need them. A policy's error
     arrives as PolicyFailure."""
-    backbone, exits, device, B = model.backbone, model.exits, x.device, len(x)
+    backbone, exits, device = model.backbone, model.exits, x.device
     structure = structure_of(backbone)
     decision = decide(policies, policy_index, structure.num_layers, t, threshold, ids, device)
     if exits is None and decision.exit_layers:
         raise ValueError("this network has no exits; only the policy 'full' can run it")
     check_execution(execution, policies, device)
-    count_sync = execution.count_sync or (None if device.type == "cpu" else Sync())
     t = upload(t, device)
     partner = None if cfg_partner is None else upload(cfg_partner, device).int()
-    runner = (LaneRunner if execution.batch_invariant else BlockRunner)(
-        backbone, exits, execution, structure, host=count_sync is None
+    way = in_pieces if execution.runner == "captured" else directly
+    prediction, placement, scores, rows = way(
+        backbone, exits, structure, decision, x, t, context, partner, execution, record_scores
     )
-    limits = decision.limits if count_sync is None else None
-    hidden = runner.embed(x, t, context, bool(decision.scored), limits)
-    scores = None
-    if record_scores:
-        scores = torch.full((structure.num_layers, B), torch.nan, dtype=torch.float32, device=device)
-    rows: list[int] = [0] * structure.num_layers
-    skips: dict[int, tuple[Tensor, Tensor]] = {}
-    with nullcontext() if count_sync is None else device_set(B, device) as active:
-        placement = (
-            HostPlacement(hidden, decision, partner)
-            if count_sync is None
-            else DevicePlacement(active, hidden, decision, partner, count_sync, rounds=not execution.batch_invariant)
-        )
-        for layer, block in enumerate(structure.blocks, start=1):
-            n = rows[layer - 1] = placement.bound
-            if not n:
-                break
-            hidden = hidden if hidden.shape[0] == n else hidden[:n]
-            skip = None if block.skip_from is None else placement.skip(skips.pop(block.skip_from))
-            hidden, u = runner.block(block, layer, hidden, skip, placement, layer in decision.scored)
-            if scores is not None and u is not None:
-                placement.record(scores[layer - 1], u)
-            keeps = layer - 1 in structure.skips
-            if layer in decision.exit_layers and runner.anybody:
-                placement.exit(hidden, u, layer, keeps)
-            if keeps:
-                skips[layer - 1] = placement.keep(hidden)
-        skips.clear()
-        placement.finish(hidden, structure.num_layers)
-    prediction = predictions(runner, placement, backbone, exits if decision.exit_layers else None)
     variance = None
     if backbone.learned_variance:
         prediction, variance = prediction.chunk(2, dim=1)
     costs = structure.costs(exits, decision.scored)
-    exit_layer = placement.exit_layer
-    return ForwardOutput(prediction, exit_layer, costs, tuple(rows), placement.moved, scores, variance)
+    return ForwardOutput(prediction, placement.exit_layer, costs, rows, placement.moved, scores, variance)
+
+
+def directly(
+    backbone: Backbone,
+    exits: Exits | None,
+    structure: Structure,
+    decision: ExitDecision,
+    x: Tensor,
+    t: Tensor,
+    context: Tensor | None,
+    partner: Tensor | None,
+    execution: ExecutionOptions,
+    record_scores: bool,
+) -> Done:
+    """Everything is called, on a device queued, as the loop comes to it."""
+    B, device, invariant = len(x), x.device, execution.batch_invariant
+    host = device.type == "cpu" and execution.count_sync is None
+    runner = (LaneRunner if invariant else BlockRunner)(backbone, exits, execution, structure, host=host)
+    hidden = runner.embed(x, t, context, bool(decision.scored), decision.limits if host else None)
+    scores = no_scores(structure.num_layers, B, device) if record_scores else None
+    with nullcontext() if host else device_set(B, device) as active:
+        placement: HostPlacement | DevicePlacement
+        if host:
+            placement = HostPlacement(hidden, decision, partner)
+        else:
+            count_sync = execution.count_sync or Sync()
+            placement = DevicePlacement(active, hidden, decision, partner, count_sync, rounds=not invariant)
+        del hidden
+        rows = Layers(runner, placement, structure, decision, scores).run()
+        placement.skips.clear()
+        placement.finish(placement.hidden, structure.num_layers)
+    prediction = predictions(runner, placement, backbone, exits if decision.exit_layers else None)
+    return prediction, placement, scores, rows
 
 
 def check_execution(execution: ExecutionOptions, policies: Sequence[ExitPolicy], device: torch.device) -> None:
@@ -152,6 +159,12 @@ def check_execution(execution: ExecutionOptions, policies: Sequence[ExitPolicy],
     if count_sync is not None and not count_sync.exact and any(policy.whole_batch for policy in policies):
         raise ValueError(
             f"a policy that looks at the whole batch needs the exact count, count_sync='sync'; got {count_sync}"
+        )
+    if execution.runner == "captured" and device.type == "cpu":
+        raise ValueError("runner='captured' captures the work of a GPU; on the CPU take 'eager' or 'compiled'")
+    if execution.runner == "captured" and torch.is_autocast_enabled(device.type):
+        raise ValueError(
+            "runner='captured' keeps no weights that autocast has cast; move the model to that dtype instead"
         )
     if execution.group_size is not None and device.type != "cpu":
         raise ValueError(f"groups are for the CPU; leave group_size out on {device}")

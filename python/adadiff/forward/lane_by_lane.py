@@ -31,7 +31,7 @@ class LaneRunner:
     """As `BlockRunner`. Everything is copied to memory of its own first: how a product rounds may depend on
     alignment."""
 
-    anybody = True
+    anybody, normed = True, None
 
     def __init__(
         self, backbone: Backbone, exits: Exits | None, execution: ExecutionOptions, structure: Structure, host: bool

@@ -7,7 +7,7 @@ import torch
 
 from .count_sync import CountSync, count_sync_from
 
-Runner = Literal["eager", "compiled"]
+Runner = Literal["eager", "compiled", "captured"]
 
 
 @dataclass(frozen=True)
@@ -15,9 +15,12 @@ class ExecutionOptions:
     """batch_invariant: every product is computed lane by lane, on the CPU each on one thread, so that a lane's
     prediction, scores and exit are the same bits in any batch (on one machine).
     runner: "eager", or "compiled": blocks go through torch.compile, for any number of rows; the first passes take
-    seconds to minutes.
+    seconds to minutes. "captured", on a GPU: the work of every layer and number of rows is replayed as a CUDA graph, so
+    that the host hardly has a part in it; nothing of it may be patched or hooked afterwards.
+    max_lanes: of "captured": passes of any number of lanes up to it share their graphs and memory (None: those of
+    exactly as many).
     count_sync: how the host learns how many rows still run: "sync", "sync:4", "lagged", "lagged:2", or a `CountSync`.
-    None: "sync" on a GPU; on the CPU the host decides itself.
+    None: "sync" on a GPU, "measured" where its work is captured; on the CPU the host decides itself.
     group_size: lanes per block call on the CPU (None: about 2048 tokens).
     nvtx: name the blocks for NVIDIA's profilers.
     Raises ValueError for values of other kinds, and for options that exclude each other.
@@ -27,6 +30,7 @@ class ExecutionOptions:
     runner: Runner = "eager"
     count_sync: CountSync | str | None = None
     group_size: int | None = None
+    max_lanes: int | None = None
     nvtx: bool = False
 
     def __post_init__(self) -> None:
@@ -36,10 +40,14 @@ class ExecutionOptions:
         for name in ("batch_invariant", "nvtx"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.group_size is not None and (type(self.group_size) is not int or self.group_size < 1):
-            raise ValueError(f"group_size must be a whole number of 1 or more lanes, got {self.group_size!r}")
-        if self.batch_invariant and self.runner == "compiled":
-            raise ValueError("batch_invariant runs lane by lane, which is not compiled; leave one of the two out")
+        for name in ("group_size", "max_lanes"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} must be a whole number of 1 or more lanes, got {value!r}")
+        if self.batch_invariant and self.runner != "eager":
+            raise ValueError(f"batch_invariant runs lane by lane, which is not {self.runner}; leave one of the two out")
+        if self.max_lanes is not None and self.runner != "captured":
+            raise ValueError(f"max_lanes is for runner='captured', got runner={self.runner!r}")
         if self.batch_invariant and self.count_sync is not None:
             raise ValueError("batch_invariant runs lane by lane, with the exact count; leave count_sync out")
         if self.group_size is not None and self.count_sync is not None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from adadiff_kernels import ActiveSet, DeviceSet, settle_rows
 
+from ..models.interface import Block
 from .count_sync import CountSync, bucket
 from .decision import ExitDecision
 
@@ -35,7 +36,38 @@ class Skip(NamedTuple):
         return self.index if by_row else self.index.index_select(0, self.row_to_lane)
 
 
-class HostPlacement:
+class Placement:
+    """What blocks hand on. hidden: [bound or more, T, D]. skips: long skips that no block has joined yet, by the index
+    of their block."""
+
+    hidden: Tensor
+    bound: int
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+        self.skips: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    def take(self, block: Block, layer: int) -> tuple[Tensor, Skip | None]:
+        """What block `layer` reads: hidden [bound, T, D], and its long skip if it has one."""
+        hidden, skip_from = self.hidden, block.skip_from
+        if hidden.shape[0] != self.bound:
+            hidden = hidden[: self.bound]
+        return hidden, None if skip_from is None else self.skip(self.skips.pop(skip_from))
+
+    def put(self, hidden: Tensor, layer: int, keeps: bool) -> None:
+        """What block `layer` has written, once those that exit are saved. keeps: a later block joins it."""
+        self.hidden = hidden
+        if keeps:
+            self.skips[layer - 1] = self.keep(hidden)
+
+    def skip(self, kept: tuple[Tensor, Tensor | None]) -> Skip:
+        raise NotImplementedError
+
+    def keep(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        raise NotImplementedError
+
+
+class HostPlacement(Placement):
     """bound: rows to run, n. row_to_lane: int32 [n]. in_order: row i carries lane i, for all lanes. saved: [B, T, D] by
     lane, what those that exited had; None as long as nobody has. exits: (layer, n before, n after) where somebody
     exited. partner: int32 [B] or None, the lane that a lane is tied to."""
@@ -43,6 +75,7 @@ class HostPlacement:
     tickets = None
 
     def __init__(self, hidden: Tensor, decision: ExitDecision, partner: Tensor | None):
+        super().__init__(hidden)
         self._decision, self._partner, self._shape = decision, partner, hidden.shape
         self.bound, self.in_order = len(hidden), True
         self.saved: Tensor | None = None
@@ -50,9 +83,9 @@ class HostPlacement:
         self._active: ActiveSet | None = None  # none is needed before somebody may exit
         self.exits: list[tuple[int, int, int]] = []
 
-    def exit(self, hidden: Tensor, u: Tensor | None, layer: int, keeps: bool) -> None:
-        """Those that exit after `layer` are saved out of hidden [n, T, D], and rows move there. u: float32 [n] or
-        None."""
+    def exit(self, hidden: Tensor, u: Tensor | None, layer: int, keeps: bool, normed: Tensor | None = None) -> None:
+        """Those that exit after `layer` are saved out of hidden [n, T, D], and rows move there. u: float32 [n] or None.
+        keeps, normed: of the device."""
         if self._active is None:
             self._active = ActiveSet(self._shape[0])
         active, limits = self._active, self._decision.limits
@@ -70,11 +103,14 @@ class HostPlacement:
         self.exits.append((layer, self.bound, active.count))
         self.bound, self.row_to_lane, self.in_order = active.count, active.running, False
 
-    def keep(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def advance(self, layer: int) -> None:
+        """Once the work of `layer` is done: `exit` has told the host."""
+
+    def keep(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """A long skip that is written now."""
         return hidden, self._identity if self.in_order else self._active.snapshot()
 
-    def skip(self, kept: tuple[Tensor, Tensor]) -> Skip:
+    def skip(self, kept: tuple[Tensor, Tensor | None]) -> Skip:
         rows, snapshot = kept
         return Skip(rows, None, None if self.in_order else self._active.locate(snapshot))
 
@@ -97,9 +133,10 @@ class HostPlacement:
         self.exit_layer, self.moved, self.order = active.exit_layer, active.moved, active.row_to_lane
 
 
-class DevicePlacement:
+class DevicePlacement(Placement):
     """As `HostPlacement`. bound: no fewer than the rows that run. A round number of rows is launched where `rounds`.
-    At the end exits and order (int32 [B], the lanes by row) are None unless the host has seen every count."""
+    `advance` alone learns from the device; what else happens there is queued. At the end exits and order (int32 [B],
+    the lanes by row) are None unless the host has seen every count."""
 
     in_order = False
     exits: list[tuple[int, int, int]] | None
@@ -113,20 +150,32 @@ class DevicePlacement:
         count_sync: CountSync,
         rounds: bool,
     ):
+        super().__init__(hidden)
         self._active, self._decision, self._partner = active, decision, partner
         self._limits = None if decision.limits is None else decision.limits.unbind(0)
         self._count_sync, self._rounds = count_sync, rounds and not decision.whole_batch
-        self.bound = self._count = len(hidden)
-        self.row_to_lane, self.tickets = active.row_to_lane, active.tickets
-        self.saved = torch.empty_like(hidden) if decision.exit_layers else None
+        self._lanes = self._count = len(hidden)
+        self.tickets = active.tickets
+        self.saved = self._empty(hidden) if decision.exit_layers else None
         self.exits: list[tuple[int, int, int]] = []
         self._asked: list[int] = []
-        self._snapshot = active.snapshot()
+        self._snapshot: Tensor | None = None
+        self._launch_over(self._lanes)
 
-    def exit(self, hidden: Tensor, u: Tensor | None, layer: int, keeps: bool) -> None:
-        """keeps: a long skip is written at this layer."""
+    def _empty(self, hidden: Tensor) -> Tensor:
+        return torch.empty_like(hidden)
+
+    def _launch_over(self, bound: int) -> None:
+        self.bound, self.row_to_lane = bound, self._active.row_to_lane[:bound]
+
+    def outputs(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """Where block `layer` is to write its output and its rows for the next norm, [bound, T, D]; None: anywhere."""
+        return None, None
+
+    def exit(self, hidden: Tensor, u: Tensor | None, layer: int, keeps: bool, normed: Tensor | None = None) -> None:
+        """keeps: a long skip is written at this layer. normed: [n, T, D], rows that move as hidden's do."""
         active, bound, limits = self._active, self.bound, self._limits
-        self._snapshot = torch.empty_like(active.lane_to_row) if keeps else None
+        self._snapshot = self._new_snapshot(layer) if keeps else None
         given = {"bound": bound, "partner": self._partner, "snapshot": self._snapshot}
         if limits is not None:
             moves = active.exit_rows(u, limits[layer - 1], layer, **given)
@@ -134,42 +183,61 @@ class DevicePlacement:
             u = _larger_of_tied(u, self.row_to_lane, self._partner)
             mask = self._decision.mask(u, layer, self.row_to_lane, self._running())
             moves = active.exit_rows_where(mask, layer, **given)
-        settle_rows(moves, hidden, self.saved)
+        settle_rows(moves, hidden, self.saved, normed)
+
+    def advance(self, layer: int) -> None:
+        """What the host knows of the count once the exit of `layer` is queued."""
         self._asked.append(layer)
-        before, self._count = self._count, self._count_sync.bound(active, self._asked, bound)
+        before, self._count = self._count, self._count_sync.bound(self._active, self._asked, self._count)
         if self._count < before:
             self.exits.append((layer, before, self._count))
-        bound = min(bound, bucket(self._count, active.num_lanes)) if self._rounds else self._count
-        if bound < self.bound:
-            self.bound, self.row_to_lane = bound, active.row_to_lane[:bound]
+            if (bound := self._rounded(self._count)) < self.bound:
+                self._launch_over(bound)
 
-    def keep(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def _rounded(self, count: int) -> int:
+        """Rows to launch over where `count` may run."""
+        return bucket(count, self._active.num_lanes) if self._rounds else count
+
+    def _new_snapshot(self, layer: int) -> Tensor:
+        return torch.empty_like(self._active.lane_to_row)
+
+    def keep(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.saved is None:  # nobody exits, so no row moves
+            return hidden, None
         if self._snapshot is None:
             self._snapshot = self._active.snapshot()
         return hidden, self._snapshot
 
-    def skip(self, kept: tuple[Tensor, Tensor]) -> Skip:
+    def skip(self, kept: tuple[Tensor, Tensor | None]) -> Skip:
         rows, snapshot = kept
-        return Skip(rows, self.row_to_lane, snapshot)
+        return Skip(rows, None, None) if snapshot is None else Skip(rows, self.row_to_lane, snapshot)
 
     def record(self, scores: Tensor, u: Tensor) -> None:
         lanes = self.row_to_lane.long()
         scores.index_copy_(0, lanes, torch.where(self._running(), u, scores.index_select(0, lanes)))
 
     def finish(self, hidden: Tensor, num_layers: int) -> None:
+        self.settle_last(hidden, num_layers)
+        self.end(hidden, num_layers)
+
+    def settle_last(self, hidden: Tensor, num_layers: int) -> None:
+        """The device's part of `finish`."""
+        moves = self._active.finish(num_layers, bound=self.bound)
+        if self.saved is not None:
+            settle_rows(moves, hidden[: self.bound], self.saved)
+
+    def end(self, hidden: Tensor, num_layers: int) -> None:
+        """The host's part."""
         active = self._active
-        moves = active.finish(num_layers, bound=self.bound)
         if self.saved is None:
             self.saved = hidden
-        else:
-            settle_rows(moves, hidden[: self.bound], self.saved)
         if self._count:
             self.exits.append((num_layers, self._count, 0))
         # the set serves the next pass
-        self.exit_layer, self.moved = active.exit_layer.clone(), active.moved.clone()
+        self.exit_layer, self.moved = active.exit_layer[: self._lanes].clone(), active.moved.clone()
         exact = self._count_sync.exact
         self.order: Tensor | None
-        self.exits, self.order = (self.exits, active.row_to_lane.clone()) if exact else (None, None)
+        self.exits, self.order = (self.exits, active.row_to_lane[: self._lanes].clone()) if exact else (None, None)
 
     def _running(self) -> Tensor:
         """bool [n]: rows that run."""

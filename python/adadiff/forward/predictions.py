@@ -31,12 +31,22 @@ def predictions(
     # where heads are small, one call for all lanes takes less time than several
     by_lane = isinstance(placement, DevicePlacement) and isinstance(runner, BlockRunner)
     if placement.exits is None or (by_lane and exits.config.head == "linear"):
-        at_last = (placement.exit_layer == last).view(-1, 1, 1, 1)
-        by_layer = runner.heads_by_lane(patches, lanes, placement.exit_layer)
-        return torch.where(at_last, runner.head(backbone.head, patches, lanes), by_layer)
+        return without_the_host(runner, backbone, exits, patches, lanes, placement.exit_layer)
     parts = []
     for layer, before, after in reversed(placement.exits):  # the last to exit lie first
         lanes = placement.order[after:before]
         parts.append(runner.head(exits.head(backbone, layer), patches.index_select(0, lanes), lanes))
     prediction = torch.cat(parts)
     return torch.empty_like(prediction).index_copy_(0, placement.order.long(), prediction)
+
+
+def without_the_host(
+    runner: BlockRunner, backbone: Backbone, exits: Exits | None, patches: Tensor, lanes: Tensor, exit_layer: Tensor
+) -> Tensor:
+    """[n, C or 2 C, H, W], where only the device knows who exited where. patches: [n, N, D] of the lanes, int32 [n];
+    exit_layer: int32 [n], theirs. exits: None where nobody exits early."""
+    prediction = runner.head(backbone.head, patches, lanes)
+    if exits is None or exits.heads is None:
+        return prediction
+    at_last = (exit_layer == len(backbone.blocks)).view(-1, 1, 1, 1)
+    return torch.where(at_last, prediction, runner.heads_by_lane(patches, lanes, exit_layer))

@@ -4,19 +4,23 @@ import itertools
 from collections.abc import Callable, Iterator
 from functools import cache
 from types import FunctionType
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from adadiff_kernels import LayerScores, Score, is_fused, layer_norm, residual_uem
+from adadiff_kernels import LayerScores, Norm, Score, is_fused, layer_norm, residual_uem
 
 from ..models.interface import Backbone, Block, Conditioning, FusableBlock
 from ..uem import Exits
+from .memory import Embedded
 from .options import ExecutionOptions
 from .placement import DevicePlacement, HostPlacement, Skip
 from .structure import Structure
 
 Rows = tuple[Tensor, Tensor | None]  # a block's output and u
+FusedRows = tuple[Tensor, Tensor | None, Tensor | None]  # a block's output, its rows for the next block's norm, and u
+Blocks = Callable[..., Tensor | FusedRows]
 
 
 def plain_block(
@@ -33,40 +37,62 @@ def plain_block(
 
 
 def fused_block(
-    block: FusableBlock, hidden: Tensor, cond: Conditioning, skip: Skip | None, row_to_lane: Tensor, score: Score | None
-) -> Rows:
-    """The passes after a branch are one: its bias and gate, the sum, the score, and the norm of the next branch."""
+    block: FusableBlock,
+    hidden: Tensor,
+    cond: Conditioning,
+    skip: Skip | None,
+    row_to_lane: Tensor,
+    score: Score | None,
+    normed: Tensor | None = None,
+    after: Norm | None = None,
+    out: Tensor | None = None,
+    norm_out: Tensor | None = None,
+) -> FusedRows:
+    """The passes after a branch are one: its bias and gate, the sum, the score, and the norm of the next branch.
+
+    normed: hidden after the norm of the first branch, if the pass before wrote that. after: the norm that the next
+    block begins with, to be written by the last pass. out, norm_out: [n, T, D], receive what the last pass writes.
+    """
     if skip is not None:
         hidden = block.join(hidden, *skip).to(hidden.dtype)
     branches, u = block.branches, None
-    h = layer_norm(hidden, branches[0].norm(cond), row_to_lane)
-    for branch, after in zip(branches, (*branches[1:], None), strict=True):
+    h = layer_norm(hidden, branches[0].norm(cond), row_to_lane) if normed is None else normed
+    for branch, following in zip(branches, (*branches[1:], None), strict=True):
         b = branch(h, add_bias=False) if branch.bias is not None else branch(h)
+        last = following is None
+        target = out if last else None
+        if target is None and b.dtype == hidden.dtype:
+            target = b  # nobody needs the branch any more
         hidden, h, u = residual_uem(
             hidden,
             b,
             row_to_lane=row_to_lane,
             gate=branch.gate(cond),
             bias=branch.bias,
-            score=score if after is None else None,
-            norm=None if after is None else after.norm(cond),
-            out=b if b.dtype == hidden.dtype else None,  # nobody needs the branch any more
+            score=score if last else None,
+            norm=after if last else following.norm(cond),
+            out=target,
+            norm_out=norm_out if last else None,
         )
-    return hidden, u
+    return hidden, h, u
 
 
 class BlockRunner:
     """Blocks for all running rows at once, on a CPU a group of lanes at a time.
 
     anybody: whether somebody may exit after the block that ran last; True where only the placement can tell.
+    fuses: the passes after a branch are one, in blocks that show their branches. normed: [n, T, D], what the last block
+    wrote for the first norm of the next one; None where the next one begins otherwise.
     """
+
+    normed: Tensor | None = None
 
     def __init__(
         self, backbone: Backbone, exits: Exits | None, execution: ExecutionOptions, structure: Structure, host: bool
     ):
         self._backbone, self._exits, self._nvtx = backbone, exits, execution.nvtx
         self._group_size = execution.group_size or (structure.group_size if host else None)
-        self._fuses = not host
+        self.fuses, self._on_device, self._structure = not host, not host, structure
         compiled = execution.runner == "compiled"
         self._plain = compiled_function(plain_block) if compiled else plain_block
         self._fused = compiled_function(fused_block) if compiled else fused_block
@@ -76,14 +102,36 @@ class BlockRunner:
     def embed(self, x: Tensor, t: Tensor, context: Tensor | None, scored: bool, limits: Tensor | None) -> Tensor:
         """[B, T, D]: the input of the first block. scored: some layer's score will be asked for; limits: float32
         [L - 1, B] or None, below which score a lane may exit."""
-        hidden, self._cond = self._backbone.embed(x, t, context)
-        if scored:
+        return self.begin(self.embedded(x, t, context, scored), limits)
+
+    def embedded(self, x: Tensor, t: Tensor, context: Tensor | None, scored: bool) -> Embedded:
+        """scored: offsets are wanted, where the network has exits."""
+        hidden, cond = self._backbone.embed(x, t, context)
+        offsets = self._exits.offsets(cond.time, t) if scored and self._exits is not None else None
+        return Embedded(hidden, cond, offsets)
+
+    def begin(self, embedded: Embedded, limits: Tensor | None) -> Tensor:
+        """`embed`, with what the network has already made of the lanes."""
+        hidden, self._cond, offsets = embedded
+        if offsets is not None:
             exits = self._exits
-            offsets = exits.offsets(self._cond.time, t)
             self._scores = LayerScores(exits.weight, offsets, exits.num_prefix_tokens, limits)
-        if self._fuses:
-            self._fuses = is_fused(hidden, 1 if self._exits is None else self._exits.outputs)
+        if self.fuses:
+            self.fuses = is_fused(hidden, 1 if self._exits is None else self._exits.outputs)
         return hidden
+
+    def norm_after(self, layer: int) -> Norm | None:
+        """The norm that the next block begins with, for the pass that ends block `layer` to write; None where that
+        block joins a long skip first, or is not fused."""
+        blocks = self._structure.blocks
+        if layer == len(blocks) or blocks[layer].skip_from is not None or not hasattr(blocks[layer], "branches"):
+            return None
+        return cast(FusableBlock, blocks[layer]).branches[0].norm(self._cond)
+
+    def writes_norm(self, layer: int) -> bool:
+        """Whether block `layer` writes rows for the norm of the next one; 0: before the first block."""
+        fused = self.fuses and layer > 0 and hasattr(self._structure.blocks[layer - 1], "branches")
+        return fused and self.norm_after(layer) is not None
 
     def block(
         self,
@@ -110,9 +158,15 @@ class BlockRunner:
         scored: bool,
     ) -> Rows:
         row_to_lane = placement.row_to_lane
-        if self._fuses and hasattr(block, "branches"):
+        if self.fuses and hasattr(block, "branches"):
             score = self._scores.of(layer, placement.tickets) if scored else None
-            return self._fused(block, hidden, self._cond, skip, row_to_lane, score)
+            after = self.norm_after(layer)
+            out, norm_out = placement.outputs(layer)
+            norm_out = None if after is None else norm_out
+            normed = None if self.normed is None else self.normed[: hidden.shape[0]]
+            given = (self._cond, skip, row_to_lane, score, normed, after, out, norm_out)
+            hidden, self.normed, u = self._fused(block, hidden, *given)
+            return hidden, u
         n, group, rows, index = hidden.shape[0], self._group_size, None, None
         if skip is not None:
             rows, index = skip.rows, skip.row_index
@@ -122,7 +176,10 @@ class BlockRunner:
         scores = self._scores if scored else None
         if group is not None and n > group:
             return self._in_groups(block, layer, hidden, rows, index, by_lane, row_to_lane, scores)
-        y = self._plain(block, hidden, self._cond, rows, index, by_lane)
+        out = None
+        if self._on_device:
+            self.normed, out = None, placement.outputs(layer)[0]
+        y = self._plain(block, hidden, self._cond, rows, index, by_lane, out)
         if scores is None:
             self.anybody = True
             return y, None
@@ -157,6 +214,11 @@ class BlockRunner:
         """patches: [n, N, D] of lanes: int32 [n]."""
         return head(patches, self._cond, lanes)
 
+    def one_prediction(self, hidden: Tensor) -> Tensor:
+        """[1, C or 2 C, H, W] of hidden [1, T, D], as the network's own head makes it."""
+        lane = torch.zeros(1, dtype=torch.int32, device=hidden.device)
+        return self.head(self._backbone.head, hidden[:, self._backbone.num_prefix_tokens :], lane)
+
     def heads_by_lane(self, patches: Tensor, lanes: Tensor, exit_layer: Tensor) -> Tensor:
         """Each lane through the head of its own layer, of 1..L-1; see `Exits.heads_by_lane`."""
         return self._exits.heads_by_lane(patches, self._cond, lanes, exit_layer)
@@ -169,7 +231,7 @@ def _groups(n: int, group: int) -> Iterator[slice]:
     return (slice(a, b) for a, b in itertools.pairwise(bounds))
 
 
-def compile_each_kind(function: Callable[..., Tensor | Rows], **options: object) -> Callable[..., Tensor | Rows]:
+def compile_each_kind(function: Blocks, **options: object) -> Blocks:
     """`function` through torch.compile(dynamic=True, **options), for any number of rows and blocks.
 
     Dynamo counts graphs by function, and after eight of them (torch._dynamo.config.recompile_limit) runs it eagerly. A
@@ -179,12 +241,12 @@ def compile_each_kind(function: Callable[..., Tensor | Rows], **options: object)
     number = itertools.count()
 
     @cache
-    def own(*kind: object) -> Callable[..., Tensor | Rows]:
+    def own(*kind: object) -> Blocks:
         code = function.__code__.replace(co_name=f"{function.__name__}_{next(number)}")
         renamed = FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
         return torch.compile(renamed, dynamic=True, **options)
 
-    def call(block: Block, *given: object) -> Tensor | Rows:
+    def call(block: Block, *given: object) -> Tensor | FusedRows:
         return own(type(block), *map(_kind, given))(block, *given)
 
     return call
@@ -200,6 +262,6 @@ def _kind(value: object) -> object:
 
 
 @cache
-def compiled_function(function: Callable[..., Tensor | Rows]) -> Callable[..., Tensor | Rows]:
+def compiled_function(function: Blocks) -> Blocks:
     """`compile_each_kind`, one for all forward passes, so that nothing is compiled twice."""
     return compile_each_kind(function)

@@ -1,0 +1,170 @@
+"""A forward pass of captured pieces: the same work as an eager pass on a device, over memory whose addresses stay."""
+
+import torch
+from torch import Tensor
+
+from adadiff_kernels import upload
+
+from ..models.interface import Backbone, Block
+from ..models.layers import check_labels
+from ..uem import Exits
+from .count_sync import CountSync, Sync, bucket
+from .decision import ExitDecision
+from .layers import Layers
+from .memory import Memory
+from .options import ExecutionOptions
+from .placement import DevicePlacement, Skip
+from .predictions import predictions, without_the_host
+from .runner import BlockRunner
+from .spaces import Space, space_of
+from .structure import Structure
+
+
+class CapturedPlacement(DevicePlacement):
+    """A `DevicePlacement` whose rows lie in a space's memory. Of every number of lanes up to the space's the same
+    pieces serve: rows are launched in round numbers, the first block's too."""
+
+    def __init__(
+        self,
+        space: Space,
+        memory: Memory,
+        lanes: int,
+        decision: ExitDecision,
+        tied: bool,
+        count_sync: CountSync,
+    ) -> None:
+        self._memory = memory
+        by_limits = decision.limits is not None
+        partner = memory.partner if tied or by_limits else None
+        super().__init__(space.active, memory.rows(0)[:lanes], decision, partner, count_sync, rounds=True)
+        self._limits = memory.limits.unbind(0) if by_limits else None
+        # policies that are asked know of their own lanes only
+        self._most = space.lanes if by_limits or not decision.exit_layers else lanes
+        self._launch_over(self._rounded(lanes))
+
+    def _empty(self, hidden: Tensor) -> Tensor:
+        return self._memory.saved
+
+    def _rounded(self, count: int) -> int:
+        return min(bucket(count, self._active.num_lanes), self._most) if self._rounds else count
+
+    def take(self, block: Block, layer: int) -> tuple[Tensor, Skip | None]:
+        memory, index, self._snapshot = self._memory, block.skip_from, None
+        hidden = memory.rows(layer - 1)[: self.bound]
+        if index is None:
+            return hidden, None
+        return hidden, self.skip((memory.rows(index + 1), None if self.saved is None else memory.snapshots[index]))
+
+    def skip(self, kept: tuple[Tensor, Tensor | None]) -> Skip:
+        rows, snapshot = kept
+        return super().skip((rows[: self.bound] if snapshot is None else rows, snapshot))
+
+    def put(self, hidden: Tensor, layer: int, keeps: bool) -> None:
+        if keeps and self.saved is not None and self._snapshot is None:  # nobody could exit after this layer
+            self._memory.snapshots[layer - 1].copy_(self._active.lane_to_row)
+
+    def outputs(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        return self._memory.rows(layer)[: self.bound], self._memory.normed[: self.bound]
+
+    def _new_snapshot(self, layer: int) -> Tensor:
+        return self._memory.snapshots[layer - 1]
+
+
+class CapturedLayers(Layers):
+    """Each layer is one piece, with the exits where a kernel decides them; policies that are asked in Python are asked
+    between two pieces."""
+
+    runner: BlockRunner
+    placement: CapturedPlacement
+
+    def __init__(
+        self,
+        space: Space,
+        memory: Memory,
+        runner: BlockRunner,
+        placement: CapturedPlacement,
+        structure: Structure,
+        decision: ExitDecision,
+        record_scores: bool,
+    ) -> None:
+        super().__init__(runner, placement, structure, decision, memory.scores if record_scores else None)
+        self._space, self._memory, self._records = space, memory, record_scores
+        self._asks = bool(decision.exit_layers) and decision.limits is None
+
+    def layer(self, layer: int) -> None:
+        decision, n = self.decision, self.placement.bound
+        exits, scored = layer in decision.exit_layers and not self._asks, layer in decision.scored
+
+        def work() -> None:
+            self.runner.normed = self._normed(layer - 1, n)
+            hidden, u = self.block(layer)
+            if not self._asks:
+                self.exits(layer, hidden, u)
+            elif u is not None:
+                self._memory.u[:n].copy_(u)
+
+        moves = self.placement.saved is not None
+        self._space.pieces.run(("layer", layer, n, scored, exits, self._records, moves), work)
+        if self._asks:
+            self.runner.normed = self._normed(layer, n)
+            self.exits(layer, self._memory.rows(layer)[:n], self._memory.u[:n] if scored else None)
+
+    def _normed(self, layer: int, n: int) -> Tensor | None:
+        """What block `layer` wrote for the first norm of the next one."""
+        return self._memory.normed[:n] if self.runner.writes_norm(layer) else None
+
+
+def in_pieces(
+    backbone: Backbone,
+    exits: Exits | None,
+    structure: Structure,
+    decision: ExitDecision,
+    x: Tensor,
+    t: Tensor,
+    context: Tensor | None,
+    partner: Tensor | None,
+    execution: ExecutionOptions,
+    record_scores: bool,
+) -> tuple[Tensor, CapturedPlacement, Tensor | None, tuple[int, ...]]:
+    """Stem, layers and head, each as a piece."""
+    B, scored = len(x), bool(decision.scored)
+    classes = getattr(getattr(backbone, "config", None), "num_classes", None)
+    if context is not None and classes:
+        check_labels(context, B, classes)  # pieces see labels on the device only, where nobody checks them
+    context = None if context is None else upload(context, x.device)
+    with space_of(backbone, exits, max(B, execution.max_lanes or 1), x, context) as space:
+        run, n = space.pieces.run, bucket(B, space.lanes)
+        runner = BlockRunner(backbone, exits, execution, structure, host=False)
+        memory = space.begin(runner, structure, x, t, context)
+
+        def stem() -> None:
+            memory.store(runner.embedded(*space.inputs(n), scored))
+
+        run(("stem", n, scored), stem)
+        space.load_decision(decision, partner)
+        hidden, cond, offsets = memory.embedded
+        runner.begin((hidden, cond, offsets if scored else None), None)
+        count_sync = execution.count_sync or (Sync() if decision.whole_batch else space.count_sync)
+        placement = CapturedPlacement(space, memory, B, decision, partner is not None, count_sync)
+        if record_scores:
+            memory.scores.fill_(torch.nan)
+        rows = CapturedLayers(space, memory, runner, placement, structure, decision, record_scores).run()
+        hidden, exits = memory.rows(structure.num_layers), exits if decision.exit_layers else None
+        if bound := placement.bound:
+            moves = placement.saved is not None
+            run(("finish", bound, moves), lambda: placement.settle_last(hidden, structure.num_layers))
+        placement.end(hidden, structure.num_layers)
+        if exits is not None and exits.heads is not None and exits.config.head != "linear":
+            placement.saved = placement.saved[:B]  # heads so large that lanes of one exit are to share theirs
+            prediction = predictions(runner, placement, backbone, exits)
+        else:
+            saved = placement.saved
+
+            def head() -> None:
+                patches = saved[:n, backbone.num_prefix_tokens :]
+                given = (runner, backbone, exits, patches, memory.identity[:n], space.active.exit_layer[:n])
+                memory.prediction[:n].copy_(without_the_host(*given))
+
+            run(("head", n, exits is not None), head)
+            prediction = memory.prediction[:B].clone()
+        return prediction, placement, memory.scores[:, :B].clone() if record_scores else None, rows
