@@ -19,6 +19,7 @@ from benchmarks.gpu import traces as gpu_traces
 from benchmarks.gpu.session import Session, Task
 from benchmarks.report import tables
 from pretend import DEVICE, PretendDevice
+from recorder import recorded
 
 CPU = torch.device("cpu")
 GPU = {"gpu": "a GPU", "gpu_gib": 1.0}
@@ -145,6 +146,21 @@ def test_attention(kept: Kept) -> None:
     assert len(table.body) == len(written)
 
 
+def test_mlp(kept: Kept) -> None:
+    written = run_suite(kept, "mlp")
+    assert [row["variant"] for row in written] == [
+        "GELU apart",
+        "GELU compiled",
+        "sum by the pass",
+        "sum by the product",
+    ] * 2  # networks; on a CPU no product has the tanh GELU as its epilogue
+    for row in written:
+        macs = (4 if row["variant"].startswith("GELU") else 8) * 2 * 5 * 16 * 16
+        assert row["tflops"] == pytest.approx(2 * macs / row["seconds"]["median"] / 1e12)
+    (table,) = shown(written)
+    assert len(table.body) == len(written)
+
+
 def test_decision(kept: Kept) -> None:
     written = run_suite(kept, "decision")
     assert {row["kind"] for row in written} == {"decision"}  # there is no device to launch graphs
@@ -201,7 +217,7 @@ def test_network(kept: Kept) -> None:
     written = run_suite(kept, "network")
     by_name = {row["variant"]: row for row in written}
     assert [name for name in by_name if name.startswith("plain")] == list(by_name)[:4]
-    for strategy in gpu_run.network.STRATEGIES:
+    for strategy in gpu_run.network.strategies(kept):
         blocks = {"nobody": 65, "same": 35, "spread": 3 + 6 + 8 + 10 + 13, "two-phase": 3 * 2 + 2 * 13}
         for pattern, number in blocks.items():
             row = by_name[f"{pattern}, {strategy}"]
@@ -228,16 +244,17 @@ def test_interleaving_takes_another_timer() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suite", ["network", "serving", "attention", "decision"])
-def test_suites_mix_no_devices(suite: str, kept: Kept) -> None:
+@pytest.mark.parametrize("suite", ["network", "serving", "attention", "mlp", "decision"])
+def test_suites_mix_no_devices(suite: str, kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a pretended device what would raise on a GPU raises: an index, a table or an input left on the CPU."""
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # its tensors cannot change in place
     try:
-        with PretendDevice():
-            gpu_run.run_suite(Kept(DEVICE, kept.rows), gpu_run.SUITES[suite])
+        with PretendDevice(), recorded(monkeypatch) as graphs:
+            gpu_run.run_suite(Kept(DEVICE, kept.rows, presets=("dit_xl_2_256",)), gpu_run.SUITES[suite])
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(False)
     assert {row["suite"] for row in rows.read(kept.rows.path)} == {f"gpu-{suite}"}
+    assert bool(graphs.captures) == (suite in ("network", "serving"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

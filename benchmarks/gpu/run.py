@@ -1,6 +1,6 @@
 """Measures on a CUDA device, and writes rows. Run again, it goes on where it stopped.
 
-make gpu-bench SUITE=NAME                    ceilings, attention, passes, network, serving, decision or all
+make gpu-bench SUITE=NAME                    ceilings, attention, passes, mlp, network, serving, decision or all
 make gpu-bench SUITE=all ARGS='--out DIR'    rows of this commit and GPU that DIR has are not measured again
 python3 -m benchmarks.gpu.run --dry                     every suite at tiny sizes on the CPU, nothing timed or written
 
@@ -17,7 +17,7 @@ from types import ModuleType
 
 import torch
 
-from benchmarks.gpu import attention, ceilings, decision, lacking, network, passes, serving
+from benchmarks.gpu import attention, ceilings, decision, lacking, mlp, network, passes, serving
 from benchmarks.gpu import tables as gpu_tables
 from benchmarks.gpu.session import OutOfTime, Session, device_or_exit, gpu_facts, limited
 from benchmarks.report.tables import latest, plain
@@ -28,6 +28,7 @@ SUITES = {
     "ceilings": ceilings,
     "attention": attention,
     "passes": passes,
+    "mlp": mlp,
     "network": network,
     "serving": serving,
     "decision": decision,

@@ -123,6 +123,18 @@ def decision(rows: Sequence[Row]) -> list[Table]:
     return tables
 
 
+def mlp(rows: Sequence[Row]) -> list[Table]:
+    found = select(rows, "gpu-mlp", "mlp")
+    columns, body = grid(
+        found,
+        lambda row: f"{row['parameters']['shape']}, {row['variant']}",
+        lambda row: row["parameters"]["rows"],
+        lambda row: f"{row['seconds']['median'] * 1e6:.1f}",
+    )
+    note = "In CUDA graphs. GELU: with the first product; sum: the whole MLP with its residual sum. "
+    return [Table(device(found), ("MLP of a block, µs; rows", *columns), body, note + warning(found))] if found else []
+
+
 def serving(rows: Sequence[Row]) -> list[Table]:
     found = select(rows, "gpu-serving", "throughput")
     body = [
@@ -206,7 +218,7 @@ def strategy(row: Row) -> str:
     return row["variant"].rpartition(", ")[2]
 
 
-ALL = (ceilings, attention, passes, network, serving, decision)
+ALL = (ceilings, attention, passes, network, serving, decision, mlp)
 
 
 def all_tables(rows: Iterable[Row]) -> list[Table]:

@@ -108,6 +108,7 @@ PARTS = {
         Part("network8", 70, suites("network", presets=[L2], batches=[8])),
         Part("serving", 45, suites("serving")),
         Part("decision", 30, suites("decision")),
+        Part("mlp", 30, suites("mlp")),
         # without PyTorch's cache every tensor ends where its memory does
         Part("memcheck", 60, memcheck, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, most=45.0),
         Part("dit64", 90, suites("network", presets=[DIT], batches=[64]), second=True),
