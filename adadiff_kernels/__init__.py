@@ -28,7 +28,7 @@ from adadiff_kernels.solver_step import (
     solver_step,
     solver_step_reference,
 )
-from adadiff_kernels.upload import captures, upload
+from adadiff_kernels.upload import captures, upload, upload_together
 
 __all__ = [
     "COLUMNS",
@@ -64,4 +64,5 @@ __all__ = [
     "uem_score",
     "uem_score_reference",
     "upload",
+    "upload_together",
 ]

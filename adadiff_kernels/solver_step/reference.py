@@ -35,12 +35,12 @@ class SolverState:
     history: Tensor | None = None
 
     def __post_init__(self) -> None:
-        n, *shape = self.x.shape
-        wanted = {"x": (n, *shape), "base": (n, *shape), "history": (n, 2, *shape)}
+        x, shape = self.x, self.x.shape
         for name, value in self._tensors():
-            if value.shape != wanted[name] or value.dtype != self.x.dtype or value.device != self.x.device:
+            wanted = shape if name != "history" else (*shape[:1], 2, *shape[1:])
+            if value is not x and (value.shape != wanted or value.dtype != x.dtype or value.device != x.device):
                 raise ValueError(
-                    f"{name} must be {self.x.dtype}{list(wanted[name])} on {self.x.device}, "
+                    f"{name} must be {x.dtype}{list(wanted)} on {x.device}, "
                     f"got {value.dtype}{list(value.shape)} on {value.device}"
                 )
             if not value.is_contiguous():
@@ -62,7 +62,7 @@ class SolverState:
 
     def take(self, slots: Tensor) -> "SolverState":
         """A copy of the samples at slots: int64[k]."""
-        return SolverState(self.x[slots], *(v if v is None else v[slots] for v in (self.base, self.history)))
+        return SolverState(*(value if value is None else value.index_select(0, slots) for value in self._all()))
 
     def put(self, slots: Tensor, part: "SolverState") -> None:
         """Writes back what `take` gave, after it has been advanced."""
@@ -111,10 +111,9 @@ class Guidance:
 
     def apply(self, eps: Tensor) -> Tensor:
         """eps: [n, ...]. Returns float32 [n, ...]."""
-        eps, chosen = eps.float().clone(), (self.row >= 0).nonzero().squeeze(1)
-        channels = None if self.channels is None else self.channels[chosen]
-        eps[chosen] = guide(eps[chosen], self.uncond[self.row[chosen]], self.weight[chosen], channels)
-        return eps
+        eps, uncond = eps.float(), self.uncond.index_select(0, self.row.clamp(min=0))
+        guided = (self.row >= 0).view(-1, *[1] * (eps.dim() - 1))
+        return torch.where(guided, guide(eps, uncond, self.weight, self.channels), eps)
 
 
 @dataclass(frozen=True)

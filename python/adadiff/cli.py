@@ -5,11 +5,12 @@ nobody reads the output any more, as after `| head`.
 """
 
 import argparse
+import difflib
 import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from . import __version__
 from .commands import info
@@ -20,13 +21,17 @@ from .commands.sample_options import add_diff, add_evaluate, add_sample
 from .commands.terminal import print_error
 from .commands.texts import START, SUMMARY
 from .data.files import reason
-from .sampling.batch import is_memory_error
+from .sampling.faults import is_memory_error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command, that of sys.argv by default. Returns the exit code (argparse may raise SystemExit)."""
     _usable_streams()
-    options = parser().parse_args(arguments)
+    commands, arguments = parser(), sys.argv[1:] if arguments is None else arguments
+    if not arguments:
+        commands.print_help()
+        return _refused("name one of these commands")
+    options = commands.parse_args(arguments)
     try:
         options.run(options)
         sys.stdout.flush()
@@ -71,6 +76,14 @@ def _usable_streams() -> None:
 
 class _Parser(argparse.ArgumentParser):
     """Of all commands, too. What somebody typed is printed as it is, without escape sequences."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        found, unknown = super().parse_known_args(args, namespace)
+        for option in unknown:
+            near = difflib.get_close_matches(option.partition("=")[0], self._option_string_actions, 1)
+            if near and option.startswith("--"):
+                self.error(f"unrecognized arguments: {option}; did you mean {near[0]}?")
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)

@@ -1,8 +1,8 @@
 """Files that are written: which ones may be replaced, and how each is written whole.
 
 A file is written under a temporary name beside its own, flushed to the disk and renamed. A reader, or a later run, sees
-the old file or the new one, never a part, also after a power failure. Links, devices, pipes and folders are never
-replaced and never written through.
+the old file or the new one, never a part, also after a power failure (unless it is written with flush=False). Links,
+devices, pipes and folders are never replaced and never written through.
 """
 
 import errno
@@ -58,13 +58,16 @@ def check_replaceable(path: Path) -> None:
         raise ValueError(f"cannot write {path}: it is a {kinds.get(stat.S_IFMT(mode), 'device')}")
 
 
-def replace_file(path: Path, write: Callable[[Path], T], rank: int | None = None, force: bool = True) -> T:
+def replace_file(
+    path: Path, write: Callable[[Path], T], rank: int | None = None, force: bool = True, flush: bool = True
+) -> T:
     """Calls `write` with a temporary path, at which it must make a file, and gives that file the name `path`. Returns
     what `write` does.
 
     The temporary name holds `rank`, or else a random number. Raises ValueError where `check_replaceable` does, and
     OSError, which names `path`, where it cannot be written; with force=False also where it exists by now. The old
-    file, if any, is kept then.
+    file, if any, is kept then. flush=False is for files that whoever reads them checks: it costs no wait for the disk,
+    and a power failure may leave a damaged file, but a killed process none.
     """
     check_replaceable(path)
     temporary = path.with_name(f"{path.name}.{rank}.part")
@@ -72,15 +75,17 @@ def replace_file(path: Path, write: Callable[[Path], T], rank: int | None = None
         temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
     try:
         result = write(temporary)
-        _flush(temporary)
+        if flush:
+            _flush(temporary)
         _rename(temporary, path, force)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename in (None, str(temporary), temporary):
             raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
         raise
-    with suppress(OSError):  # not every file system flushes folders
-        _flush(path.parent)
+    if flush:
+        with suppress(OSError):  # not every file system flushes folders
+            _flush(path.parent)
     return result
 
 

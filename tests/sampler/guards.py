@@ -1,8 +1,11 @@
 """Fixtures for what could hang or take all memory."""
 
+import resource
 import signal
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -31,3 +34,25 @@ def little_memory() -> Iterator[None]:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2**27
+
+
+@contextmanager
+def memory_below(most: int) -> Iterator[None]:
+    """Fails where the process takes `most` bytes more than before, at any moment. Nobody gets four times as many: what
+    asks for them ends in a MemoryError, instead of ending the machine."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak, begins anew
+    before = _status("VmHWM")
+    resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + 4 * most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    taken = _status("VmHWM") - before
+    assert taken < most, f"took {taken:,} bytes"
+
+
+def _status(name: str) -> int:
+    """Bytes, of a line of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024

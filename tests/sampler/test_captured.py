@@ -2,6 +2,7 @@
 addresses only and spoil what they allocate."""
 
 import copy
+import dataclasses
 import itertools
 import logging
 import math
@@ -15,19 +16,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from adadiff.forward import runner
+from adadiff.forward import runner, spaces
 from adadiff.forward.count_sync import Lagged, Measured, bucket
 from adadiff.forward.forward import forward
 from adadiff.forward.options import ExecutionOptions
 from adadiff.forward.output import ForwardOutput
 from adadiff.forward.pieces import Pieces
+from adadiff.forward.warming import warm
+from adadiff.models.uvit import UViT
 from adadiff.policies.exits import BatchMean, Depth, Full, Patience, Replay, Threshold
 from adadiff.policies.interface import ExitPolicy
-from adadiff.uem import OFFICIAL, PAPER, ExitConfig
+from adadiff.sampling.batch import Batch
+from adadiff.sampling.sampler import sample
+from adadiff.serving.engine import Engine
+from adadiff.uem import OFFICIAL, PAPER, ExitConfig, Exits
 from pretend import DEVICE, OnDevice, PretendDevice
 from recorder import RecordedGraphs, recorded
-from sampler.tiny import BATCH, Case, case
+from sampler.tiny import BATCH, UVIT, Case, case, requests, scramble, served
 
 LANES = torch.arange(BATCH)
 NETWORKS = [
@@ -45,7 +52,7 @@ def fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
     return request.param
 
 
-def there(what: nn.Module) -> nn.Module:
+def on_device(what: nn.Module) -> nn.Module:
     made = copy.deepcopy(what)
     for part in made.modules():
         part._parameters.update({name: OnDevice(v.detach()) for name, v in part._parameters.items() if v is not None})
@@ -53,7 +60,7 @@ def there(what: nn.Module) -> nn.Module:
 
 
 def elsewhere(c: Case) -> SimpleNamespace:
-    return SimpleNamespace(backbone=there(c.backbone), exits=there(c.exits))
+    return SimpleNamespace(backbone=on_device(c.backbone), exits=on_device(c.exits))
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,13 @@ class Asked(ExitPolicy):
         return (u < context.threshold) & (layer != 2)
 
 
+class AskedLate(Asked):
+    """Its first layers are those of a policy with limits that asks late, but for what comes between two pieces."""
+
+    def exit_layers(self, num_layers: int) -> range:
+        return range(3, num_layers)
+
+
 def policies(c: Case) -> dict[str, dict]:
     threshold, partner = thresholds(c), LANES.clone()
     partner[[2, 7]] = torch.tensor([7, 2])
@@ -144,6 +158,7 @@ def policies(c: Case) -> dict[str, dict]:
         },
         "asked": {"policy": Asked(), "threshold": threshold},
         "asked, tied": {"policy": Asked(), "threshold": tied, "cfg_partner": partner},
+        "asked late": {"policy": AskedLate(), "threshold": threshold},
         "late": {"policy": Threshold(0.5, min_layer=3), "threshold": threshold},
         "full": {"policy": Full()},
     }
@@ -158,6 +173,27 @@ def test_pieces_equal_eager_for_every_policy(kind, config, fused, monkeypatch) -
         for _ in range(2):
             for own in policies(c).values():
                 call.agrees(LANES, **own, record_scores=True)
+
+
+def test_policies_with_limits_share_no_pieces_with_those_that_are_asked(monkeypatch) -> None:
+    """The one leaves to its piece what the other does between two pieces, such as noting where long skips lie."""
+    c = case("uvit", PAPER, torch.float32)
+    with recorded(monkeypatch):
+        call = Captured(elsewhere(c), c)
+        stays = thresholds(c).where(LANES % 3 > 0, torch.tensor(1e-6))  # to the blocks that join skips
+        for name in ("asked late", "asked late", "threshold", "late", "threshold", "asked late"):
+            call.agrees(LANES, **policies(c)[name] | {"threshold": stays})
+
+
+def test_passes_in_any_mode_share_a_space(monkeypatch) -> None:
+    """Tensors of inference mode cannot be written outside of it."""
+    c = case("uvit", PAPER, torch.float32)
+    with recorded(monkeypatch) as graphs:
+        call = Captured(elsewhere(c), c)
+        for inference in (True, False, True, False):
+            with torch.inference_mode(inference):
+                call.agrees(LANES, policy="exit:depth=5", record_scores=True)
+    assert graphs.replays > graphs.captures > 0
 
 
 def test_a_policy_that_looks_at_the_whole_batch(monkeypatch) -> None:
@@ -237,7 +273,7 @@ def test_values_are_read_anew_and_new_weights_are_noticed(monkeypatch) -> None:
         backbone.mid_block.mlp.fc2._parameters["bias"] = OnDevice(c.backbone.mid_block.mlp.fc2.bias.detach().clone())
         passes(True)
         c.backbone.in_blocks[1].attn = copy.deepcopy(c.backbone.in_blocks[0].attn)
-        backbone.in_blocks[1].attn = there(c.backbone.in_blocks[0].attn)
+        backbone.in_blocks[1].attn = on_device(c.backbone.in_blocks[0].attn)
         passes(True)
         c.exits.weight.data = c.exits.weight * 2
         call.model.exits._parameters["weight"] = OnDevice(c.exits.weight.detach().clone())
@@ -245,8 +281,6 @@ def test_values_are_read_anew_and_new_weights_are_noticed(monkeypatch) -> None:
 
 
 def test_a_model_that_is_gone_keeps_no_memory(monkeypatch) -> None:
-    from adadiff.forward import spaces
-
     c = case("uvit", PAPER, torch.float32)
     with recorded(monkeypatch):
         call = Captured(elsewhere(c), c)
@@ -469,3 +503,139 @@ def test_labels_of_the_host_are_checked(monkeypatch) -> None:
                     call(LANES, policy="full")
             else:
                 call.agrees(LANES, policy="full")
+
+
+# ---- batches and engines ----
+
+
+@pytest.mark.parametrize("count_sync", [None, "lagged"])
+def test_samples_are_drawn_by_captured_pieces(count_sync, monkeypatch) -> None:
+    """Every kind of request: guided, tied, with initial images, all solvers; ever other numbers of lanes share the
+    pieces of one space, and that of guided lanes."""
+    wanted = requests(20, seed=3, most=2)
+    for number, request in enumerate(wanted):
+        request["policy"] = "exit:depth=2.5" if number % 3 else "full"  # decides nothing by rounding
+    with Engine(served(), 4, threaded=False) as engine:
+        on_cpu = [engine.submit(**request) for request in wanted]
+    execution = ExecutionOptions(runner="captured", count_sync=count_sync)
+    model = on_device(served())
+    with recorded(monkeypatch) as graphs, PretendDevice():
+        with Engine(model, 4, threaded=False, execution=execution) as engine:
+            handles = [engine.submit(**request) for request in wanted]
+        assert len(spaces._spaces.of[model.backbone]) == 1
+    assert graphs.replays > graphs.captures > 0
+    for handle, usual in zip(handles, on_cpu, strict=True):
+        assert torch.equal(handle.report.exit_layer, usual.report.exit_layer)
+        image = usual.result(0)
+        torch.testing.assert_close(handle.result(0), image, rtol=1e-3, atol=1e-3 * float(image.abs().max()))
+
+
+def test_a_batch_that_runs_out_of_memory_goes_on_with_smaller_memory(monkeypatch) -> None:
+    """Memory for 4 lanes cannot be had; for 2 it can."""
+    model = on_device(served())
+    given = {"steps": 3, "class_labels": [0, 1, 2, 0], "policy": "exit:depth=2.5"}
+    images, report = sample(served(), 4, batch=4, **given)
+    made, usual = [], spaces.Memory
+
+    def memory(lanes: int, *rest: object) -> object:
+        made.append(lanes)
+        if lanes > 2:
+            raise torch.OutOfMemoryError("no memory")
+        return usual(lanes, *rest)
+
+    with recorded(monkeypatch), monkeypatch.context() as patched, PretendDevice():
+        patched.setattr(spaces, "Memory", memory)
+        found, same = sample(model, 4, batch=4, execution=ExecutionOptions(runner="captured"), **given)
+    assert made == [4, 2]
+    assert torch.equal(same.exit_layer, report.exit_layer)
+    torch.testing.assert_close(found, images, rtol=1e-3, atol=1e-3 * float(images.abs().max()))
+
+
+@pytest.mark.parametrize("context", [True, False], ids=["labels", "none"])
+def test_a_warm_space_captures_nothing_more(context: bool, monkeypatch) -> None:
+    """Whatever the passes are asked, and however many lanes exit."""
+    config = dataclasses.replace(UVIT, depth=2, num_classes=5 if context else 0)
+    backbone = UViT(config).requires_grad_(False).eval()
+    exits = Exits(backbone, PAPER).requires_grad_(False)
+    scramble(backbone, 0.15, seed=1)
+    scramble(exits, 0.15, seed=2)
+    model = SimpleNamespace(backbone=on_device(backbone), exits=on_device(exits))
+    execution = ExecutionOptions(runner="captured", max_lanes=5, count_sync="sync")
+    with recorded(monkeypatch) as graphs, PretendDevice():
+        warm(model, execution, torch.zeros(1, dtype=torch.int64, device=DEVICE) if context else None, DEVICE)
+        captures = graphs.captures
+        for n in (5, 3, 1):
+            x, t = OnDevice(torch.randn(n, 3, 8, 8)), torch.linspace(1, 999, n)
+            labels = torch.arange(n) if context else None
+            for policy in ("full", "exit:0.5", "exit:0.55,min_layer=2", "exit:depth=2", Replay()):
+                depth = torch.arange(n) % 3 + 1.0 if isinstance(policy, Replay) else None
+                forward(model, x, t, labels, policy=policy, threshold=depth, execution=execution)
+    assert graphs.captures == captures > 5 * 3 * 3
+
+
+class Transfers(TorchDispatchMode):
+    """Counts copies from the host to the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        source = args[0] if args else None
+        self.count += isinstance(made, OnDevice) and isinstance(source, Tensor) and not isinstance(source, OnDevice)
+        return made
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_saturated_engine_never_waits_and_uploads_little(guided: bool, monkeypatch) -> None:
+    """Requests that come and go in every tick, and images that leave; nothing of it makes the host wait for the
+    device. A tick brings the device what it needs in two transfers: what the batch knows, and what the pass decides
+    by."""
+    execution, seeds = ExecutionOptions(runner="captured", count_sync="lagged"), itertools.count()
+    label = {"class_labels": 1, "guidance_scale": 2.0} if guided else {"class_labels": 1}
+    own = {"threaded": False, "execution": execution}
+    with recorded(monkeypatch), PretendDevice(strict=True), Engine(on_device(served()), 4, **own) as engine:
+        handles = []
+
+        def ticks(n: int) -> None:
+            for _ in range(n):
+                while engine.report.waiting < 4:
+                    steps, seed = 3 + len(handles) % 4, next(seeds)
+                    policy = ("exit:depth=2.5", "exit:0.5")[seed % 2]
+                    asked = {"seed": seed, "steps": steps, "policy": policy, **label}
+                    handles.append((engine.submit(**asked), asked))
+                engine.step()
+
+        ticks(12)
+        before = engine.report.batch.ticks
+        with Transfers() as transfers:
+            monkeypatch.setattr(engine, "_admit", lambda: None)  # its own uploads are those of new samples
+            engine.step()
+        monkeypatch.undo()
+        assert engine.report.batch.ticks == before + 1
+        assert len(engine._running)
+        assert transfers.count == 2
+        ticks(12)
+    assert len(handles) > 8
+    for handle, asked in handles[::5]:
+        image, _ = sample(served(), 1, **asked)
+        torch.testing.assert_close(handle.result(0), image[0], rtol=1e-3, atol=1e-3 * float(image.abs().max()))
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_an_engine_can_be_warmed(threaded: bool, monkeypatch) -> None:
+    model = copy.deepcopy(served())
+    made: list[bool] = []
+    monkeypatch.setattr(Batch, "warm", lambda self: made.append(threading.current_thread() is threading.main_thread()))
+    with Engine(model, 2, threaded=threaded, warm=True) as engine:
+        assert threaded or not engine.ready
+        handle = engine.submit(seed=0, steps=2, class_labels=0)
+        if not threaded:
+            engine.step()
+        assert handle.result(5).isfinite().all() if threaded else engine.ready
+        assert engine.ready
+    assert not engine.ready
+    assert made == [not threaded]
+    with Engine(model, 2, threaded=False) as engine:
+        assert engine.ready

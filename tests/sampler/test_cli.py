@@ -225,8 +225,9 @@ def test_help_explains_every_option_and_its_examples_parse(command):
 
 
 def test_unknown_options_are_errors(tiny, tmp_path, capsys):
+    assert run("") == 2
+    assert "error: " in capsys.readouterr().err
     for line in (
-        "",
         "draw",
         f"sample {tiny}",
         f"sample {tiny} --out x --see 3",

@@ -203,16 +203,16 @@ def test_a_full_disk_is_one_line_and_numbers_are_printed(command, lines, tmp_pat
 
 def fill_disk(monkeypatch: pytest.MonkeyPatch, folder: Path, after: int) -> None:
     """The first `after` files in the folder, or below it, are written; for others there is no room."""
-    flush, done = writing._flush, []
+    rename, done = writing._rename, []
 
-    def flushed(path: Path) -> None:
-        if path.suffix == ".part" and folder in path.parents:
+    def renamed(temporary: Path, path: Path, force: bool) -> None:
+        if folder in path.parents:
             done.append(path)
             if len(done) > after:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        flush(path)
+        rename(temporary, path, force)
 
-    monkeypatch.setattr(writing, "_flush", flushed)
+    monkeypatch.setattr(writing, "_rename", renamed)
 
 
 def test_a_calibration_that_does_not_fit_is_kept_elsewhere(served, tmp_path, monkeypatch, capsys) -> None:

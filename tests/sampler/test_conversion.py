@@ -314,7 +314,7 @@ def put(**tensors: Tensor) -> Callable[[dict], dict]:
         (uvit_state, dict, None, "tiny_uvit and tiny_duodiff have the shapes of .*name the preset"),
         (uvit_state, drop("norm.bias"), None, "no preset has the shapes"),
         (uvit_state, dict, "tiny", "unknown preset 'tiny', known: tiny_uvit, tiny_duodiff, tiny_dit; or name a JSON"),
-        (uvit_state, dict, "absent.json", r"absent\.json is not readable JSON"),
+        (uvit_state, dict, "absent.json", r"no such file: absent\.json"),
         (official_state, drop("lte_classifer.5.lte.weight"), "tiny_uvit", r"missing lte_classifer\.5\.lte\.weight$"),
         (official_state, put(lte_classifer__0__lte__bias=torch.zeros(3)), "tiny_uvit", r"\(3,\), expected \(12,\)"),
         (official_state, put(lte_classifer__7__lte__bias=torch.zeros(12)), "tiny_uvit", r"unexpected lte_classifer\.7"),

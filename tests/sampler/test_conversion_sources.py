@@ -108,12 +108,37 @@ def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
 
 def said(tmp_path: Path, state: dict[str, Tensor], how: str, **settings: object) -> Path:
     """A training file with these settings."""
-    key = {"namespace": "args", "table": "args", "config": "config", "lightning": "hyper_parameters"}[how]
-    values = argparse.Namespace(lr=1e-4, **settings) if how == "namespace" else {"lr": 1e-4, **settings}
-    return saved(tmp_path / "a.pt", {"model": state, key: values})
+    values = {"lr": 1e-4, **settings}
+    arguments = argparse.Namespace(**values)
+    if how == "metadata":
+        path = tmp_path / "a.safetensors"
+        save_file(state, path, {f"modelspec.{name}": str(value) for name, value in values.items()})
+        return path
+    content = {
+        "namespace": {"model": state, "args": arguments},
+        "table": {"model": state, "args": values},
+        "config": {"model": state, "config": values},
+        "lightning": {"model": state, "hyper_parameters": values},
+        "tables": {"model": state, "cfg": {"seed": 1, "diffusion": {"loss": {**values}}}},
+        "namespace in a table": {"model": state, "hparams": {"args": arguments}},
+        "beside the inner one": {"state_dict": {"model": state, "args": arguments}},
+    }
+    return saved(tmp_path / "a.pt", content[how])
 
 
-@pytest.mark.parametrize("how", ["namespace", "table", "config", "lightning"])
+HOW = [
+    "namespace",
+    "table",
+    "config",
+    "lightning",
+    "tables",
+    "namespace in a table",
+    "beside the inner one",
+    "metadata",
+]
+
+
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
@@ -140,7 +165,8 @@ def test_settings_that_contradict_are_refused(kind: str, settings: dict, message
     for given in (preset, None):  # without one, no preset of its shapes is left
         with pytest.raises(ValueError, match=message) as refused:
             convert(source, tmp_path / "b", given)
-        assert all(f"{name} is {value!r}" in str(refused.value) for name, value in list(settings.items())[:1])
+        name, value = next(iter(settings.items()))
+        assert f"{name} is {(str(value) if how == 'metadata' else value)!r}" in str(refused.value)
         assert str(source) in str(refused.value)
     with pytest.raises(ValueError, match=message):
         describe(source)
@@ -161,6 +187,24 @@ def test_settings_that_agree_are_accepted(kind: str, settings: dict, tmp_path: P
     make, preset = MAKES[kind]
     source = saved(tmp_path / "a.pt", {"model": make(), "args": settings})
     convert(source, tmp_path / "b", preset)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "is_told"),
+    [
+        ("dit", {}, True),
+        ("dit", {"lr": 1e-4, "num_heads": 3}, True),
+        ("dit", {"prediction": "noise"}, False),
+        ("dit", {"model": "DiT-XL/2"}, False),
+        ("uvit", {}, False),
+    ],
+)
+def test_what_is_taken_for_granted_is_told(kind: str, settings: dict, is_told: bool, tmp_path: Path, capsys) -> None:
+    """The tensors of a SiT are those of a DiT."""
+    make, preset = MAKES[kind]
+    source = saved(tmp_path / "a.pt", {"model": make(), "args": settings} if settings else make())
+    assert run(f"convert {source} {tmp_path}/b --preset {preset}") == 0
+    assert ("taken for" in capsys.readouterr().out) == is_told
 
 
 @pytest.mark.parametrize(("normalized", "preset"), [(True, "tiny_duodiff"), (False, "tiny_duodiff_index")])
@@ -351,7 +395,7 @@ def test_json_that_is_none_is_refused(file: str, text: str, tmp_path: Path) -> N
     places = {"config.json": "transformer", "scheduler_config.json": "scheduler", INDEX: "transformer"}
     path = folder / places[file] / file if file in places else tmp_path / file
     path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(ValueError, match=f"{re.escape(file)} (is not readable JSON|must hold a JSON object)"):
+    with pytest.raises(ValueError, match=f"{re.escape(file)} (is not JSON|must hold a JSON object)"):
         convert(folder, tmp_path / "b", str(path) if file == "preset.json" else None, served_by="dit")
 
 
@@ -359,7 +403,7 @@ def test_json_that_is_none_is_refused(file: str, text: str, tmp_path: Path) -> N
 def test_presets_that_are_no_files_are_refused(make: Callable, tmp_path: Path) -> None:
     make(tmp_path / "own.json")
     source = saved(tmp_path / "a.pth", uvit_state())
-    with pytest.raises(ValueError, match=r"own\.json is not readable JSON: there is no such file"):
+    with pytest.raises(ValueError, match=r"own\.json is no regular file"):
         convert(source, tmp_path / "b", str(tmp_path / "own.json"))
 
 
@@ -456,7 +500,7 @@ def test_folders_in_folders_end(tmp_path: Path) -> None:
     (tmp_path / "loop").mkdir()
     (tmp_path / "loop" / "model_index.json").write_text("{}")
     (tmp_path / "loop" / "transformer").symlink_to(".")
-    with pytest.raises(ValueError, match=r"config\.json is not readable JSON"):
+    with pytest.raises(ValueError, match=r"no such file: .*config\.json"):
         convert(tmp_path / "loop", tmp_path / "b", "tiny_uvit")
 
 

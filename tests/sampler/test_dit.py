@@ -14,6 +14,7 @@ from adadiff.checkpoint import load_strictly
 from adadiff.config import PRESETS, ModelConfig
 from adadiff.diffusion.noise import initial_noise
 from adadiff.model import Model, build
+from adadiff.models import layers
 from adadiff.models.dit import DiT, DiTConfig, position_embedding
 from adadiff.policies.exits import Replay
 from adadiff.uem import PAPER
@@ -306,3 +307,24 @@ X, TIME, LABELS = torch.zeros(2, 3, 6, 6), torch.zeros(2), torch.zeros(2).long()
 def test_bad_input_is_named(given: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DiT(DIT)(*given)
+
+
+@torch.no_grad()
+def test_a_gelu_that_its_product_applies_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As cuBLAS does it on a GPU, whose operator stands in here: the exact one of a CPU would show."""
+    c, calls = case("dit", PAPER, torch.float32), []
+
+    def applied(bias: Tensor, h: Tensor, weight: Tensor, *, use_gelu: bool) -> Tensor:
+        calls.append(h.shape)
+        return F.gelu(torch.addmm(bias, h, weight), approximate="tanh" if use_gelu else "none")
+
+    want = c.backbone(*c.given.all)
+    monkeypatch.setattr(torch, "_addmm_activation", applied)
+    assert torch.equal(c.backbone(*c.given.all), want)
+    assert not calls  # a CPU's operator has another GELU
+    monkeypatch.setattr(layers, "has_epilogue", lambda linear, h: True)
+    torch.testing.assert_close(c.backbone(*c.given.all), want, rtol=1e-5, atol=1e-5)
+    assert calls == [(BATCH * 9, 36)] * c.num_layers
+    exact = case("uvit", PAPER, torch.float32)
+    exact.backbone(*exact.given.all)
+    assert len(calls) == c.num_layers  # U-ViT's GELU is the exact one, which no product has

@@ -4,15 +4,19 @@ import gc
 import itertools
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from adadiff.diffusion import tables
 from adadiff.forward.forward import run_forward
 from adadiff.forward.output import ForwardOutput
+from adadiff.sampling import batch as batch_module
+from adadiff.sampling import slots
 from adadiff.sampling.pass_size import PassSize
 from sampler.test_batch import OTHERS, POISON, admit, check, make, run
-from sampler.tiny import images_are_right, requests, stepped
+from sampler.tiny import images_are_right, is_empty, requests, stepped
 
 
 def out_of_memory(lanes: int) -> tuple[Callable[..., ForwardOutput], list[int]]:
@@ -234,3 +238,41 @@ def test_an_interrupted_tick_has_changed_nothing(interrupted: int) -> None:
     assert interrupts == 1
     assert not any(isinstance(image, Exception) for image in ended.values())
     check(wanted, ended)
+
+
+GUIDED = {"steps": 3, "solver": "dpm++2m", "policy": "exit:0.4", "class_labels": 1, "guidance_scale": 2.0}
+# what takes memory where a request begins: tables of its solver, its noise, its context and what goes there
+ALLOCATES = {"pack": tables, "initial_noise": batch_module, "upload": slots, "zeros_like": slots}
+
+
+@pytest.mark.parametrize("name", ALLOCATES)
+@pytest.mark.parametrize("nth", [1, 2, 3])
+def test_memory_that_runs_out_where_a_request_begins_costs_it_alone(
+    name: str, nth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that come after it, of the same settings too, find everything as it was."""
+    of_torch = name == "zeros_like"
+    make, calls = getattr(torch if of_torch else ALLOCATES[name], name), itertools.count(1)
+
+    def short(*args: object, **options: object) -> object:
+        if next(calls) == nth:
+            raise MemoryError
+        return make(*args, **options)
+
+    engine = stepped(3)
+    wanted = [{"seed": 1, "steps": 4}, *({"seed": seed, **GUIDED} for seed in range(2, 7))]
+    handles = [engine.submit(**request) for request in wanted]
+    if of_torch:  # as these modules see it
+        monkeypatch.setattr(ALLOCATES[name], "torch", SimpleNamespace(**{**vars(torch), name: short}))
+    else:
+        monkeypatch.setattr(ALLOCATES[name], name, short)
+    for _ in range(40):
+        if not engine.step():
+            break
+    monkeypatch.undo()
+    failed = [i for i, handle in enumerate(handles) if handle.exception(0) is not None]
+    assert [type(handles[i].exception(0)) for i in failed] == [MemoryError] * len(failed)
+    assert len(failed) == (1 if next(calls) > nth else 0)
+    good = [i for i in range(len(wanted)) if i not in failed]
+    images_are_right([handles[i] for i in good], [wanted[i] for i in good])
+    assert is_empty(engine)

@@ -1,5 +1,5 @@
-"""Bad input never ends in a traceback, hangs, or touches files that were not named: command lines and damaged files, as
-many as there is time for. Longer with ADADIFF_FUZZ=EXAMPLES, as `make test-all` asks."""
+"""Bad input never ends in a traceback, hangs, takes much memory, or touches files that were not named: command lines
+and damaged files, as many as there is time for. Longer with ADADIFF_FUZZ=EXAMPLES, as `make test-all` asks."""
 
 import io
 import json
@@ -18,10 +18,12 @@ from PIL import Image
 
 from adadiff import cli
 from sampler import shell
+from sampler.guards import memory_below
 
 tiny = shell.tiny
 EXAMPLES = int(os.environ.get("ADADIFF_FUZZ", "60"))
 SECONDS = 10
+MEMORY = 2 * 10**9  # bytes
 FUZZ = settings(
     max_examples=EXAMPLES,
     deadline=None,
@@ -98,7 +100,7 @@ def at_most(seconds: int) -> Iterator[None]:
 def ends_well(line: list[str]) -> int:
     """The exit code; anything but an exit code is a failure, and so is a refusal without a line of its own."""
     out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err), at_most(SECONDS):
+    with redirect_stdout(out), redirect_stderr(err), at_most(SECONDS), memory_below(MEMORY):
         try:
             code = cli.main(line)
         except SystemExit as end:  # argparse
@@ -108,6 +110,7 @@ def ends_well(line: list[str]) -> int:
         last = err.getvalue().rstrip("\n").splitlines()[-1]
         assert last.startswith("adadiff"), (line, err.getvalue())
         assert "error: " in last
+        assert "memory" not in last, (line, last)
     assert "Traceback" not in err.getvalue()
     assert "\x1b" not in out.getvalue() + err.getvalue(), "no terminal, no escape sequences"
     return code
@@ -189,3 +192,12 @@ def test_damaged_results(damage: tuple[str, int, int], name: str, place: Path) -
     path.write_bytes(damaged(path.read_bytes(), damage))
     ends_well(line)
     ends_well(["evaluate", "done", "--features", "digits", "--resamples", "2"])
+
+
+def test_much_memory_is_seen() -> None:
+    with pytest.raises(AssertionError, match="took"), memory_below(2**27):
+        np.ones(2**28, np.uint8)
+    with pytest.raises(MemoryError), memory_below(2**27):
+        np.empty(2**30, np.uint8)
+    with memory_below(2**27):
+        np.ones(2**25, np.uint8)

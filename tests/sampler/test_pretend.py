@@ -1,9 +1,10 @@
 """The pretended device has the manners of one (pretend.py), and what is run there alone keeps to them."""
 
+import numpy as np
 import pytest
 import torch
 
-from adadiff_kernels import settle_rows
+from adadiff_kernels import settle_rows, upload_together
 from pretend import DEVICE, OnDevice, PretendDevice, Waits
 
 
@@ -60,3 +61,29 @@ def test_rows_settle_without_a_look_at_the_moves(used: int) -> None:
         settle_rows(OnDevice(torch.tensor([[0, 5, 6], [2, 4, -1]], dtype=torch.int32)[:used]), held, saved)
     assert held.held.tolist() == [[0, 1, 2, 3, 4, 5, 6], [6, 1, 2, 3, 4, 5, 6], [6, 1, 2, 3, 4, 5, 6]][used]
     assert saved.held.tolist() == [[-1] * 7, [*[-1] * 5, 0, -1], [*[-1] * 4, 2, 0, -1]][used]
+
+
+def test_several_values_go_in_one_transfer() -> None:
+    """Of any dtype and shape, gaps in memory and nothing at all included; and the host may change them at once."""
+    values = [
+        np.arange(5),
+        None,
+        torch.arange(6.0).view(2, 3).bfloat16(),
+        np.array([True, False, True]),
+        torch.arange(12, dtype=torch.float64)[::3],
+        np.zeros(0, dtype=np.int64),
+        torch.arange(3, dtype=torch.int32),
+    ]
+    wanted = [None if v is None else torch.as_tensor(v).clone() for v in values]
+    assert upload_together(values, torch.device("cpu"))[0].data_ptr() == values[0].ctypes.data
+    with PretendDevice(strict=True) as device:
+        before = len(device._kept)
+        found = upload_together(values, DEVICE)
+        assert len(device._kept) == before + 1  # pieces of pinned memory
+        values[0][:] = 7
+    for value, want in zip(found, wanted, strict=True):
+        assert (value is None) == (want is None)
+        if want is not None:
+            assert value.device == DEVICE
+            assert (value.dtype, value.shape) == (want.dtype, want.shape)
+            assert torch.equal(value.held, want)

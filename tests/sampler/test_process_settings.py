@@ -130,13 +130,13 @@ def call_a_pipeline_of_diffusers(fused: bool) -> list[Tensor]:
     pipe = DiTPipeline(*parts(), DDIMScheduler(clip_sample=False))
     with torch.device("cpu"), default_dtype(torch.float32):
         weights = exits()
-    adadiff.enable_early_exit(pipe, "exit:0.17", weights, fused=fused)
+    adadiff.enable(pipe, "exit:0.17", exits=weights, fused=fused)
     x = torch.linspace(-2, 2, 3 * 144, dtype=torch.float32, device="cpu").view(3, 4, 6, 6)
     t, labels = (torch.tensor(own, device="cpu") for own in ([3, 500, 990], [7, 1, 999]))
     try:
         return [pipe.transformer(x, timestep=t, class_labels=labels).sample]
     finally:
-        adadiff.disable_early_exit(pipe)
+        adadiff.disable(pipe)
 
 
 USES: dict[str, Callable[[], list[Tensor]]] = {

@@ -20,6 +20,7 @@ from adadiff.forward.output import ForwardOutput
 from adadiff.policies.interface import ExitContext, ExitPolicy
 from adadiff.sampling.batch import Batch
 from adadiff.serving.engine import Engine, EngineClosed, EngineFull, Handle
+from adadiff.serving.running import Running
 from sampler.tiny import Clock, alone, images_are_right, is_empty, requests, served, stepped
 
 EXACT = ExecutionOptions(batch_invariant=True)
@@ -355,7 +356,7 @@ def test_an_engine_that_breaks_tells_everybody(monkeypatch: pytest.MonkeyPatch) 
         assert ready.wait(60)
         raise broken
 
-    monkeypatch.setattr(Engine, "_deliver", breaks)
+    monkeypatch.setattr(Running, "_deliver", breaks)
     engine = Engine(served(), 1)
     handles = [engine.submit(seed=i, steps=1) for i in range(3)]
     ready.set()

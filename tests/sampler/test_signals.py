@@ -25,6 +25,9 @@ WATCHED = (
     "/adadiff/serving/",
     "/adadiff/sampling/batch.py",
     "/adadiff/sampling/slots.py",
+    "/adadiff/sampling/ordering.py",
+    "/adadiff/diffusion/tables.py",
+    "/adadiff/policies/policy_set.py",
     "/threading.py",
     "/futures/",
 )
@@ -35,22 +38,26 @@ class Interrupted(BaseException):
     """What a signal handler raises."""
 
 
-def interrupt(call: Callable[[], object], at: int) -> bool:
+class Expired(Exception):
+    """What one raises that is there for time limits."""
+
+
+def interrupt(call: Callable[[], object], at: int, kind: type[BaseException] = Interrupted) -> bool:
     """`call`, interrupted at the place number `at`. False where it has fewer places."""
     places = itertools.count()
 
     def look(frame: FrameType, event: str, _: object) -> None:
         name = frame.f_code.co_filename
         if event in ("call", "c_return") and any(part in name for part in WATCHED) and next(places) == at:
-            raise Interrupted
+            raise kind
 
     sys.setprofile(look)
     try:
         call()
-    except Interrupted:
+    except kind:
         return True
     except RuntimeError as error:  # Event of the standard library lets a lock go twice then
-        if not isinstance(error.__context__, Interrupted):
+        if not isinstance(error.__context__, kind):
             raise
         return True
     finally:
@@ -144,6 +151,39 @@ def test_a_handle_ends_for_those_who_did_not_interrupt_it(use: str) -> None:
     assert at > 1
 
 
+def test_an_interrupted_cancel_is_one_for_all_others() -> None:
+    """Who waits is woken, and callbacks are called, each once, but for the one that the interrupt has hit itself."""
+    for at in itertools.count():
+        engine, heard, woken = stepped(2), [], []
+        handle = engine.submit(seed=0, steps=2)
+        thread = threading.Thread(target=lambda handle=handle, woken=woken: woken.append(concurrently(handle)))
+        thread.start()
+        while not handle._condition._waiters:
+            time.sleep(0)
+        for name in "abc":
+            handle.add_done_callback(lambda _, name=name, heard=heard: heard.append(name))
+        interrupted = interrupt(handle.cancel, at)
+        if not handle.done():  # it came before
+            assert heard == []
+            handle.cancel()
+        assert "".join(heard) in ("abc", "bc", "ac", "ab")
+        assert engine.report.cancelled == 1
+        thread.join(PATIENCE)
+        assert woken == ["cancelled"]
+        if not interrupted:
+            break
+    assert heard == ["a", "b", "c"]
+    assert at > 10
+
+
+def concurrently(handle: Handle) -> str:
+    try:
+        handle.result(PATIENCE)
+    except concurrent.futures.CancelledError:
+        return "cancelled"
+    return "an image"
+
+
 def test_an_interrupted_close_can_be_called_again() -> None:
     for at in itertools.count():
         engine = Engine(served(), 2)
@@ -161,19 +201,29 @@ def test_an_interrupted_close_can_be_called_again() -> None:
 WANTED = [{**request, "steps": 2} for request in requests(4, seed=31)]
 
 
+def run(engine: Engine) -> None:
+    """To the end, which is near."""
+    for _ in range(40):
+        if not engine.step():
+            return
+    pytest.fail("there is no end")
+
+
 def draw_interrupted(at: int) -> bool:
     """All requests, step by step, with one interrupt at place `at`. False where there are fewer places."""
-    engine = stepped(3)
+    engine, heard = stepped(3), []
     handles = [engine.submit(**request) for request in WANTED]
+    for handle in handles:
+        handle.add_done_callback(heard.append)
     engine.submit(seed=0, steps=5).cancel()
-
-    def run() -> None:
-        while engine.step():
-            pass
-
-    interrupted = interrupt(run, at)
-    run()
+    interrupted = interrupt(lambda: run(engine), at)
+    run(engine)
     images_are_right(handles, WANTED)
+    assert [handle.progress for handle in handles] == [
+        (len(handle.report.exit_layer), int(handle.samples.steps - handle.samples.first)) for handle in handles
+    ]
+    assert len(heard) == len(set(heard)) >= len(WANTED) - 1  # but for one that the interrupt itself has hit
+    assert (engine.report.finished, engine.report.failed, engine.report.cancelled) == (4, 0, 1)
     assert is_empty(engine)
     return interrupted
 
@@ -182,6 +232,42 @@ def test_an_interrupted_step_costs_no_image() -> None:
     """Every 29th place; the slow tests try all."""
     for at in itertools.count(0, 29):
         if not draw_interrupted(at):
+            break
+    assert at > 500
+
+
+@pytest.mark.parametrize("kind", [Interrupted, Expired])
+def test_an_interrupt_anywhere_where_a_request_begins(kind: type[BaseException]) -> None:
+    """No slot is lost, nobody has two, and each step is told once. So many places reach into the forward pass."""
+    for at in range(230):
+        engine, seen = stepped(3), []
+        handle = engine.submit(**SHORT, seed=0, on_step=lambda handle, seen=seen: seen.append(handle.progress))
+        interrupted = interrupt(engine.step, at, kind)
+        run(engine)
+        if handle.exception(0) is None:
+            assert handle.progress == (1, 1)
+            assert seen in ([(1, 1)], [(1, 1)] * 2)  # again where the interrupt came after it
+            images_are_right([handle], [{"seed": 0, **SHORT}])
+        assert is_empty(engine)
+        assert interrupted
+
+
+def test_a_time_limit_that_raises_in_a_step_costs_one_request_at_most() -> None:
+    """An `Exception` of a handler's cannot be told from one of a request's. Those that follow are served, those of the
+    same solver and policy too. Every 61st place."""
+    for at in itertools.count(0, 61):
+        engine = stepped(3)
+        handles = [engine.submit(**request) for request in WANTED]
+        interrupted = interrupt(lambda engine=engine: run(engine), at, Expired)
+        handles += [engine.submit(**request) for request in WANTED]
+        run(engine)
+        failed = [i for i, handle in enumerate(handles) if handle.exception(0) is not None]
+        assert len(failed) <= 1
+        assert all(isinstance(handles[i].exception(0), Expired) for i in failed)
+        good = [i for i in range(len(handles)) if i not in failed]
+        images_are_right([handles[i] for i in good], [WANTED[i % len(WANTED)] for i in good])
+        assert is_empty(engine)
+        if not interrupted:
             break
     assert at > 500
 

@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import torch
 from cases import BATCH, STEPS, Case, N
 from torch import Tensor
@@ -15,6 +16,9 @@ from adadiff import ExecutionOptions
 from adadiff.forward import forward as forward_pass
 from adadiff.forward import spaces
 from adadiff.policies.exits import Threshold
+from adadiff.sampling import batch
+from adadiff.sampling.batch import Batch
+from adadiff.sampling.sample_batch import SampleBatch
 from adadiff.uem import ExitConfig
 from adadiff_kernels import dispatch
 from adadiff_kernels.compaction import device_set
@@ -138,6 +142,7 @@ def noop_launches() -> Iterator[None]:
         patch(device_set, "_stream", lambda tensor: (0, 0))
         patch(forward_pass, "device_set", prepared)
         patch(forward_pass, "check_execution", nothing)
+        patch(batch, "check_execution", nothing)
         patch(spaces, "DeviceSet", Prepared)
         patch(spaces, "graphs_on", lambda device: NoGraphs())
         patch(spaces, "_spaces", type(spaces._spaces)())
@@ -174,6 +179,13 @@ class Everybody:
 
 
 def nothing(*_: object, **__: object) -> None: ...
+
+
+def ticks(model: object, n: int, theta: float) -> Callable[[], object]:
+    """Ticks of a batch of n samples whose passes are captured; no sample gets done."""
+    made = Batch(model, n, execution=ExecutionOptions(runner="captured", count_sync="lagged"))
+    made.admit(SampleBatch.of(model, n, policy=f"exit:{theta}", solver="ddim", steps=1000), np.arange(n))
+    return made.tick
 
 
 def ways_of_the_device() -> dict[str, dict]:

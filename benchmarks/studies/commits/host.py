@@ -137,6 +137,8 @@ def noop(dialect: object, config: object) -> dict[str, float]:
                 for name, way in dialect.ways_of_the_device().items()
             }
             own["plain"] = lambda m=model, x=x, t=t: m.backbone(x, t)
+            if hasattr(dialect, "ticks"):
+                own["tick"] = dialect.ticks(model, B, THETA)
             for _ in range(20):
                 for call in own.values():
                     call()
@@ -149,8 +151,9 @@ def noop(dialect: object, config: object) -> dict[str, float]:
             seconds[depth] = {name: float(np.median(values)) for name, values in taken.items()}
     blocks = {name: (seconds[12][name] - seconds[2][name]) * 1e5 for name in seconds[2]}
     found = {f"{name}_us": value for name, value in blocks.items()} | {"ratio": blocks["ours"] / blocks["plain"]}
-    if "captured" in blocks:  # what a pass takes beside its blocks
-        found["captured_beside_us"] = seconds[2]["captured"] * 1e6 - 3 * blocks["captured"]
+    for name in ("captured", "tick"):  # what they take beside their blocks
+        if name in blocks:
+            found[f"{name}_beside_us"] = seconds[2][name] * 1e6 - 3 * blocks[name]
     return found
 
 

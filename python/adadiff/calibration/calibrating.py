@@ -45,7 +45,7 @@ def work_of(model: Model) -> Work:
     """Multiply-adds of one lane."""
     network, exits = model.backbone, model.exits
     patches = network.tokens - network.num_prefix_tokens
-    blocks = torch.tensor([block.macs(network.tokens) for block in network.blocks], dtype=torch.float64)
+    blocks = torch.tensor([block.macs(network.tokens) for block in network.blocks], dtype=torch.float64, device="cpu")
     exiting = blocks.cumsum(0) + sum(network.stem_and_head_macs())
     exiting[:-1] += exits.head_macs(patches)
     return Work(exiting, exits.macs(patches))
@@ -163,7 +163,7 @@ class Calibrating:
         """Thresholds [S, K] whose runs, with their own errors, take `share` or about that, and what they take: the
         recorded errors lie on the full network's way, from which early exits stray."""
         least = float(self._work.exiting[0] + self._work.score) / self._work.full
-        depths = torch.full((len(error),), self.model.num_layers)
+        depths = torch.full((len(error),), self.model.num_layers, dtype=torch.int64, device="cpu")
         target, found = share, []
         for _ in range(ROUNDS):
             theta = adaptive_table(self.recording.u, error, self._work, target)
@@ -249,12 +249,12 @@ def _mixed(share: float, less: tuple[Measured, Tensor], more: tuple[Measured, Te
 def _resampled(*errors: Tensor) -> list[Tensor]:
     """Means of samples drawn with replacement, the same ones from each of errors [n]. Returns float64 [RESAMPLES]s."""
     n = len(errors[0])
-    rows = torch.randint(n, (RESAMPLES, n), generator=torch.Generator().manual_seed(0))
+    rows = torch.randint(n, (RESAMPLES, n), generator=torch.Generator().manual_seed(0), device="cpu")
     return [error[rows].mean(1) for error in errors]
 
 
 def _ends(draws: Tensor) -> tuple[float, float]:
-    low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype)).tolist()
+    low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype, device=draws.device)).tolist()
     return low, high
 
 

@@ -57,7 +57,7 @@ def run(
 ) -> Tensor:
     """Draws samples, `batch` at a time in lock step, each batch with a forward pass of its own making. Returns the
     images."""
-    images = torch.empty(samples.n, *model.backbone.sample_shape)
+    images = torch.empty(samples.n, *model.backbone.sample_shape, dtype=torch.float32, device="cpu")
     for begin in range(0, samples.n, batch):
         index = np.arange(begin, min(samples.n, begin + batch))
         flight, sample = Batch(model, len(index), forward=new_forward()), np.empty_like(index)
@@ -104,7 +104,7 @@ def record(
         return forward
 
     images = run(model, samples, batch, new_forward)
-    t = torch.tensor([row[0] for row in watched[0]], dtype=torch.float64)
+    t = torch.tensor([row[0] for row in watched[0]], dtype=torch.float64, device="cpu")
     u, relative, error = (
         torch.stack([torch.cat([rows[i][part] for rows in watched], 1) for i in range(len(t))]) for part in (1, 2, 3)
     )
@@ -186,11 +186,11 @@ def noised_errors(
     images: float32 [n, C, H, W], real ones, noised to each of the S times.
     """
     schedule = model.schedule
-    t = torch.tensor(times, dtype=torch.float64)
+    t = torch.tensor(times, dtype=torch.float64, device="cpu")
     generator = torch.Generator().manual_seed(seed)
     u, errors = [], []
     for time, alpha_bar in zip(t, schedule.log_alpha_bar(t).exp(), strict=True):
-        noise = torch.randn(images.shape, generator=generator)
+        noise = torch.randn(images.shape, generator=generator, dtype=torch.float32, device="cpu")
         x = (alpha_bar.sqrt() * images + (1 - alpha_bar).sqrt() * noise).float()
         seen = watch(model.backbone, model.exits, x, time.float().expand(len(x)), labels)
         u.append(seen.u)

@@ -40,7 +40,7 @@ class Sums:
         self.n: list[int] = []  # an entry for each step
         self.x: list[Tensor] = []  # [K, D]
         self.y: list[Tensor] = []  # [K]
-        zeros = partial(torch.zeros, dtype=torch.float64)
+        zeros = partial(torch.zeros, dtype=torch.float64, device="cpu")
         self.xx, self.xy, self.yy = zeros(K, D, D), zeros(K, D), zeros(K)
 
     def add(self, step: int, x: Tensor, y: Tensor) -> None:
@@ -65,7 +65,7 @@ class Sums:
 
     def means(self) -> tuple[Tensor, Tensor, Tensor]:
         """How many lanes, [S]; their mean x [S, K, D] and y [S, K]."""
-        n = torch.tensor(self.n, dtype=torch.float64)
+        n = torch.tensor(self.n, dtype=torch.float64, device="cpu")
         return n, torch.stack(self.x) / n[:, None, None], torch.stack(self.y) / n[:, None]
 
     def within(self) -> Products:
@@ -94,7 +94,7 @@ def held_out_error(within: Products, w: Tensor) -> Tensor:
 
 def fit(halves: tuple[Sums, Sums]) -> tuple[Tensor, Tensor]:
     """Returns w [K, D] and a [S, K]."""
-    penalties = torch.tensor(PENALTIES, dtype=torch.float64)
+    penalties = torch.tensor(PENALTIES, dtype=torch.float64, device="cpu")
     one, other = (half.within() for half in halves)
     losses = []
     for penalty in penalties[:, None].expand(-1, len(halves[0].yy)):
@@ -154,7 +154,7 @@ class Refitting:
             mean = tau.mean(0)
             own = tau - mean
             kernel = own @ own.T  # [S, S], as S is small beside Dt
-            kernel += (SMOOTH * kernel.diagonal().mean()).clamp(min=LEAST) * torch.eye(len(own), dtype=torch.float64)
+            kernel.diagonal().add_((SMOOTH * kernel.diagonal().mean()).clamp(min=LEAST))
             weight = torch.linalg.solve(kernel, a - bias).T @ own  # [K, Dt]
             exits.time_weight[:K] = weight[:, None].to(exits.time_weight)
             bias = bias - weight @ mean
@@ -163,6 +163,7 @@ class Refitting:
     def _embedded(self, model: Model) -> Tensor:
         """tau at every step, [S, Dt]."""
         S, device = len(self._t), model.device
-        x, t = torch.zeros(S, *model.backbone.sample_shape, device=device), torch.tensor(self._t, device=device)
-        labels = torch.zeros(S, dtype=torch.long) if model.config.classes else None
+        x = torch.zeros(S, *model.backbone.sample_shape, dtype=torch.float32, device=device)
+        t = torch.tensor(self._t, dtype=torch.float32, device=device)
+        labels = torch.zeros(S, dtype=torch.int64, device=device) if model.config.classes else None
         return model.backbone.embed(x, t, labels)[1].time.cpu()

@@ -32,7 +32,7 @@ def reliability_picture(recording: Recording, path: Path, noised: tuple[Tensor, 
     if noised is not None:
         rows["to the true noise"] = noised
     K = recording.u.shape[1]
-    layers = torch.linspace(0, K - 1, min(K, PANELS)).round().long().tolist()
+    layers = torch.linspace(0, K - 1, min(K, PANELS), dtype=torch.float32, device="cpu").round().long().tolist()
     figure = figure_kind(figsize=(2.4 * len(layers), 3 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), len(layers), sharex=True, sharey="row", squeeze=False)
     for line, (name, (t, u, errors)) in zip(axes, rows.items(), strict=True):

@@ -50,18 +50,17 @@ def best_thresholds(
     error = error.double()
     ranked, order = u.sort(-1) if ranks is None else ranks
     # theta = edges[m] lets the m least uncertain exit
-    edges = torch.cat(
-        [torch.zeros(S, K, 1), (ranked[..., 1:] + ranked[..., :-1]) / 2, torch.full((S, K, 1), EVERYBODY)], -1
-    )
-    theta = torch.zeros(S, K)
+    middles = (ranked[..., 1:] + ranked[..., :-1]) / 2
+    edges = torch.cat([ranked.new_zeros(S, K, 1), middles, ranked.new_full((S, K, 1), EVERYBODY)], -1)
+    theta = torch.zeros_like(edges[..., 0], dtype=torch.float32)
     for _ in range(SWEEPS):
-        value = torch.full((S, n), price * work.full, dtype=torch.float64)
+        value = error.new_full((S, n), price * work.full)
         arrives = _arrivals(u, theta)
         for k in reversed(range(K)):
             exit_now = error[:, k] + price * float(work.exiting[k])
             asking = price * work.score * arrives[:, k].sum(-1, keepdim=True)
             gain = torch.where(arrives[:, k], exit_now - value, 0).gather(-1, order[:, k]).cumsum(-1) + asking
-            best = torch.cat([torch.zeros(S, 1, dtype=torch.float64), gain], -1).argmin(-1)
+            best = torch.cat([gain.new_zeros(S, 1), gain], -1).argmin(-1)
             if closed is not None and bool(closed[k]):
                 best = torch.zeros_like(best)
             theta[:, k] = edges[:, k].gather(-1, best[:, None])[:, 0]
@@ -77,14 +76,15 @@ def mixed(share: float, low: float, high: float) -> float:
 
 def exit_layers(u: Tensor, theta: Tensor) -> Tensor:
     """u: [S, K, n]; theta: [S, K]. Returns int64 [S, n], blocks run, 1..L."""
-    exits = torch.cat([u < theta[..., None], torch.ones(len(u), 1, u.shape[-1], dtype=torch.bool)], 1)
+    exits = torch.cat([u < theta[..., None], torch.ones_like(u[:, :1], dtype=torch.bool)], 1)
     return exits.int().argmax(1) + 1
 
 
 def total(exit_layer: Tensor, error: Tensor, work: Work, asked: Tensor | None = None) -> tuple[float, float]:
     """exit_layer: [S, n]; error: [S, K, n]; asked: bool [K], layers at which everybody passing is scored. Returns the
     error summed over timesteps and the share of the full network's work, both as means over samples."""
-    padded = torch.cat([error.double(), torch.zeros(len(error), 1, error.shape[-1], dtype=torch.float64)], 1)
+    error = error.double()
+    padded = torch.cat([error, torch.zeros_like(error[:, :1])], 1)
     lost = padded.gather(1, exit_layer[:, None] - 1)[:, 0]
     macs = work.exiting[exit_layer - 1]
     if asked is not None:
@@ -115,7 +115,8 @@ def adaptive_table(u: Tensor, error: Tensor, work: Work, share: float) -> Tensor
 def static_table(error: Tensor, work: Work, share: float, above: bool = True) -> Tensor:
     """The depths, int64 [S], of the best table by timestep alone, with the least work that is not below `share`, or
     with the most that is not above."""
-    mean = torch.cat([error.double().mean(-1), torch.zeros(len(error), 1, dtype=torch.float64)], 1)  # [S, L]
+    mean = error.double().mean(-1)
+    mean = torch.cat([mean, mean.new_zeros(len(mean), 1)], 1)  # [S, L]
 
     def spend(price: float) -> tuple[float, Tensor]:
         depth = (mean + price * work.exiting).argmin(1) + 1

@@ -17,7 +17,7 @@ from ..metrics.extractors import features_from
 from ..model import Model
 from ..writing import check_outputs, check_space, replace_file
 from .shared import check_limits, file_of, load_model
-from .terminal import show, show_lines, with_bars
+from .terminal import say, show, show_lines, with_bars
 
 HEADER = 2**16  # bytes, for names and the configuration
 MOST_SAMPLES = 10**5  # whose runs are recorded
@@ -58,15 +58,15 @@ def calibrate(options: argparse.Namespace) -> None:
         _save(model, options, notes)
         if options.picture is not None:
             t = calibrating.recording.t
-            t = t[torch.linspace(0, len(t) - 1, min(TIMES, len(t))).round().long()]
+            t = t[torch.linspace(0, len(t) - 1, min(TIMES, len(t)), dtype=torch.float32, device="cpu").round().long()]
             noised = None if real is None else (t, *noised_errors(model, *real, t.tolist(), options.seed))
             picture = partial(reliability_picture, calibrating.recording, noised=noised)
             replace_file(options.picture, picture, force=options.force)
     finally:  # on a full disk the numbers are not lost
         show_lines(f"\n{calibration}\n")
     if options.picture is not None:
-        print(f"wrote {options.picture}")
-    print(f"wrote {options.out}; sample it with --policy exit:budget={calibration.budgets[0].share:g}")
+        say(f"wrote {options.picture}")
+    say(f"wrote {options.out}; sample it with --policy exit:budget={calibration.budgets[0].share:g}")
 
 
 def _save(model: Model, options: argparse.Namespace, notes: dict[str, Any]) -> None:
@@ -99,5 +99,5 @@ def _held_out(model: Model, options: argparse.Namespace) -> tuple[torch.Tensor, 
             f"data {options.data!r} is {data.shape} in {data.classes} classes, but the model draws "
             f"{model.backbone.sample_shape} in {classes}"
         )
-    images, labels = data.batch(torch.arange(min(options.n, len(data))))
+    images, labels = data.batch(torch.arange(min(options.n, len(data)), device="cpu"))
     return images, labels if classes else None

@@ -4,7 +4,7 @@ import argparse
 
 from ..conversion import convert as conversion
 from ..writing import check_outputs, replace_file
-from .terminal import show
+from .terminal import say, show
 
 
 def convert(options: argparse.Namespace) -> None:
@@ -21,10 +21,11 @@ def convert(options: argparse.Namespace) -> None:
             "part": done.part or "all",
             "layout": done.layout,
             **({} if done.dropped is None else {"left out": done.dropped}),
+            **({} if done.assumed is None else {"taken for": done.assumed}),
             "preset": done.preset,
             "served_by": done.served_by,
             **done.config.to_dict(),
             "parameters": f"{done.parameters:,}",
         }
     )
-    print(f"wrote {options.dest}")
+    say(f"wrote {options.dest}")

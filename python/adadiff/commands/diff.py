@@ -14,8 +14,8 @@ from ..sampling.params import SamplingParams
 from ..sampling.sample_batch import SampleBatch
 from ..sampling.trace import Trace, trace
 from ..writing import check_outputs, replace_file
-from .shared import device_of, execution_of, load_model
-from .terminal import print_table, show
+from .shared import check_policy, device_of, execution_of, load_model
+from .terminal import print_table, say, show
 
 OF_SAMPLES = ("policy", "solver", "guidance_scale", "seed", "class_label")
 OF_EXECUTION = ("batch_invariant", "runner")
@@ -65,7 +65,7 @@ def diff(options: argparse.Namespace) -> None:
         _tell(one, two, apart.numpy())
     if picture is not None:
         steps = ", ".join(map(str, at + 1))
-        print(f"wrote {picture}: images predicted at steps {steps}; the first way's, the other's, difference")
+        say(f"wrote {picture}: images predicted at steps {steps}; the first way's, the other's, difference")
 
 
 def _way(options: argparse.Namespace) -> Way:
@@ -79,6 +79,7 @@ def _way(options: argparse.Namespace) -> Way:
     )
     model = load_model(options)
     SampleBatch.of(model, 1, params)  # for its checks
+    check_policy(model, options.policy)
     return Way(model, params, execution_of(options))
 
 

@@ -22,8 +22,8 @@ from ..output.pictures import CHANNELS, write_json
 from ..policies.spelling import DEFAULT
 from ..sampling import sampler
 from ..writing import check_outputs
-from .shared import check_limits, cycled, decoder, execution_of, file_of, load_model, resolved
-from .terminal import print_table, show, with_bars
+from .shared import check_limits, check_policy, cycled, decoder, execution_of, file_of, load_model, resolved
+from .terminal import print_table, say, show, with_bars
 
 MOST_SAMPLES = 10**6  # all are held in memory
 MOST_DRAWS = 2 * 10**8  # of samples by all resamples together
@@ -45,7 +45,7 @@ def evaluate(options: argparse.Namespace) -> None:
     finally:  # on a full disk the numbers are not lost
         _print(results, content.get("real"))
     if options.json:
-        print(f"wrote {options.json}")
+        say(f"wrote {options.json}")
 
 
 def _check_resamples(resamples: int, n: int) -> None:
@@ -64,7 +64,9 @@ def _of_model(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, An
         )
     decode = decoder(options, model)
     shape = model.backbone.sample_shape
-    shown = shape if decode is None else tuple(decode(torch.zeros(0, *shape)).shape[1:])
+    shown = (
+        shape if decode is None else tuple(decode(torch.zeros(0, *shape, dtype=torch.float32, device="cpu")).shape[1:])
+    )
     pictures = shown[0] in CHANNELS
     if not pictures and (options.features or options.reference):
         raise ValueError(f"these are latents, {shown[0]} channels: --decoder FOLDER makes images of them")
@@ -94,6 +96,7 @@ def _of_model(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, An
     if yardstick.features is None and len(policies) == 1:
         raise ValueError("the full network alone, with nothing to compare it with: give --reference and --features")
     for policy in policies:
+        check_policy(model, policy)
         sampler.SamplerRun(model, n, policy=policy, **settings)  # for its checks
     show({**configuration, "policy": ", ".join(policies), "class_labels": options.class_labels or _in_turn(labels)})
     for line in yardstick.too_few(n):
@@ -133,7 +136,8 @@ def _of_images(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, A
     yardstick = Yardstick.of(images.shape, judge, options.features, options.reference)
     labels = images.labels
     if options.class_labels is not None:
-        labels = torch.tensor(cycled("class labels", options.class_labels, images.count, range(images.count)))
+        given = cycled("class labels", options.class_labels, images.count, range(images.count))
+        labels = torch.tensor(given, dtype=torch.int64, device="cpu")
     if judge is not None and labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < judge.classes:
         some = sorted(set(labels.tolist()))[:12]
         raise ValueError(f"labels must be in 0..{judge.classes - 1} for {judge.name}, got {some}")
@@ -170,7 +174,7 @@ def _pieces(
         own, paired = (None if s is None else s[part] for s in (samples, full))
         if decode is not None:
             own, paired = (None if s is None else decode(s) for s in (own, paired))
-        yield own, None if labels is None else torch.tensor(labels[part]), paired
+        yield own, None if labels is None else torch.tensor(labels[part], dtype=torch.int64, device="cpu"), paired
 
 
 def _read(images: ImageSet, labels: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None, None]]:

@@ -10,7 +10,7 @@ from ..conversion.describing import describe
 from ..output.pictures import CHANNELS
 from ..policies.calibrated import Calibration
 from ..writing import check_outputs, replace_file
-from .terminal import bold, print_table, printable, show, show_lines, way_of_drawing
+from .terminal import bold, print_table, printable, say, show, show_lines, way_of_drawing
 
 FAMILY_NAMES = {"uvit": "U-ViT", "dit": "DiT"}
 COLOURS = {1: "grey", 3: "colour"}
@@ -35,7 +35,7 @@ def inspect(options: argparse.Namespace) -> None:
     else:
         _summary(options.model, content, calibration)
     if picture is not None and not options.json:
-        print(f"wrote {picture}")
+        say(f"wrote {picture}")
 
 
 def _summary(name: str, content: Mapping[str, Any], calibration: Calibration | None) -> None:

@@ -141,8 +141,8 @@ def add_execution(options: Options) -> None:
         "--runner",
         choices=get_args(Runner),
         default="eager",
-        help="how blocks are run: eager, operation by operation, or compiled, by torch.compile, which takes seconds to "
-        "minutes at the beginning (default: eager)",
+        help="how blocks are run: eager, operation by operation; compiled, by torch.compile, which takes seconds to "
+        "minutes at the beginning; or, on a GPU, captured, as CUDA graphs (default: eager)",
     )
     options.add_argument(
         "--batch-invariant",

@@ -23,8 +23,18 @@ from ..sampling import sampler
 from ..sampling.params import SamplingParams
 from ..sampling.reports import NEVER_ACTED, Report
 from ..writing import check_replaceable
-from .shared import check_limits, cycled, decoder, digest, execution_of, load_model, resolved, with_progress
-from .terminal import printable, way_of_drawing, with_bars
+from .shared import (
+    check_limits,
+    check_policy,
+    cycled,
+    decoder,
+    digest,
+    execution_of,
+    load_model,
+    resolved,
+    with_progress,
+)
+from .terminal import say, way_of_drawing, with_bars
 
 PNG_MOST = 1000  # samples that become a picture each where nothing else is asked for
 PNG_LIMIT = 10**6  # samples that can become a picture each
@@ -39,6 +49,7 @@ def sample(options: argparse.Namespace) -> None:
         raise ValueError(f"n must be an integer >= 0, got {n}")
     check_limits(options, MOST_SAMPLES)
     model = load_model(options)
+    check_policy(model, options.policy)
     if options.guidance_interval is not None and options.guidance_scale == 1:
         raise ValueError("--guidance-interval says at which times there is guidance; give --guidance-scale, too")
     configuration = {
@@ -105,7 +116,7 @@ def sample(options: argparse.Namespace) -> None:
         if kind == "png":
             shape = model.backbone.sample_shape
             if decoded is not None:
-                shape = tuple(decoded(torch.zeros(0, *shape)).shape[1:])
+                shape = tuple(decoded(torch.zeros(0, *shape, dtype=torch.float32, device="cpu")).shape[1:])
             pictures = _opened(options, lambda: _picture_folder(options.out, configuration, model.num_layers, shape))
             _fill_with_pictures(pictures, configuration, sampling, decoded, model.calibration)
         else:
@@ -159,7 +170,7 @@ def _no_texts(options: argparse.Namespace, model: Model) -> Texts:
     if options.class_labels is not None:
         raise ValueError("this model takes text; leave --class-labels out")
     cycled("prompts", prompts, options.n, ())  # for its check
-    zeros = torch.zeros(()).expand(network.context_tokens, network.context_dim)
+    zeros = torch.zeros((), dtype=torch.float32, device="cpu").expand(network.context_tokens, network.context_dim)
     return lambda slots: {"text_embeds": zeros.expand(len(slots), *zeros.shape), "null_text_embeds": zeros}
 
 
@@ -198,9 +209,9 @@ def _fill_with_pictures(
     missing = folder.missing
     if folder.damaged:
         some = f"{len(folder.damaged)} of {n} pictures are damaged"
-        print(printable(f"{some} and drawn again: {folder.damaged[0]}"))
+        say(f"{some} and drawn again: {folder.damaged[0]}")
     if folder.count:
-        print(f"{folder.count} of {n} pictures are in {out} already; drawing {len(missing)}")
+        say(f"{folder.count} of {n} pictures are in {out} already; drawing {len(missing)}")
     run = sampling(missing, progress=with_bars())
     try:
         for places, images in run:
@@ -215,9 +226,9 @@ def _fill_with_pictures(
         there = f"{folder.count} of {n} pictures are in {out}"
         raise with_progress(error, f"{there}; the same command draws the others") from error.__cause__
     if n:
-        print(f"wrote {folder.write_grid()}: {_saving(run.report) if missing else f'{n} images, drawn before'}")
+        say(f"wrote {folder.write_grid()}: {_saving(run.report) if missing else f'{n} images, drawn before'}")
     else:
-        print(f"wrote {out}: no images were asked for")
+        say(f"wrote {out}: no images were asked for")
 
 
 def _fill_with_shards(
@@ -229,10 +240,10 @@ def _fill_with_shards(
         _announce(folder.manifest.configuration, calibration)
     try:
         for damage in folder.drop_damaged():
-            print(printable(f"{damage}; drawing it again"))
+            say(f"{damage}; drawing it again")
         before = folder.count
         if before and first:
-            print(f"{before} of {n} samples are in {out} already")
+            say(f"{before} of {n} samples are in {out} already")
         drew = folder.draw(sampling, progress=with_bars())
         totals = folder.finish()
     except (KeyboardInterrupt, OSError) as error:
@@ -240,12 +251,12 @@ def _fill_with_shards(
             raise SystemExit(130) from None
         raise with_progress(error, f"{folder.count} of {n} samples are in {out}; the same command goes on") from None
     if totals is None and first:
-        print(f"{folder.count} of {n} samples are in {out}; the other processes draw the rest")
+        say(f"{folder.count} of {n} samples are in {out}; the other processes draw the rest")
     elif totals is not None and (first or drew):
         numbers = (totals[name] for name in ("macs", "macs_full", "mean_exit_layer", "num_layers"))
         left_out = f", {_left_out(*numbers, asks=folder.manifest.configuration['policy'] != 'full')}"
         time = f" in {totals['seconds']:.1f} s of drawing" if n else ""
-        print(f"wrote {out}: {n} samples{time}{left_out if n else ''}")
+        say(f"wrote {out}: {n} samples{time}{left_out if n else ''}")
 
 
 def _announce(configuration: dict[str, Any], calibration: Calibration | None) -> None:
@@ -253,7 +264,7 @@ def _announce(configuration: dict[str, Any], calibration: Calibration | None) ->
     steps = " or ".join(map(str, configuration["steps"]))
     n, guidance = configuration["n"], configuration["guidance_scale"]
     asked = (*configuration["steps"], configuration["solver"], guidance)
-    print(
+    say(
         f"{configuration['model']}: {n} samples, {way_of_drawing(steps, configuration['solver'], guidance)}, policy "
         f"{configuration['policy']}, seeds from {configuration['seed']}, on {configuration['device']}"
     )

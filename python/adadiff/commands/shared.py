@@ -13,6 +13,8 @@ from ..forward.options import ExecutionOptions
 from ..model import Model
 from ..output.pictures import CHANNELS
 from ..pipelines import latents
+from ..policies.exits import Depth
+from ..policies.spelling import policy_from
 
 MOST_BATCH, MOST_SHARD, MOST_RESAMPLES = 2**16, 10**5, 10**4
 
@@ -32,6 +34,13 @@ def check_limits(options: argparse.Namespace, n: int) -> None:
         value = getattr(options, name, None)
         if value is not None and value > most:
             raise ValueError(f"{name} must be at most {most:,}, got {value:,}")
+
+
+def check_policy(model: Model, policy: str) -> None:
+    """ValueError for a depth that the network does not have: it would leave nothing out."""
+    found = policy_from(policy, model.calibration)
+    if isinstance(found, Depth) and found.threshold > model.num_layers:
+        raise ValueError(f"policy {policy!r}: this network has {model.num_layers} blocks; give a smaller depth")
 
 
 def file_of(features: str | None) -> str | None:
@@ -93,5 +102,5 @@ def decoder(options: argparse.Namespace, model: Model) -> Callable[[Tensor], Ten
             raise ValueError("this model makes images, not latents; leave --decoder out")
         raise ValueError("the model's configuration has no latent_scale; convert it with --preset and one that has")
     autoencoder = latents.load_autoencoder(options.decoder)
-    latents.decode(torch.zeros(0, *shape), autoencoder, scale)  # for its checks
+    latents.decode(torch.zeros(0, *shape, dtype=torch.float32, device="cpu"), autoencoder, scale)  # for its checks
     return lambda samples: latents.decode(samples, autoencoder, scale)

@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 INDENT = 2
 NARROW = 40  # columns below which nothing is wrapped any more
+MOST_CHARACTERS = 2000  # of an error; names in a file of others may have any number
 
 
 def styled(stream: TextIO) -> bool:
@@ -38,7 +39,7 @@ def printable(text: str) -> str:
 
 def print_error(kind: str, text: str) -> None:
     """One line on stderr, `adadiff: KIND: TEXT`, or `adadiff: TEXT` for an empty kind."""
-    label, text = f"adadiff: {kind}: " if kind else "adadiff: ", printable(text)
+    label, text = f"adadiff: {kind}: " if kind else "adadiff: ", printable(text[:MOST_CHARACTERS])
     print(f"\033[1;31m{label}\033[0m{text}" if styled(sys.stderr) else label + text, file=sys.stderr)
 
 
@@ -64,6 +65,11 @@ def way_of_drawing(steps: object, solver: str, guidance_scale: float) -> str:
     """Such as "20 steps of ddim, guidance scale 4"; no guidance is not mentioned."""
     guided = "" if guidance_scale == 1 else f", guidance scale {guidance_scale:g}"
     return f"{steps} steps of {printable(solver)}{guided}"
+
+
+def say(text: str) -> None:
+    """A line, printable."""
+    print(printable(text))
 
 
 def show_lines(text: str) -> None:

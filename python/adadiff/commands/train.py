@@ -10,7 +10,7 @@ from ..output.locking import only_launch
 from ..training.config import TrainConfig, load_config
 from ..training.trainer import Trainer
 from .shared import with_progress
-from .terminal import show, with_bars
+from .terminal import say, show, with_bars
 
 
 def train(options: argparse.Namespace) -> None:
@@ -22,7 +22,7 @@ def train(options: argparse.Namespace) -> None:
             show({**dataclasses.asdict(config), "out": out})
         trainer = Trainer(config, out, options.force)
         if trainer.step and process.rank == 0:
-            print(f"{out} holds step {trainer.step} of {config.steps}; going on from there")
+            say(f"{out} holds step {trainer.step} of {config.steps}; going on from there")
         try:
             file = trainer.run(progress=with_bars())
         except (KeyboardInterrupt, OSError) as error:
@@ -30,7 +30,7 @@ def train(options: argparse.Namespace) -> None:
             there = f"step {trainer.folder.saved} of {config.steps} is in {out}"
             raise with_progress(error, f"{there}; the same command goes on from there") from None
         if process.rank == 0:
-            print(f"wrote {file}")
+            say(f"wrote {file}")
 
 
 def train_config(options: argparse.Namespace) -> TrainConfig:

@@ -19,10 +19,10 @@ from ..models.dit import EPS, DiT, DiTConfig
 from ..uem import DUODIFF, OFFICIAL, ExitConfig
 from ..weights import cast, check_weights, total_bytes
 from .earlier import is_earlier, upgraded
-from .foreign import Source, read, read_json
+from .foreign import Source, read, read_object
 from .layouts import BACKBONE, FIRST_EXIT, LAYOUTS, layout_of
 from .served import LINEAR, served_network, served_scale, served_schedule
-from .settings import contradictions, other_kind
+from .settings import assumed, contradictions, other_kind
 
 EXITS: Mapping[str, ExitConfig] = {"official": OFFICIAL, "duodiff": DUODIFF}
 SERVERS = ("diffusers", "dit")
@@ -41,6 +41,7 @@ class Conversion:
     config: ModelConfig
     parameters: int
     dropped: str | None = None  # what has no place in our models and was left out, where that was asked for
+    assumed: str | None = None  # what the source does not say of itself
 
 
 @torch.inference_mode(False)  # whatever mode the caller is in
@@ -122,7 +123,8 @@ def _convert(
     notes |= {} if dropped is None else {"dropped": dropped}
     write_tensors(dest, tensors, {"config": config.to_dict(), "notes": notes})
     parameters = sum(value.numel() for value in tensors.values())
-    return Conversion(found.file, found.part, layout, preset, served_by, config, parameters, dropped)
+    taken_for = assumed(layout, found.settings, config)
+    return Conversion(found.file, found.part, layout, preset, served_by, config, parameters, dropped, taken_for)
 
 
 def _upgrade(
@@ -209,7 +211,7 @@ def _named(preset: str) -> ModelConfig:
         return PRESETS[preset]
     if not preset.endswith(".json"):
         raise ValueError(f"unknown preset {preset!r}, known: {', '.join(PRESETS)}; or name a JSON file")
-    values = read_json(Path(preset))
+    values = read_object(Path(preset))
     try:
         return ModelConfig.from_dict(values)
     except ValueError as error:

@@ -7,7 +7,6 @@ diffusers: the folder of a `DiTTransformer2DModel`, or that of its pipeline.
 """
 
 import argparse
-import json
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -20,15 +19,15 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import opened, read_all
+from ..data.files import read_json
 from ..weights import check_dtype, plain_names
 
 AVERAGES = ("ema", "model_ema", "ema_state_dict")
 WRAPPERS = (*AVERAGES, "model_state_dict", "state_dict", "model")  # of training files; the first one there is read
 PREFIXES = ("module.", "model.", "net.")  # of all names: parallel and averaged modules, Lightning's
-SETTINGS = ("args", "config", "hyper_parameters")  # of training files, beside the weights
+SETTINGS = ("args", "config", "cfg", "hyper_parameters", "hparams", "model_args", "model_config")  # beside the weights
 NESTED = 4  # wrappers in one another, at most
 WEIGHTS = "diffusion_pytorch_model"  # of diffusers, without its ending
-MOST_JSON = 2**24  # bytes
 COMPRESSED = "it is compressed, which torch.save does not do"
 
 
@@ -68,7 +67,7 @@ def _read_folder(folder: Path) -> Source:
             "scheduler": folder / "scheduler" / "scheduler_config.json",
             "autoencoder": folder / "vae" / "config.json",
         }
-        return replace(found, **{name: read_json(file) for name, file in beside.items() if file.is_file()})
+        return replace(found, **{name: read_object(file) for name, file in beside.items() if file.is_file()})
     if (folder / "config.json").is_file():
         return _read_transformer(folder)
     steps = {int(path.stem): path for path in folder.glob("*.ckpt") if path.stem.isdecimal()}
@@ -81,7 +80,7 @@ def _read_folder(folder: Path) -> Source:
 
 
 def _read_transformer(folder: Path) -> Source:
-    network = read_json(folder / "config.json")
+    network = read_object(folder / "config.json")
     kind = network.get("_class_name")
     if kind == "AdaDiffTransformer":
         raise ValueError(f"{folder} is of a pipeline of ours already; AdaDiffPipeline.from_pretrained opens it")
@@ -108,7 +107,7 @@ def _read_parts(folder: Path) -> Source:
 
 def _part_names(index: Path) -> list[str]:
     """Of the files beside it that an index names."""
-    names = read_json(index).get("weight_map")
+    names = read_object(index).get("weight_map")
     beside = {path.name for path in index.parent.iterdir() if path.is_file()}
     if not isinstance(names, dict) or not names:
         raise ValueError(f"{index} has no table weight_map of tensors and the files that hold them")
@@ -123,22 +122,34 @@ def _read_file(file: Path) -> Source:
         with opened(file) as tensors:
             if "format_version" in (tensors.metadata() or {}):
                 raise ValueError(f"{file} is a checkpoint of ours already")
-            return Source(file, read_all(tensors))
+            metadata = {key.rpartition(".")[2]: value for key, value in (tensors.metadata() or {}).items()}
+            return Source(file, read_all(tensors), settings=_settings(metadata))
     values = _unpickle(file)
     if not isinstance(values, Mapping):
         raise ValueError(f"{file} holds a {type(values).__name__}, not a state dict")
     settings: dict[str, Any] = {}
-    for name in SETTINGS:
-        own = values.get(name)
-        own = vars(own) if isinstance(own, argparse.Namespace) else own
-        if isinstance(own, Mapping):
-            settings |= {key: value for key, value in own.items() if isinstance(value, str | int | float)}
     parts: list[str] = []
-    while name := next((name for name in WRAPPERS if isinstance(values.get(name), Mapping)), None):
+    while True:
+        for name in SETTINGS:
+            settings |= _settings(values.get(name))
+        name = next((name for name in WRAPPERS if isinstance(values.get(name), Mapping)), None)
+        if name is None:
+            break
         if len(parts) == NESTED:
             raise ValueError(f"{file} holds {'.'.join(parts)} and more; a state dict is expected")
         values, parts = values[name], [*parts, name]
     return Source(file, dict(_tensors(values, file)), ".".join(parts) or None, settings)
+
+
+def _settings(values: object, nested: int = NESTED) -> dict[str, Any]:
+    """Those in a table or the arguments of a command line, and in tables in it, which give way to those outside."""
+    values = vars(values) if isinstance(values, argparse.Namespace) else values
+    if not isinstance(values, Mapping) or not nested:
+        return {}
+    found: dict[str, Any] = {}
+    for value in values.values():
+        found |= _settings(value, nested - 1)
+    return found | {key: value for key, value in values.items() if isinstance(value, str | int | float)}
 
 
 def _unprefixed(tensors: Mapping[str, Tensor], file: str) -> dict[str, Tensor]:
@@ -193,16 +204,12 @@ def _is_archive(file: Path) -> bool:
     return True
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
     """Raises ValueError for what is not a JSON object."""
     try:
-        if not file.is_file():
-            raise ValueError("there is no such file")
-        if file.stat().st_size > MOST_JSON:
-            raise ValueError(f"it has more than {MOST_JSON:,} bytes")
-        values = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not readable JSON: {error}") from None
+        values = read_json(file)
+    except FileNotFoundError:
+        raise ValueError(f"no such file: {file}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{file} must hold a JSON object")
     return values

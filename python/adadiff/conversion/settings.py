@@ -70,6 +70,14 @@ def _contradictions(said: Mapping[str, Any], config: ModelConfig) -> Iterator[tu
             yield name, f"the configuration has {field} {own}"
 
 
+def assumed(layout: str, settings: Mapping[str, Any], config: ModelConfig) -> str | None:
+    """What is taken for granted of a file whose settings do not say it, or None: SiT has the tensors of DiT."""
+    said = {*PREDICTION, "model"} & settings.keys()
+    if layout != "plain" or config.family != "dit" or said:
+        return None
+    return "a DiT, which predicts the noise; a SiT would have the same tensors"
+
+
 def other_kind(layout: str, config: ModelConfig) -> str | None:
     """Why a file of this layout is none of `config`, or None."""
     if config.family != "uvit":

@@ -48,8 +48,8 @@ class Canvases:
 
     def labels(self, n: int, generator: torch.Generator) -> Tensor:
         """int64 [n] in 0..19."""
-        first = torch.randint(DIGITS, (n,), generator=generator)
-        return first + DIGITS * (torch.rand(n, generator=generator) < self.hard)
+        first = torch.randint(DIGITS, (n,), generator=generator, device="cpu")
+        return first + DIGITS * (torch.rand(n, generator=generator, dtype=torch.float32, device="cpu") < self.hard)
 
     def contents(self, labels: Tensor) -> Tensor:
         """labels: int64 [n]. Returns the digits of every cell, int64 [n, cells], BLANK where it is empty."""
@@ -76,7 +76,9 @@ class Canvases:
         count = torch.bincount(classes, minlength=DIGITS)
         first = count.cumsum(0) - count
         shown = contents.clamp(min=0)
-        pick = (torch.rand(contents.shape, generator=generator, dtype=torch.float64) * count[shown]).long()
+        pick = (
+            torch.rand(contents.shape, generator=generator, dtype=torch.float64, device="cpu") * count[shown]
+        ).long()
         cells = scans[by_class[first[shown] + pick], 0]  # [n, cells, 8, 8]
         cells[contents == BLANK] = -1
         images = cells.view(n, self.side, self.side, CELL, CELL).transpose(2, 3).reshape(n, *self.shape)
@@ -86,7 +88,7 @@ class Canvases:
 def contents(labels: Tensor, cells: int) -> Tensor:
     """labels: int64 [n]. Returns the digits of every cell, int64 [n, cells], BLANK where it is empty."""
     _check_labels(labels)
-    counted = (labels[:, None] + torch.arange(cells)) % DIGITS
+    counted = (labels[:, None] + torch.arange(cells, device=labels.device)) % DIGITS
     counted[:, 1:].masked_fill_(labels[:, None] < DIGITS, BLANK)
     return counted
 

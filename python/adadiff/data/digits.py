@@ -24,10 +24,10 @@ def digits(split: str = "train") -> tuple[Tensor, Tensor]:
     labels = torch.from_numpy(raw.target).long()
     if split == "all":
         return images, labels
-    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    held_out = torch.zeros(len(labels), dtype=torch.bool, device="cpu")
     for digit in range(10):
         of_class = (labels == digit).nonzero().squeeze(1)
-        order = torch.randperm(len(of_class), generator=torch.Generator().manual_seed(digit))
+        order = torch.randperm(len(of_class), generator=torch.Generator().manual_seed(digit), device="cpu")
         held_out[of_class[order[: len(of_class) // 5]]] = True
     keep = held_out if split == "test" else ~held_out
     return images[keep], labels[keep]

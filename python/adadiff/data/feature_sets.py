@@ -30,7 +30,7 @@ class LabelledMoments:
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         moments, labels = zip(*(self._read(self.folder / f"{i}.npy") for i in index.tolist()), strict=True)
-        return torch.stack(moments), torch.tensor(labels)
+        return torch.stack(moments), torch.tensor(labels, dtype=torch.int64, device="cpu")
 
     def _read(self, path: Path) -> tuple[Tensor, int]:
         pair = load_npy(path)
@@ -65,7 +65,7 @@ class CaptionedMoments:
         for i in index.tolist():
             path = self.folder / f"{i}.npy"
             x.append(_moments(load_npy(path), self.shape, path))
-            path = self.folder / f"{i}_{int(torch.randint(self.captions[i], ()))}.npy"
+            path = self.folder / f"{i}_{int(torch.randint(self.captions[i], (), device='cpu'))}.npy"
             contexts.append(_context(path, tuple(self.empty_context.shape)))
         return torch.stack(x), torch.stack(contexts)
 
@@ -78,7 +78,7 @@ def imagenet(size: int) -> Callable[[Path, str], LabelledMoments]:
         if split != "train":
             raise ValueError("the extracted features of ImageNet are its training set; take split='train'")
         data = LabelledMoments(root, _numbered(root), (MOMENTS, size, size))
-        data.batch(torch.tensor([0]))  # for its checks
+        data.batch(torch.tensor([0], dtype=torch.int64, device="cpu"))  # for its checks
         return data
 
     return load_folder
@@ -104,7 +104,7 @@ def mscoco(path: Path, split: str) -> CaptionedMoments:
             what = f"lacks {i}_{missing}.npy" if numbers else f"has no context; expected {i}_0.npy"
             raise ValueError(f"{root / f'{i}.npy'} {what}")
     data = CaptionedMoments(root, [len(numbers) for numbers in captions], _context(path / "empty_context.npy", None))
-    data.batch(torch.tensor([0]))  # for its checks
+    data.batch(torch.tensor([0], dtype=torch.int64, device="cpu"))  # for its checks
     return data
 
 

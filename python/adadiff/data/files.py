@@ -6,6 +6,8 @@ import os
 import stat
 from pathlib import Path
 
+MOST_TEXT = 2**24  # bytes; the longest list of labels that a report can hold takes less
+
 
 def check_regular(path: Path) -> None:
     """ValueError for a pipe, a device, a socket or a folder, reading which may never end; links are followed.
@@ -16,11 +18,20 @@ def check_regular(path: Path) -> None:
         raise ValueError(f"{path} is no regular file")
 
 
-def read_json(path: Path) -> object:
-    """ValueError for anything that is not JSON in a regular file."""
+def read_text(path: Path) -> str:
+    """ValueError for anything but UTF-8 in a regular file of at most MOST_TEXT bytes."""
     check_regular(path)
+    with path.open("rb") as file:
+        data = file.read(MOST_TEXT + 1)
+    if len(data) > MOST_TEXT:
+        raise ValueError(f"it has more than {MOST_TEXT:,} bytes")
+    return data.decode("utf-8")
+
+
+def read_json(path: Path) -> object:
+    """ValueError for anything that is not JSON in a regular file of at most MOST_TEXT bytes."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
 

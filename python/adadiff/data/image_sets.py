@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .files import check_regular
+from .files import read_text
 from .numpy_files import unpickle
 from .pictures import FORMATS, MOST_PIXELS, find_pictures, is_picture, read_picture
 
@@ -123,7 +123,9 @@ def _read_cifar_pickle(path: Path) -> tuple[Tensor, Tensor]:
     if not fits or not whole or len(labels) != len(data):
         raise ValueError(f"{path} must hold b'data', uint8 [n, 3072], and b'labels', n whole numbers")
     labels = [min(max(int(label), -1), 255) for label in labels]  # what lies beyond is refused below
-    return _cifar(torch.cat([torch.tensor(labels)[:, None], torch.from_numpy(data)], 1), path)
+    return _cifar(
+        torch.cat([torch.tensor(labels, dtype=torch.int64, device="cpu")[:, None], torch.from_numpy(data)], 1), path
+    )
 
 
 def _cifar(rows: Tensor, path: Path) -> tuple[Tensor, Tensor]:
@@ -157,10 +159,9 @@ def celeba64(path: Path, split: str) -> ImageFiles:
 def _rows(partition: Path) -> list[list[str]]:
     """Names and parts. Raises ValueError for a name that leads elsewhere or occurs twice."""
     form = "lines such as '000001.jpg 0'"
-    check_regular(partition)
     try:
-        rows = [line.split() for line in partition.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
+        rows = [line.split() for line in read_text(partition).splitlines() if line.strip()]
+    except ValueError as error:
         raise ValueError(f"{partition} must hold {form}: {error}") from error
     wrong = next((row for row in rows if len(row) != 2 or row[1] not in ("0", "1", "2") or "/" in row[0]), None)
     if wrong is not None:
@@ -193,7 +194,13 @@ def imagenet(size: int) -> Callable[[Path, str], ImageFiles]:
         number = {name: i for i, name in enumerate(names)}
         files = sorted((file, number[name]) for name, own in of_class.items() for file in own)
         paths, labels = zip(*files, strict=True)
-        return ImageFiles(paths, torch.tensor(labels), len(names), (3, size, size), partial(crop_centre, size=size))
+        return ImageFiles(
+            paths,
+            torch.tensor(labels, dtype=torch.int64, device="cpu"),
+            len(names),
+            (3, size, size),
+            partial(crop_centre, size=size),
+        )
 
     return load_folder
 

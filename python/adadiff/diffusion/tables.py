@@ -99,17 +99,28 @@ class PackedTables:
 
         ValueError where there is no such table or step.
         """
+        index = self.locate(table, step)
+        return self.t[index], self.take(index, upload(torch.from_numpy(index), self.coefficients.device))
+
+    def locate(self, table: np.ndarray, step: np.ndarray) -> np.ndarray:
+        """int64 [n]: where the row step[i] of table[i] lies. ValueError as for `rows`."""
         if table.shape != step.shape or table.ndim != 1:
             raise ValueError(f"table and step must be [n], got {list(table.shape)} and {list(step.shape)}")
-        if len(table) and not 0 <= table.min() <= table.max() < len(self.first):
+        # as unsigned numbers, those below zero are beyond every end
+        if (table.view(np.uint64) >= len(self.first)).any():
             raise ValueError(f"table must lie in [0, {len(self.first)}), got {table.tolist()}")
-        if len(step) and (step.min() < 0 or (step >= self.steps[table]).any()):
+        if (step.view(np.uint64) >= self.steps[table].view(np.uint64)).any():
             raise ValueError(f"step must lie in [0, {self.steps[table].tolist()}), got {step.tolist()}")
-        index = self.first[table] + step
-        data, history, inner, noise = self.same_needs or self.needs[index].any(0).tolist()
-        own = upload(torch.from_numpy(index), self.coefficients.device)
-        coefficients, slot, end = (v.index_select(0, own) for v in (self.coefficients, self.slot, self.end))
-        return self.t[index], StepRows(coefficients, slot, end, data, history, inner, noise)
+        return self.first[table] + step
+
+    def needs_of(self, index: np.ndarray) -> tuple[bool, ...]:
+        """Of rows at index: int64 [n], what some of them need, in the order of `needs`."""
+        return self.same_needs or tuple(self.needs[index].any(0).tolist())
+
+    def take(self, index: np.ndarray, there: Tensor) -> StepRows:
+        """The rows at index: int64 [n], and the same on the device."""
+        coefficients, slot, end = (value.index_select(0, there) for value in (self.coefficients, self.slot, self.end))
+        return StepRows(coefficients, slot, end, *self.needs_of(index))
 
 
 def pack(tables: Sequence[SolverTable], device: torch.device | str = "cpu") -> PackedTables:
@@ -122,9 +133,9 @@ def pack(tables: Sequence[SolverTable], device: torch.device | str = "cpu") -> P
     steps = np.array([table.steps for table in tables], dtype=np.int64)
     needs = torch.stack([(px != 0) | (pe != 1), (m0 != 0) | (m1 != 0) | (slot != NOT_STORED), ~end, noise != 0], 1)
     return PackedTables(
-        coefficients=coefficients.float().to(device),
-        slot=slot.to(device),
-        end=end.to(device),
+        coefficients=upload(coefficients.float(), torch.device(device)),
+        slot=upload(slot, torch.device(device)),
+        end=upload(end, torch.device(device)),
         t=torch.cat([table.t for table in tables]).float().numpy(),
         first=steps.cumsum() - steps,
         steps=steps,
@@ -151,8 +162,7 @@ class TableSet:
         missing = dict.fromkeys(key for key in keys if key not in self._tables)
         new = {key: _begin(solver.table(self._schedule, key[1]), key[2]) for key in missing}
         if new:
-            self._tables.update(new)
-            self._pack()
+            self._use(self._tables | new)
         index = {key: i for i, key in enumerate(self._tables)}
         return np.array([index[key] for key in keys], dtype=np.int64)
 
@@ -160,8 +170,7 @@ class TableSet:
         """Forgets all but the tables used: int64 [n]. Returns their new indices, int64 [n]."""
         kept, index = np.unique(used, return_inverse=True)
         items = list(self._tables.items())
-        self._tables = dict(items[i] for i in kept.tolist())
-        self._pack()
+        self._use(dict(items[i] for i in kept.tolist()))
         return index
 
     def alpha_bar(self, table: np.ndarray, step: np.ndarray) -> Tensor:
@@ -170,8 +179,10 @@ class TableSet:
         t = torch.stack([tables[i].t[k] for i, k in zip(table.tolist(), step.tolist(), strict=True)])
         return self._schedule.log_alpha_bar(t).exp()
 
-    def _pack(self) -> None:
-        self.packed = pack(list(self._tables.values()), self._device) if self._tables else None
+    def _use(self, tables: dict[tuple[Solver, int, int], SolverTable]) -> None:
+        """Changes nothing where memory runs out."""
+        packed = pack(list(tables.values()), self._device) if tables else None
+        self._tables, self.packed = tables, packed
 
 
 def _begin(table: SolverTable, first: int) -> SolverTable:

@@ -11,7 +11,7 @@ from ..uem import Exits
 from .count_sync import CountSync, Sync, bucket
 from .decision import ExitDecision
 from .layers import Layers
-from .memory import Memory
+from .memory import Embedded, Memory
 from .options import ExecutionOptions
 from .placement import DevicePlacement, Skip
 from .predictions import predictions, without_the_host
@@ -37,7 +37,7 @@ class CapturedPlacement(DevicePlacement):
         by_limits = decision.limits is not None
         partner = memory.partner if tied or by_limits else None
         super().__init__(space.active, memory.rows(0)[:lanes], decision, partner, count_sync, rounds=True)
-        self._limits = memory.limits.unbind(0) if by_limits else None
+        self._limits = memory.limits if by_limits else None
         # policies that are asked know of their own lanes only
         self._most = space.lanes if by_limits or not decision.exit_layers else lanes
         self._launch_over(self._rounded(lanes))
@@ -81,6 +81,7 @@ class CapturedLayers(Layers):
         self,
         space: Space,
         memory: Memory,
+        embedded: Embedded,
         runner: BlockRunner,
         placement: CapturedPlacement,
         structure: Structure,
@@ -89,6 +90,7 @@ class CapturedLayers(Layers):
     ) -> None:
         super().__init__(runner, placement, structure, decision, memory.scores if record_scores else None)
         self._space, self._memory, self._records = space, memory, record_scores
+        self._embedded, self._begun = embedded, False
         self._asks = bool(decision.exit_layers) and decision.limits is None
 
     def layer(self, layer: int) -> None:
@@ -96,6 +98,7 @@ class CapturedLayers(Layers):
         exits, scored = layer in decision.exit_layers and not self._asks, layer in decision.scored
 
         def work() -> None:
+            self._begin()
             self.runner.normed = self._normed(layer - 1, n)
             hidden, u = self.block(layer)
             if not self._asks:
@@ -104,10 +107,17 @@ class CapturedLayers(Layers):
                 self._memory.u[:n].copy_(u)
 
         moves = self.placement.saved is not None
-        self._space.pieces.run(("layer", layer, n, scored, exits, self._records, moves), work)
+        self._space.pieces.run(("layer", layer, n, scored, exits, self._records, moves, self._asks), work)
         if self._asks:
+            self._begin()
             self.runner.normed = self._normed(layer, n)
             self.exits(layer, self._memory.rows(layer)[:n], self._memory.u[:n] if scored else None)
+
+    def _begin(self) -> None:
+        """What a replay does not need."""
+        if not self._begun:
+            self.runner.begin(self._embedded, None)
+            self._begun = True
 
     def _normed(self, layer: int, n: int) -> Tensor | None:
         """What block `layer` wrote for the first norm of the next one."""
@@ -143,24 +153,26 @@ def in_pieces(
         run(("stem", n, scored), stem)
         space.load_decision(decision, partner)
         hidden, cond, offsets = memory.embedded
-        runner.begin((hidden, cond, offsets if scored else None), None)
+        embedded = Embedded(hidden, cond, offsets if scored else None)
         count_sync = execution.count_sync or (Sync() if decision.whole_batch else space.count_sync)
         placement = CapturedPlacement(space, memory, B, decision, partner is not None, count_sync)
         if record_scores:
             memory.scores.fill_(torch.nan)
-        rows = CapturedLayers(space, memory, runner, placement, structure, decision, record_scores).run()
+        rows = CapturedLayers(space, memory, embedded, runner, placement, structure, decision, record_scores).run()
         hidden, exits = memory.rows(structure.num_layers), exits if decision.exit_layers else None
         if bound := placement.bound:
             moves = placement.saved is not None
             run(("finish", bound, moves), lambda: placement.settle_last(hidden, structure.num_layers))
         placement.end(hidden, structure.num_layers)
         if exits is not None and exits.heads is not None and exits.config.head != "linear":
+            runner.begin(embedded, None)
             placement.saved = placement.saved[:B]  # heads so large that lanes of one exit are to share theirs
             prediction = predictions(runner, placement, backbone, exits)
         else:
             saved = placement.saved
 
             def head() -> None:
+                runner.begin(embedded, None)
                 patches = saved[:n, backbone.num_prefix_tokens :]
                 given = (runner, backbone, exits, patches, memory.identity[:n], space.active.exit_layer[:n])
                 memory.prediction[:n].copy_(without_the_host(*given))

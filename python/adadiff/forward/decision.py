@@ -27,7 +27,8 @@ class ExitDecision:
     t: float [B]; threshold: float [B], where lanes bring one, else NaN; None: nobody brings one. ids: of the lanes, for
     policies that need them (None: lane i is sample i at step 0). Thresholds are not checked here.
     `limits`: float32 [L - 1, B], contiguous, where all policies are `LimitPolicy`s; else None, and `mask` asks them.
-    Everything lies on `device`, and nothing waits for it.
+    Everything lies on `device`, and nothing waits for it; limits of values that all lie on the CPU do so, too, and
+    whoever uses the decision uploads them.
     Raises ValueError for a policy that does not fit the network, and PolicyFailure for one that raises.
     """
 
@@ -51,6 +52,9 @@ class ExitDecision:
         if not self.exit_layers:
             return
         self._num_layers, self._policies, self._asked = num_layers, policies, asked
+        by_limits = all(isinstance(policy, LimitPolicy) for policy in policies) and not self.whole_batch
+        if by_limits and all(value is None or value.is_cpu for value in (t, policy_index, threshold)):
+            device = torch.device("cpu")
         self._index = None if policy_index is None else upload(policy_index, device)
         self._t = upload(t, device)
         self._threshold = self._thresholds(t, policy_index, threshold, device)
@@ -60,7 +64,7 @@ class ExitDecision:
             ids = LaneIds(lane, lane * 0, lane * 0) if ids is None else ids
             self._ids = ids.map(lambda value: upload(value, device))
         self._state = torch.zeros(B, dtype=torch.float32, device=device)
-        if all(isinstance(policy, LimitPolicy) for policy in policies) and not self.whole_batch:
+        if by_limits:
             self.limits = self._all_limits(B).contiguous()
 
     def mask(self, u: Tensor | None, layer: int, row_to_lane: Tensor, running: Tensor | None) -> Tensor:
@@ -148,20 +152,22 @@ def decide(
     ids: LaneIds | None,
     device: torch.device,
 ) -> ExitDecision:
-    """An `ExitDecision`, on the CPU one of an earlier pass where it would be the same."""
-    if policy_index is None and threshold is None and device.type == "cpu" and t.is_cpu:
+    """An `ExitDecision`, one of an earlier pass where it would be the same."""
+    if policy_index is None and threshold is None and t.is_cpu:
         policy = policies[0]
         if isinstance(policy, LimitPolicy) and vars(type(policy)).get("same_limits"):  # what inherits may not have them
-            return _of_all_passes(policy, num_layers, len(t))
+            return _of_all_passes(policy, num_layers, len(t), device)
     return ExitDecision(policies, policy_index, num_layers, t, threshold, ids, device)
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _of_all_passes(policy: LimitPolicy, num_layers: int, B: int) -> ExitDecision:
-    cpu = torch.device("cpu")
-    t = torch.zeros(B, dtype=torch.float32, device=cpu)
-    return ExitDecision((policy,), None, num_layers, t, None, None, cpu)
+def _of_all_passes(policy: LimitPolicy, num_layers: int, B: int, device: torch.device) -> ExitDecision:
+    t = torch.zeros(B, dtype=torch.float32, device="cpu")
+    made = ExitDecision((policy,), None, num_layers, t, None, None, device)
+    if made.limits is not None:
+        made.limits = upload(made.limits, device)
+    return made
 
 
 def _ask(policy: ExitPolicy, function: Callable, *given: object) -> Any:

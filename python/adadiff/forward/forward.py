@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from adadiff_kernels import upload
+from adadiff_kernels import upload_together
 
 from ..models.interface import Backbone
 from ..policies.calibrated import Calibration
@@ -107,8 +107,7 @@ def run_forward(
     if exits is None and decision.exit_layers:
         raise ValueError("this network has no exits; only the policy 'full' can run it")
     check_execution(execution, policies, device)
-    t = upload(t, device)
-    partner = None if cfg_partner is None else upload(cfg_partner, device).int()
+    t, partner = _upload(t, cfg_partner, decision, device)
     way = in_pieces if execution.runner == "captured" else directly
     prediction, placement, scores, rows = way(
         backbone, exits, structure, decision, x, t, context, partner, execution, record_scores
@@ -118,6 +117,21 @@ def run_forward(
         prediction, variance = prediction.chunk(2, dim=1)
     costs = structure.costs(exits, decision.scored)
     return ForwardOutput(prediction, placement.exit_layer, costs, rows, placement.moved, scores, variance)
+
+
+def _upload(
+    t: Tensor, partner: Tensor | None, decision: ExitDecision, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """t and partner, int32 [B], on the device, and the decision's limits, what lies on the CPU in one transfer."""
+    if device.type == "cpu":
+        return t, None if partner is None else partner.int()
+    values = [t, None if partner is None else partner.int(), decision.limits]
+    waiting = [value if value is not None and value.is_cpu else None for value in values]
+    if any(value is not None for value in waiting):
+        arrived = upload_together(waiting, device)
+        values = [old if new is None else new for old, new in zip(values, arrived, strict=True)]
+    t, partner, decision.limits = values
+    return t, partner
 
 
 def directly(

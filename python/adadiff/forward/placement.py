@@ -7,7 +7,7 @@ read.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -152,7 +152,8 @@ class DevicePlacement(Placement):
     ):
         super().__init__(hidden)
         self._active, self._decision, self._partner = active, decision, partner
-        self._limits = None if decision.limits is None else decision.limits.unbind(0)
+        limits = decision.limits
+        self._limits: Sequence[Tensor] | Tensor | None = None if limits is None else limits.unbind(0)  # by layer
         self._count_sync, self._rounds = count_sync, rounds and not decision.whole_batch
         self._lanes = self._count = len(hidden)
         self.tickets = active.tickets

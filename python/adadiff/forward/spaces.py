@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,7 +15,7 @@ from adadiff_kernels import DeviceSet
 from ..models.interface import Backbone
 from ..uem import Exits
 from .count_sync import Measured
-from .decision import ExitDecision
+from .decision import ExitDecision, PolicyFailure
 from .memory import Memory
 from .pieces import CudaGraphs, Graphs, Pieces
 from .runner import BlockRunner
@@ -54,7 +55,9 @@ class Space:
         if self.memory is None:  # one lane through stem and head shows what they make
             one = runner.embedded(*self.inputs(1), True)
             runner.begin(one, None)
-            self.memory = Memory(self.lanes, one, runner.one_prediction(one.hidden), structure)
+            prediction = runner.one_prediction(one.hidden)
+            with torch.inference_mode(False):
+                self.memory = Memory(self.lanes, one, prediction, structure)
         return self.memory
 
     def inputs(self, n: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -81,22 +84,20 @@ class Parameters:
         modules = [module for owner in owners if isinstance(owner, nn.Module) for module in owner.modules()]
         groups = [group for module in modules for group in (module._parameters, module._buffers, module._modules)]
         self._groups = [group for group in groups if group]
-        self._members = [tuple(group.values()) for group in self._groups]
-        self._tensors = [value for members in self._members for value in members if isinstance(value, Tensor)]
+        self._members = list(self._now())  # kept alive, so that nothing else gets their identity
+        self._ids = list(map(id, self._members))
+        self._tensors = [value for value in self._members if isinstance(value, Tensor)]
         for owner in owners:
             if owner is not None and not isinstance(owner, nn.Module):
                 self._tensors += list(owner.parameters())
-        self._addresses = self._now()
+        self._addresses = list(map(Tensor.data_ptr, self._tensors))
 
-    def _now(self) -> list[int]:
-        return [value.data_ptr() for value in self._tensors]
+    def _now(self) -> Iterator[Any]:
+        return chain.from_iterable(group.values() for group in self._groups)
 
     def moved(self) -> bool:
         """Whether somebody has put other parameters or modules into their places. Values may change where they lie."""
-        for group, members in zip(self._groups, self._members, strict=True):
-            if len(group) != len(members) or any(a is not b for a, b in zip(group.values(), members, strict=True)):
-                return True
-        return self._now() != self._addresses
+        return list(map(id, self._now())) != self._ids or (list(map(Tensor.data_ptr, self._tensors)) != self._addresses)
 
 
 _spaces = threading.local()
@@ -104,7 +105,8 @@ _spaces = threading.local()
 
 @contextmanager
 def space_of(backbone: Backbone, exits: Exits | None, lanes: int, x: Tensor, context: Tensor | None) -> Iterator[Space]:
-    """One that no pass uses now. It is dropped where the pass fails: nobody knows what it has left undone."""
+    """One that no pass uses now. It is dropped where the pass fails, unless a policy did: nobody knows what it has left
+    undone. Where memory ran out, this thread gives up all others, too."""
     known = _spaces.__dict__.setdefault("of", WeakKeyDictionary())
     kept: dict[object, tuple[Space, Parameters]] = known.setdefault(backbone, {})
     kind = None if context is None else (context.shape[1:], context.dtype)
@@ -115,7 +117,14 @@ def space_of(backbone: Backbone, exits: Exits | None, lanes: int, x: Tensor, con
             kept.pop(next(iter(kept)))
         with torch.inference_mode(False):  # whatever mode the caller is in, the next one may be in another
             space, parameters = Space(lanes, x, context, graphs_on(x.device)), Parameters(backbone, exits)
-    yield space
+    try:
+        yield space
+    except PolicyFailure:
+        kept[key] = space, parameters
+        raise
+    except torch.OutOfMemoryError:
+        known.clear()  # others may have it
+        raise
     kept[key] = space, parameters
 
 

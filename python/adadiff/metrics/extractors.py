@@ -27,7 +27,7 @@ class Features:
     @torch.inference_mode()
     def dims(self, shape: tuple[int, int, int]) -> int:
         """F, of images of that shape: found by trying two. Raises ValueError where that fails."""
-        tried = torch.zeros(2, *shape)
+        tried = torch.zeros(2, *shape, dtype=torch.float32, device="cpu")
         try:
             features = self.extract(tried)
         except (RuntimeError, ValueError, TypeError) as error:

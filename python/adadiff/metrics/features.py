@@ -59,8 +59,8 @@ def shift(images: Tensor, generator: torch.Generator) -> Tensor:
     """Moves each image [1, H, W] of the batch by -1, 0 or 1 pixel in either direction; background enters."""
     N, _, H, W = images.shape
     windows = F.pad(images, (1, 1, 1, 1), value=-1.0).unfold(2, H, 1).unfold(3, W, 1)  # [N, 1, 3, 3, H, W]
-    dy, dx = torch.randint(3, (2, N), generator=generator)
-    return windows[torch.arange(N), :, dy, dx]
+    dy, dx = torch.randint(3, (2, N), generator=generator, device="cpu")
+    return windows[torch.arange(N, device="cpu"), :, dy, dx]
 
 
 def train(images: Tensor, labels: Tensor, *, epochs: int = 60, seed: int = 0, batch: int = 64) -> DigitsNet:
@@ -82,7 +82,7 @@ def train(images: Tensor, labels: Tensor, *, epochs: int = 60, seed: int = 0, ba
     steps = epochs * -(-len(images) // batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     for _ in range(epochs):
-        for rows in torch.randperm(len(images), generator=generator).split(batch):
+        for rows in torch.randperm(len(images), generator=generator, device="cpu").split(batch):
             logits = network(shift(images[rows], generator))
             loss = F.cross_entropy(logits, labels[rows], label_smoothing=0.1)
             optimiser.zero_grad()

@@ -69,7 +69,7 @@ def bootstrap_frechet(features: Tensor, reference: FeatureStatistics, *, resampl
     """
     draws = resampled(len(features), resamples, seed)
     distances = [frechet_distance(FeatureStatistics.of(features[d.to(features.device)]), reference) for d in draws]
-    return torch.tensor(distances, dtype=torch.float64)
+    return torch.tensor(distances, dtype=torch.float64, device="cpu")
 
 
 def paired_ratio(

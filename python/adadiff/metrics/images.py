@@ -131,7 +131,7 @@ def _cycled_labels(configuration: dict[str, Any], n: int, folder: Path) -> Tenso
         return None
     if not isinstance(labels, list) or not all(type(label) is int and 0 <= label < 2**31 for label in labels):
         raise ValueError(f"the labels that {folder} tells of are none: {labels!r}")
-    return torch.tensor(labels).repeat(math.ceil(n / len(labels)))[:n]
+    return torch.tensor(labels, dtype=torch.int64, device="cpu").repeat(math.ceil(n / len(labels)))[:n]
 
 
 def _pictures(folder: Path, files: Sequence[Path], labels: Tensor | None) -> ImageSet:

@@ -29,7 +29,7 @@ def resampled(n: int, resamples: int, seed: int) -> Iterator[Tensor]:
     if resamples < 2 or n < 2:
         raise ValueError(f"a bootstrap takes at least 2 resamples of 2 samples, got {resamples} of {n}")
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randint(n, (n,), generator=generator) for _ in range(resamples))
+    return (torch.randint(n, (n,), generator=generator, device="cpu") for _ in range(resamples))
 
 
 def centred_interval(value: float, draws: Tensor) -> Interval:

@@ -62,7 +62,7 @@ class CanvasesJudge:
         return Canvases(self.side).shape
 
     def held_out(self) -> tuple[Tensor, Tensor]:
-        return Canvases(self.side).draw(HELD_OUT, "test", labels=torch.arange(HELD_OUT) % CLASSES)
+        return Canvases(self.side).draw(HELD_OUT, "test", labels=torch.arange(HELD_OUT, device="cpu") % CLASSES)
 
     def right(self, images: Tensor, labels: Tensor) -> Tensor:
         return canvases.follow_rules(images, labels)

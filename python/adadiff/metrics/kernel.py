@@ -19,7 +19,7 @@ def kernel_distance(features: Tensor, reference: Tensor) -> float:
 
     Raises ValueError for fewer than 2 of either, different F, or NaN.
     """
-    return float(kernel_distances(features, reference, torch.ones(1, len(features))))
+    return float(kernel_distances(features, reference, features.new_ones(1, len(features))))
 
 
 def bootstrap_kernel(features: Tensor, reference: Tensor, *, resamples: int = 200, seed: int = 0) -> Tensor:

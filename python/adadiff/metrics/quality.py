@@ -120,7 +120,12 @@ def distances(features: Tensor, reference: Reference, *, resamples: int = 200, s
     draws = bootstrap_frechet(features, reference.statistics, resamples=resamples, seed=seed)
     values = {**_ends("frechet", frechet, draws), "frechet_bias": float(draws.mean()) - frechet}
     if reference.features is not None:
-        counts = torch.cat([torch.ones(1, len(features)), resample_counts(len(features), resamples, seed)])
+        counts = torch.cat(
+            [
+                torch.ones(1, len(features), dtype=torch.float64, device="cpu"),
+                resample_counts(len(features), resamples, seed),
+            ]
+        )
         plain, *_ = draws = kernel_distances(features, reference.features, counts, reference.within)
         values |= _ends("kernel", float(plain), draws[1:])
     return values

@@ -97,6 +97,8 @@ def _statistics(path: Path) -> FeatureStatistics:
     arrays = read_npz(path, ("mu", "sigma"))
     try:
         mean, covariance = (torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma"))
+        if bool((covariance.diagonal() < 0).any()) or not torch.allclose(covariance, covariance.T, 1e-3, 1e-6):
+            raise ValueError("sigma is no covariance: it must be symmetric, with variances >= 0 on its diagonal")
         return FeatureStatistics(mean, covariance, None)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

@@ -14,7 +14,8 @@ from adadiff_kernels import Norm
 
 
 class Conditioning(Protocol):
-    """What `embed` knows about each lane. `time` is the network's own time embedding, float [B, Dt]."""
+    """What `embed` knows about each lane: a dataclass whose tensors all are by lane, [B, ...]. `time` is the network's
+    own time embedding, float [B, Dt]."""
 
     time: Tensor
 

@@ -30,8 +30,9 @@ def only_launch(folder: Path, rank: int = 0, world: int = 1) -> Iterator[None]:
     with ExitStack() as held:
         try:
             made = list(itertools.takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
-            folder.mkdir(parents=True, exist_ok=True)
             held.callback(_remove_empty, made)
+            for path in reversed(made):  # `parents=True` recurses, and paths can have thousands of parts
+                path.mkdir(exist_ok=True)
             found = [int(name[1]) for path in folder.iterdir() if (name := LOCK.fullmatch(path.name))]
             for other in sorted({rank, *(other for other in found if other % world == rank)}):
                 held.enter_context(_locked(folder / f".rank-{other}.lock"))
@@ -41,8 +42,8 @@ def only_launch(folder: Path, rank: int = 0, world: int = 1) -> Iterator[None]:
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    with suppress(OSError):
-        for folder in folders:
+    for folder in folders:
+        with suppress(OSError):
             folder.rmdir()
 
 

@@ -52,9 +52,9 @@ def make_grid(pictures: list[np.ndarray], columns: int | None = None) -> np.ndar
     return grid[:-GRID_GAP, :-GRID_GAP]
 
 
-def write_png(path: Path, pixels: np.ndarray, rank: int = 0) -> None:
-    """pixels: uint8 [H, W] or [H, W, 3]."""
-    replace_file(path, lambda temporary: Image.fromarray(pixels).save(temporary, format="PNG"), rank)
+def write_png(path: Path, pixels: np.ndarray, rank: int = 0, flush: bool = True) -> None:
+    """pixels: uint8 [H, W] or [H, W, 3]. rank, flush: see `replace_file`."""
+    replace_file(path, lambda temporary: Image.fromarray(pixels).save(temporary, format="PNG"), rank, flush=flush)
 
 
 def write_json(path: Path, values: object, rank: int | None = 0, force: bool = True) -> None:
@@ -158,7 +158,7 @@ class PictureFolder:
 
     def add(self, slot: int, image: Tensor) -> None:
         """image: float [C, H, W]."""
-        write_png(self.path(slot), to_pixels(image))
+        write_png(self.path(slot), to_pixels(image), flush=False)  # a later run finds and redraws damaged ones
         self.count += 1
 
     def record(self, report: Report) -> None:

@@ -27,10 +27,11 @@ class PolicySet:
 
     def add(self, policy: ExitPolicy) -> int:
         """The index of its kind."""
-        index = self._index.setdefault(_kind(policy), len(self.kinds))
-        if index == len(self.kinds):
+        kind = _kind(policy)
+        if kind not in self._index:
             self.kinds.append(policy)
-        return index
+            self._index[kind] = len(self.kinds) - 1
+        return self._index[kind]
 
     def keep(self, used: np.ndarray) -> np.ndarray:
         """Forgets all but the kinds used: int64 [n]. Returns their new indices, int64 [n]."""

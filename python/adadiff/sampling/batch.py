@@ -5,16 +5,15 @@ one that fails for want of memory is made again in halves, and one that fails fo
 sample to blame is found.
 """
 
-import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from adadiff_kernels import Guidance, Noise, SolverState, guide, solver_step, upload
+from adadiff_kernels import Guidance, Noise, solver_step, upload
 
 from ..diffusion.noise import SOLVER_STEP, initial_noise
 from ..diffusion.tables import TableSet
@@ -22,9 +21,12 @@ from ..forward.decision import PolicyFailure
 from ..forward.forward import check_execution, run_forward
 from ..forward.options import ExecutionOptions
 from ..forward.output import ForwardOutput
+from ..forward.warming import warm
 from ..model import Model
 from ..policies.interface import LaneIds
 from ..policies.policy_set import PolicySet
+from .capacity import one_context
+from .faults import is_interrupt, is_memory_error
 from .lanes import Lanes, lanes_of
 from .ordering import ExpectedDepth
 from .pass_size import PassSize
@@ -32,35 +34,10 @@ from .records import PassRecord
 from .reports import Totals, asks_for_exits
 from .sample_batch import SampleBatch
 from .slots import SlotState
+from .tick import Step, Tick
+from .uploads import StepIndices, step_indices
 
 SPARE = 64  # tables and policies that nobody uses any more are dropped once there are so many
-
-
-@dataclass(frozen=True)
-class Tick:
-    """What one tick did. slots: int64 [k], those whose samples made a step. done: int64, slots whose samples are
-    finished. failed: slot -> why; its sample has made no step.
-    records: exit layers that became known, in the order of the steps: those of the tick before, and where samples are
-    done, those of this one, so that all are known of a sample that is done.
-    """
-
-    slots: np.ndarray
-    done: np.ndarray
-    failed: dict[int, BaseException]
-    records: tuple[PassRecord, ...]
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One forward pass and solver step of samples at slots: int64 [k]. solver: what they have become, None once that is
-    written; x: float32 [k, C, H, W], what they were."""
-
-    slots: np.ndarray
-    solver: SolverState | None
-    x: Tensor
-    prediction: Tensor  # of all lanes
-    guidance: Guidance | None
-    record: PassRecord
 
 
 class Batch:
@@ -71,6 +48,8 @@ class Batch:
     layers of a tick are read when the next one is queued, or samples are done; the order of lanes learns one tick late.
     whole: False from the moment that a tick writes what samples have become; whoever keeps books of their own sets it
     to True when those are written, too.
+    late: exit layers of a last step are read a tick late, too: with the next tick, or by `flush`. So nothing of a tick
+    waits for the device.
     forward: in place of `run_forward`, as `TwoStageForward`, for experiments and tests.
     """
 
@@ -83,6 +62,7 @@ class Batch:
         execution: ExecutionOptions | None = None,
         forward: Callable[..., ForwardOutput] | None = None,
         device: torch.device | None = None,
+        late: bool = False,
     ):
         self.model, self.capacity, self.totals = model, capacity, Totals()
         self.execution, self.device = execution or ExecutionOptions(), device or model.device
@@ -90,9 +70,11 @@ class Batch:
         self._tables, self._policies = TableSet(model.schedule, self.device), PolicySet()
         self._slots = SlotState(capacity, model.backbone.sample_shape, self.device)
         self._expected = ExpectedDepth(model.num_layers, capacity)
-        self._steps: list[_Step] = []  # of the last tick
+        self._steps: list[Step] = []  # of the last tick
         self._reported = 0  # of their records
         self._size = PassSize(capacity)
+        self.late = late and self.device.type != "cpu"
+        self._most_lanes, self._captured = 0, self.execution
         self.whole = True
 
     @property
@@ -132,12 +114,12 @@ class Batch:
         state = self._slots
         running = state.running.nonzero()[0]
         waiting = self._size.parts(running)
-        steps: list[_Step] = []
+        steps: list[Step] = []
         failed: dict[int, BaseException] = {}
         while waiting:
             slots = waiting.pop(0)
             try:
-                steps.append(self._advance(slots))
+                step = self._advance(slots)
             except PolicyFailure as failure:
                 traceback.clear_frames(failure.__traceback__)  # down to the policy's own, which stay
                 own = np.array([self._policies.kinds[i] is failure.policy for i in state.policy[slots]])
@@ -153,31 +135,40 @@ class Batch:
                 half = (len(slots) + 1) // 2
                 if is_memory_error(error):
                     self._size.shrink(half)
+                    self._most_lanes = 0
                     self.totals.halvings += 1
                     waiting = self._size.parts(np.concatenate([slots, *waiting]))
                 else:
                     waiting[:0] = [slots[:half], slots[half:]]
+            else:
+                steps.append(step)
         self._size.tick_is_done(len(running))
         return self._finish(steps, failed)
 
-    def _finish(self, steps: list[_Step], failed: dict[int, BaseException]) -> Tick:
+    def _finish(self, steps: list[Step], failed: dict[int, BaseException]) -> Tick:
         """Writes what the samples have become, and learns from the tick before."""
         state, self.whole = self._slots, False
         self.totals.ticks += 1
-        state.running[list(failed)] = False
+        if failed:
+            state.running[list(failed)] = False
         for step in steps:
-            state.solver.put(state.there(step.slots), step.solver)
+            state.solver.put(step.there, step.solver)
             state.step[step.slots] += 1
         records = self.flush()  # waits for the tick before, with this one queued
         for step in self._steps:
             self._learn(step.record)
-        self._steps, self._reported = [replace(step, solver=None) for step in steps], 0
+        self._steps, self._reported = [step.without_solver() for step in steps], 0
         slots = np.concatenate([step.slots for step in steps]) if steps else np.zeros(0, dtype=np.int64)
         done = slots[state.step[slots] == state.steps[slots]]
         state.running[done] = False
-        if len(done):
+        if len(done) and not self.late:
             records += self.flush()
         return Tick(slots, done, failed, tuple(records))
+
+    def warm(self) -> None:
+        """Captures what forward passes of up to `capacity` lanes will replay, see `ExecutionOptions`. Belongs to the
+        thread that calls it."""
+        warm(self.model, self._execution_for(1), one_context(self.model), self.device)
 
     def flush(self) -> list[PassRecord]:
         """Records of the last tick that no tick has had, for those who stop here; waits for the device."""
@@ -203,18 +194,8 @@ class Batch:
         for step in self._steps:
             place = (step.slots == slot) & (step.record.tenancy == self._slots.tenancy[slot])
             if place.any():
-                return self._predicted_x0(step, int(place.argmax()))
+                return step.predicted_x0(int(place.argmax()), self.model.schedule)
         raise ValueError(f"the sample in slot {slot} has made no step yet")
-
-    def _predicted_x0(self, step: _Step, i: int) -> Tensor:
-        lanes = step.record.lanes
-        eps = step.prediction[i if lanes.conditional is None else int(lanes.conditional[i])][None].float()
-        if (guidance := step.guidance) is not None and lanes.unconditional[i] >= 0:
-            one = torch.tensor([i], dtype=torch.int64, device=self.device)
-            channels = None if guidance.channels is None else guidance.channels[one]
-            eps = guide(eps, guidance.uncond[guidance.row[one]], guidance.weight[one], channels)
-        a = self.model.schedule.log_alpha_bar(torch.tensor(step.record.t[i], dtype=torch.float64, device="cpu")).exp()
-        return ((step.x[i] - (1 - a).sqrt().item() * eps[0]) / a.sqrt().item()).float()
 
     def replace(self, slots: np.ndarray, x: Tensor) -> None:
         """They go on from x: float [k, C, H, W] instead. Only between whole steps of their solvers."""
@@ -245,24 +226,25 @@ class Batch:
         return (a.sqrt() * upload(samples.init_image[own], self.device) + (1 - a).sqrt() * x).float()
 
     @torch.inference_mode()
-    def _advance(self, slots: np.ndarray) -> _Step:
+    def _advance(self, slots: np.ndarray) -> Step:
         """One forward pass and one solver step of samples at slots: int64 [k]; nothing is written back."""
-        state, step = self._slots, self._slots.step[slots]
-        t, rows = self._tables.packed.rows(state.table[slots], step)
-        there = state.there(slots)
-        x = state.solver.x.index_select(0, there)
+        state, step, tables = self._slots, self._slots.step[slots], self._tables.packed
+        row = tables.locate(state.table[slots], step)
+        t, (*_, noisy) = tables.t[row], tables.needs_of(row)
         lanes = lanes_of(state, slots, t, self._policies.kinds, self.model.num_layers, self._expected)
+        there = step_indices(state, lanes, slots, row, step, noisy)
+        x = state.solver.x.index_select(0, there.slots)
         recorded = state.record_scores[slots]
-        output = self._run(lanes, slots, x, t, step, bool(recorded.any()))
+        output = self._run(lanes, there, slots, x, t, step, bool(recorded.any()))
         record = PassRecord(slots, state.tenancy[slots], step, t, recorded, lanes, output)
-        guidance = self._guidance(lanes, slots, output)
-        solver = state.solver.take(there)  # now that what the pass held is free
-        noise = None
-        if rows.noise:
-            noise = Noise(state.there(state.seed[slots]), state.there(step), SOLVER_STEP)
+        guidance = None
+        if there.unconditional is not None:
+            guidance = Guidance(output.prediction, there.unconditional, there.weight, there.channels)
+        rows = tables.take(row, there.row)
+        solver = state.solver.take(there.slots)  # now that what the pass held is free
+        noise = Noise(there.seed, there.step, SOLVER_STEP) if noisy else None
         eps, variance = output.prediction, output.variance
-        if lanes.conditional is not None:
-            own = state.there(lanes.conditional)
+        if (own := there.conditional) is not None:
             eps, variance = eps.index_select(0, own), None if variance is None else variance.index_select(0, own)
         elif guidance is not None:
             eps, variance = eps[: len(slots)], None if variance is None else variance[: len(slots)]
@@ -278,20 +260,26 @@ class Batch:
                 )
         else:
             solver_step(solver, eps, rows, variance=variance, guidance=guidance, noise=noise)
-        return _Step(slots, solver, x, output.prediction, guidance, record)
+        return Step(slots, there.slots, solver, x, output.prediction, guidance, record)
 
     def _run(
-        self, lanes: Lanes, slots: np.ndarray, x: Tensor, t: np.ndarray, step: np.ndarray, record_scores: bool
+        self,
+        lanes: Lanes,
+        there: StepIndices,
+        slots: np.ndarray,
+        x: Tensor,
+        t: np.ndarray,
+        step: np.ndarray,
+        record_scores: bool,
     ) -> ForwardOutput:
         state, slot = self._slots, slots
-        if not lanes.in_order:
-            x, t, slot = x.index_select(0, state.there(lanes.sample)), t[lanes.sample], slots[lanes.sample]
+        if there.sample is not None:
+            x, t, slot = x.index_select(0, there.sample), t[lanes.sample], slots[lanes.sample]
         context = None
-        if state.context is not None:
-            context = state.context.index_select(0, state.there(slot))
-            if lanes.unconditional is not None:
-                uncond = lanes.half.nonzero()[0]
-                context[state.there(uncond)] = state.null[state.there(slot[uncond])]
+        if there.lane_slots is not None:
+            context = state.context.index_select(0, there.lane_slots)
+            if there.unconditional_lanes is not None:
+                context[there.unconditional_lanes] = state.null[there.unconditional_slots]
         ids = None
         if any(policy.needs_ids for policy in lanes.policies):
             ids = LaneIds(*map(torch.from_numpy, (state.number[slot], step[lanes.sample], lanes.half)))
@@ -304,10 +292,19 @@ class Batch:
             policy_index=None if lanes.policy_index is None else torch.from_numpy(lanes.policy_index),
             threshold=self._thresholds(lanes, slot),
             cfg_partner=None if lanes.partner is None else torch.from_numpy(lanes.partner),
-            execution=self.execution,
+            execution=self._execution_for(len(lanes.sample)),
             record_scores=record_scores,
             ids=ids,
         )
+
+    def _execution_for(self, lanes: int) -> ExecutionOptions:
+        """Captured passes of all sizes share their memory, which is made for as many lanes as there may be."""
+        if self.execution.runner != "captured" or self.execution.max_lanes is not None:
+            return self.execution
+        most = max(self._most_lanes, self._size.most, lanes)
+        if most != self._most_lanes:
+            self._most_lanes, self._captured = most, replace(self.execution, max_lanes=most)
+        return self._captured
 
     def _thresholds(self, lanes: Lanes, slot: np.ndarray) -> Tensor | None:
         """float32 [B], or None where nobody asks for another than the one policy's own."""
@@ -315,17 +312,6 @@ class Batch:
         if not lanes.may_exit or (len(lanes.policies) == 1 and own is not None and (asked == np.float32(own)).all()):
             return None
         return torch.from_numpy(asked)
-
-    def _guidance(self, lanes: Lanes, slots: np.ndarray, output: ForwardOutput) -> Guidance | None:
-        if lanes.unconditional is None:
-            return None
-        state = self._slots
-        row, weight, channels = lanes.unconditional, state.guidance[slots], state.channels[slots]
-        all_channels = bool((channels == self.model.backbone.sample_shape[0]).all())
-        return Guidance(
-            *(output.prediction, state.there(row), state.there(weight)),
-            None if all_channels else state.there(channels),
-        )
 
     def _count(self, record: PassRecord) -> None:
         record.read()
@@ -335,11 +321,12 @@ class Batch:
         totals.macs += record.macs
         totals.macs_full += record.macs_full
         totals.rows_moved += record.rows_moved
-        asks = np.array([asks_for_exits(policy) for policy in record.lanes.policies])
-        index = 0 if record.lanes.policy_index is None else record.lanes.policy_index
-        asked = np.broadcast_to(asks[index], record.by_lane.shape)
-        totals.asked += int(asked.sum())
-        totals.exited += int((asked & (record.by_lane < self.model.num_layers)).sum())
+        policies, index, asked = record.lanes.policies, record.lanes.policy_index, record.by_lane
+        if index is not None:
+            asked = asked[np.array([asks_for_exits(policy) for policy in policies])[index]]
+        if index is not None or asks_for_exits(policies[0]):
+            totals.asked += len(asked)
+            totals.exited += int(np.count_nonzero(asked < self.model.num_layers))
 
     def _learn(self, record: PassRecord) -> None:
         lanes = record.lanes
@@ -356,14 +343,3 @@ class Batch:
         for kinds, index in ((self._tables, state.table), (self._policies, state.policy)):
             if len(kinds) > SPARE + self.count:
                 index[taken] = kinds.keep(index[taken])
-
-
-def is_interrupt(error: BaseException) -> bool:
-    """Whether it is for whoever runs the program, as Ctrl-C is, and no fault of a sample's. Signal handlers run in the
-    main thread only."""
-    return not isinstance(error, Exception) and threading.current_thread() is threading.main_thread()
-
-
-def is_memory_error(error: BaseException) -> bool:
-    """Whether memory ran out; on a CPU PyTorch says so in words only."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -62,9 +62,14 @@ def lane_bytes(model: Model) -> tuple[int, int, int]:
     one, two = peak(1), peak(2)
     # on a device all lanes are inside at once, and what does not grow with them, such as stacked heads, is taken once
     group = structure_of(backbone).group_size if on_cpu else 1
-    context = _context(model, 1, parameter)
+    context = one_context(model)
     kept = STATES * 4 * math.prod(backbone.sample_shape) + (CONTEXTS * context.nbytes if context is not None else 0)
     return two - one + kept, max(0, 2 * one - two), group
+
+
+def one_context(model: Model) -> Tensor | None:
+    """What the model takes beside one lane's image and time: a label, int64 [1], text, [1, N, E], or None."""
+    return _context(model, 1, next(model.backbone.parameters()))
 
 
 def _context(model: Model, n: int, like: Tensor) -> Tensor | None:

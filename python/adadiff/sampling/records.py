@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..forward.output import ForwardOutput
+from .arriving import Arriving
 from .lanes import Lanes
 from .reports import Report, Totals
 
@@ -39,34 +40,29 @@ class PassRecord:
         self.slots, self.tenancy, self.step, self.t = slots, tenancy, step, t
         self.recorded, self.lanes = recorded, lanes
         self._costs, self._moved = output.costs, output.moved
-        exit_layer, self._event = output.exit_layer, None
-        if exit_layer.is_cuda:
-            exit_layer = torch.cat([exit_layer, torch.as_tensor(output.moved, device=exit_layer.device)])
-        self._exit_layer, self._scores = _to_host(exit_layer), None
+        exit_layer = output.exit_layer
+        if isinstance(self._moved, Tensor):
+            exit_layer = torch.cat([exit_layer, self._moved])
+        self._exit_layer, self._scores = Arriving(exit_layer), None
         if output.scores is not None:
-            self._scores, self._asked = _to_host(output.scores), _asked(lanes, len(output.scores))
-        if exit_layer.is_cuda:
-            self._event = torch.cuda.Event()
-            self._event.record()
+            self._scores, self._asked = Arriving(output.scores), _asked(lanes, len(output.scores))
         self._learnt: Learnt | None = None
 
     def read(self) -> Learnt:
         """Waits for the device where that is needed. Sets by_lane, integers [B], macs, macs_full and rows_moved."""
         if self._learnt is not None:
             return self._learnt
-        if self._event is not None:
-            self._event.synchronize()
-            *_, self._moved = self._exit_layer.tolist()
-            self._exit_layer = self._exit_layer[:-1]
         lanes, k = self.lanes, len(self.slots)
-        self.by_lane = self._exit_layer.numpy()
+        self.by_lane = self._exit_layer.read().numpy()
+        if isinstance(self._moved, Tensor):
+            self._moved, self.by_lane = self.by_lane[-1], self.by_lane[:-1]
         self.macs = self._costs.total(self.by_lane.tolist())
         self.macs_full, self.rows_moved = len(self.by_lane) * self._costs.plain, int(self._moved)
         exit_layer, scores = np.zeros((k, 2), dtype=np.uint8), None
         exit_layer[lanes.sample, lanes.half] = self.by_lane
         if self._scores is not None:
-            scores = np.full((k, 2, len(self._scores)), np.nan, dtype=np.float32)
-            scores[lanes.sample, lanes.half] = np.where(self._asked, self._scores.numpy().T, np.nan)
+            scores = np.full((k, 2, self._asked.shape[1]), np.nan, dtype=np.float32)
+            scores[lanes.sample, lanes.half] = np.where(self._asked, self._scores.read().numpy().T, np.nan)
             scores[~self.recorded] = np.nan
         self._learnt = Learnt(exit_layer, scores)
         return self._learnt
@@ -107,9 +103,3 @@ class RunRecord:
             seconds=seconds,
             asks=done.asked > 0,
         )
-
-
-def _to_host(value: Tensor) -> Tensor:
-    if not value.is_cuda:
-        return value.to("cpu")
-    return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)

@@ -52,10 +52,11 @@ class SlotState:
         solver = packed.widen(self.solver)
         if self.context is None and samples.context is not None:
             shape, dtype = samples.context.shape[1:], samples.context.dtype
-            self.context = torch.zeros(self.capacity, *shape, dtype=dtype, device=self.device)
-            self.null = torch.zeros_like(self.context)
+            null = torch.zeros(self.capacity, *shape, dtype=dtype, device=self.device)
+            self.context, self.null = torch.zeros_like(null), null  # both or none
         own = torch.from_numpy(index)
-        slots = np.array([self._free.pop() for _ in index], dtype=np.int64)  # nothing fails from here on
+        left = len(self._free) - len(index)
+        slots = np.array(self._free[left:][::-1], dtype=np.int64)  # theirs once all is written: memory may run out
         self.number[slots], self.table[slots], self.policy[slots] = index, table, policy
         for name in ("steps", "threshold", "guidance", "interval", "channels"):
             getattr(self, name)[slots] = getattr(samples, name)[own].numpy()
@@ -68,6 +69,7 @@ class SlotState:
                 self.null[there] = upload(samples.null[own], self.device)
         self.solver = solver
         self.solver.restart(there, x)
+        del self._free[left:]
         self.tenancy[slots] += 1
         self.running[slots] = True
         return slots

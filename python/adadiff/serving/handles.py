@@ -1,12 +1,13 @@
 """What an engine gives back: a handle for each request, a report, and its refusals."""
 
 import math
+import threading
 import weakref
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from .waking import SignalSafeCondition
 if TYPE_CHECKING:
     from .engine import Engine
 
+Result = TypeVar("Result")
+LOCK_SECONDS = 0.1  # that the engine waits for the locks of a handle and of those who wait for it
+
 
 class EngineFull(RuntimeError):
     """As many requests wait as the engine holds; try again later."""
@@ -31,6 +35,18 @@ class EngineClosed(RuntimeError):
 
 class DeadlineExceeded(TimeoutError):
     """A request was not finished by its deadline."""
+
+
+class _Callbacks(list):
+    """Done callbacks. Iterated over again, it goes on where it was: each is called once, also where a signal has cut
+    the first round short."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._left = super().__iter__()
+
+    def __iter__(self) -> Iterator:
+        return self._left
 
 
 class Handle(Future):
@@ -50,6 +66,7 @@ class Handle(Future):
     ):
         super().__init__()
         self._condition = SignalSafeCondition()  # the engine's thread takes it, too
+        self._done_callbacks = _Callbacks()
         self.samples, self.submitted, self.deadline, self.priority = samples, submitted, deadline, priority
         self._engine, self._on_step, self._lanes = weakref.ref(engine), on_step, samples.lanes
         self._num_layers = engine.model.num_layers
@@ -58,6 +75,7 @@ class Handle(Future):
         self._slot: tuple[int, int] | None = None  # and which of its samples
         self._admitted: float | None = None
         self._ended: float | None = None
+        self._counted = False  # in the engine's report
 
     @property
     def over(self) -> bool:
@@ -98,9 +116,73 @@ class Handle(Future):
             raise ValueError("this request is not in flight: its engine is gone")
         return engine._predicted_x0(self)
 
+    def cancel(self) -> bool:
+        return self._whole(super().cancel)
+
+    def result(self, timeout: float | None = None) -> Tensor:
+        """As `Future.result`. Raises RuntimeError where it would wait for ever, as in a callback of the same
+        engine."""
+        self._check_wait(timeout)
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """As `Future.exception`, and as `result`."""
+        self._check_wait(timeout)
+        return super().exception(timeout)
+
+    def _check_wait(self, timeout: float | None) -> None:
+        engine = self._engine()
+        if timeout is None and engine is not None and engine._is_above() and not self.over:
+            raise RuntimeError(
+                "this would wait for ever: the engine waits until the callback or signal handler returns"
+            )
+
     def add_done_callback(self, fn: Callable[[Future], object]) -> None:
         """As `Future.add_done_callback`. What `fn` raises is logged, whatever it is, and reaches nobody else."""
         super().add_done_callback(partial(_contained, fn))
+
+    def _end(self, now: float, image: Tensor | None = None, error: BaseException | None = None) -> None:
+        """Each handle ends once; one that was cancelled in the meantime has ended already."""
+        self._ended = now
+        self._tell(partial(self.set_result, image) if error is None else partial(self.set_exception, error))
+
+    def _end_late(self, now: float) -> None:
+        made, steps = self.progress
+        self._end(now, error=DeadlineExceeded(f"{made} of {steps} steps were made by the deadline"))
+
+    def _tell(self, end: Callable[[], object]) -> None:
+        """Calls `end`, which ends the handle. Whoever waits through `concurrent.futures.wait` shares locks with it that
+        a signal can leave held. Then another thread waits for them, and the engine goes on."""
+
+        if not self._waiters and self._condition.acquire(timeout=LOCK_SECONDS):
+            self._condition.release()
+            self._whole(end)
+        else:
+            thread = threading.Thread(target=self._whole, args=(end,), name="adadiff-handle", daemon=True)
+            thread.start()
+            thread.join(LOCK_SECONDS)
+
+    def _whole(self, end: Callable[[], Result]) -> Result | None:
+        """Calls `end`. Where a signal cuts it in two, those who wait are woken and callbacks called all the same."""
+        try:
+            return end()
+        except InvalidStateError:  # cancelled in the meantime
+            return None
+        except BaseException:
+            if self.over:
+                with self._condition:
+                    self._condition.notify_all()
+                self._invoke_callbacks()
+            raise
+
+    def _invoke_callbacks(self) -> None:
+        """Those of the engine, of who waits through `concurrent.futures.wait`, and of clients. Called once more, it
+        does what is left."""
+        if (engine := self._engine()) is not None:
+            engine._count(self)
+        if self._state == "CANCELLED":
+            self.set_running_or_notify_cancel()
+        super()._invoke_callbacks()  # type: ignore[misc]
 
     def _begin_again(self) -> None:
         """The steps made are forgotten; the same image comes of it, since it belongs to its seed."""

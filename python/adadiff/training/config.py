@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from ..config import PRESETS, ModelConfig, from_dict
 from ..data import sources
-from ..data.files import read_json
+from ..data.files import read_json, read_text
 from ..uem import ExitConfig
 from .losses import loss_named
 
@@ -179,7 +179,7 @@ def load_config(name_or_file: str | Path | None, changes: Mapping[str, Any]) -> 
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from None
 

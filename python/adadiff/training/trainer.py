@@ -85,10 +85,12 @@ class Trainer:
     """Weights, their average and the optimizer, at some step. `folder` receives state, log and the averaged model.
 
     Raises ValueError where the configuration, the data, the checkpoint to start from and the folder do not fit
-    together, before any step. force: replaces what the folder holds of another run, see `RunFolder`.
+    together, before any step, and where PyTorch is set to anything but gradients, float32 and the CPU by default.
+    force: replaces what the folder holds of another run, see `RunFolder`.
     """
 
     def __init__(self, config: TrainConfig, folder: Path, force: bool = False):
+        _check_process()
         self.config, self.step, self.seconds = config, 0, 0.0
         self._whole = True  # False while an update has changed some of the weights and not yet all
         self.processes = Processes()
@@ -134,16 +136,17 @@ class Trainer:
         """This process's share of update `step`, one of `accumulate` parts: x, t, labels and noise, see `Objective`."""
         config, model = self.config, self.config.model
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        pick = torch.randint(len(self.data), (config.batch,), generator=generator)
-        drop = torch.rand(config.batch, generator=generator) < config.label_drop
-        u = torch.rand(config.batch, generator=generator, dtype=torch.float64)
+        drawn = {"generator": generator, "device": "cpu"}
+        pick = torch.randint(len(self.data), (config.batch,), **drawn)
+        drop = torch.rand(config.batch, dtype=torch.float32, **drawn) < config.label_drop
+        u = torch.rand(config.batch, dtype=torch.float64, **drawn)
         t, alpha_bar = self.model.schedule.training_times(u)
-        noise = torch.randn(config.batch, *self.model.backbone.sample_shape, generator=generator)
+        noise = torch.randn(config.batch, *self.model.backbone.sample_shape, dtype=torch.float32, **drawn)
         first = (self.processes.rank * config.accumulate + part) * self._part
         own = slice(first, first + self._part)
         x0, labels = self.data.batch(pick[own])
         if self.data.moments:
-            x0 = draw_latents(x0, torch.randn(noise.shape, generator=generator)[own], model.latent_scale)
+            x0 = draw_latents(x0, torch.randn(noise.shape, dtype=torch.float32, **drawn)[own], model.latent_scale)
         if not model.network.num_classes:
             labels = None
         elif model.null_label is not None:
@@ -197,6 +200,7 @@ class Trainer:
 
     def run(self, progress: bool = True) -> Path:
         """Trains to the end, saving as it goes and when interrupted. Returns the file of the averaged model."""
+        _check_process()
         config = self.config
         weights, trained = (sum(v.nbytes for v in values) for values in (self.model.parameters(), self.trained))
         self.folder.check_space(2 * weights + 2 * trained)  # weights, their average, the optimizer's moments
@@ -308,6 +312,18 @@ def start_model(config: TrainConfig) -> Model:
     if config.recipe == "frozen":
         model.backbone.requires_grad_(False)
     return model
+
+
+def _check_process() -> None:
+    """ValueError for settings of this process under which weights, moments or gradients would be others."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    if dtype != torch.float32 or device.type != "cpu":
+        raise ValueError(
+            f"training needs the defaults of PyTorch, float32 and cpu, got {dtype} and {device}; "
+            "torch.set_default_dtype and torch.set_default_device change them"
+        )
+    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        raise ValueError("training needs gradients; leave torch.no_grad() or torch.inference_mode() before it")
 
 
 def _check_memory(config: TrainConfig) -> None:

@@ -1,0 +1,54 @@
+"""What one tick of a batch did, and what its forward passes leave to look at."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adadiff_kernels import Guidance, SolverState, guide
+
+from ..diffusion.schedules import NoiseSchedule
+from .records import PassRecord
+
+
+@dataclass(frozen=True)
+class Tick:
+    """What one tick did. slots: int64 [k], those whose samples made a step. done: int64, slots whose samples are
+    finished. failed: slot -> why; its sample has made no step.
+    records: exit layers that became known, in the order of the steps: those of the tick before, and where samples are
+    done, those of this one, so that all are known of a sample that is done (unless the batch is `late`).
+    """
+
+    slots: np.ndarray
+    done: np.ndarray
+    failed: dict[int, BaseException]
+    records: tuple[PassRecord, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass and solver step of samples at slots: int64 [k], which `there` says on the device. solver: what
+    they have become, None once that is written; x: float32 [k, C, H, W], what they were."""
+
+    slots: np.ndarray
+    there: Tensor
+    solver: SolverState | None
+    x: Tensor
+    prediction: Tensor  # of all lanes
+    guidance: Guidance | None
+    record: PassRecord
+
+    def without_solver(self) -> "Step":
+        return Step(self.slots, self.there, None, self.x, self.prediction, self.guidance, self.record)
+
+    def predicted_x0(self, i: int, schedule: NoiseSchedule) -> Tensor:
+        """The image that the prediction of the i-th sample would end in: float32 [C, H, W], see `Batch`."""
+        lanes, device = self.record.lanes, self.x.device
+        eps = self.prediction[i if lanes.conditional is None else int(lanes.conditional[i])][None].float()
+        if (guidance := self.guidance) is not None and lanes.unconditional[i] >= 0:
+            one = torch.tensor([i], dtype=torch.int64, device=device)
+            channels = None if guidance.channels is None else guidance.channels[one]
+            eps = guide(eps, guidance.uncond[guidance.row[one]], guidance.weight[one], channels)
+        a = schedule.log_alpha_bar(torch.tensor(self.record.t[i], dtype=torch.float64, device="cpu")).exp()
+        return ((self.x[i] - (1 - a).sqrt().item() * eps[0]) / a.sqrt().item()).float()

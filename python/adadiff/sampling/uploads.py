@@ -1,0 +1,60 @@
+"""What one step needs of the host, on the device: one transfer."""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+from torch import Tensor
+
+from adadiff_kernels import upload_together
+
+from .lanes import Lanes
+from .slots import SlotState
+
+
+@dataclass(frozen=True)
+class StepIndices:
+    """Of k samples and B lanes; int64 unless said. What nobody needs is None.
+
+    slots [k]; row [k], of the solver's tables; seed, step [k], where a step adds noise. sample, lane_slots [B]: of each
+    lane, where lanes lie otherwise than samples, and where there is a context. unconditional_lanes, and their slots.
+    conditional, unconditional [k]: lanes of each sample, -1 where there is none; weight [k], float32; channels [k].
+    """
+
+    slots: Tensor
+    row: Tensor
+    seed: Tensor | None
+    step: Tensor | None
+    sample: Tensor | None
+    lane_slots: Tensor | None
+    unconditional_lanes: Tensor | None
+    unconditional_slots: Tensor | None
+    conditional: Tensor | None
+    unconditional: Tensor | None
+    weight: Tensor | None
+    channels: Tensor | None
+
+
+NAMES = tuple(field.name for field in fields(StepIndices))
+
+
+def step_indices(
+    state: SlotState, lanes: Lanes, slots: np.ndarray, row: np.ndarray, step: np.ndarray, noise: bool
+) -> StepIndices:
+    """slots, row, step: int64 [k]. noise: the solver adds some."""
+    given: dict[str, np.ndarray | None] = {"slots": slots, "row": row, "conditional": lanes.conditional}
+    lane_slots = slots if lanes.in_order else slots[lanes.sample]
+    if not lanes.in_order:
+        given["sample"] = lanes.sample
+    if noise:
+        given["seed"], given["step"] = state.seed[slots], step
+    if state.context is not None:
+        given["lane_slots"] = lane_slots
+    if lanes.unconditional is not None:
+        given["unconditional"], given["weight"] = lanes.unconditional, state.guidance[slots]
+        channels = state.channels[slots]
+        if (channels != state.solver.x.shape[1]).any():
+            given["channels"] = channels
+        if state.context is not None:
+            given["unconditional_lanes"] = unconditional = lanes.half.nonzero()[0]
+            given["unconditional_slots"] = lane_slots[unconditional]
+    return StepIndices(*upload_together([given.get(name) for name in NAMES], state.device))
