@@ -26,6 +26,7 @@ from .writing import replace_file
 M = TypeVar("M", bound=nn.Module)
 
 FORMAT_VERSION = 2
+MOST_TENSORS = 2**16  # of a file; a network has some hundreds
 HINT = "truncated, or of others: adadiff convert reads those"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -63,6 +64,8 @@ def opened(path: Path, hint: str = "truncated, or damaged") -> Iterator[Any]:
     path.open("rb").close()  # of a file without read permission, safe_open says that there is none
     try:
         with torch.device("cpu"), safe_open(path, framework="pt") as file:
+            if (count := len(file.keys())) > MOST_TENSORS:
+                raise ValueError(f"{path} holds {count:,} tensors; at most {MOST_TENSORS:,} are read")
             yield file
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file ({hint}): {error}") from error
