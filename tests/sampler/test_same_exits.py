@@ -142,7 +142,7 @@ def walk(
             placement.exit(hidden, u, layer, keeps)
         if keeps:
             kept[layer] = placement.keep(hidden)
-        if layer in decision.exit_layers:
+        if placement.learns and layer in decision.exit_layers:
             placement.advance(layer)
         running.append(placement.row_to_lane[: count()].tolist())
     placement.finish(hidden, L)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from adadiff_kernels import upload
 
-from ..models.interface import Backbone, Block
+from ..models.interface import Backbone
 from ..models.layers import check_labels
 from ..uem import Exits
 from .count_sync import CountSync, Sync, bucket
@@ -48,20 +48,22 @@ class CapturedPlacement(DevicePlacement):
     def _rounded(self, count: int) -> int:
         return min(bucket(count, self._active.num_lanes), self._most) if self._rounds else count
 
-    def take(self, block: Block, layer: int) -> tuple[Tensor, Skip | None]:
-        memory, index, self._snapshot = self._memory, block.skip_from, None
-        hidden = memory.rows(layer - 1)[: self.bound]
-        if index is None:
-            return hidden, None
-        return hidden, self.skip((memory.rows(index + 1), None if self.saved is None else memory.snapshots[index]))
+    def begin_layer(self, layer: int, skip_from: int | None) -> None:
+        """What block `layer` reads, and the skip it joins, lie where the pieces before have left them."""
+        memory, self._layer, self._snapshot = self._memory, layer, None
+        self.hidden = memory.rows(layer - 1)[: self.bound]
+        if skip_from is not None:
+            snapshot = None if self.saved is None else memory.snapshots[skip_from]
+            self.skips[skip_from] = memory.rows(skip_from + 1), snapshot
+
+    def keep(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.saved is not None and self._snapshot is None:  # nobody could exit after this layer
+            self._memory.snapshots[self._layer - 1].copy_(self._active.lane_to_row)
+        return hidden, None
 
     def skip(self, kept: tuple[Tensor, Tensor | None]) -> Skip:
         rows, snapshot = kept
         return super().skip((rows[: self.bound] if snapshot is None else rows, snapshot))
-
-    def put(self, hidden: Tensor, layer: int, keeps: bool) -> None:
-        if keeps and self.saved is not None and self._snapshot is None:  # nobody could exit after this layer
-            self._memory.snapshots[layer - 1].copy_(self._active.lane_to_row)
 
     def outputs(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
         return self._memory.rows(layer)[: self.bound], self._memory.normed[: self.bound]
@@ -99,19 +101,23 @@ class CapturedLayers(Layers):
 
         def work() -> None:
             self._begin()
+            self.placement.begin_layer(layer, self.structure.blocks[layer - 1].skip_from)
             self.runner.normed = self._normed(layer - 1, n)
-            hidden, u = self.block(layer)
-            if not self._asks:
-                self.exits(layer, hidden, u)
-            elif u is not None:
-                self._memory.u[:n].copy_(u)
+            super(CapturedLayers, self).layer(layer)
 
         moves = self.placement.saved is not None
         self._space.pieces.run(("layer", layer, n, scored, exits, self._records, moves, self._asks), work)
         if self._asks:
             self._begin()
+            self.placement.begin_layer(layer, None)
             self.runner.normed = self._normed(layer, n)
-            self.exits(layer, self._memory.rows(layer)[:n], self._memory.u[:n] if scored else None)
+            super().exits(layer, self._memory.rows(layer)[:n], self._memory.u[:n] if scored else None)
+
+    def exits(self, layer: int, hidden: Tensor, u: Tensor | None) -> None:
+        if not self._asks:
+            super().exits(layer, hidden, u)
+        elif u is not None:  # for those who are asked after this piece
+            self._memory.u[: hidden.shape[0]].copy_(u)
 
     def _begin(self) -> None:
         """What a replay does not need."""

@@ -23,40 +23,42 @@ class Layers:
         scores: Tensor | None,
     ) -> None:
         self.runner, self.placement, self.structure, self.decision = runner, placement, structure, decision
-        self.scores = scores
+        self.scores, self._blocks = scores, structure.blocks
 
     def run(self) -> tuple[int, ...]:
         """Returns the rows that each block ran over."""
         placement, exit_layers, num_layers = self.placement, self.decision.exit_layers, self.structure.num_layers
-        rows = [0] * num_layers
+        rows, learns = [0] * num_layers, placement.learns
         for layer in range(1, num_layers + 1):
             n = rows[layer - 1] = placement.bound
             if not n:
                 break
             self.layer(layer)
-            if layer in exit_layers:
+            if learns and layer in exit_layers:
                 placement.advance(layer)
         return tuple(rows)
 
     def layer(self, layer: int) -> None:
-        """All work of one layer."""
-        self.exits(layer, *self.block(layer))
-
-    def block(self, layer: int) -> tuple[Tensor, Tensor | None]:
-        """Runs block `layer`, 1..L. Returns its output [n, T, D], and u, float32 [n], None unless it was scored."""
-        block, placement = self.structure.blocks[layer - 1], self.placement
-        hidden, skip = placement.take(block, layer)
+        """All work of one layer, 1..L: its block, and its exits."""
+        block, placement, skip = self._blocks[layer - 1], self.placement, None
+        hidden = placement.hidden
+        if hidden.shape[0] != placement.bound:
+            hidden = hidden[: placement.bound]
+        if block.skip_from is not None:
+            skip = placement.skip(placement.skips.pop(block.skip_from))
         hidden, u = self.runner.block(block, layer, hidden, skip, placement, layer in self.decision.scored)
         if self.scores is not None and u is not None:
             placement.record(self.scores[layer - 1], u)
-        return hidden, u
+        self.exits(layer, hidden, u)
 
     def exits(self, layer: int, hidden: Tensor, u: Tensor | None) -> None:
-        """Who exits after block `layer` does so, and what it wrote is handed on."""
-        keeps = layer - 1 in self.structure.skips
+        """Who exits after block `layer` does so, and what it wrote, hidden [n, T, D], is handed on. u: float32 [n]."""
+        placement, keeps = self.placement, layer - 1 in self.structure.skips
         if layer in self.decision.exit_layers and self.runner.anybody:
-            self.placement.exit(hidden, u, layer, keeps, self.runner.normed)
-        self.placement.put(hidden, layer, keeps)
+            placement.exit(hidden, u, layer, keeps, self.runner.normed)
+        placement.hidden = hidden
+        if keeps:
+            placement.skips[layer - 1] = placement.keep(hidden)
 
 
 def no_scores(num_layers: int, lanes: int, device: torch.device) -> Tensor:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from adadiff_kernels import ActiveSet, DeviceSet, settle_rows
 
-from ..models.interface import Block
 from .count_sync import CountSync, bucket
 from .decision import ExitDecision
 
@@ -38,33 +37,13 @@ class Skip(NamedTuple):
 
 class Placement:
     """What blocks hand on. hidden: [bound or more, T, D]. skips: long skips that no block has joined yet, by the index
-    of their block."""
+    of their block. learns: only `advance` tells the host who exited."""
 
-    hidden: Tensor
-    bound: int
+    learns = False
 
     def __init__(self, hidden: Tensor) -> None:
         self.hidden = hidden
         self.skips: dict[int, tuple[Tensor, Tensor | None]] = {}
-
-    def take(self, block: Block, layer: int) -> tuple[Tensor, Skip | None]:
-        """What block `layer` reads: hidden [bound, T, D], and its long skip if it has one."""
-        hidden, skip_from = self.hidden, block.skip_from
-        if hidden.shape[0] != self.bound:
-            hidden = hidden[: self.bound]
-        return hidden, None if skip_from is None else self.skip(self.skips.pop(skip_from))
-
-    def put(self, hidden: Tensor, layer: int, keeps: bool) -> None:
-        """What block `layer` has written, once those that exit are saved. keeps: a later block joins it."""
-        self.hidden = hidden
-        if keeps:
-            self.skips[layer - 1] = self.keep(hidden)
-
-    def skip(self, kept: tuple[Tensor, Tensor | None]) -> Skip:
-        raise NotImplementedError
-
-    def keep(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        raise NotImplementedError
 
 
 class HostPlacement(Placement):
@@ -103,9 +82,6 @@ class HostPlacement(Placement):
         self.exits.append((layer, self.bound, active.count))
         self.bound, self.row_to_lane, self.in_order = active.count, active.running, False
 
-    def advance(self, layer: int) -> None:
-        """Once the work of `layer` is done: `exit` has told the host."""
-
     def keep(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """A long skip that is written now."""
         return hidden, self._identity if self.in_order else self._active.snapshot()
@@ -138,7 +114,7 @@ class DevicePlacement(Placement):
     `advance` alone learns from the device; what else happens there is queued. At the end exits and order (int32 [B],
     the lanes by row) are None unless the host has seen every count."""
 
-    in_order = False
+    in_order, learns = False, True
     exits: list[tuple[int, int, int]] | None
 
     def __init__(
