@@ -1,6 +1,7 @@
 """A policy that is there to let samples exit, and lets none exit, says so: in the report, once in the log, and in the
 line of the command."""
 
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -150,6 +151,24 @@ def test_an_engine_of_plain_requests_says_nothing(caplog: pytest.LogCaptureFixtu
 
 def costs(totals: Totals) -> dict[str, int]:
     return {name: getattr(totals, name) for name in ("macs", "macs_full", "rows_moved")}
+
+
+@pytest.mark.parametrize(("policy", "never"), [("exit:depth=5", True), ("exit:depth=2", False), ("full", False)])
+def test_blocks_that_a_shallow_network_lacks_are_no_exits(policy: str, never: bool, caplog) -> None:
+    """Half of the steps are the shallow network's, by any policy."""
+    config = dataclasses.replace(SERVED, network=dataclasses.replace(SERVED.network, depth=2), exits=None)
+    shallow = adadiff.Model(config).requires_grad_(False).eval()
+    given = {"steps": 4, "class_labels": 1, "policy": policy}
+    both = {"shallow_model": shallow, "t_switch": 500.0}
+    with caplog.at_level(logging.WARNING, "adadiff"):
+        _, report = adadiff.sample(served(), 3, **given, **both)
+        assert report.blocks < report.blocks_full
+        assert report.never_acted == never
+        assert ("never let a sample exit" in str(report)) == never
+        with stepped(**both) as engine:
+            engine.submit(seed=0, **given)
+        assert engine.report.never_acted == never
+    assert len(messages(caplog)) == 2 * never
 
 
 @pytest.mark.parametrize("form", ["png", "npz"])

@@ -280,6 +280,8 @@ def _announce(configuration: dict[str, Any], calibration: Calibration | None) ->
 def _saving(report: Report) -> str:
     n, seconds = report.exit_layer.shape[1], report.seconds
     left_out = _left_out(report.macs, report.macs_full, report.mean_exit_layer, report.num_layers, report.asks)
+    if report.never_acted and NEVER_ACTED not in left_out:  # a shallow network alone left work out
+        left_out += f"; {NEVER_ACTED}"
     return f"{n} images in {seconds:.2f} s ({n / seconds:.1f} images/s), {left_out}"
 
 

@@ -323,10 +323,17 @@ class Batch:
         totals.rows_moved += record.rows_moved
         policies, index, asked = record.lanes.policies, record.lanes.policy_index, record.by_lane
         if index is not None:
-            asked = asked[np.array([asks_for_exits(policy) for policy in policies])[index]]
-        if index is not None or asks_for_exits(policies[0]):
-            totals.asked += len(asked)
-            totals.exited += int(np.count_nonzero(asked < self.model.num_layers))
+            asks = np.array([asks_for_exits(policy) for policy in policies])[index]
+        elif asks_for_exits(policies[0]):
+            asks = None
+        else:
+            return
+        if record.shallow is not None:
+            asks = ~record.shallow if asks is None else asks & ~record.shallow
+        if asks is not None:
+            asked = asked[asks]
+        totals.asked += len(asked)
+        totals.exited += int(np.count_nonzero(asked < self.model.num_layers))
 
     def _learn(self, record: PassRecord) -> None:
         lanes = record.lanes

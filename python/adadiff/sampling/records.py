@@ -49,7 +49,8 @@ class PassRecord:
         self._learnt: Learnt | None = None
 
     def read(self) -> Learnt:
-        """Waits for the device where that is needed. Sets by_lane, integers [B], macs, macs_full and rows_moved."""
+        """Waits for the device where that is needed. Sets by_lane, integers [B], shallow, bool [B]
+        or None: lanes of a shallow network; macs, macs_full and rows_moved."""
         if self._learnt is not None:
             return self._learnt
         lanes, k = self.lanes, len(self.slots)
@@ -57,6 +58,8 @@ class PassRecord:
         if isinstance(self._moved, Tensor):
             self._moved, self.by_lane = self.by_lane[-1], self.by_lane[:-1]
         self.macs = self._costs.total(self.by_lane.tolist())
+        network = self._costs.network
+        self.shallow = None if network is None else np.array(network) > 0
         self.macs_full, self.rows_moved = len(self.by_lane) * self._costs.plain, int(self._moved)
         exit_layer, scores = np.zeros((k, 2), dtype=np.uint8), None
         exit_layer[lanes.sample, lanes.half] = self.by_lane
@@ -102,4 +105,5 @@ class RunRecord:
             rows_moved=done.rows_moved,
             seconds=seconds,
             asks=done.asked > 0,
+            acted=done.exited > 0,
         )

@@ -27,17 +27,20 @@ def log_never_acted(policy: str) -> None:
 class ExitRecord:
     """exit_layer: uint8 [steps, n, 2], blocks that each sample's lanes (conditional, unconditional) ran at each step, 0
     where there was none. num_layers: blocks of the network. scores: float32 [steps, n, 2, L], each layer's uncertainty,
-    NaN where its policy did not ask; None unless they were asked for. asks: its policy is there to let samples exit."""
+    NaN where its policy did not ask; None unless they were asked for. asks: its policy is there to let samples exit.
+    acted: it let some exit; None: as exit_layer tells, which cannot where a shallow network had a part."""
 
     exit_layer: Tensor
     num_layers: int
     scores: Tensor | None
     asks: bool = field(default=False, kw_only=True)
+    acted: bool | None = field(default=None, kw_only=True)
 
     @property
     def never_acted(self) -> bool:
         """A policy that is there to let samples exit let none exit."""
-        return self.asks and 0 < self.blocks == self.blocks_full
+        acted = self.blocks < self.blocks_full if self.acted is None else self.acted
+        return self.asks and self.blocks > 0 and not acted
 
     @property
     def passes(self) -> int:
@@ -90,7 +93,7 @@ class RequestReport(ExitRecord):
 @dataclass
 class Totals:
     """What a batch has done so far. passes: lanes that went through the network, each tick counted; asked: those of
-    them whose policy is there to let them exit; exited: those of these that did."""
+    them whose policy is there to let them exit, without those of a shallow network; exited: those of these that did."""
 
     ticks: int = 0
     passes: int = 0
