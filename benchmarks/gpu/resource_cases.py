@@ -44,11 +44,12 @@ def joins(T: int, D: int, dtype: torch.dtype) -> None:
     launch_join_skip(rows, rows, index, index)
 
 
-def settles(T: int, D: int, dtype: torch.dtype) -> None:
+def settles(T: int, D: int, dtype: torch.dtype, beside: bool = False) -> None:
+    """beside: normalised rows move with them."""
     from adadiff_kernels.settle_rows.kernel import launch_settle_rows
 
     rows = tensor(64, T, D, dtype=dtype)
-    launch_settle_rows(tensor(64, 3, dtype=torch.int32), rows, rows)
+    launch_settle_rows(tensor(64, 3, dtype=torch.int32), rows, rows, rows if beside else None)
 
 
 def step(size: int, dtype: torch.dtype, everything: bool, channels: int = 4) -> None:
@@ -85,6 +86,7 @@ CASES: dict[str, tuple[str, Callable[..., None], tuple[Any, ...]]] = {
     "T = 1024, bf16": (FUSED, fused, (1024, 512, 1, "none", BRAIN)),
     "settle, U-ViT-H/2, bf16": ("_settle_rows_kernel", settles, (258, 1152, BRAIN)),
     "settle, U-ViT-L/2, bf16": ("_settle_rows_kernel", settles, (257, 1024, BRAIN)),
+    "settle, U-ViT-L/2, bf16, norms beside": ("_settle_rows_kernel", settles, (257, 1024, BRAIN, True)),
     "join, U-ViT-L/2, bf16": ("_join_skip_kernel", joins, (257, 1024, BRAIN)),
     "join, U-ViT-H/2, float32": ("_join_skip_kernel", joins, (258, 1152, SINGLE)),
     "step, 32x32 latents, everything": ("_solver_step_kernel", step, (32, BRAIN, True)),
