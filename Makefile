@@ -58,5 +58,5 @@ gpu-python:
 gpu-verdict: gpu-python ## tests, measurements and traces on this machine's GPU, in 10 minutes; ARGS="--only tests,passes"
 	@PYTHONPATH=python $(PYTHON) -m benchmarks.gpu.verdict $(ARGS)
 
-gpu-bench: gpu-python ## measure more on it: SUITE=ceilings|attention|passes|mlp|network|serving|decision|all
+gpu-bench: gpu-python ## measure more on it: SUITE=ceilings|attention|passes|mlp|network|serving|decision|diffusers|all
 	@PYTHONPATH=python $(PYTHON) -m benchmarks.gpu.run --suite $(or $(SUITE),all) $(ARGS)

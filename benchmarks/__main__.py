@@ -6,6 +6,7 @@ python benchmarks/run.py [--quick]            both suites, short: under 8 minute
 python benchmarks/run.py --suite network      U-ViT-S/2 at batch 8 and 64, both dtypes, compiled baseline
 python benchmarks/run.py --suite serving      throughput and latency of continuous batching: 50 minutes (--quick: 1)
 python benchmarks/run.py --suite quality --data canvases     every method over its range, at equal seconds: 50 minutes
+python benchmarks/run.py --suite diffusers    caches in transformers, sample by sample: 8 minutes (--quick: 1)
 python benchmarks/run.py --suite models       every published network: on a GPU all, on a CPU the small ones
 python benchmarks/run.py --suite digits --samples 10000 --seeds 3 --quality-only --out DIR
 """
@@ -15,6 +16,7 @@ import dataclasses
 import datetime
 import math
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -28,7 +30,7 @@ from benchmarks.report import html, plots
 from benchmarks.report.summary import REPORT, TABLES, summary
 from benchmarks.report.tables import all_tables, plain
 from benchmarks.rows import ROOT, Rows, cores, machine, say
-from benchmarks.suites import digits, headline, network, quality, serving
+from benchmarks.suites import digits, headline, network, pipelines, quality, serving
 from benchmarks.suites import models as presets
 from benchmarks.suites.equal_seconds import Comparison
 from benchmarks.suites.judging import DATA
@@ -41,7 +43,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    suites = ("default", "digits", "headline", "models", "network", "quality", "serving")
+    suites = ("default", "diffusers", "digits", "headline", "models", "network", "quality", "serving")
     parser.add_argument("--suite", choices=suites, default="default")
     parser.add_argument("--quick", action="store_true", help="few repeats, few samples: shows that it works")
     parser.add_argument("--out", type=Path, help="folder for everything written (default: benchmarks/out/DATE)")
@@ -70,8 +72,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=whole_numbers, help="suite quality: numbers of solver steps, as in 6,10,20")
     parser.add_argument("--budgets", type=shares, help="suite quality: shares of the work, as in 0.4,0.55")
     chosen = parser.parse_args(argv)
-    if chosen.quality_only and chosen.suite in ("headline", "network", "serving", "models"):
+    if chosen.quality_only and chosen.suite in ("diffusers", "headline", "network", "serving", "models"):
         parser.error(f"the suite {chosen.suite} measures no quality; use --suite digits")
+    if chosen.suite == "diffusers" and find_spec("diffusers") is None:
+        parser.error("the suite diffusers takes diffusers: pip install 'adadiff_kernels[diffusers]'")
     if chosen.presets is not None and chosen.suite != "models":
         parser.error("--presets are those of --suite models")
     try:
@@ -120,6 +124,8 @@ def measure(rows: Rows, comparison: Comparison | None, chosen: argparse.Namespac
         serving.run(rows, serving.QUICK if chosen.quick else serving.FULL)
     if chosen.suite == "headline":
         headline.run(rows)
+    if chosen.suite == "diffusers":
+        pipelines.run(rows, pipelines.QUICK if chosen.quick else pipelines.FULL)
     if comparison is not None:
         given = {"samples": chosen.samples, "runs": chosen.seeds, "processes": chosen.processes}
         comparison.run(**given, timing=not chosen.quality_only)

@@ -3,7 +3,6 @@
 import re
 import shlex
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,11 +63,22 @@ def test_python_runs_as_written(pipe, tmp_path: Path, monkeypatch: pytest.Monkey
     exec(PYTHON[1], names)
     assert len(names["images"]) == 20
 
+    try:
+        exec(PYTHON[2], names)
+        assert len(names["images"]) == 2
+        assert capsys.readouterr().out == f"{adadiff.summary(pipe)}\n"
+    finally:
+        adadiff.disable(pipe)
     transformer = pipe.transformer
-    exits = Exits(from_transformer(transformer.state_dict(), transformer.config), ExitConfig()).requires_grad_(False)
-    monkeypatch.setattr(adadiff, "load", lambda name: SimpleNamespace(exits=exits))
-    exec(PYTHON[2], names)
-    assert len(names["images"]) == 2
+    names["exits"] = Exits(from_transformer(transformer.state_dict(), transformer.config), ExitConfig())
+    names["exits"].requires_grad_(False)
+    (with_exits,) = re.findall(r"`(adadiff\.enable\(.*?)`", README)
+    try:
+        record = eval(with_exits, names)
+        assert len(pipe(class_labels=[1, 0], num_inference_steps=2, output_type="np").images) == 2
+        assert record.totals.ticks == 2
+    finally:
+        adadiff.disable(pipe)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Measures on a CUDA device, and writes rows. Run again, it goes on where it stopped.
 
-make gpu-bench SUITE=NAME                    ceilings, attention, passes, mlp, network, serving, decision or all
+make gpu-bench SUITE=NAME                    ceilings, attention, passes, mlp, network, serving, decision,
+                                             diffusers or all
 make gpu-bench SUITE=all ARGS='--out DIR'    rows of this commit and GPU that DIR has are not measured again
 python3 -m benchmarks.gpu.run --dry                     every suite at tiny sizes on the CPU, nothing timed or written
 
@@ -17,7 +18,7 @@ from types import ModuleType
 
 import torch
 
-from benchmarks.gpu import attention, ceilings, decision, lacking, mlp, network, passes, serving
+from benchmarks.gpu import attention, ceilings, decision, diffusers, lacking, mlp, network, passes, serving
 from benchmarks.gpu import tables as gpu_tables
 from benchmarks.gpu.session import OutOfTime, Session, device_or_exit, gpu_facts, limited
 from benchmarks.report.tables import latest, plain
@@ -32,6 +33,7 @@ SUITES = {
     "network": network,
     "serving": serving,
     "decision": decision,
+    "diffusers": diffusers,
 }
 LIMIT = 500.0  # seconds; a command shall take at most nine minutes
 GRACE = 0.2  # of that, 25 seconds at most, for the comparison that has begun by then

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
+from benchmarks.report import pipelines_tables
 from benchmarks.report.cells import Table, number, select, warning
 from benchmarks.rows import Row
 
@@ -186,6 +187,10 @@ def network(rows: Sequence[Row]) -> list[Table]:
     return tables
 
 
+def diffusers(rows: Sequence[Row]) -> list[Table]:
+    return pipelines_tables.tables_of(select(rows, "gpu-diffusers", "step"), device)
+
+
 def network_side_by_side(rows: Sequence[Row]) -> list[Table]:
     """The fastest strategy of every pattern, two batches beside each other."""
     found = [row for row in select(rows, "gpu-network", "pattern") if row["parameters"]["batch"] in BATCHES_ON_A_PAGE]
@@ -218,7 +223,7 @@ def strategy(row: Row) -> str:
     return row["variant"].rpartition(", ")[2]
 
 
-ALL = (ceilings, attention, passes, network, serving, decision, mlp)
+ALL = (ceilings, attention, passes, network, serving, decision, mlp, diffusers)
 
 
 def all_tables(rows: Iterable[Row]) -> list[Table]:

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import lacking
+from benchmarks.gpu import diffusers, lacking
 from benchmarks.gpu import tables as gpu_tables
 from benchmarks.gpu.session import device_or_exit, gpu_facts
 from benchmarks.report.tables import latest, plain
@@ -109,6 +109,7 @@ PARTS = {
         Part("serving", 45, suites("serving")),
         Part("decision", 30, suites("decision")),
         Part("mlp", 30, suites("mlp")),
+        Part("diffusers", 110, suites("diffusers"), second=True),
         # without PyTorch's cache every tensor ends where its memory does
         Part("memcheck", 60, memcheck, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, most=45.0),
         Part("dit64", 90, suites("network", presets=[DIT], batches=[64]), second=True),
@@ -224,6 +225,7 @@ def missing_for_build() -> list[str]:
 MISSING: dict[str, Callable[[], list[str]]] = {
     "build": missing_for_build,
     "tests": lambda: [] if find_spec("pytest") else ["pytest"],
+    "diffusers": diffusers.missing,
 }
 
 

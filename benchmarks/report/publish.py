@@ -21,7 +21,15 @@ from PIL import Image
 
 from adadiff.writing import replace_file
 from benchmarks.gpu import tables as gpu_tables
-from benchmarks.report import equal_seconds_table, front_plots, fronts, headline, plots, serving_tables
+from benchmarks.report import (
+    equal_seconds_table,
+    front_plots,
+    fronts,
+    headline,
+    pipelines_tables,
+    plots,
+    serving_tables,
+)
 from benchmarks.report.cells import Table, select
 from benchmarks.report.model_tables import models
 from benchmarks.report.tables import digits, latest, markdown, network, overhead
@@ -52,6 +60,7 @@ PAGES: dict[Path, tuple[Tables, ...]] = {
     RESULTS / "digits.md": (digits, overhead),
     RESULTS / "network.md": (network, models),
     RESULTS / "serving.md": serving_tables.ALL,
+    RESULTS / "diffusers.md": (pipelines_tables.tables,),
     RESULTS / "gpu.md": (*gpu_tables.ALL, gpu_tables.network_side_by_side),
 }
 

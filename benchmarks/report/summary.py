@@ -8,6 +8,7 @@ from benchmarks.report import (
     headline_section,
     models_section,
     network_section,
+    pipelines_section,
     quality_section,
     serving_section,
 )
@@ -22,6 +23,7 @@ MAKERS: dict[str, Callable[[Sequence[Row]], Section | None]] = {
     "network": network_section.section,
     "serving": serving_section.section,
     "models": models_section.section,
+    "diffusers": pipelines_section.section,
 }
 REPORT, TABLES = "report.html", "tables.txt"
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from adadiff.metrics.intervals import Interval, seed_interval
 from benchmarks.gpu import tables as gpu_tables
-from benchmarks.report import fronts, serving_tables
+from benchmarks.report import fronts, pipelines_tables, serving_tables
 from benchmarks.report.cells import Table, number, select, warning, where
 from benchmarks.report.model_tables import models
 from benchmarks.rows import Row, key
@@ -40,7 +40,16 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 
 def all_tables(rows: Iterable[Row]) -> list[Table]:
     rows = latest(rows)
-    makers = (digits, overhead, fronts.tables, network, *serving_tables.ALL, models, *gpu_tables.ALL)
+    makers = (
+        digits,
+        overhead,
+        fronts.tables,
+        network,
+        *serving_tables.ALL,
+        models,
+        pipelines_tables.tables,
+        *gpu_tables.ALL,
+    )
     return [table for make in makers for table in make(rows) if table.body]
 
 

@@ -36,20 +36,24 @@ __all__ = [
     "SamplingParams",
     "Trace",
     "build",
+    "calibrate",
     "convert",
-    "disable_early_exit",
-    "enable_early_exit",
+    "disable",
+    "enable",
     "forward",
     "load",
     "sample",
     "save",
+    "summary",
     "trace",
 ]
 
 _DIFFUSERS = {
     "AdaDiffPipeline": "pipelines.pipeline",
-    "disable_early_exit": "pipelines.early_exit",
-    "enable_early_exit": "pipelines.early_exit",
+    "calibrate": "pipelines.calibrating",
+    "disable": "pipelines.enable",
+    "enable": "pipelines.enable",
+    "summary": "pipelines.enable",
 }
 
 
@@ -62,4 +66,4 @@ def __getattr__(name: str) -> object:
     except ModuleNotFoundError as error:
         if error.name != "diffusers":
             raise
-        raise ImportError(f"adadiff.{name} takes diffusers: pip install 'adadiff_kernels[latents]'") from error
+        raise ImportError(f"adadiff.{name} takes diffusers: pip install 'adadiff_kernels[diffusers]'") from error

@@ -6,10 +6,12 @@ from functools import cache
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import adadiff
-from adadiff import ExecutionOptions, ForwardOutput, Model
+from adadiff import Engine, ExecutionOptions, ForwardOutput, Model
 from adadiff.forward import runner
+from adadiff.models.layers import Mlp, has_epilogue
 from adadiff.policies.exits import Replay, Threshold
 from adadiff.uem import PAPER
 from numerics import assert_as_accurate
@@ -164,3 +166,77 @@ def test_blocks_are_fused(strategy: str, monkeypatch: pytest.MonkeyPatch) -> Non
     result = replay(torch.bfloat16, PATTERNS["nobody"], count_sync=strategy)
     assert calls == ["fused_block"] * LAYERS
     assert result.rows == (BATCH,) * LAYERS
+
+
+# ---- captured pieces; what they do without a GPU is tested in tests/sampler/test_captured.py ----
+
+
+def replayed(exits: Tensor, lanes: int = BATCH, **options: object) -> ForwardOutput:
+    x, t = inputs(torch.float32)
+    given = {"policy": Replay(), "threshold": exits[:lanes].float(), "execution": ExecutionOptions(**options)}
+    return adadiff.forward(model(torch.float32), x[:lanes], t[:lanes], **given)
+
+
+@pytest.mark.parametrize("count_sync", [None, "sync", "lagged"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_pieces_equal_eager(pattern: str, count_sync: str | None) -> None:
+    """Any number of lanes through one space; run, captured and replayed."""
+    exits = torch.tensor(PATTERNS[pattern], device=DEVICE)
+    for lanes in (BATCH, 5, 1):
+        eager = replayed(exits, lanes)
+        for _ in range(4):
+            found = replayed(exits, lanes, runner="captured", max_lanes=20, count_sync=count_sync)
+            assert torch.equal(found.exit_layer, eager.exit_layer)
+            torch.testing.assert_close(found.prediction, eager.prediction, rtol=1e-4, atol=1e-4)
+
+
+def test_a_saturated_engine_never_waits() -> None:
+    """Of its own accord, once pieces are captured: `result` is what waits."""
+    own = model(torch.float32)
+    execution = ExecutionOptions(runner="captured", count_sync="lagged")
+    with Engine(own, 8, threaded=False, execution=execution, warm=True) as engine:
+        seeds = iter(range(10**6))
+
+        def fill() -> None:
+            while engine.report.waiting < 4:
+                seed = next(seeds)
+                engine.submit(seed=seed, steps=3 + seed % 5, policy=Threshold(0.5))
+
+        for _ in range(30):
+            fill()
+            engine.step()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(30):
+                fill()
+                engine.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_captured_passes_take_little_more_memory() -> None:
+    exits = torch.tensor(PATTERNS["one by one"], device=DEVICE)
+
+    def peak(**options: object) -> int:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(3):
+            replayed(exits, **options)
+        return torch.cuda.max_memory_allocated()
+
+    eager = peak()
+    assert peak(runner="captured") <= 1.15 * eager + 2**24
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gelu_is_the_epilogue_of_its_product(dtype: torch.dtype) -> None:
+    """Of a DiT's MLP, within what rounding the product apart makes."""
+    torch.manual_seed(0)
+    mlp = Mlp(144, 576, "tanh").to(DEVICE, dtype).requires_grad_(False)
+    h = torch.randn(3, 65, 144, device=DEVICE, dtype=dtype)
+    assert has_epilogue(mlp.fc1, h)
+    exact = F.gelu(F.linear(h.double(), mlp.fc1.weight.double(), mlp.fc1.bias.double()), approximate="tanh")
+    apart = F.gelu(mlp.fc1(h), approximate="tanh")
+    error, usual = ((value.double() - exact).abs().max() for value in (mlp._gelu(h), apart))
+    assert error <= 1.5 * usual + 1e-6

@@ -1,4 +1,4 @@
-"""Early exit in a DiTPipeline of diffusers, through its own blocks."""
+"""`enable` with exit policies: early exit in a DiTPipeline of diffusers, through its own blocks or through ours."""
 
 import copy
 from functools import cache
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import adadiff
 from adadiff.conversion.convert import from_transformer
 from adadiff.pipelines import early_exit
-from adadiff.pipelines.early_exit import DiffusersDiT
+from adadiff.pipelines.early_exit import DiffusersDiT, record_of
 from adadiff.uem import ExitConfig, Exits
 from sampler.tiny import scramble
 
@@ -46,9 +46,8 @@ def pipe() -> DiTPipeline:
     made = DiTPipeline(*parts(), DDIMScheduler(clip_sample=False))
     made.set_progress_bar_config(disable=True)
     yield made
-    registry = getattr(made.transformer, "_diffusers_hook", None)
-    if registry is not None and registry.hooks:
-        adadiff.disable_early_exit(made)
+    if record_of(made.transformer) is not None:
+        adadiff.disable(made)
 
 
 def exits() -> Exits:
@@ -73,7 +72,7 @@ def lanes(n: int = 6) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("policy", ["full", "exit:0.000001"])
 def test_where_nobody_exits_images_are_the_same_bits(policy: str, guidance: float, pipe: DiTPipeline) -> None:
     plain = draw(pipe, guidance)
-    record = adadiff.enable_early_exit(pipe, policy, exits())
+    record = adadiff.enable(pipe, policy, exits=exits())
     assert torch.equal(draw(pipe, guidance), plain)
     passes = 4 * (6 if guidance > 1 else 3)
     assert (record.totals.passes, record.totals.blocks) == (passes, passes * LAYERS)
@@ -85,7 +84,7 @@ def test_through_our_blocks_images_are_the_same_but_for_rounding(
     policy: str, guidance: float, pipe: DiTPipeline
 ) -> None:
     plain = draw(pipe, guidance)
-    record = adadiff.enable_early_exit(pipe, policy, exits(), fused=True)
+    record = adadiff.enable(pipe, policy, exits=exits(), fused=True)
     torch.testing.assert_close(draw(pipe, guidance), plain, rtol=0, atol=1e-5)
     assert record.totals.blocks == record.totals.passes * LAYERS > 0
 
@@ -94,10 +93,10 @@ def test_both_paths_exit_alike(pipe: DiTPipeline) -> None:
     x, t, labels = lanes()
     outputs, layers = [], []
     for fused in (False, True):
-        record = adadiff.enable_early_exit(pipe, "exit:0.17", exits(), fused=fused)
+        record = adadiff.enable(pipe, "exit:0.17", exits=exits(), fused=fused)
         outputs.append(pipe.transformer(x, timestep=t, class_labels=labels).sample)
         layers.append(record.exit_layer.tolist())
-        adadiff.disable_early_exit(pipe)
+        adadiff.disable(pipe)
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
     assert layers[0] == layers[1]
     assert outputs[0].shape == (6, 8, 6, 6)
@@ -108,7 +107,7 @@ def test_heads_of_their_own_run_through_our_blocks(pipe: DiTPipeline) -> None:
     ours = from_transformer(pipe.transformer.state_dict(), pipe.transformer.config)
     with_heads = Exits(ours, ExitConfig()).requires_grad_(False)
     scramble(with_heads, 0.3, seed=4)
-    adadiff.enable_early_exit(pipe, "exit:depth=2", with_heads, fused=True)
+    adadiff.enable(pipe, "exit:depth=2", exits=with_heads, fused=True)
     got = pipe.transformer(x, timestep=t, class_labels=labels).sample
     rows, cond = ours.embed(x, t.float(), labels)
     for block in ours.blocks[:2]:
@@ -140,7 +139,7 @@ def by_hand(x: Tensor, t: Tensor, label: Tensor, weights: Exits, threshold: floa
 
 def test_every_lane_exits_on_its_own(pipe: DiTPipeline) -> None:
     x, t, labels = lanes()
-    record = adadiff.enable_early_exit(pipe, "exit:0.17", exits())
+    record = adadiff.enable(pipe, "exit:0.17", exits=exits())
     got = pipe.transformer(x, timestep=t, class_labels=labels).sample
     wanted = [by_hand(*lane, exits(), 0.17) for lane in zip(x, t, labels, strict=True)]
     torch.testing.assert_close(got, torch.stack([image for image, _ in wanted]), rtol=1e-4, atol=1e-5)
@@ -152,9 +151,9 @@ def test_every_lane_exits_on_its_own(pipe: DiTPipeline) -> None:
 
 def test_a_fixed_depth_is_a_shorter_transformer(pipe: DiTPipeline) -> None:
     x, t, labels = lanes()
-    adadiff.enable_early_exit(pipe, "exit:depth=2")
+    adadiff.enable(pipe, "exit:depth=2", exits=exits())
     got = pipe.transformer(x, timestep=t, class_labels=labels).sample
-    adadiff.disable_early_exit(pipe)
+    adadiff.disable(pipe)
     blocks = pipe.transformer.transformer_blocks
     pipe.transformer.transformer_blocks = blocks[:2]
     try:
@@ -166,16 +165,16 @@ def test_a_fixed_depth_is_a_shorter_transformer(pipe: DiTPipeline) -> None:
 
 def test_disabled_it_is_as_it_was(pipe: DiTPipeline) -> None:
     plain, forward = draw(pipe), type(pipe.transformer).forward
-    adadiff.enable_early_exit(pipe, "exit:0.5", exits())
+    adadiff.enable(pipe, "exit:0.5", exits=exits())
     assert not torch.equal(draw(pipe), plain)
-    adadiff.disable_early_exit(pipe)
+    adadiff.disable(pipe)
     assert torch.equal(draw(pipe), plain)
     assert pipe.transformer.forward.__func__ is forward
-    adadiff.enable_early_exit(pipe, "full", exits())  # and once more
+    adadiff.enable(pipe, "full", exits=exits())  # and once more
 
 
 def test_the_plain_pipeline_s_report_is_kept_call_by_call(pipe: DiTPipeline) -> None:
-    record = adadiff.enable_early_exit(pipe, "exit:depth=3", exits())
+    record = adadiff.enable(pipe, "exit:depth=3", exits=exits())
     for _ in range(2):
         draw(pipe)
     assert (record.totals.ticks, record.totals.passes, record.totals.blocks) == (8, 24, 72)
@@ -256,7 +255,7 @@ def test_what_changes_afterwards_counts(change: str, fused: bool) -> None:
     """The transformer without the hook says what is right, before and after."""
     pipe = DiTPipeline(copy.deepcopy(parts()[0]), parts()[1], DDIMScheduler(clip_sample=False))
     own = pipe.transformer
-    adadiff.enable_early_exit(pipe, "full", exits(), fused=fused)
+    adadiff.enable(pipe, "full", exits=exits(), fused=fused)
 
     def predict() -> tuple[Tensor, Tensor]:
         x, t, labels = lanes()
@@ -284,7 +283,7 @@ def test_what_changes_afterwards_counts(change: str, fused: bool) -> None:
 def test_a_copy_is_made_once_for_the_same_weights(monkeypatch: pytest.MonkeyPatch, pipe: DiTPipeline) -> None:
     made, of = [], early_exit.from_transformer
     monkeypatch.setattr(early_exit, "from_transformer", lambda *given: made.append(1) or of(*given))
-    adadiff.enable_early_exit(pipe, "full", exits(), fused=True)
+    adadiff.enable(pipe, "full", exits=exits(), fused=True)
     draw(pipe)
     draw(pipe)
     assert len(made) == 1
@@ -296,7 +295,7 @@ def test_exits_with_heads_follow_the_transformer(dtype: torch.dtype) -> None:
     ours = from_transformer(pipe.transformer.state_dict(), pipe.transformer.config)
     with_heads = Exits(ours, ExitConfig()).requires_grad_(False)
     scramble(with_heads, 0.3, seed=4)
-    adadiff.enable_early_exit(pipe, "exit:depth=2", with_heads, fused=True)
+    adadiff.enable(pipe, "exit:depth=2", exits=with_heads, fused=True)
     x, t, labels = lanes()
     before = pipe.transformer(x, timestep=t, class_labels=labels).sample
     pipe.transformer.to(dtype)
@@ -312,7 +311,7 @@ def test_exits_with_heads_follow_the_transformer(dtype: torch.dtype) -> None:
 
 def test_another_number_of_blocks_is_refused() -> None:
     pipe = DiTPipeline(copy.deepcopy(parts()[0]), parts()[1], DDIMScheduler(clip_sample=False))
-    adadiff.enable_early_exit(pipe, "full")
+    adadiff.enable(pipe, "full", exits=exits())
     pipe.transformer.transformer_blocks = pipe.transformer.transformer_blocks[:3]
     x, t, labels = lanes()
     with pytest.raises(ValueError, match="another number of blocks now"):
@@ -322,30 +321,33 @@ def test_another_number_of_blocks_is_refused() -> None:
 def test_offloaded_weights_cannot_be_copied() -> None:
     pipe = DiTPipeline(copy.deepcopy(parts()[0]).to("meta"), parts()[1], DDIMScheduler(clip_sample=False))
     with pytest.raises(ValueError, match="fused=True copies all weights, and some are offloaded"):
-        adadiff.enable_early_exit(pipe, "full", fused=True)
+        adadiff.enable(pipe, "full", fused=True)
 
 
 def test_bad_input(pipe: DiTPipeline) -> None:
-    with pytest.raises(ValueError, match="early exit is for a DiTPipeline, got object"):
-        adadiff.enable_early_exit(object(), "full")
+    with pytest.raises(ValueError, match="object has no transformer"):
+        adadiff.enable(object(), "full")
     with pytest.raises(ValueError, match="reads scores; give the exits"):
-        adadiff.enable_early_exit(pipe, "exit:0.5")
+        adadiff.enable(pipe, "exit:0.5")
     theirs = DiffusersDiT(pipe.transformer)
     theirs.new_head = torch.nn.Identity
     own_heads = Exits(theirs, ExitConfig())
     with pytest.raises(ValueError, match="have heads of their own"):
-        adadiff.enable_early_exit(pipe, "exit:0.5", own_heads)
+        adadiff.enable(pipe, "exit:0.5", exits=own_heads)
     theirs.blocks = theirs.blocks[:4]
     shallow = Exits(theirs, SHARED)
     with pytest.raises(ValueError, match="these exits are for 4 blocks of 24 channels, the transformer has 5"):
-        adadiff.enable_early_exit(pipe, "exit:0.5", shallow)
+        adadiff.enable(pipe, "exit:0.5", exits=shallow)
     with pytest.raises(ValueError, match="is not enabled"):
-        adadiff.disable_early_exit(pipe)
-    with pytest.raises(ValueError, match="is not enabled"):
-        adadiff.disable_early_exit(object())
-    adadiff.enable_early_exit(pipe, "full")
-    with pytest.raises(ValueError, match="enabled already"):
-        adadiff.enable_early_exit(pipe, "full")
+        adadiff.disable(pipe)
+    with pytest.raises(ValueError, match="object has no transformer"):
+        adadiff.disable(object())
+    with pytest.raises(ValueError, match="takes no blocks and no tied"):
+        adadiff.enable(pipe, "exit:0.5", exits=exits(), tied=True)
+    adadiff.enable(pipe, "full", exits=exits())
+    for policy in ("full", "exit:depth=2", "cache:threshold=0.1"):
+        with pytest.raises(ValueError, match="enabled already"):
+            adadiff.enable(pipe, policy)
     x, t, _ = lanes()
     with pytest.raises(ValueError, match="takes timestep and class_labels"):
         pipe.transformer(x, timestep=t)

@@ -336,8 +336,9 @@ def test_an_autoencoder_of_other_latents_is_named_before_work(monkeypatch: pytes
 def test_diffusers_is_needed_only_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert adadiff.AdaDiffPipeline is AdaDiffPipeline
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    monkeypatch.delitem(sys.modules, "adadiff.pipelines.early_exit", raising=False)
-    with pytest.raises(ImportError, match=r"takes diffusers: pip install 'adadiff_kernels\[latents\]'"):
-        adadiff.enable_early_exit  # noqa: B018
+    for name in ("enable", "private"):
+        monkeypatch.delitem(sys.modules, f"adadiff.pipelines.{name}", raising=False)
+    with pytest.raises(ImportError, match=r"takes diffusers: pip install 'adadiff_kernels\[diffusers\]'"):
+        adadiff.enable  # noqa: B018
     with pytest.raises(AttributeError, match="no attribute 'EarlyExit'"):
         adadiff.EarlyExit  # noqa: B018

@@ -1,4 +1,4 @@
-"""Early exit for a DiTPipeline as it is, through its own blocks or through ours. Needs diffusers.
+"""Early exit for a DiTPipeline as it is, through its own blocks or through ours: `enable` with an exit policy.
 
 A hook takes the place of the transformer's `forward`: every lane of the call (a sample, or one half of a guided one)
 exits when its policy says so.
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from diffusers import DiTPipeline, DiTTransformer2DModel
-from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,6 +24,7 @@ from ..policies.spelling import policy_from
 from ..sampling.reports import Totals
 from ..uem import ExitConfig, Exits
 from .copies import Copy
+from .private import HookRegistry, ModelHook
 
 NAME = "adadiff_early_exit"
 WHOLE = 2**31  # lanes, more than any call has
@@ -36,12 +36,26 @@ class EarlyExit:
 
     totals: Totals = field(default_factory=Totals)
     exit_layer: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32, device="cpu"))
+    num_blocks: int = 0
+
+    def summary(self) -> str:
+        done, layers = self.totals, self.exit_layer.tolist()
+        share = done.blocks / (done.passes * self.num_blocks) if done.passes else 1.0
+        return (
+            f"transformer: early exit, {self.num_blocks} blocks\nlast call: lanes left after blocks {layers}\n"
+            f"{1 - share:.1%} of the blocks left out in {done.ticks} calls"
+        )
 
 
 def enable_early_exit(
-    pipe: DiTPipeline, policy: str | ExitPolicy, exits: Exits | None = None, *, fused: bool = False
+    pipe: DiTPipeline | DiTTransformer2DModel,
+    policy: str | ExitPolicy,
+    exits: Exits | None = None,
+    *,
+    fused: bool = False,
 ) -> EarlyExit:
-    """From now on, lanes of `pipe` exit by `policy`, scored by `exits`, which were trained for its transformer.
+    """What `enable` does with exit policies: lanes of `pipe` exit by `policy`, scored by `exits`, which were trained
+    for its transformer.
 
     exits: may be None with policies that read no score, such as "exit:depth=20" or "full"; with heads of their own they
     need `fused`. fused: a copy of the weights runs through our DiT, whose residual sums, scores and norms are one pass
@@ -49,15 +63,11 @@ def enable_early_exit(
     are those of the untouched pipeline: the same bits through its own blocks, within rounding through ours.
     The transformer may change afterwards: weights that are loaded or edited, `to` of another device or dtype. A copy is
     made anew then, at the next call.
-    Returns a record that every call adds to. Raises ValueError for another pipeline, exits that do not fit, and a
-    pipeline that is enabled already.
+    Returns a record that every call adds to. Raises ValueError for another pipeline and exits that do not fit.
     """
-    transformer = getattr(pipe, "transformer", None)
+    transformer = pipe if isinstance(pipe, nn.Module) else getattr(pipe, "transformer", None)
     if not isinstance(transformer, DiTTransformer2DModel):
-        raise ValueError(f"early exit is for a DiTPipeline, got {type(pipe).__name__}")
-    registry = HookRegistry.check_if_exists_or_initialize(transformer)
-    if registry.get_hook(NAME) is not None:
-        raise ValueError("early exit is enabled already; call disable_early_exit first")
+        raise ValueError(f"policy '{policy}' is for a DiTPipeline, got {type(pipe).__name__}")
     backbone = DiffusersDiT(transformer)
     policy = policy_from(policy)
     exit_layers_of(policy, len(backbone.blocks))
@@ -78,16 +88,19 @@ def enable_early_exit(
         with torch.device("cpu"):
             exits = Exits(backbone, ExitConfig(shared_head=True))  # nobody reads its scores
     hook = _Hook(transformer, backbone, exits, policy, fused)
-    registry.register_hook(hook, NAME)
+    HookRegistry.check_if_exists_or_initialize(transformer).register_hook(hook, NAME)
     return hook.record
 
 
-def disable_early_exit(pipe: DiTPipeline) -> None:
-    """Undoes `enable_early_exit`. ValueError where it is not enabled."""
-    registry = getattr(getattr(pipe, "transformer", None), "_diffusers_hook", None)
-    if registry is None or registry.get_hook(NAME) is None:
-        raise ValueError("early exit is not enabled in this pipeline")
-    registry.remove_hook(NAME, recurse=False)
+def record_of(transformer: nn.Module) -> EarlyExit | None:
+    """None where early exit is not enabled."""
+    registry = getattr(transformer, "_diffusers_hook", None)
+    hook = None if registry is None else registry.get_hook(NAME)
+    return None if hook is None else hook.record
+
+
+def disable_early_exit(transformer: DiTTransformer2DModel) -> None:
+    transformer._diffusers_hook.remove_hook(NAME, recurse=False)
 
 
 class _Hook(ModelHook):
@@ -105,7 +118,7 @@ class _Hook(ModelHook):
         fused: bool,
     ):
         super().__init__()
-        self.policy, self.record = policy, EarlyExit()
+        self.policy, self.record = policy, EarlyExit(num_blocks=len(own.blocks))
         self._transformer, self._own, self._given = transformer, own, exits
         self._copy = Copy(transformer, lambda: _through_our_blocks(transformer)) if fused else None
         self._place: tuple[torch.device, torch.dtype] | None = None
@@ -115,9 +128,7 @@ class _Hook(ModelHook):
     def _prepare(self, x: Tensor) -> ExecutionOptions:
         """For one call, with what the transformer is now."""
         if len(self._transformer.transformer_blocks) != len(self._own.blocks):
-            raise ValueError(
-                "the transformer has another number of blocks now; call disable_early_exit, then enable_early_exit"
-            )
+            raise ValueError("the transformer has another number of blocks now; call disable, then enable")
         self.backbone, device = self._own if self._copy is None else self._copy(), x.device
         if self._place != (device, x.dtype):
             self._place, dtype = (device, x.dtype), x.dtype

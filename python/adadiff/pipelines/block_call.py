@@ -1,0 +1,317 @@
+"""One call of a transformer, and in it one call of each of its blocks: who runs it, and what the others get."""
+
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..policies.reuse import ReusePolicy
+from .compaction import Gather, Rows, mark_dynamic
+from .families import Family
+from .lane_cache import Decision, Kept, LaneCache
+from .layout import BlockId, Layout, Outputs, Planned, outputs_of, split
+from .private import Interceptor
+from .runs import Visit
+
+# Rows of a block's output computed without their neighbours may differ from those computed with them by this share of
+# what the block adds, and of the output: a rounded product here and there, not another row's time or text.
+SAME = {
+    torch.float64: (1e-6, 1e-12),
+    torch.float32: (1e-3, 1e-5),
+    torch.float16: (1e-2, 2**-11),
+    torch.bfloat16: (2e-2, 2**-8),
+}
+
+
+@dataclass
+class Call:
+    """One call of the transformer.
+
+    layout: None at the first call of a shape, in which everybody runs everything and the order of blocks is learned.
+    look: what such calls have in common for which blocks are checked once; check: it is this one.
+    sequence: of the blocks called so far; base: inputs of each segment's first block, by argument; late: of each
+    segment, what its last blocks gave, while the order is learned.
+    """
+
+    policy: ReusePolicy
+    family: Family
+    B: int
+    t: Tensor
+    visit: Visit
+    cache: LaneCache
+    layout: Layout | None
+    look: Any
+    check: bool
+    conditioning: Sequence[Kept]
+    steps_left: int | None
+    tied: bool
+    name: str
+    sequence: list[Planned] = field(default_factory=list)
+    counts: Counter = field(default_factory=Counter)
+    base: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    late: dict[str, deque[tuple[int, Outputs, list[Any]]]] = field(default_factory=dict)
+    segments: dict[str, list[str]] = field(default_factory=dict)
+    gate_input: Tensor | None = None
+    attention_input: Tensor | None = None
+    decision: Decision | None = None
+    rows: Rows | None = None
+    gather: Gather | None = None
+    irregular: bool = False
+    head: int = 0
+
+    def __post_init__(self) -> None:
+        self.step = self.cache.step
+
+    def decide(self, gate: Tensor | None, output: Tensor) -> None:
+        """After the first blocks. gate, output: [B, ...]"""
+        self.decision = self.cache.decide(
+            self.policy, gate, output, self.conditioning, self.t, self.steps_left, self.tied
+        )
+        self.head = len(self.sequence)
+        if bool(self.decision.reuse.any()):
+            self.rows = Rows((~self.decision.reuse).nonzero().flatten(), self.B)
+            self.gather = Gather(self.rows, self.family)
+
+    def finish(self) -> Layout | None:
+        """What is known of the sequence of blocks; None where it was another than before."""
+        if self.layout is not None:
+            self.irregular |= len(self.sequence) != len(self.layout.calls)
+            if self.irregular and self.rows is not None:
+                raise ValueError(f"{self.name} ran other blocks than at its first call, while some were left out")
+            return None if self.irregular else self.layout
+        if self.decision is None:
+            name, *_ = self.counts
+            raise ValueError(
+                f"'{self.policy}' asks after {self.policy.first} blocks, but {name}, the first list of {self.name}, "
+                f"has only {self.counts[name]}"
+            )
+        tail = len(self.sequence) - self.policy.last
+        final: dict[str, int] = {}
+        for position, planned in enumerate(self.sequence[:tail]):
+            if position >= self.head:
+                final[planned.segment] = position
+        if not final:
+            raise ValueError(f"'{self.policy}' leaves nothing out: {self.name} runs {len(self.sequence)} blocks")
+        for name, position in final.items():
+            outputs, parts = next((o, parts) for p, o, parts in self.late[name] if p == position)
+            store_rest(self, name, outputs, parts, None)
+        return Layout(tuple(self.sequence), self.head, tail, final)
+
+    def blocks_run(self) -> Tensor:
+        """int64 [B]: how many blocks each lane ran."""
+        total = torch.full((self.B,), len(self.sequence), dtype=torch.int64, device="cpu")
+        if self.rows is None or self.layout is None or self.decision is None:
+            return total
+        return total - self.decision.reuse * (self.layout.tail - self.layout.head)
+
+
+class BlockCall:
+    """One call of a block. given: its arguments by name, the first `by_position` of them by position."""
+
+    def __init__(self, call: Call, block: Interceptor, given: Mapping[str, Any], by_position: int):
+        self.call, self.block, self.given, self.by_position = call, block, given, by_position
+        self.id: BlockId = block.label
+
+    def run(self) -> Any:
+        call, position = self.call, len(self.call.sequence)
+        first_list = call.sequence[0].block.name if call.sequence else self.id.name
+        if call.decision is None:
+            return self._head(last=call.counts[first_list] + (self.id.name == first_list) == call.policy.first)
+        if call.layout is None:
+            return self._learn(position)
+        layout = call.layout
+        if position >= len(layout.calls) or layout.calls[position].block != self.id:
+            call.irregular = True
+            if call.rows is not None:
+                raise ValueError(f"{call.name} runs {self.id} where other blocks ran at its first call")
+            return self._plain(Planned(self.id, layout.calls[0].outputs))
+        planned = layout.calls[position]
+        if position >= layout.tail:
+            return self._plain(planned)
+        last = layout.final[planned.segment]
+        begins = planned.segment not in call.base
+        if begins:
+            call.base[planned.segment] = self._base(layout.calls[last].outputs)
+        if call.rows is None:
+            output = self._plain(planned)
+            if position == last and not call.irregular:
+                store_rest(call, planned.segment, planned.outputs, planned.outputs.parts(output), None)
+            return output
+        return self._compact(planned, position == last, begins)
+
+    def _plain(self, planned: Planned) -> Any:
+        self._note(planned)
+        return self._called(self.given)
+
+    def _note(self, planned: Planned) -> None:
+        self.call.sequence.append(planned)
+        self.call.counts[self.id.name] += 1
+
+    def _called(self, given: Mapping[str, Any]) -> Any:
+        streams = [v for v in given.values() if isinstance(v, Tensor) and v.ndim > 2]
+        if self.block.compiled is not None and streams:  # one graph for any number of rows
+            lanes = self.call.B if given is self.given or self.call.rows is None else len(self.call.rows.lanes)
+            dim = self.call.family.batch_dim
+            mark_dynamic(given, Rows(torch.arange(lanes, device="cpu"), lanes), self.call.family, streams[0].shape[dim])
+        args, kwargs = split(given, self.by_position)
+        return self.block.call(*args, **kwargs)
+
+    def _head(self, last: bool) -> Any:
+        """A block that runs for everybody before it is decided who reuses."""
+        call, begins = self.call, not self.call.sequence
+        if begins:
+            kept = {k: v.clone() for k, v in self.given.items() if isinstance(v, Tensor) and v.ndim > 2}
+        output = self._called(self.given)
+        if begins:
+            outputs = self._outputs(output)
+            source = next(name for name in self.given if name in outputs.sources)
+            call.gate_input = kept[source]
+        elif last:
+            outputs = self._outputs(output)
+            source = next(name for name in self.given if name in outputs.sources)
+        else:
+            outputs = Outputs(None, ())
+        self._note(Planned(self.id, outputs))
+        if last:
+            found = _lanes_first(outputs.parts(output)[outputs.sources.index(source)], call)
+            gate = None
+            if call.policy.gate == "residual":
+                gate = found - _lanes_first(call.gate_input, call)
+            elif call.policy.gate == "input":
+                if call.attention_input is None:
+                    raise ValueError(f"{self.id} of {call.name} has no attention to read; use gate=residual")
+                gate = call.attention_input.reshape(call.B, -1)  # attention has lanes first, whatever the block has
+            call.decide(gate, found)
+        return output
+
+    def _outputs(self, output: Any) -> Outputs:
+        try:
+            return outputs_of(output, self.given, self.call.family, self.call.B)
+        except ValueError as error:
+            raise ValueError(f"{self.id} of {self.call.name} cannot be left out: {error}") from None
+
+    def _learn(self, position: int) -> Any:
+        call, B = self.call, self.call.B
+        kept = {k: v.clone() for k, v in self.given.items() if isinstance(v, Tensor) and v.ndim > 2}
+        output = self._called(self.given)
+        outputs = self._outputs(output)
+        streams = {source: kept[source] for source in outputs.sources if source is not None}
+        segment = self._segment(streams)
+        self._note(Planned(self.id, outputs, segment))
+        late = call.late.setdefault(segment, deque(maxlen=call.policy.last + 1))
+        late.append((position, outputs, [None if p is None else p.clone() for p in outputs.parts(output)]))
+        if call.check:
+            some = torch.unique(torch.tensor([min(1, B - 1), B - 1], dtype=torch.int64, device="cpu"))
+            rows, R = Rows(some, B), self._rows_of(outputs, kept)
+            compact = Gather(rows, call.family).arguments({k: kept.get(k, v) for k, v in self.given.items()}, R)
+            if B > 1:
+                self._check(compact, outputs, late[-1][2], kept, rows, R)
+        return output
+
+    def _segment(self, streams: Mapping[str, Tensor]) -> str:
+        """The list's segment that goes on, or a new one where other streams begin."""
+        call, made = self.call, self.call.segments.setdefault(self.id.name, [])
+        base = call.base[made[-1]] if made else {}
+        if not made or any(name not in base or base[name].shape != value.shape for name, value in streams.items()):
+            made.append(f"{self.id.name}/{len(made)}")
+            call.base[made[-1]] = dict(streams)
+        return made[-1]
+
+    def _check(
+        self,
+        compact: Mapping[str, Any],
+        outputs: Outputs,
+        parts: Sequence[Any],
+        kept: Mapping[str, Tensor],
+        rows: Rows,
+        R: int,
+    ) -> None:
+        """ValueError unless the lanes of `rows` alone come to what they come to beside the others. They are few: what a
+        block makes of the whole batch then shows most."""
+        call, dim = self.call, self.call.family.batch_dim
+        try:
+            alone = outputs.parts(self._called(compact))
+            for part, one, source in zip(parts, alone, outputs.sources, strict=True):
+                if source is None:
+                    continue
+                index = rows.index(R // call.B, False, part.device)
+                wanted, came = part.index_select(dim, index), kept[source].index_select(dim, index)
+                if one.shape != wanted.shape or not _same(one, wanted, came):
+                    raise ValueError("its rows come out otherwise without their neighbours")
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            wrong = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(f"{self.id} of {call.name} cannot be run for some lanes of {call.B}: {wrong}") from None
+
+    def _rows_of(self, outputs: Outputs, given: Mapping[str, Any]) -> int:
+        source = next(name for name in outputs.sources if name is not None)
+        return given[source].shape[self.call.family.batch_dim]
+
+    def _base(self, final: Outputs) -> dict[str, Tensor]:
+        return {source: self.given[source].clone() for source in final.sources if source is not None}
+
+    def _compact(self, planned: Planned, final: bool, begins: bool) -> Any:
+        """Some lanes run, or none does; the others get what they reuse from the final block of the segment."""
+        call, dim, outputs = self.call, self.call.family.batch_dim, planned.outputs
+        self._note(planned)
+        assert call.rows is not None
+        assert call.gather is not None
+        R = self._rows_of(outputs, self.given)
+        fresh: list[Any] = [None] * len(outputs.sources)
+        if len(call.rows.lanes):
+            fresh = outputs.parts(self._called(call.gather.arguments(self.given, R)))
+        parts: list[Any] = []
+        for p, source in enumerate(outputs.sources):
+            if source is None:
+                parts.append(None)
+                continue
+            if final:
+                rest = call.cache.rest[planned.segment, p]
+                full = call.base[planned.segment][source].to(rest.device) + rest
+            else:
+                full = self.given[source]
+            if fresh[p] is not None:
+                index = call.rows.index(full.shape[dim] // call.B, False, fresh[p].device)
+                full = full.to(fresh[p]).index_copy(dim, index, fresh[p])
+                call.gather.give(full, fresh[p], dim)
+            elif begins and not final:  # the argument may be somebody's who keeps it
+                full = full.clone()
+            parts.append(full)
+        if final and len(call.rows.lanes):
+            store_rest(call, planned.segment, outputs, fresh, call.rows)
+        return outputs.join(parts)
+
+
+def store_rest(call: Call, segment: str, outputs: Outputs, parts: Sequence[Any], rows: Rows | None) -> None:
+    """What the left-out blocks of a segment have added. parts: of all lanes, or of those of `rows`."""
+    dim = call.family.batch_dim
+    for p, source in enumerate(outputs.sources):
+        if source is None:
+            continue
+        base = call.base[segment][source].to(parts[p].device)
+        if rows is None:
+            call.cache.rest[segment, p] = parts[p] - base
+            continue
+        index = rows.index(base.shape[dim] // call.B, False, base.device)
+        rest = parts[p] - base.index_select(dim, index)
+        call.cache.rest[segment, p] = call.cache.rest[segment, p].index_copy(dim, index, rest)
+
+
+def _lanes_first(value: Tensor, call: Call) -> Tensor:
+    """[B, ...]"""
+    value = value.movedim(call.family.batch_dim, 0)
+    return value.reshape(call.B, -1)
+
+
+def _same(a: Tensor, b: Tensor, came: Tensor) -> bool:
+    """Whether a equals b up to a share of what the block has added; NaN equals NaN."""
+    a, b, added = a.float(), b.float(), (b.float() - came.float()).abs()
+    difference = (a - b).abs()
+    broken = a.isnan() & b.isnan()
+    difference, added = difference[~broken], added[~broken]
+    if not difference.numel():
+        return True
+    of_added, of_output = SAME.get(came.dtype, SAME[torch.bfloat16])
+    return bool(difference.mean() <= of_added * added.mean() + of_output * b.abs()[~broken].mean())

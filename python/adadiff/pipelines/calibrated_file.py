@@ -1,0 +1,40 @@
+"""Files of calibrated caches, and whether one fits a pipeline."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..data.files import read_text
+from ..policies.calibrated_cache import CalibratedCache
+from ..writing import replace_file
+
+ENDING = ".json"
+
+
+def save_cache(cache: CalibratedCache, path: Path, force: bool = False) -> None:
+    """Written whole, or not at all. FileExistsError where the file exists, unless `force`."""
+    replace_file(path, lambda temporary: temporary.write_text(cache.to_json(), encoding="utf-8"), force=force)
+
+
+def load_cache(path: str | Path) -> CalibratedCache:
+    """Raises ValueError for what `save_cache` did not write; FileNotFoundError where there is nothing."""
+    try:
+        return CalibratedCache.from_json(read_text(Path(path)))
+    except ValueError as error:
+        raise ValueError(f"cannot use policy {path}: {error}") from None
+
+
+def check_fits(cache: CalibratedCache, pipe: Any, transformer: nn.Module, blocks: int, tied: bool) -> None:
+    """ValueError unless the cache was calibrated for such a pipeline. blocks: of the transformer."""
+    now = {
+        "transformer": type(transformer).__name__,
+        "blocks": blocks,
+        "scheduler": type(getattr(pipe, "scheduler", None)).__name__,
+        "tied": tied,
+    }
+    for name, value in now.items():
+        if getattr(cache, name) != value:
+            raise ValueError(
+                f"'{cache}' was calibrated for {name} {getattr(cache, name)}, here it is {value}; calibrate anew"
+            )

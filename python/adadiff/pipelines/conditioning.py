@@ -1,0 +1,64 @@
+"""What the arguments of a call say about its lanes, beyond the hidden states: texts, labels, control."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .lane_cache import Kept
+from .runs import held
+
+CONDITIONING = ("encoder_hidden", "text", "prompt", "cap", "label", "pooled", "class", "image_embeds")
+
+
+def by_lane(value: Any, B: int) -> bool:
+    if isinstance(value, Tensor):
+        return value.ndim > 0 and len(value) == B
+    return isinstance(value, list | tuple) and len(value) == B and all(isinstance(one, Tensor) for one in value)
+
+
+def conditioning(arguments: Mapping[str, Any], B: int) -> list[Kept]:
+    """What has to be the same for a lane to reuse: its texts and labels, and whether there is any control."""
+    found = [
+        Kept.of(held(value))
+        for name, value in arguments.items()
+        if any(part in name for part in CONDITIONING) and by_lane(value, B)
+    ]
+    for name, value in arguments.items():
+        tensors = _tensors(value) if "control" in name else []
+        if tensors:
+            found.append(Kept.of(_acts(tensors, B)))
+    return found
+
+
+def _acts(tensors: list[Tensor], B: int) -> Tensor:
+    """bool [B], on the device of the first: whether any of a lane's numbers is not 0; of all, where shared."""
+    device = tensors[0].device
+    acts = torch.zeros(B, dtype=torch.bool, device=device)
+    for one in tensors:
+        own = one.ndim > 0 and len(one) == B
+        acts = acts | ((one != 0).reshape(B, -1).any(1) if own else (one != 0).any()).to(device)
+    return acts
+
+
+def alike(arguments: Mapping[str, Any], B: int) -> bool:
+    """Whether all lanes are given the same, so that one cannot be seen in another."""
+    for value in arguments.values():
+        if by_lane(value, B) and any(one.shape != value[0].shape for one in value):
+            return False
+        if by_lane(value, B) and not all(torch.equal(one, value[0]) for one in value[1:]):
+            return False
+    return True
+
+
+def tracked(arguments: Mapping[str, Any]) -> bool:
+    """Whether any tensor takes part in a gradient."""
+    return any(one.requires_grad for value in arguments.values() for one in _tensors(value))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return [one for part in parts for one in _tensors(part)]

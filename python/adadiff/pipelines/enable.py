@@ -1,0 +1,141 @@
+"""`enable`, `disable` and `summary`: adaptive compute in a pipeline of diffusers, sample by sample, in one line."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..policies.calibrated_cache import CalibratedCache
+from ..policies.exits import Depth, Full
+from ..policies.interface import ExitPolicy
+from ..policies.reuse import CachedRest, Reuse, ReusePolicy
+from ..policies.spelling import reuse_or_exit_policy_from
+from ..uem import Exits
+from . import early_exit
+from .calibrated_file import ENDING, check_fits, load_cache
+from .early_exit import EarlyExit
+from .private import check_version
+from .record import ReuseRecord
+from .reuse import ReusedTransformer, can_reuse
+
+
+def enable(
+    pipe: Any,
+    policy: str | Path | ExitPolicy | ReusePolicy = "cache:threshold=0.08",
+    *,
+    exits: Exits | None = None,
+    blocks: Sequence[str] | None = None,
+    tied: bool = False,
+    fused: bool = False,
+) -> ReuseRecord | EarlyExit:
+    """From now on, each sample of `pipe` leaves out what `policy` says, and what it leaves out is not computed.
+
+    pipe: a pipeline of diffusers, whose every transformer is meant, or one transformer.
+    policy: "full", "cache:threshold=0.08" (first-block cache), "reuse:every=2", and "exit:depth=8" (what the blocks
+    after the eighth add is that of the sample's first step) need no training. Other "exit:" policies, and "exit:depth"
+    with `exits`, are for a DiTPipeline and take exits that were trained for its transformer. See `adadiff.policies`.
+    blocks: names of the transformer's lists of blocks, where they are not found. tied: halves of a guided batch [2B]
+    decide together. fused: a DiT runs through a copy of its weights in our DiT, see `early_exit`.
+    Returns a record that every call adds to; of a pipeline with several transformers, that of the first.
+    Raises ValueError before anything is changed: no transformer, unknown blocks, enabled already, another cache
+    enabled, a policy that does not fit. What only a call can show raises ValueError in that call.
+    """
+    check_version()
+    if isinstance(policy, Path) or (isinstance(policy, str) and policy.endswith(ENDING)):
+        policy = load_cache(policy)
+    policy = reuse_or_exit_policy_from(policy)
+    transformers = _transformers(pipe)
+    if isinstance(policy, CalibratedCache) and len(transformers) > 1:
+        raise ValueError(f"'{policy}' is for one transformer, this pipeline has {', '.join(transformers)}")
+    for name, transformer in transformers.items():
+        if enabled(transformer) is not None or early_exit.record_of(transformer) is not None:
+            raise ValueError(f"{name} is enabled already; call disable first")
+    if isinstance(policy, ExitPolicy) and (exits is not None or fused or not isinstance(policy, Depth | Full)):
+        if blocks is not None or tied:
+            raise ValueError(f"policy '{policy}' takes no blocks and no tied")
+        return early_exit.enable_early_exit(pipe, policy, exits, fused=fused)
+    if exits is not None or fused:
+        raise ValueError(f"policy '{policy}' takes no exits and no fused")
+    spelled = str(policy)
+    if isinstance(policy, Full):
+        policy = Reuse(every=1)
+    if isinstance(policy, Depth):
+        if policy.threshold != int(policy.threshold):
+            raise ValueError(f"policy '{policy}' without exits takes a whole number of blocks")
+        policy = CachedRest(int(policy.threshold))
+    if isinstance(policy, Reuse) and policy.level != "block":
+        raise ValueError(f"policy '{policy}': pipelines reuse at level=block alone for now")
+    if policy.needs_steps_left and getattr(pipe, "scheduler", None) is None:
+        raise ValueError(f"policy '{policy}' counts steps from the end, which takes a pipeline with its scheduler")
+    made: list[ReusedTransformer] = []
+    owner = None if isinstance(pipe, nn.Module) else pipe
+    try:
+        for name, transformer in transformers.items():
+            made.append(ReusedTransformer(transformer, policy, spelled, name, blocks, tied, owner))
+            if isinstance(policy, CalibratedCache):
+                check_fits(policy, pipe, transformer, made[-1].record.num_blocks, tied)
+    except ValueError:
+        for one in made:
+            one.remove()
+        raise
+    return made[0].record
+
+
+def disable(pipe: Any) -> None:
+    """Undoes `enable`. ValueError where it is not enabled."""
+    undone = False
+    for transformer in _transformers(pipe).values():
+        reused = enabled(transformer)
+        if reused is not None:
+            reused.remove()
+        elif early_exit.record_of(transformer) is not None:
+            early_exit.disable_early_exit(transformer)
+        else:
+            continue
+        undone = True
+    if not undone:
+        raise ValueError(f"{type(pipe).__name__} is not enabled")
+
+
+def summary(pipe: Any) -> str:
+    """Of each enabled transformer: which lanes ran all blocks at which step of the latest run, what was left out in
+    all, seconds. ValueError where none is enabled."""
+    texts = []
+    for transformer in _transformers(pipe).values():
+        reused = enabled(transformer)
+        if reused is not None:
+            texts.append(reused.record.summary())
+        elif (record := early_exit.record_of(transformer)) is not None:
+            texts.append(record.summary())
+    if not texts:
+        raise ValueError(f"{type(pipe).__name__} is not enabled")
+    return "\n".join(texts)
+
+
+def enabled(transformer: nn.Module) -> ReusedTransformer | None:
+    return getattr(transformer, "_adadiff", None)
+
+
+def _transformers(pipe: Any) -> dict[str, nn.Module]:
+    """By name: the transformer itself, or those of a pipeline."""
+    if isinstance(pipe, nn.Module):
+        found = {type(pipe).__name__: pipe}
+    else:
+        parts = getattr(pipe, "components", None) or {}
+        named = {name: part for name, part in parts.items() if "transformer" in name and isinstance(part, nn.Module)}
+        first = [name for name in named if name.startswith("transformer")]
+        others = [name for name in named if name not in first and can_reuse(named[name])]
+        found = {}
+        for name in first + others:
+            if not any(named[name] is module for module in found.values()):  # one may go by two names
+                found[name] = named[name]
+    if not found:
+        raise ValueError(f"{type(pipe).__name__} has no transformer")
+    for name, module in found.items():
+        compiled = module._compiled_call_impl is not None and enabled(module) is None
+        if compiled or hasattr(module, "_orig_mod"):
+            raise ValueError(
+                f"{name} is compiled as a whole; compile its blocks: transformer.compile_repeated_blocks()"
+            )
+    return found

@@ -1,0 +1,49 @@
+"""Settings of transformer classes that differ from what is inferred, one line a class."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+# Block lists that are the trunk of a network, under the names that most classes give them.
+TRUNK = (
+    *("transformer_blocks", "single_transformer_blocks", "temporal_transformer_blocks", "visual_transformer_blocks"),
+    *("joint_transformer_blocks", "blocks", "layers", "double_blocks", "double_stream_blocks", "single_stream_blocks"),
+)
+TIME = ("timestep", "timesteps", "t")
+SAMPLE = ("hidden_states", "x", "sample")
+
+
+@dataclass(frozen=True)
+class Family:
+    """blocks: the lists. batch_dim: of the hidden states that blocks take. rising: pipelines count the time upwards.
+    paired: arguments whose rows are several times the batch, one after the other ([k * B], all lanes k times).
+    shared: arguments that are not by lane, whatever their shape. refused: why it cannot be done, if so."""
+
+    blocks: tuple[str, ...] = TRUNK
+    batch_dim: int = 0
+    rising: bool = False
+    paired: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+    refused: str | None = None
+
+
+FAMILIES: Mapping[str, Family] = {
+    "ErnieImageTransformer2DModel": Family(batch_dim=1),
+    "Lumina2Transformer2DModel": Family(rising=True),
+    "ZImageTransformer2DModel": Family(rising=True),
+    "MochiTransformer3DModel": Family(rising=True, shared=("image_rotary_emb",)),  # [S, heads, D]
+    "OmniGenTransformer2DModel": Family(rising=True),
+    "QwenImageTransformer2DModel": Family(paired=("temb",)),
+    "MiniMaxH3Transformer3DModel": Family(refused="its blocks look times up by an index over the whole batch"),
+    "AdaDiffTransformer": Family(refused="AdaDiffPipeline takes policy= in its calls"),
+    "TransformerTemporalModel": Family(refused="its rows are frames, and its blocks' rows are pixels"),
+    "Cosmos3OmniTransformer": Family(refused="its blocks take all samples packed into one sequence"),
+}
+
+
+def family_of(transformer: nn.Module) -> Family:
+    for kind in type(transformer).__mro__:
+        if kind.__name__ in FAMILIES:
+            return FAMILIES[kind.__name__]
+    return Family()

@@ -1,0 +1,154 @@
+"""What is kept of B lanes from step to step, and who of them reuses it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..policies.reuse import ReuseContext, ReusePolicy
+from .compaction import version
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Of one call. reuse: bool [B]; change: float32 [B], None without a gate. Both on the CPU."""
+
+    reuse: Tensor
+    change: Tensor | None
+
+
+@dataclass
+class LaneCache:
+    """Of the lanes of one call site of a pipeline, in one run.
+
+    age: int64 [B], on the CPU, steps since the last full one; written: bool [B]: there was one.
+    reference, norm: what the gate read at each lane's last full step (of the gate "input": at the last step), and its
+    mean absolute value; total: of that gate, float32 [B], what has summed up since the last full step.
+    rest: what the left-out blocks of a segment added to output p at each lane's last full step, by (segment, p).
+    """
+
+    B: int
+    step: int = 0
+    reference: Tensor | None = None
+    norm: Tensor | None = None
+    total: Tensor | None = None
+    conditioning: tuple[Any, ...] = ()
+    rest: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.age = torch.zeros(self.B, dtype=torch.int64, device="cpu")
+        self.written = torch.zeros(self.B, dtype=torch.bool, device="cpu")
+
+    def bytes(self) -> int:
+        kept = [*self.rest.values(), *([] if self.reference is None else [self.reference])]
+        return sum(value.numel() * value.element_size() for value in kept)
+
+    def decide(
+        self,
+        policy: ReusePolicy,
+        gate: Tensor | None,
+        output: Tensor,
+        conditioning: Sequence[Any],
+        t: Tensor,
+        steps_left: int | None,
+        tied: bool,
+    ) -> Decision:
+        """Who reuses in this step, and the notes for the next ones. gate: [B, ...], what the policy's gate reads;
+        output: [B, ...], of the first blocks; t: float [B], on the CPU.
+
+        One transfer from the device. A lane runs in full where it has nothing to reuse, where its conditioning is
+        another than at its last full step, and where anything is NaN.
+        """
+        told = torch.stack([self._change(policy, gate, output), _same(conditioning, self.conditioning, output)]).cpu()
+        change, same = told[0], told[1] == 1
+        left = None if steps_left is None else torch.full_like(self.age, steps_left)
+        context = ReuseContext(torch.full_like(self.age, self.step), self.age.clone(), left, t.clone())
+        mask = policy.reuse_mask(change.clone() if policy.gate else None, context)
+        if not isinstance(mask, Tensor) or mask.shape != (self.B,) or mask.dtype != torch.bool:
+            given = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+            raise ValueError(f"{policy} must answer with a tensor bool [{self.B}], got {given}")
+        reuse = mask.cpu() & self.written & same & ~change.isnan()
+        if tied:
+            first, second = reuse.view(2, -1)
+            reuse = (first & second).repeat(2)
+        self._note(policy, gate, reuse)
+        self.conditioning = tuple(conditioning)
+        return Decision(reuse, change if policy.gate else None)
+
+    def _change(self, policy: ReusePolicy, gate: Tensor | None, output: Tensor) -> Tensor:
+        """float32 [B], on the device: NaN where the lane's values are."""
+        if gate is None:
+            return torch.where(output.flatten(1).isnan().any(1), torch.nan, 0.0).float()
+        if policy.gate == "input":
+            if self.reference is None or self.norm is None or self.total is None:
+                self.total = torch.zeros(self.B, dtype=torch.float32, device=gate.device)
+            else:
+                self.total = self.total + mean_abs(gate - self.reference) / self.norm
+            self.reference, self.norm = gate, mean_abs(gate)
+            return torch.where(self.norm.isnan(), torch.nan, self.total)
+        if self.reference is None or self.norm is None:
+            return torch.where(mean_abs(gate).isnan(), torch.nan, torch.inf)
+        return mean_abs(gate - self.reference) / self.norm
+
+    def _note(self, policy: ReusePolicy, gate: Tensor | None, reuse: Tensor) -> None:
+        full = ~reuse
+        self.age = torch.where(full, 1, self.age + 1)
+        self.written = self.written | full  # not in place: the tensor may be of inference mode
+        self.step += 1
+        if gate is None or not bool(full.any()):
+            return
+        if policy.gate == "input":
+            self.total = torch.where(full.to(gate.device), 0.0, self.total)
+        elif self.reference is None or self.norm is None or bool(full.all()):
+            self.reference, self.norm = gate, mean_abs(gate)
+        else:
+            rows = full.nonzero().flatten().to(gate.device)
+            fresh = gate.index_select(0, rows)
+            self.reference = self.reference.index_copy(0, rows, fresh)
+            self.norm = self.norm.index_copy(0, rows, mean_abs(fresh))
+
+
+def mean_abs(value: Tensor) -> Tensor:
+    """float32 [B], of each lane."""
+    return value.flatten(1).abs().mean(1, dtype=torch.float32)
+
+
+def _same(now: Sequence[Any], then: Sequence[Any], like: Tensor) -> Tensor:
+    """float32 [B], 1 where a lane's conditioning is what it was. The first time nothing is compared."""
+    B, device = len(like), like.device
+    same = torch.ones(B, dtype=torch.bool, device=device)
+    if then:
+        for a, b in zip(now, then, strict=True):
+            same &= _equal(a, b, B).to(device)
+    return same.float()
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A value with the version it has now."""
+
+    value: Any
+    version: Any
+
+    @staticmethod
+    def of(value: Any) -> "Kept":
+        return Kept(value, [version(one) for one in value] if isinstance(value, list | tuple) else version(value))
+
+
+def _equal(now: Kept, then: Kept, B: int) -> Tensor:
+    """bool [B]"""
+    a, b = now.value, then.value
+    if isinstance(a, list | tuple):  # a tensor for each lane
+        pairs = zip(a, b, now.version, then.version, strict=True)
+        return torch.tensor([_one(*pair) for pair in pairs], dtype=torch.bool, device="cpu")
+    if a is b:
+        return torch.full((B,), now.version == then.version, dtype=torch.bool, device="cpu")
+    if a.shape != b.shape:
+        return torch.zeros(B, dtype=torch.bool, device="cpu")
+    return (a == b).reshape(B, -1).all(1)
+
+
+def _one(a: Tensor, b: Tensor, new: int | None, old: int | None) -> bool:
+    return new == old if a is b else a.shape == b.shape and bool(torch.equal(a, b))

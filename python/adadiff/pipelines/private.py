@@ -1,0 +1,148 @@
+"""What this package takes from inside diffusers and PyTorch, and for which versions: the one file to read again when
+they change."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import diffusers
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import nn
+
+__all__ = [
+    "CompileGuard",
+    "ContextProbe",
+    "HookRegistry",
+    "Interceptor",
+    "ModelHook",
+    "block_refused",
+    "check_version",
+    "transformer_refused",
+]
+
+VERSIONS = (0, 41), (0, 43)  # from, and below; as in pyproject.toml
+
+
+def check_version(version: str = diffusers.__version__) -> None:
+    """ImportError for a diffusers whose insides nobody has looked at."""
+    low, high = VERSIONS
+    if not low <= tuple(int(part) for part in version.split(".")[:2]) < high:
+        name = ".".join(map(str, low)), ".".join(map(str, high))
+        raise ImportError(f"adadiff.enable takes diffusers >= {name[0]} and < {name[1]}, found {version}")
+
+
+class Interceptor:
+    """Stands in front of a module's call: `run(interceptor, args, kwargs)` runs instead, and `call` is what was there.
+
+    It takes the place that `nn.Module.compile` fills, ahead of `forward` and of every hook: those that offload, cast or
+    adapt weights may come and go before or afterwards, and do their work where the module really runs. The module may
+    be compiled before, or afterwards (`intact` then takes what was compiled in).
+    """
+
+    def __init__(self, module: nn.Module, run: Callable[["Interceptor", tuple, dict], Any], label: Any = None):
+        self.module, self.run, self.label = module, run, label
+        self.compiled: Callable | None = module._compiled_call_impl
+        module._compiled_call_impl = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(self, args, kwargs)
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.compiled or self.module._call_impl)(*args, **kwargs)
+
+    def intact(self) -> None:
+        """Takes its place again where the module was compiled since."""
+        if self.module._compiled_call_impl is not self:
+            self.compiled = self.module._compiled_call_impl
+            self.module._compiled_call_impl = self
+
+    def remove(self) -> None:
+        if self.module._compiled_call_impl is self:
+            self.module._compiled_call_impl = self.compiled
+
+    def __deepcopy__(self, memo: dict) -> None:
+        return None
+
+
+class ContextProbe:
+    """Notes the name of the cache context that a pipeline is in: of `transformer.cache_context(name)`."""
+
+    def __init__(self, module: nn.Module):
+        self._module, self.name = module, ""
+
+    @staticmethod
+    def put(module: nn.Module) -> "ContextProbe":
+        probe = ContextProbe(module)
+        if hasattr(type(module), "cache_context"):
+            module.cache_context = probe
+        return probe
+
+    @staticmethod
+    def take(module: nn.Module) -> None:
+        module.__dict__.pop("cache_context", None)
+
+    @contextmanager
+    def __call__(self, name: str, **settings: Any) -> Iterator[None]:
+        before, self.name = self.name, name
+        try:
+            own: Any = type(self._module)
+            with own.cache_context(self._module, name, **settings):
+                yield
+        finally:
+            self.name = before
+
+
+class CompileGuard:
+    """Stands in front of `transformer.compile`, which would take the place of the transformer's interceptor."""
+
+    def __init__(self, module: nn.Module):
+        self._module = module
+
+    @staticmethod
+    def put(module: nn.Module) -> None:
+        module.compile = CompileGuard(module)
+
+    @staticmethod
+    def take(module: nn.Module) -> None:
+        module.__dict__.pop("compile", None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        if isinstance(self._module._compiled_call_impl, Interceptor):
+            raise ValueError("who reuses is decided between blocks; compile those alone: compile_repeated_blocks()")
+        type(self._module).compile(self._module, *args, **kwargs)
+
+
+def _hooks(module: nn.Module) -> dict[str, ModelHook]:
+    registry = getattr(module, "_diffusers_hook", None)
+    return {} if registry is None else registry.hooks
+
+
+def transformer_refused(transformer: nn.Module) -> str | None:
+    """Why no call of it may leave anything out, if so. Cheap: asked at every call."""
+    if transformer.training:
+        return "it is in training mode; call eval() first"
+    config = getattr(transformer, "_cache_config", None)
+    if config is not None:
+        return f"diffusers' {type(config).__name__} is enabled; call disable_cache() first"
+    if getattr(transformer, "_parallel_config", None) is not None:
+        return "its sequence is spread over several devices"
+    return None
+
+
+CACHES = ("cache", "fbc_", "pyramid", "faster", "taylorseer")  # in names of hooks
+
+
+def block_refused(blocks: Iterator[nn.Module]) -> str | None:
+    """Why blocks cannot be left out as they are set up now, if so. Walks over all modules: asked once a run."""
+    for block in blocks:
+        for module in block.modules():
+            for name, hook in _hooks(module).items():
+                if any(part in name for part in CACHES):
+                    return f"a hook {name!r} of another cache is on its blocks; remove it first"
+                group = getattr(hook, "group", None)
+                if group is not None and (group.stream is not None or (module is block and len(group.modules) > 1)):
+                    return "group offloading fetches blocks ahead; use use_stream=False and num_blocks_per_group=1"
+            processor = type(getattr(module, "processor", None)).__name__
+            if "PAG" in processor or "Perturbed" in processor:
+                return f"its {processor} works on thirds of the batch; disable perturbed-attention guidance"
+    return None
