@@ -34,6 +34,9 @@ FAMILIES: Mapping[str, Family] = {
     "ZImageTransformer2DModel": Family(rising=True),
     "MochiTransformer3DModel": Family(rising=True, shared=("image_rotary_emb",)),  # [S, heads, D]
     "OmniGenTransformer2DModel": Family(rising=True),
+    "LuminaNextDiT2DModel": Family(rising=True),
+    "Ideogram4Transformer2DModel": Family(rising=True),
+    "LongCatAudioDiTTransformer": Family(rising=True),
     "QwenImageTransformer2DModel": Family(paired=("temb",)),
     "MiniMaxH3Transformer3DModel": Family(refused="its blocks look times up by an index over the whole batch"),
     "AdaDiffTransformer": Family(refused="AdaDiffPipeline takes policy= in its calls"),
