@@ -5,14 +5,11 @@ from torch import Tensor
 
 from adadiff_kernels import upload
 
-from ..models.interface import Backbone
 from ..models.layers import check_labels
-from ..uem import Exits
 from .count_sync import CountSync, Sync, bucket
 from .decision import ExitDecision
-from .layers import Layers
+from .layers import Asked, Done, Layers
 from .memory import Embedded, Memory
-from .options import ExecutionOptions
 from .placement import DevicePlacement, Skip
 from .predictions import predictions, without_the_host
 from .runner import BlockRunner
@@ -100,17 +97,13 @@ class CapturedLayers(Layers):
         exits, scored = layer in decision.exit_layers and not self._asks, layer in decision.scored
 
         def work() -> None:
-            self._begin()
-            self.placement.begin_layer(layer, self.structure.blocks[layer - 1].skip_from)
-            self.runner.normed = self._normed(layer - 1, n)
+            self._stand_at(layer, n, self.structure.blocks[layer - 1].skip_from, wrote=layer - 1)
             super(CapturedLayers, self).layer(layer)
 
         moves = self.placement.saved is not None
         self._space.pieces.run(("layer", layer, n, scored, exits, self._records, moves, self._asks), work)
         if self._asks:
-            self._begin()
-            self.placement.begin_layer(layer, None)
-            self.runner.normed = self._normed(layer, n)
+            self._stand_at(layer, n, None, wrote=layer)
             super().exits(layer, self._memory.rows(layer)[:n], self._memory.u[:n] if scored else None)
 
     def exits(self, layer: int, hidden: Tensor, u: Tensor | None) -> None:
@@ -119,30 +112,20 @@ class CapturedLayers(Layers):
         elif u is not None:  # for those who are asked after this piece
             self._memory.u[: hidden.shape[0]].copy_(u)
 
-    def _begin(self) -> None:
-        """What a replay does not need."""
+    def _stand_at(self, layer: int, n: int, skip_from: int | None, wrote: int) -> None:
+        """What the work of a layer reads that pieces before it have left in memory; a replay needs none of it. wrote:
+        the block that ran last."""
+        runner = self.runner
         if not self._begun:
-            self.runner.begin(self._embedded, None)
+            runner.begin(self._embedded, None)
             self._begun = True
-
-    def _normed(self, layer: int, n: int) -> Tensor | None:
-        """What block `layer` wrote for the first norm of the next one."""
-        return self._memory.normed[:n] if self.runner.writes_norm(layer) else None
+        self.placement.begin_layer(layer, skip_from)
+        runner.normed = self._memory.normed[:n] if runner.writes_norm(wrote) else None
 
 
-def in_pieces(
-    backbone: Backbone,
-    exits: Exits | None,
-    structure: Structure,
-    decision: ExitDecision,
-    x: Tensor,
-    t: Tensor,
-    context: Tensor | None,
-    partner: Tensor | None,
-    execution: ExecutionOptions,
-    record_scores: bool,
-) -> tuple[Tensor, CapturedPlacement, Tensor | None, tuple[int, ...]]:
+def in_pieces(asked: Asked) -> Done:
     """Stem, layers and head, each as a piece."""
+    backbone, exits, structure, decision, execution, x, t, context, partner, record_scores = asked
     B, scored = len(x), bool(decision.scored)
     classes = getattr(getattr(backbone, "config", None), "num_classes", None)
     if context is not None and classes:
@@ -185,4 +168,4 @@ def in_pieces(
 
             run(("head", n, exits is not None), head)
             prediction = memory.prediction[:B].clone()
-        return prediction, placement, memory.scores[:, :B].clone() if record_scores else None, rows
+        return Done(prediction, placement, memory.scores[:, :B].clone() if record_scores else None, rows)

@@ -18,17 +18,14 @@ from .captured import in_pieces
 from .count_sync import Sync
 from .decision import ExitDecision, PolicyFailure, decide
 from .lane_by_lane import LaneRunner
-from .layers import Layers, no_scores
+from .layers import Asked, Done, Layers
 from .options import DEFAULT as EXECUTION
 from .options import ExecutionOptions
 from .output import ForwardOutput
 from .placement import DevicePlacement, HostPlacement, device_set
 from .predictions import predictions
 from .runner import BlockRunner
-from .structure import Structure, structure_of
-
-# the prediction of all lanes, where they lay, float32 [L, B] scores or None, and the rows that each block ran over
-Done = tuple[Tensor, HostPlacement | DevicePlacement, Tensor | None, tuple[int, ...]]
+from .structure import structure_of
 
 
 class HasExits(Protocol):
@@ -109,9 +106,8 @@ def run_forward(
     check_execution(execution, policies, device)
     t, partner = _upload(t, cfg_partner, decision, device)
     way = in_pieces if execution.runner == "captured" else directly
-    prediction, placement, scores, rows = way(
-        backbone, exits, structure, decision, x, t, context, partner, execution, record_scores
-    )
+    asked = Asked(backbone, exits, structure, decision, execution, x, t, context, partner, record_scores)
+    prediction, placement, scores, rows = way(asked)
     variance = None
     if backbone.learned_variance:
         prediction, variance = prediction.chunk(2, dim=1)
@@ -134,24 +130,16 @@ def _upload(
     return t, partner
 
 
-def directly(
-    backbone: Backbone,
-    exits: Exits | None,
-    structure: Structure,
-    decision: ExitDecision,
-    x: Tensor,
-    t: Tensor,
-    context: Tensor | None,
-    partner: Tensor | None,
-    execution: ExecutionOptions,
-    record_scores: bool,
-) -> Done:
+def directly(asked: Asked) -> Done:
     """Everything is called, on a device queued, as the loop comes to it."""
+    backbone, exits, structure, decision, execution, x, t, context, partner, record_scores = asked
     B, device, invariant = len(x), x.device, execution.batch_invariant
     host = device.type == "cpu" and execution.count_sync is None
     runner = (LaneRunner if invariant else BlockRunner)(backbone, exits, execution, structure, host=host)
     hidden = runner.embed(x, t, context, bool(decision.scored), decision.limits if host else None)
-    scores = no_scores(structure.num_layers, B, device) if record_scores else None
+    scores = None
+    if record_scores:
+        scores = torch.full((structure.num_layers, B), torch.nan, dtype=torch.float32, device=device)
     with nullcontext() if host else device_set(B, device) as active:
         placement: HostPlacement | DevicePlacement
         if host:
@@ -164,7 +152,7 @@ def directly(
         placement.skips.clear()
         placement.finish(placement.hidden, structure.num_layers)
     prediction = predictions(runner, placement, backbone, exits if decision.exit_layers else None)
-    return prediction, placement, scores, rows
+    return Done(prediction, placement, scores, rows)
 
 
 def check_execution(execution: ExecutionOptions, policies: Sequence[ExitPolicy], device: torch.device) -> None:

@@ -1,13 +1,42 @@
 """The one loop of a forward pass: block, score, exit, next block."""
 
-import torch
+from typing import NamedTuple
+
 from torch import Tensor
 
+from ..models.interface import Backbone
+from ..uem import Exits
 from .decision import ExitDecision
 from .lane_by_lane import LaneRunner
+from .options import ExecutionOptions
 from .placement import DevicePlacement, HostPlacement
 from .runner import BlockRunner
 from .structure import Structure
+
+
+class Asked(NamedTuple):
+    """One forward pass of B lanes, checked and decided about. x, t, partner, int32 [B] or None: on the network's
+    device."""
+
+    backbone: Backbone
+    exits: Exits | None
+    structure: Structure
+    decision: ExitDecision
+    execution: ExecutionOptions
+    x: Tensor
+    t: Tensor
+    context: Tensor | None
+    partner: Tensor | None
+    record_scores: bool
+
+
+class Done(NamedTuple):
+    """What came of it. prediction: of all lanes; scores: float32 [L, B] or None; rows: that each block ran over."""
+
+    prediction: Tensor
+    placement: HostPlacement | DevicePlacement
+    scores: Tensor | None
+    rows: tuple[int, ...]
 
 
 class Layers:
@@ -59,8 +88,3 @@ class Layers:
         placement.hidden = hidden
         if keeps:
             placement.skips[layer - 1] = placement.keep(hidden)
-
-
-def no_scores(num_layers: int, lanes: int, device: torch.device) -> Tensor:
-    """float32 [L, lanes] of NaN: nobody has been scored."""
-    return torch.full((num_layers, lanes), torch.nan, dtype=torch.float32, device=device)
