@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -224,8 +225,13 @@ def test_what_is_no_pipeline_is_refused() -> None:
     assert enabled(pipe.transformer) is not None
     two = pipeline("wan")
     two.register_modules(transformer_2=pipeline("wan").transformer)
-    with pytest.raises(ValueError, match="has 2"):
-        adadiff.calibrate(two, prompts("wan"))
+    other_named = SimpleNamespace(  # those that `enable` takes, as Ideogram4's
+        components={"transformer": two.transformer, "unconditional_transformer": two.transformer_2},
+        scheduler=two.scheduler,
+    )
+    for pipes in (two, other_named):
+        with pytest.raises(ValueError, match="has 2"):
+            adadiff.calibrate(pipes, prompts("wan"))
 
 
 def test_a_file_that_exists_is_kept(tmp_path: Path) -> None:

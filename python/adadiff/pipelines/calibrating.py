@@ -16,7 +16,7 @@ from ..policies.reuse import Cache, ReuseContext, ReusePolicy
 from ..writing import check_outputs
 from .calibrated_file import save_cache
 from .drawing import Prompt, check_prompts, draw
-from .enable import disable, enable, enabled
+from .enable import disable, enable, enabled, transformers_in
 from .record import StepRecord
 from .step_thresholds import Changes, between, interpolated, measured_growth, thresholds_for
 
@@ -295,10 +295,9 @@ def _check_budget(budget: float, observe: Steps, count: int, S: int) -> None:
 def _transformer(pipe: Any) -> nn.Module:
     if isinstance(pipe, Model):
         raise ValueError("a Model is calibrated by adadiff.calibration.calibrating.Calibrating or `adadiff calibrate`")
-    parts = {} if isinstance(pipe, nn.Module) else getattr(pipe, "components", None) or {}
-    found = [part for name, part in parts.items() if name.startswith("transformer") and isinstance(part, nn.Module)]
+    found = [] if isinstance(pipe, nn.Module) else list(transformers_in(pipe).values())
     if len(found) != 1:
         raise ValueError(f"calibrate takes a pipeline with one transformer; {type(pipe).__name__} has {len(found)}")
-    if parts.get("scheduler") is None:
+    if getattr(pipe, "scheduler", None) is None:
         raise ValueError(f"calibrate takes a pipeline with its scheduler; {type(pipe).__name__} has none")
     return found[0]

@@ -117,19 +117,22 @@ def enabled(transformer: nn.Module) -> ReusedTransformer | None:
     return getattr(transformer, "_adadiff", None)
 
 
+def transformers_in(pipe: Any) -> dict[str, nn.Module]:
+    """Those of a pipeline, by name."""
+    parts = getattr(pipe, "components", None) or {}
+    named = {name: part for name, part in parts.items() if "transformer" in name and isinstance(part, nn.Module)}
+    first = [name for name in named if name.startswith("transformer")]
+    others = [name for name in named if name not in first and can_reuse(named[name])]
+    found: dict[str, nn.Module] = {}
+    for name in first + others:
+        if not any(named[name] is module for module in found.values()):  # one may go by two names
+            found[name] = named[name]
+    return found
+
+
 def _transformers(pipe: Any) -> dict[str, nn.Module]:
     """By name: the transformer itself, or those of a pipeline."""
-    if isinstance(pipe, nn.Module):
-        found = {type(pipe).__name__: pipe}
-    else:
-        parts = getattr(pipe, "components", None) or {}
-        named = {name: part for name, part in parts.items() if "transformer" in name and isinstance(part, nn.Module)}
-        first = [name for name in named if name.startswith("transformer")]
-        others = [name for name in named if name not in first and can_reuse(named[name])]
-        found = {}
-        for name in first + others:
-            if not any(named[name] is module for module in found.values()):  # one may go by two names
-                found[name] = named[name]
+    found = {type(pipe).__name__: pipe} if isinstance(pipe, nn.Module) else transformers_in(pipe)
     if not found:
         raise ValueError(f"{type(pipe).__name__} has no transformer")
     for name, module in found.items():
