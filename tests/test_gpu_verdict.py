@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -149,7 +150,9 @@ def test_every_part_runs_dry_and_the_folder_is_complete(tmp_path: Path) -> None:
 def test_an_interrupted_run_says_so_and_leaves_no_process(tmp_path: Path, sign: signal.Signals) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu.verdict", "--dry", "--out", str(tmp_path), "--only", "tests,small"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True, **pipes)
+    # what a script runs in the background inherits that SIGINT is ignored
+    heeds = partial(signal.signal, sign, signal.SIG_DFL)
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True, preexec_fn=heeds, **pipes)
     for line in process.stdout:
         if "benchmarks.gpu.small" in line:
             process.send_signal(sign)
