@@ -6,12 +6,14 @@ memory, indexing with a mask or from another device. It goes by the name that Py
 since a PyTorch built without CUDA has no place for tensors of that.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -207,3 +209,18 @@ def _shown(func: Callable, args: tuple, kwargs: dict, there: bool) -> object:
             return OnDevice(value)
 
     return _mapped(show, made)
+
+
+def moved(what: nn.Module | Tensor, move: Callable[[Tensor], Tensor] = OnDevice) -> nn.Module | Tensor:
+    """A copy with its values, or a module's weights, elsewhere: on the pretended device."""
+    if isinstance(what, Tensor):
+        return move(what)
+    made = copy.deepcopy(what)
+    for part in made.modules():
+        part._parameters.update({name: move(v.detach()) for name, v in part._parameters.items() if v is not None})
+    return made
+
+
+def elsewhere(what: Any, move: Callable[[Tensor], Tensor] = OnDevice) -> SimpleNamespace:
+    """The network and the exits of a case on the pretended device."""
+    return SimpleNamespace(backbone=moved(what.backbone, move), exits=moved(what.exits, move))

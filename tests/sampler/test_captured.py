@@ -2,39 +2,28 @@
 addresses only and spoil what they allocate."""
 
 import copy
-import dataclasses
 import itertools
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
 
 from adadiff.forward import runner, spaces
-from adadiff.forward.count_sync import Lagged, Measured, bucket
+from adadiff.forward.count_sync import bucket
 from adadiff.forward.forward import forward
 from adadiff.forward.options import ExecutionOptions
-from adadiff.forward.output import ForwardOutput
-from adadiff.forward.pieces import Pieces
-from adadiff.forward.warming import warm
-from adadiff.models.uvit import UViT
 from adadiff.policies.exits import BatchMean, Depth, Full, Patience, Replay, Threshold
 from adadiff.policies.interface import ExitPolicy
-from adadiff.sampling.batch import Batch
-from adadiff.sampling.sampler import sample
-from adadiff.serving.engine import Engine
-from adadiff.uem import OFFICIAL, PAPER, ExitConfig, Exits
-from pretend import DEVICE, OnDevice, PretendDevice
-from recorder import RecordedGraphs, recorded
-from sampler.tiny import BATCH, UVIT, Case, case, requests, scramble, served
+from adadiff.uem import OFFICIAL, PAPER, ExitConfig
+from pretend import OnDevice, elsewhere, moved
+from recorder import recorded
+from sampler.captured import Captured, depths
+from sampler.tiny import BATCH, Case, case, thresholds
 
 LANES = torch.arange(BATCH)
 NETWORKS = [
@@ -52,57 +41,6 @@ def fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
     return request.param
 
 
-def on_device(what: nn.Module) -> nn.Module:
-    made = copy.deepcopy(what)
-    for part in made.modules():
-        part._parameters.update({name: OnDevice(v.detach()) for name, v in part._parameters.items() if v is not None})
-    return made
-
-
-def elsewhere(c: Case) -> SimpleNamespace:
-    return SimpleNamespace(backbone=on_device(c.backbone), exits=on_device(c.exits))
-
-
-@dataclass(frozen=True)
-class Captured:
-    """A network whose forward passes are captured, all sharing memory for so many lanes."""
-
-    model: SimpleNamespace
-    c: Case
-    max_lanes: int | None = None
-    count_sync: object = None
-    strict: bool = True
-
-    def __call__(self, lanes: Tensor, **own: object) -> ForwardOutput:
-        execution = ExecutionOptions(runner="captured", max_lanes=self.max_lanes, count_sync=self.count_sync)
-        (x, t, context) = self.c.given[lanes].all
-        with PretendDevice(self.strict):
-            return forward(self.model, OnDevice(x), t, context, **own, execution=execution)
-
-    def agrees(self, lanes: Tensor, **own: object) -> ForwardOutput:
-        """With the same pass on the CPU."""
-        found, wanted = self(lanes, **own), forward(self.c, *self.c.given[lanes].all, **own)
-        assert torch.equal(found.exit_layer.held, wanted.exit_layer)
-        tolerance = {"rtol": 1e-5, "atol": 2e-5}
-        torch.testing.assert_close(found.prediction.held, wanted.prediction, **tolerance)
-        if wanted.scores is not None:
-            torch.testing.assert_close(found.scores.held, wanted.scores, **tolerance, equal_nan=True)
-        if wanted.variance is not None:
-            torch.testing.assert_close(found.variance.held, wanted.variance, **tolerance)
-        return found
-
-
-def depths(n: int, layers: int) -> dict[str, Tensor]:
-    lane = torch.arange(n)
-    return {
-        "nobody": torch.full((n,), float(layers)),
-        "all at once": torch.full((n,), 2.0),
-        "alternating": torch.where(lane % 2 == 0, 1.0, float(layers)),
-        "one": torch.where(lane == n // 2, 3.0, float(layers)),
-        "spread": lane * 5 % layers + 1.0,
-    }
-
-
 @pytest.mark.parametrize("count_sync", [None, pytest.param("lagged", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("kind", "config"), NETWORKS)
 def test_pieces_equal_eager_for_every_pattern(kind, config, count_sync, fused, monkeypatch) -> None:
@@ -116,13 +54,6 @@ def test_pieces_equal_eager_for_every_pattern(kind, config, count_sync, fused, m
                     call.agrees(lanes, policy=Replay(), threshold=depth, record_scores=record_scores)
     assert graphs.captures > c.num_layers
     assert graphs.replays > graphs.captures
-
-
-def thresholds(c: Case) -> Tensor:
-    """Each in the middle of the widest gap of its lane's uncertainties, so that no decision hangs on rounding."""
-    u = c.uncertainties[:-1].sort(0).values
-    gap, at = u.diff(dim=0)[:3].max(0)
-    return (u[at, LANES] + gap / 2).float()
 
 
 class Asked(ExitPolicy):
@@ -273,7 +204,7 @@ def test_values_are_read_anew_and_new_weights_are_noticed(monkeypatch) -> None:
         backbone.mid_block.mlp.fc2._parameters["bias"] = OnDevice(c.backbone.mid_block.mlp.fc2.bias.detach().clone())
         passes(True)
         c.backbone.in_blocks[1].attn = copy.deepcopy(c.backbone.in_blocks[0].attn)
-        backbone.in_blocks[1].attn = on_device(c.backbone.in_blocks[0].attn)
+        backbone.in_blocks[1].attn = moved(c.backbone.in_blocks[0].attn)
         passes(True)
         c.exits.weight.data = c.exits.weight * 2
         call.model.exits._parameters["weight"] = OnDevice(c.exits.weight.detach().clone())
@@ -343,128 +274,6 @@ def test_threads_share_no_memory(monkeypatch) -> None:
     assert not found
 
 
-# ---- pieces alone ----
-
-
-class Counted:
-    """Graphs that count."""
-
-    def __init__(self) -> None:
-        self.did: list[str] = []
-
-    def aside(self, work: Callable[[], None]) -> None:
-        self.did.append("aside")
-        work()
-
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        self.did.append("capture")
-        return lambda: self.did.append("replay")
-
-
-def test_a_piece_is_run_then_captured_then_replayed() -> None:
-    graphs = Counted()
-    pieces = Pieces(graphs)
-    for _ in range(4):
-        pieces.run("a", lambda: None)
-    assert graphs.did == ["aside", "capture", "replay", "replay", "replay"]
-    assert len(pieces) == 1
-
-
-def test_the_piece_used_least_recently_is_dropped() -> None:
-    graphs = Counted()
-    pieces = Pieces(graphs, limit=2)
-    for key in "aabbaacc":  # c takes the place of b
-        pieces.run(key, lambda: None)
-    assert len(pieces) == 2
-    graphs.did.clear()
-    pieces.run("a", lambda: None)
-    assert graphs.did == ["replay"]
-    pieces.run("b", lambda: None)
-    assert graphs.did == ["replay", "aside"]
-
-
-# ---- the recorder is able to fail ----
-
-
-@pytest.fixture
-def device() -> Iterator[None]:
-    with PretendDevice(strict=True):
-        yield
-
-
-@pytest.mark.usefixtures("device")
-def test_the_recorder_shows_what_a_graph_would_do_wrong() -> None:
-    graphs, x, out = RecordedGraphs(), torch.ones(3, device=DEVICE), torch.zeros(3, device=DEVICE)
-    scale = [2.0]
-    replay = graphs.capture(lambda: out.copy_(x * scale[0]))
-    assert out.held.tolist() == [0, 0, 0]  # a capture does nothing
-    replay()
-    assert out.held.tolist() == [2, 2, 2]
-    x.add_(1)
-    scale[0] = 5.0
-    replay()
-    assert out.held.tolist() == [4, 4, 4]  # of the new values, by the number of the capture
-
-    kept: list[Tensor] = []
-    graphs.capture(lambda: kept.append(x + 1))()
-    assert kept[0].held.isnan().all()  # memory of the pool, which others use
-    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
-        graphs.capture(lambda: x.copy_(torch.ones(3).pin_memory(), non_blocking=True))
-
-
-@pytest.mark.usefixtures("device")
-def test_a_capture_changes_nothing() -> None:
-    x = torch.ones(3, device=DEVICE)
-
-    def work() -> None:
-        x.mul_(2)
-        x[1:].add_(1)
-        torch.mul(x, 2, out=x)
-
-    replay = RecordedGraphs().capture(work)
-    assert x.held.tolist() == [1, 1, 1]
-    replay()
-    assert x.held.tolist() == [4, 6, 6]
-
-
-# ---- how the host learns of the count ----
-
-
-class Counts:
-    """A set whose count the host may wait for."""
-
-    def __init__(self) -> None:
-        self.waited: list[int] = []
-
-    def wait(self, layer: int) -> int:
-        self.waited.append(layer)
-        return 9
-
-    def seen(self) -> SimpleNamespace:
-        return SimpleNamespace(count=9)
-
-
-@pytest.mark.parametrize(("seconds", "waits"), [(400e-6, [1, 2, 3, 4, 5]), (200e-6, [1, 2, 3, 4])])
-def test_long_blocks_are_waited_for_and_short_ones_are_one_late(seconds: float, waits: list[int]) -> None:
-    """The first pass is slow, since kernels are compiled in it, and the host is late once."""
-    now, active = [0.0], Counts()
-    measured = Measured(clock=lambda: now[0])
-
-    def a_pass(*speeds: float) -> list[int]:
-        active.waited.clear()
-        for layer, speed in enumerate(speeds, start=1):
-            now[0] += seconds * speed
-            assert measured.bound(active, list(range(1, layer + 1)), 9) == 9
-        return active.waited
-
-    assert a_pass(50, 50, 50, 50, 50, 50) == [1, 2, 3, 4, 5, 6]
-    assert a_pass(50, 1, 1.9, 0.1, 1) == [1, 2, 3, 4, 5]
-    assert measured.seconds(9) == pytest.approx(seconds)
-    assert measured.seconds(8) is None
-    assert a_pass(50, 1, 1, 1, 1) == waits
-    assert Lagged(1).bound(active, [1], 9) == 9  # the first exit of a pass has none before it
-
-
 def test_every_batch_of_a_space_launches_over_its_buckets(monkeypatch) -> None:
     c = case("uvit", PAPER, torch.float32)
     with recorded(monkeypatch):
@@ -503,139 +312,3 @@ def test_labels_of_the_host_are_checked(monkeypatch) -> None:
                     call(LANES, policy="full")
             else:
                 call.agrees(LANES, policy="full")
-
-
-# ---- batches and engines ----
-
-
-@pytest.mark.parametrize("count_sync", [None, "lagged"])
-def test_samples_are_drawn_by_captured_pieces(count_sync, monkeypatch) -> None:
-    """Every kind of request: guided, tied, with initial images, all solvers; ever other numbers of lanes share the
-    pieces of one space, and that of guided lanes."""
-    wanted = requests(20, seed=3, most=2)
-    for number, request in enumerate(wanted):
-        request["policy"] = "exit:depth=2.5" if number % 3 else "full"  # decides nothing by rounding
-    with Engine(served(), 4, threaded=False) as engine:
-        on_cpu = [engine.submit(**request) for request in wanted]
-    execution = ExecutionOptions(runner="captured", count_sync=count_sync)
-    model = on_device(served())
-    with recorded(monkeypatch) as graphs, PretendDevice():
-        with Engine(model, 4, threaded=False, execution=execution) as engine:
-            handles = [engine.submit(**request) for request in wanted]
-        assert len(spaces._spaces.of[model.backbone]) == 1
-    assert graphs.replays > graphs.captures > 0
-    for handle, usual in zip(handles, on_cpu, strict=True):
-        assert torch.equal(handle.report.exit_layer, usual.report.exit_layer)
-        image = usual.result(0)
-        torch.testing.assert_close(handle.result(0), image, rtol=1e-3, atol=1e-3 * float(image.abs().max()))
-
-
-def test_a_batch_that_runs_out_of_memory_goes_on_with_smaller_memory(monkeypatch) -> None:
-    """Memory for 4 lanes cannot be had; for 2 it can."""
-    model = on_device(served())
-    given = {"steps": 3, "class_labels": [0, 1, 2, 0], "policy": "exit:depth=2.5"}
-    images, report = sample(served(), 4, batch=4, **given)
-    made, usual = [], spaces.Memory
-
-    def memory(lanes: int, *rest: object) -> object:
-        made.append(lanes)
-        if lanes > 2:
-            raise torch.OutOfMemoryError("no memory")
-        return usual(lanes, *rest)
-
-    with recorded(monkeypatch), monkeypatch.context() as patched, PretendDevice():
-        patched.setattr(spaces, "Memory", memory)
-        found, same = sample(model, 4, batch=4, execution=ExecutionOptions(runner="captured"), **given)
-    assert made == [4, 2]
-    assert torch.equal(same.exit_layer, report.exit_layer)
-    torch.testing.assert_close(found, images, rtol=1e-3, atol=1e-3 * float(images.abs().max()))
-
-
-@pytest.mark.parametrize("context", [True, False], ids=["labels", "none"])
-def test_a_warm_space_captures_nothing_more(context: bool, monkeypatch) -> None:
-    """Whatever the passes are asked, and however many lanes exit."""
-    config = dataclasses.replace(UVIT, depth=2, num_classes=5 if context else 0)
-    backbone = UViT(config).requires_grad_(False).eval()
-    exits = Exits(backbone, PAPER).requires_grad_(False)
-    scramble(backbone, 0.15, seed=1)
-    scramble(exits, 0.15, seed=2)
-    model = SimpleNamespace(backbone=on_device(backbone), exits=on_device(exits))
-    execution = ExecutionOptions(runner="captured", max_lanes=5, count_sync="sync")
-    with recorded(monkeypatch) as graphs, PretendDevice():
-        warm(model, execution, torch.zeros(1, dtype=torch.int64, device=DEVICE) if context else None, DEVICE)
-        captures = graphs.captures
-        for n in (5, 3, 1):
-            x, t = OnDevice(torch.randn(n, 3, 8, 8)), torch.linspace(1, 999, n)
-            labels = torch.arange(n) if context else None
-            for policy in ("full", "exit:0.5", "exit:0.55,min_layer=2", "exit:depth=2", Replay()):
-                depth = torch.arange(n) % 3 + 1.0 if isinstance(policy, Replay) else None
-                forward(model, x, t, labels, policy=policy, threshold=depth, execution=execution)
-    assert graphs.captures == captures > 5 * 3 * 3
-
-
-class Transfers(TorchDispatchMode):
-    """Counts copies from the host to the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        source = args[0] if args else None
-        self.count += isinstance(made, OnDevice) and isinstance(source, Tensor) and not isinstance(source, OnDevice)
-        return made
-
-
-@pytest.mark.parametrize("guided", [False, True])
-def test_a_saturated_engine_never_waits_and_uploads_little(guided: bool, monkeypatch) -> None:
-    """Requests that come and go in every tick, and images that leave; nothing of it makes the host wait for the
-    device. A tick brings the device what it needs in two transfers: what the batch knows, and what the pass decides
-    by."""
-    execution, seeds = ExecutionOptions(runner="captured", count_sync="lagged"), itertools.count()
-    label = {"class_labels": 1, "guidance_scale": 2.0} if guided else {"class_labels": 1}
-    own = {"threaded": False, "execution": execution}
-    with recorded(monkeypatch), PretendDevice(strict=True), Engine(on_device(served()), 4, **own) as engine:
-        handles = []
-
-        def ticks(n: int) -> None:
-            for _ in range(n):
-                while engine.report.waiting < 4:
-                    steps, seed = 3 + len(handles) % 4, next(seeds)
-                    policy = ("exit:depth=2.5", "exit:0.5")[seed % 2]
-                    asked = {"seed": seed, "steps": steps, "policy": policy, **label}
-                    handles.append((engine.submit(**asked), asked))
-                engine.step()
-
-        ticks(12)
-        before = engine.report.batch.ticks
-        with Transfers() as transfers:
-            monkeypatch.setattr(engine, "_admit", lambda: None)  # its own uploads are those of new samples
-            engine.step()
-        monkeypatch.undo()
-        assert engine.report.batch.ticks == before + 1
-        assert len(engine._running)
-        assert transfers.count == 2
-        ticks(12)
-    assert len(handles) > 8
-    for handle, asked in handles[::5]:
-        image, _ = sample(served(), 1, **asked)
-        torch.testing.assert_close(handle.result(0), image[0], rtol=1e-3, atol=1e-3 * float(image.abs().max()))
-
-
-@pytest.mark.parametrize("threaded", [False, True])
-def test_an_engine_can_be_warmed(threaded: bool, monkeypatch) -> None:
-    model = copy.deepcopy(served())
-    made: list[bool] = []
-    monkeypatch.setattr(Batch, "warm", lambda self: made.append(threading.current_thread() is threading.main_thread()))
-    with Engine(model, 2, threaded=threaded, warm=True) as engine:
-        assert threaded or not engine.ready
-        handle = engine.submit(seed=0, steps=2, class_labels=0)
-        if not threaded:
-            engine.step()
-        assert handle.result(5).isfinite().all() if threaded else engine.ready
-        assert engine.ready
-    assert not engine.ready
-    assert made == [not threaded]
-    with Engine(model, 2, threaded=False) as engine:
-        assert engine.ready

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from adadiff.forward import placement
@@ -25,8 +25,9 @@ from adadiff.serving.engine import Engine
 from adadiff.uem import OFFICIAL, PAPER, ExitConfig
 from adadiff_kernels import CountSnapshot, DeviceSet
 from late import use_sets
-from pretend import DEVICE, OnDevice, PretendDevice, TensorsMadeFromValues, Waits
-from sampler.tiny import BATCH, case, requests, served
+from pretend import DEVICE, OnDevice, PretendDevice, TensorsMadeFromValues, Waits, elsewhere, moved
+from recorder import PolledSet
+from sampler.tiny import BATCH, case, requests, served, thresholds
 
 LANES = torch.arange(BATCH)
 NETWORKS = [
@@ -42,41 +43,9 @@ EXECUTIONS = [
 ]
 
 
-class Polled(DeviceSet):
-    """As with the compiled kernel: the device writes what the host is to know into memory of the host."""
-
-    def __init__(self, B: int, device: torch.device):
-        with PretendDevice():  # sets are kept, so that making one may wait
-            super().__init__(B, device, backend="reference", word=self)
-
-    def post(self, word: Tensor) -> None:
-        self._read = int(word.held)
-
-    def read(self) -> int:
-        return self._read
-
-    def wait(self, layer: int) -> int:
-        return self.seen().count
-
-
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_sets(monkeypatch, Polled)
-
-
-def moved(what: nn.Module | Tensor, move: Callable[[Tensor], Tensor] = OnDevice) -> nn.Module | Tensor:
-    """A copy with its values, or a module's weights, elsewhere: on the pretended device."""
-    if isinstance(what, Tensor):
-        return move(what)
-    made = copy.deepcopy(what)
-    for part in made.modules():
-        part._parameters.update({name: move(v.detach()) for name, v in part._parameters.items() if v is not None})
-    return made
-
-
-def elsewhere(what: object, move: Callable[[Tensor], Tensor] = OnDevice) -> SimpleNamespace:
-    """The network and the exits of a case on the pretended device."""
-    return SimpleNamespace(backbone=moved(what.backbone, move), exits=moved(what.exits, move))
+    use_sets(monkeypatch, PolledSet)
 
 
 def on_gpu(what: object) -> SimpleNamespace:
@@ -84,11 +53,8 @@ def on_gpu(what: object) -> SimpleNamespace:
 
 
 def settings(kind: str, config: ExitConfig, policies: str) -> dict:
-    """Policies with what goes with them, by lane, on the CPU. Each threshold lies in the middle of the widest gap of
-    its lane's uncertainties among the lower ones, so that no decision hangs on rounding."""
-    u = case(kind, config, torch.float32).uncertainties[:-1].sort(0).values
-    gap, at = u.diff(dim=0)[:3].max(0)
-    threshold = u[at, LANES] + gap / 2
+    """Policies with what goes with them, by lane, on the CPU."""
+    threshold = thresholds(case(kind, config, torch.float32))
     if policies == "threshold":
         return {"policy": Threshold(0.5), "threshold": threshold}
     if policies == "patience, tied":

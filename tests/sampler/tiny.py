@@ -61,6 +61,14 @@ class Case:
         return self.predictions[exit_layer.long() - 1, torch.arange(len(exit_layer))]
 
 
+def thresholds(c: Case) -> Tensor:
+    """float [B]: each in the middle of the widest gap of its lane's uncertainties among the lower ones, so that no
+    decision hangs on rounding."""
+    u = c.uncertainties[:-1].sort(0).values
+    gap, at = u.diff(dim=0)[:3].max(0)
+    return u[at, torch.arange(u.shape[1])] + gap / 2
+
+
 @cache
 def case(kind: str, config: ExitConfig, dtype: torch.dtype, exact: bool = False) -> Case:
     """kind: "uvit", "dit", "dit_nan" or "adaln". exact: the weights of `dtype`, computed with in float64."""
