@@ -11,10 +11,11 @@ from torch import Tensor
 import adadiff
 from adadiff.diffusion.noise import initial_noise
 from adadiff.diffusion.solvers import DDIM
-from adadiff.forward.forward import forward, run_forward
+from adadiff.forward.forward import forward
+from adadiff.forward.networks import Network, run_networks
 from adadiff.forward.options import ExecutionOptions
 from adadiff.forward.output import ForwardOutput
-from adadiff.forward.two_stage import TwoStageForward, two_stage
+from adadiff.forward.two_stage import TwoStage, two_stage
 from adadiff.model import Model
 from adadiff.models.dit import DiTConfig
 from adadiff.policies.exits import Depth, Full, Replay
@@ -129,19 +130,18 @@ def test_a_serving_engine_switches_too() -> None:
     while engine.step():
         pass
     assert all(torch.equal(handle.result(0), image) for handle, image in zip(handles, wanted, strict=True))
-    with pytest.raises(ValueError, match="give one"):
-        adadiff.Engine(served(), 3, shallow_model=shallow(), forward=run_forward, threaded=False)
     fits = adadiff.Engine(served(), "1MiB", threaded=False).capacity
     wide = shallow(depth=4)
     assert adadiff.Engine(served(), "1MiB", shallow_model=wide, threaded=False).capacity <= fits
 
 
 def switched(
-    switch: TwoStageForward, full: Model, x: Tensor, t: Tensor, context: Tensor, *policies: ExitPolicy, **given: object
+    switch: TwoStage, full: Model, x: Tensor, t: Tensor, context: Tensor, *policies: ExitPolicy, **given: object
 ) -> ForwardOutput:
     """Called as the sampler calls it."""
     by_lane = {"policy_index": None, "threshold": None, "cfg_partner": None, "execution": ExecutionOptions(), **given}
-    return switch(full, x, t, context, policies=policies, **by_lane)
+    network = torch.from_numpy(switch.choose(t.numpy()))
+    return run_networks([Network(full, True), *switch.networks], network, x, t, context, policies=policies, **by_lane)
 
 
 def test_one_forward_pass_in_detail() -> None:
@@ -152,7 +152,7 @@ def test_one_forward_pass_in_detail() -> None:
     x, context = given.x, given.context % 3
     t = torch.tensor([10.0, 900.0, 499.99, 500.0, 30.0, 999.0, 20.0])
     depth = torch.tensor([1.0, 1.0, 2.0, 1.0, 5.0, 1.0, 3.0])
-    switch, own = TwoStageForward(early, 500.0), {"threshold": depth, "record_scores": True}
+    switch, own = TwoStage(early, 500.0), {"threshold": depth, "record_scores": True}
     mixed = switched(switch, full, x, t, context, Replay(), **own)
     late, first = torch.arange(0, 7, 2), torch.arange(1, 7, 2)
     alone = forward(full, x[late], t[late], context[late], policy=Replay(), threshold=depth[late], record_scores=True)
@@ -179,7 +179,7 @@ def test_policies_and_partners_follow_their_lanes() -> None:
     given = inputs(full.backbone, 6)
     x, context = given.x, given.context % 3
     t = torch.tensor([900.0, 10.0, 800.0, 20.0, 30.0, 40.0])
-    switch = TwoStageForward(early, 500.0)
+    switch = TwoStage(early, 500.0)
     result = switched(
         switch,
         full,
@@ -192,7 +192,7 @@ def test_policies_and_partners_follow_their_lanes() -> None:
         execution=ExecutionOptions(count_sync="lagged"),
     )
     assert result.exit_layer.tolist() == [3, 4, 3, 2, 2, 5]
-    with pytest.raises(ValueError, match="both sides"):
+    with pytest.raises(ValueError, match="different ones"):
         switched(switch, full, x, t, context, Full(), cfg_partner=torch.tensor([1, 0, 2, 3, 4, 5]))
 
 

@@ -10,11 +10,13 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Costs:
     """Multiply-adds of a lane. plain: of the whole network without exits. by_exit_layer: [networks][L + 1], of one that
-    exits after so many blocks. network: by lane, which of the networks it ran; None: all ran the only one."""
+    exits after so many blocks. network: by lane, which of the networks it ran; None: all ran the only one. asks: by
+    network, whether policies decide in it."""
 
     plain: int
     by_exit_layer: tuple[tuple[int, ...], ...]
     network: tuple[int, ...] | None = None
+    asks: tuple[bool, ...] = (True,)
 
     def total(self, exit_layer: Sequence[int]) -> int:
         """exit_layer: of every lane."""

@@ -1,14 +1,19 @@
 """Policies as text: "full", "exit:0.135,min_layer=3", "exit:budget=0.55", "exit:table=0.55", "exit:patience=0.08",
-"exit:depth=8", "exit:batch-mean=0.07"; for pipelines of diffusers "cache:threshold=0.08", "reuse:every=2"."""
+"exit:depth=8", "exit:batch-mean=0.07", "cache:threshold=0.08", "reuse:every=2", "width:FILE", "cascade:FILE", one of
+somebody's own as "module:Class"; parts of different kinds joined by +."""
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from .calibrated import Calibration
+from .cascade import Cascade
 from .exits import BatchMean, Depth, Full, Patience, Threshold
 from .interface import ExitPolicy
+from .parts import Part, Parts
 from .reuse import Cache, Reuse, ReusePolicy
 
+Policy = str | Part | Parts | Sequence[str | Part]
 DEFAULT = "full"  # nothing is left out unless somebody asks for it
 FORMS = (
     "full, exit:THRESHOLD, exit:budget=SHARE and exit:table=SHARE (calibrated models), exit:patience=THRESHOLD, "
@@ -18,34 +23,57 @@ REUSE_FORMS = (
     "cache:threshold=CHANGE[,first=BLOCKS][,last=BLOCKS][,gate=residual|input], "
     "reuse:every=STEPS[,level=block|layer|unit][,dense_early=STEPS][,dense_late=STEPS]"
 )
+OWN_FORM = "module:Class[:name=value,...], a policy of your own"
 _KINDS = {"threshold": Threshold, "patience": Patience, "depth": Depth, "batch-mean": BatchMean}
 
 
-def policy_from(policy: ExitPolicy | str, calibration: Calibration | None = None) -> ExitPolicy:
-    """A policy, or the one that is spelled so. calibration: of the model, for "exit:budget=" and "exit:table=".
+def parts_from(policy: Policy, calibration: Calibration | None = None) -> Parts:
+    """What a sample follows, or what is spelled so. calibration: of the model, for "exit:budget=" and "exit:table=".
 
-    Raises ValueError for text that is no policy, for a share that the model is not calibrated for, and for policies
-    that reuse earlier steps, which are for pipelines of diffusers (`reuse_or_exit_policy_from`).
+    Raises ValueError for text that is no policy, for two parts of one kind, for a share that the model is not
+    calibrated for, and for files and classes that cannot be read.
     """
-    found = reuse_or_exit_policy_from(policy, calibration)
-    if isinstance(found, ReusePolicy):
+    check_policy(policy)
+    if isinstance(policy, Parts):
+        return policy
+    given = policy.split("+") if isinstance(policy, str) else [policy] if isinstance(policy, Part) else policy
+    return Parts.of(*(_part(one, calibration) for one in given))
+
+
+def check_policy(policy: object) -> None:
+    """ValueError for what is neither a policy nor text, nor several of them."""
+    one = str | Part
+    several = isinstance(policy, list | tuple) and policy and all(isinstance(part, one) for part in policy)
+    if not (isinstance(policy, one | Parts) or several):
         raise ValueError(
-            f"policy '{found}' reuses earlier steps, which is for pipelines of diffusers for now: "
-            "adadiff.enable(pipe, policy)"
+            f"a policy is an ExitPolicy, another part, several of different kinds, or text such as 'exit:0.1', "
+            f"got {policy!r}"
         )
-    return found
 
 
-def reuse_or_exit_policy_from(
-    policy: ExitPolicy | ReusePolicy | str, calibration: Calibration | None = None
-) -> ExitPolicy | ReusePolicy:
-    """As `policy_from`, with those that reuse earlier steps."""
-    if isinstance(policy, ExitPolicy | ReusePolicy):
+def policy_from(policy: Policy, calibration: Calibration | None = None) -> ExitPolicy:
+    """As `parts_from`, of policies by which lanes exit alone; ValueError for others."""
+    parts = parts_from(policy, calibration)
+    if not parts.only_exits:
+        raise ValueError(f"here only exits can be decided; policy '{parts}' is for `sample` and `Engine`")
+    return parts.exit
+
+
+def reuse_or_exit_policy_from(policy: str | Part, calibration: Calibration | None = None) -> ExitPolicy | ReusePolicy:
+    """One part that leaves or reuses; ValueError for others."""
+    part = _part(policy, calibration)
+    if not isinstance(part, ExitPolicy | ReusePolicy):
+        raise ValueError(f"policy '{part}' is for adadiff's own models; there are {FORMS}, {REUSE_FORMS}")
+    return part
+
+
+def _part(policy: str | Part, calibration: Calibration | None) -> Part:
+    if isinstance(policy, Part):
         return policy
     if not isinstance(policy, str):
-        raise ValueError(f"a policy is an ExitPolicy or text such as 'exit:0.1', got {policy!r}")
+        raise ValueError(f"a policy is text such as 'exit:0.1' or an ExitPolicy, got {policy!r}")
     found = _spelled(policy)
-    if isinstance(found, ExitPolicy | ReusePolicy):
+    if not isinstance(found, tuple):
         return found
     kind, share = found
     try:
@@ -57,15 +85,21 @@ def reuse_or_exit_policy_from(
 
 
 @lru_cache(maxsize=256)
-def _spelled(policy: str) -> ExitPolicy | ReusePolicy | tuple[str, float]:
+def _spelled(policy: str) -> Part | tuple[str, float]:
     """The policy, or what it asks of a calibration: "budget" or "table", and the share."""
     if policy == "full":
         return Full()
     part, colon, text = policy.partition(":")
-    if part in _REUSE and colon:
+    if colon and part in _REUSE:
         return _reuse_policy(policy, part, text)
+    if colon and part == "cascade":
+        return Cascade(text)
+    if colon and part == "width":
+        raise ValueError(f"unknown policy {policy!r}")
+    if colon and part not in ("exit", "full") and all(name.isidentifier() for name in part.split(".")):
+        return _own(policy, part, text)
     if part != "exit" or not colon:
-        raise ValueError(f"unknown policy {policy!r}; there are {FORMS}")
+        raise ValueError(f"unknown policy {policy!r}; there are {FORMS}, {REUSE_FORMS}, {OWN_FORM}")
     first, *rest = text.split(",")
     kind, value = first.split("=", 1) if "=" in first else ("threshold", first)
     try:
@@ -76,6 +110,39 @@ def _spelled(policy: str) -> ExitPolicy | ReusePolicy | tuple[str, float]:
         return _KINDS[kind](_number(value), **_options(kind, rest))
     except ValueError as error:
         raise ValueError(f"cannot use policy {policy!r}: {error}. There are {FORMS}") from None
+
+
+def _own(policy: str, module: str, text: str) -> Part:
+    """Of somebody's own: "module:Class" or "module:Class:name=value,...", values being numbers, true, false or text."""
+    name, _, settings = text.partition(":")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # something that the module itself imports
+        known = f"{FORMS}, {REUSE_FORMS}, {OWN_FORM}"
+        raise ValueError(f"unknown policy {policy!r}: there is no module {module!r}; there are {known}") from None
+    except AttributeError:
+        raise ValueError(f"cannot use policy {policy!r}: module {module!r} has no {name!r}") from None
+    given = [setting.partition("=") for setting in settings.split(",")] if settings else []
+    try:
+        made = kind(**{key: _value(value) for key, _, value in given})
+    except TypeError as error:
+        raise ValueError(f"cannot use policy {policy!r}: {error}") from None
+    if not isinstance(made, Part):
+        raise ValueError(f"cannot use policy {policy!r}: {name} is no ExitPolicy, ReusePolicy or Width")
+    return made
+
+
+def _value(text: str) -> int | float | bool | str:
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 # Of "cache:" and "reuse:": the class, the option it has to have, and how each option is read.

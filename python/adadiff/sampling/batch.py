@@ -8,6 +8,7 @@ sample to blame is found.
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from ..diffusion.noise import SOLVER_STEP, initial_noise
 from ..diffusion.tables import TableSet
 from ..forward.decision import PolicyFailure
 from ..forward.forward import check_execution, run_forward
+from ..forward.networks import NetworkChoice, run_networks
 from ..forward.options import ExecutionOptions
 from ..forward.output import ForwardOutput
 from ..forward.warming import warm
@@ -28,6 +30,7 @@ from ..policies.policy_set import PolicySet
 from .capacity import one_context
 from .faults import is_interrupt, is_memory_error
 from .lanes import Lanes, lanes_of
+from .network_set import NetworkSet
 from .ordering import ExpectedDepth
 from .pass_size import PassSize
 from .records import PassRecord
@@ -50,7 +53,8 @@ class Batch:
     to True when those are written, too.
     late: exit layers of a last step are read a tick late, too: with the next tick, or by `flush`. So nothing of a tick
     waits for the device.
-    forward: in place of `run_forward`, as `TwoStageForward`, for experiments and tests.
+    choice: of the network, for all samples, as `TwoStage`. forward: in place of `run_forward`, for experiments and
+    tests.
     """
 
     @torch.inference_mode(False)  # whatever mode the caller is in, another thread may continue
@@ -60,13 +64,14 @@ class Batch:
         capacity: int,
         *,
         execution: ExecutionOptions | None = None,
+        choice: NetworkChoice | None = None,
         forward: Callable[..., ForwardOutput] | None = None,
         device: torch.device | None = None,
         late: bool = False,
     ):
         self.model, self.capacity, self.totals = model, capacity, Totals()
         self.execution, self.device = execution or ExecutionOptions(), device or model.device
-        self._forward = forward or run_forward
+        self._forward, self._choice, self._networks = forward or run_forward, choice, NetworkSet(model)
         self._tables, self._policies = TableSet(model.schedule, self.device), PolicySet()
         self._slots = SlotState(capacity, model.backbone.sample_shape, self.device)
         self._expected = ExpectedDepth(model.num_layers, capacity)
@@ -104,7 +109,8 @@ class Batch:
         seeds, steps, first = samples.seeds[own], samples.steps[own].numpy(), samples.first[own].numpy()
         table, policy = self._tables.add(samples.solver, steps, first), self._policies.add(samples.policy)
         x = self._begin_at(samples, own, seeds, table, first)
-        slots = self._slots.add(samples, index, table, policy, x, self._tables.packed)
+        choice = self._networks.add(samples.choice if self._choice is None else self._choice)
+        slots = self._slots.add(samples, index, table, policy, choice, x, self._tables.packed)
         self._expected.forget(slots)
         return slots
 
@@ -280,11 +286,15 @@ class Batch:
             context = state.context.index_select(0, there.lane_slots)
             if there.unconditional_lanes is not None:
                 context[there.unconditional_lanes] = state.null[there.unconditional_slots]
+        network, forward = self._networks.now(state.choice[slot], t), self._forward
+        if network is not None:
+            own = torch.from_numpy(network)
+            forward = partial(run_networks, self._networks.networks, own, run=self._forward)
         ids = None
         if any(policy.needs_ids for policy in lanes.policies):
             ids = LaneIds(*map(torch.from_numpy, (state.number[slot], step[lanes.sample], lanes.half)))
-        return self._forward(
-            self.model,
+        return forward(
+            *(() if network is not None else (self.model,)),
             x,
             torch.from_numpy(t),
             context,
@@ -328,8 +338,8 @@ class Batch:
             asks = None
         else:
             return
-        if record.shallow is not None:
-            asks = ~record.shallow if asks is None else asks & ~record.shallow
+        if record.asked is not None:
+            asks = record.asked if asks is None else asks & record.asked
         if asks is not None:
             asked = asked[asks]
         totals.asked += len(asked)
@@ -347,6 +357,7 @@ class Batch:
     def _drop_spare(self) -> None:
         """A server meets ever new settings; those that nobody uses are forgotten."""
         state, taken = self._slots, self._slots.taken
-        for kinds, index in ((self._tables, state.table), (self._policies, state.policy)):
+        own = (self._tables, state.table), (self._policies, state.policy), (self._networks, state.choice)
+        for kinds, index in own:
             if len(kinds) > SPARE + self.count:
                 index[taken] = kinds.keep(index[taken])

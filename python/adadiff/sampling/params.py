@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..diffusion.solvers import solver_from
 from ..diffusion.tables import Solver
-from ..policies.interface import ExitPolicy
-from ..policies.spelling import DEFAULT
+from ..policies.parts import Parts
+from ..policies.spelling import DEFAULT, Policy, check_policy
 
 Numbers = Sequence[float] | Tensor
 
@@ -29,8 +29,8 @@ class SamplingParams:
     steps: network evaluations. solver: "ddim", "ddim:ETA", "ddpm", "dpm++2m", "dpm-fast", "dpm++fast",
     "euler-maruyama" (settings: see `solver_from`) or a Solver.
     policy: "full", "exit:0.135,min_layer=3", "exit:patience=0.08", "exit:depth=8", "exit:batch-mean=0.07", of a
-    calibrated model "exit:budget=0.55" and "exit:table=0.55", or an ExitPolicy. thresholds: instead of the policy's
-    own. guidance_scale: uncond + guidance_scale (cond - uncond), as in diffusers; 1 is none. guidance_interval: (low,
+    calibrated model "exit:budget=0.55" and "exit:table=0.55", an ExitPolicy, or other parts and several joined by +, see
+    `parts_from`. thresholds: instead of the exit policy's own. guidance_scale: uncond + guidance_scale (cond - uncond), as in diffusers; 1 is none. guidance_interval: (low,
     high), or [n, 2], in the network's time 0..1000; at other times there is no guidance, and no unconditional lane is
     run. guided_channels: how many channels are guided, from the first on (None: what the model was published with).
     tied: the two lanes of a guided sample exit together, by the larger uncertainty.
@@ -47,7 +47,7 @@ class SamplingParams:
     null_text_embeds: Tensor | None = None
     steps: int | Sequence[int] | Tensor = 50
     solver: str | Solver = "ddim"
-    policy: str | ExitPolicy = DEFAULT
+    policy: Policy | Parts = DEFAULT
     thresholds: float | Numbers | None = None
     guidance_scale: float | Numbers = 1.0
     guidance_interval: Numbers | None = None
@@ -58,8 +58,7 @@ class SamplingParams:
     record_scores: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.policy, str | ExitPolicy):
-            raise ValueError(f"a policy is an ExitPolicy or text such as 'exit:0.1', got {self.policy!r}")
+        check_policy(self.policy)
         if isinstance(self.solver, str):
             object.__setattr__(self, "solver", solver_from(self.solver))
         elif not hasattr(self.solver, "table"):

@@ -45,12 +45,12 @@ class PassRecord:
             exit_layer = torch.cat([exit_layer, self._moved])
         self._exit_layer, self._scores = Arriving(exit_layer), None
         if output.scores is not None:
-            self._scores, self._asked = Arriving(output.scores), _asked(lanes, len(output.scores))
+            self._scores, self._scored = Arriving(output.scores), _scored(lanes, len(output.scores))
         self._learnt: Learnt | None = None
 
     def read(self) -> Learnt:
-        """Waits for the device where that is needed. Sets by_lane, integers [B], shallow, bool [B]
-        or None: lanes of a shallow network; macs, macs_full and rows_moved."""
+        """Waits for the device where that is needed. Sets by_lane, integers [B]; asked, bool [B] or None for all: lanes
+        of networks in which policies decide; macs, macs_full and rows_moved."""
         if self._learnt is not None:
             return self._learnt
         lanes, k = self.lanes, len(self.slots)
@@ -59,19 +59,19 @@ class PassRecord:
             self._moved, self.by_lane = self.by_lane[-1], self.by_lane[:-1]
         self.macs = self._costs.total(self.by_lane.tolist())
         network = self._costs.network
-        self.shallow = None if network is None else np.array(network) > 0
+        self.asked = None if network is None else np.array(self._costs.asks)[list(network)]
         self.macs_full, self.rows_moved = len(self.by_lane) * self._costs.plain, int(self._moved)
         exit_layer, scores = np.zeros((k, 2), dtype=np.uint8), None
         exit_layer[lanes.sample, lanes.half] = self.by_lane
         if self._scores is not None:
-            scores = np.full((k, 2, self._asked.shape[1]), np.nan, dtype=np.float32)
-            scores[lanes.sample, lanes.half] = np.where(self._asked, self._scores.read().numpy().T, np.nan)
+            scores = np.full((k, 2, self._scored.shape[1]), np.nan, dtype=np.float32)
+            scores[lanes.sample, lanes.half] = np.where(self._scored, self._scores.read().numpy().T, np.nan)
             scores[~self.recorded] = np.nan
         self._learnt = Learnt(exit_layer, scores)
         return self._learnt
 
 
-def _asked(lanes: Lanes, num_layers: int) -> np.ndarray:
+def _scored(lanes: Lanes, num_layers: int) -> np.ndarray:
     """bool [1 or B, L]: where a lane's own policy asks for a score. Others are computed for its mates."""
     asked = np.zeros((len(lanes.policies), num_layers), dtype=bool)
     for own, policy in zip(asked, lanes.policies, strict=True):

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from ..diffusion.schedules import NoiseSchedule
 from ..diffusion.tables import Solver
+from ..forward.networks import NetworkChoice
 from ..model import Model
 from ..policies.interface import ExitPolicy, exit_layers_of
-from ..policies.spelling import policy_from
+from ..policies.parts import Parts
+from ..policies.spelling import parts_from
 from .params import SamplingParams, as_tensor, per_sample
 
 
@@ -20,7 +22,8 @@ class SampleBatch:
     """n samples with one policy and one solver; everything else by sample. Made by `SampleBatch.of`, which checks."""
 
     n: int
-    policy: ExitPolicy
+    parts: Parts
+    choice: NetworkChoice | None  # of the network by a sample's time
     solver: Solver
     seeds: Tensor  # int64 [n]
     steps: Tensor  # int64 [n]
@@ -36,6 +39,11 @@ class SampleBatch:
     record_scores: bool
 
     @property
+    def policy(self) -> ExitPolicy:
+        """By which lanes exit."""
+        return self.parts.exit
+
+    @property
     def lanes(self) -> int:
         """Sequences that the network sees, at most: two for a guided sample."""
         return self.n + int(self.guidance.count_nonzero())
@@ -46,7 +54,8 @@ class SampleBatch:
         model."""
         whole("n", n, 0)
         params = SamplingParams.of(params, settings)
-        policy = policy_from(params.policy, model.calibration)
+        parts = parts_from(params.policy, model.calibration)
+        policy, choice = parts.exit, _choice(model, parts)
         asked = exit_layers_of(policy, model.num_layers)
         if model.exits is None and asked:
             raise ValueError("this model has no exits; sample it with policy='full'")
@@ -68,7 +77,8 @@ class SampleBatch:
         init_image, first = _init_image(model, params, steps, n)
         return SampleBatch(
             n=n,
-            policy=policy,
+            parts=parts,
+            choice=choice,
             solver=params.solver,
             seeds=_seeds(params.seed, n),
             steps=steps,
@@ -83,6 +93,13 @@ class SampleBatch:
             init_image=init_image,
             record_scores=params.record_scores,
         )
+
+
+def _choice(model: Model, parts: Parts) -> NetworkChoice | None:
+    """ValueError for parts that this model cannot follow."""
+    if not parts.only_exits:
+        raise ValueError(f"policy '{parts}': only exits can be sampled with")
+    return None
 
 
 @lru_cache(maxsize=1024)

@@ -86,7 +86,7 @@ class SamplerRun:
         **settings: object,
     ):
         whole("batch", batch, 1)
-        self._forward = two_stage(model, shallow_model, t_switch)
+        self._choice = two_stage(model, shallow_model, t_switch)
         self.samples = SampleBatch.of(model, n, params, **settings)
         self.execution = execution or ExecutionOptions()
         check_execution(self.execution, (self.samples.policy,), model.device)
@@ -105,7 +105,7 @@ class SamplerRun:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self._clear()
-        batch = Batch(self.model, self.batch, execution=self.execution, forward=self._forward)
+        batch = Batch(self.model, self.batch, execution=self.execution, choice=self._choice)
         begun, of = 0, dict[tuple[int, int], int]()  # (slot, tenancy) -> sample
         # not even a disabled bar where none is wanted: tqdm holds a lock that a signal could leave held
         with tqdm(total=self.n, unit="image", dynamic_ncols=True) if self.progress else nullcontext() as bar:

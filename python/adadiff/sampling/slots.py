@@ -15,7 +15,8 @@ class SlotState:
     of the time of PyTorch's. What the network and the solver read lies on `device`.
 
     running: bool, the sample still has steps to make. tenancy: how many samples the slot has had.
-    number: of the sample among those it began with; seed, step, steps, table (of a TableSet), policy (of a PolicySet).
+    number: of the sample among those it began with; seed, step, steps, table (of a TableSet), policy (of a PolicySet),
+    choice (of a NetworkSet).
     threshold, guidance (scale - 1), interval [capacity, 2], channels, tied, record_scores: as in
     `SampleBatch`.
     solver: x, base and history; context and null: None until somebody brings one.
@@ -24,8 +25,9 @@ class SlotState:
     def __init__(self, capacity: int, sample_shape: tuple[int, ...], device: torch.device):
         self.capacity, self.device = capacity, device
         self.running, self.tied, self.record_scores = np.zeros((3, capacity), dtype=bool)
-        integers = np.zeros((8, capacity), dtype=np.int64)
-        self.seed, self.step, self.steps, self.table, self.policy, self.channels, self.number, self.tenancy = integers
+        integers = np.zeros((9, capacity), dtype=np.int64)
+        self.seed, self.step, self.steps, self.table, self.policy, self.choice, *integers = integers
+        self.channels, self.number, self.tenancy = integers
         self.threshold, self.guidance = np.zeros((2, capacity), dtype=np.float32)
         self.interval = np.zeros((capacity, 2), dtype=np.float32)
         x = torch.zeros(capacity, *sample_shape, dtype=torch.float32, device=device)
@@ -46,7 +48,14 @@ class SlotState:
         return taken
 
     def add(
-        self, samples: SampleBatch, index: np.ndarray, table: np.ndarray, policy: int, x: Tensor, packed: PackedTables
+        self,
+        samples: SampleBatch,
+        index: np.ndarray,
+        table: np.ndarray,
+        policy: int,
+        choice: int,
+        x: Tensor,
+        packed: PackedTables,
     ) -> np.ndarray:
         """Samples index: int64 [k] of `samples` begin at x: [k, C, H, W]. Returns their slots, int64 [k]."""
         solver = packed.widen(self.solver)
@@ -57,7 +66,7 @@ class SlotState:
         own = torch.from_numpy(index)
         left = len(self._free) - len(index)
         slots = np.array(self._free[left:][::-1], dtype=np.int64)  # theirs once all is written: memory may run out
-        self.number[slots], self.table[slots], self.policy[slots] = index, table, policy
+        self.number[slots], self.table[slots], self.policy[slots], self.choice[slots] = index, table, policy, choice
         for name in ("steps", "threshold", "guidance", "interval", "channels"):
             getattr(self, name)[slots] = getattr(samples, name)[own].numpy()
         self.seed[slots], self.step[slots] = samples.seeds[own].numpy(), samples.first[own].numpy()

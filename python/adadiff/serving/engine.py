@@ -68,12 +68,12 @@ class Engine:
         whole("queue", queue, 1)
         max_wait = _seconds("max_wait", max_wait)
         switch = two_stage(model, shallow_model, t_switch)
-        if switch is not None and forward is not None:
-            raise ValueError("shallow_model and forward both say what a forward pass is; give one")
         self.model, self.queue = model, queue
         self.capacity = min(capacity_of(one, capacity) for one in (model, shallow_model) if one is not None)
         self._clock = clock
-        make_batch = partial(Batch, model, self.capacity, execution=execution, forward=switch or forward, late=True)
+        make_batch = partial(
+            Batch, model, self.capacity, execution=execution, choice=switch, forward=forward, late=True
+        )
         self._waiting = RequestQueue(max_wait)
         self._running = Running(make_batch, self._waiting, clock)
         self._handles: weakref.WeakSet[Handle] = weakref.WeakSet()  # of all requests, for a forked process
