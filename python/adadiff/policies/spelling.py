@@ -96,7 +96,7 @@ def _spelled(policy: str) -> Part | tuple[str, float]:
         return Cascade(text)
     if colon and part == "width":
         raise ValueError(f"unknown policy {policy!r}")
-    if colon and part not in ("exit", "full") and all(name.isidentifier() for name in part.split(".")):
+    if colon and part not in ("exit", "full") and _names_a_class(part, text):
         return _own(policy, part, text)
     if part != "exit" or not colon:
         raise ValueError(f"unknown policy {policy!r}; there are {FORMS}, {REUSE_FORMS}, {OWN_FORM}")
@@ -110,6 +110,10 @@ def _spelled(policy: str) -> Part | tuple[str, float]:
         return _KINDS[kind](_number(value), **_options(kind, rest))
     except ValueError as error:
         raise ValueError(f"cannot use policy {policy!r}: {error}. There are {FORMS}") from None
+
+
+def _names_a_class(module: str, text: str) -> bool:
+    return all(name.isidentifier() for name in (*module.split("."), text.partition(":")[0]))
 
 
 def _own(policy: str, module: str, text: str) -> Part:
