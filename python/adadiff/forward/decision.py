@@ -10,12 +10,13 @@ from torch import Tensor
 from adadiff_kernels import upload
 
 from ..policies.interface import ExitContext, ExitPolicy, LaneIds, LimitPolicy, exit_layers_of
+from ..policies.reuse import ReusePolicy
 
 
 class PolicyFailure(Exception):
     """A policy raised `error`. Known to this package only: whoever called it gets the error itself."""
 
-    def __init__(self, policy: ExitPolicy, error: BaseException):
+    def __init__(self, policy: ExitPolicy | ReusePolicy, error: BaseException):
         super().__init__(f"{policy} raised {error!r}")
         self.policy, self.error = policy, error
 
@@ -99,8 +100,8 @@ class ExitDecision:
         u = u if policy.needs_scores else None
         context = self._context(policy, lanes)
         before = None if heeded is None else context.state.clone()
-        mask = _ask(policy, policy.exit_mask, None if u is None else u.clone(), layer, context)
-        _ask(policy, _check_mask, mask, len(lanes), lanes.device)
+        mask = call_policy(policy, policy.exit_mask, None if u is None else u.clone(), layer, context)
+        call_policy(policy, _check_mask, mask, len(lanes), lanes.device)
         state = context.state if heeded is None else torch.where(heeded, context.state, before)
         self._state.index_copy_(0, lanes, state)
         mask = mask.expand(len(lanes))
@@ -118,8 +119,8 @@ class ExitDecision:
         for k, (policy, asked) in enumerate(zip(self._policies, self._asked, strict=True)):
             if not asked and len(self._policies) > 1:
                 continue
-            limits = _ask(policy, cast(LimitPolicy, policy).limits, self._context(policy, None))
-            _ask(policy, _check_limits, limits, self._num_layers, B)
+            limits = call_policy(policy, cast(LimitPolicy, policy).limits, self._context(policy, None))
+            call_policy(policy, _check_limits, limits, self._num_layers, B)
             if self._index is None:
                 return limits
             found = torch.full_like(limits, -torch.inf) if found is None else found
@@ -170,7 +171,8 @@ def _of_all_passes(policy: LimitPolicy, num_layers: int, B: int, device: torch.d
     return made
 
 
-def _ask(policy: ExitPolicy, function: Callable, *given: object) -> Any:
+def call_policy(policy: ExitPolicy | ReusePolicy, function: Callable, *given: object) -> Any:
+    """function(*given), which is the policy's. Raises PolicyFailure for what it raises."""
     try:
         return function(*given)
     except BaseException as error:

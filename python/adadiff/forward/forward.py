@@ -24,6 +24,8 @@ from .options import ExecutionOptions
 from .output import ForwardOutput
 from .placement import DevicePlacement, HostPlacement, device_set
 from .predictions import predictions
+from .rest_of_network import RestOfNetwork
+from .reuse_lanes import ReuseLanes, log_not_captured
 from .runner import BlockRunner
 from .structure import structure_of
 
@@ -95,9 +97,10 @@ def run_forward(
     execution: ExecutionOptions,
     record_scores: bool = False,
     ids: LaneIds | None = None,
+    reuse: ReuseLanes | None = None,
 ) -> ForwardOutput:
-    """`forward` for lanes that have been checked. ids: of the lanes, for policies that need them. A policy's error
-    arrives as PolicyFailure."""
+    """`forward` for lanes that have been checked. ids: of the lanes, for policies that need them. reuse: what the lanes
+    may reuse of their earlier steps. A policy's error arrives as PolicyFailure."""
     backbone, exits, device = model.backbone, model.exits, x.device
     structure = structure_of(backbone)
     decision = decide(policies, policy_index, structure.num_layers, t, threshold, ids, device)
@@ -105,14 +108,19 @@ def run_forward(
         raise ValueError("this network has no exits; only the policy 'full' can run it")
     check_execution(execution, policies, device)
     t, partner = _upload(t, cfg_partner, decision, device)
+    reuse = reuse if reuse is not None and reuse.any else None
     way = in_pieces if execution.runner == "captured" else directly
-    asked = Asked(backbone, exits, structure, decision, execution, x, t, context, partner, record_scores)
-    prediction, placement, scores, rows = way(asked)
+    if reuse is not None and way is in_pieces:
+        log_not_captured()
+        way = directly
+    asked = Asked(backbone, exits, structure, decision, execution, x, t, context, partner, record_scores, reuse)
+    prediction, placement, scores, rows, head_layer, updates = way(asked)
     variance = None
     if backbone.learned_variance:
         prediction, variance = prediction.chunk(2, dim=1)
     costs = structure.costs(exits, decision.scored)
-    return ForwardOutput(prediction, placement.exit_layer, costs, rows, placement.moved, scores, variance)
+    own = {"scores": scores, "variance": variance, "head_layer": head_layer, "updates": updates}
+    return ForwardOutput(prediction, placement.exit_layer, costs, rows, placement.moved, **own)
 
 
 def _upload(
@@ -132,27 +140,33 @@ def _upload(
 
 def directly(asked: Asked) -> Done:
     """Everything is called, on a device queued, as the loop comes to it."""
-    backbone, exits, structure, decision, execution, x, t, context, partner, record_scores = asked
+    backbone, exits, structure, decision, execution, x, t, context, partner, record_scores, reuse = asked
     B, device, invariant = len(x), x.device, execution.batch_invariant
     host = device.type == "cpu" and execution.count_sync is None
     runner = (LaneRunner if invariant else BlockRunner)(backbone, exits, execution, structure, host=host)
     hidden = runner.embed(x, t, context, bool(decision.scored), decision.limits if host else None)
-    scores = None
+    scores = rest = None
     if record_scores:
         scores = torch.full((structure.num_layers, B), torch.nan, dtype=torch.float32, device=device)
+    if reuse is not None:
+        rest = RestOfNetwork(reuse, backbone, t, hidden, runner, invariant)
     with nullcontext() if host else device_set(B, device) as active:
         placement: HostPlacement | DevicePlacement
         if host:
             placement = HostPlacement(hidden, decision, partner)
         else:
             count_sync = execution.count_sync or Sync()
-            placement = DevicePlacement(active, hidden, decision, partner, count_sync, rounds=not invariant)
+            leave = bool(decision.exit_layers or (rest is not None and rest.layers))
+            placement = DevicePlacement(active, hidden, decision, partner, count_sync, not invariant, leave)
         del hidden
-        rows = Layers(runner, placement, structure, decision, scores).run()
+        rows = Layers(runner, placement, structure, decision, scores, rest).run()
         placement.skips.clear()
         placement.finish(placement.hidden, structure.num_layers)
-    prediction = predictions(runner, placement, backbone, exits if decision.exit_layers else None)
-    return Done(prediction, placement, scores, rows)
+    given = runner, placement, backbone, exits if decision.exit_layers else None
+    if rest is None:
+        return Done(predictions(*given), placement, scores, rows)
+    head_layer = rest.head_layer()
+    return Done(predictions(*given, rest), placement, scores, rows, head_layer, rest.updates(placement))
 
 
 def check_execution(execution: ExecutionOptions, policies: Sequence[ExitPolicy], device: torch.device) -> None:

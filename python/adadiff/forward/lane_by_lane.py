@@ -11,14 +11,14 @@ from collections import deque
 from collections.abc import Callable
 from functools import lru_cache
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from adadiff_kernels import LayerScores
+from adadiff_kernels import LayerScores, layer_norm
 
-from ..models.interface import Backbone, Block, Conditioning
+from ..models.interface import Backbone, Block, Conditioning, FusableBlock
 from ..uem import Exits
 from .options import ExecutionOptions
 from .placement import DevicePlacement, HostPlacement, Skip
@@ -36,7 +36,7 @@ class LaneRunner:
     def __init__(
         self, backbone: Backbone, exits: Exits | None, execution: ExecutionOptions, structure: Structure, host: bool
     ):
-        self._backbone, self._exits = backbone, exits
+        self._backbone, self._exits, self._first = backbone, exits, structure.blocks[0]
         self._conds: list[Conditioning] = []
         self._scores: list[LayerScores | None] = []
 
@@ -78,6 +78,14 @@ class LaneRunner:
 
         u = lane_by_lane(one, n, hidden.device)
         return out, torch.cat(u) if scored else None
+
+    def first_read(self, hidden: Tensor) -> Tensor:
+        branch = cast(FusableBlock, self._first).branches[0]
+
+        def one(lane: int) -> Tensor:
+            return layer_norm(hidden[lane : lane + 1].clone(), branch.norm(self._conds[lane]), self._only)
+
+        return torch.cat(lane_by_lane(one, len(hidden), hidden.device)) if len(hidden) else hidden
 
     def head(self, head: nn.Module, patches: Tensor, lanes: Tensor) -> Tensor:
         lanes = lanes.tolist()

@@ -7,9 +7,12 @@ from torch import Tensor
 from ..models.interface import Backbone
 from ..uem import Exits
 from .decision import ExitDecision
+from .feature_store import StoreUpdate
 from .lane_by_lane import LaneRunner
 from .options import ExecutionOptions
 from .placement import DevicePlacement, HostPlacement
+from .rest_of_network import RestOfNetwork
+from .reuse_lanes import ReuseLanes
 from .runner import BlockRunner
 from .structure import Structure
 
@@ -28,20 +31,24 @@ class Asked(NamedTuple):
     context: Tensor | None
     partner: Tensor | None
     record_scores: bool
+    reuse: ReuseLanes | None = None
 
 
 class Done(NamedTuple):
-    """What came of it. prediction: of all lanes; scores: float32 [L, B] or None; rows: that each block ran over."""
+    """What came of it. prediction: of all lanes; scores: float32 [L, B] or None; rows: that each block ran over.
+    head_layer, updates: see `ForwardOutput`."""
 
     prediction: Tensor
     placement: HostPlacement | DevicePlacement
     scores: Tensor | None
     rows: tuple[int, ...]
+    head_layer: Tensor | None = None
+    updates: tuple[StoreUpdate, ...] = ()
 
 
 class Layers:
     """All blocks of one network, for the lanes that a placement holds. scores: float32 [L, lanes], filled with the
-    scores of those that run, or None."""
+    scores of those that run, or None. rest: of lanes that may reuse the rest of the network, or None."""
 
     def __init__(
         self,
@@ -50,14 +57,16 @@ class Layers:
         structure: Structure,
         decision: ExitDecision,
         scores: Tensor | None,
+        rest: RestOfNetwork | None = None,
     ) -> None:
         self.runner, self.placement, self.structure, self.decision = runner, placement, structure, decision
-        self.scores, self._blocks = scores, structure.blocks
+        self.scores, self._blocks, self._rest = scores, structure.blocks, rest
+        self._gates = frozenset[int]() if rest is None else rest.layers
 
     def run(self) -> tuple[int, ...]:
         """Returns the rows that each block ran over."""
         placement, exit_layers, num_layers = self.placement, self.decision.exit_layers, self.structure.num_layers
-        rows, learns = [0] * num_layers, placement.learns
+        rows, learns, exit_layers = [0] * num_layers, placement.learns, exit_layers | self._gates
         for layer in range(1, num_layers + 1):
             n = rows[layer - 1] = placement.bound
             if not n:
@@ -83,7 +92,11 @@ class Layers:
     def exits(self, layer: int, hidden: Tensor, u: Tensor | None) -> None:
         """Who exits after block `layer` does so, and what it wrote, hidden [n, T, D], is handed on. u: float32 [n]."""
         placement, keeps = self.placement, layer - 1 in self.structure.skips
-        if layer in self.decision.exit_layers and self.runner.anybody:
+        exits = layer in self.decision.exit_layers and self.runner.anybody
+        if layer in self._gates:
+            mask = self._rest.leave(layer, hidden, placement.exit_mask(u, layer) if exits else None, placement)
+            placement.exit_where(mask, hidden, layer, keeps, self.runner.normed)
+        elif exits:
             placement.exit(hidden, u, layer, keeps, self.runner.normed)
         placement.hidden = hidden
         if keeps:

@@ -19,6 +19,7 @@ from ..policies.interface import ExitPolicy, LaneIds
 from .forward import run_forward
 from .options import ExecutionOptions
 from .output import Costs, ForwardOutput
+from .reuse_lanes import ReuseLanes
 from .structure import structure_of
 
 
@@ -52,12 +53,14 @@ def run_networks(
     execution: ExecutionOptions,
     record_scores: bool = False,
     ids: LaneIds | None = None,
+    reuse: ReuseLanes | None = None,
     run: Callable[..., ForwardOutput] = run_forward,
 ) -> ForwardOutput:
     """`run_forward`, each lane in a network of its own. network: int64 [B] on the CPU, an index into networks.
 
     networks[0] is what the others are compared with: its multiply-adds are the full ones, its rows are reported.
-    Scores are kept of the networks in which policies are asked, if they have as many layers.
+    Scores are kept of the networks in which policies are asked, if they have as many layers; only there a lane reuses,
+    and only what the same network has made, see `ReuseLanes.network`.
     Raises ValueError as `run_forward` does, and for partners that run different networks.
     """
     if cfg_partner is not None and not torch.equal(network[cfg_partner.cpu()], network):
@@ -75,6 +78,8 @@ def run_networks(
             given["cfg_partner"] = _partners(cfg_partner, network == k, lanes)
             given["ids"] = None if ids is None else ids.map(lambda value, lanes=lanes: value[lanes])
             given["record_scores"] = record_scores
+            if reuse is not None and (own_reuse := reuse.take(lanes)).any:
+                given["reuse"] = own_reuse
         parts.append(run(model, own_x, own_t, own_context, execution=execution, **given))
         groups.append(lanes)
     return _merge(networks, network, present, parts, torch.cat(groups), record_scores)
@@ -102,8 +107,15 @@ def _merge(
     device, there = first.prediction.device, upload(lanes, first.prediction.device)
 
     def by_lane(name: str) -> Tensor:
-        joined = torch.cat([getattr(part, name) for part in parts])
+        return in_place(torch.cat([getattr(part, name) for part in parts]))
+
+    def in_place(joined: Tensor) -> Tensor:
         return torch.empty_like(joined).index_copy_(0, there, joined)
+
+    head_layer = None
+    if any(part.head_layer is not None for part in parts):
+        none = [torch.zeros_like(part.exit_layer) if part.head_layer is None else part.head_layer for part in parts]
+        head_layer = in_place(torch.cat(none))
 
     scores, begin = None, 0
     if record_scores:
@@ -120,6 +132,7 @@ def _merge(
         tuple(part.costs.by_exit_layer[0] for part in parts),
         tuple(rank.tolist()),
         tuple(networks[k].asks for k in present),
+        tuple(part.costs.own_head[0] for part in parts),
     )
     return ForwardOutput(
         prediction=by_lane("prediction"),
@@ -129,4 +142,6 @@ def _merge(
         moved=sum((part.moved for part in parts[1:]), first.moved),
         scores=scores,
         variance=None if first.variance is None else by_lane("variance"),
+        head_layer=head_layer,
+        updates=tuple(update for part in parts for update in part.updates),
     )

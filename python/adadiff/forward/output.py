@@ -6,24 +6,35 @@ from functools import cached_property
 
 from torch import Tensor
 
+from .feature_store import StoreUpdate
+
 
 @dataclass(frozen=True)
 class Costs:
     """Multiply-adds of a lane. plain: of the whole network without exits. by_exit_layer: [networks][L + 1], of one that
     exits after so many blocks. network: by lane, which of the networks it ran; None: all ran the only one. asks: by
-    network, whether policies decide in it."""
+    network, whether policies decide in it. own_head: by network, what heads of layers 1..L-1 take beyond the network's
+    own; by_exit_layer has it."""
 
     plain: int
     by_exit_layer: tuple[tuple[int, ...], ...]
     network: tuple[int, ...] | None = None
     asks: tuple[bool, ...] = (True,)
+    own_head: tuple[int, ...] = (0,)
 
-    def total(self, exit_layer: Sequence[int]) -> int:
-        """exit_layer: of every lane."""
+    def total(self, exit_layer: Sequence[int], head_layer: Sequence[int] | None = None) -> int:
+        """exit_layer: of every lane. head_layer: the layer whose head a lane took that reused the rest of the network,
+        0 for the others; None: nobody did."""
         if self.network is None:
             table = self.by_exit_layer[0]
-            return sum([table[layer] for layer in exit_layer])
-        return sum([self.by_exit_layer[k][layer] for k, layer in zip(self.network, exit_layer, strict=True)])
+            total = sum([table[layer] for layer in exit_layer])
+        else:
+            total = sum([self.by_exit_layer[k][layer] for k, layer in zip(self.network, exit_layer, strict=True)])
+        if head_layer is None:
+            return total
+        network = (0,) * len(exit_layer) if self.network is None else self.network
+        last = [len(table) - 1 for table in self.by_exit_layer]
+        return total - sum([self.own_head[k] for k, head in zip(network, head_layer, strict=True) if head == last[k]])
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,8 @@ class ForwardOutput:
     adadiff_kernels.solver_step), None where none was learned. exit_layer: int32 [B], blocks a lane ran, 1..L.
     rows: rows that each block ran over, those in vain included. moved: int32 [1] or a number, see `rows_moved`.
     scores: float32 [L, B], NaN where nobody was asked; None unless recorded.
+    head_layer: int32 [B], the layer whose head a lane took that reused the rest of the network, 0 for the others; None
+    where no lane's policy reuses. updates: what the lanes' store is to be told once the step is complete.
     """
 
     prediction: Tensor
@@ -43,11 +56,13 @@ class ForwardOutput:
     moved: Tensor | int
     scores: Tensor | None = None
     variance: Tensor | None = None
+    head_layer: Tensor | None = None
+    updates: tuple[StoreUpdate, ...] = ()
 
     @cached_property
     def macs(self) -> int:
         """Multiply-adds of all lanes, network and scores."""
-        return self.costs.total(self.exit_layer.tolist())
+        return self.costs.total(self.exit_layer.tolist(), None if self.head_layer is None else self.head_layer.tolist())
 
     @property
     def macs_full(self) -> int:

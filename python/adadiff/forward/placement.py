@@ -9,13 +9,14 @@ read.
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from adadiff_kernels import ActiveSet, DeviceSet, settle_rows
 
+from ..policies.interface import below
 from .count_sync import CountSync, bucket
 from .decision import ExitDecision
 
@@ -41,9 +42,32 @@ class Placement:
 
     learns = False
 
-    def __init__(self, hidden: Tensor) -> None:
-        self.hidden = hidden
+    row_to_lane: Tensor
+
+    def __init__(self, hidden: Tensor, decision: ExitDecision, partner: Tensor | None) -> None:
+        self.hidden, self._decision, self._partner = hidden, decision, partner
         self.skips: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    def running(self) -> Tensor | None:
+        """bool [n]: rows that run; None: all."""
+        raise NotImplementedError
+
+    def exit_mask(self, u: Tensor | None, layer: int) -> Tensor:
+        """bool [n]: rows that may exit after `layer` by their policies. u: float32 [n] or None."""
+        lanes, limits, running = self.row_to_lane, self._decision.limits, self.running()
+        u = _larger_of_tied(u, lanes, self._partner)
+        if limits is None:
+            return self._decision.mask(u, layer, lanes, running)
+        mask = below(u, limits[layer - 1].index_select(0, lanes))
+        return mask if running is None else mask & running
+
+    def both_tied(self, mask: Tensor) -> Tensor:
+        """mask: bool [n] by row, false for rows that do not run; of two tied lanes true only where both are."""
+        if self._partner is None:
+            return mask
+        lanes = self.row_to_lane.long()
+        by_lane = torch.zeros(len(self._partner), dtype=torch.bool, device=mask.device).index_copy_(0, lanes, mask)
+        return mask & by_lane.index_select(0, self._partner.index_select(0, lanes))
 
 
 class HostPlacement(Placement):
@@ -54,8 +78,8 @@ class HostPlacement(Placement):
     tickets = None
 
     def __init__(self, hidden: Tensor, decision: ExitDecision, partner: Tensor | None):
-        super().__init__(hidden)
-        self._decision, self._partner, self._shape = decision, partner, hidden.shape
+        super().__init__(hidden, decision, partner)
+        self._shape = hidden.shape
         self.bound, self.in_order = len(hidden), True
         self.saved: Tensor | None = None
         self.row_to_lane = self._identity = torch.arange(self.bound, dtype=torch.int32, device="cpu")
@@ -65,15 +89,27 @@ class HostPlacement(Placement):
     def exit(self, hidden: Tensor, u: Tensor | None, layer: int, keeps: bool, normed: Tensor | None = None) -> None:
         """Those that exit after `layer` are saved out of hidden [n, T, D], and rows move there. u: float32 [n] or None.
         keeps, normed: of the device."""
+        limits = self._decision.limits
+        if limits is None:
+            self.exit_where(self.exit_mask(u, layer), hidden, layer, keeps, normed)
+            return
+        moves = self._set().exit_rows(u, limits[layer - 1], layer, partner=self._partner)
+        self._settle(moves, hidden, layer)
+
+    def exit_where(self, mask: Tensor, hidden: Tensor, layer: int, keeps: bool, normed: Tensor | None = None) -> None:
+        """`exit` of the rows with a true mask, bool [n], of tied lanes where both have one."""
+        self._settle(self._set().exit_rows_where(mask, layer, partner=self._partner), hidden, layer)
+
+    def running(self) -> None:
+        return None  # all rows
+
+    def _set(self) -> ActiveSet:
         if self._active is None:
             self._active = ActiveSet(self._shape[0])
-        active, limits = self._active, self._decision.limits
-        if limits is not None:
-            moves = active.exit_rows(u, limits[layer - 1], layer, partner=self._partner)
-        else:
-            u = _larger_of_tied(u, self.row_to_lane, self._partner)
-            mask = self._decision.mask(u, layer, self.row_to_lane, None)
-            moves = active.exit_rows_where(mask, layer, partner=self._partner)
+        return self._active
+
+    def _settle(self, moves: Tensor, hidden: Tensor, layer: int) -> None:
+        active = self._active
         if active.count == self.bound:
             return
         if self.saved is None:
@@ -111,6 +147,7 @@ class HostPlacement(Placement):
 
 class DevicePlacement(Placement):
     """As `HostPlacement`. bound: no fewer than the rows that run. A round number of rows is launched where `rounds`.
+    leave: somebody may leave before the last layer (None: where `decision` says so).
     `advance` alone learns from the device; what else happens there is queued. At the end exits and order (int32 [B],
     the lanes by row) are None unless the host has seen every count."""
 
@@ -125,15 +162,17 @@ class DevicePlacement(Placement):
         partner: Tensor | None,
         count_sync: CountSync,
         rounds: bool,
+        leave: bool | None = None,
     ):
-        super().__init__(hidden)
-        self._active, self._decision, self._partner = active, decision, partner
+        super().__init__(hidden, decision, partner)
+        self._active = active
         limits = decision.limits
         self._limits: Sequence[Tensor] | Tensor | None = None if limits is None else limits.unbind(0)  # by layer
         self._count_sync, self._rounds = count_sync, rounds and not decision.whole_batch
         self._lanes = self._count = len(hidden)
         self.tickets = active.tickets
-        self.saved = self._empty(hidden) if decision.exit_layers else None
+        leave = bool(decision.exit_layers) if leave is None else leave
+        self.saved = self._empty(hidden) if leave else None
         self.exits: list[tuple[int, int, int]] = []
         self._asked: list[int] = []
         self._snapshot: Tensor | None = None
@@ -151,16 +190,20 @@ class DevicePlacement(Placement):
 
     def exit(self, hidden: Tensor, u: Tensor | None, layer: int, keeps: bool, normed: Tensor | None = None) -> None:
         """keeps: a long skip is written at this layer. normed: [n, T, D], rows that move as hidden's do."""
-        active, bound, limits = self._active, self.bound, self._limits
-        self._snapshot = self._new_snapshot(layer) if keeps else None
-        given = {"bound": bound, "partner": self._partner, "snapshot": self._snapshot}
-        if limits is not None:
-            moves = active.exit_rows(u, limits[layer - 1], layer, **given)
-        else:
-            u = _larger_of_tied(u, self.row_to_lane, self._partner)
-            mask = self._decision.mask(u, layer, self.row_to_lane, self._running())
-            moves = active.exit_rows_where(mask, layer, **given)
+        if self._limits is None:
+            self.exit_where(self.exit_mask(u, layer), hidden, layer, keeps, normed)
+            return
+        moves = self._active.exit_rows(u, self._limits[layer - 1], layer, **self._given(layer, keeps))
         settle_rows(moves, hidden, self.saved, normed)
+
+    def exit_where(self, mask: Tensor, hidden: Tensor, layer: int, keeps: bool, normed: Tensor | None = None) -> None:
+        """`exit` of the rows with a true mask, bool [n], of tied lanes where both have one."""
+        moves = self._active.exit_rows_where(mask, layer, **self._given(layer, keeps))
+        settle_rows(moves, hidden, self.saved, normed)
+
+    def _given(self, layer: int, keeps: bool) -> dict[str, Any]:
+        self._snapshot = self._new_snapshot(layer) if keeps else None
+        return {"bound": self.bound, "partner": self._partner, "snapshot": self._snapshot}
 
     def advance(self, layer: int) -> None:
         """What the host knows of the count once the exit of `layer` is queued."""
@@ -191,7 +234,7 @@ class DevicePlacement(Placement):
 
     def record(self, scores: Tensor, u: Tensor) -> None:
         lanes = self.row_to_lane.long()
-        scores.index_copy_(0, lanes, torch.where(self._running(), u, scores.index_select(0, lanes)))
+        scores.index_copy_(0, lanes, torch.where(self.running(), u, scores.index_select(0, lanes)))
 
     def finish(self, hidden: Tensor, num_layers: int) -> None:
         self.settle_last(hidden, num_layers)
@@ -216,8 +259,7 @@ class DevicePlacement(Placement):
         self.order: Tensor | None
         self.exits, self.order = (self.exits, active.row_to_lane[: self._lanes].clone()) if exact else (None, None)
 
-    def _running(self) -> Tensor:
-        """bool [n]: rows that run."""
+    def running(self) -> Tensor:
         return torch.arange(self.bound, device=self.row_to_lane.device) < self._active.count
 
 

@@ -7,6 +7,7 @@ from ..models.interface import Backbone
 from ..uem import Exits
 from .lane_by_lane import LaneRunner
 from .placement import DevicePlacement, HostPlacement
+from .rest_of_network import RestOfNetwork
 from .runner import BlockRunner
 
 
@@ -15,9 +16,11 @@ def predictions(
     placement: HostPlacement | DevicePlacement,
     backbone: Backbone,
     exits: Exits | None,
+    rest: RestOfNetwork | None = None,
 ) -> Tensor:
     """[B, C or 2 C, H, W]. One call where the head is shared or nobody exited early; else one for each layer at which
-    somebody exited, or, where only the device knows who that is, one for the last layer and one for all others."""
+    somebody exited, or, where only the device knows who that is, one for the last layer and one for all others. rest:
+    of lanes that may reuse it, by the head of the layer at which that ended."""
     patches, last = placement.saved[:, backbone.num_prefix_tokens :], len(backbone.blocks)
     if not len(patches):
         C, H, W = backbone.sample_shape
@@ -26,6 +29,13 @@ def predictions(
     if not placement.in_order:
         lanes = torch.arange(len(patches), dtype=torch.int32, device=patches.device)
     shared = exits is None or exits.heads is None
+    if rest is not None:
+        patches = rest.completed(patches)
+        if not shared:
+            layers = placement.exit_layer.where(~rest.reused, rest.head_layer())
+            if isinstance(placement, DevicePlacement) and isinstance(runner, BlockRunner):
+                return without_the_host(runner, backbone, exits, patches, lanes, layers)
+            return _by_layer(runner, backbone, exits, patches, layers)
     if shared or (placement.exits is not None and all(layer == last for layer, _, _ in placement.exits)):
         return runner.head(backbone.head, patches, lanes)
     # where heads are small, one call for all lanes takes less time than several
@@ -38,6 +48,19 @@ def predictions(
         parts.append(runner.head(exits.head(backbone, layer), patches.index_select(0, lanes), lanes))
     prediction = torch.cat(parts)
     return torch.empty_like(prediction).index_copy_(0, placement.order.long(), prediction)
+
+
+def _by_layer(
+    runner: BlockRunner | LaneRunner, backbone: Backbone, exits: Exits, patches: Tensor, layers: Tensor
+) -> Tensor:
+    """Lane i through the head of layers[i], int32 [B], which the host looks at."""
+    parts, order = [], []
+    for layer in layers.unique().tolist():
+        order.append((layers == layer).nonzero().squeeze(1))
+        own = patches.index_select(0, order[-1])
+        parts.append(runner.head(exits.head(backbone, layer), own, order[-1].int()))
+    prediction = torch.cat(parts)
+    return torch.empty_like(prediction).index_copy_(0, torch.cat(order), prediction)
 
 
 def without_the_host(

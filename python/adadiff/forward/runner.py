@@ -120,6 +120,11 @@ class BlockRunner:
             self.fuses = is_fused(hidden, 1 if self._exits is None else self._exits.outputs)
         return hidden
 
+    def first_read(self, hidden: Tensor) -> Tensor:
+        """[B, T, D]: what the first branch of the first block reads of hidden, [B, T, D], the block's input by lane."""
+        lanes = torch.arange(len(hidden), dtype=torch.int32, device=hidden.device)
+        return layer_norm(hidden, cast(FusableBlock, self._structure.blocks[0]).branches[0].norm(self._cond), lanes)
+
     def norm_after(self, layer: int) -> Norm | None:
         """The norm that the next block begins with, for the pass that ends block `layer` to write; None where that
         block joins a long skip first, or is not fused."""

@@ -34,7 +34,8 @@ class Structure:
         head = 0 if exits is None else exits.head_macs(self._patches)
         each = [macs + score * (layer in scored) for layer, macs in enumerate(self._block_macs, start=1)]
         *inner, last = (self._ends + macs for macs in accumulate(each, initial=0))
-        found = Costs(sum(self._block_macs) + self._ends, ((*(macs + head for macs in inner), last),))
+        by_exit_layer = ((*(macs + head for macs in inner), last),)
+        found = Costs(sum(self._block_macs) + self._ends, by_exit_layer, own_head=(head,))
         self._last = exits, scored, found
         return found
 

@@ -1,11 +1,12 @@
 """Policies that let a lane take the rest of the network from one of its earlier steps: pure, they see numbers alone.
 
 The first blocks run in every step. Then a lane either runs the blocks that follow, its *full* step, or adds what they
-added at its last full step, and *reuses*. B lanes; the tensors lie on the CPU.
+added at its last full step, and *reuses*. B lanes; the tensors of one call lie on one device, the CPU in pipelines.
 """
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,13 +32,15 @@ class ReusePolicy:
 
     gate: which change since the lane's last full step the policy reads. "residual": of what the first blocks add to
     their input, relative to it, in mean absolute values. "input": of what the first block's attention reads, summed
-    up from step to step. None: it reads none. needs_steps_left: it reads `context.steps_left`.
+    up from step to step. None: it reads none. needs_steps_left: it reads `context.steps_left`. whole_batch: the change
+    it reads is one of all lanes together, so that they decide as one; a baseline, not for use.
     """
 
     first: int = 1
     last: int = 0
     gate: str | None = None
     needs_steps_left: bool = False
+    whole_batch: ClassVar[bool] = False
 
     def reuse_mask(self, change: Tensor | None, context: ReuseContext) -> Tensor:
         """Who reuses: bool [B]. change: float32 [B], NaN where it cannot be told, None without a gate.

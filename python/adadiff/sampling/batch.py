@@ -23,6 +23,7 @@ from ..forward.forward import check_execution, run_forward
 from ..forward.networks import NetworkChoice, run_networks
 from ..forward.options import ExecutionOptions
 from ..forward.output import ForwardOutput
+from ..forward.reuse_lanes import NONE
 from ..forward.warming import warm
 from ..model import Model
 from ..policies.interface import LaneIds
@@ -34,7 +35,8 @@ from .network_set import NetworkSet
 from .ordering import ExpectedDepth
 from .pass_size import PassSize
 from .records import PassRecord
-from .reports import Totals, asks_for_exits
+from .reports import Totals
+from .reuse_slots import ReuseSlots
 from .sample_batch import SampleBatch
 from .slots import SlotState
 from .tick import Step, Tick
@@ -74,6 +76,7 @@ class Batch:
         self._forward, self._choice, self._networks = forward or run_forward, choice, NetworkSet(model)
         self._tables, self._policies = TableSet(model.schedule, self.device), PolicySet()
         self._slots = SlotState(capacity, model.backbone.sample_shape, self.device)
+        self._reuse = ReuseSlots(capacity, model, self.device)
         self._expected = ExpectedDepth(model.num_layers, capacity)
         self._steps: list[Step] = []  # of the last tick
         self._reported = 0  # of their records
@@ -110,7 +113,13 @@ class Batch:
         table, policy = self._tables.add(samples.solver, steps, first), self._policies.add(samples.policy)
         x = self._begin_at(samples, own, seeds, table, first)
         choice = self._networks.add(samples.choice if self._choice is None else self._choice)
-        slots = self._slots.add(samples, index, table, policy, choice, x, self._tables.packed)
+        reserved = self._reuse.reserve(samples, index)
+        try:
+            slots = self._slots.add(samples, index, table, policy, choice, x, self._tables.packed)
+        except BaseException:
+            self._reuse.give_back(reserved)
+            raise
+        self._reuse.begin(slots, reserved, first)
         self._expected.forget(slots)
         return slots
 
@@ -129,6 +138,7 @@ class Batch:
             except PolicyFailure as failure:
                 traceback.clear_frames(failure.__traceback__)  # down to the policy's own, which stay
                 own = np.array([self._policies.kinds[i] is failure.policy for i in state.policy[slots]])
+                own |= self._reuse.owns(slots, failure.policy)
                 failed |= dict.fromkeys(slots[own].tolist(), failure.error)
                 waiting[:0] = [slots[~own]] if not own.all() else []
             except BaseException as error:
@@ -159,6 +169,8 @@ class Batch:
             state.running[list(failed)] = False
         for step in steps:
             state.solver.put(step.there, step.solver)
+            for update in step.updates:
+                self._reuse.store.write(update)
             state.step[step.slots] += 1
         records = self.flush()  # waits for the tick before, with this one queued
         for step in self._steps:
@@ -218,6 +230,7 @@ class Batch:
     def release(self, slots: np.ndarray) -> None:
         """Their samples are given up, wherever they stand."""
         self._slots.release(slots)
+        self._reuse.release(slots)
 
     def _begin_at(
         self, samples: SampleBatch, own: Tensor, seeds: Tensor, table: np.ndarray, first: np.ndarray
@@ -242,7 +255,8 @@ class Batch:
         x = state.solver.x.index_select(0, there.slots)
         recorded = state.record_scores[slots]
         output = self._run(lanes, there, slots, x, t, step, bool(recorded.any()))
-        record = PassRecord(slots, state.tenancy[slots], step, t, recorded, lanes, output)
+        reuses = self._reuse.policy[slots][lanes.sample] != NONE
+        record = PassRecord(slots, state.tenancy[slots], step, t, recorded, lanes, output, reuses)
         guidance = None
         if there.unconditional is not None:
             guidance = Guidance(output.prediction, there.unconditional, there.weight, there.channels)
@@ -266,7 +280,7 @@ class Batch:
                 )
         else:
             solver_step(solver, eps, rows, variance=variance, guidance=guidance, noise=noise)
-        return Step(slots, there.slots, solver, x, output.prediction, guidance, record)
+        return Step(slots, there.slots, solver, x, output.prediction, guidance, record, output.updates)
 
     def _run(
         self,
@@ -293,6 +307,7 @@ class Batch:
         ids = None
         if any(policy.needs_ids for policy in lanes.policies):
             ids = LaneIds(*map(torch.from_numpy, (state.number[slot], step[lanes.sample], lanes.half)))
+        own_reuse = self._reuse.of_lanes(lanes, slot, step[lanes.sample], state.steps[slot], network, self._networks)
         return forward(
             *(() if network is not None else (self.model,)),
             x,
@@ -305,6 +320,7 @@ class Batch:
             execution=self._execution_for(len(lanes.sample)),
             record_scores=record_scores,
             ids=ids,
+            **({} if own_reuse is None else {"reuse": own_reuse}),
         )
 
     def _execution_for(self, lanes: int) -> ExecutionOptions:
@@ -331,19 +347,10 @@ class Batch:
         totals.macs += record.macs
         totals.macs_full += record.macs_full
         totals.rows_moved += record.rows_moved
-        policies, index, asked = record.lanes.policies, record.lanes.policy_index, record.by_lane
-        if index is not None:
-            asks = np.array([asks_for_exits(policy) for policy in policies])[index]
-        elif asks_for_exits(policies[0]):
-            asks = None
-        else:
-            return
-        if record.asked is not None:
-            asks = record.asked if asks is None else asks & record.asked
-        if asks is not None:
-            asked = asked[asks]
-        totals.asked += len(asked)
-        totals.exited += int(np.count_nonzero(asked < self.model.num_layers))
+        totals.reused += int(np.count_nonzero(record.reused))
+        acted = (record.by_lane < self.model.num_layers) | record.reused
+        totals.asked += int(np.count_nonzero(record.asks))
+        totals.exited += int(np.count_nonzero(record.asks & acted))
 
     def _learn(self, record: PassRecord) -> None:
         lanes = record.lanes
@@ -357,7 +364,10 @@ class Batch:
     def _drop_spare(self) -> None:
         """A server meets ever new settings; those that nobody uses are forgotten."""
         state, taken = self._slots, self._slots.taken
-        own = (self._tables, state.table), (self._policies, state.policy), (self._networks, state.choice)
+        own = (
+            *((self._tables, state.table), (self._policies, state.policy)),
+            *((self._networks, state.choice), (self._reuse, self._reuse.policy)),
+        )
         for kinds, index in own:
             if len(kinds) > SPARE + self.count:
                 index[taken] = kinds.keep(index[taken])

@@ -9,10 +9,14 @@ from ..model import Model
 
 
 class NetworkSet:
-    """networks[0] is the batch's own model. Choices are known by number, 0 for none: the model at all times."""
+    """networks[0] is the batch's own model. Choices are known by number, 0 for none: the model at all times.
+
+    keys: int64 [networks], numbers of networks that stay when others are forgotten, and are not given twice.
+    """
 
     def __init__(self, model: Model) -> None:
         self.networks = [Network(model, asks=True)]
+        self.keys, self._next_key = np.zeros(1, dtype=np.int64), 1
         self._choices: list[tuple[NetworkChoice, np.ndarray]] = []
 
     def __len__(self) -> int:
@@ -35,6 +39,7 @@ class NetworkSet:
             if known.model is network.model and known.asks == network.asks:
                 return place
         self.networks.append(network)
+        self.keys, self._next_key = np.append(self.keys, self._next_key), self._next_key + 1
         return len(self.networks) - 1
 
     def now(self, choice: np.ndarray, t: np.ndarray) -> np.ndarray | None:
@@ -54,7 +59,11 @@ class NetworkSet:
         """Forgets choices that are not used: int64 [n], numbers. Returns their new numbers."""
         kept = sorted(set(used.tolist()) - {0})
         choices: Sequence[NetworkChoice] = [self._choices[number - 1][0] for number in kept]
-        self._choices, self.networks = [], self.networks[:1]
+        before = list(zip(self.networks, self.keys.tolist(), strict=True))
+        self._choices, self.networks, self.keys = [], self.networks[:1], self.keys[:1]
         for choice in choices:
             self.add(choice)
+        for place, network in enumerate(self.networks):
+            key = next((key for known, key in before if known.model is network.model and known.asks == network.asks))
+            self.keys[place] = key
         return np.searchsorted(np.array([0, *kept]), used)

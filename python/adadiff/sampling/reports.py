@@ -11,6 +11,7 @@ from ..policies.exits import Full
 from ..policies.interface import ExitPolicy
 
 NEVER_ACTED = "the policy never let a sample exit"
+NEVER_REUSED = "the policy never let a sample exit or reuse"
 
 
 def asks_for_exits(policy: ExitPolicy) -> bool:
@@ -20,7 +21,8 @@ def asks_for_exits(policy: ExitPolicy) -> bool:
 @lru_cache(maxsize=256)
 def log_never_acted(policy: str) -> None:
     """Once for each policy."""
-    logging.getLogger("adadiff").warning("policy %s never let a sample exit: every block was run", policy)
+    how = " or reuse" if "cache:" in policy or "reuse:" in policy else ""
+    logging.getLogger("adadiff").warning("policy %s never let a sample exit%s: every block was run", policy, how)
 
 
 @dataclass(frozen=True)
@@ -28,24 +30,31 @@ class ExitRecord:
     """exit_layer: uint8 [steps, n, 2], blocks that each sample's lanes (conditional, unconditional) ran at each step, 0
     where there was none. num_layers: blocks of the network. scores: float32 [steps, n, 2, L], each layer's uncertainty,
     NaN where its policy did not ask; None unless they were asked for. asks: its policy is there to let samples exit.
-    acted: it let some exit; None: as exit_layer tells, which cannot where a shallow network had a part."""
+    acted: it let some exit; None: as exit_layer tells, which cannot where a shallow network had a part. reused: bool
+    [steps, n, 2], lanes that took what an earlier step of theirs had computed; None where nobody's policy reuses."""
 
     exit_layer: Tensor
     num_layers: int
     scores: Tensor | None
     asks: bool = field(default=False, kw_only=True)
     acted: bool | None = field(default=None, kw_only=True)
+    reused: Tensor | None = field(default=None, kw_only=True)
 
     @property
     def never_acted(self) -> bool:
-        """A policy that is there to let samples exit let none exit."""
-        acted = self.blocks < self.blocks_full if self.acted is None else self.acted
+        """A policy that is there to leave work out left none out."""
+        acted = self.blocks < self.blocks_full or self.reuses > 0 if self.acted is None else self.acted
         return self.asks and self.blocks > 0 and not acted
 
     @property
     def passes(self) -> int:
         """Lanes that went through the network, each step counted."""
         return int((self.exit_layer > 0).sum())
+
+    @property
+    def reuses(self) -> int:
+        """Of the `passes`, those in which a lane reused what an earlier step of its had computed."""
+        return 0 if self.reused is None else int(self.reused.sum())
 
     @property
     def blocks(self) -> int:
@@ -77,7 +86,8 @@ class Report(ExitRecord):
             f"{n} samples in {self.seconds:.2f} s ({n / self.seconds:.1f}/s); mean exit layer "
             f"{self.mean_exit_layer:.2f} of {self.num_layers}; {self.blocks / self.blocks_full:.1%} of the blocks, "
             f"{self.macs / self.macs_full:.1%} of the multiply-adds of the full network"
-            f"{f'; {NEVER_ACTED}' if self.never_acted else ''}"
+            f"{'' if self.reused is None else f'; {self.reuses / self.passes:.1%} of the steps reused an earlier one'}"
+            f"{f'; {NEVER_ACTED if self.reused is None else NEVER_REUSED}' if self.never_acted else ''}"
         )
 
 
@@ -93,7 +103,8 @@ class RequestReport(ExitRecord):
 @dataclass
 class Totals:
     """What a batch has done so far. passes: lanes that went through the network, each tick counted; asked: those of
-    them whose policy is there to let them exit, without those of a shallow network; exited: those of these that did."""
+    them whose policy is there to leave work out, without those of a shallow network; exited: those of these that exited
+    early or reused an earlier step. reused: lanes that did."""
 
     ticks: int = 0
     passes: int = 0
@@ -104,6 +115,7 @@ class Totals:
     halvings: int = 0  # ticks cut in two because memory ran out
     asked: int = 0
     exited: int = 0
+    reused: int = 0
 
     @property
     def mean_exit_layer(self) -> float:
@@ -111,5 +123,5 @@ class Totals:
 
     @property
     def never_acted(self) -> bool:
-        """Policies that are there to let samples exit let none exit."""
+        """Policies that are there to leave work out left none out."""
         return self.asked > 0 and not self.exited

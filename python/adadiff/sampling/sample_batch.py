@@ -10,6 +10,7 @@ from torch import Tensor
 from ..diffusion.schedules import NoiseSchedule
 from ..diffusion.tables import Solver
 from ..forward.networks import NetworkChoice
+from ..forward.rest_of_network import check_reuse
 from ..model import Model
 from ..policies.interface import ExitPolicy, exit_layers_of
 from ..policies.parts import Parts
@@ -57,6 +58,8 @@ class SampleBatch:
         parts = parts_from(params.policy, model.calibration)
         policy, choice = parts.exit, _choice(model, parts)
         asked = exit_layers_of(policy, model.num_layers)
+        if parts.reuse is not None:
+            check_reuse(parts.reuse, model.backbone)
         if model.exits is None and asked:
             raise ValueError("this model has no exits; sample it with policy='full'")
         guidance = (per_sample("guidance_scale", params.guidance_scale, n, torch.float64) - 1).float()
@@ -97,8 +100,8 @@ class SampleBatch:
 
 def _choice(model: Model, parts: Parts) -> NetworkChoice | None:
     """ValueError for parts that this model cannot follow."""
-    if not parts.only_exits:
-        raise ValueError(f"policy '{parts}': only exits can be sampled with")
+    if parts.width is not None or parts.cascade is not None:
+        raise ValueError(f"policy '{parts}': only exits and reuse can be sampled with")
     return None
 
 

@@ -95,7 +95,9 @@ class SamplerRun:
 
     def _clear(self) -> None:
         most = int(self.samples.steps.max()) if self.n else 0
-        self._record = RunRecord(most, self.n, self.model.num_layers, self.samples.record_scores)
+        own = self.samples
+        reuses = own.parts.reuse is not None
+        self._record = RunRecord(most, self.n, self.model.num_layers, own.record_scores, reuses)
         self._totals = Totals()
         self._seconds = 0.0
 
@@ -136,4 +138,4 @@ class SamplerRun:
                     if error is not None:
                         raise error
         if self._totals.never_acted:
-            log_never_acted(str(self.samples.policy))
+            log_never_acted(str(self.samples.parts))

@@ -9,6 +9,7 @@ from torch import Tensor
 from adadiff_kernels import Guidance, SolverState, guide
 
 from ..diffusion.schedules import NoiseSchedule
+from ..forward.feature_store import StoreUpdate
 from .records import PassRecord
 
 
@@ -29,7 +30,8 @@ class Tick:
 @dataclass(frozen=True)
 class Step:
     """One forward pass and solver step of samples at slots: int64 [k], which `there` says on the device. solver: what
-    they have become, None once that is written; x: float32 [k, C, H, W], what they were."""
+    they have become, None once that is written, and updates of what their lanes keep; x: float32 [k, C, H, W], what
+    they were."""
 
     slots: np.ndarray
     there: Tensor
@@ -38,6 +40,7 @@ class Step:
     prediction: Tensor  # of all lanes
     guidance: Guidance | None
     record: PassRecord
+    updates: tuple[StoreUpdate, ...] = ()
 
     def without_solver(self) -> "Step":
         return Step(self.slots, self.there, None, self.x, self.prediction, self.guidance, self.record)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..sampling.records import Learnt
-from ..sampling.reports import RequestReport, Totals, asks_for_exits
+from ..sampling.reports import RequestReport, Totals
 from ..sampling.sample_batch import SampleBatch
 from .waking import SignalSafeCondition
 
@@ -70,7 +70,7 @@ class Handle(Future):
         self.samples, self.submitted, self.deadline, self.priority = samples, submitted, deadline, priority
         self._engine, self._on_step, self._lanes = weakref.ref(engine), on_step, samples.lanes
         self._num_layers = engine.model.num_layers
-        self._exits: list[tuple[np.ndarray, np.ndarray | None]] = []  # of the steps made, by lane, as far as known
+        self._steps: list[tuple[np.ndarray, np.ndarray | None, np.ndarray]] = []  # made, by lane, as far as known
         self._made = 0  # steps
         self._slot: tuple[int, int] | None = None  # and which of its samples
         self._admitted: float | None = None
@@ -92,19 +92,22 @@ class Handle(Future):
         """What has been done for this request so far. Exit layers of the last step come with the next one."""
         began = self._admitted if self._admitted is not None else math.nan
         ended = self._ended if self._ended is not None else math.nan
-        exits, scores = list(self._exits), None
-        exit_layer = np.array([layers for layers, _ in exits], dtype=np.uint8).reshape(-1, 1, 2)
+        steps, scores, reused = list(self._steps), None, None
+        exit_layer = np.array([layers for layers, _, _ in steps], dtype=np.uint8).reshape(-1, 1, 2)
         if self.samples.record_scores:
             none = np.full((2, self._num_layers), np.nan, dtype=np.float32)
-            scores = np.array([none if own is None else own for _, own in exits], dtype=np.float32)
+            scores = np.array([none if own is None else own for _, own, _ in steps], dtype=np.float32)
             scores = torch.from_numpy(scores.reshape(-1, 1, *none.shape))
+        if self.samples.parts.reuse is not None:
+            reused = torch.from_numpy(np.array([own for _, _, own in steps], dtype=bool).reshape(-1, 1, 2))
         return RequestReport(
             exit_layer=torch.from_numpy(exit_layer),
             num_layers=self._num_layers,
             scores=scores,
             waited=began - self.submitted,
             seconds=ended - began,
-            asks=asks_for_exits(self.samples.policy),
+            asks=self.samples.parts.asks,
+            reused=reused,
         )
 
     def predicted_x0(self) -> Tensor:
@@ -186,7 +189,7 @@ class Handle(Future):
 
     def _begin_again(self) -> None:
         """The steps made are forgotten; the same image comes of it, since it belongs to its seed."""
-        self._exits.clear()
+        self._steps.clear()
         self._made, self._slot, self._admitted, self._ended = 0, None, None, None
 
     def _end_in_child(self, error: Exception) -> None:
@@ -198,7 +201,8 @@ class Handle(Future):
             self.set_exception(error)
 
     def _learn(self, known: Learnt, i: int) -> None:
-        self._exits.append((known.exit_layer[i], None if known.scores is None else known.scores[i]))
+        scores = None if known.scores is None else known.scores[i]
+        self._steps.append((known.exit_layer[i], scores, known.reused[i]))
 
 
 def _contained(fn: Callable[[Future], object], handle: Future) -> None:

@@ -1,0 +1,244 @@
+"""Lanes that take the rest of the network from one of their earlier steps: a first-block cache, lane by lane.
+
+After F blocks a lane either goes on, which makes a *full* step of it, or leaves by the same compaction as an exit, and
+its prediction is head(h_F + rest), rest = h_k - h_F of its last full step, over the patches. k is the layer at which
+that step ended, the last one or an earlier exit, and the head is that layer's. A lane that exits by its exit policy at
+F or before makes no full step: what it keeps grows older.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from adadiff_kernels import upload
+
+from ..models.interface import Backbone
+from ..policies.reuse import GATES, Reuse, ReuseContext, ReusePolicy
+from .decision import call_policy
+from .feature_store import Kind, StoreUpdate
+from .lane_by_lane import LaneRunner, lane_by_lane
+from .placement import DevicePlacement, HostPlacement
+from .reuse_lanes import LaneEntries, ReuseLanes
+from .runner import BlockRunner
+
+
+def kinds_of(policy: ReusePolicy, backbone: Backbone, dtype: torch.dtype) -> dict[str, Kind]:
+    """What a lane of `policy` keeps. rest: [N, D], over the patches; ended: k. reference: [T, D], what the gate
+    compares with. total: of the gate "input", the change that has summed up since the last full step."""
+    T, D = backbone.tokens, backbone.dim
+    kinds = {"rest": Kind((T - backbone.num_prefix_tokens, D), dtype), "ended": Kind((), torch.int32)}
+    if policy.gate is not None:
+        kinds["reference"] = Kind((T, D), dtype)
+    if policy.gate == "input":
+        kinds["total"] = Kind((), torch.float32)
+    return kinds
+
+
+def check_reuse(policy: ReusePolicy, backbone: Backbone) -> None:
+    """ValueError for a policy that this network cannot follow, or by which nobody could ever reuse."""
+    num_layers = len(backbone.blocks)
+    if policy.last:
+        raise ValueError(
+            f"policy '{policy}': last blocks that always run are for pipelines; here the head follows what is reused, "
+            "so leave last out"
+        )
+    if policy.first >= num_layers:
+        raise ValueError(
+            f"policy '{policy}' leaves nothing out: this network has {num_layers} blocks, and the first {policy.first} "
+            f"always run; take first of {num_layers - 1} or less"
+        )
+    if policy.gate not in (None, *GATES):
+        raise ValueError(f"gate of '{policy}' must be None or one of {', '.join(GATES)}, got {policy.gate!r}")
+    if policy.gate == "input" and not hasattr(backbone.blocks[0], "branches"):
+        raise ValueError(f"policy '{policy}': gate=input does not see into this network's blocks; use gate=residual")
+    if isinstance(policy, Reuse) and policy.level != "block":
+        raise ValueError(f"policy '{policy}': only level=block can be sampled with")
+
+
+class RestOfNetwork:
+    """Of one forward pass of B lanes. layers: after which a gate is asked. hidden: [B, T, D], the first block's input.
+
+    reused, full: bool [B], lanes that reuse, and those whose step is a full one, as far as the pass has come.
+    """
+
+    def __init__(
+        self,
+        lanes: ReuseLanes,
+        backbone: Backbone,
+        t: Tensor,
+        hidden: Tensor,
+        runner: BlockRunner | LaneRunner,
+        invariant: bool,
+    ) -> None:
+        num_layers = len(backbone.blocks)
+        self._lanes = lanes = lanes.without([policy.first >= num_layers for policy in lanes.policies])
+        self._store, self._invariant, self._t, device = lanes.store, invariant, t, hidden.device
+        self._prefix, self._num_layers = backbone.num_prefix_tokens, num_layers
+        present = set(lanes.index.tolist())
+        self._policies = {k: policy for k, policy in enumerate(lanes.policies) if k in present}
+        self.layers = frozenset(policy.first for policy in self._policies.values())
+        self._own = LaneEntries(lanes, device)
+        self.reused = torch.zeros(len(hidden), dtype=torch.bool, device=device)
+        self.full = torch.zeros_like(self.reused)
+        gates = {policy.gate for policy in self._policies.values()}
+        self._input = hidden if "residual" in gates else None
+        self._base: Tensor | None = None  # [B, T, D] by lane, after each lane's own first blocks
+        self._read: Tensor | None = None  # [B, T, D], what the first block's first branch reads
+        if "input" in gates:
+            self._read = runner.first_read(hidden)
+            grown = self._by_lane(_growth, self._read, self._kept("reference"))
+            self._total = self._kept("total") + grown  # float32 [B]
+
+    def leave(
+        self, layer: int, hidden: Tensor, exits: Tensor | None, placement: HostPlacement | DevicePlacement
+    ) -> Tensor:
+        """Rows that leave after `layer`, by their exit policy or because they reuse: bool [n]. hidden: [n, T, D];
+        exits: bool [n], rows that may exit; None: nobody."""
+        own, lanes, running = self._own, placement.row_to_lane.long(), placement.running()
+        asked = torch.zeros(len(lanes), dtype=torch.bool, device=hidden.device)
+        index, reuse = own.index.index_select(0, lanes), torch.zeros_like(asked)
+        for k, policy in self._policies.items():
+            if policy.first != layer:
+                continue
+            chosen = index == k if running is None else (index == k) & running
+            asked |= chosen
+            reuse |= self._who_reuses(policy, hidden, lanes, chosen, on_host=running is None)
+        if exits is not None:
+            exits = placement.both_tied(exits)
+            reuse &= ~exits
+        reuse = placement.both_tied(reuse)
+        left = reuse if exits is None else reuse | exits
+        self.reused.index_copy_(0, lanes, self.reused.index_select(0, lanes) | reuse)
+        self.full.index_copy_(0, lanes, self.full.index_select(0, lanes) | (asked & ~left))
+        self._keep_base(hidden, lanes, asked)
+        return left
+
+    def _who_reuses(self, policy: ReusePolicy, hidden: Tensor, lanes: Tensor, chosen: Tensor, on_host: bool) -> Tensor:
+        """bool [n], of the rows that are `chosen`, bool [n]. Where only a device knows who runs, all rows are asked
+        about."""
+        own, found = self._own, torch.zeros_like(chosen)
+        rows = chosen.nonzero().squeeze(1) if on_host else torch.arange(len(chosen), device=chosen.device)
+        if not len(rows):
+            return found
+        lanes, hidden = lanes[rows], hidden if len(rows) == len(chosen) else hidden[rows]
+        usable = own.valid.index_select(0, lanes) & chosen[rows]
+        change = self._change(policy, hidden, lanes, usable)
+        context = ReuseContext(
+            own.step.index_select(0, lanes),
+            own.age.index_select(0, lanes),
+            own.steps_left.index_select(0, lanes),
+            self._t.to(lanes.device).index_select(0, lanes),
+        )
+        mask = call_policy(policy, policy.reuse_mask, None if policy.gate is None else change.clone(), context)
+        call_policy(policy, _check_mask, mask, len(lanes), lanes.device)
+        found[rows] = mask & usable & ~change.isnan()
+        return found
+
+    def _change(self, policy: ReusePolicy, hidden: Tensor, lanes: Tensor, usable: Tensor) -> Tensor:
+        """float32 [n], by the policy's gate; NaN where the lane's values are. usable: bool [n], rows that have
+        something to reuse."""
+        if policy.gate is None:
+            return torch.where(hidden.isnan().flatten(1).any(1), torch.nan, 0.0).float()
+        if policy.gate == "input":
+            return self._total.index_select(0, lanes)
+        given = hidden, self._input.index_select(0, lanes), self._kept("reference", lanes)
+        if policy.whole_batch:
+            return _change_of_all(*given, usable).expand(len(lanes))
+        return self._by_lane(_change, *given)
+
+    def _by_lane(self, function: Callable[..., Tensor], *given: Tensor) -> Tensor:
+        """function(*given), float32 [n], of [n, T, D] each; lane by lane where the bits must not depend on n."""
+        if not self._invariant:
+            return function(*given)
+        n, device = len(given[0]), given[0].device
+        if not n:
+            return torch.zeros(0, dtype=torch.float32, device=device)
+
+        def one(row: int) -> Tensor:
+            return function(*(value[row : row + 1].clone() for value in given))
+
+        return torch.cat(lane_by_lane(one, n, device))
+
+    def _kept(self, name: str, lanes: Tensor | None = None) -> Tensor:
+        """What the store has of all lanes, or of some: int64 [k]."""
+        entry = self._own.entry if lanes is None else self._own.entry.index_select(0, lanes)
+        return self._store[name].index_select(0, entry)
+
+    def _keep_base(self, hidden: Tensor, lanes: Tensor, asked: Tensor) -> None:
+        if self._base is None:
+            self._base = hidden.new_empty(len(self.reused), *hidden.shape[1:])
+        if len(self.layers) > 1:  # others have left theirs there, at another layer
+            hidden = torch.where(asked[:, None, None], hidden, self._base.index_select(0, lanes))
+        self._base.index_copy_(0, lanes, hidden)
+
+    # ---- at the end of the pass ----
+
+    def head_layer(self) -> Tensor:
+        """int32 [B]: the layer whose head a lane takes that reuses, 0 for the others."""
+        if not self.layers:
+            return torch.zeros(len(self.reused), dtype=torch.int32, device=self.reused.device)
+        return self._kept("ended").where(self.reused, 0)
+
+    def completed(self, patches: Tensor) -> Tensor:
+        """patches: [B, N, D], what lanes had when they left; with the rest added to those that reuse."""
+        if not self.layers or (patches.is_cpu and not bool(self.reused.any())):
+            return patches
+        return torch.where(self.reused[:, None, None], patches + self._kept("rest"), patches)
+
+    def updates(self, placement: HostPlacement | DevicePlacement) -> tuple[StoreUpdate, ...]:
+        """What the store is to be told, for the entries of lanes that follow a policy."""
+        index = self._lanes.index
+        lanes = {k: upload((index == k).nonzero().squeeze(1), self.reused.device) for k in self._policies}
+        return tuple(self._update(policy, lanes[k], placement) for k, policy in self._policies.items())
+
+    def _update(self, policy: ReusePolicy, lanes: Tensor, placement: HostPlacement | DevicePlacement) -> StoreUpdate:
+        """Of all that `policy` has, int64 [k]: what a full step leaves, and for other lanes what is there already."""
+        own, full = self._own, self.full.index_select(0, lanes)
+        values: dict[str, Tensor] = {}
+
+        def put(name: str, rows: Tensor, where: Tensor) -> None:
+            old = self._kept(name, lanes)
+            values[name] = torch.where(where.view(-1, *[1] * (old.ndim - 1)), rows.to(old.dtype), old)
+
+        if self._base is not None:  # else nobody came as far
+            base = self._base.index_select(0, lanes)
+            put("made", own.step.index_select(0, lanes), full)
+            put("network", own.network.index_select(0, lanes), full)
+            put("ended", placement.exit_layer.index_select(0, lanes), full)
+            put("rest", (placement.saved.index_select(0, lanes) - base)[:, self._prefix :], full)
+            if policy.gate == "residual":
+                put("reference", base - self._input.index_select(0, lanes), full)
+        if policy.gate == "input":  # its reference is the step before, full or not
+            seen = full | own.valid.index_select(0, lanes)
+            put("reference", self._read.index_select(0, lanes), seen)
+            put("total", self._total.index_select(0, lanes).masked_fill(full, 0.0), seen)
+        return StoreUpdate(own.entry.index_select(0, lanes), values)
+
+
+def _growth(read: Tensor, before: Tensor) -> Tensor:
+    """float32 [n]: how much what is read has changed since the step before, relative to that. [n, T, D] each."""
+    return mean_abs(read - before) / mean_abs(before)
+
+
+def _change(hidden: Tensor, begun: Tensor, reference: Tensor) -> Tensor:
+    """float32 [n]: how much the residual hidden - begun has changed. [n, T, D] each."""
+    return mean_abs(hidden - begun - reference) / mean_abs(reference)
+
+
+def _change_of_all(hidden: Tensor, begun: Tensor, reference: Tensor, usable: Tensor) -> Tensor:
+    """float32 [1], of all usable rows as one: sum |change| / sum |reference|."""
+    none = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    changed = mean_abs(hidden - begun - reference).where(usable, none).sum()
+    return (changed / mean_abs(reference).where(usable, none).sum())[None]
+
+
+def mean_abs(value: Tensor) -> Tensor:
+    """float32 [n], of each lane."""
+    return value.flatten(1).abs().mean(1, dtype=torch.float32)
+
+
+def _check_mask(mask: object, n: int, device: torch.device) -> None:
+    if not isinstance(mask, Tensor) or mask.shape != (n,) or mask.dtype != torch.bool or mask.device != device:
+        given = f"{mask.dtype} {list(mask.shape)} on {mask.device}" if isinstance(mask, Tensor) else repr(mask)
+        raise ValueError(f"reuse_mask must return bool [{n}] on {device}, got {given}")
