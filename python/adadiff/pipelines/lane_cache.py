@@ -85,12 +85,18 @@ class LaneCache:
             if self.reference is None or self.norm is None or self.total is None:
                 self.total = torch.zeros(self.B, dtype=torch.float32, device=gate.device)
             else:
-                self.total = self.total + mean_abs(gate - self.reference) / self.norm
+                self.total = self.total + self._relative(policy, gate)
             self.reference, self.norm = gate, mean_abs(gate)
             return torch.where(self.norm.isnan(), torch.nan, self.total)
         if self.reference is None or self.norm is None:
             return torch.where(mean_abs(gate).isnan(), torch.nan, torch.inf)
-        return mean_abs(gate - self.reference) / self.norm
+        return self._relative(policy, gate)
+
+    def _relative(self, policy: ReusePolicy, gate: Tensor) -> Tensor:
+        """float32 [B]: by how much the gate differs from the reference; of a policy that decides for the whole batch,
+        one number for all."""
+        changed, norm = mean_abs(gate - self.reference), self.norm
+        return (changed.sum() / norm.sum()).expand(self.B) if policy.whole_batch else changed / norm
 
     def _note(self, policy: ReusePolicy, gate: Tensor | None, reuse: Tensor) -> None:
         full = ~reuse

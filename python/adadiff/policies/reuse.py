@@ -84,6 +84,28 @@ class Cache(ReusePolicy):
 
 
 @dataclass(frozen=True)
+class BatchCache(ReusePolicy):
+    """A baseline, not for use: a first-block cache that decides for all lanes at once, as that of diffusers does, by
+    the sum of all changes over the sum of all references. So what a sample gets depends on its batch-mates. Lanes that
+    have nothing to reuse yet have no say. Spelled "cache:batch=0.08,first=1"."""
+
+    threshold: float
+    first: int = 1
+    gate = "residual"
+    whole_batch: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        Cache(self.threshold, self.first)  # for its checks
+
+    def reuse_mask(self, change: Tensor | None, context: ReuseContext) -> Tensor:
+        assert change is not None
+        return change <= self.threshold
+
+    def __str__(self) -> str:
+        return f"cache:batch={self.threshold!r}{f',first={self.first}' if self.first != 1 else ''}"
+
+
+@dataclass(frozen=True)
 class Reuse(ReusePolicy):
     """A static plan, as FORA's and A-SDM's: a full step, then every - 1 steps that reuse.
 

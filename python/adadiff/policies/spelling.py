@@ -1,6 +1,6 @@
 """Policies as text: "full", "exit:0.135,min_layer=3", "exit:budget=0.55", "exit:table=0.55", "exit:patience=0.08",
-"exit:depth=8", "exit:batch-mean=0.07", "cache:threshold=0.08", "reuse:every=2", "width:FILE", "cascade:FILE", one of
-somebody's own as "module:Class"; parts of different kinds joined by +."""
+"exit:depth=8", "exit:batch-mean=0.07", "cache:threshold=0.08", "cache:batch=0.08", "reuse:every=2", "width:FILE",
+"cascade:FILE", one of somebody's own as "module:Class"; parts of different kinds joined by +."""
 
 import importlib
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from .cascade import Cascade
 from .exits import BatchMean, Depth, Full, Patience, Threshold
 from .interface import ExitPolicy
 from .parts import Part, Parts
-from .reuse import Cache, Reuse, ReusePolicy
+from .reuse import BatchCache, Cache, Reuse, ReusePolicy
 
 Policy = str | Part | Parts | Sequence[str | Part]
 DEFAULT = "full"  # nothing is left out unless somebody asks for it
@@ -20,7 +20,7 @@ FORMS = (
     "exit:depth=BLOCKS, exit:batch-mean=THRESHOLD"
 )
 REUSE_FORMS = (
-    "cache:threshold=CHANGE[,first=BLOCKS][,last=BLOCKS][,gate=residual|input], "
+    "cache:threshold=CHANGE[,first=BLOCKS][,last=BLOCKS][,gate=residual|input], cache:batch=CHANGE[,first=BLOCKS], "
     "reuse:every=STEPS[,level=block|layer|unit][,dense_early=STEPS][,dense_late=STEPS]"
 )
 OWN_FORM = "module:Class[:name=value,...], a policy of your own"
@@ -150,14 +150,15 @@ def _value(text: str) -> int | float | bool | str:
 
 
 # Of "cache:" and "reuse:": the class, the option it has to have, and how each option is read.
-_REUSE: dict[str, tuple[type[Cache] | type[Reuse], str, dict[str, Callable[[str], object]]]] = {
+_REUSE: dict[str, tuple[type[ReusePolicy], str, dict[str, Callable[[str], object]]]] = {
     "cache": (Cache, "threshold", {"threshold": float, "first": int, "last": int, "gate": str}),
+    "cache:batch": (BatchCache, "batch", {"batch": float, "first": int}),
     "reuse": (Reuse, "every", {"every": int, "level": str, "dense_early": int, "dense_late": int}),
 }
 
 
 def _reuse_policy(policy: str, part: str, text: str) -> ReusePolicy:
-    kind, required, options = _REUSE[part]
+    kind, required, options = _REUSE["cache:batch" if part == "cache" and "batch=" in text else part]
     values: dict[str, object] = {}
     try:
         for option in text.split(","):
@@ -172,7 +173,7 @@ def _reuse_policy(policy: str, part: str, text: str) -> ReusePolicy:
                 raise ValueError(f"{name} must be a number, got {value!r}") from None
         if required not in values:
             raise ValueError(f"{part} needs {required}")
-        return kind(**values)
+        return kind(values.pop(required), **values)  # type: ignore[call-arg]
     except ValueError as error:
         raise ValueError(f"cannot use policy {policy!r}: {error}. There are {REUSE_FORMS}") from None
 
