@@ -20,7 +20,7 @@ from .commands.options import add_command
 from .commands.sample_options import add_diff, add_evaluate, add_sample
 from .commands.terminal import print_error
 from .commands.texts import START, SUMMARY
-from .data.files import reason
+from .reading import reason
 from .sampling.faults import is_memory_error
 
 

@@ -102,16 +102,15 @@ def width_choice(model: Model, policy: Width) -> WidthChoice:
     _check_widths(model, policy.widths, f"policy '{policy}'")
     if policy.network is not None and policy.network != network_of(model.config):
         raise ValueError(
-            f"policy '{policy}' was found for another network than that of this model; `adadiff search MODEL --out FILE` "
-            "finds one for it"
+            f"policy '{policy}' was found for another network than that of this model; `adadiff search MODEL --out "
+            "FILE` finds one for it"
         )
     return _narrow_networks(model).choice(model, policy)
 
 
 def network_of(config: ModelConfig) -> str:
     """What a schedule of widths belongs to, as text: the configuration without its exits."""
-    values = dataclasses.replace(config, exits=None).to_dict()
-    return json.dumps(values, sort_keys=True)
+    return json.dumps(dataclasses.replace(config, exits=None).to_dict(), sort_keys=True)
 
 
 def _check_widths(model: Model, widths: tuple[float, ...], what: str) -> None:
@@ -142,7 +141,7 @@ class _NarrowNetworks:
             if width not in self._networks:
                 made = _without_values(model.config, width)
                 made.config = dataclasses.replace(made.config, exits=model.config.exits)
-                _fill(made, model)
+                _fill(made, width, model)
                 self._networks[width] = made
             return self._networks[width]
 
@@ -161,16 +160,16 @@ class _NarrowNetworks:
         """Looks for weights that were replaced, or lie elsewhere now, as after `model.to(device)`."""
         with self._lock:
             if self._parameters is None or self._parameters.moved():
-                for network in self._networks.values():
-                    _fill(network, model)
+                for width, network in self._networks.items():
+                    _fill(network, width, model)
                 self._parameters = Parameters(model)
 
 
 @torch.inference_mode(False)  # whatever mode the caller is in, another thread may continue
-def _fill(network: Model, model: Model) -> None:
+def _fill(network: Model, width: float, model: Model) -> None:
     """Gives a narrow network the weights of `model`."""
     weights = weights_of(model)
-    shapes = narrow_shapes(model.config, network.config.network.width)
+    shapes = narrow_shapes(model.config, width)
     for name, value in cut({name: value.detach() for name, value in weights.items()}, shapes).items():
         path, _, leaf = name.rpartition(".")
         own = weights[name] if value.shape == weights[name].shape else nn.Parameter(value, requires_grad=False)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..diffusion.schedules import NoiseSchedule
 from ..diffusion.tables import Solver
+from ..forward.narrow import width_choice
 from ..forward.networks import NetworkChoice
 from ..model import Model
 from ..policies.interface import ExitPolicy, exit_layers_of
@@ -97,9 +98,9 @@ class SampleBatch:
 
 def _choice(model: Model, parts: Parts) -> NetworkChoice | None:
     """ValueError for parts that this model cannot follow."""
-    if not parts.only_exits:
-        raise ValueError(f"policy '{parts}': only exits can be sampled with")
-    return None
+    if parts.reuse is not None or parts.cascade is not None:
+        raise ValueError(f"policy '{parts}': only exits and widths can be sampled with")
+    return None if parts.width is None else width_choice(model, parts.width)
 
 
 @lru_cache(maxsize=1024)

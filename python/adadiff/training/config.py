@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from ..config import PRESETS, ModelConfig, from_dict
 from ..data import sources
-from ..data.files import read_json, read_text
+from ..reading import read_json, read_text
 from ..uem import ExitConfig
 from .losses import loss_named
 

@@ -163,8 +163,8 @@ class Trainer:
             raise ValueError(f"there are no pictures of {shape[0]} channels; set sample_every to 0")
 
     def turns(self, step: int) -> list[float]:
-        """The widths whose losses update `step` sums up: of a slimmable network the whole, the smallest and one of those
-        between, drawn at random (the sandwich rule: Yu and Huang, ICCV 2019, arXiv 1903.05134, as DDSM trains)."""
+        """The widths whose losses update `step` sums up: of a slimmable network the whole, the smallest and a random
+        one of those between (the sandwich rule: Yu and Huang, ICCV 2019, arXiv 1903.05134, as DDSM trains)."""
         if not self.config.widths:
             return [1.0]
         smallest, *between, _ = self.model.config.widths
