@@ -1,4 +1,4 @@
-"""Tiny slimmable models, and what they are at a width by another way: heads and channels of the whole network masked."""
+"""Tiny slimmable models, and another way to a width: the whole network, its other heads and channels masked."""
 
 import copy
 import dataclasses
