@@ -25,7 +25,8 @@ EXIT_LOGIC = {
 }
 # Folders and single modules of python/adadiff: each imports only those before it.
 ORDER = (
-    *("diffusion", "models", "heads", "uem", "policies", "config", "model", "weights", "writing", "checkpoint"),
+    *("diffusion", "models", "heads", "uem", "reading", "policies", "config", "model", "weights"),
+    *("writing", "checkpoint"),
     *("forward", "sampling", "serving"),
     *("data", "output", "metrics", "calibration", "conversion", "pipelines", "training"),
     *("__init__", "commands", "cli", "__main__"),

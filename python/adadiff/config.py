@@ -15,13 +15,15 @@ from .models.uvit import UViTConfig
 from .uem import ExitConfig
 
 T = TypeVar("T")
+MOST_WIDTHS = 16
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """`exits` is None for a plain network; `null_label` is the class that stands for "no class" in guidance, which
     touches the first `guided_channels` only (None: all); `latent_scale`: latents are the autoencoder's times this
-    (None: samples are images)."""
+    (None: samples are images); `widths`: ascending, those that the network was trained at, 1 the last (None: a network
+    of one width), see forward/narrow.py."""
 
     network: NetworkConfig
     schedule: str
@@ -29,6 +31,7 @@ class ModelConfig:
     exits: ExitConfig | None = None
     guided_channels: int | None = None
     latent_scale: float | None = None
+    widths: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         _family(self.network)
@@ -48,6 +51,8 @@ class ModelConfig:
             raise ValueError(f"guided_channels must lie in 1..{self.network.channels}, got {self.guided_channels}")
         if self.latent_scale is not None and not 0 < self.latent_scale <= sys.float_info.max:
             raise ValueError(f"latent_scale must be a positive number, got {shortly(self.latent_scale)}")
+        if self.widths is not None:
+            object.__setattr__(self, "widths", _widths(self.widths, self.network))
 
     @property
     def family(self) -> str:
@@ -59,7 +64,13 @@ class ModelConfig:
         return self.network.num_classes - (self.null_label is not None)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"family": self.family, **dataclasses.asdict(self)}
+        """What says nothing is left out, so that releases which know no widths read models that have none."""
+        values = {"family": self.family, **dataclasses.asdict(self)}
+        if values["network"].get("width") == 1:
+            del values["network"]["width"]
+        if self.widths is None:
+            del values["widths"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
@@ -71,6 +82,17 @@ class ModelConfig:
             if key in values and (key == "network" or values[key] is not None):
                 values[key] = from_dict(kind, values[key], key)
         return from_dict(cls, values, "model")
+
+
+def _widths(widths: Any, network: NetworkConfig) -> tuple[float, ...]:
+    known = isinstance(widths, list | tuple) and all(type(width) in (int, float) for width in widths)
+    if not known or not 2 <= len(widths) <= MOST_WIDTHS or list(widths) != sorted(set(widths)):
+        raise ValueError(f"widths must be 2 to {MOST_WIDTHS} ascending numbers, got {shortly(widths)}")
+    if not (widths[0] > 0 and widths[-1] == 1):
+        raise ValueError(f"widths must lie in (0, 1] and end with 1, got {shortly(widths)}")
+    if getattr(network, "width", None) != 1:
+        raise ValueError("a network with several widths is one that can be narrow, and has itself the width 1")
+    return tuple(map(float, widths))
 
 
 def _family(network: NetworkConfig) -> str:

@@ -109,7 +109,7 @@ QKV = "backbone.in_blocks.0.attn.qkv.weight"
         (lambda t, h: t.clear(), r"missing backbone\.pos_embed;.* and \d+ more"),
         (lambda t, h: config_with(h, exits=None), r"unexpected exits\.bias"),
         (lambda t, h: config_with(h, network={**NETWORK, "depth": 4}), r"missing backbone\.in_blocks\.1"),
-        (lambda t, h: config_with(h, network={**NETWORK, "width": 4}), "unknown key width in network"),
+        (lambda t, h: config_with(h, network={**NETWORK, "breadth": 4}), "unknown key breadth in network"),
         (lambda t, h: config_with(h, colour="red"), "unknown key colour in model"),
         (lambda t, h: config_with(h, network={"dim": 48}), "network lacks image_size"),
         (lambda t, h: config_with(h, network=[1]), r"network must be a table of values, got \[1\]"),

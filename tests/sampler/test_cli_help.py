@@ -13,7 +13,7 @@ from adadiff import cli
 from adadiff.commands import options, texts
 from adadiff.commands.formatting import HelpFormatter
 from adadiff.diffusion.solvers import SOLVERS
-from adadiff.policies.spelling import FORMS, policy_from
+from adadiff.policies.spelling import FORMS, parts_from
 from adadiff.training.config import TrainConfig
 from adadiff.training.losses import LOSSES
 
@@ -99,7 +99,7 @@ def test_defaults_of_a_training_are_those_of_its_configuration() -> None:
         shown = re.search(r"\(default: ([^)]+)\)$", help_of[field.name]).group(1)
         if field.type is bool:
             assert shown == f"--{'' if field.default else 'no-'}{field.name}"
-        elif field.type is dict or field.default == "":
+        elif field.type in (dict, list) or field.default == "":
             assert shown == "none"
         else:
             assert field.type(shown) == field.default
@@ -144,12 +144,13 @@ def test_prose_names_options_that_exist(command: str) -> None:
 def test_the_list_of_policies_is_complete() -> None:
     listed = re.findall(r"^  (\S+)", texts.POLICY_TABLE, re.MULTILINE)
     kinds = set(re.findall(r"exit:([a-z-]+)=", FORMS))
-    assert {form.partition("=")[0] for form in listed} == {"full", "exit:U", "exit:U,min_layer"} | {
+    widths = {"width:W", "width:FILE"}
+    assert {form.partition("=")[0] for form in listed} == {"full", "exit:U", "exit:U,min_layer"} | widths | {
         f"exit:{kind}" for kind in kinds
     }
     for form in listed:
-        if "SHARE" not in form:
-            policy_from(form.replace("U", "0.1").replace("K", "2"))
+        if "SHARE" not in form and "FILE" not in form:
+            parts_from(form.replace("U", "0.1").replace("K", "2").replace("W", "0.5"))
 
 
 def test_solvers_and_losses_are_all_named() -> None:

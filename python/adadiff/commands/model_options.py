@@ -1,4 +1,4 @@
-"""Options of the commands that make or show models: inspect, calibrate, train, convert."""
+"""Options of the commands that make or show models: inspect, calibrate, search, train, convert."""
 
 import argparse
 import dataclasses
@@ -9,7 +9,7 @@ from ..calibration.calibrating import AIMS, CALIBRATION_SEED
 from ..checkpoint import DTYPES
 from ..conversion import convert as conversion
 from ..training.config import CHOICES, TrainConfig, shipped
-from . import calibrate, convert, inspect, train
+from . import calibrate, convert, inspect, search, train
 from .options import (
     Commands,
     Options,
@@ -110,6 +110,60 @@ def add_calibrate(commands: Commands) -> None:
     add_device(execution)
 
 
+def add_search(commands: Commands) -> None:
+    command = add_command(commands, "search", search.search)
+    add_model(command)
+
+    goal = command.add_argument_group("what to search for")
+    goal.add_argument(
+        "--weight",
+        type=float,
+        required=True,
+        metavar="W",
+        help="what all multiply-adds of the whole network are worth in units of the quality, at least 0: the schedule "
+        "with the least quality + W * share is looked for (required)",
+    )
+    goal.add_argument(
+        "--aim",
+        choices=AIMS,
+        default=AIMS[1],
+        help="what quality is, the less the better: distribution, the Fréchet distance of all images to real ones; "
+        f"faithful, the mean squared difference to the whole network's images (default: {AIMS[1]})",
+    )
+    add_features(goal, "features of images, for distribution", "digits or canvases for models that draw these")
+    goal.add_argument(
+        "--reference",
+        metavar="PATH",
+        help="real images or their statistics, for distribution, as for `adadiff evaluate` (default: held-out images "
+        "of digits or canvases)",
+    )
+
+    effort = command.add_argument_group("how long to search")
+    for name, default, text in (
+        ("bins", 10, "stretches of the timesteps, 1 to 1000, each of which has a width"),
+        ("population", 16, "schedules in a generation, more than the model has widths"),
+        ("generations", 10, "generations of schedules, the first included"),
+    ):
+        effort.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
+
+    samples = command.add_argument_group("samples drawn with each schedule")
+    add_count(samples, 512, "number of samples, at least 2; as many others measure the result")
+    add_seed(samples, CALIBRATION_SEED, ", far from the seeds of other commands")
+    add_steps(samples, several=False)
+    add_solver(samples)
+    add_guidance(samples)
+
+    output = command.add_argument_group("output")
+    output.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="file of JSON for the schedule (required)"
+    )
+    add_force(output)
+
+    execution = command.add_argument_group("execution")
+    add_batch(execution)
+    add_device(execution)
+
+
 def add_train(commands: Commands) -> None:
     command = add_command(commands, "train", train.train)
     command.add_argument(
@@ -149,6 +203,8 @@ def _add_train_option(group: Options, field: dataclasses.Field[Any], text: str) 
     if field.type is bool:
         kind = {"action": argparse.BooleanOptionalAction}
         default = option if default else f"--no-{option[2:]}"
+    elif field.type is list:
+        kind, default = {"type": shares, "metavar": "SHARE,..."}, "none"
     elif field.type is dict:
         kind = {"nargs": "+", "type": setting, "action": Settings, "metavar": "KEY=VALUE"}
         default = "none"

@@ -156,6 +156,22 @@ PAGES = {
         notes="The file is used like any other model. `adadiff sample FILE --policy exit:budget=0.55` decides by the "
         "uncertainty of each sample, --policy exit:table=0.55 by the timestep alone.",
     ),
+    "search": Page(
+        summary="find a width for each timestep",
+        usage="MODEL --weight W --out FILE\n                         [options]",
+        description="Find which share of heads and channels a slimmable model needs at which timestep (DDSM): an "
+        "evolutionary search over schedules, each of which draws samples. The best one is written to the JSON file "
+        "--out, and printed are its quality and that of every width alone, on samples that the search did not draw.",
+        examples="""\
+  adadiff search digits_slim --weight 2 --out widths.json
+
+  # images as the whole network draws them
+  adadiff search digits_slim --aim faithful --weight 0.1 \\
+      --n 64 --steps 20 --out widths.json""",
+        notes="Models are slimmable that were trained with widths, as by `adadiff train digits_slim`. The schedule is "
+        "used by `adadiff sample MODEL --policy width:FILE`. The search needs pymoo: pip install "
+        "'adadiff_kernels[search]'. If it is interrupted, FILE holds the best schedule so far.",
+    ),
     "train": Page(
         summary="train a model with exits, or add exits to one",
         usage="[CONFIG] [options]",
@@ -225,7 +241,12 @@ the error of exiting there: the uncertainty, from 0 to 1.
   exit:budget=SHARE   by the thresholds that `adadiff
                       calibrate` chose for SHARE of the
                       full network's work
-  exit:table=SHARE    the same share, by timestep alone"""
+  exit:table=SHARE    the same share, by timestep alone
+  width:W             a share W of heads and channels (of
+                      a slimmable model)
+  width:FILE          a share for each timestep, as
+                      `adadiff search` found it; joined to
+                      exits by +: exit:0.1+width:FILE"""
 SOLVER_HELP = (
     "sampling method: ddim, ddim:ETA (ETA from 0, deterministic, to 1), ddpm, dpm++2m, dpm-fast, dpm++fast, or "
     "euler-maruyama (models of schedule vp); ddim, ddpm and dpm++2m accept a spacing of the timesteps (leading, "
@@ -247,6 +268,8 @@ TRAIN_GROUPS = {  # fields of TrainConfig by the heading under which they are ex
         "trains the plain network",
         "exit_options": "changes to the exits, as in head=mlp time=false; `adadiff inspect MODEL --all` lists the "
         "settings as exits.KEY",
+        "widths": "shares of heads and MLP channels at which the network is to work, as in 0.25,0.5,1, ascending and "
+        "ending with 1: each update trains the whole, the smallest and a random one of the others",
         "recipe": "joint trains the network together with its exits; frozen trains only the exits and leaves the "
         "network of --init as it is",
         "init": "model to start from, the name of one in the package or a file; without it, the weights start at "

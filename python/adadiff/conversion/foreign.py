@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import opened, read_all
-from ..data.files import read_json
+from ..reading import read_json
 from ..weights import check_dtype, plain_names
 
 AVERAGES = ("ema", "model_ema", "ema_state_dict")

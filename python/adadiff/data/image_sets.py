@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .files import read_text
+from ..reading import read_text
 from .numpy_files import unpickle
 from .pictures import FORMATS, MOST_PIXELS, find_pictures, is_picture, read_picture
 

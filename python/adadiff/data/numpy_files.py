@@ -15,7 +15,7 @@ from typing import IO
 
 import numpy as np
 
-from .files import check_regular, of_system, reason
+from ..reading import check_regular, of_system, reason
 
 # A compressed .npz may unpack to this many bytes, and beyond that to so many times its size. Images compress to about
 # a half, zeros to a thousandth.

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.files import read_json, reason
 from ..data.numpy_files import npz_headers, read_npz
 from ..data.pictures import FORMATS, find_pictures, picture_size, read_picture
 from ..output import shards
+from ..reading import read_json, reason
 
 BATCH = 64  # images in a piece, at most
 MOST_VALUES = 2**26  # in a piece of several images

@@ -23,7 +23,9 @@ from .layers import (
     check_images,
     check_integers,
     check_labels,
+    check_width,
     patchify,
+    share_of,
     timestep_embedding,
     unpatchify,
 )
@@ -34,7 +36,7 @@ EPS = 1e-6  # of the released norms
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """The last two differ where diffusers serves a DiT: shift 1, epsilon 1e-5 (embeddings.py, attention.py)."""
+    """Shift and epsilon differ where diffusers serves a DiT: 1 and 1e-5 (embeddings.py, attention.py)."""
 
     image_size: int  # of the latents
     channels: int
@@ -47,6 +49,7 @@ class DiTConfig:
     learned_variance: bool = True
     frequency_shift: int = 0  # frequencies of the sinusoid: 10000^(-i / (128 - shift))
     mlp_norm_eps: float = EPS  # of the norm before the MLP
+    width: float = 1.0  # share of `heads` and of MLP channels that there are, see forward/narrow.py
 
     context_tokens: ClassVar[int] = 0
     context_dim: ClassVar[int] = 0
@@ -56,6 +59,7 @@ class DiTConfig:
         check_integers(self, 1, "channels", "patch", "depth", "mlp_ratio", most=1024)
         check_integers(self, 1, "num_classes", most=2**24)
         check_booleans(self, "learned_variance")
+        check_width(self)
         if self.image_size % self.patch:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch {self.patch}")
         if self.dim % self.heads or self.dim % 4:
@@ -127,10 +131,10 @@ class Block(nn.Module):
 
     def __init__(self, config: DiTConfig, index: int):
         super().__init__()
-        self.attn = Attention(config.dim, config.heads, qkv_bias=True)
-        self.mlp = Mlp(config.dim, config.mlp_ratio * config.dim, approximate="tanh")
+        self.attn = Attention(config.dim, config.heads, True, config.width)
+        self.mlp = Mlp(config.dim, share_of(config.mlp_ratio * config.dim, config.width), approximate="tanh")
         self.branches = (GatedBranch(self.attn, index, 0, EPS), GatedBranch(self.mlp, index, 1, config.mlp_norm_eps))
-        self._config, self._index = config, index
+        self._index = index
 
     def forward(
         self,
@@ -152,8 +156,7 @@ class Block(nn.Module):
         return x
 
     def macs(self, tokens: int) -> int:
-        D = self._config.dim
-        return (4 + 2 * self._config.mlp_ratio) * D * D * tokens + 2 * tokens * tokens * D
+        return self.attn.macs(tokens) + self.mlp.macs(tokens)
 
 
 class Modulation(nn.Module):

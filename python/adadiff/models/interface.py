@@ -98,7 +98,8 @@ class Backbone(Protocol):
 
 
 class NetworkConfig(Protocol):
-    """A frozen dataclass that says all about a network but its weights."""
+    """A frozen dataclass that says all about a network but its weights. Networks that can be narrow have a `width`,
+    the share of heads and MLP channels that there are, default 1."""
 
     channels: int  # of what it denoises
     dim: int  # D, channels of a row

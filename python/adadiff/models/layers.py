@@ -36,12 +36,41 @@ def product(linear: nn.Module, h: Tensor, add_bias: bool) -> Tensor:
     return linear(h) if add_bias else F.linear(h, linear.weight)
 
 
-class Attention(nn.Module):
-    def __init__(self, dim: int, heads: int, qkv_bias: bool):
+def share_of(count: int, width: float) -> int:
+    """How many of `count` heads or channels a network of this width has: its share, rounded up."""
+    return math.ceil(round(count * width, 9))
+
+
+class FirstHeads(nn.Module):
+    """Queries, keys and values of some heads, [n, T, D] -> [3, n, T, inner].
+
+    weight: [3, inner, D]; bias: [3, inner] or None. So the first heads of a wider network's `qkv`, whose rows are three
+    separate ranges, are views of it.
+    """
+
+    def __init__(self, dim: int, inner: int, bias: bool):
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.in_features = dim
+        self.weight = nn.Parameter(torch.empty(3, inner, dim))
+        self.bias = nn.Parameter(torch.zeros(3, inner)) if bias else None
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def forward(self, h: Tensor) -> Tensor:
+        n, T, D = h.shape
+        rows, weight = h.reshape(1, n * T, D).expand(3, -1, -1), self.weight.transpose(1, 2)
+        values = torch.bmm(rows, weight) if self.bias is None else torch.baddbmm(self.bias[:, None], rows, weight)
+        return values.view(3, n, T, -1)
+
+
+class Attention(nn.Module):
+    """width: the share of the heads that there are; heads and dim are those of the whole network."""
+
+    def __init__(self, dim: int, heads: int, qkv_bias: bool, width: float = 1.0):
+        super().__init__()
+        self.dim, self.heads, self._head_dim = dim, share_of(heads, width), dim // heads
+        inner = self.heads * self._head_dim
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias) if inner == dim else FirstHeads(dim, inner, qkv_bias)
+        self.proj = nn.Linear(inner, dim)
 
     @property
     def bias(self) -> Tensor:
@@ -50,10 +79,19 @@ class Attention(nn.Module):
 
     def forward(self, h: Tensor, add_bias: bool = True) -> Tensor:
         """h: [n, T, D]. Returns [n, T, D], without `bias` where it is not to be added."""
-        n, T, D = h.shape
-        q, k, v = self.qkv(h).view(n, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # [n, H, T, D/H]
-        values = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, T, D)
+        n, T, _ = h.shape
+        qkv = self.qkv(h)
+        if qkv.ndim == 4:  # of FirstHeads
+            q, k, v = qkv.view(3, n, T, self.heads, self._head_dim).transpose(2, 3)  # [n, H, T, D/H]
+        else:
+            q, k, v = qkv.view(n, T, 3, self.heads, self._head_dim).permute(2, 0, 3, 1, 4)
+        values = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, T, -1)
         return product(self.proj, values, add_bias)
+
+    def macs(self, tokens: int) -> int:
+        """Multiply-adds for one lane."""
+        inner = self.heads * self._head_dim
+        return 4 * inner * self.dim * tokens + 2 * tokens * tokens * inner
 
 
 def has_epilogue(linear: nn.Module, h: Tensor) -> bool:
@@ -78,6 +116,7 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int, approximate: str = "none"):
         super().__init__()
+        self.dim, self.hidden = dim, hidden
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
         self.approximate = approximate
@@ -99,6 +138,10 @@ class Mlp(nn.Module):
             values = torch._addmm_activation(self.fc1.bias, h.view(n * T, D), self.fc1.weight.t(), use_gelu=True)
             return values.view(n, T, -1)
         return F.gelu(self.fc1(h), approximate=self.approximate)
+
+    def macs(self, tokens: int) -> int:
+        """Multiply-adds for one lane."""
+        return 2 * self.dim * self.hidden * tokens
 
 
 def unpatchify(values: Tensor, patch: int) -> Tensor:
@@ -135,6 +178,13 @@ def check_booleans(config: Any, *names: str) -> None:
     for name in names:
         if not isinstance(getattr(config, name), bool):
             raise ValueError(f"{name} must be true or false, got {shortly(getattr(config, name))}")
+
+
+def check_width(config: Any) -> None:
+    """ValueError unless config.width is a share, in (0, 1]."""
+    width = config.width
+    if type(width) not in (int, float) or not 0 < width <= 1:
+        raise ValueError(f"width must be a share of heads and MLP channels in (0, 1], got {shortly(width)}")
 
 
 def check_images(x: Tensor, t: Tensor, shape: tuple[int, int, int]) -> None:

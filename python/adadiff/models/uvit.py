@@ -19,7 +19,9 @@ from .layers import (
     check_images,
     check_integers,
     check_labels,
+    check_width,
     patchify,
+    share_of,
     timestep_embedding,
     unpatchify,
 )
@@ -43,6 +45,7 @@ class UViTConfig:
     qkv_bias: bool = False
     mlp_time_embed: bool = False
     time_divisor: int = 1  # the sinusoid is of t / time_divisor; DuoDiff's pixel models read t / 1000
+    width: float = 1.0  # share of `heads` and of MLP channels that there are, see forward/narrow.py
 
     def __post_init__(self) -> None:
         check_integers(self, 1, "image_size", "dim", "heads", "context_dim", "time_divisor")
@@ -50,6 +53,7 @@ class UViTConfig:
         check_integers(self, 0, "context_tokens")
         check_integers(self, 0, "num_classes", most=2**24)
         check_booleans(self, "conv", "qkv_bias", "mlp_time_embed")
+        check_width(self)
         if self.image_size % self.patch:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch {self.patch}")
         if self.dim % self.heads or self.dim % 2:
@@ -108,9 +112,9 @@ class Block(nn.Module):
         self.skip_from = skip_from
         self.skip_linear = nn.Linear(2 * D, D) if skip_from is not None else None
         self.norm1 = nn.LayerNorm(D)
-        self.attn = Attention(D, config.heads, config.qkv_bias)
+        self.attn = Attention(D, config.heads, config.qkv_bias, config.width)
         self.norm2 = nn.LayerNorm(D)
-        self.mlp = Mlp(D, config.mlp_ratio * D)
+        self.mlp = Mlp(D, share_of(config.mlp_ratio * D, config.width))
         self.branches = (AffineBranch(self.norm1, self.attn), AffineBranch(self.norm2, self.mlp))
         self._config = config
 
@@ -133,9 +137,9 @@ class Block(nn.Module):
         return torch.add(x, self.mlp(self.norm2(x)), out=out)
 
     def macs(self, tokens: int) -> int:
-        D, ratio = self._config.dim, self._config.mlp_ratio
-        products = (4 + 2 * ratio + (2 if self.skip_linear is not None else 0)) * D * D * tokens
-        return products + 2 * tokens * tokens * D
+        D = self._config.dim
+        joined = 0 if self.skip_linear is None else 2 * D * D * tokens
+        return joined + self.attn.macs(tokens) + self.mlp.macs(tokens)
 
 
 class Head(nn.Module):

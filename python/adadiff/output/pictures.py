@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data.files import read_json, reason
 from ..data.pictures import read_picture
+from ..reading import read_json, reason
 from ..sampling.reports import Report
 from ..writing import check_replaceable, drop_parts, replace_file
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from ..config import from_dict
-from ..data.files import read_json
 from ..data.numpy_files import read_npz
 from ..model import Model
+from ..reading import read_json
 from ..sampling.sample_batch import whole
 from .pictures import ADVICE, CHANNELS
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from ..data.files import read_text
 from ..policies.calibrated_cache import CalibratedCache
+from ..reading import read_text
 from ..writing import replace_file
 
 ENDING = ".json"

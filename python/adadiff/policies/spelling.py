@@ -12,6 +12,7 @@ from .exits import BatchMean, Depth, Full, Patience, Threshold
 from .interface import ExitPolicy
 from .parts import Part, Parts
 from .reuse import BatchCache, Cache, Reuse, ReusePolicy
+from .width_file import width_from
 
 Policy = str | Part | Parts | Sequence[str | Part]
 DEFAULT = "full"  # nothing is left out unless somebody asks for it
@@ -23,6 +24,7 @@ REUSE_FORMS = (
     "cache:threshold=CHANGE[,first=BLOCKS][,last=BLOCKS][,gate=residual|input], cache:batch=CHANGE[,first=BLOCKS], "
     "reuse:every=STEPS[,level=block|layer|unit][,dense_early=STEPS][,dense_late=STEPS]"
 )
+WIDTH_FORMS = "width:SHARE and width:FILE (slimmable models)"
 OWN_FORM = "module:Class[:name=value,...], a policy of your own"
 _KINDS = {"threshold": Threshold, "patience": Patience, "depth": Depth, "batch-mean": BatchMean}
 
@@ -72,6 +74,8 @@ def _part(policy: str | Part, calibration: Calibration | None) -> Part:
         return policy
     if not isinstance(policy, str):
         raise ValueError(f"a policy is text such as 'exit:0.1' or an ExitPolicy, got {policy!r}")
+    if policy.startswith("width:"):  # a file, which may be another one tomorrow
+        return width_from(policy.removeprefix("width:"))
     found = _spelled(policy)
     if not isinstance(found, tuple):
         return found
@@ -94,12 +98,10 @@ def _spelled(policy: str) -> Part | tuple[str, float]:
         return _reuse_policy(policy, part, text)
     if colon and part == "cascade":
         return Cascade(text)
-    if colon and part == "width":
-        raise ValueError(f"unknown policy {policy!r}")
     if colon and part not in ("exit", "full") and _names_a_class(part, text):
         return _own(policy, part, text)
     if part != "exit" or not colon:
-        raise ValueError(f"unknown policy {policy!r}; there are {FORMS}, {REUSE_FORMS}, {OWN_FORM}")
+        raise ValueError(f"unknown policy {policy!r}; there are {FORMS}, {REUSE_FORMS}, {WIDTH_FORMS}, {OWN_FORM}")
     first, *rest = text.split(",")
     kind, value = first.split("=", 1) if "=" in first else ("threshold", first)
     try:

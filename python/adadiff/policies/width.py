@@ -13,12 +13,14 @@ class Width:
     """Lanes whose time lies below times[i], the first such i, run at width widths[i]; all others at widths[-1].
 
     times: ascending, in the network's time, 0..1000; widths: shares of heads and MLP channels in (0, 1], one more than
-    times. source: the file it was read from, for messages. Spelled "width:FILE" and "width:0.5".
+    times. source: the file it was read from, for messages. network: what it was found for, as
+    `adadiff.forward.narrow.network_of` tells; None: for any. Spelled "width:FILE" and "width:0.5".
     """
 
     times: tuple[float, ...]
     widths: tuple[float, ...]
     source: str | None = None
+    network: str | None = None
 
     def __post_init__(self) -> None:
         numbers = (*self.times, *self.widths)

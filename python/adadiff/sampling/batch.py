@@ -106,7 +106,7 @@ class Batch:
         """
         if len(index) > self.free:
             raise ValueError(f"{len(index)} samples for {self.free} free slots")
-        check_execution(self.execution, (samples.policy,), self.device)
+        self.check(samples)
         self._drop_spare()
         own = torch.from_numpy(index)
         seeds, steps, first = samples.seeds[own], samples.steps[own].numpy(), samples.first[own].numpy()
@@ -122,6 +122,12 @@ class Batch:
         self._reuse.begin(slots, reserved, first)
         self._expected.forget(slots)
         return slots
+
+    def check(self, samples: SampleBatch) -> None:
+        """ValueError for samples that this batch cannot draw."""
+        check_execution(self.execution, (samples.policy,), self.device)
+        if self._choice is not None and samples.choice is not None:
+            raise ValueError(f"a shallow model takes no part in policy '{samples.parts}'; leave one of them out")
 
     @torch.inference_mode(False)
     def tick(self) -> Tick:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..diffusion.schedules import NoiseSchedule
 from ..diffusion.tables import Solver
+from ..forward.narrow import width_choice
 from ..forward.networks import NetworkChoice
 from ..forward.rest_of_network import check_reuse
 from ..model import Model
@@ -100,9 +101,9 @@ class SampleBatch:
 
 def _choice(model: Model, parts: Parts) -> NetworkChoice | None:
     """ValueError for parts that this model cannot follow."""
-    if parts.width is not None or parts.cascade is not None:
-        raise ValueError(f"policy '{parts}': only exits and reuse can be sampled with")
-    return None
+    if parts.cascade is not None:
+        raise ValueError(f"policy '{parts}': cascades cannot be sampled with")
+    return None if parts.width is None else width_choice(model, parts.width)
 
 
 @lru_cache(maxsize=1024)

@@ -135,6 +135,7 @@ class Engine:
         samples = SampleBatch.of(self.model, 1, params)
         if samples.lanes > self.capacity:
             raise ValueError(f"a guided request takes {samples.lanes} lanes, but the capacity is {self.capacity}")
+        self._batch.check(samples)
         if self.model.device != self._batch.device:
             raise ValueError(
                 f"this engine was made for a model on {self._batch.device}, which is on {self.model.device} now; make "

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from ..config import PRESETS, ModelConfig, from_dict
 from ..data import sources
-from ..data.files import read_json, read_text
+from ..reading import read_json, read_text
 from ..uem import ExitConfig
 from .losses import loss_named
 
@@ -40,6 +40,8 @@ class TrainConfig:
     the exits of the checkpoint `init` and leaves its network as it is.
     start: how a fresh network begins: as its authors', or "linear" (U-ViT only), for networks narrower than theirs.
     network, exit_options: settings of the preset's network and of its exits that are to differ.
+    widths: of a slimmable network, as in `ModelConfig`. Every update is then a sandwich, see `Trainer.turns`. Empty:
+    the whole network alone.
     batch: images of one update, all processes and `accumulate` parts together.
     """
 
@@ -48,6 +50,7 @@ class TrainConfig:
     network: dict = field(default_factory=dict)
     exits: bool = True
     exit_options: dict = field(default_factory=dict)
+    widths: list = field(default_factory=list)
     recipe: str = "joint"
     init: str = ""
     start: str = "published"
@@ -123,7 +126,8 @@ class TrainConfig:
     def model(self) -> ModelConfig:
         config = PRESETS[self.preset]
         exits = _changed(config.exits or ExitConfig(), self.exit_options, "exit_options") if self.exits else None
-        return dataclasses.replace(config, network=_changed(config.network, self.network, "network"), exits=exits)
+        network = _changed(config.network, self.network, "network")
+        return dataclasses.replace(config, network=network, exits=exits, widths=tuple(self.widths) or None)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

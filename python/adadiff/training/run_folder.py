@@ -15,9 +15,9 @@ from torch import Tensor
 
 from .. import checkpoint
 from ..config import from_dict
-from ..data.files import read_json
 from ..model import Model
 from ..output.pictures import make_grid, to_pixels, write_json, write_png
+from ..reading import read_json
 from ..sampling.sampler import sample
 from ..writing import check_replaceable, check_space, drop_parts, replace_file, same_file
 from .config import FORMAT_VERSION, TrainConfig, versioned

@@ -6,8 +6,10 @@ takes its share, so that the number of processes changes a run by rounding only.
 """
 
 import copy
+import dataclasses
 import hashlib
 import os
+import random
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -20,6 +22,7 @@ from tqdm import tqdm
 from .. import checkpoint
 from ..data import sources
 from ..forward.all_layers import all_layers
+from ..forward.narrow import cut, narrow_config, narrow_shapes
 from ..model import Model
 from ..models.uvit import start_as_linear
 from ..output.pictures import CHANNELS
@@ -41,12 +44,32 @@ class Objective(nn.Module):
         self.variance = VarianceLoss(model.schedule) if model.backbone.learned_variance else None
         self._weights = config.uem_weight, config.ual_weight
         self._half = config.precision == "bfloat16"
+        # in no attribute that a module would look into: their weights are the model's
+        self._narrow = {width: self._at(width, config) for width in config.widths if width != 1}
+
+    def _at(self, width: float, config: TrainConfig) -> tuple["Objective"]:
+        """That of a narrow network without values, which come with every call."""
+        with torch.device("meta"):
+            model = Model(narrow_config(self.model.config, width))
+        made = Objective(model, dataclasses.replace(config, widths=[]))
+        made.variance = self.variance
+        return (made,)
 
     def forward(
-        self, x: Tensor, t: Tensor, labels: Tensor | None, noise: Tensor, whole: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        labels: Tensor | None,
+        noise: Tensor,
+        whole: Tensor | None = None,
+        width: float = 1.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """x, noise: [B, C, H, W]; t: float [B]; labels: int64 [B]. whole: [2, L], `means` of the batch that this is a
-        part of, for losses that need it. Returns the loss and its terms, detached."""
+        part of, for losses that need it. width: of the network, one of the configuration's.
+        Returns the loss and its terms, detached."""
+        if width != 1:
+            (narrow,) = self._narrow[width]
+            return torch.func.functional_call(narrow, self._cut(width), (x, t, labels, noise, whole))
         backbone, exits = self.model.backbone, self.model.exits
         with self._autocast(x):
             scores: list[Tensor] = []
@@ -76,6 +99,13 @@ class Objective(nn.Module):
             predictions, scores, _, _ = all_layers(self.model.backbone, self.model.exits, x, t, labels)
         found = batch_means([prediction.float() for prediction in predictions], scores, noise)
         return torch.stack([found.certainty, found.errors])
+
+    def _cut(self, width: float) -> dict[str, Tensor]:
+        """What a narrow objective has in place of its own parameters: the model's, and views of them."""
+        cut_weights = cut(dict(self.model.backbone.named_parameters()), narrow_shapes(self.model.config, width))
+        exits = {} if self.model.exits is None else dict(self.model.exits.named_parameters())
+        backbone = {f"model.backbone.{name}": value for name, value in cut_weights.items()}
+        return backbone | {f"model.exits.{name}": value for name, value in exits.items()}
 
     def _autocast(self, x: Tensor) -> torch.autocast:
         return torch.autocast(x.device.type, torch.bfloat16, enabled=self._half)
@@ -132,8 +162,18 @@ class Trainer:
         if self.config.sample_every and shape[0] not in CHANNELS:
             raise ValueError(f"there are no pictures of {shape[0]} channels; set sample_every to 0")
 
-    def inputs(self, step: int, part: int = 0) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """This process's share of update `step`, one of `accumulate` parts: x, t, labels and noise, see `Objective`."""
+    def turns(self, step: int) -> list[float]:
+        """The widths whose losses update `step` sums up: of a slimmable network the whole, the smallest and a random
+        one of those between (the sandwich rule: Yu and Huang, ICCV 2019, arXiv 1903.05134, as DDSM trains)."""
+        if not self.config.widths:
+            return [1.0]
+        smallest, *between, _ = self.model.config.widths
+        drawn = random.Random(f"{self.config.seed} {step}").choices(between) if between else []
+        return [1.0, smallest, *drawn]
+
+    def inputs(self, step: int, part: int = 0, turn: int = 0) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """This process's share of update `step`, one of `accumulate` parts: x, t, labels and noise, see `Objective`. In
+        each turn the same images, with times and noise of its own."""
         config, model = self.config, self.config.model
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         drawn = {"generator": generator, "device": "cpu"}
@@ -147,6 +187,10 @@ class Trainer:
         x0, labels = self.data.batch(pick[own])
         if self.data.moments:
             x0 = draw_latents(x0, torch.randn(noise.shape, dtype=torch.float32, **drawn)[own], model.latent_scale)
+        for _ in range(turn):
+            u = torch.rand(config.batch, dtype=torch.float64, **drawn)
+            t, alpha_bar = self.model.schedule.training_times(u)
+            noise = torch.randn(noise.shape, dtype=torch.float32, **drawn)
         if not model.network.num_classes:
             labels = None
         elif model.null_label is not None:
@@ -162,12 +206,21 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        parts, whole = [], self._means()
+        whole, turns = self._means(), self.turns(self.step)
+        narrow = []
+        for turn, width in enumerate(turns[1:], start=1):
+            for part in range(self.config.accumulate):
+                with self.processes.apart(self.objective):
+                    narrow.append(self._backward(part, whole, turn, width))
+        parts = []
         for part in range(1, self.config.accumulate):
             with self.processes.apart(self.objective):
                 parts.append(self._backward(part, whole))
         parts.append(self._backward(0, whole))
         terms = {name: torch.stack([part[name] for part in parts]).mean(0) for name in parts[0]}
+        if narrow:
+            simple = torch.stack([part["simple"] for part in narrow]).view(len(turns) - 1, -1)
+            terms["narrow"] = simple.mean(1)
         norm = nn.utils.clip_grad_norm_(self.trained, MOST_NORM)
         if not bool(torch.isfinite(norm)):  # a loss that is not finite, on whatever process, leaves no norm either
             raise FloatingPointError(
@@ -193,8 +246,8 @@ class Trainer:
             torch.stack([self._own.means(*self.inputs(self.step, part)) for part in range(parts)]).mean(0)
         )
 
-    def _backward(self, part: int, whole: Tensor | None) -> dict[str, Tensor]:
-        loss, terms = self.objective(*self.inputs(self.step, part), whole)
+    def _backward(self, part: int, whole: Tensor | None, turn: int = 0, width: float = 1.0) -> dict[str, Tensor]:
+        loss, terms = self.objective(*self.inputs(self.step, part, turn), whole, width)
         (loss / self.config.accumulate).backward()
         return {"loss": loss.detach(), **terms}
 

@@ -1,0 +1,66 @@
+"""Schedules of widths as files of JSON, and "width:" as text."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from reprlib import repr as shortly
+from typing import Any
+
+from ..reading import read_json
+from .width import Width
+
+FORMAT_VERSION = 1
+KEYS = ("format_version", "times", "widths", "network", "share", "quality", "settings")
+
+
+def width_from(text: str) -> Width:
+    """What follows "width:": one width for all times, as in "0.5", or a file.
+
+    Raises ValueError for a file that cannot be read, and for one that `width_json` did not write.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        return _read(text)
+    try:
+        return Width((), (value,))
+    except ValueError as error:
+        raise ValueError(f"cannot use policy 'width:{text}': {error}") from None
+
+
+def width_json(width: Width, network: Mapping[str, Any], **notes: object) -> str:
+    """The content of a file. network: the configuration that the schedule is for. notes: share (of the multiply-adds of
+    the whole network), quality and settings, for readers."""
+    if unknown := set(notes) - set(KEYS):
+        raise ValueError(f"a schedule of widths has no {', '.join(sorted(unknown))}")
+    values = {"format_version": FORMAT_VERSION, "times": width.times, "widths": width.widths}
+    return json.dumps({**values, "network": dict(network), **notes}, indent=2) + "\n"
+
+
+def _read(path: str) -> Width:
+    try:
+        values = read_json(Path(path))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"cannot use policy 'width:{path}': {path!r} is neither a number nor a file") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot use policy 'width:{path}': {error}") from None
+    try:
+        return _checked(values, path)
+    except ValueError as error:
+        raise ValueError(f"cannot use policy 'width:{path}': {error}; `adadiff search` writes such files") from None
+
+
+def _checked(values: object, path: str) -> Width:
+    if not isinstance(values, dict):
+        raise ValueError(f"a schedule of widths is a table of values, got {shortly(values)}")
+    if (version := values.get("format_version")) != FORMAT_VERSION:
+        raise ValueError(f"it has format_version {shortly(version)}, this release reads {FORMAT_VERSION}")
+    if unknown := sorted(set(values) - set(KEYS)):
+        raise ValueError(f"unknown key {shortly(unknown[0])}; known: {', '.join(KEYS)}")
+    if missing := [key for key in ("times", "widths", "network") if key not in values]:
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    for key, kind, what in (("times", list, "a list"), ("widths", list, "a list"), ("network", dict, "a table")):
+        if not isinstance(values[key], kind):
+            raise ValueError(f"{key} must be {what}, got {shortly(values[key])}")
+    network = json.dumps(values["network"], sort_keys=True)
+    return Width(tuple(values["times"]), tuple(values["widths"]), path, network)
