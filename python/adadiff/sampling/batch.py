@@ -26,6 +26,7 @@ from ..forward.output import ForwardOutput
 from ..forward.warming import warm
 from ..model import Model
 from ..policies.interface import LaneIds
+from ..policies.parts import FULL
 from ..policies.policy_set import PolicySet
 from .capacity import one_context
 from .faults import is_interrupt, is_memory_error
@@ -37,6 +38,7 @@ from .records import PassRecord
 from .reports import Totals, asks_for_exits
 from .sample_batch import SampleBatch
 from .slots import SlotState
+from .stages import INDICES
 from .tick import Step, Tick
 from .uploads import StepIndices, step_indices
 
@@ -110,7 +112,12 @@ class Batch:
         table, policy = self._tables.add(samples.solver, steps, first), self._policies.add(samples.policy)
         x = self._begin_at(samples, own, seeds, table, first)
         choice = self._networks.add(samples.choice if self._choice is None else self._choice)
-        slots = self._slots.add(samples, index, table, policy, choice, x, self._tables.packed)
+        then = np.array([table, np.full_like(table, policy), np.full_like(table, choice)])
+        if (draft := samples.draft) is not None:  # the student's stage is the first
+            then[0] = self._tables.add(draft.teacher_solver, steps, first)
+            table, policy = self._tables.add(draft.solver, np.full_like(steps, draft.steps)), self._policies.add(FULL)
+            choice = self._networks.add(draft.file.choice)
+        slots = self._slots.add(samples, index, table, policy, choice, x, self._tables.packed, then)
         self._expected.forget(slots)
         return slots
 
@@ -160,6 +167,9 @@ class Batch:
         for step in steps:
             state.solver.put(step.there, step.solver)
             state.step[step.slots] += 1
+            if step.switch is not None:
+                state.switch(step.switch)
+                self._expected.forget(step.switch.slots)
         records = self.flush()  # waits for the tick before, with this one queued
         for step in self._steps:
             self._learn(step.record)
@@ -242,7 +252,8 @@ class Batch:
         x = state.solver.x.index_select(0, there.slots)
         recorded = state.record_scores[slots]
         output = self._run(lanes, there, slots, x, t, step, bool(recorded.any()))
-        record = PassRecord(slots, state.tenancy[slots], step, t, recorded, lanes, output)
+        made = step + state.stages.before[slots]
+        record = PassRecord(slots, state.tenancy[slots], made, t, recorded, lanes, output)
         guidance = None
         if there.unconditional is not None:
             guidance = Guidance(output.prediction, there.unconditional, there.weight, there.channels)
@@ -266,7 +277,9 @@ class Batch:
                 )
         else:
             solver_step(solver, eps, rows, variance=variance, guidance=guidance, noise=noise)
-        return Step(slots, there.slots, solver, x, output.prediction, guidance, record)
+        switch = state.stages.judge(state, slots, solver.x, self.execution.batch_invariant)
+        record.judged = None if switch is None else switch.judged
+        return Step(slots, there.slots, solver, x, output.prediction, guidance, record, switch)
 
     def _run(
         self,
@@ -356,8 +369,6 @@ class Batch:
 
     def _drop_spare(self) -> None:
         """A server meets ever new settings; those that nobody uses are forgotten."""
-        state, taken = self._slots, self._slots.taken
-        own = (self._tables, state.table), (self._policies, state.policy), (self._networks, state.choice)
-        for kinds, index in own:
+        for name, kinds in zip(INDICES, (self._tables, self._policies, self._networks), strict=True):
             if len(kinds) > SPARE + self.count:
-                index[taken] = kinds.keep(index[taken])
+                self._slots.keep(name, kinds)

@@ -10,19 +10,23 @@ from ..forward.output import ForwardOutput
 from .arriving import Arriving
 from .lanes import Lanes
 from .reports import Report, Totals
+from .stages import Judged
 
 
 class Learnt(NamedTuple):
     """exit_layer: uint8 [k, 2] by sample and half (conditional, unconditional), 0 where there is none; scores: float32
-    [k, 2, L] or None, NaN where a sample's own policy did not ask."""
+    [k, 2, L] or None, NaN where a sample's own policy did not ask. judged: what oracles said of some of the samples, if
+    they were asked."""
 
     exit_layer: np.ndarray
     scores: np.ndarray | None
+    judged: Judged | None
 
 
 class PassRecord:
-    """slots, tenancy, step: int64 [k], of the k samples that made a step, see `SlotState`. t: float32 [k]. recorded:
-    bool [k], whose scores were asked for.
+    """slots, tenancy: int64 [k], of the k samples that made a step, see `SlotState`; step: int64 [k], its position in
+    their lists, those of two stages one after the other. t: float32 [k]. recorded: bool [k], whose scores were asked
+    for. judged: see `Learnt`.
 
     The copies to the host are queued at once; `read` waits for them.
     """
@@ -46,18 +50,19 @@ class PassRecord:
         self._exit_layer, self._scores = Arriving(exit_layer), None
         if output.scores is not None:
             self._scores, self._scored = Arriving(output.scores), _scored(lanes, len(output.scores))
+        self.judged: Judged | None = None
         self._learnt: Learnt | None = None
 
     def read(self) -> Learnt:
         """Waits for the device where that is needed. Sets by_lane, integers [B]; asked, bool [B] or None for all: lanes
-        of networks in which policies decide; macs, macs_full and rows_moved."""
+        of networks in which policies decide; macs, those of oracles included, macs_full and rows_moved."""
         if self._learnt is not None:
             return self._learnt
         lanes, k = self.lanes, len(self.slots)
         self.by_lane = self._exit_layer.read().numpy()
         if isinstance(self._moved, Tensor):
             self._moved, self.by_lane = self.by_lane[-1], self.by_lane[:-1]
-        self.macs = self._costs.total(self.by_lane.tolist())
+        self.macs = self._costs.total(self.by_lane.tolist()) + (0 if self.judged is None else self.judged.macs)
         network = self._costs.network
         self.asked = None if network is None else np.array(self._costs.asks)[list(network)]
         self.macs_full, self.rows_moved = len(self.by_lane) * self._costs.plain, int(self._moved)
@@ -67,7 +72,7 @@ class PassRecord:
             scores = np.full((k, 2, self._scored.shape[1]), np.nan, dtype=np.float32)
             scores[lanes.sample, lanes.half] = np.where(self._scored, self._scores.read().numpy().T, np.nan)
             scores[~self.recorded] = np.nan
-        self._learnt = Learnt(exit_layer, scores)
+        self._learnt = Learnt(exit_layer, scores, self.judged)
         return self._learnt
 
 
@@ -81,10 +86,12 @@ def _scored(lanes: Lanes, num_layers: int) -> np.ndarray:
 
 
 class RunRecord:
-    """What a run of n samples, of at most so many steps, has told so far."""
+    """What a run of n samples, of at most so many steps, has told so far. cascade: a student draws them first."""
 
-    def __init__(self, steps: int, n: int, num_layers: int, record_scores: bool):
+    def __init__(self, steps: int, n: int, num_layers: int, record_scores: bool, cascade: bool = False):
         self._num_layers = num_layers
+        self._went_on = np.zeros(n, dtype=bool) if cascade else None
+        self._oracle_scores = np.full(n, np.nan, dtype=np.float32) if cascade else None
         self._exit_layer = np.zeros((steps, n, 2), dtype=np.uint8)
         self._scores = np.full((steps, n, 2, num_layers), np.nan, dtype=np.float32) if record_scores else None
 
@@ -94,6 +101,9 @@ class RunRecord:
         self._exit_layer[record.step, index] = known.exit_layer
         if known.scores is not None and self._scores is not None:
             self._scores[record.step, index] = known.scores
+        if (judged := known.judged) is not None and self._went_on is not None and self._oracle_scores is not None:
+            own = index[judged.index]
+            self._went_on[own], self._oracle_scores[own] = judged.went_on, judged.scores
 
     def report(self, done: Totals, seconds: float) -> Report:
         return Report(
@@ -106,4 +116,6 @@ class RunRecord:
             seconds=seconds,
             asks=done.asked > 0,
             acted=done.exited > 0,
+            went_on=None if self._went_on is None else torch.from_numpy(self._went_on.copy()),
+            oracle_scores=None if self._oracle_scores is None else torch.from_numpy(self._oracle_scores.copy()),
         )

@@ -28,13 +28,17 @@ class ExitRecord:
     """exit_layer: uint8 [steps, n, 2], blocks that each sample's lanes (conditional, unconditional) ran at each step, 0
     where there was none. num_layers: blocks of the network. scores: float32 [steps, n, 2, L], each layer's uncertainty,
     NaN where its policy did not ask; None unless they were asked for. asks: its policy is there to let samples exit.
-    acted: it let some exit; None: as exit_layer tells, which cannot where a shallow network had a part."""
+    acted: it let some exit; None: as exit_layer tells, which cannot where a shallow network had a part.
+    Of samples of a cascade the student's steps come first, then the teacher's. went_on: bool [n], whom the oracle sent
+    on to the teacher; oracle_scores: float32 [n], NaN of those not judged yet; None of others."""
 
     exit_layer: Tensor
     num_layers: int
     scores: Tensor | None
     asks: bool = field(default=False, kw_only=True)
     acted: bool | None = field(default=None, kw_only=True)
+    went_on: Tensor | None = field(default=None, kw_only=True)
+    oracle_scores: Tensor | None = field(default=None, kw_only=True)
 
     @property
     def never_acted(self) -> bool:
@@ -62,7 +66,8 @@ class ExitRecord:
 
 @dataclass(frozen=True)
 class Report(ExitRecord):
-    """A run of `adadiff.sample`. Multiply-adds count network and scores, not the solver."""
+    """A run of `adadiff.sample`. Multiply-adds count networks, scores and oracles, not the solver; macs_full are those
+    of as many passes of the full network."""
 
     macs: int
     macs_full: int
@@ -78,6 +83,7 @@ class Report(ExitRecord):
             f"{self.mean_exit_layer:.2f} of {self.num_layers}; {self.blocks / self.blocks_full:.1%} of the blocks, "
             f"{self.macs / self.macs_full:.1%} of the multiply-adds of the full network"
             f"{f'; {NEVER_ACTED}' if self.never_acted else ''}"
+            f"{'' if self.went_on is None else f'; {int(self.went_on.sum())} went on to the teacher'}"
         )
 
 

@@ -94,8 +94,9 @@ class SamplerRun:
         self._clear()
 
     def _clear(self) -> None:
-        most = int(self.samples.steps.max()) if self.n else 0
-        self._record = RunRecord(most, self.n, self.model.num_layers, self.samples.record_scores)
+        samples, most = self.samples, int(self.samples.rows.max()) if self.n else 0
+        cascade = samples.draft is not None
+        self._record = RunRecord(most, self.n, self.model.num_layers, samples.record_scores, cascade)
         self._totals = Totals()
         self._seconds = 0.0
 

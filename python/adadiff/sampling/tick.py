@@ -1,6 +1,6 @@
 """What one tick of a batch did, and what its forward passes leave to look at."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from adadiff_kernels import Guidance, SolverState, guide
 
 from ..diffusion.schedules import NoiseSchedule
 from .records import PassRecord
+from .stages import Switch
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Tick:
 @dataclass(frozen=True)
 class Step:
     """One forward pass and solver step of samples at slots: int64 [k], which `there` says on the device. solver: what
-    they have become, None once that is written; x: float32 [k, C, H, W], what they were."""
+    they have become, and switch: who goes on to another network, None once that is written; x: float32 [k, C, H, W],
+    what they were."""
 
     slots: np.ndarray
     there: Tensor
@@ -38,9 +40,10 @@ class Step:
     prediction: Tensor  # of all lanes
     guidance: Guidance | None
     record: PassRecord
+    switch: Switch | None  # of those whose student is done
 
     def without_solver(self) -> "Step":
-        return Step(self.slots, self.there, None, self.x, self.prediction, self.guidance, self.record)
+        return replace(self, solver=None, switch=None)
 
     def predicted_x0(self, i: int, schedule: NoiseSchedule) -> Tensor:
         """The image that the prediction of the i-th sample would end in: float32 [C, H, W], see `Batch`."""
