@@ -1,7 +1,6 @@
 """A student draws, an oracle looks at its image, and where it asks for more a teacher goes on in the same slot."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,7 +104,7 @@ def test_an_image_is_refined_from_its_noise_level_on(file: str, sigma: float) ->
         passes.append(own)
     assert ((report.exit_layer[:, :, 0] > 0).sum(0) - STUDENT_STEPS).tolist() == passes
     assert report.went_on.tolist() == [own > 0 for own in passes]
-    assert len({own for own in passes}) > 2  # some are refined, not all alike
+    assert len(set(passes)) > 2  # some are refined, not all alike
 
 
 def test_what_the_oracle_says_and_what_it_costs(file: str) -> None:
@@ -121,9 +120,7 @@ def test_what_the_oracle_says_and_what_it_costs(file: str) -> None:
     one = {name: structure_of(model.backbone).costs(None, frozenset()).plain for name, model in NETWORKS.items()}
     teacher_steps = sum(steps for steps, went_on in zip(STEPS, k.tolist(), strict=True) if went_on)
     assert report.passes == 7 * STUDENT_STEPS + teacher_steps
-    assert report.macs == (
-        7 * STUDENT_STEPS * one["student"] + teacher_steps * one["teacher"] + 7 * oracle().macs
-    )
+    assert report.macs == (7 * STUDENT_STEPS * one["student"] + teacher_steps * one["teacher"] + 7 * oracle().macs)
     assert report.macs_full == report.passes * one["teacher"]
     assert f"{int(k.sum())} went on to the teacher" in str(report)
 

@@ -49,7 +49,7 @@ def sample(options: argparse.Namespace) -> None:
         raise ValueError(f"n must be an integer >= 0, got {n}")
     check_limits(options, MOST_SAMPLES)
     model = load_model(options)
-    check_policy(model, options.policy)
+    parts = check_policy(model, options.policy)
     if options.guidance_interval is not None and options.guidance_scale == 1:
         raise ValueError("--guidance-interval says at which times there is guidance; give --guidance-scale, too")
     configuration = {
@@ -61,6 +61,8 @@ def sample(options: argparse.Namespace) -> None:
     execution = execution_of(options)
     texts = _no_texts(options, model)  # stands for what prompts become while all else is checked
     shallow = None if options.shallow_model is None else load_model(options, options.shallow_model)
+    if parts.cascade is not None:
+        configuration["cascade_sha256"] = digest(parts.cascade.path)
     if shallow is not None:
         configuration |= {"shallow_model": options.shallow_model, "shallow_sha256": digest(options.shallow_model)}
         configuration["t_switch"] = T_SWITCH if options.t_switch is None else options.t_switch

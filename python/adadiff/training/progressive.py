@@ -102,6 +102,7 @@ def halve(
         generator = torch.Generator().manual_seed(seed * 1_000_003 + k)
         drawn = {"generator": generator, "device": "cpu"}
         x0, labels = data.batch(torch.randint(len(data), (batch,), **drawn))
+        device = teacher.device
         drop = torch.rand(batch, dtype=torch.float32, **drawn) < label_drop
         index = torch.randint(steps, (batch,), **drawn)
         noise = torch.randn(x0.shape, dtype=torch.float32, **drawn)
@@ -109,6 +110,7 @@ def halve(
             labels = None
         elif config.null_label is not None:
             labels = labels.masked_fill(drop, config.null_label)
+        x0, noise, labels = x0.to(device), noise.to(device), None if labels is None else labels.to(device)
         a = _by_sample(pairs.a[index], x0)
         x = a.sqrt() * x0 + (1 - a).sqrt() * noise
         target, weight = two_step_target(lambda x, t, own=labels: predict_eps(teacher, x, t, own), x, pairs, index)
@@ -128,4 +130,4 @@ def halve(
 
 def _by_sample(value: Tensor, x: Tensor) -> Tensor:
     """value: [B], to be multiplied with x: [B, ...]."""
-    return value.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+    return value.to(x.device, x.dtype).view(-1, *[1] * (x.dim() - 1))
