@@ -12,7 +12,7 @@ from adadiff.diffusion.noise import initial_noise
 from adadiff.diffusion.solvers import DDIM
 from adadiff.model import Model
 from adadiff.models.dit import DiTConfig
-from adadiff.uem import PAPER, ExitConfig
+from adadiff.uem import ExitConfig
 from sampler.tiny import SERVED, Inputs, _layers, plain_uncertainties, scramble, served
 
 # T = 4 tokens, no prefix token, 4 blocks, a learned variance; heads of their own behind an MLP
@@ -141,7 +141,7 @@ def _depth(made: Made, plan: Plan, u: list[float] | None, L: int) -> int:
     return next((k for k in range(1, L) if made.compare(u[k - 1], plan.exits) < plan.exits), L)
 
 
-def _change(made, plan, cache, begun, layers, cond, backbone, step, steps) -> bool:  # noqa: ANN001
+def _change(made, plan, cache, begun, layers, cond, backbone, step, steps) -> bool:
     """Whether the plan would have the lane reuse, and what its gate notes."""
     change, found = 0.0, "made" in cache
     if plan.cache is not None and plan.gate == "input":

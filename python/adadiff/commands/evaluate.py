@@ -103,16 +103,17 @@ def _of_model(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, An
         print(line)
     reference = yardstick.reference(progress=with_bars())
     _warm_up(model, min(n, options.batch), settings)
-    results, full, full_features = {}, None, None
+    results, full, full_features, full_macs = {}, None, None, 0
     for policy in policies:
         samples, report = sampler.sample(model, n, policy=policy, progress=with_bars(), **settings)
+        full_macs = full_macs or report.macs_full  # of the steps asked for; a cascade makes others
         pieces = _pieces(samples, labels, full, decode, options.batch)
         peak = 1.0 if pictures or full is None else float(full.abs().max())
         measured = measure(pieces, yardstick.features, yardstick.judge, 2 * peak)
         results[policy] = {
             **_numbers(measured, reference, full_features, options.resamples),
             "mean_exit_layer": report.mean_exit_layer,
-            "work": report.macs / report.macs_full,
+            "work": report.macs / full_macs,
             "num_layers": report.num_layers,
             "images_per_second": n / report.seconds,
         }

@@ -8,8 +8,10 @@ from typing import Any
 from ..calibration.calibrating import AIMS, CALIBRATION_SEED
 from ..checkpoint import DTYPES
 from ..conversion import convert as conversion
+from ..policies.cascade import MODES
 from ..training.config import CHOICES, TrainConfig, shipped
-from . import calibrate, convert, inspect, search, train
+from ..training.distilling import DistillConfig
+from . import calibrate, convert, distill, inspect, search, train
 from .options import (
     Commands,
     Options,
@@ -212,6 +214,60 @@ def _add_train_option(group: Options, field: dataclasses.Field[Any], text: str) 
         kind = {"choices": CHOICES[field.name]}
     shown = f"{text} (default: {'none' if default == '' else default})"
     group.add_argument(option, dest=field.name, default=argparse.SUPPRESS, help=shown, **kind)
+
+
+def add_distill(commands: Commands) -> None:
+    command = add_command(commands, "distill", distill.distill)
+    add_model(command)
+
+    student = command.add_argument_group("the student")
+    student.add_argument(
+        "--data",
+        required=True,
+        help="training images named as for `adadiff train --data`; the oracle learns what is real from them (required)",
+    )
+    texts = {
+        "steps": "steps of the student's DDIM",
+        "halvings": "how often the steps are halved; a teacher of steps x 2^halvings is the first",
+        "updates": "optimizer updates of each halving",
+        "batch": "images of one update",
+        "lr": "learning rate, from which each halving falls to 0",
+        "label_drop": "share of the labels that are replaced by the null class",
+        "seed": "of everything random",
+    }
+    _add_distill_options(student, texts)
+
+    texts = {
+        "oracle_updates": "optimizer updates of the oracle",
+        "samples": "images of the student that the oracle learns from; as many others give the quantiles of its scores",
+    }
+    _add_distill_options(command.add_argument_group("the oracle"), texts)
+
+    texts = {
+        "share": "of the student's images that go on to the model: 0, 1, or from 0.01 to 0.99",
+        "mode": "what becomes of those",
+        "sigma": "how much noise refine adds, alpha_bar = 1 - sigma",
+    }
+    _add_distill_options(command.add_argument_group("what a policy does that does not say otherwise"), texts)
+
+    output = command.add_argument_group("output")
+    output.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write (required)")
+    output.add_argument(
+        "--device", help="device to compute on, such as cpu, cuda or cuda:1 (default: cuda if there is a GPU, else cpu)"
+    )
+    add_force(output)
+
+
+def _add_distill_options(group: Options, texts: dict[str, str]) -> None:
+    fields = {field.name: field for field in dataclasses.fields(DistillConfig)}
+    for name, text in texts.items():
+        field, kind = fields[name], dict[str, Any]()
+        if name == "mode":
+            kind = {"choices": MODES}
+        else:
+            kind = {"type": field.type, "metavar": "N" if field.type is int else "X"}
+        option = "--" + name.replace("_", "-")
+        group.add_argument(option, default=field.default, help=f"{text} (default: {field.default})", **kind)
 
 
 def add_convert(commands: Commands) -> None:

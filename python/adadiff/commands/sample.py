@@ -49,7 +49,7 @@ def sample(options: argparse.Namespace) -> None:
         raise ValueError(f"n must be an integer >= 0, got {n}")
     check_limits(options, MOST_SAMPLES)
     model = load_model(options)
-    check_policy(model, options.policy)
+    parts = check_policy(model, options.policy)
     if options.guidance_interval is not None and options.guidance_scale == 1:
         raise ValueError("--guidance-interval says at which times there is guidance; give --guidance-scale, too")
     configuration = {
@@ -61,6 +61,8 @@ def sample(options: argparse.Namespace) -> None:
     execution = execution_of(options)
     texts = _no_texts(options, model)  # stands for what prompts become while all else is checked
     shallow = None if options.shallow_model is None else load_model(options, options.shallow_model)
+    if parts.cascade is not None:
+        configuration["cascade_sha256"] = digest(parts.cascade.path)
     if shallow is not None:
         configuration |= {"shallow_model": options.shallow_model, "shallow_sha256": digest(options.shallow_model)}
         configuration["t_switch"] = T_SWITCH if options.t_switch is None else options.t_switch
@@ -254,9 +256,14 @@ def _fill_with_shards(
         say(f"{folder.count} of {n} samples are in {out}; the other processes draw the rest")
     elif totals is not None and (first or drew):
         numbers = (totals[name] for name in ("macs", "macs_full", "mean_exit_layer", "num_layers"))
-        left_out = f", {_left_out(*numbers, asks=folder.manifest.configuration['policy'] != 'full')}"
+        left_out = f", {_left_out(*numbers, asks=_asks(folder.manifest.configuration['policy']))}"
         time = f" in {totals['seconds']:.1f} s of drawing" if n else ""
         say(f"wrote {out}: {n} samples{time}{left_out if n else ''}")
+
+
+def _asks(policy: str) -> bool:
+    """Whether it is there to leave work out while a sample is drawn."""
+    return any(part != "full" and not part.startswith("cascade:") for part in policy.split("+"))
 
 
 def _announce(configuration: dict[str, Any], calibration: Calibration | None) -> None:
@@ -279,6 +286,9 @@ def _announce(configuration: dict[str, Any], calibration: Calibration | None) ->
 
 def _saving(report: Report) -> str:
     n, seconds = report.exit_layer.shape[1], report.seconds
+    if report.went_on is not None:
+        went_on = f"{report.passes / n:.1f} evaluations an image; {int(report.went_on.sum())} went on to the teacher"
+        return f"{n} images in {seconds:.2f} s ({n / seconds:.1f} images/s), {went_on}"
     left_out = _left_out(report.macs, report.macs_full, report.mean_exit_layer, report.num_layers, report.asks)
     if report.never_acted and NEVER_ACTED not in left_out:  # a shallow network alone left work out
         left_out += f"; {NEVER_ACTED}"

@@ -15,6 +15,7 @@ from ..model import Model
 from ..output.pictures import CHANNELS
 from ..pipelines import latents
 from ..policies.exits import Depth
+from ..policies.parts import Parts
 from ..policies.spelling import parts_from
 
 MOST_BATCH, MOST_SHARD, MOST_RESAMPLES = 2**16, 10**5, 10**4
@@ -37,14 +38,16 @@ def check_limits(options: argparse.Namespace, n: int) -> None:
             raise ValueError(f"{name} must be at most {most:,}, got {value:,}")
 
 
-def check_policy(model: Model, policy: str) -> None:
-    """ValueError for a depth that the network does not have: it would leave nothing out; and for widths."""
+def check_policy(model: Model, policy: str) -> Parts:
+    """What it spells. ValueError for text that is no policy, for a depth that the network does not have: it would leave
+    nothing out; and for widths that it was not trained at."""
     parts = parts_from(policy, model.calibration)
     if parts.width is not None:
         width_choice(model, parts.width)
     found = parts.exit
     if isinstance(found, Depth) and found.threshold > model.num_layers:
         raise ValueError(f"policy {policy!r}: this network has {model.num_layers} blocks; give a smaller depth")
+    return parts
 
 
 def file_of(features: str | None) -> str | None:

@@ -202,6 +202,25 @@ PAGES = {
         "U-ViT's scripts/extract_imagenet_feature.py writes such files. If the run is interrupted, the same command "
         "resumes it: after Ctrl-C from where it stopped, after a crash from the last checkpoint.",
     ),
+    "distill": Page(
+        summary="make a few-step student and an oracle for a cascade",
+        usage="MODEL --data DATA --out FILE [options]",
+        description="Distil a model into a student of few steps (progressive distillation), train an oracle that tells "
+        "the student's images from real ones, and write both to the file --out. With --policy cascade:FILE, `adadiff "
+        "sample` draws every sample by the student first; the share of them that the oracle finds worst goes on to the "
+        "model, which refines them or draws them anew.",
+        examples="""\
+  # the cascade "digits_cascade" of the package
+  adadiff distill digits --data digits \\
+      --out cascade.safetensors
+
+  # the worst half of the student's images drawn anew
+  adadiff sample digits --out samples --steps 20 \\
+      --class-labels 0,1,2,3,4,5,6,7,8,9 --policy \\
+      cascade:cascade.safetensors,share=0.5,mode=regenerate""",
+        notes="If the run is interrupted, the same command goes on from the last halving, which is kept in FILE.state "
+        "until the end.",
+    ),
     "convert": Page(
         summary="convert a checkpoint of another project",
         usage="SOURCE DEST [options]",
@@ -246,7 +265,12 @@ the error of exiting there: the uncertainty, from 0 to 1.
                       a slimmable model)
   width:FILE          a share for each timestep, as
                       `adadiff search` found it; joined to
-                      exits by +: exit:0.1+width:FILE"""
+                      exits by +: exit:0.1+width:FILE
+  cascade:FILE,...    a student of few steps draws, and the
+                      model the share of its images that an
+                      oracle finds worst (adadiff distill);
+                      options: share=SHARE, mode=refine or
+                      mode=regenerate, sigma=NOISE"""
 SOLVER_HELP = (
     "sampling method: ddim, ddim:ETA (ETA from 0, deterministic, to 1), ddpm, dpm++2m, dpm-fast, dpm++fast, or "
     "euler-maruyama (models of schedule vp); ddim, ddpm and dpm++2m accept a spacing of the timesteps (leading, "

@@ -10,11 +10,17 @@ from adadiff_kernels import philox_normal
 
 INITIAL = 0  # where sampling starts
 SOLVER_STEP = 1  # what a stochastic solver adds
+REFINEMENT = 2  # what a student's image gets before a teacher refines it
 
 
 def initial_noise(seeds: Tensor, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
     """seeds: int64[n] in [0, 2^63). Returns N(0, 1), float32[n, *shape], on `device` (default: as seeds)."""
     return _noise(seeds, torch.zeros_like(seeds), INITIAL, shape, device)
+
+
+def refinement_noise(seeds: Tensor, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
+    """Arguments and result as `initial_noise`, other numbers."""
+    return _noise(seeds, torch.zeros_like(seeds), REFINEMENT, shape, device)
 
 
 def step_noise(seeds: Tensor, step: Tensor, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:

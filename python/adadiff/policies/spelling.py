@@ -1,13 +1,13 @@
 """Policies as text: "full", "exit:0.135,min_layer=3", "exit:budget=0.55", "exit:table=0.55", "exit:patience=0.08",
 "exit:depth=8", "exit:batch-mean=0.07", "cache:threshold=0.08", "cache:batch=0.08", "reuse:every=2", "width:FILE",
-"cascade:FILE", one of somebody's own as "module:Class"; parts of different kinds joined by +."""
+"cascade:FILE,share=0.3", one of somebody's own as "module:Class"; parts of different kinds joined by +."""
 
 import importlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from .calibrated import Calibration
-from .cascade import Cascade
+from .cascade import cascade_from
 from .exits import BatchMean, Depth, Full, Patience, Threshold
 from .interface import ExitPolicy
 from .parts import Part, Parts
@@ -25,6 +25,7 @@ REUSE_FORMS = (
     "reuse:every=STEPS[,level=block|layer|unit][,dense_early=STEPS][,dense_late=STEPS]"
 )
 WIDTH_FORMS = "width:SHARE and width:FILE (slimmable models)"
+CASCADE_FORM = "cascade:FILE[,share=SHARE][,mode=refine|regenerate][,sigma=NOISE]"
 OWN_FORM = "module:Class[:name=value,...], a policy of your own"
 _KINDS = {"threshold": Threshold, "patience": Patience, "depth": Depth, "batch-mean": BatchMean}
 
@@ -97,11 +98,12 @@ def _spelled(policy: str) -> Part | tuple[str, float]:
     if colon and part in _REUSE:
         return _reuse_policy(policy, part, text)
     if colon and part == "cascade":
-        return Cascade(text)
+        return _cascade(policy, text)
     if colon and part not in ("exit", "full") and _names_a_class(part, text):
         return _own(policy, part, text)
     if part != "exit" or not colon:
-        raise ValueError(f"unknown policy {policy!r}; there are {FORMS}, {REUSE_FORMS}, {WIDTH_FORMS}, {OWN_FORM}")
+        known = ", ".join((FORMS, REUSE_FORMS, WIDTH_FORMS, CASCADE_FORM, OWN_FORM))
+        raise ValueError(f"unknown policy {policy!r}; there are {known}")
     first, *rest = text.split(",")
     kind, value = first.split("=", 1) if "=" in first else ("threshold", first)
     try:
@@ -178,6 +180,13 @@ def _reuse_policy(policy: str, part: str, text: str) -> ReusePolicy:
         return kind(values.pop(required), **values)  # type: ignore[call-arg]
     except ValueError as error:
         raise ValueError(f"cannot use policy {policy!r}: {error}. There are {REUSE_FORMS}") from None
+
+
+def _cascade(policy: str, text: str) -> Part:
+    try:
+        return cascade_from(text)
+    except ValueError as error:
+        raise ValueError(f"cannot use policy {policy!r}: {error}. There is {CASCADE_FORM}") from None
 
 
 def _share(kind: str, share: float, rest: list[str]) -> float:

@@ -27,6 +27,7 @@ from ..forward.reuse_lanes import NONE
 from ..forward.warming import warm
 from ..model import Model
 from ..policies.interface import LaneIds
+from ..policies.parts import FULL
 from ..policies.policy_set import PolicySet
 from .capacity import one_context
 from .faults import is_interrupt, is_memory_error
@@ -39,6 +40,7 @@ from .reports import Totals
 from .reuse_slots import ReuseSlots
 from .sample_batch import SampleBatch
 from .slots import SlotState
+from .stages import INDICES
 from .tick import Step, Tick
 from .uploads import StepIndices, step_indices
 
@@ -113,9 +115,14 @@ class Batch:
         table, policy = self._tables.add(samples.solver, steps, first), self._policies.add(samples.policy)
         x = self._begin_at(samples, own, seeds, table, first)
         choice = self._networks.add(samples.choice if self._choice is None else self._choice)
+        then = np.array([table, np.full_like(table, policy), np.full_like(table, choice)])
+        if (draft := samples.draft) is not None:  # the student's stage is the first
+            then[0] = self._tables.add(draft.teacher_solver, steps, first)
+            table, policy = self._tables.add(draft.solver, np.full_like(steps, draft.steps)), self._policies.add(FULL)
+            choice = self._networks.add(draft.file.choice)
         reserved = self._reuse.reserve(samples, index)
         try:
-            slots = self._slots.add(samples, index, table, policy, choice, x, self._tables.packed)
+            slots = self._slots.add(samples, index, table, policy, choice, x, self._tables.packed, then)
         except BaseException:
             self._reuse.give_back(reserved)
             raise
@@ -178,6 +185,9 @@ class Batch:
             for update in step.updates:
                 self._reuse.store.write(update)
             state.step[step.slots] += 1
+            if step.switch is not None:
+                state.switch(step.switch)
+                self._expected.forget(step.switch.slots)
         records = self.flush()  # waits for the tick before, with this one queued
         for step in self._steps:
             self._learn(step.record)
@@ -262,7 +272,8 @@ class Batch:
         recorded = state.record_scores[slots]
         output = self._run(lanes, there, slots, x, t, step, bool(recorded.any()))
         reuses = self._reuse.policy[slots][lanes.sample] != NONE
-        record = PassRecord(slots, state.tenancy[slots], step, t, recorded, lanes, output, reuses)
+        made = step + state.stages.before[slots]
+        record = PassRecord(slots, state.tenancy[slots], made, t, recorded, lanes, output, reuses)
         guidance = None
         if there.unconditional is not None:
             guidance = Guidance(output.prediction, there.unconditional, there.weight, there.channels)
@@ -286,7 +297,9 @@ class Batch:
                 )
         else:
             solver_step(solver, eps, rows, variance=variance, guidance=guidance, noise=noise)
-        return Step(slots, there.slots, solver, x, output.prediction, guidance, record, output.updates)
+        switch = state.stages.judge(state, slots, solver.x, self.execution.batch_invariant)
+        record.judged = None if switch is None else switch.judged
+        return Step(slots, there.slots, solver, x, output.prediction, guidance, record, switch, output.updates)
 
     def _run(
         self,
@@ -369,11 +382,9 @@ class Batch:
 
     def _drop_spare(self) -> None:
         """A server meets ever new settings; those that nobody uses are forgotten."""
-        state, taken = self._slots, self._slots.taken
-        own = (
-            *((self._tables, state.table), (self._policies, state.policy)),
-            *((self._networks, state.choice), (self._reuse, self._reuse.policy)),
-        )
-        for kinds, index in own:
+        for name, kinds in zip(INDICES, (self._tables, self._policies, self._networks), strict=True):
             if len(kinds) > SPARE + self.count:
-                index[taken] = kinds.keep(index[taken])
+                self._slots.keep(name, kinds)
+        if len(self._reuse) > SPARE + self.count:
+            taken = self._slots.taken
+            self._reuse.policy[taken] = self._reuse.keep(self._reuse.policy[taken])

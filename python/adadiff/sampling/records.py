@@ -10,21 +10,24 @@ from ..forward.output import ForwardOutput
 from .arriving import Arriving
 from .lanes import Lanes
 from .reports import Report, Totals, asks_for_exits
+from .stages import Judged
 
 
 class Learnt(NamedTuple):
     """exit_layer: uint8 [k, 2] by sample and half (conditional, unconditional), 0 where there is none; scores: float32
     [k, 2, L] or None, NaN where a sample's own policy did not ask. reused: bool [k, 2], lanes that reused what an
-    earlier step computed."""
+    earlier step computed. judged: what oracles said of some of the samples, if they were asked."""
 
     exit_layer: np.ndarray
     scores: np.ndarray | None
     reused: np.ndarray
+    judged: Judged | None
 
 
 class PassRecord:
-    """slots, tenancy, step: int64 [k], of the k samples that made a step, see `SlotState`. t: float32 [k]. recorded:
-    bool [k], whose scores were asked for. reuses: bool [B], lanes whose policy reuses (None: no lane's).
+    """slots, tenancy: int64 [k], of the k samples that made a step, see `SlotState`; step: int64 [k], its position in
+    their lists, those of two stages one after the other. t: float32 [k]. recorded: bool [k], whose scores were asked
+    for. reuses: bool [B], lanes whose policy reuses (None: no lane's). judged: see `Learnt`.
 
     The copies to the host are queued at once; `read` waits for them.
     """
@@ -51,12 +54,13 @@ class PassRecord:
         self._head_layer = None if output.head_layer is None else Arriving(output.head_layer)
         if output.scores is not None:
             self._scores, self._scored = Arriving(output.scores), _scored(lanes, len(output.scores))
+        self.judged: Judged | None = None
         self._learnt: Learnt | None = None
 
     def read(self) -> Learnt:
         """Waits for the device where that is needed. Sets by_lane, integers [B], the exit layers; reused, bool [B];
-        asks, bool [B]: lanes with a policy that may leave work out, of networks in which policies decide; macs,
-        macs_full and rows_moved."""
+        asks, bool [B]: lanes with a policy that may leave work out, of networks in which policies decide; macs, those
+        of oracles included, macs_full and rows_moved."""
         if self._learnt is not None:
             return self._learnt
         lanes, k = self.lanes, len(self.slots)
@@ -66,6 +70,7 @@ class PassRecord:
         head_layer = None if self._head_layer is None else self._head_layer.read().numpy()
         self.reused = np.zeros(len(self.by_lane), dtype=bool) if head_layer is None else head_layer > 0
         self.macs = self._costs.total(self.by_lane.tolist(), None if head_layer is None else head_layer.tolist())
+        self.macs += 0 if self.judged is None else self.judged.macs
         self.asks = self._asks()
         self.macs_full, self.rows_moved = len(self.by_lane) * self._costs.plain, int(self._moved)
         exit_layer, scores = np.zeros((k, 2), dtype=np.uint8), None
@@ -76,7 +81,7 @@ class PassRecord:
             scores = np.full((k, 2, self._scored.shape[1]), np.nan, dtype=np.float32)
             scores[lanes.sample, lanes.half] = np.where(self._scored, self._scores.read().numpy().T, np.nan)
             scores[~self.recorded] = np.nan
-        self._learnt = Learnt(exit_layer, scores, reused)
+        self._learnt = Learnt(exit_layer, scores, reused, self.judged)
         return self._learnt
 
     def _asks(self) -> np.ndarray:
@@ -98,10 +103,20 @@ def _scored(lanes: Lanes, num_layers: int) -> np.ndarray:
 
 
 class RunRecord:
-    """What a run of n samples, of at most so many steps, has told so far."""
+    """What a run of n samples, of at most so many steps, has told so far. cascade: a student draws them first."""
 
-    def __init__(self, steps: int, n: int, num_layers: int, record_scores: bool, reuses: bool = False):
+    def __init__(
+        self,
+        steps: int,
+        n: int,
+        num_layers: int,
+        record_scores: bool,
+        reuses: bool = False,
+        cascade: bool = False,
+    ):
         self._num_layers = num_layers
+        self._went_on = np.zeros(n, dtype=bool) if cascade else None
+        self._oracle_scores = np.full(n, np.nan, dtype=np.float32) if cascade else None
         self._exit_layer = np.zeros((steps, n, 2), dtype=np.uint8)
         self._scores = np.full((steps, n, 2, num_layers), np.nan, dtype=np.float32) if record_scores else None
         self._reused = np.zeros((steps, n, 2), dtype=bool) if reuses else None
@@ -114,6 +129,9 @@ class RunRecord:
             self._scores[record.step, index] = known.scores
         if self._reused is not None:
             self._reused[record.step, index] = known.reused
+        if (judged := known.judged) is not None and self._went_on is not None and self._oracle_scores is not None:
+            own = index[judged.index]
+            self._went_on[own], self._oracle_scores[own] = judged.went_on, judged.scores
 
     def report(self, done: Totals, seconds: float) -> Report:
         return Report(
@@ -127,4 +145,6 @@ class RunRecord:
             asks=done.asked > 0,
             acted=done.exited > 0,
             reused=None if self._reused is None else torch.from_numpy(self._reused.copy()),
+            went_on=None if self._went_on is None else torch.from_numpy(self._went_on.copy()),
+            oracle_scores=None if self._oracle_scores is None else torch.from_numpy(self._oracle_scores.copy()),
         )

@@ -31,7 +31,9 @@ class ExitRecord:
     where there was none. num_layers: blocks of the network. scores: float32 [steps, n, 2, L], each layer's uncertainty,
     NaN where its policy did not ask; None unless they were asked for. asks: its policy is there to let samples exit.
     acted: it let some exit; None: as exit_layer tells, which cannot where a shallow network had a part. reused: bool
-    [steps, n, 2], lanes that took what an earlier step of theirs had computed; None where nobody's policy reuses."""
+    [steps, n, 2], lanes that took what an earlier step of theirs had computed; None where nobody's policy reuses.
+    Of samples of a cascade the student's steps come first, then the teacher's. went_on: bool [n], whom the oracle sent
+    on to the teacher; oracle_scores: float32 [n], NaN of those not judged yet; None of others."""
 
     exit_layer: Tensor
     num_layers: int
@@ -39,6 +41,8 @@ class ExitRecord:
     asks: bool = field(default=False, kw_only=True)
     acted: bool | None = field(default=None, kw_only=True)
     reused: Tensor | None = field(default=None, kw_only=True)
+    went_on: Tensor | None = field(default=None, kw_only=True)
+    oracle_scores: Tensor | None = field(default=None, kw_only=True)
 
     @property
     def never_acted(self) -> bool:
@@ -71,7 +75,8 @@ class ExitRecord:
 
 @dataclass(frozen=True)
 class Report(ExitRecord):
-    """A run of `adadiff.sample`. Multiply-adds count network and scores, not the solver."""
+    """A run of `adadiff.sample`. Multiply-adds count networks, scores and oracles, not the solver; macs_full are those
+    of as many passes of the full network."""
 
     macs: int
     macs_full: int
@@ -88,6 +93,7 @@ class Report(ExitRecord):
             f"{self.macs / self.macs_full:.1%} of the multiply-adds of the full network"
             f"{'' if self.reused is None else f'; {self.reuses / self.passes:.1%} of the steps reused an earlier one'}"
             f"{f'; {NEVER_ACTED if self.reused is None else NEVER_REUSED}' if self.never_acted else ''}"
+            f"{'' if self.went_on is None else f'; {int(self.went_on.sum())} went on to the teacher'}"
         )
 
 

@@ -16,6 +16,7 @@ from ..model import Model
 from ..policies.interface import ExitPolicy, exit_layers_of
 from ..policies.parts import Parts
 from ..policies.spelling import parts_from
+from .cascades import Draft, draft_of
 from .params import SamplingParams, as_tensor, per_sample
 
 
@@ -26,6 +27,7 @@ class SampleBatch:
     n: int
     parts: Parts
     choice: NetworkChoice | None  # of the network by a sample's time
+    draft: Draft | None  # what a student draws first
     solver: Solver
     seeds: Tensor  # int64 [n]
     steps: Tensor  # int64 [n]
@@ -49,6 +51,16 @@ class SampleBatch:
     def lanes(self) -> int:
         """Sequences that the network sees, at most: two for a guided sample."""
         return self.n + int(self.guidance.count_nonzero())
+
+    @property
+    def rows(self) -> Tensor:
+        """int64 [n]: in a report of exit layers, at most."""
+        return self.steps if self.draft is None else self.draft.steps + self.draft.teacher_steps
+
+    @property
+    def most_steps(self) -> Tensor:
+        """int64 [n]: that there are to make, at most: a teacher's are made if its oracle asks for them."""
+        return self.rows if self.draft is not None else self.steps - self.first
 
     @staticmethod
     def of(model: Model, n: int, params: SamplingParams | None = None, **settings: object) -> "SampleBatch":
@@ -79,10 +91,16 @@ class SampleBatch:
         for count in set(steps.tolist()):
             _check_steps(params.solver, model.schedule, count)
         init_image, first = _init_image(model, params, steps, n)
+        draft = None
+        if parts.cascade is not None:
+            if init_image is not None:
+                raise ValueError("a cascade's student draws from noise; leave init_image out")
+            draft = draft_of(model, parts.cascade, params.solver, steps)
         return SampleBatch(
             n=n,
             parts=parts,
             choice=choice,
+            draft=draft,
             solver=params.solver,
             seeds=_seeds(params.seed, n),
             steps=steps,
@@ -101,8 +119,6 @@ class SampleBatch:
 
 def _choice(model: Model, parts: Parts) -> NetworkChoice | None:
     """ValueError for parts that this model cannot follow."""
-    if parts.cascade is not None:
-        raise ValueError(f"policy '{parts}': cascades cannot be sampled with")
     return None if parts.width is None else width_choice(model, parts.width)
 
 

@@ -94,10 +94,9 @@ class SamplerRun:
         self._clear()
 
     def _clear(self) -> None:
-        most = int(self.samples.steps.max()) if self.n else 0
-        own = self.samples
-        reuses = own.parts.reuse is not None
-        self._record = RunRecord(most, self.n, self.model.num_layers, own.record_scores, reuses)
+        samples, most = self.samples, int(self.samples.rows.max()) if self.n else 0
+        own = {"reuses": samples.parts.reuse is not None, "cascade": samples.draft is not None}
+        self._record = RunRecord(most, self.n, self.model.num_layers, samples.record_scores, **own)
         self._totals = Totals()
         self._seconds = 0.0
 

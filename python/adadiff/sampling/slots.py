@@ -1,5 +1,7 @@
 """Everything that is kept of the samples in flight, by slot."""
 
+from typing import Protocol
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -8,6 +10,13 @@ from adadiff_kernels import SolverState, upload
 
 from ..diffusion.tables import PackedTables
 from .sample_batch import SampleBatch
+from .stages import Stages, Switch
+
+
+class Kinds(Protocol):
+    """A set that samples share, known by number."""
+
+    def keep(self, used: np.ndarray) -> np.ndarray: ...
 
 
 class SlotState:
@@ -18,7 +27,7 @@ class SlotState:
     number: of the sample among those it began with; seed, step, steps, table (of a TableSet), policy (of a PolicySet),
     choice (of a NetworkSet).
     threshold, guidance (scale - 1), interval [capacity, 2], channels, tied, record_scores: as in
-    `SampleBatch`.
+    `SampleBatch`. stages: of samples that a student draws first.
     solver: x, base and history; context and null: None until somebody brings one.
     """
 
@@ -34,6 +43,7 @@ class SlotState:
         self.solver = SolverState.start(x, base=False, history=False)
         self.context: Tensor | None = None
         self.null: Tensor | None = None
+        self.stages = Stages(capacity)
         self._free = list(range(capacity))[::-1]
 
     @property
@@ -56,8 +66,10 @@ class SlotState:
         choice: int,
         x: Tensor,
         packed: PackedTables,
+        then: np.ndarray,
     ) -> np.ndarray:
-        """Samples index: int64 [k] of `samples` begin at x: [k, C, H, W]. Returns their slots, int64 [k]."""
+        """Samples index: int64 [k] of `samples` begin at x: [k, C, H, W]. then: int64 [3, k], table, policy and choice
+        of their second stage, if they have one. Returns their slots, int64 [k]."""
         solver = packed.widen(self.solver)
         if self.context is None and samples.context is not None:
             shape, dtype = samples.context.shape[1:], samples.context.dtype
@@ -71,6 +83,7 @@ class SlotState:
             getattr(self, name)[slots] = getattr(samples, name)[own].numpy()
         self.seed[slots], self.step[slots] = samples.seeds[own].numpy(), samples.first[own].numpy()
         self.tied[slots], self.record_scores[slots] = samples.tied, samples.record_scores
+        self.stages.begin(self, slots, samples.draft, index, then)
         there = self.there(slots)
         if samples.context is not None:
             self.context[there] = upload(samples.context[own], self.device)
@@ -82,6 +95,19 @@ class SlotState:
         self.tenancy[slots] += 1
         self.running[slots] = True
         return slots
+
+    def switch(self, switch: Switch) -> None:
+        """Writes what `Stages.judge` has found."""
+        if len(switch.slots):
+            self.solver.restart(self.there(switch.slots), switch.x)
+            self.stages.switch(self, switch.slots)
+
+    def keep(self, name: str, kinds: Kinds) -> None:
+        """What nobody uses any more of `kinds` is forgotten; `name` is what indexes it, one of stages.INDICES."""
+        now, then, taken = getattr(self, name), self.stages.then[name], self.taken
+        drafting = taken & self.stages.drafting
+        used = kinds.keep(np.concatenate([now[taken], then[drafting]]))
+        now[taken], then[drafting] = np.split(used, [np.count_nonzero(taken)])
 
     def release(self, slots: np.ndarray) -> None:
         self.running[slots] = False

@@ -1,6 +1,6 @@
 """What one tick of a batch did, and what its forward passes leave to look at."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from adadiff_kernels import Guidance, SolverState, guide
 from ..diffusion.schedules import NoiseSchedule
 from ..forward.feature_store import StoreUpdate
 from .records import PassRecord
+from .stages import Switch
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Tick:
 @dataclass(frozen=True)
 class Step:
     """One forward pass and solver step of samples at slots: int64 [k], which `there` says on the device. solver: what
-    they have become, None once that is written, and updates of what their lanes keep; x: float32 [k, C, H, W], what
-    they were."""
+    they have become, switch: who goes on to another network, and updates of what their lanes keep, None and none once
+    that is written; x: float32 [k, C, H, W], what they were."""
 
     slots: np.ndarray
     there: Tensor
@@ -40,10 +41,11 @@ class Step:
     prediction: Tensor  # of all lanes
     guidance: Guidance | None
     record: PassRecord
+    switch: Switch | None  # of those whose student is done
     updates: tuple[StoreUpdate, ...] = ()
 
     def without_solver(self) -> "Step":
-        return Step(self.slots, self.there, None, self.x, self.prediction, self.guidance, self.record)
+        return replace(self, solver=None, switch=None, updates=())
 
     def predicted_x0(self, i: int, schedule: NoiseSchedule) -> Tensor:
         """The image that the prediction of the i-th sample would end in: float32 [C, H, W], see `Batch`."""

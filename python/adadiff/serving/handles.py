@@ -72,6 +72,7 @@ class Handle(Future):
         self._num_layers = engine.model.num_layers
         self._steps: list[tuple[np.ndarray, np.ndarray | None, np.ndarray]] = []  # made, by lane, as far as known
         self._made = 0  # steps
+        self._judged: tuple[float, bool] | None = None  # by a cascade's oracle
         self._slot: tuple[int, int] | None = None  # and which of its samples
         self._admitted: float | None = None
         self._ended: float | None = None
@@ -84,8 +85,12 @@ class Handle(Future):
 
     @property
     def progress(self) -> tuple[int, int]:
-        """Steps made, and steps to make."""
-        return self._made, int(self.samples.steps - self.samples.first)
+        """Steps made, and steps to make: of a cascade the most that there may be, until its oracle has let the image
+        go."""
+        draft = self.samples.draft
+        if draft is not None and self._judged is not None and not self._judged[1]:
+            return self._made, draft.steps
+        return self._made, int(self.samples.most_steps)
 
     @property
     def report(self) -> RequestReport:
@@ -108,7 +113,17 @@ class Handle(Future):
             seconds=ended - began,
             asks=self.samples.parts.asks,
             reused=reused,
+            **self._oracle_said(),
         )
+
+    def _oracle_said(self) -> dict[str, Tensor]:
+        if self.samples.draft is None:
+            return {}
+        score, went_on = self._judged or (math.nan, False)
+        return {
+            "went_on": torch.tensor([went_on], device="cpu"),
+            "oracle_scores": torch.tensor([score], dtype=torch.float32, device="cpu"),
+        }
 
     def predicted_x0(self) -> Tensor:
         """The image that the request's last prediction would end in, float32 [C, H, W]; waits for the tick under way.
@@ -190,6 +205,7 @@ class Handle(Future):
     def _begin_again(self) -> None:
         """The steps made are forgotten; the same image comes of it, since it belongs to its seed."""
         self._steps.clear()
+        self._judged = None
         self._made, self._slot, self._admitted, self._ended = 0, None, None, None
 
     def _end_in_child(self, error: Exception) -> None:
@@ -203,6 +219,8 @@ class Handle(Future):
     def _learn(self, known: Learnt, i: int) -> None:
         scores = None if known.scores is None else known.scores[i]
         self._steps.append((known.exit_layer[i], scores, known.reused[i]))
+        if known.judged is not None:
+            self._judged = known.judged.of(i) or self._judged
 
 
 def _contained(fn: Callable[[Future], object], handle: Future) -> None:
