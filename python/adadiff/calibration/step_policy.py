@@ -35,10 +35,10 @@ def learn(
     context: Tensor,
     rewards: Tensor,
     *,
-    updates: int = 2000,
+    updates: int = 1000,
     batch: int = 256,
     draws: int = 4,
-    lr: float = 0.02,
+    lr: float = 0.05,
     seed: int = 0,
     progress: bool = False,
 ) -> None:

@@ -110,16 +110,16 @@ class StepTraining:
         for count in candidates:  # for its checks
             SampleBatch.of(model, 2, self._params(Rows(context, own[:1].repeat(2), self.rows.seeds[:2]), count))
 
-    def run(self, progress: bool = False, errors: Tensor | None = None, done: Done = lambda errors: None) -> StepSelector:
+    def run(
+        self, progress: bool = False, errors: Tensor | None = None, done: Done = lambda errors: None
+    ) -> StepSelector:
         """errors: float64 [m <= n, K], what an earlier run has recorded; done: called with all there are whenever a
         piece is added."""
         errors = self.record(errors, progress, done)
         selector = self.learnt(errors, progress)
         return StepSelector(replace(selector.config, measured=self.measure(selector, progress)), selector.scores)
 
-    def record(
-        self, errors: Tensor | None = None, progress: bool = False, done: Done = lambda errors: None
-    ) -> Tensor:
+    def record(self, errors: Tensor | None = None, progress: bool = False, done: Done = lambda errors: None) -> Tensor:
         """Errors of every row with every candidate, float64 [n, K], each row's images being of one noise."""
         K, n = len(self.config.candidates), len(self.rows.index)
         errors = torch.zeros(0, K, dtype=torch.float64, device="cpu") if errors is None else errors

@@ -32,6 +32,7 @@ from .shared import (
     execution_of,
     load_model,
     resolved,
+    steps_of,
     with_progress,
 )
 from .terminal import say, way_of_drawing, with_bars
@@ -70,7 +71,7 @@ def sample(options: argparse.Namespace) -> None:
         params = SamplingParams(
             seed=[options.seed + slot for slot in slots],
             class_labels=None if labels is None else cycled("class labels", labels, n, slots),
-            steps=cycled("steps", options.steps, n, slots),
+            steps=steps_of(options, n, slots),
             solver=options.solver,
             policy=options.policy,
             guidance_scale=options.guidance_scale,

@@ -15,6 +15,7 @@ from ..output.pictures import CHANNELS
 from ..pipelines import latents
 from ..policies.exits import Depth
 from ..policies.spelling import policy_from
+from ..policies.step_selector import AUTO
 
 MOST_BATCH, MOST_SHARD, MOST_RESAMPLES = 2**16, 10**5, 10**4
 
@@ -90,6 +91,11 @@ def cycled(name: str, values: list[int], n: int, slots: Sequence[int]) -> list[i
     if n and len(values) > n:
         raise ValueError(f"{len(values)} {name} for {n} samples; give at most one each")
     return [values[slot % len(values)] for slot in slots]
+
+
+def steps_of(options: argparse.Namespace, n: int, slots: Sequence[int]) -> list[int] | str:
+    """Those of the samples in `slots` of n, or "auto"."""
+    return AUTO if options.steps == [AUTO] else cycled("steps", options.steps, n, slots)
 
 
 def decoder(options: argparse.Namespace, model: Model) -> Callable[[Tensor], Tensor] | None:
