@@ -14,14 +14,13 @@ from ..calibration.step_training import StepTraining
 from ..data.files import read_text
 from ..model import Model
 from ..pipelines.text import CLIP, TextEncoder
-from ..policies.step_selector import MeasuredSteps, StepSelector
 from ..writing import check_outputs, check_space, replace_file
 from .shared import check_limits, digest, load_model, with_progress
-from .terminal import print_table, say, show, with_bars
+from .step_choices import show_choices
+from .terminal import say, show, with_bars
 
 HEADER = 2**16  # bytes, for names and the configuration
 MOST_SAMPLES = 10**5
-MOST_NAMED = 12  # classes that are named in a line
 
 
 def train_steps(options: argparse.Namespace) -> None:
@@ -66,44 +65,8 @@ def train_steps(options: argparse.Namespace) -> None:
     model.step_selector = selector
     replace_file(options.out, lambda temporary: checkpoint.save(model, temporary, notes), force=options.force)
     partial.unlink(missing_ok=True)
-    show_selector(selector)
+    show_choices(selector.config, selector.steps_of_classes)
     say(f"wrote {options.out}; sample it with --steps auto")
-
-
-def show_selector(selector: StepSelector) -> None:
-    """What it chooses, and how it was measured."""
-    config = selector.config
-    if config.num_classes:
-        chosen = selector.choose(torch.arange(config.num_classes, device="cpu")).tolist()
-        by_steps: dict[int, list[int]] = {}
-        for label, steps in enumerate(chosen):
-            by_steps.setdefault(steps, []).append(label)
-        print_table([{"steps": str(steps), "classes": _named(by_steps[steps])} for steps in sorted(by_steps)])
-    if config.measured is not None:
-        print_table(measured_rows(config.measured, config.candidates[-1]))
-        print(f"Errors: root mean square, to images of {config.candidates[-1]} steps from {config.measured.n} noises")
-        print("that were not learnt from. over: the selector's error over that of this line, with its 95 % interval;")
-        print(
-            f"below 1, choosing pays. {config.measured.above_bar:.0%} of its errors are above the bar, {config.bar:g}."
-        )
-
-
-def measured_rows(measured: MeasuredSteps, most: int) -> list[dict[str, str]]:
-    """Of a table."""
-    own = f"{measured.error:.3g} [{measured.low:.3g}, {measured.high:.3g}]"
-    rows = [{"": "chosen by the selector", "steps": f"{measured.mean_steps:.2f}", "error": own, "over": ""}]
-    for name, steps, one in (
-        ("the same for all", f"{measured.fixed_steps}", measured.fixed),
-        ("its choices, dealt at random", f"{measured.mean_steps:.2f}", measured.random),
-    ):
-        over = "" if one.ratio is None else f"{one.ratio:.2f} ({one.low:.2f} to {one.high:.2f})"
-        rows.append({"": name, "steps": steps, "error": f"{one.error:.3g}", "over": over})
-    return [*rows, {"": "the most", "steps": str(most), "error": "0", "over": ""}]
-
-
-def _named(labels: list[int]) -> str:
-    more = f" and {len(labels) - MOST_NAMED} more" if len(labels) > MOST_NAMED else ""
-    return ", ".join(map(str, labels[:MOST_NAMED])) + more
 
 
 def _recorded(partial: Path, asked: Mapping[str, Any], force: bool) -> Tensor | None:

@@ -7,7 +7,7 @@ calibration/step_policy.py.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,6 +140,12 @@ class StepSelector:
         self.config = config
         self.scores = scores.cpu().float().double().requires_grad_(False).eval()
 
+    @property
+    def steps_of_classes(self) -> list[int] | None:
+        """What it chooses for each label; None where it reads text."""
+        labels = torch.arange(self.config.num_classes, device="cpu")
+        return self.choose(labels).tolist() if self.config.num_classes else None
+
     @torch.no_grad()
     def choose(self, context: Tensor) -> Tensor:
         """context: labels int64 [n], or text [n, N, E]. Returns steps, int64 [n]: of equal scores the fewer steps.
@@ -168,7 +174,8 @@ def check_candidates(candidates: Sequence[int]) -> None:
     wrong = [c for c in candidates if type(c) is not int or not 1 <= c <= MOST_STEPS]
     if wrong or not 2 <= len(candidates) <= MOST_CANDIDATES or list(candidates) != sorted(set(candidates)):
         raise ValueError(
-            f"candidates are 2 to {MOST_CANDIDATES} numbers of steps in 1..{MOST_STEPS}, rising, got {list(candidates)[:8]}"
+            f"candidates are 2 to {MOST_CANDIDATES} numbers of steps in 1..{MOST_STEPS}, rising, got "
+            f"{list(candidates)[:8]}"
         )
 
 
