@@ -20,6 +20,7 @@ from torch import Size, Tensor, nn
 from .config import ModelConfig
 from .model import Model, shapes
 from .policies.calibrated import Calibration
+from .policies.step_selector import SelectorConfig, StepSelector, new_scores
 from .weights import apart, cast, check_weights, plain_names
 from .writing import replace_file
 
@@ -28,6 +29,7 @@ M = TypeVar("M", bound=nn.Module)
 FORMAT_VERSION = 2
 MOST_TENSORS = 2**16  # of a file; a network has some hundreds
 HINT = "truncated, or of others: adadiff convert reads those"
+SELECTOR = "step_selector."  # what the names of its tensors begin with
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -170,7 +172,7 @@ def built(
 
 
 def save(model: Model, path: str | Path, notes: Mapping[str, object] | None = None) -> None:
-    """Writes weights, configuration and calibration. `notes` (how it was trained) is kept in the header.
+    """Writes weights, configuration, calibration and step selector. `notes` (how it was trained) is kept in the header.
 
     model: it or its backbone may be compiled, and wrapped by DistributedDataParallel. Raises ValueError for one that
     `load` would refuse.
@@ -181,6 +183,10 @@ def save(model: Model, path: str | Path, notes: Mapping[str, object] | None = No
     metadata = {"config": model.config.to_dict(), "notes": dict(notes or {})}
     if model.calibration is not None:
         metadata["calibration"] = model.calibration.to_dict()
+    if (selector := model.step_selector) is not None:
+        metadata["step_selector"] = selector.config.to_dict()
+        tensors |= {SELECTOR + key: value for key, value in selector.tensors().items()}
+        check_weights(tensors, what)
     write_tensors(Path(path), tensors, metadata)
 
 
@@ -207,13 +213,17 @@ def load(name_or_file: str | Path, device: torch.device | str = "cpu", dtype: to
     with opened(path, HINT) as file:
         metadata = _current(read_header(file, path), path)
         config, calibration = described(metadata, path)
+        selector = _selector_config(metadata, config, path)
         stored = {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}  # noqa: SIM118
-        matched(shapes(config), plain_names(stored, str(path)), str(path))
+        matched({**shapes(config), **_selector_shapes(selector)}, plain_names(stored, str(path)), str(path))
         tensors = plain_names(read_all(file), str(path))
     check_weights(tensors, str(path))
+    scores = {key.removeprefix(SELECTOR): tensors.pop(key) for key in _selector_shapes(selector)}
     tensors = cast(tensors, dtype or _stored(tensors), str(path))
     model = built(lambda: Model(config), tensors, str(path), device)
     model.calibration = calibration
+    if selector is not None:
+        model.step_selector = StepSelector(selector, built(lambda: new_scores(selector), scores, str(path)))
     return model.eval()
 
 
@@ -236,6 +246,30 @@ def described(metadata: Mapping[str, Any], path: Path) -> tuple[ModelConfig, Cal
     except ValueError as error:
         raise ValueError(f"cannot use {path}: {error}") from None
     return config, calibration
+
+
+def _selector_config(metadata: Mapping[str, Any], config: ModelConfig, path: Path) -> SelectorConfig | None:
+    """Of the step selector in a file's metadata. ValueError for a damaged one, and for one of another network."""
+    if "step_selector" not in metadata:
+        return None
+    try:
+        selector, network = SelectorConfig.from_dict(metadata["step_selector"]), config.network
+        reads, takes = (selector.num_classes, selector.context_dim), (0, network.context_dim)
+        if not network.context_tokens:
+            takes = (config.classes, 0)
+        if reads != takes:
+            raise ValueError(f"its step selector reads (classes, channels of text) {reads}, its network {takes}")
+    except ValueError as error:
+        raise ValueError(f"cannot use {path}: {error}") from None
+    return selector
+
+
+def _selector_shapes(selector: SelectorConfig | None) -> dict[str, Size]:
+    """Of its tensors in a file, by name."""
+    if selector is None:
+        return {}
+    with torch.device("meta"):
+        return {SELECTOR + key: value.shape for key, value in new_scores(selector).state_dict().items()}
 
 
 def _stored(tensors: Mapping[str, Tensor]) -> torch.dtype:

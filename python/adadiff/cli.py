@@ -15,7 +15,15 @@ from typing import Any, NoReturn
 from . import __version__
 from .commands import info
 from .commands.formatting import HelpFormatter
-from .commands.model_options import add_calibrate, add_convert, add_distill, add_inspect, add_search, add_train
+from .commands.model_options import (
+    add_calibrate,
+    add_convert,
+    add_distill,
+    add_inspect,
+    add_search,
+    add_train,
+    add_train_steps,
+)
 from .commands.options import add_command
 from .commands.sample_options import add_diff, add_evaluate, add_sample
 from .commands.terminal import print_error
@@ -103,17 +111,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"adadiff {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True, prog="adadiff")
     add_command(commands, "info", info.info)
-    own = (
-        add_sample,
-        add_inspect,
-        add_evaluate,
-        add_diff,
-        add_calibrate,
-        add_search,
-        add_train,
-        add_distill,
-        add_convert,
-    )
-    for add in own:
+    for add in (add_sample, add_inspect, add_evaluate, add_diff, add_calibrate, add_train_steps, add_search):
+        add(commands)
+    for add in (add_train, add_distill, add_convert):
         add(commands)
     return top

@@ -133,3 +133,6 @@ PRESETS["digits"] = ModelConfig(
 PRESETS["canvases"] = ModelConfig(
     UViTConfig(16, 1, 4, 64, 12, 4, num_classes=21), "stable_diffusion", null_label=20, exits=ExitConfig()
 )
+PRESETS["digits_prototypes"] = ModelConfig(
+    UViTConfig(8, 1, 2, 64, 4, 4, num_classes=21), "stable_diffusion", null_label=20
+)

@@ -11,12 +11,13 @@ from .config import PRESETS, ModelConfig
 from .diffusion.schedules import NoiseSchedule
 from .models import FAMILIES
 from .policies.calibrated import Calibration
+from .policies.step_selector import StepSelector
 from .uem import ExitConfig, Exits
 
 
 class Model(nn.Module):
-    """`backbone` keeps the published state-dict keys; `exits` is None for a plain network, and `calibration` where
-    nobody has made one (see `adadiff calibrate`)."""
+    """`backbone` keeps the published state-dict keys; `exits` is None for a plain network, `calibration` and
+    `step_selector` where nobody has made one (see `adadiff calibrate` and `adadiff train-steps`)."""
 
     @torch.inference_mode(False)  # whatever mode the caller is in, the weights are for any
     def __init__(self, config: ModelConfig):
@@ -25,6 +26,7 @@ class Model(nn.Module):
         self.backbone = FAMILIES[config.family].network(config.network)
         self.exits = Exits(self.backbone, config.exits) if config.exits is not None else None
         self.calibration: Calibration | None = None
+        self.step_selector: StepSelector | None = None
 
     @property
     def schedule(self) -> NoiseSchedule:

@@ -14,7 +14,7 @@ from ..sampling.params import SamplingParams
 from ..sampling.sample_batch import SampleBatch
 from ..sampling.trace import Trace, trace
 from ..writing import check_outputs, replace_file
-from .shared import check_policy, device_of, execution_of, load_model
+from .shared import check_policy, device_of, execution_of, load_model, steps_of
 from .terminal import print_table, say, show
 
 OF_SAMPLES = ("policy", "solver", "guidance_scale", "seed", "class_label")
@@ -72,7 +72,7 @@ def _way(options: argparse.Namespace) -> Way:
     params = SamplingParams(
         seed=options.seed,
         class_labels=options.class_label,
-        steps=options.steps,
+        steps=steps_of(options, 1, [0]),
         solver=options.solver,
         policy=options.policy,
         guidance_scale=options.guidance_scale,

@@ -22,7 +22,7 @@ from ..output.pictures import CHANNELS, write_json
 from ..policies.spelling import DEFAULT
 from ..sampling import sampler
 from ..writing import check_outputs
-from .shared import check_limits, check_policy, cycled, decoder, execution_of, file_of, load_model, resolved
+from .shared import check_limits, check_policy, cycled, decoder, execution_of, file_of, load_model, resolved, steps_of
 from .terminal import print_table, say, show, with_bars
 
 MOST_SAMPLES = 10**6  # all are held in memory
@@ -84,7 +84,7 @@ def _of_model(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, An
         **({} if options.decoder is None else {"decoder": str(options.decoder)}),
     }
     settings = {
-        "steps": cycled("steps", options.steps, n, range(n)),
+        "steps": steps_of(options, n, range(n)),
         "solver": options.solver,
         "seed": options.seed,
         "class_labels": labels,

@@ -9,7 +9,9 @@ from ..calibration.threshold_picture import threshold_picture
 from ..conversion.describing import describe
 from ..output.pictures import CHANNELS
 from ..policies.calibrated import Calibration
+from ..policies.step_selector import SelectorConfig
 from ..writing import check_outputs, replace_file
+from .step_choices import show_choices
 from .terminal import bold, print_table, printable, say, show, show_lines, way_of_drawing
 
 FAMILY_NAMES = {"uvit": "U-ViT", "dit": "DiT"}
@@ -48,15 +50,20 @@ def _summary(name: str, content: Mapping[str, Any], calibration: Calibration | N
             "cost": _cost(content),
             "exits": _exits(content),
             **({"training": _training(content)} if ours else {}),
+            **({"steps": _steps(content["step_selector"])} if content.get("step_selector") is not None else {}),
         }
     )
     if calibration is not None:
         _show_budgets(calibration)
+    if content.get("step_selector") is not None:
+        show_choices(SelectorConfig.from_dict(content["step_selector"]), content["steps_of_classes"])
     print()
     if ours:
         how = f"--policy {_policy_to_try(content, calibration)}"
         if calibration is not None:
             how = f"--steps {calibration.steps} {how}"
+        elif content["step_selector"] is not None:
+            how = f"--steps auto {how}"
         if content["classes"]:
             how = f"--class-labels {','.join(map(str, range(min(content['classes'], 4))))} {how}"
         print("try: " + bold(f"adadiff sample {printable(name)} --out samples {how}"))
@@ -123,6 +130,15 @@ def _training(content: Mapping[str, Any]) -> str:
     minutes = f", {seconds / 60:.0f} minutes" if type(seconds) in (int, float) and 0 <= seconds < MOST_SECONDS else ""
     last = "last run: " if train.get("init") else ""
     return f"{last}{f'{steps:,}' if type(steps) is int else '?'} updates of {batch} images of {data}{minutes}"
+
+
+def _steps(selector: Mapping[str, Any]) -> str:
+    reads = "class" if selector["num_classes"] else "prompt"
+    candidates = ", ".join(map(str, selector["candidates"]))
+    return (
+        f"--steps auto chooses {candidates} by the {reads} of a sample, with solver {selector['solver']} and guidance "
+        f"scale {selector['guidance_scale']:g}"
+    )
 
 
 def _show_budgets(calibration: Calibration) -> None:

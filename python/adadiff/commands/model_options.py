@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration.calibrating import AIMS, CALIBRATION_SEED
+from ..calibration.step_training import SEED as STEPS_SEED
 from ..checkpoint import DTYPES
 from ..conversion import convert as conversion
+from ..pipelines.text import CLIP
 from ..policies.cascade import MODES
 from ..training.config import CHOICES, TrainConfig, shipped
 from ..training.distilling import DistillConfig
-from . import calibrate, convert, distill, inspect, search, train
+from . import calibrate, convert, distill, inspect, search, train, train_steps
 from .options import (
     Commands,
     Options,
@@ -28,7 +30,7 @@ from .options import (
     add_steps,
 )
 from .texts import TRAIN_GROUPS
-from .values import Settings, setting, shares
+from .values import Settings, setting, shares, whole_numbers
 
 
 def add_inspect(commands: Commands) -> None:
@@ -104,6 +106,72 @@ def add_calibrate(commands: Commands) -> None:
         "--data",
         help="also plot, in --picture, uncertainties against errors relative to the true noise, on held-out images of "
         "this data set, named as for `adadiff train --data` (default: none)",
+    )
+    add_force(output)
+
+    execution = command.add_argument_group("execution")
+    add_batch(execution)
+    add_device(execution)
+
+
+def add_train_steps(commands: Commands) -> None:
+    command = add_command(commands, "train-steps", train_steps.train_steps)
+    add_model(command)
+
+    goal = command.add_argument_group("what to choose")
+    goal.add_argument(
+        "--candidates",
+        type=whole_numbers,
+        default=[2, 3, 5, 8, 10, 15, 20],
+        metavar="N,...",
+        help="rising numbers of steps, 1 to 1000, among which the selector chooses (default: 2,3,5,8,10,15,20)",
+    )
+    goal.add_argument(
+        "--bar",
+        type=float,
+        default=0.05,
+        help="largest root mean squared difference, to the image of the largest candidate, with which an image counts "
+        "as good enough; pixels reach from -1 to 1 (default: 0.05)",
+    )
+    goal.add_argument(
+        "--penalty",
+        type=float,
+        default=1.0,
+        help="what an image above the bar costs, where all steps together cost 1; with more, fewer images are above "
+        "(default: 1)",
+    )
+
+    samples = command.add_argument_group("samples to learn from")
+    add_count(
+        samples,
+        400,
+        "number of noises to draw with every candidate, at least 8 and one for each class or prompt; half as many "
+        "others measure the result",
+    )
+    samples.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="prompts for a text-to-image model, which requires them: a text file, one prompt a line; of five or more, "
+        "every fifth only measures (default: none)",
+    )
+    samples.add_argument(
+        "--text-encoder",
+        type=Path,
+        metavar="FOLDER",
+        help=f"text encoder of CLIP for the prompts, a folder or a name on the Hugging Face hub (default: {CLIP})",
+    )
+    add_seed(samples, STEPS_SEED, ", far from the seeds of other commands")
+    add_solver(samples)
+    add_guidance(samples)
+
+    output = command.add_argument_group("output")
+    output.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="safetensors file for the model with its selector (required)",
     )
     add_force(output)
 

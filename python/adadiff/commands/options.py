@@ -9,13 +9,13 @@ from ..checkpoint import DTYPES
 from ..forward.options import Runner
 from ..policies.spelling import DEFAULT
 from .formatting import HelpFormatter
-from .texts import FEATURES, GUIDANCE_HELP, PAGES, SOLVER_HELP
-from .values import whole_numbers
+from .texts import AUTO_HELP, FEATURES, GUIDANCE_HELP, PAGES, SOLVER_HELP
+from .values import steps, whole_numbers
 
 Commands = Any  # what `ArgumentParser.add_subparsers` returns, whose type is private
 Options = argparse._ActionsContainer  # a parser, or a group of its options
 
-MODELS = "canvases, canvases_plain, canvases_shallow, digits or digits_plain"
+MODELS = "canvases, canvases_plain, canvases_shallow, digits, digits_plain or digits_prototypes"
 
 
 class Once(argparse.Action):
@@ -77,13 +77,14 @@ def add_seed(options: Options, seed: int = 0, note: str = "") -> None:
 
 
 def add_steps(options: Options, several: bool = True) -> None:
-    cycled = "; with several numbers, as in 20,30, the samples take turns" if several else ""
+    """several: for samples that need not all have the same."""
+    more = f"; with several numbers, as in 20,30, the samples take turns; {AUTO_HELP}" if several else ""
     options.add_argument(
         "--steps",
-        type=whole_numbers,
+        type=steps if several else whole_numbers,
         default=[50],
-        metavar="N,..." if several else "N",
-        help=f"evaluations of the network for each sample, 1 to 1000{cycled} (default: 50)",
+        metavar="N,...|auto" if several else "N",
+        help=f"evaluations of the network for each sample, 1 to 1000{more} (default: 50)",
     )
 
 

@@ -19,6 +19,7 @@ from ..output.pictures import ADVICE, CHANNELS, PictureFolder
 from ..output.shards import MANIFEST, MOST_SAMPLES, Manifest
 from ..pipelines.text import CLIP, TextEncoder
 from ..policies.calibrated import Calibration
+from ..policies.step_selector import AUTO
 from ..sampling import sampler
 from ..sampling.params import SamplingParams
 from ..sampling.reports import NEVER_ACTED, Report
@@ -32,6 +33,7 @@ from .shared import (
     execution_of,
     load_model,
     resolved,
+    steps_of,
     with_progress,
 )
 from .terminal import say, way_of_drawing, with_bars
@@ -72,7 +74,7 @@ def sample(options: argparse.Namespace) -> None:
         params = SamplingParams(
             seed=[options.seed + slot for slot in slots],
             class_labels=None if labels is None else cycled("class labels", labels, n, slots),
-            steps=cycled("steps", options.steps, n, slots),
+            steps=steps_of(options, n, slots),
             solver=options.solver,
             policy=options.policy,
             guidance_scale=options.guidance_scale,
@@ -228,7 +230,8 @@ def _fill_with_pictures(
         there = f"{folder.count} of {n} pictures are in {out}"
         raise with_progress(error, f"{there}; the same command draws the others") from error.__cause__
     if n:
-        say(f"wrote {folder.write_grid()}: {_saving(run.report) if missing else f'{n} images, drawn before'}")
+        chosen = f"; {_chosen(run.report)}" if missing and configuration["steps"] == [AUTO] else ""
+        say(f"wrote {folder.write_grid()}: {_saving(run.report) + chosen if missing else f'{n} images, drawn before'}")
     else:
         say(f"wrote {out}: no images were asked for")
 
@@ -293,6 +296,11 @@ def _saving(report: Report) -> str:
     if report.never_acted and NEVER_ACTED not in left_out:  # a shallow network alone left work out
         left_out += f"; {NEVER_ACTED}"
     return f"{n} images in {seconds:.2f} s ({n / seconds:.1f} images/s), {left_out}"
+
+
+def _chosen(report: Report) -> str:
+    least, most = report.steps.aminmax()
+    return f"{least} to {most} steps, {report.steps.double().mean():.2f} on average"
 
 
 def _left_out(macs: int, macs_full: int, mean_exit_layer: float, num_layers: int, asks: bool) -> str:

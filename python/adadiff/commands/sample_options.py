@@ -23,8 +23,8 @@ from .options import (
     add_solver,
     add_steps,
 )
-from .texts import POLICY_TABLE
-from .values import Settings, interval, setting, whole_numbers
+from .texts import AUTO_HELP, POLICY_TABLE
+from .values import Settings, interval, setting, steps, whole_numbers
 
 
 def add_sample(commands: Commands) -> None:
@@ -211,10 +211,10 @@ def add_diff(commands: Commands) -> None:
     sampling.add_argument("--class-label", type=int, metavar="LABEL", help="class of the sample (default: no class)")
     sampling.add_argument(
         "--steps",
-        type=int,
-        default=20,
-        metavar="N",
-        help="evaluations of the network, 1 to 1000, the same for both ways (default: 20)",
+        type=steps,
+        default=[20],
+        metavar="N|auto",
+        help=f"evaluations of the network, 1 to 1000, the same for both ways; {AUTO_HELP} (default: 20)",
     )
     add_solver(sampling)
     add_guidance(sampling)

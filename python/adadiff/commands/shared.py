@@ -17,6 +17,7 @@ from ..pipelines import latents
 from ..policies.exits import Depth
 from ..policies.parts import Parts
 from ..policies.spelling import parts_from
+from ..policies.step_selector import AUTO
 
 MOST_BATCH, MOST_SHARD, MOST_RESAMPLES = 2**16, 10**5, 10**4
 
@@ -97,6 +98,11 @@ def cycled(name: str, values: list[int], n: int, slots: Sequence[int]) -> list[i
     if n and len(values) > n:
         raise ValueError(f"{len(values)} {name} for {n} samples; give at most one each")
     return [values[slot % len(values)] for slot in slots]
+
+
+def steps_of(options: argparse.Namespace, n: int, slots: Sequence[int]) -> list[int] | str:
+    """Those of the samples in `slots` of n, or "auto"."""
+    return AUTO if options.steps == [AUTO] else cycled("steps", options.steps, n, slots)
 
 
 def decoder(options: argparse.Namespace, model: Model) -> Callable[[Tensor], Tensor] | None:

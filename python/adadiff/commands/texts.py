@@ -57,6 +57,10 @@ PAGES = {
   adadiff sample canvases --out counts --steps 20 \\
       --class-labels 13 --policy exit:budget=0.55
 
+  # as many steps as each class needs
+  adadiff sample digits_prototypes --out classes --n 20 \\
+      --class-labels 0,1,2,3,10,11,12,13 --steps auto
+
   # samples of 20 and of 50 steps, with guidance
   adadiff sample digits --out mixed --steps 20,50 \\
       --solver dpm++2m --class-labels 3 --guidance-scale 2.5
@@ -172,6 +176,31 @@ PAGES = {
         "used by `adadiff sample MODEL --policy width:FILE`. The search needs pymoo: pip install "
         "'adadiff_kernels[search]'. If it is interrupted, FILE holds the best schedule so far.",
     ),
+    "train-steps": Page(
+        summary="learn how many steps each class or prompt needs",
+        usage="MODEL --out FILE [options]",
+        description="Train a step selector: a small network that reads the class or the prompt of a sample and chooses "
+        "its number of steps among --candidates, as few as keep the image within --bar of that of the largest "
+        "candidate. Images of every candidate are drawn from the same noises; then the selector learns from their "
+        "errors, by policy gradient. Print what it chooses and, on noises that it did not learn from, its error beside "
+        "that of equally many steps for all and of its own choices dealt out at random. The model with its selector is "
+        "written to the file --out.",
+        examples="""\
+  adadiff train-steps digits_prototypes \\
+      --out selected.safetensors
+
+  # fewer candidates, a stricter bar
+  adadiff train-steps canvases --candidates 5,10,20 \\
+      --bar 0.03 --out selected.safetensors
+
+  # a text-to-image model: one prompt a line
+  adadiff train-steps mscoco.safetensors \\
+      --prompts captions.txt --guidance-scale 2 \\
+      --candidates 10,20,30,50 --out selected.safetensors""",
+        notes="The file is used like any other model: `adadiff sample FILE --steps auto`, with the solver and the "
+        "guidance scale given here. If the run is interrupted while it draws, the errors so far are in "
+        "FILE.errors.safetensors, and the same command goes on from there.",
+    ),
     "train": Page(
         summary="train a model with exits, or add exits to one",
         usage="[CONFIG] [options]",
@@ -276,6 +305,7 @@ SOLVER_HELP = (
     "euler-maruyama (models of schedule vp); ddim, ddpm and dpm++2m accept a spacing of the timesteps (leading, "
     "trailing, linspace or respaced; ddim also trailing-diffusers), as in ddpm:spacing=respaced (default: ddim)"
 )
+AUTO_HELP = "auto: as many as the model's step selector, which `adadiff train-steps` makes, chooses for each sample"
 GUIDANCE_HELP = "scale of classifier-free guidance, defined as in diffusers; 1 is no guidance (default: 1)"
 FEATURES = (
     "digits, canvases, inception:FILE (the Inception network of FID, with the weight file of pytorch-fid), or the file "

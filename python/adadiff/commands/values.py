@@ -4,6 +4,8 @@ import argparse
 import tomllib
 from typing import Any
 
+from ..policies.step_selector import AUTO
+
 
 class Settings(argparse.Action):
     """Gathers KEY=VALUE pairs in a dictionary."""
@@ -38,6 +40,18 @@ def interval(text: str) -> tuple[float, float]:
     except ValueError:
         raise argparse.ArgumentTypeError(f"takes two numbers, LOW,HIGH, as in 100,800, got {text!r}") from None
     return low, high
+
+
+def steps(text: str) -> list[int] | list[str]:
+    """The list behind "20,30" or "auto"."""
+    if text == AUTO:
+        return [AUTO]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"takes {AUTO}, or whole numbers separated by commas, as in 20,30, got {text!r}"
+        ) from None
 
 
 def whole_numbers(text: str) -> list[int]:

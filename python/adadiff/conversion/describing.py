@@ -27,6 +27,8 @@ def describe(name_or_file: str | Path) -> dict[str, Any]:
         "file_bytes": path.stat().st_size,
         **network(model),
         "calibration": None if model.calibration is None else model.calibration.to_dict(),
+        "step_selector": None if model.step_selector is None else model.step_selector.config.to_dict(),
+        "steps_of_classes": None if model.step_selector is None else model.step_selector.steps_of_classes,
         "notes": checkpoint.read_tensors(path)[1].get("notes", {}),
     }
 

@@ -1,16 +1,21 @@
-"""Training data by name: "digits", "canvases:side=3,hard=0.75,n=50000,seed=1", or a published data set and the folder
-that holds it (datasets.py says in which layout): "cifar10:PATH"."""
+"""Training data by name: "digits", "digits_prototypes", "canvases:side=3,hard=0.75,n=50000,seed=1", or a published data
+set and the folder that holds it (datasets.py says in which layout): "cifar10:PATH"."""
 
 from . import datasets
 from .canvases import Canvases
 from .datasets import Dataset
 from .digits import digits
 from .image_sets import Images
+from .prototypes import digits_prototypes
 
 CANVASES = 20000  # where no n is given
 MOST_CANVASES = 200_000  # all are in memory, in a few copies while they are drawn: 2 GB
 
-SETTINGS = {"digits": {}, "canvases": {"side": int, "hard": float, "n": int, "seed": int}}
+SETTINGS = {
+    "digits": {},
+    "digits_prototypes": {},
+    "canvases": {"side": int, "hard": float, "n": int, "seed": int},
+}
 NAMES = (*SETTINGS, *datasets.NAMES)
 
 
@@ -48,6 +53,8 @@ def load(text: str, split: str = "train") -> Dataset:
         return datasets.load(name, split=split, **settings)
     if name == "digits":
         return Images(*digits(split))
+    if name == "digits_prototypes":
+        return Images(*digits_prototypes(split))
     n, seed = int(settings.pop("n", CANVASES)), settings.pop("seed", 0)
     if not 1 <= n <= MOST_CANVASES:
         raise ValueError(f"n of canvases must be at least 1 and at most {MOST_CANVASES}, got {n}")

@@ -14,6 +14,7 @@ from ..diffusion.solvers import solver_from
 from ..diffusion.tables import Solver
 from ..policies.parts import Parts
 from ..policies.spelling import DEFAULT, Policy, check_policy
+from ..policies.step_selector import AUTO
 
 Numbers = Sequence[float] | Tensor
 
@@ -26,7 +27,8 @@ class SamplingParams:
     seed: in [0, 2^63); a sample is a function of its seed, not of its batch. One number: sample i has seed + i; None:
     0. class_labels: None: no class (the null class). text_embeds: float [N, E] for all, or [n, N, E], for models that
     take text; null_text_embeds: [N, E], those of the empty prompt, which guidance needs.
-    steps: network evaluations. solver: "ddim", "ddim:ETA", "ddpm", "dpm++2m", "dpm-fast", "dpm++fast",
+    steps: network evaluations, or "auto": as many as the model's step selector chooses for the label or the text (see
+    `adadiff train-steps`). solver: "ddim", "ddim:ETA", "ddpm", "dpm++2m", "dpm-fast", "dpm++fast",
     "euler-maruyama" (settings: see `solver_from`) or a Solver.
     policy: "full", "exit:0.135,min_layer=3", "exit:patience=0.08", "exit:depth=8", "exit:batch-mean=0.07", of a
     calibrated model "exit:budget=0.55" and "exit:table=0.55", an ExitPolicy, or other parts, several joined by +, see
@@ -46,7 +48,7 @@ class SamplingParams:
     class_labels: int | Sequence[int] | Tensor | None = None
     text_embeds: Tensor | None = None
     null_text_embeds: Tensor | None = None
-    steps: int | Sequence[int] | Tensor = 50
+    steps: int | Sequence[int] | Tensor | str = 50
     solver: str | Solver = "ddim"
     policy: Policy | Parts = DEFAULT
     thresholds: float | Numbers | None = None
@@ -69,7 +71,12 @@ class SamplingParams:
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("seed", "class_labels", "guided_channels"):
             _check_numbers(name, getattr(self, name), whole=True)
-        _check_numbers("steps", self.steps, whole=True, least=1)
+        if not isinstance(self.steps, str):
+            _check_numbers("steps", self.steps, whole=True, least=1)
+        elif self.steps != AUTO:
+            raise ValueError(f"steps must be whole numbers or {AUTO!r}, got {self.steps!r}")
+        elif self.init_image is not None:
+            raise ValueError(f"steps={AUTO!r} is learnt for samples from noise; with init_image give a number")
         _check_numbers("seed", self.seed, whole=True, least=0)
         for name in ("thresholds", "guidance_scale", "strength"):
             _check_numbers(name, getattr(self, name))

@@ -61,6 +61,11 @@ class ExitRecord:
         return 0 if self.reused is None else int(self.reused.sum())
 
     @property
+    def steps(self) -> Tensor:
+        """int64 [n]: how many each sample has made, as far as is known."""
+        return (self.exit_layer[:, :, 0] > 0).sum(0)
+
+    @property
     def blocks(self) -> int:
         return int(self.exit_layer.sum())
 

@@ -16,6 +16,7 @@ from ..model import Model
 from ..policies.interface import ExitPolicy, exit_layers_of
 from ..policies.parts import Parts
 from ..policies.spelling import parts_from
+from .auto_steps import steps_of
 from .cascades import Draft, draft_of
 from .params import SamplingParams, as_tensor, per_sample
 
@@ -87,7 +88,7 @@ class SampleBatch:
             if params.text_embeds is not None or params.null_text_embeds is not None:
                 raise ValueError("this model takes no text; leave text_embeds and null_text_embeds out")
             context, null = _labels(model, params.class_labels, n, guided)
-        steps = per_sample("steps", params.steps, n, torch.int64)
+        steps = steps_of(model, params, context, guidance)
         for count in set(steps.tolist()):
             _check_steps(params.solver, model.schedule, count)
         init_image, first = _init_image(model, params, steps, n)

@@ -1,0 +1,242 @@
+"""Training of a step selector: draw with every candidate, learn from the errors, measure on other noises."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from adadiff_kernels import COLUMNS
+
+from ..diffusion.solvers import solver_from
+from ..model import Model
+from ..policies.step_selector import MeasuredSteps, Ratio, SelectorConfig, StepSelector, check_candidates, new_scores
+from ..sampling.params import SamplingParams
+from ..sampling.sample_batch import SampleBatch, whole
+from ..sampling.sampler import sample
+from .step_policy import learn, rewards
+
+SEED = 1 << 33  # far from the seeds of samples, and of calibrations
+PIECE = 2048  # samples drawn at once, whose images are held
+RESAMPLES = 1000
+HELD_OUT = 5  # one prompt of so many is for measuring alone
+
+Distance = Callable[[Tensor, Tensor], Tensor]  # images and reference [n, C, H, W] -> errors [n]
+Done = Callable[[Tensor], object]
+
+
+def root_mean_square(images: Tensor, reference: Tensor) -> Tensor:
+    """[n]: of the difference of each pair, over all pixels and channels."""
+    return (images - reference).double().square().flatten(1).mean(1).sqrt()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """n conditions with a noise each."""
+
+    context: Tensor  # labels int64 [P] or text [P, N, E]
+    index: Tensor  # int64 [n], which of them each row has
+    seeds: Tensor  # int64 [n]
+
+    @property
+    def of_rows(self) -> Tensor:
+        return self.context[self.index]
+
+
+class StepTraining:
+    """A step selector about to be trained for `model`, which is left as it is.
+
+    candidates: numbers of steps; the images of the largest one are what the others are compared with, so that it always
+    passes the bar. bar: on `distance`, by default the root mean squared difference. penalty: see `rewards`.
+    n: noises to learn on, dealt out evenly among the classes, or among prompts, of which every fifth is kept for
+    measuring where there are that many. Half as many others measure. text_embeds: [P, N, E], null_text_embeds: [N, E],
+    for models that take text. Everything is deterministic. Raises ValueError for what cannot be, before any work.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        candidates: Sequence[int] = (2, 3, 5, 8, 10, 15, 20),
+        *,
+        bar: float = 0.05,
+        penalty: float = 1.0,
+        n: int = 400,
+        solver: str = "ddim",
+        guidance_scale: float = 1.0,
+        seed: int = SEED,
+        batch: int = 64,
+        text_embeds: Tensor | None = None,
+        null_text_embeds: Tensor | None = None,
+        distance: Distance = root_mean_square,
+    ):
+        candidates = tuple(candidates)
+        check_candidates(candidates)
+        whole("n", n, 8)
+        whole("batch", batch, 1)
+        if not (0 < bar < math.inf and 0 <= penalty < math.inf):
+            raise ValueError(f"bar must be above 0 and penalty at least 0, got {bar} and {penalty}")
+        if solver_from(solver).table(model.schedule, candidates[-1]).coefficients[:, COLUMNS.index("noise")].any():
+            raise ValueError(
+                f"solver {solver!r} adds noise, so that a sample of other steps is another image; take 'ddim' or "
+                "'dpm++2m'"
+            )
+        context = _conditions(model, text_embeds)
+        self.model, self.batch, self._null, self._distance = model, batch, null_text_embeds, distance
+        kept = torch.arange(len(context), device="cpu") % HELD_OUT == HELD_OUT - 1
+        if text_embeds is None or not bool(kept.any()):
+            kept[:] = False
+        own, other = (~kept).nonzero().squeeze(1), (kept if bool(kept.any()) else ~kept).nonzero().squeeze(1)
+        if n < len(own):
+            raise ValueError(f"n must be at least {len(own)}, a noise for each class or prompt, got {n}")
+        whole("seed", seed, 0, 2**63 - 2 * n)
+        rows = torch.arange(n, device="cpu")
+        self.rows = Rows(context, own[rows % len(own)], seed + rows)
+        rows = rows[: max(n // 2, 2)]
+        self.held_out = Rows(context, other[rows % len(other)], seed + n + rows)
+        takes_text = text_embeds is not None
+        self.config = SelectorConfig(
+            candidates=candidates,
+            solver=solver,
+            guidance_scale=float(guidance_scale),
+            num_classes=0 if takes_text else len(context),
+            context_dim=context.shape[2] if takes_text else 0,
+            bar=float(bar),
+            penalty=float(penalty),
+            n=n,
+            seed=seed,
+        )
+        for count in candidates:  # for its checks
+            SampleBatch.of(model, 2, self._params(Rows(context, own[:1].repeat(2), self.rows.seeds[:2]), count))
+
+    def run(
+        self, progress: bool = False, errors: Tensor | None = None, done: Done = lambda errors: None
+    ) -> StepSelector:
+        """errors: float64 [m <= n, K], what an earlier run has recorded; done: called with all there are whenever a
+        piece is added."""
+        errors = self.record(errors, progress, done)
+        selector = self.learnt(errors, progress)
+        return StepSelector(replace(selector.config, measured=self.measure(selector, progress)), selector.scores)
+
+    def record(self, errors: Tensor | None = None, progress: bool = False, done: Done = lambda errors: None) -> Tensor:
+        """Errors of every row with every candidate, float64 [n, K], each row's images being of one noise."""
+        K, n = len(self.config.candidates), len(self.rows.index)
+        errors = torch.zeros(0, K, dtype=torch.float64, device="cpu") if errors is None else errors
+        if errors.shape[1:] != (K,) or len(errors) > n:
+            raise ValueError(f"recorded errors are [up to {n}, {K}], got {list(errors.shape)}")
+        piece = max(1, PIECE // K)
+        with tqdm(total=n, initial=len(errors), disable=not progress, unit="noise", dynamic_ncols=True) as bar:
+            while (begin := len(errors)) < n:
+                errors = torch.cat([errors, self._errors(begin, min(n, begin + piece))])
+                done(errors)
+                bar.update(len(errors) - begin)
+        return errors
+
+    def learnt(self, errors: Tensor, progress: bool = False) -> StepSelector:
+        """The selector that these errors teach, not measured yet."""
+        config = self.config
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.manual_seed(config.seed)
+            scores = new_scores(config).double()
+        context = self.rows.of_rows
+        context = context.double() if config.context_dim else context
+        lr = 0.002 if config.context_dim else 0.02
+        learn(
+            *(scores, context, rewards(errors, config.candidates, config.bar, config.penalty)),
+            lr=lr,
+            seed=config.seed,
+            progress=progress,
+        )
+        return StepSelector(config, scores)
+
+    def measure(self, selector: StepSelector, progress: bool = False) -> MeasuredSteps:
+        """On noises, and prompts where some were kept, that nothing was learnt from."""
+        rows, candidates = self.held_out, self.config.candidates
+        reference = self._draw(rows, candidates[-1], progress)
+        chosen = selector.choose(rows.of_rows)
+        counts = {c: int((chosen == c).sum()) for c in candidates if bool((chosen == c).any())}
+        by_count = {c: self._distance(self._draw(rows, c, progress), reference).double() for c in counts}
+        own = torch.stack([by_count[int(c)][i] for i, c in enumerate(chosen)])
+        mean = float(chosen.double().mean())
+        fixed = self._distance(self._draw(rows, math.ceil(mean), progress), reference).double()
+        dealt = sum(by_count[c].square() * (count / len(chosen)) for c, count in counts.items())
+        return measured(own, chosen, fixed, dealt.sqrt(), self.config.bar)
+
+    def _errors(self, begin: int, end: int) -> Tensor:
+        rows, candidates = self.rows, self.config.candidates
+        K, own = len(candidates), torch.arange(begin, end, device="cpu")
+        # those of most steps first, so that the batch is full nearly to the end
+        index, steps = own.repeat(K), torch.tensor(candidates[::-1], device="cpu").repeat_interleave(len(own))
+        images = self._draw(Rows(rows.context, rows.index[index], rows.seeds[index]), steps, False)
+        by_count = images.view(K, len(own), *images.shape[1:]).flip(0)
+        return torch.stack([self._distance(one, by_count[-1]).double() for one in by_count], 1)
+
+    def _draw(self, rows: Rows, steps: int | Tensor, progress: bool) -> Tensor:
+        n = len(rows.index)
+        return sample(self.model, n, self._params(rows, steps), batch=self.batch, progress=progress)[0]
+
+    def _params(self, rows: Rows, steps: int | Tensor) -> SamplingParams:
+        own = {"text_embeds": rows.of_rows, "null_text_embeds": self._null}
+        if not self.config.context_dim:
+            own = {"class_labels": rows.of_rows}
+        return SamplingParams(
+            seed=rows.seeds,
+            steps=steps,
+            solver=self.config.solver,
+            guidance_scale=self.config.guidance_scale,
+            **own,
+        )
+
+
+def measured(own: Tensor, chosen: Tensor, fixed: Tensor, dealt: Tensor, bar: float) -> MeasuredSteps:
+    """own, fixed, dealt: errors float64 [n] of the selector's steps, int64 [n] `chosen`, of their mean, rounded up, and
+    of theirs dealt out at random (root of the mean square over all ways to deal)."""
+    rows = torch.randint(len(own), (RESAMPLES, len(own)), generator=torch.Generator().manual_seed(0), device="cpu")
+    draws = _root(own[rows])
+
+    def ratio(other: Tensor) -> Ratio:
+        error, theirs = float(_root(other)), _root(other[rows])
+        if not bool((theirs > 0).all()):
+            return Ratio(error, None, None, None)
+        return Ratio(error, float(_root(own)) / error, *_ends(draws / theirs))
+
+    mean = float(chosen.double().mean())
+    low, high = _ends(draws)
+    return MeasuredSteps(
+        n=len(own),
+        mean_steps=mean,
+        error=float(_root(own)),
+        low=low,
+        high=high,
+        above_bar=float((own > bar).double().mean()),
+        fixed_steps=math.ceil(mean),
+        fixed=ratio(fixed),
+        random=ratio(dealt),
+    )
+
+
+def _root(errors: Tensor) -> Tensor:
+    return errors.square().mean(-1).sqrt()
+
+
+def _ends(draws: Tensor) -> tuple[float, float]:
+    low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype, device=draws.device)).tolist()
+    return low, high
+
+
+def _conditions(model: Model, text_embeds: Tensor | None) -> Tensor:
+    """Labels int64 [P], or prompts [P, N, E]. ValueError for what the model does not take."""
+    network = model.config.network
+    if network.context_tokens:
+        shape = (network.context_tokens, network.context_dim)
+        if text_embeds is None or text_embeds.ndim != 3 or tuple(text_embeds.shape[1:]) != shape:
+            raise ValueError(f"this model takes text: text_embeds must be float [P, {shape[0]}, {shape[1]}]")
+        if not len(text_embeds):
+            raise ValueError("there is no prompt to learn from")
+        return text_embeds.detach().cpu()
+    if text_embeds is not None:
+        raise ValueError("this model takes no text; leave text_embeds out")
+    if not model.config.classes:
+        raise ValueError("this model has neither classes nor text by which a step selector could choose")
+    return torch.arange(model.config.classes, device="cpu")
