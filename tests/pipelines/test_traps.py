@@ -120,7 +120,7 @@ def test_tied_is_refused_where_the_halves_of_a_batch_are_not_of_the_same_samples
     assert all(step.full[:2].equal(step.full[2:]) for step in record.steps)
     calls = record.calls
     with pytest.raises(
-        ValueError, match="tied halves come in one call of twice the batch, .*; use tied=False$"
+        ValueError, match=r"tied halves come in one call of twice the batch, .*; use tied=False$"
     ) as told:
         draw(pipe, name, [1, 2, 3, 4], steps=3, guided=False)
     assert "other samples" in str(told.value) or name == "zimage"  # which says that there is no guidance
