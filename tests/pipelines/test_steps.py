@@ -1,5 +1,6 @@
 """Which call is which step of a run: with every scheduler, in whatever direction and unit the network counts time."""
 
+import gc
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -160,21 +161,28 @@ def test_a_run_that_begins_late_counts_from_there() -> None:
 
 
 def test_steps_left_that_nobody_can_tell_are_refused() -> None:
-    pipe = pipeline("sd3")
-    adadiff.enable(pipe, "reuse:every=3,dense_late=2")
-    draw(pipe, "sd3", [1, 2], steps=6)
-    parts = {**pipe.components, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}
-    other = diffusers.StableDiffusion3Pipeline(**parts)
-    other.set_progress_bar_config(disable=True)
+    """In a loop of one's own, with another scheduler than that of the pipeline that is enabled."""
+    name, scheduler = "SD3Transformer2DModel", diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(6)
+    pipe, module = looped(name, scheduler, "reuse:every=3,dense_late=2")
+
+    def steps(count: int, stepped: bool) -> None:
+        for step, time in enumerate(scheduler.timesteps[:count]):
+            at(name, module, step, float(time))
+            if stepped:
+                scheduler.step(torch.zeros(1), time, torch.zeros(1))
+
+    steps(6, stepped=True)
     with pytest.raises(ValueError, match=r"The pipeline's scheduler has taken all 6$"):
-        draw(other, "sd3", [1, 2], steps=6)
-    pipe.scheduler.set_timesteps(6)
-    pipe.scheduler._step_index = 2  # as a run leaves it that was broken off
+        steps(1, stepped=False)
+    scheduler.set_timesteps(6)
+    scheduler._step_index = 2  # as a run leaves it that was broken off
     with pytest.raises(ValueError, match=r"The scheduler of the pipeline that is enabled does not step$"):
-        draw(other, "sd3", [1, 2], steps=6)
+        steps(2, stepped=False)
     del pipe
+    gc.collect()
     with pytest.raises(ValueError, match="the pipeline whose steps are counted is gone; call disable, and enable"):
-        draw(other, "sd3", [1, 2], steps=6)
+        steps(1, stepped=False)
 
 
 def test_nan_in_a_lane_begins_no_run_for_the_others() -> None:

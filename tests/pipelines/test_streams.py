@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 import adadiff
-from adadiff.pipelines.block_call import SAME, _same
 from adadiff.pipelines.families import Family
 from adadiff.pipelines.layout import outputs_of
+from adadiff.pipelines.self_check import ALONE, BESIDE, same
 from adadiff.policies.reuse import Cache
 from pipelines.helpers import B, enabled
 from pipelines.zoo import CASES, call, network
@@ -67,12 +67,26 @@ def test_what_a_gate_reads_of_a_lane_is_the_lanes_own(name: str, gate: str) -> N
         torch.testing.assert_close(together[1:, lane], found[lane,][1:, 0], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", list(SAME), ids=str)
-def test_the_self_check_sees_a_tenth_of_what_a_block_adds(dtype: torch.dtype) -> None:
-    """And lets rounding pass."""
+@pytest.mark.parametrize("dtype", list(ALONE), ids=str)
+def test_rows_alone_are_compared_up_to_rounding(dtype: torch.dtype) -> None:
+    """A tenth of what a block adds is seen, rounding passes."""
     draw = torch.Generator().manual_seed(0)
     came, added = (torch.randn(2, 30, 16, generator=draw, dtype=torch.float64) for _ in range(2))
     came, added = came * 4, added * 0.7
     whole, rounded = (came + added).to(dtype), (came + added * (1 + 0.4 * torch.finfo(dtype).eps)).to(dtype)
-    assert _same(rounded, whole, came.to(dtype))
-    assert not _same((came + 1.1 * added).to(dtype), whole, came.to(dtype))
+    assert same(rounded, whole, came.to(dtype), ALONE)
+    assert not same((came + 1.1 * added).to(dtype), whole, came.to(dtype), ALONE)
+
+
+@pytest.mark.parametrize("dtype", list(BESIDE), ids=str)
+def test_rows_beside_others_are_compared_more_closely(dtype: torch.dtype) -> None:
+    """One in a hundred numbers may be rounded to the next one. Not a hundredth of what a block adds."""
+    draw = torch.Generator().manual_seed(0)
+    came, added = (torch.randn(2, 30, 16, generator=draw, dtype=torch.float64) for _ in range(2))
+    came, added = came * 4, added * 0.7
+    whole = (came + added).to(dtype)
+    rounded = whole.clone()
+    rounded.view(-1)[::100] *= 1 + torch.finfo(dtype).eps
+    assert not torch.equal(rounded, whole)
+    assert same(rounded, whole, came.to(dtype), BESIDE)
+    assert not same((came + 1.01 * added).to(dtype), whole, came.to(dtype), BESIDE)

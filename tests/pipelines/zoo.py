@@ -1,6 +1,6 @@
 """Tiny transformers of diffusers with random weights, and inputs for them, lane by lane and step by step."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -92,3 +92,18 @@ def call(name: str, lanes: Sequence[int], step: int = 0, module: nn.Module | Non
     given = inputs(name, lanes, step)
     with torch.no_grad():
         return parts_of((network(name) if module is None else module)(**given, return_dict=False, **more))
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """What is floating point in it, as another dtype."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {key: cast(one, dtype) for key, one in value.items()}
+    return [cast(one, dtype) for one in value] if isinstance(value, list) else value
+
+
+def call_in(dtype: torch.dtype, name: str, lanes: Sequence[int], step: int, module: nn.Module) -> list[Tensor]:
+    """As `call`, of a network in another dtype."""
+    with torch.no_grad():
+        return parts_of(module(**cast(inputs(name, lanes, step), dtype), return_dict=False))

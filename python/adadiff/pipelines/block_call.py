@@ -15,15 +15,7 @@ from .lane_cache import Decision, Kept, LaneCache
 from .layout import BlockId, Layout, Outputs, Planned, outputs_of, split
 from .private import Interceptor
 from .runs import Visit
-
-# Rows of a block's output computed without their neighbours may differ from those computed with them by this share of
-# what the block adds, and of the output: a rounded product here and there, not another row's time or text.
-SAME = {
-    torch.float64: (1e-6, 1e-12),
-    torch.float32: (1e-3, 1e-5),
-    torch.float16: (1e-2, 2**-11),
-    torch.bfloat16: (2e-2, 2**-8),
-}
+from .self_check import check_lanes
 
 
 @dataclass
@@ -150,10 +142,11 @@ class BlockCall:
         self.call.sequence.append(planned)
         self.call.counts[self.id.name] += 1
 
-    def _called(self, given: Mapping[str, Any]) -> Any:
+    def _called(self, given: Mapping[str, Any], lanes: int | None = None) -> Any:
+        """lanes: in `given`, None: all."""
         streams = [v for v in given.values() if isinstance(v, Tensor) and v.ndim > 2]
         if self.block.compiled is not None and streams:  # one graph for any number of rows
-            lanes = self.call.B if given is self.given or self.call.rows is None else len(self.call.rows.lanes)
+            lanes = self.call.B if lanes is None else lanes
             dim = self.call.family.batch_dim
             mark_dynamic(given, Rows(torch.arange(lanes, device="cpu"), lanes), self.call.family, streams[0].shape[dim])
         args, kwargs = split(given, self.by_position)
@@ -194,7 +187,7 @@ class BlockCall:
             raise ValueError(f"{self.id} of {self.call.name} cannot be left out: {error}") from None
 
     def _learn(self, position: int) -> Any:
-        call, B = self.call, self.call.B
+        call = self.call
         kept = {k: v.clone() for k, v in self.given.items() if isinstance(v, Tensor) and v.ndim > 2}
         output = self._called(self.given)
         outputs = self._outputs(output)
@@ -204,11 +197,7 @@ class BlockCall:
         late = call.late.setdefault(segment, deque(maxlen=call.policy.last + 1))
         late.append((position, outputs, [None if p is None else p.clone() for p in outputs.parts(output)]))
         if call.check:
-            some = torch.unique(torch.tensor([min(1, B - 1), B - 1], dtype=torch.int64, device="cpu"))
-            rows, R = Rows(some, B), self._rows_of(outputs, kept)
-            compact = Gather(rows, call.family).arguments({k: kept.get(k, v) for k, v in self.given.items()}, R)
-            if B > 1:
-                self._check(compact, outputs, late[-1][2], kept, rows, R)
+            self._check(outputs, late[-1][2], kept)
         return output
 
     def _segment(self, streams: Mapping[str, Tensor]) -> str:
@@ -220,27 +209,19 @@ class BlockCall:
             call.base[made[-1]] = dict(streams)
         return made[-1]
 
-    def _check(
-        self,
-        compact: Mapping[str, Any],
-        outputs: Outputs,
-        parts: Sequence[Any],
-        kept: Mapping[str, Tensor],
-        rows: Rows,
-        R: int,
-    ) -> None:
-        """ValueError unless the lanes of `rows` alone come to what they come to beside the others. They are few: what a
-        block makes of the whole batch then shows most."""
-        call, dim = self.call, self.call.family.batch_dim
+    def _check(self, outputs: Outputs, parts: Sequence[Any], kept: Mapping[str, Tensor]) -> None:
+        """ValueError unless it may be run for some lanes alone. kept: its inputs, which it may have changed in place;
+        parts: its outputs."""
+        call, given = self.call, {name: kept.get(name, value) for name, value in self.given.items()}
+        R = self._rows_of(outputs, kept)
+        first = torch.zeros(1, dtype=torch.int64, device="cpu")
+        Gather(Rows(first, call.B), call.family).arguments(given, R)  # raises for what cannot be taken apart
+
+        def run(rows: Rows) -> list[Any]:
+            return outputs.parts(self._called(Gather(rows, call.family).arguments(given, R), len(rows.lanes)))
+
         try:
-            alone = outputs.parts(self._called(compact))
-            for part, one, source in zip(parts, alone, outputs.sources, strict=True):
-                if source is None:
-                    continue
-                index = rows.index(R // call.B, False, part.device)
-                wanted, came = part.index_select(dim, index), kept[source].index_select(dim, index)
-                if one.shape != wanted.shape or not _same(one, wanted, came):
-                    raise ValueError("its rows come out otherwise without their neighbours")
+            check_lanes(run, outputs, parts, kept, call.B, call.family.batch_dim)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             wrong = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ValueError(f"{self.id} of {call.name} cannot be run for some lanes of {call.B}: {wrong}") from None
@@ -261,7 +242,7 @@ class BlockCall:
         R = self._rows_of(outputs, self.given)
         fresh: list[Any] = [None] * len(outputs.sources)
         if len(call.rows.lanes):
-            fresh = outputs.parts(self._called(call.gather.arguments(self.given, R)))
+            fresh = outputs.parts(self._called(call.gather.arguments(self.given, R), len(call.rows.lanes)))
         parts: list[Any] = []
         for p, source in enumerate(outputs.sources):
             if source is None:
@@ -303,15 +284,3 @@ def _lanes_first(value: Tensor, call: Call) -> Tensor:
     """[B, ...]"""
     value = value.movedim(call.family.batch_dim, 0)
     return value.reshape(call.B, -1)
-
-
-def _same(a: Tensor, b: Tensor, came: Tensor) -> bool:
-    """Whether a equals b up to a share of what the block has added; NaN equals NaN."""
-    a, b, added = a.float(), b.float(), (b.float() - came.float()).abs()
-    difference = (a - b).abs()
-    broken = a.isnan() & b.isnan()
-    difference, added = difference[~broken], added[~broken]
-    if not difference.numel():
-        return True
-    of_added, of_output = SAME.get(came.dtype, SAME[torch.bfloat16])
-    return bool(difference.mean() <= of_added * added.mean() + of_output * b.abs()[~broken].mean())

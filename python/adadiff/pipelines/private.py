@@ -1,6 +1,7 @@
 """What this package takes from inside diffusers and PyTorch, and for which versions: the one file to read again when
 they change."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ __all__ = [
     "Interceptor",
     "ModelHook",
     "block_refused",
+    "calling_pipeline",
     "check_version",
     "transformer_refused",
 ]
@@ -29,6 +31,24 @@ def check_version(version: str = diffusers.__version__) -> None:
     if not low <= tuple(int(part) for part in version.split(".")[:2]) < high:
         name = ".".join(map(str, low)), ".".join(map(str, high))
         raise ImportError(f"adadiff.enable takes diffusers >= {name[0]} and < {name[1]}, found {version}")
+
+
+def calling_pipeline(transformer: nn.Module) -> Any:
+    """The pipeline whose call calls `transformer` now, None outside of such a call.
+
+    Nothing that a transformer is given tells of several pipelines that share it which one calls, so this looks up the
+    stack for the innermost `__call__` of an object that has it as an attribute, and a scheduler. Before Python 3.13 the
+    frame that is found keeps its local variables of this moment until it is looked at again, or ends.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__call__":
+            owner = frame.f_locals.get("self")
+            parts = getattr(owner, "__dict__", {})
+            if "scheduler" in parts and any(part is transformer for part in parts.values()):
+                return owner
+        frame = frame.f_back
+    return None
 
 
 class Interceptor:

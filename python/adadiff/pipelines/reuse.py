@@ -20,9 +20,16 @@ from .conditioning import alike, conditioning, tracked
 from .families import SAMPLE, TIME, family_of
 from .lane_cache import LaneCache
 from .layout import BlockId, Layout, argument, find_lists, has_time, named
-from .private import CompileGuard, ContextProbe, Interceptor, block_refused, transformer_refused
+from .private import (
+    CompileGuard,
+    ContextProbe,
+    Interceptor,
+    block_refused,
+    calling_pipeline,
+    transformer_refused,
+)
 from .record import ReuseRecord, StepRecord
-from .runs import RunWatch, Visit
+from .runs import RunWatch, Visit, identical_parts
 
 MOST = 32  # call sites and shapes that are remembered
 
@@ -146,7 +153,7 @@ class ReusedTransformer:
         B = len(sample)
         t = _times(argument(arguments, TIME), B)
         context = self._context.name
-        visit = self._watch.visit(context, described(arguments), t, sample)
+        visit = self._watch.visit(context, described(arguments), t, sample, calling_pipeline(module))
         if visit.new_run:
             self._caches.clear()
             self.record.new_run()
@@ -157,7 +164,7 @@ class ReusedTransformer:
             self._insides = insides
             self._checked.clear()
         if self.tied:
-            self._check_tied(B, visit)
+            self._check_tied(B, visit, sample if fresh else None)
         cache = self._caches.setdefault(key, LaneCache(B))
         while len(self._caches) > MOST:
             self._caches.pop(next(iter(self._caches)))
@@ -181,8 +188,9 @@ class ReusedTransformer:
             name=self.name,
         )
 
-    def _check_tied(self, B: int, visit: Visit) -> None:
-        """ValueError unless the call is of two halves."""
+    def _check_tied(self, B: int, visit: Visit, sample: Any) -> None:
+        """ValueError unless the call is of two halves. sample: by lane, None where it need not be looked at again: both
+        halves of guidance are of the same sample."""
         wrong = None
         if B % 2 or visit.context not in ("", "cond_uncond"):
             wrong = f"this one has {B} lanes of {visit.context!r}"
@@ -190,6 +198,8 @@ class ReusedTransformer:
             wrong = "this pipeline makes several calls a step"
         elif getattr(self._watch.pipe(), "do_classifier_free_guidance", True) is False:
             wrong = "this pipeline runs without guidance"
+        elif sample is not None and not identical_parts(sample[: B // 2], sample[B // 2 :]):
+            wrong = "lanes of the second half of this one have other samples than those of the first"
         if wrong is not None:
             raise ValueError(f"tied halves come in one call of twice the batch, {wrong}; use tied=False")
 

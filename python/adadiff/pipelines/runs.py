@@ -40,6 +40,9 @@ class _Site:
 class RunWatch:
     """Which calls make up a run.
 
+    pipe: the pipeline that was enabled, whose scheduler is followed where no pipeline is seen calling. Another one that
+    calls the same transformer begins a run, in which its own scheduler is followed.
+
     In a pipeline a run begins where its scheduler has new times, where the scheduler's count goes back, and where the
     network's time turns round; two calls at one time are of one step unless the scheduler has stepped between them.
     Without a scheduler that takes these steps, a run begins where time goes back, and where the time is the same but
@@ -48,6 +51,7 @@ class RunWatch:
 
     def __init__(self, pipe: Any, rising: bool):
         self._pipe = None if pipe is None else weakref.ref(pipe)
+        self._caller: Any = None  # a weak reference, None outside of a pipeline's call
         self._rising = 1.0 if rising else -1.0
         self._timesteps: Any = None
         self._thread: int | None = None
@@ -63,11 +67,16 @@ class RunWatch:
         self._sites.clear()
 
     def pipe(self) -> Any:
-        """None without a pipeline, and where it is gone."""
-        return None if self._pipe is None else self._pipe()
+        """That calls, else that was enabled; None without one, and where it is gone."""
+        known = self._caller if self._caller is not None else self._pipe
+        return None if known is None else known()
 
-    def visit(self, context: str, shapes: Any, t: Tensor, sample: Any) -> Visit:
-        """Notes a call. t: float [B]; sample: the hidden states it is for, or a list of them."""
+    def visit(self, context: str, shapes: Any, t: Tensor, sample: Any, caller: Any = None) -> Visit:
+        """Notes a call. t: float [B]; sample: the hidden states it is for, or a list of them; caller: the pipeline that
+        makes it, None where none is seen."""
+        if caller is not (None if self._caller is None else self._caller()):
+            self.reset()
+        self._caller = None if caller is None else weakref.ref(caller)
         scheduler = getattr(self.pipe(), "scheduler", None)
         timesteps, thread, time = getattr(scheduler, "timesteps", None), threading.get_ident(), float(t.max())
         index = _index(scheduler)
@@ -105,7 +114,7 @@ class RunWatch:
 
     def steps_left(self) -> int:
         """How many steps follow that of the last call. ValueError where the pipeline's scheduler cannot tell."""
-        if self._pipe is not None and self._pipe() is None:
+        if self._pipe is not None and self.pipe() is None:
             raise ValueError("the pipeline whose steps are counted is gone; call disable, and enable the one in use")
         if self._timesteps is None:
             raise ValueError("counting steps from the end takes a pipeline whose scheduler has timesteps")
@@ -148,12 +157,19 @@ def held(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) and version(value) is None else value
 
 
+def identical_parts(a: Any, b: Any) -> bool:
+    """Of two tensors, or two lists of them: NaN equals NaN."""
+    if isinstance(a, Tensor):
+        return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+    return all(identical_parts(one, two) for one, two in zip(a, b, strict=True))
+
+
 def _equal(a: list[tuple[Tensor, int | None]], b: list[tuple[Tensor, int | None]]) -> bool:
     """NaN equals NaN."""
     for (now, new), (then, old) in zip(a, b, strict=True):
         if now is then:
             if new != old:
                 return False
-        elif now.shape != then.shape or not bool(((now == then) | (now.isnan() & then.isnan())).all()):
+        elif not identical_parts(now, then):
             return False
     return True
