@@ -27,7 +27,7 @@ EXIT_LOGIC = {
 ORDER = (
     *("diffusion", "models", "heads", "uem", "policies", "config", "model", "weights", "writing", "checkpoint"),
     *("forward", "sampling", "serving"),
-    *("data", "output", "metrics", "calibration", "conversion", "pipelines", "training"),
+    *("data", "output", "metrics", "calibration", "conversion", "pipelines", "training", "service"),
     *("__init__", "commands", "cli", "__main__"),
 )
 
