@@ -28,7 +28,7 @@ ORDER = (
     *("diffusion", "models", "heads", "uem", "reading", "policies", "config", "model", "weights"),
     *("writing", "checkpoint"),
     *("forward", "sampling", "serving"),
-    *("data", "output", "metrics", "calibration", "conversion", "pipelines", "training"),
+    *("data", "output", "metrics", "calibration", "conversion", "pipelines", "training", "service"),
     *("__init__", "commands", "cli", "__main__"),
 )
 

@@ -26,6 +26,7 @@ from .commands.model_options import (
 )
 from .commands.options import add_command
 from .commands.sample_options import add_diff, add_evaluate, add_sample
+from .commands.serve_options import add_serve
 from .commands.terminal import print_error
 from .commands.texts import START, SUMMARY
 from .reading import reason
@@ -111,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"adadiff {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True, prog="adadiff")
     add_command(commands, "info", info.info)
-    for add in (add_sample, add_inspect, add_evaluate, add_diff, add_calibrate, add_train_steps, add_search):
+    for add in (add_sample, add_serve, add_inspect, add_evaluate, add_diff, add_calibrate, add_train_steps, add_search):
         add(commands)
     for add in (add_train, add_distill, add_convert):
         add(commands)

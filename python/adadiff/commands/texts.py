@@ -87,6 +87,31 @@ PAGES = {
         "any number of processes, provided that each process has the same number of threads; torchrun gives each one "
         "thread unless OMP_NUM_THREADS is set.",
     ),
+    "serve": Page(
+        summary="draw images for clients over HTTP",
+        usage="MODEL [MODEL ...] [options]",
+        description="Serve models over HTTP in the shape of OpenAI's images API, with previews while an image is "
+        "drawn, metrics for Prometheus, and health checks. Requests share every forward pass, whenever they arrive. "
+        "Nothing is written to disk; the log goes to stderr.",
+        examples="""\
+  adadiff serve digits
+
+  # two models, a policy by name, and logs for programs
+  adadiff serve canvases digits --log-format json \\
+      --policy quick=exit:budget=0.55 --max-images 4
+
+  # for other machines, with a key
+  adadiff serve digits --host 0.0.0.0 --port 80 \\
+      --api-key-file keys.txt
+
+  # a converted text-to-image model
+  adadiff serve mscoco.safetensors --decoder vae""",
+        notes="SIGTERM or Ctrl-C finishes the requests in flight, then ends with exit code 0; a second one, or "
+        "--drain-timeout, gives them up, and the exit code is 1.\n\n"
+        "Clients may ask for the policies above except exit:batch-mean, and for those of cache: and reuse:. Policies "
+        "that read files or import code are for --policy alone.\n\n"
+        "The file README.md in the folder adadiff/service explains requests, replies, metrics and limits.",
+    ),
     "inspect": Page(
         summary="show what a model is and what it costs",
         usage="MODEL [options]",

@@ -10,12 +10,11 @@ from functools import partial
 from numbers import Real
 from queue import SimpleQueue
 
-from torch import Tensor
-
 from ..forward.options import ExecutionOptions
 from ..forward.output import ForwardOutput
 from ..forward.two_stage import two_stage
 from ..model import Model
+from ..sampling.arriving import Arriving
 from ..sampling.batch import Batch
 from ..sampling.capacity import capacity_of
 from ..sampling.params import SamplingParams
@@ -207,6 +206,12 @@ class Engine:
         return not self._cold and not self._closing
 
     @property
+    def alive(self) -> bool:
+        """Whether requests can still be drawn: False once it is closed and done, once a defect or anything else has
+        ended its thread, and in a forked process. While it drains it is alive."""
+        return not self._over and (self._thread is None or self._thread.is_alive())
+
+    @property
     def report(self) -> EngineReport:
         with self._lock:
             totals = dataclasses.replace(self._batch.totals)
@@ -233,6 +238,7 @@ class Engine:
                     raise TimeoutError(f"the engine was not done after {timeout} seconds")
             with self._stepping:
                 self._abort()
+            self._over = True
             self._log_never_acted()
             return
         while not self._over:
@@ -301,7 +307,7 @@ class Engine:
                 handle._end(self._clock(), error=error)
         self._bells.ring()  # there may be room in the queue
 
-    def _predicted_x0(self, handle: Handle) -> Tensor:
+    def _predicted_x0(self, handle: Handle) -> Arriving:
         with self._stepping:
             return self._running.predicted_x0(handle)
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..sampling.arriving import Arriving
 from ..sampling.records import Learnt
 from ..sampling.reports import RequestReport, Totals
 from ..sampling.sample_batch import SampleBatch
@@ -130,6 +131,11 @@ class Handle(Future):
 
         Raises ValueError before the first step and after the end.
         """
+        return self.predicted_x0_later().read()
+
+    def predicted_x0_later(self) -> Arriving:
+        """As `predicted_x0`, for `on_step`: the image is on its way to the host, and the tick does not wait for it.
+        `read()` of the result, in another thread, does."""
         if (engine := self._engine()) is None:
             raise ValueError("this request is not in flight: its engine is gone")
         return engine._predicted_x0(self)

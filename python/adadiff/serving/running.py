@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 from ..sampling.arriving import Arriving
 from ..sampling.batch import Batch
@@ -129,10 +128,10 @@ class Running:
         self._at.clear()
         self._leaving = []
 
-    def predicted_x0(self, handle: Handle) -> Tensor:
+    def predicted_x0(self, handle: Handle) -> Arriving:
         if handle._slot is None or self._at.get(handle._slot[0]) is not handle:
             raise ValueError("this request is not in flight: it waits, or has ended")
-        return self.batch.predicted_x0(handle._slot[0]).cpu()
+        return Arriving(self.batch.predicted_x0(handle._slot[0]))
 
     def _give_up(self, slot: int) -> None:
         del self._at[slot]

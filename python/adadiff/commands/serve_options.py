@@ -1,0 +1,99 @@
+"""Options of `adadiff serve`."""
+
+from pathlib import Path
+
+from ..pipelines.text import CLIP
+from . import serve
+from .options import MODELS, Commands, add_command, add_decoder, add_device, add_execution
+from .texts import POLICY_TABLE
+
+
+def add_serve(commands: Commands) -> None:
+    command = add_command(commands, "serve", serve.serve)
+    command.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help=f"models to draw with, each the name of one in the package ({MODELS}), a file, or NAME=FILE; the first is "
+        "for requests that name none",
+    )
+
+    address = command.add_argument_group("where to listen")
+    address.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; 0.0.0.0 is every network of this machine (default: 127.0.0.1)",
+    )
+    address.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one (default: 8000)")
+    address.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help=f"keys, one a line, of which a request has to bring one; the variable {serve.KEY_VARIABLE} gives one, too "
+        "(default: none)",
+    )
+
+    limits = command.add_argument_group("limits")
+    limits.add_argument("--max-images", type=int, default=16, metavar="N", help="images of a request (default: 16)")
+    limits.add_argument("--max-steps", type=int, default=250, metavar="N", help="steps of an image (default: 250)")
+    limits.add_argument(
+        "--max-body", type=int, default=65536, metavar="BYTES", help="bytes of a request's body (default: 65536)"
+    )
+    limits.add_argument(
+        "--queue",
+        type=int,
+        default=256,
+        metavar="N",
+        help="images that may wait for a slot; requests beyond are told to come again later (default: 256)",
+    )
+
+    drawing = command.add_argument_group("how to draw", POLICY_TABLE)
+    drawing.add_argument(
+        "--steps", type=int, default=50, metavar="N", help="steps of requests that name none (default: 50)"
+    )
+    drawing.add_argument(
+        "--policy",
+        action="append",
+        metavar="NAME=SPELLING",
+        help="a policy that clients may ask for by this name, files and classes included; the one called default is "
+        "for requests without a policy; repeat the option for several (default: none)",
+    )
+
+    outside = command.add_argument_group("text and latents")
+    outside.add_argument(
+        "--text-encoder",
+        type=Path,
+        metavar="FOLDER",
+        help="text encoder of CLIP for models of text, a folder or a name on the Hugging Face hub "
+        f"(default: {CLIP} where there is such a model)",
+    )
+    add_decoder(outside)
+
+    operation = command.add_argument_group("logs and end")
+    operation.add_argument(
+        "--log-format", choices=("text", "json"), default="text", help="lines of the log, on stderr (default: text)"
+    )
+    operation.add_argument(
+        "--drain-timeout",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="time for requests in flight after SIGTERM or Ctrl-C; what is left then is given up (default: 30)",
+    )
+
+    execution = command.add_argument_group("execution")
+    execution.add_argument(
+        "--capacity",
+        type=lanes,
+        default=64,
+        metavar="LANES",
+        help="lanes of one forward pass of each model, a guided image takes two; or the memory they may take, as in "
+        "2GiB (default: 64)",
+    )
+    add_device(execution)
+    add_execution(execution)
+
+
+def lanes(text: str) -> int | str:
+    """What `Engine` takes for its capacity."""
+    return int(text) if text.isdecimal() else text

@@ -1,0 +1,1 @@
+"""The HTTP service: OpenAI's images API over one engine for each model. Needs the extra `serve`."""

@@ -1,0 +1,92 @@
+"""Which policies clients may name. Spellings that import code or open files are the operator's alone."""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from ..model import Model
+from ..policies.exits import Depth
+from ..policies.parts import Parts
+from ..policies.spelling import parts_from
+from ..sampling.params import SamplingParams
+from ..sampling.sample_batch import SampleBatch
+from .errors import invalid, shown
+from .settings import DEFAULT_PRESET
+
+KINDS = ("exit", "cache", "reuse")
+FORMS = "full, exit:..., cache:..., reuse:..., joined by +"
+
+
+def policy_of(text: str | None, model: Model, presets: Mapping[str, str]) -> Parts:
+    """What a client's `policy` means. presets: those of the operator that fit this model.
+
+    Raises ServiceError for anything that is neither a preset nor composed of built-in kinds, before it is parsed:
+    "module:Class" imports code, "cascade:FILE" and "width:FILE" open files.
+    """
+    text = presets.get(DEFAULT_PRESET, "full") if text is None else text
+    if text in presets:
+        return parts_from(presets[text], model.calibration)
+    for part in text.split("+"):
+        kind, colon, _ = part.partition(":")
+        if part != "full" and not (colon and kind in KINDS):
+            named = f", and {', '.join(presets)}" if presets else ""
+            raise invalid(f"policy {shown(text)} is not served; there are {FORMS}{named}", "policy")
+    if not text.isascii():
+        raise invalid(f"policy {shown(text)} is not ASCII", "policy")
+    try:
+        parts = _fitting(text, model)
+    except ValueError as error:
+        raise invalid(" ".join(str(error).split()), "policy") from None
+    if parts.exit.whole_batch:
+        raise invalid(
+            f"policy {shown(text)} decides for all requests at once, so that an image would depend on those of others; "
+            "it is not served",
+            "policy",
+        )
+    return parts
+
+
+@lru_cache(maxsize=256)
+def _fitting(text: str, model: Model) -> Parts:
+    parts = parts_from(text, model.calibration)
+    check_fit(parts, model)
+    return parts
+
+
+def check_fit(parts: Parts, model: Model) -> None:
+    """ValueError for a policy that this model cannot follow."""
+    if isinstance(parts.exit, Depth) and parts.exit.threshold > model.num_layers:
+        raise ValueError(f"policy '{parts}': this network has {model.num_layers} blocks; give a smaller depth")
+    SampleBatch.of(model, 1, SamplingParams(seed=0, steps=1, policy=parts, **blank_condition(model)))
+
+
+def blank_condition(model: Model) -> dict[str, Any]:
+    """Some class or text that the model takes, for a trial."""
+    network = model.config.network
+    if network.context_tokens:
+        return {"text_embeds": torch.zeros(network.context_tokens, network.context_dim, device="cpu").float()}
+    return {"class_labels": 0} if model.config.classes else {}
+
+
+def presets_for(model: Model, presets: Mapping[str, str]) -> dict[str, str]:
+    """Those that this model can follow."""
+    found = {}
+    for name, text in presets.items():
+        try:
+            check_fit(parts_from(text, model.calibration), model)
+        except ValueError:
+            continue
+        found[name] = text
+    return found
+
+
+def forms_for(model: Model) -> list[str]:
+    """Spellings that fit this model, calibrated shares one by one, for people to choose from."""
+    forms = ["full", "exit:depth=BLOCKS"]
+    if model.exits is not None:
+        forms += ["exit:THRESHOLD", "exit:patience=THRESHOLD"]
+    if model.calibration is not None:
+        forms += [f"exit:{kind}={b.share:g}" for kind in ("budget", "table") for b in model.calibration.budgets]
+    return forms

@@ -1,0 +1,162 @@
+"""The application: routes over the models of a service. Served by uvicorn here, and by Ray the same."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from .bodies import ImageRequest, ImagesReply, parse
+from .drawing import Drawing
+from .errors import ServiceError, json_response
+from .gate import GONE, Gate, Passing, passing
+from .orders import model_of, order_of
+from .reading import ClientGone, read_json
+from .replies import logged, reply
+from .served import ServedModel
+from .service import Service
+from .settings import Settings
+from .streaming import EventStream, gone
+
+GENERATIONS = "/v1/images/generations"
+_BODY = {"content": {"application/json": {"schema": ImageRequest.model_json_schema()}}, "required": True}
+
+
+def create_app(models: Sequence[ServedModel], settings: Settings | None = None) -> FastAPI:
+    """models: one or more, the first for requests that name none; their engines end with the application's lifespan.
+    `app.state.service` is the `Service`. Raises ValueError."""
+    service = Service(models, settings or Settings())
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        warming = asyncio.create_task(service.warm_up())
+        try:
+            yield
+        finally:
+            warming.cancel()
+            await service.close()
+
+    app = FastAPI(
+        title="adadiff",
+        docs_url=None,  # these pages load scripts of another site
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+        exception_handlers={HTTPException: _not_served},
+    )
+    app.state.service = service
+    app.add_middleware(Gate, service=service)
+    _add_images(app, service)
+    _add_models(app, service)
+    _add_health(app, service)
+    return app
+
+
+def _add_images(app: FastAPI, service: Service) -> None:
+    @app.post(GENERATIONS, response_model=ImagesReply, openapi_extra={"requestBody": _BODY})
+    async def generate(request: Request) -> Response:
+        own = passing(request.scope)
+        try:
+            asked = parse(await read_json(request, service.settings))
+            served = model_of(asked.model, service.models)
+            accept = request.headers.get("accept")
+            order = await order_of(asked, served, service.settings, service.presets[served.name], accept)
+            drawing = service.submit(order)
+        except ClientGone:
+            return _nobody(own)
+        if not order.stream:
+            return await _whole(service, drawing, request, own)
+
+        def ended(error: BaseException | None) -> None:
+            _finish(service, drawing, own, error)
+
+        return EventStream(drawing, service.settings.write_seconds, ended)
+
+
+async def _whole(service: Service, drawing: Drawing, request: Request, own: Passing) -> Response:
+    """Waits for the images, or for the client to go away."""
+    away, done = asyncio.create_task(gone(request.receive)), asyncio.create_task(drawing.done())
+    error: BaseException | None = None
+    try:
+        await asyncio.wait((away, done), return_when=asyncio.FIRST_COMPLETED)
+        if not done.done():
+            error = ClientGone()
+            return _nobody(own)
+        done.result()
+        return await reply(drawing, own.id)
+    except BaseException as other:
+        error = other
+        raise
+    finally:
+        away.cancel()
+        done.cancel()
+        _finish(service, drawing, own, error)
+        await asyncio.gather(away, done, return_exceptions=True)
+
+
+def _finish(service: Service, drawing: Drawing, own: Passing, error: BaseException | None) -> None:
+    """Books of a request that has ended, and its line in the log."""
+    service.ended(drawing)
+    own.fields |= logged(drawing)
+    if error is None:
+        service.metrics.replied(drawing.order.model.name, own.began)
+    elif isinstance(error, ServiceError):
+        own.reason = error.code
+    elif isinstance(error, ClientGone):
+        _nobody(own)
+
+
+def _nobody(own: Passing) -> Response:
+    """For a client that has gone away."""
+    own.reason = "client_gone"
+    return Response(status_code=GONE)
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    def entry(name: str) -> dict[str, Any]:
+        return service.models[name].describe(service.settings, service.presets[name], service.created)
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return json_response({"object": "list", "data": [entry(name) for name in service.models]})
+
+    @app.get("/v1/models/{name}")
+    async def model(name: str) -> Response:
+        return json_response(entry(model_of(name, service.models).name))
+
+
+def _add_health(app: FastAPI, service: Service) -> None:
+    async def health() -> Response:
+        """503 where a restart is the cure: an engine has died."""
+        states = service.states
+        dead = "dead" in states.values() and not service.draining
+        return json_response({"status": "dead" if dead else "alive", "models": states}, 503 if dead else 200)
+
+    async def ready() -> Response:
+        """503 until every model has drawn an image, when an engine is dead, and while the service ends."""
+        states = service.states
+        state = "draining" if service.draining else next((s for s in states.values() if s != "ready"), "ready")
+        return json_response({"status": state, "models": states}, 200 if state == "ready" else 503)
+
+    async def metrics() -> Response:
+        return Response(service.metrics.page(), media_type=CONTENT_TYPE_LATEST)
+
+    for path, answer in (("/health", health), ("/ready", ready), ("/metrics", metrics)):
+        app.add_api_route(path, answer, methods=["GET"])
+        app.add_api_route(path, answer, methods=["HEAD"], include_in_schema=False)
+
+
+async def _not_served(request: Request, error: Exception) -> Response:
+    """404 and 405 in the shape of all other errors."""
+    assert isinstance(error, HTTPException)
+    own, headers = passing(request.scope), error.headers or {}
+    if error.status_code == 405:
+        message, code = f"{request.method} is not served here", "method_not_allowed"
+    else:
+        message, code = "there is nothing at this address", "not_found"
+    own.reason = code
+    return ServiceError(error.status_code, message, code, headers=headers).response()

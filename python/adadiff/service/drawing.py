@@ -1,0 +1,149 @@
+"""The images of one request while the engine draws them: awaited, cancelled together, and with newest previews."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from ..sampling.arriving import Arriving
+from ..serving.handles import EngineClosed, EngineFull, Handle
+from .errors import ServiceError
+from .orders import Order
+
+
+@dataclass(frozen=True)
+class Preview:
+    """After `step` steps. exit_layers: of the conditional half, as far as known; that of the last step is not."""
+
+    step: int
+    sample: Arriving
+    exit_layers: list[int]
+
+    def read(self) -> Tensor:
+        return self.sample.read()
+
+
+class Mailbox:
+    """What the engine's thread hands to the event loop: that something has changed, and of each image the newest
+    preview alone. So a slow reader costs nothing but its own previews."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, due: frozenset[int]):
+        self._loop, self._due = loop, due
+        self._newest: dict[int, Preview] = {}
+        self._changed = asyncio.Event()
+        self._rung = False
+
+    def on_step(self, index: int, handle: Handle) -> None:
+        """In the engine's thread, which it must not keep."""
+        step, _ = handle.progress
+        if step in self._due:
+            layers = handle.report.exit_layer[:, 0, 0].tolist()
+            self._newest[index] = Preview(step, handle.predicted_x0_later(), layers)
+            self.ring()
+
+    def ring(self, *_: object) -> None:
+        """In any thread."""
+        if self._rung:
+            return
+        self._rung = True
+        try:
+            self._loop.call_soon_threadsafe(self._changed.set)
+        except RuntimeError:  # the loop is closed: nobody reads any more
+            return
+
+    async def changed(self, timeout: float | None = None) -> bool:
+        """Waits for the next change. False where none came in time. In the event loop."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self._changed.wait()
+        except TimeoutError:
+            return False
+        self._changed.clear()
+        self._rung = False  # before what has changed is looked at, so that no change is missed
+        return True
+
+    def take(self, index: int) -> Preview | None:
+        return self._newest.pop(index, None)
+
+
+class Drawing:
+    """Made by `submit`. began: on `time.perf_counter`."""
+
+    def __init__(self, order: Order, mailbox: Mailbox):
+        self.order, self.mailbox = order, mailbox
+        self.handles: list[Handle] = []
+        self.began = time.perf_counter()
+
+    @staticmethod
+    def submit(order: Order, retry_after: Callable[[], int]) -> "Drawing":
+        """All images or none. Raises ServiceError: 429 where the queue is full, 503 where the engine is closed."""
+        mailbox = Mailbox(asyncio.get_running_loop(), due_steps(order.steps, order.previews))
+        drawing, engine = Drawing(order, mailbox), order.model.engine
+        try:
+            for i, params in enumerate(order.params):
+                on_step = partial(mailbox.on_step, i) if order.previews else None
+                drawing.handles.append(engine.submit(params, on_step=on_step))
+        except EngineFull as full:
+            drawing.cancel()
+            message = f"the queue of {order.model.name} is full: {full}"
+            raise ServiceError(429, message, "queue_full", headers={"Retry-After": str(retry_after())}) from None
+        except EngineClosed as closed:
+            drawing.cancel()
+            raise ServiceError(503, f"{order.model.name} draws no more: {closed}", "engine_closed") from closed
+        except ValueError as error:  # a limit that the engine alone knows
+            drawing.cancel()
+            raise ServiceError(400, " ".join(str(error).split()), "invalid_value") from None
+        except BaseException:
+            drawing.cancel()
+            raise
+        for handle in drawing.handles:
+            handle.add_done_callback(mailbox.ring)
+        return drawing
+
+    def cancel(self) -> None:
+        """Its lanes are free at the next tick. Those that are done stay done."""
+        for handle in self.handles:
+            handle.cancel()
+
+    @property
+    def over(self) -> bool:
+        return all(handle.over for handle in self.handles)
+
+    def check(self) -> None:
+        """Raises ServiceError where one of the images has failed."""
+        for handle in self.handles:
+            if handle.over:
+                check_done(handle, self.order)
+
+    async def done(self) -> None:
+        """Waits for all images. Raises ServiceError as soon as one has failed; the others are cancelled then."""
+        try:
+            while not self.over:
+                await self.mailbox.changed()
+                self.check()
+            self.check()
+        finally:
+            self.cancel()
+
+
+def check_done(handle: Handle, order: Order) -> None:
+    """ServiceError for a handle that has ended without an image."""
+    if handle.cancelled():
+        raise ServiceError(503, "the service is stopping, and gave this request up", "aborted")
+    if (error := handle.exception(0)) is None:
+        return
+    if isinstance(error, FloatingPointError) and order.guidance_scale != 1:
+        message = f"{error}; a guidance_scale nearer to 1 may help"
+        raise ServiceError(422, message, "not_finite", "guidance_scale") from error
+    if isinstance(error, FloatingPointError):
+        raise ServiceError(500, f"the model failed: {error}", "not_finite") from error
+    raise ServiceError(500, "drawing failed; the log of the service says why", "drawing_failed") from error
+
+
+def due_steps(steps: int, previews: int) -> frozenset[int]:
+    """Evenly spread over 1..steps - 1: the last step is the image itself. Fewer where there are not so many."""
+    count = min(previews, steps - 1)
+    return frozenset((k + 1) * steps // (count + 1) for k in range(count))

@@ -1,0 +1,123 @@
+"""What every request passes: its id, the API key, the state of the service, errors of ours, and a line in the log."""
+
+import hashlib
+import hmac
+import logging
+import re
+import secrets
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .errors import ServiceError
+from .logs import log
+from .service import Service
+
+GUARDED = "/v1/"
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+GONE = 499  # nginx's status for a client that has gone away; seen in logs and metrics alone
+
+
+@dataclass
+class Passing:
+    """One request, for its line in the log. fields: what its handler knows."""
+
+    id: str
+    began: float = field(default_factory=time.perf_counter)
+    status: int = 0  # of the reply, once it has begun
+    reason: str | None = None  # of a failure
+    error: BaseException | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+def passing(scope: Scope) -> Passing:
+    return scope["adadiff.passing"]
+
+
+def request_id(given: str | None) -> str:
+    """The client's, where it is harmless in headers and logs; a new one otherwise."""
+    return given if given is not None and _ID.fullmatch(given) else secrets.token_hex(16)
+
+
+class Gate:
+    """ASGI middleware. Nothing gets past it unhandled: a defect of ours is logged, and a 500 for the client."""
+
+    def __init__(self, app: ASGIApp, service: Service):
+        self.app, self.service = app, service
+        self._keys = [_digest(key) for key in service.settings.api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        own = scope["adadiff.passing"] = Passing(request_id(headers.get("x-request-id")))
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                own.status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = own.id
+            await send(message)
+
+        try:
+            self._check(scope["path"], headers)
+            await self.app(scope, receive, answer)
+        except ServiceError as error:
+            own.reason, own.error = error.code, error if error.status == 500 else None
+            await error.response()(scope, receive, answer)
+        except Exception as error:
+            own.reason, own.error = "internal_error", error
+            if not own.status:  # else the server closes the connection, since the reply is not whole
+                message = f"an error of the service; its log says more, request {own.id}"
+                await ServiceError(500, message, own.reason).response()(scope, receive, answer)
+        finally:
+            self._record(scope, own)
+
+    def _check(self, path: str, headers: Headers) -> None:
+        """ServiceError for a request without one of the keys, and for all but health checks of a service that ends."""
+        if not path.startswith(GUARDED):
+            return
+        if self._keys and not self._knows(headers.get("authorization")):
+            message = "give one of the service's keys, as in Authorization: Bearer KEY"
+            raise ServiceError(
+                401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer", "Connection": "close"}
+            )
+        if self.service.draining:
+            message = "the service is stopping; try another, or later"
+            raise ServiceError(503, message, "draining", headers={"Retry-After": "1", "Connection": "close"})
+
+    def _knows(self, given: str | None) -> bool:
+        """In a time that does not depend on the keys: digests of equal length, and all of them are compared."""
+        scheme, _, key = (given or "").partition(" ")
+        digest = _digest(key.strip())
+        known = [hmac.compare_digest(digest, own) for own in self._keys]
+        return scheme.lower() == "bearer" and any(known)
+
+    def _record(self, scope: Scope, own: Passing) -> None:
+        service, route = self.service, scope.get("route")
+        path = getattr(route, "path", "other")
+        service.metrics.http(path, own.status)
+        if own.reason is not None:
+            service.metrics.failed(own.reason)
+        if own.status == 200 and path in service.quiet:
+            return
+        client = scope.get("client")
+        level = logging.ERROR if own.error is not None else logging.INFO
+        log(
+            *("request", level, own.error),
+            id=own.id,
+            client=None if client is None else client[0],
+            method=scope["method"],
+            path=scope["path"][:200],
+            status=own.status,
+            reason=own.reason,
+            seconds=round(time.perf_counter() - own.began, 6),
+            **own.fields,
+        )
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

@@ -1,0 +1,83 @@
+"""How the service runs and ends: a socket, uvicorn's server, and signals.
+
+The first SIGTERM or Ctrl-C drains: no more requests are taken, those in flight are finished. The second one, or
+`drain_timeout`, aborts: those in flight are given up, and their clients are told. The third ends at once.
+"""
+
+import asyncio
+import socket
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from .logs import log
+from .service import Service
+
+ABORT_SECONDS = 10.0  # that clients have to take what they are told after an abort
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that takes connections at once. Raises OSError, which names the address, where it cannot be had."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = found[0]
+        return socket.create_server(address, family=family, backlog=1024)
+    except (OSError, OverflowError) as error:
+        raise OSError(f"cannot listen on {host} port {port}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def address_of(listening: socket.socket) -> str:
+    """Its URL, with the port that it was given."""
+    host, port, *_ = listening.getsockname()
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def run(app: FastAPI, listening: socket.socket, drain_timeout: float) -> bool:
+    """Serves until a signal comes. True where all requests that were taken have been finished. Main thread only."""
+    service: Service = app.state.service
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        ws="none",
+        timeout_graceful_shutdown=int(drain_timeout + ABORT_SECONDS) + 1,
+    )
+    server = _Server(config, service, drain_timeout)
+    server.run(sockets=[listening])
+    log("stopped", aborted=service.aborted or None)
+    return not (service.aborted or server.force_exit)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's with signals of our own: it would end as the signal ends a process, and only Ctrl-C would abort."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, drain_timeout: float):
+        super().__init__(config)
+        self._service, self._drain_timeout, self._signals = service, drain_timeout, 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Between two bytecodes of the main thread, so the work is left to the loop."""
+        self._signals += 1
+        self.should_exit = True
+        if self._loop is None or self._signals > 2:
+            self.force_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self._end, self._signals == 1)
+
+    def _end(self, drain: bool) -> None:
+        service = self._service
+        if drain:
+            log("draining", timeout=self._drain_timeout)
+            service.drain()
+            asyncio.get_running_loop().call_later(self._drain_timeout, service.abort)
+        else:
+            service.abort()

@@ -1,0 +1,161 @@
+"""What a request asks for, checked against the model and the limits: parameters of each of its images."""
+
+import asyncio
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from ..diffusion.schedules import NoiseSchedule
+from ..diffusion.solvers import solver_from
+from ..diffusion.tables import Solver
+from ..sampling.params import SamplingParams
+from .allowed import policy_of
+from .bodies import ImageRequest
+from .errors import ServiceError, invalid, shown
+from .served import ServedModel
+from .settings import Settings
+
+SEED_BITS = 32  # of random seeds: every client reads such numbers exactly, JavaScript included
+
+
+@dataclass(frozen=True)
+class Order:
+    """previews: of each image in a stream. png: the reply is the picture's bytes."""
+
+    model: ServedModel
+    params: tuple[SamplingParams, ...]  # one an image
+    seed: int  # of the first
+    steps: int
+    policy: str
+    solver: str
+    guidance_scale: float
+    stream: bool
+    previews: int
+    png: bool
+
+
+async def order_of(
+    asked: ImageRequest,
+    served: ServedModel,
+    settings: Settings,
+    presets: Mapping[str, str],
+    accept: str | None = None,
+) -> Order:
+    """presets: of the operator, that this model can follow. accept: the header. Raises ServiceError, which names the
+    field, for what the model or the limits exclude."""
+    n = 1 if asked.n is None else asked.n
+    steps = settings.steps if asked.num_inference_steps is None else asked.num_inference_steps
+    scale = 1.0 if asked.guidance_scale is None else asked.guidance_scale
+    _check_limit("n", n, settings.max_images)
+    _check_limit("num_inference_steps", steps, settings.max_steps)
+    _check_limit("guidance_scale", scale, settings.max_guidance_scale)
+    if asked.size not in (None, "auto", served.size):
+        raise invalid(f"{served.name} draws images of {served.size}, got size {shown(asked.size)}", "size")
+    if scale != 1 and not served.takes_guidance:
+        raise invalid(f"{served.name} was not trained for guidance; leave guidance_scale out", "guidance_scale")
+    if scale != 1 and served.engine.capacity < 2:
+        raise invalid("guidance takes two lanes of an engine, and this one has a single lane", "guidance_scale")
+    seed = secrets.randbits(SEED_BITS) if asked.seed is None else asked.seed
+    if seed + n > 2**63:
+        raise invalid(f"seed must be below 2^63 for every image, got {seed} for the first of {n}", "seed")
+    stream, previews, png = _form(asked, n, settings, accept)
+    solver = "ddim" if asked.solver is None else asked.solver
+    _check_solver(solver, served, steps)
+    policy = policy_of(asked.policy, served.model, presets)
+    given = await _condition(asked, served)
+    params = tuple(
+        SamplingParams(
+            seed=seed + i,
+            steps=steps,
+            solver=solver,
+            policy=policy,
+            guidance_scale=scale,
+            **given,
+        )
+        for i in range(n)
+    )
+    named = asked.policy if asked.policy in presets else str(policy)
+    return Order(served, params, seed, steps, named, solver, scale, stream, previews, png)
+
+
+def model_of(name: str | None, models: Mapping[str, ServedModel]) -> ServedModel:
+    """The first model for None. ServiceError (404, as OpenAI's) for one that is not there."""
+    if name is None:
+        return next(iter(models.values()))
+    if name not in models:
+        message = f"there is no model {shown(name)}; there are {', '.join(models)}"
+        raise ServiceError(404, message, "model_not_found", "model")
+    return models[name]
+
+
+def _check_limit(param: str, value: float, most: float) -> None:
+    if value > most:
+        raise invalid(f"{param} must be at most {most:g} here, got {shown(value)}", param, "limit_exceeded")
+
+
+def _form(asked: ImageRequest, n: int, settings: Settings, accept: str | None) -> tuple[bool, int, bool]:
+    """Whether the reply is a stream, with how many previews, or a picture."""
+    stream, previews = bool(asked.stream), asked.partial_images or 0
+    png = asked.response_format == "png"
+    if asked.response_format is None and not stream and accept is not None:
+        png = any(part.partition(";")[0].strip().lower() == "image/png" for part in accept.split(","))
+    if png and stream:
+        raise invalid("a stream has events, not the bytes of a picture; leave response_format out", "response_format")
+    if png and n != 1:
+        raise invalid(f"a PNG reply is one image; n must be 1, got {n}", "n")
+    if previews and not stream:
+        raise invalid("previews come in a stream; give stream: true with partial_images", "partial_images")
+    _check_limit("partial_images", previews, settings.max_partial_images)
+    return stream, previews, png
+
+
+def _check_solver(text: str, served: ServedModel, steps: int) -> None:
+    try:
+        solver = solver_from(text)
+    except ValueError as error:
+        raise invalid(str(error), "solver") from None
+    try:
+        _check_table(solver, served.model.schedule, steps)
+    except ValueError as error:
+        raise invalid(f"solver {shown(text)} with {steps} steps: {error}", "num_inference_steps") from None
+
+
+@lru_cache(maxsize=1024)
+def _check_table(solver: Solver, schedule: NoiseSchedule, steps: int) -> None:
+    solver.table(schedule, steps)
+
+
+async def _condition(asked: ImageRequest, served: ServedModel) -> dict[str, Any]:
+    """Settings for a class or for text."""
+    prompt, label, classes = asked.prompt or None, asked.class_label, served.model.config.classes
+    if served.takes_text:
+        if label is not None:
+            raise invalid(f"{served.name} takes text; give prompt and leave class_label out", "class_label")
+        if prompt is None:
+            raise invalid(f"{served.name} takes text; give prompt", "prompt", "missing_field")
+        text, null = await asyncio.to_thread(served.contexts, prompt)
+        if not bool(torch.isfinite(text).all()):
+            raise ServiceError(500, "the text encoder made NaN or infinity of the prompt", "not_finite", "prompt")
+        return {"text_embeds": text, "null_text_embeds": null}
+    labels = f"class_label, 0 to {classes - 1}" if classes else "no prompt: it takes neither text nor classes"
+    if prompt is not None:
+        if label is not None:
+            raise invalid("give either prompt or class_label", "prompt")
+        if not served.class_names:
+            raise invalid(f"{served.name} takes no text; give {labels}", "prompt")
+        if prompt.strip().lower() not in served.class_names:
+            names = ", ".join(served.class_names[:32])
+            raise invalid(f"{served.name} takes no text; give {labels}, or a prompt that names one: {names}", "prompt")
+        label = served.class_names.index(prompt.strip().lower())
+    if label is None:
+        if classes and served.model.config.null_label is None:
+            raise invalid(f"{served.name} needs {labels}", "class_label", "missing_field")
+        return {}
+    if not label < classes:
+        given = f"give {labels}" if classes else "leave class_label out: the model has no classes"
+        raise invalid(f"{served.name}: {given}, got {shown(label)}", "class_label")
+    return {"class_labels": label}

@@ -1,0 +1,33 @@
+"""Samples as the bytes of PNG files."""
+
+import asyncio
+import io
+from collections.abc import Callable
+
+from PIL import Image
+from torch import Tensor
+
+from ..output.pictures import to_pixels
+from .served import ServedModel
+
+SMALL = 2**14  # values of an image that is encoded faster than a thread is asked to
+
+
+def png(image: Tensor) -> bytes:
+    """image: float [C, H, W], C 1 or 3, from -1 to 1. The same bytes as a file of `adadiff sample`."""
+    buffer = io.BytesIO()
+    Image.fromarray(to_pixels(image)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+async def png_of(model: ServedModel, sample: Callable[[], Tensor]) -> bytes:
+    """sample: gives float [C, H, W], and may wait for a device. Keeps the event loop free of what takes long."""
+
+    def make() -> bytes:
+        value = sample()
+        return png(value if model.decode is None else model.decode(value[None])[0])
+
+    C, H, W = model.model.backbone.sample_shape
+    if model.decode is None and C * H * W <= SMALL and model.model.device.type == "cpu":
+        return make()
+    return await asyncio.to_thread(make)

@@ -1,0 +1,116 @@
+"""A model that a service draws with: its engine, its classes or text encoder, and what makes pictures of samples."""
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..forward.options import ExecutionOptions
+from ..model import Model
+from ..output.pictures import CHANNELS
+from ..serving.engine import Engine
+from .allowed import forms_for
+from .settings import Settings, check_name
+
+Decode = Callable[[Tensor], Tensor]  # latents float [n, C, h, w] -> images float32 [n, 3, H, W]
+Encode = Callable[[list[str]], Tensor]  # prompts -> contexts float32 [n, N, E]
+
+
+@dataclass(frozen=True, eq=False)
+class ServedModel:
+    """name: that clients call it by. class_names: of all its classes, or none. encode: for models of text, which need
+    it. decode: for models of latents, which need it.
+
+    Raises ValueError for what does not fit the engine's model.
+    """
+
+    name: str
+    engine: Engine
+    class_names: tuple[str, ...] = ()
+    encode: Encode | None = None
+    decode: Decode | None = None
+    _encoding: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def __post_init__(self) -> None:
+        check_name("a model's name", self.name)
+        config, channels = self.model.config, self.model.backbone.sample_shape[0]
+        if self.class_names and len(self.class_names) != config.classes:
+            raise ValueError(f"{self.name} has {config.classes} classes, got {len(self.class_names)} names")
+        if config.network.context_tokens and self.encode is None:
+            raise ValueError(f"{self.name} takes text; give a text encoder")
+        if self.decode is None and channels not in CHANNELS:
+            raise ValueError(f"{self.name} draws latents of {channels} channels; give a decoder")
+
+    @staticmethod
+    def open(
+        name: str,
+        model: Model,
+        capacity: int | str = 64,
+        queue: int = 256,
+        execution: ExecutionOptions | None = None,
+        **more: Any,
+    ) -> "ServedModel":
+        """With an engine of its own; `more` as in `ServedModel`. Raises ValueError."""
+        engine = Engine(model, capacity, queue=queue, execution=execution, warm=True)
+        try:
+            return ServedModel(name, engine, **more)
+        except BaseException:
+            engine.close(drain=False)
+            raise
+
+    @property
+    def model(self) -> Model:
+        return self.engine.model
+
+    @property
+    def takes_text(self) -> bool:
+        return bool(self.model.config.network.context_tokens)
+
+    @property
+    def takes_guidance(self) -> bool:
+        return self.takes_text or self.model.config.null_label is not None
+
+    @cached_property
+    def size(self) -> str:
+        """WIDTHxHEIGHT of its pictures."""
+        shape = self.model.backbone.sample_shape
+        if self.decode is not None:
+            shape = tuple(self.decode(torch.zeros(1, *shape, dtype=torch.float32, device="cpu")).shape[1:])
+        return f"{shape[2]}x{shape[1]}"
+
+    def contexts(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """Of a prompt and of the empty one, float32 [N, E]. One call at a time: encoders take all cores."""
+        with self._encoding:
+            text, null = self.encode([prompt, ""])
+        return text, null
+
+    def describe(self, settings: Settings, presets: Iterable[str], created: int) -> dict[str, Any]:
+        """An entry of /v1/models. presets: names of the operator's policies that fit."""
+        config, calibration = self.model.config, self.model.calibration
+        own = {
+            "size": self.size,
+            "takes": "text" if self.takes_text else "class_label" if config.classes else "nothing",
+            "classes": config.classes,
+            "class_names": list(self.class_names),
+            "guidance": self.takes_guidance,
+            "num_layers": self.model.num_layers,
+            "exits": self.model.exits is not None,
+            "policies": [*forms_for(self.model), *presets],
+            "calibrated_for": None
+            if calibration is None
+            else {
+                "steps": calibration.steps,
+                "solver": calibration.solver,
+                "guidance_scale": calibration.guidance_scale,
+                "shares": [budget.share for budget in calibration.budgets],
+            },
+            "num_inference_steps": settings.steps,
+            "max_num_inference_steps": settings.max_steps,
+            "max_n": settings.max_images,
+            "capacity": self.engine.capacity,
+        }
+        return {"id": self.name, "object": "model", "created": created, "owned_by": "adadiff", "adadiff": own}

@@ -1,0 +1,102 @@
+"""What the parts of one service share: models, settings, metrics, requests in flight, and whether it is ready."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+from ..sampling.params import SamplingParams
+from .allowed import blank_condition, presets_for
+from .drawing import Drawing
+from .logs import log
+from .metrics import Metrics
+from .orders import Order
+from .served import ServedModel
+from .settings import Settings
+
+CLOSE_SECONDS = 30.0  # for the tick that is under way when a service ends
+
+
+class Service:
+    """models: one or more, the first for requests that name none. Raises ValueError for two of one name, and for a
+    preset that no model can follow."""
+
+    quiet = frozenset({"/health", "/ready", "/metrics"})  # of which successes are not logged
+
+    def __init__(self, models: Sequence[ServedModel], settings: Settings):
+        self.models = {served.name: served for served in models}
+        if not models or len(self.models) != len(models):
+            raise ValueError(f"a service needs models of different names, got {[served.name for served in models]}")
+        self.settings, self.metrics = settings, Metrics(self.models)
+        self.presets = {name: presets_for(served.model, settings.policies) for name, served in self.models.items()}
+        followed = {preset for found in self.presets.values() for preset in found}
+        if idle := [name for name in settings.policies if name not in followed]:
+            raise ValueError(f"policy {idle[0]}={settings.policies[idle[0]]} fits none of {', '.join(self.models)}")
+        self.created = int(time.time())
+        self.draining = self.aborted = False
+        self._warm: set[str] = set()
+        self._drawings: set[Drawing] = set()
+
+    def submit(self, order: Order) -> Drawing:
+        """Counted as in flight until `ended`. Raises ServiceError."""
+        drawing = Drawing.submit(order, self.metrics.retry_after)
+        self._drawings.add(drawing)
+        return drawing
+
+    def ended(self, drawing: Drawing) -> None:
+        """However it has ended. Lanes that it has still are given up; images that were drawn are counted."""
+        drawing.cancel()
+        self._drawings.discard(drawing)
+        for handle in drawing.handles:
+            if not handle.cancelled() and handle.exception(0) is None:
+                self.metrics.drawn(drawing.order.model.name, handle.report)
+
+    @property
+    def states(self) -> dict[str, str]:
+        """By model: "ready", "warming" until it has drawn a first image, "dead" after a defect of its engine."""
+
+        def state(served: ServedModel) -> str:
+            if not served.engine.alive:
+                return "dead"
+            return "ready" if served.name in self._warm and served.engine.ready else "warming"
+
+        return {name: state(served) for name, served in self.models.items()}
+
+    async def warm_up(self) -> None:
+        """Draws an image of one step with each model; then whatever is made at the first use has been made."""
+
+        async def draw(served: ServedModel) -> None:
+            params = SamplingParams(seed=0, steps=1, **blank_condition(served.model))
+            try:
+                await asyncio.wrap_future(served.engine.submit(params))
+            except Exception as error:
+                log("model failed to warm up", 40, error, model=served.name)
+                return
+            self._warm.add(served.name)
+            log("model is ready", model=served.name, size=served.size, capacity=served.engine.capacity)
+
+        await asyncio.gather(*map(draw, self.models.values()))
+
+    def drain(self) -> None:
+        """Takes no more requests; those in flight go on."""
+        self.draining = True
+
+    def abort(self) -> None:
+        """Gives up those in flight, too; their clients are told."""
+        self.draining = True
+        if self._drawings:
+            self.aborted = True
+            log("requests in flight are given up", 30, requests=len(self._drawings))
+        for drawing in list(self._drawings):
+            drawing.cancel()
+
+    async def close(self) -> None:
+        """Ends the engines."""
+        self.draining = True
+
+        def end(served: ServedModel) -> None:
+            try:
+                served.engine.close(drain=not self._drawings, timeout=CLOSE_SECONDS)
+            except TimeoutError as error:
+                log("the engine did not end", 40, error, model=served.name)
+
+        await asyncio.gather(*(asyncio.to_thread(end, served) for served in self.models.values()))
