@@ -21,7 +21,7 @@ from ..pipelines.text import CLIP, TextEncoder
 from ..policies.calibrated import Calibration
 from ..sampling import sampler
 from ..sampling.params import SamplingParams
-from ..sampling.reports import NEVER_ACTED, Report
+from ..sampling.reports import Report, never_acted_text
 from ..writing import check_replaceable
 from .shared import (
     check_limits,
@@ -254,7 +254,9 @@ def _fill_with_shards(
         say(f"{folder.count} of {n} samples are in {out}; the other processes draw the rest")
     elif totals is not None and (first or drew):
         numbers = (totals[name] for name in ("macs", "macs_full", "mean_exit_layer", "num_layers"))
-        left_out = f", {_left_out(*numbers, asks=folder.manifest.configuration['policy'] != 'full')}"
+        policy = folder.manifest.configuration["policy"]
+        never = never_acted_text("cache:" in policy or "reuse:" in policy) if policy != "full" else None
+        left_out = f", {_left_out(*numbers, never)}"
         time = f" in {totals['seconds']:.1f} s of drawing" if n else ""
         say(f"wrote {out}: {n} samples{time}{left_out if n else ''}")
 
@@ -279,13 +281,17 @@ def _announce(configuration: dict[str, Any], calibration: Calibration | None) ->
 
 def _saving(report: Report) -> str:
     n, seconds = report.exit_layer.shape[1], report.seconds
-    left_out = _left_out(report.macs, report.macs_full, report.mean_exit_layer, report.num_layers, report.asks)
-    if report.never_acted and NEVER_ACTED not in left_out:  # a shallow network alone left work out
-        left_out += f"; {NEVER_ACTED}"
+    never = never_acted_text(report.reused is not None) if report.asks else None
+    left_out = _left_out(report.macs, report.macs_full, report.mean_exit_layer, report.num_layers, never)
+    if report.never_acted and never is not None and never not in left_out:  # a shallow network alone left work out
+        left_out += f"; {never}"
+    if report.reuses:
+        left_out += f"; {report.reuses / report.passes:.0%} of the steps reused an earlier one"
     return f"{n} images in {seconds:.2f} s ({n / seconds:.1f} images/s), {left_out}"
 
 
-def _left_out(macs: int, macs_full: int, mean_exit_layer: float, num_layers: int, asks: bool) -> str:
+def _left_out(macs: int, macs_full: int, mean_exit_layer: float, num_layers: int, never: str | None) -> str:
+    """never: what is said of a policy that never acted; None where it is not there to act."""
     if macs >= macs_full:
-        return "no work left out" + (f": {NEVER_ACTED}" if asks and mean_exit_layer == num_layers else "")
+        return "no work left out" + (f": {never}" if never is not None and mean_exit_layer == num_layers else "")
     return f"{1 - macs / macs_full:.0%} of the work left out (mean exit layer {mean_exit_layer:.2f} of {num_layers})"

@@ -14,7 +14,7 @@ from ..model import Model
 from ..output.pictures import CHANNELS
 from ..pipelines import latents
 from ..policies.exits import Depth
-from ..policies.spelling import policy_from
+from ..policies.spelling import parts_from
 
 MOST_BATCH, MOST_SHARD, MOST_RESAMPLES = 2**16, 10**5, 10**4
 
@@ -38,7 +38,7 @@ def check_limits(options: argparse.Namespace, n: int) -> None:
 
 def check_policy(model: Model, policy: str) -> None:
     """ValueError for a depth that the network does not have: it would leave nothing out."""
-    found = policy_from(policy, model.calibration)
+    found = parts_from(policy, model.calibration).exit
     if isinstance(found, Depth) and found.threshold > model.num_layers:
         raise ValueError(f"policy {policy!r}: this network has {model.num_layers} blocks; give a smaller depth")
 

@@ -10,12 +10,12 @@ from torch import Tensor
 from ..diffusion.schedules import NoiseSchedule
 from ..diffusion.tables import Solver
 from ..forward.networks import NetworkChoice
-from ..forward.rest_of_network import check_reuse
 from ..model import Model
 from ..policies.interface import ExitPolicy, exit_layers_of
 from ..policies.parts import Parts
 from ..policies.spelling import parts_from
 from .params import SamplingParams, as_tensor, per_sample
+from .reuse_checks import check_reuse_of
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,6 @@ class SampleBatch:
         parts = parts_from(params.policy, model.calibration)
         policy, choice = parts.exit, _choice(model, parts)
         asked = exit_layers_of(policy, model.num_layers)
-        if parts.reuse is not None:
-            check_reuse(parts.reuse, model.backbone)
         if model.exits is None and asked:
             raise ValueError("this model has no exits; sample it with policy='full'")
         guidance = (per_sample("guidance_scale", params.guidance_scale, n, torch.float64) - 1).float()
@@ -78,6 +76,8 @@ class SampleBatch:
         for count in set(steps.tolist()):
             _check_steps(params.solver, model.schedule, count)
         init_image, first = _init_image(model, params, steps, n)
+        if parts.reuse is not None:
+            check_reuse_of(model, parts.reuse, params.solver, steps - first)
         return SampleBatch(
             n=n,
             parts=parts,
