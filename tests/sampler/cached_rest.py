@@ -6,12 +6,13 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import layer_norm
 
 from adadiff.config import ModelConfig
 from adadiff.diffusion.noise import initial_noise
 from adadiff.diffusion.solvers import DDIM
 from adadiff.model import Model
-from adadiff.models.dit import DiTConfig
+from adadiff.models.dit import DiT, DiTConfig
 from adadiff.uem import ExitConfig
 from sampler.tiny import SERVED, Inputs, _layers, plain_uncertainties, scramble, served
 
@@ -102,23 +103,23 @@ def by_hand(
             u = [max(pair) for pair in zip(*(u or [0] * L for *_, u, _ in halves), strict=True)]
             depth = [_depth(made, plan, u if plan.exits is not None else None, L)] * 2
         hits = [
-            _change(made, plan, cache, begun, layers, cond, backbone, i, steps)
-            for begun, cond, layers, _, cache in halves
+            _change(made, plan, kept, begun, layers, cond, backbone, i, steps)
+            for begun, cond, layers, _, kept in halves
         ]
         hits = [hit and d > plan.first for hit, d in zip(hits, depth, strict=True)]
         if tied and guided:
             hits = [all(hits)] * 2
         eps, blocks = [], []
-        for (begun, cond, layers, _, cache), d, hit in zip(halves, depth, hits, strict=True):
+        for (begun, cond, layers, _, kept), d, hit in zip(halves, depth, hits, strict=True):
             h, k = layers[d - 1], d
             if hit:
-                h, k = layers[plan.first - 1].clone(), cache["ended"]
-                h[:, backbone.num_prefix_tokens :] += cache["rest"]
+                h, k = layers[plan.first - 1].clone(), kept["ended"]
+                h[:, backbone.num_prefix_tokens :] += kept["rest"]
             elif d > plan.first:
                 rest = h - layers[plan.first - 1]
-                cache |= {"rest": rest[:, backbone.num_prefix_tokens :], "ended": d, "made": i, "total": 0.0}
+                kept |= {"rest": rest[:, backbone.num_prefix_tokens :], "ended": d, "made": i, "total": 0.0}
                 if plan.gate == "residual":
-                    cache["reference"] = layers[plan.first - 1] - begun
+                    kept["reference"] = layers[plan.first - 1] - begun
             head = backbone.head if k == L else exits.head(backbone, k)
             eps.append(head(h[:, backbone.num_prefix_tokens :], cond, torch.zeros(1, dtype=torch.int32)))
             blocks.append(plan.first if hit else d)
@@ -145,12 +146,11 @@ def _change(made, plan, cache, begun, layers, cond, backbone, step, steps) -> bo
     """Whether the plan would have the lane reuse, and what its gate notes."""
     change, found = 0.0, "made" in cache
     if plan.cache is not None and plan.gate == "input":
-        block = backbone.blocks[0]
-        if hasattr(cond, "modulation") or not hasattr(block, "norm1") or not _affine(block.norm1):
-            shift, scale = _modulation(block, cond)
-            read = torch.nn.functional.layer_norm(begun, begun.shape[-1:], eps=1e-6) * (1 + scale) + shift
+        if isinstance(backbone, DiT):
+            shift, scale, _ = cond.modulation[:, 0, 0].unbind(1)
+            read = layer_norm(begun, begun.shape[-1:], eps=1e-6) * (1 + scale) + shift
         else:
-            read = block.norm1(begun)
+            read = backbone.blocks[0].norm1(begun)
         if "reference" in cache:
             cache["total"] += float((read - cache["reference"]).abs().mean() / cache["reference"].abs().mean())
         else:

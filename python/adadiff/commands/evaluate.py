@@ -116,6 +116,7 @@ def _of_model(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, An
             "work": report.macs / full_macs,
             "num_layers": report.num_layers,
             "images_per_second": n / report.seconds,
+            **({} if report.reused is None else {"reused": report.reuses / report.passes}),
         }
         full = samples if full is None else full
         full_features = measured.features if full_features is None else full_features

@@ -22,7 +22,7 @@ from ..policies.calibrated import Calibration
 from ..policies.step_selector import AUTO
 from ..sampling import sampler
 from ..sampling.params import SamplingParams
-from ..sampling.reports import NEVER_ACTED, Report
+from ..sampling.reports import Report, never_acted_text
 from ..writing import check_replaceable
 from .shared import (
     check_limits,
@@ -259,7 +259,9 @@ def _fill_with_shards(
         say(f"{folder.count} of {n} samples are in {out}; the other processes draw the rest")
     elif totals is not None and (first or drew):
         numbers = (totals[name] for name in ("macs", "macs_full", "mean_exit_layer", "num_layers"))
-        left_out = f", {_left_out(*numbers, asks=_asks(folder.manifest.configuration['policy']))}"
+        policy = folder.manifest.configuration["policy"]
+        never = never_acted_text("cache:" in policy or "reuse:" in policy) if policy != "full" else None
+        left_out = f", {_left_out(*numbers, never)}"
         time = f" in {totals['seconds']:.1f} s of drawing" if n else ""
         say(f"wrote {out}: {n} samples{time}{left_out if n else ''}")
 
@@ -292,9 +294,12 @@ def _saving(report: Report) -> str:
     if report.went_on is not None:
         went_on = f"{report.passes / n:.1f} evaluations an image; {int(report.went_on.sum())} went on to the teacher"
         return f"{n} images in {seconds:.2f} s ({n / seconds:.1f} images/s), {went_on}"
-    left_out = _left_out(report.macs, report.macs_full, report.mean_exit_layer, report.num_layers, report.asks)
-    if report.never_acted and NEVER_ACTED not in left_out:  # a shallow network alone left work out
-        left_out += f"; {NEVER_ACTED}"
+    never = never_acted_text(report.reused is not None) if report.asks else None
+    left_out = _left_out(report.macs, report.macs_full, report.mean_exit_layer, report.num_layers, never)
+    if report.never_acted and never is not None and never not in left_out:  # a shallow network alone left work out
+        left_out += f"; {never}"
+    if report.reuses:
+        left_out += f"; {report.reuses / report.passes:.0%} of the steps reused an earlier one"
     return f"{n} images in {seconds:.2f} s ({n / seconds:.1f} images/s), {left_out}"
 
 
@@ -303,7 +308,8 @@ def _chosen(report: Report) -> str:
     return f"{least} to {most} steps, {report.steps.double().mean():.2f} on average"
 
 
-def _left_out(macs: int, macs_full: int, mean_exit_layer: float, num_layers: int, asks: bool) -> str:
+def _left_out(macs: int, macs_full: int, mean_exit_layer: float, num_layers: int, never: str | None) -> str:
+    """never: what is said of a policy that never acted; None where it is not there to act."""
     if macs >= macs_full:
-        return "no work left out" + (f": {NEVER_ACTED}" if asks and mean_exit_layer == num_layers else "")
+        return "no work left out" + (f": {never}" if never is not None and mean_exit_layer == num_layers else "")
     return f"{1 - macs / macs_full:.0%} of the work left out (mean exit layer {mean_exit_layer:.2f} of {num_layers})"

@@ -297,8 +297,9 @@ PAGES = {
 EXAMPLES = {name: page.examples for name, page in PAGES.items()}
 
 POLICY_TABLE = """\
-A policy decides after which block a sample exits, that is, leaves the network. After each block, the model estimates \
-the error of exiting there: the uncertainty, from 0 to 1.
+A policy decides what of the network a sample leaves out: after which block it exits, that is, leaves the network, or \
+when it reuses what an earlier step of its own computed. After each block, the model estimates the error of exiting \
+there: the uncertainty, from 0 to 1.
   full                every block runs
   exit:U              after the first block with an
                       uncertainty below U, 0 < U < 1
@@ -315,16 +316,28 @@ the error of exiting there: the uncertainty, from 0 to 1.
                       calibrate` chose for SHARE of the
                       full network's work
   exit:table=SHARE    the same share, by timestep alone
+  cache:threshold=C   the first block runs; if what it adds
+                      changed by less than C (a share, such
+                      as 0.1) since the sample's last full
+                      step, that step's rest is reused
+  cache:threshold=C,first=K,gate=input
+                      after K blocks; by what the first
+                      block reads, summed up step by step
+  cache:batch=C       all samples at once (a baseline)
+  reuse:every=K       every K-th step is full, the others
+                      reuse; also dense_early=N and
+                      dense_late=N full steps at the ends
   width:W             a share W of heads and channels (of
                       a slimmable model)
   width:FILE          a share for each timestep, as
-                      `adadiff search` found it; joined to
-                      exits by +: exit:0.1+width:FILE
+                      `adadiff search` found it
   cascade:FILE,...    a student of few steps draws, and the
                       model the share of its images that an
                       oracle finds worst (adadiff distill);
                       options: share=SHARE, mode=refine or
-                      mode=regenerate, sigma=NOISE"""
+                      mode=regenerate, sigma=NOISE
+Different kinds are joined by +, as in
+cache:threshold=0.1+exit:0.135"""
 SOLVER_HELP = (
     "sampling method: ddim, ddim:ETA (ETA from 0, deterministic, to 1), ddpm, dpm++2m, dpm-fast, dpm++fast, or "
     "euler-maruyama (models of schedule vp); ddim, ddpm and dpm++2m accept a spacing of the timesteps (leading, "

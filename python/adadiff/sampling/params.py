@@ -31,12 +31,13 @@ class SamplingParams:
     `adadiff train-steps`). solver: "ddim", "ddim:ETA", "ddpm", "dpm++2m", "dpm-fast", "dpm++fast",
     "euler-maruyama" (settings: see `solver_from`) or a Solver.
     policy: "full", "exit:0.135,min_layer=3", "exit:patience=0.08", "exit:depth=8", "exit:batch-mean=0.07", of a
-    calibrated model "exit:budget=0.55" and "exit:table=0.55", an ExitPolicy, or other parts, several joined by +, see
-    `parts_from`. thresholds: instead of the exit policy's own. guidance_scale: uncond + guidance_scale
-    (cond - uncond), as in diffusers; 1 is none. guidance_interval: (low, high), or [n, 2], in the network's time
-    0..1000; at other times there is no guidance, and no unconditional lane is run. guided_channels: how many channels
-    are guided, from the first on (None: what the model was published with).
-    tied: the two lanes of a guided sample exit together, by the larger uncertainty.
+    calibrated model "exit:budget=0.55" and "exit:table=0.55", an ExitPolicy; "cache:threshold=0.1", "reuse:every=2" or
+    a ReusePolicy, by which samples reuse their earlier steps; or several parts joined by +, see `parts_from`.
+    thresholds: instead of the exit policy's own. guidance_scale: uncond + guidance_scale (cond - uncond), as in
+    diffusers; 1 is none. guidance_interval: (low, high), or [n, 2], in the network's time 0..1000; at other times there
+    is no guidance, and no unconditional lane is run. guided_channels: how many channels are guided, from the first on
+    (None: what the model was published with).
+    tied: the two lanes of a guided sample exit together, by the larger uncertainty, and reuse where both would.
     init_image: float [C, H, W] for all, or [n, C, H, W], images to begin from; strength: in (0, 1], the share of the
     steps that is run from there (None: 0.8), as in diffusers' image-to-image (SDEdit). A singlestep solver begins with
     a whole step, so it may run an evaluation or two more.

@@ -14,6 +14,11 @@ NEVER_ACTED = "the policy never let a sample exit"
 NEVER_REUSED = "the policy never let a sample exit or reuse"
 
 
+def never_acted_text(reuses: bool) -> str:
+    """reuses: the policy is there to let samples reuse, too."""
+    return NEVER_REUSED if reuses else NEVER_ACTED
+
+
 def asks_for_exits(policy: ExitPolicy) -> bool:
     return not isinstance(policy, Full)
 
@@ -97,7 +102,7 @@ class Report(ExitRecord):
             f"{self.mean_exit_layer:.2f} of {self.num_layers}; {self.blocks / self.blocks_full:.1%} of the blocks, "
             f"{self.macs / self.macs_full:.1%} of the multiply-adds of the full network"
             f"{'' if self.reused is None else f'; {self.reuses / self.passes:.1%} of the steps reused an earlier one'}"
-            f"{f'; {NEVER_ACTED if self.reused is None else NEVER_REUSED}' if self.never_acted else ''}"
+            f"{f'; {never_acted_text(self.reused is not None)}' if self.never_acted else ''}"
             f"{'' if self.went_on is None else f'; {int(self.went_on.sum())} went on to the teacher'}"
         )
 

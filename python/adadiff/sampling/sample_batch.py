@@ -11,7 +11,6 @@ from ..diffusion.schedules import NoiseSchedule
 from ..diffusion.tables import Solver
 from ..forward.narrow import width_choice
 from ..forward.networks import NetworkChoice
-from ..forward.rest_of_network import check_reuse
 from ..model import Model
 from ..policies.interface import ExitPolicy, exit_layers_of
 from ..policies.parts import Parts
@@ -19,6 +18,7 @@ from ..policies.spelling import parts_from
 from .auto_steps import steps_of
 from .cascades import Draft, draft_of
 from .params import SamplingParams, as_tensor, per_sample
+from .reuse_checks import check_reuse_of
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,6 @@ class SampleBatch:
         parts = parts_from(params.policy, model.calibration)
         policy, choice = parts.exit, _choice(model, parts)
         asked = exit_layers_of(policy, model.num_layers)
-        if parts.reuse is not None:
-            check_reuse(parts.reuse, model.backbone)
         if model.exits is None and asked:
             raise ValueError("this model has no exits; sample it with policy='full'")
         guidance = (per_sample("guidance_scale", params.guidance_scale, n, torch.float64) - 1).float()
@@ -97,6 +95,8 @@ class SampleBatch:
             if init_image is not None:
                 raise ValueError("a cascade's student draws from noise; leave init_image out")
             draft = draft_of(model, parts.cascade, params.solver, steps)
+        if parts.reuse is not None:
+            check_reuse_of(model, parts.reuse, params.solver, steps - first)
         return SampleBatch(
             n=n,
             parts=parts,

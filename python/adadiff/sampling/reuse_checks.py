@@ -1,0 +1,38 @@
+"""What of a policy that reuses can be told to be of no use before any work starts."""
+
+import logging
+from functools import lru_cache
+
+from torch import Tensor
+
+from adadiff_kernels import COLUMNS
+
+from ..diffusion.tables import Solver
+from ..forward.rest_of_network import check_reuse
+from ..model import Model
+from ..policies.reuse import Reuse, ReusePolicy
+
+
+def check_reuse_of(model: Model, policy: ReusePolicy, solver: Solver, steps: Tensor) -> None:
+    """steps: int64 [n], that each sample makes. ValueError for a policy that this model cannot follow, and for a plan
+    by which no sample could ever reuse. A stochastic solver is allowed, with one warning."""
+    check_reuse(policy, model.backbone)
+    if not len(steps):
+        return
+    most = int(steps.max())
+    if isinstance(policy, Reuse) and policy.dense_early + policy.dense_late >= most > 1:
+        raise ValueError(
+            f"policy '{policy}' lets nobody reuse in {most} steps: the first {policy.dense_early} and the last "
+            f"{policy.dense_late} are full; take smaller dense_early and dense_late"
+        )
+    table = solver.table(model.schedule, most)
+    if bool(table.coefficients[:, COLUMNS.index("noise")].any()):
+        _warn_stochastic(str(policy), str(solver))
+
+
+@lru_cache(maxsize=256)
+def _warn_stochastic(policy: str, solver: str) -> None:
+    """Once for each pair."""
+    logging.getLogger("adadiff").warning(
+        "policy %s with %s, which adds noise at every step: what a step computed fits the next one less", policy, solver
+    )
