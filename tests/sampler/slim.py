@@ -23,9 +23,10 @@ SLIM_SERVED = dataclasses.replace(
 )  # 5 blocks, T = 2 + 4 tokens
 
 
-def fresh(kind: str = "uvit", widths: tuple[float, ...] | None = WIDTHS) -> Model:
-    """With exits, every weight random."""
-    model = Model(ModelConfig(NETWORKS[kind], "linear", null_label=4, exits=PAPER, widths=widths)).eval()
+def fresh(kind: str = "uvit", widths: tuple[float, ...] | None = WIDTHS, exits: bool = True) -> Model:
+    """Every weight random."""
+    own = PAPER if exits else None
+    model = Model(ModelConfig(NETWORKS[kind], "linear", null_label=4, exits=own, widths=widths)).eval()
     scramble(model, 0.15)
     return model
 

@@ -8,7 +8,6 @@ the cost, which is the share of the whole network's multiply-adds, and in the nu
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -92,7 +91,7 @@ class WidthSearch:
             raise ValueError("the search draws samples of classes or of nothing; this model takes text")
         if aim not in AIMS:
             raise ValueError(f"aim must be one of {', '.join(AIMS)}, got {aim!r}")
-        if isinstance(weight, bool) or not isinstance(weight, Real) or not (math.isfinite(weight) and weight >= 0):
+        if type(weight) not in (int, float) or not 0 <= weight < math.inf:
             raise ValueError(f"weight must be a finite number >= 0, got {weight!r}")
         whole("bins", bins, 1, MOST_BINS)
         whole("population", population, len(model.config.widths) + 1)
