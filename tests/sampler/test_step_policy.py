@@ -41,7 +41,7 @@ def test_the_estimate_s_expectation_is_the_exact_gradient(draws: int, K: int) ->
 def taught(errors: Tensor, labels: Tensor, reward: Tensor) -> list[int]:
     """Steps of each label after learning."""
     scores = LabelScores(int(labels.max()) + 1, errors.shape[1]).double()
-    learn(scores, labels, reward, updates=400, batch=64)
+    learn(scores, torch.arange(len(scores.table)), labels, reward, updates=300, batch=64)
     return [CANDIDATES[i] for i in scores.table.argmax(1)]
 
 
@@ -97,7 +97,7 @@ def test_learning_is_a_function_of_its_seed() -> None:
     tables = []
     for seed in (0, 0, 1):
         scores = LabelScores(7, 5).double()
-        learn(scores, labels, reward, updates=5, batch=16, seed=seed)
+        learn(scores, torch.arange(7), labels, reward, updates=5, batch=16, seed=seed)
         tables.append(scores.table.detach())
     assert torch.equal(tables[0], tables[1])
     assert not torch.equal(tables[0], tables[2])

@@ -255,7 +255,7 @@ def test_tensors_without_its_description_are_unexpected(tmp_path: Path) -> None:
     tensors, metadata = checkpoint.read_tensors(file)
     del metadata["step_selector"]
     checkpoint.write_tensors(file, tensors, metadata)
-    with pytest.raises(ValueError, match="unexpected step_selector.table"):
+    with pytest.raises(ValueError, match=r"unexpected step_selector\.table"):
         adadiff.load(file)
 
 

@@ -30,26 +30,37 @@ def policy_loss(scores: Tensor, rewards: Tensor, chosen: Tensor) -> Tensor:
     return -((reward - others) * scores.log_softmax(1).gather(1, chosen)).mean()
 
 
+def mean_entropy(scores: Tensor) -> Tensor:
+    """Of softmax(scores), [m, K], in nats."""
+    return -(scores.softmax(1) * scores.log_softmax(1)).sum(1).mean()
+
+
 def learn(
     scores: nn.Module,
     context: Tensor,
+    index: Tensor,
     rewards: Tensor,
     *,
-    updates: int = 1000,
+    updates: int = 500,
     batch: int = 256,
     draws: int = 4,
     lr: float = 0.05,
+    entropy: float = 0.3,
     seed: int = 0,
     progress: bool = False,
 ) -> None:
-    """Trains `scores` by Adam on rows of a recorded table. context: labels int64 [n] or text float64 [n, N, E];
-    rewards: float64 [n, K]. An update takes `batch` rows and `draws` choices of each. Deterministic."""
+    """Trains `scores` by Adam on rows of a recorded table. context: labels int64 [P] or text [P, N, E];
+    index: int64 [n], which of them a row has; rewards: float64 [n, K]. An update takes `batch` rows and `draws` choices
+    of each. entropy: weight of the policy's entropy at the beginning, which falls to zero: two candidates that follow
+    one another often differ little in reward, and without it the first to lead is chosen for good. Deterministic."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(scores.parameters(), lr)
-    for _ in tqdm(range(updates), disable=not progress, unit="update", dynamic_ncols=True):
+    for update in tqdm(range(updates), disable=not progress, unit="update", dynamic_ncols=True):
         rows = torch.randint(len(rewards), (batch,), generator=generator, device="cpu")
-        own = scores(context[rows])
+        given = context[index[rows]]
+        own = scores(given.double() if given.is_floating_point() else given)
         chosen = torch.multinomial(own.detach().softmax(1), draws, replacement=True, generator=generator)
+        left = entropy * (1 - update / updates) ** 2
         optimizer.zero_grad(set_to_none=True)
-        policy_loss(own, rewards[rows], chosen).backward()
+        (policy_loss(own, rewards[rows], chosen) - left * mean_entropy(own)).backward()
         optimizer.step()

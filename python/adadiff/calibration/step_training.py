@@ -20,6 +20,7 @@ from .step_policy import learn, rewards
 
 SEED = 1 << 33  # far from the seeds of samples, and of calibrations
 PIECE = 2048  # samples drawn at once, whose images are held
+PIECE_NUMBERS = 2**24  # of their text
 RESAMPLES = 1000
 HELD_OUT = 5  # one prompt of so many is for measuring alone
 
@@ -125,7 +126,8 @@ class StepTraining:
         errors = torch.zeros(0, K, dtype=torch.float64, device="cpu") if errors is None else errors
         if errors.shape[1:] != (K,) or len(errors) > n:
             raise ValueError(f"recorded errors are [up to {n}, {K}], got {list(errors.shape)}")
-        piece = max(1, PIECE // K)
+        most = PIECE_NUMBERS // self.rows.context[0].numel() if self.config.context_dim else PIECE
+        piece = max(1, min(PIECE, most) // K)
         with tqdm(total=n, initial=len(errors), disable=not progress, unit="noise", dynamic_ncols=True) as bar:
             while (begin := len(errors)) < n:
                 errors = torch.cat([errors, self._errors(begin, min(n, begin + piece))])
@@ -139,15 +141,9 @@ class StepTraining:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(config.seed)
             scores = new_scores(config).double()
-        context = self.rows.of_rows
-        context = context.double() if config.context_dim else context
-        lr = 0.002 if config.context_dim else 0.02
-        learn(
-            *(scores, context, rewards(errors, config.candidates, config.bar, config.penalty)),
-            lr=lr,
-            seed=config.seed,
-            progress=progress,
-        )
+        own = {"batch": 64, "lr": 0.005} if config.context_dim else {}
+        reward = rewards(errors, config.candidates, config.bar, config.penalty)
+        learn(scores, *(self.rows.context, self.rows.index, reward), **own, seed=config.seed, progress=progress)
         return StepSelector(config, scores)
 
     def measure(self, selector: StepSelector, progress: bool = False) -> MeasuredSteps:
@@ -155,13 +151,12 @@ class StepTraining:
         rows, candidates = self.held_out, self.config.candidates
         reference = self._draw(rows, candidates[-1], progress)
         chosen = selector.choose(rows.of_rows)
-        counts = {c: int((chosen == c).sum()) for c in candidates if bool((chosen == c).any())}
-        by_count = {c: self._distance(self._draw(rows, c, progress), reference).double() for c in counts}
-        own = torch.stack([by_count[int(c)][i] for i, c in enumerate(chosen)])
-        mean = float(chosen.double().mean())
-        fixed = self._distance(self._draw(rows, math.ceil(mean), progress), reference).double()
-        dealt = sum(by_count[c].square() * (count / len(chosen)) for c, count in counts.items())
-        return measured(own, chosen, fixed, dealt.sqrt(), self.config.bar)
+        counts = sorted(set(chosen.tolist()))
+        by_count = torch.stack([self._distance(self._draw(rows, c, progress), reference).double() for c in counts])
+        own = (chosen == torch.tensor(counts, device="cpu")[:, None]).double()  # [counts, n], one 1 a column
+        fixed = self._draw(rows, math.ceil(float(chosen.double().mean())), progress)
+        fixed = self._distance(fixed, reference).double()
+        return measured((own * by_count).sum(0), chosen, fixed, dealt_at_random(by_count, own), self.config.bar)
 
     def _errors(self, begin: int, end: int) -> Tensor:
         rows, candidates = self.rows, self.config.candidates
@@ -187,6 +182,12 @@ class StepTraining:
             guidance_scale=self.config.guidance_scale,
             **own,
         )
+
+
+def dealt_at_random(errors: Tensor, chosen: Tensor) -> Tensor:
+    """errors: float64 [C, n], of each of C numbers of steps; chosen: float64 [C, n], 1 where a sample has it. Returns
+    each sample's root mean square, float64 [n], over all ways to deal the chosen numbers out among the samples."""
+    return (chosen.mean(1, keepdim=True) * errors.square()).sum(0).sqrt()
 
 
 def measured(own: Tensor, chosen: Tensor, fixed: Tensor, dealt: Tensor, bar: float) -> MeasuredSteps:
