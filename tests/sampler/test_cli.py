@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import adadiff
 from adadiff import cli
-from adadiff.commands import calibrate, convert, diff, evaluate, info, inspect, sample, texts, train
+from adadiff.commands import calibrate, convert, diff, distill, evaluate, info, inspect, sample, texts, train
 from adadiff.config import ModelConfig
 from adadiff.sampling.batch import Batch
 from adadiff.training.config import FORMAT_VERSION, TrainConfig
@@ -31,6 +31,7 @@ COMMANDS = {
     "train": train.train,
     "calibrate": calibrate.calibrate,
     "evaluate": evaluate.evaluate,
+    "distill": distill.distill,
     "convert": convert.convert,
     "inspect": inspect.inspect,
     "diff": diff.diff,

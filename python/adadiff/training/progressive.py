@@ -122,7 +122,9 @@ def halve(
         loss.backward()
         norm = nn.utils.clip_grad_norm_(student.parameters(), MOST_NORM)
         if not bool(norm.isfinite()):
-            raise FloatingPointError(f"the loss is {float(loss)} at update {k} of {steps} steps; nothing was written")
+            raise FloatingPointError(
+                f"the loss is {float(loss.detach())} at update {k} of {steps} steps; nothing was written"
+            )
         optimizer.step()
         on_update(k + 1, float(loss.detach()))
     return student.eval().requires_grad_(False)
