@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adadiff import cli
-from adadiff.data import files
+from adadiff import cli, reading
 from adadiff.metrics.references import open_reference
 from adadiff.output.locking import only_launch
 from adadiff.output.pictures import write_png
@@ -172,7 +171,7 @@ def test_statistics_that_are_no_covariance_are_refused(sigma: np.ndarray, tmp_pa
     ],
 )
 def test_texts_of_others_have_a_limit(name: str, line: str, tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(files, "MOST_TEXT", 1000)
+    monkeypatch.setattr(reading, "MOST_TEXT", 1000)
     (tmp_path / name).write_text(" " * 1001)
     assert run(line.format(tmp_path, tmp_path)) == 2
     assert "it has more than 1,000 bytes" in error_line(capsys.readouterr().err)

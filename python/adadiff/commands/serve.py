@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import find
-from ..data.files import read_text
 from ..model import Model
 from ..pipelines import latents
 from ..pipelines.text import CLIP, TextEncoder
+from ..reading import read_text
 from ..service.class_names import class_names
 from ..service.settings import Settings
 from .shared import execution_of, load_model

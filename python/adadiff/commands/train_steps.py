@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .. import checkpoint
 from ..calibration.step_training import StepTraining
-from ..data.files import read_text
 from ..model import Model
 from ..pipelines.text import CLIP, TextEncoder
+from ..reading import read_text
 from ..writing import check_outputs, check_space, replace_file
 from .shared import check_limits, digest, load_model, with_progress
 from .step_choices import show_choices
