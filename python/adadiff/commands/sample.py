@@ -258,10 +258,10 @@ def _fill_with_shards(
     if totals is None and first:
         say(f"{folder.count} of {n} samples are in {out}; the other processes draw the rest")
     elif totals is not None and (first or drew):
-        numbers = (totals[name] for name in ("macs", "macs_full", "mean_exit_layer", "num_layers"))
+        macs, macs_full, depth, layers = (totals[name] for name in ("macs", "macs_full", "mean_exit_layer", "num_layers"))
         policy = folder.manifest.configuration["policy"]
-        never = never_acted_text("cache:" in policy or "reuse:" in policy) if policy != "full" else None
-        left_out = f", {_left_out(*numbers, never)}"
+        never = never_acted_text("cache:" in policy or "reuse:" in policy) if _asks(policy) else None
+        left_out = f", {_left_out(macs, macs_full, depth, layers, never)}"
         time = f" in {totals['seconds']:.1f} s of drawing" if n else ""
         say(f"wrote {out}: {n} samples{time}{left_out if n else ''}")
 
