@@ -258,7 +258,8 @@ def _fill_with_shards(
     if totals is None and first:
         say(f"{folder.count} of {n} samples are in {out}; the other processes draw the rest")
     elif totals is not None and (first or drew):
-        macs, macs_full, depth, layers = (totals[name] for name in ("macs", "macs_full", "mean_exit_layer", "num_layers"))
+        names = ("macs", "macs_full", "mean_exit_layer", "num_layers")
+        macs, macs_full, depth, layers = (totals[name] for name in names)
         policy = folder.manifest.configuration["policy"]
         never = never_acted_text("cache:" in policy or "reuse:" in policy) if _asks(policy) else None
         left_out = f", {_left_out(macs, macs_full, depth, layers, never)}"

@@ -95,7 +95,8 @@ class LaneCache:
     def _relative(self, policy: ReusePolicy, gate: Tensor) -> Tensor:
         """float32 [B]: by how much the gate differs from the reference; of a policy that decides for the whole batch,
         one number for all."""
-        assert self.reference is not None and self.norm is not None  # a step has been full
+        assert self.reference is not None  # a step has been full
+        assert self.norm is not None
         changed, norm = mean_abs(gate - self.reference), self.norm
         return (changed.sum() / norm.sum()).expand(self.B) if policy.whole_batch else changed / norm
 
