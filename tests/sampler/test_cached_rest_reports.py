@@ -276,7 +276,7 @@ def test_bytes_hold_requests_that_reuse_too(kind: str, policy: str, guidance_sca
     samples = SampleBatch.of(made, 1, **request)
     assert rooms.of(samples) > samples.lanes == Rooms(made, capacity).of(samples)
     assert rooms.of(SampleBatch.of(made, 1, steps=3, class_labels=1)) == 1
-    fits = capacity // rooms.of(samples)
+    fits = int(capacity / rooms.of(samples))
     assert fits >= 2
     # tables of the solver and the schedule take some, whatever the capacity
     assert serving_bytes(made, fits, request) < 2**17 + 12 * 1024

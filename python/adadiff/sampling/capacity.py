@@ -76,14 +76,14 @@ class Rooms:
         self._model, self._in_bytes = model, isinstance(capacity, str)
         self._each: int | None = None
 
-    def of(self, samples: SampleBatch) -> int:
+    def of(self, samples: SampleBatch) -> float:
         policy, model = samples.parts.reuse, self._model
         if policy is None or not self._in_bytes:
             return samples.lanes
         if self._each is None:
             self._each = lane_bytes(model)[0]
         more = reuse_bytes(policy, model.backbone, model.exits is not None, next(model.parameters()).dtype)
-        return math.ceil(samples.lanes * (1 + more / self._each))
+        return samples.lanes * (1 + more / self._each)
 
 
 def one_context(model: Model) -> Tensor | None:

@@ -137,7 +137,7 @@ class Engine:
         lanes = self._rooms.of(samples)
         if lanes > self.capacity:
             kind = "guided" if lanes == samples.lanes else "reusing"
-            raise ValueError(f"a {kind} request takes {lanes} lanes, but the capacity is {self.capacity}")
+            raise ValueError(f"a {kind} request takes {lanes:.3g} lanes, but the capacity is {self.capacity}")
         if self.model.device != self._batch.device:
             raise ValueError(
                 f"this engine was made for a model on {self._batch.device}, which is on {self.model.device} now; make "

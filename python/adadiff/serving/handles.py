@@ -63,7 +63,7 @@ class Handle(Future):
         deadline: float,
         priority: int,
         on_step: Callable | None,
-        lanes: int,
+        lanes: float,
     ):
         super().__init__()
         self._condition = SignalSafeCondition()  # the engine's thread takes it, too
