@@ -4,6 +4,7 @@ fails."""
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from adadiff.forward.feature_store import FeatureStore, Kind, StoreUpdate
 from adadiff.forward.forward import run_forward
 from adadiff.forward.options import ExecutionOptions
 from adadiff.forward.output import ForwardOutput
+from adadiff.forward.rest_of_network import RestOfNetwork, mean_abs
 from adadiff.policies.reuse import ReuseContext, ReusePolicy
 from adadiff.sampling import batch as batch_module
 from adadiff.sampling.batch import Batch
@@ -284,3 +286,35 @@ def test_a_store_grows_with_the_lanes_that_need_it_and_keeps_what_is_there() -> 
     assert bool((store["made"][torch.from_numpy(again)] == -1).all())
     with pytest.raises(ValueError, match="'rest' is kept as"):
         store.take(1, {"rest": Kind((2, 4), torch.float32)})
+
+
+def test_what_a_gate_reads_has_the_same_bits_in_any_company() -> None:
+    """PyTorch splits the mean of one large lane among its threads, and not those of several."""
+    values, threads = torch.randn(9, 66, 512, generator=torch.Generator().manual_seed(1)), torch.get_num_threads()
+    invariant = SimpleNamespace(_invariant=True)
+    torch.set_num_threads(2)
+    try:
+        alone_ = torch.cat([RestOfNetwork._by_lane(invariant, mean_abs, values[i : i + 1]) for i in range(9)])
+        together = RestOfNetwork._by_lane(invariant, mean_abs, values)
+        as_it_is = torch.cat([mean_abs(values[i : i + 1]) for i in range(9)])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(together, alone_)
+    torch.testing.assert_close(together, as_it_is)
+
+
+def test_policies_that_nobody_follows_any_more_are_forgotten() -> None:
+    """A server meets ever new thresholds; those who are there keep theirs."""
+    batch, only = Batch(served(), 2, execution=INVARIANT), np.zeros(1, dtype=np.int64)
+    stays = {"seed": 5, "steps": 90, "policy": "reuse:every=2", "class_labels": 1}
+    slot = batch.admit(SampleBatch.of(served(), 1, **stays), only)
+    for i in range(80):
+        short = {"seed": i, "steps": 1, "policy": f"cache:threshold={i}", "class_labels": 1}
+        batch.admit(SampleBatch.of(served(), 1, **short), only)
+        batch.release(batch.tick().done)
+    assert len(batch._reuse) < 80
+    while batch.count:
+        tick = batch.tick()
+        done = batch.peek(slot)[0]
+        batch.release(tick.done)
+    assert torch.equal(done, alone(stays)[0])

@@ -20,6 +20,7 @@ from adadiff.policies.reuse import BatchCache, ReusePolicy
 from adadiff.policies.spelling import parts_from
 from adadiff.sampling import reuse_checks
 from adadiff.sampling.batch import Batch
+from adadiff.sampling.capacity import Rooms, capacity_of, peak_bytes
 from adadiff.sampling.reports import log_never_acted
 from adadiff.sampling.sample_batch import SampleBatch
 from sampler.cached_rest import models
@@ -247,3 +248,48 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     assert "cache:threshold=0.5" in json.loads((out / "e.json").read_text())["results"]
     assert run(f"diff {tiny} --steps 4 --policy reuse:every=2 --other policy=full") == 0
     assert "exits differ" in capsys.readouterr().out
+
+
+def serving_bytes(made: Model, n: int, request: dict) -> int:
+    """Peak bytes of a batch of n samples, from its making to their last step."""
+
+    def run_all() -> None:
+        batch = Batch(made, n)
+        for i in range(n):  # one after the other: what is kept grows
+            batch.admit(SampleBatch.of(made, 1, seed=i, **request), np.zeros(1, dtype=np.int64))
+        for _ in range(3):
+            assert not batch.tick().failed
+
+    return peak_bytes(run_all)
+
+
+@pytest.mark.parametrize("kind", ["uvit", "dit", "plain"])
+@pytest.mark.parametrize(
+    ("policy", "guidance_scale"),
+    [("reuse:every=2", 1.0), ("cache:threshold=0.5", 2.0), ("cache:threshold=0.5,gate=input", 1.0)],
+)
+def test_bytes_hold_requests_that_reuse_too(kind: str, policy: str, guidance_scale: float) -> None:
+    """As many as an engine of so many bytes has in flight take no more."""
+    made, spelled = models()[kind], "128KiB"
+    capacity, rooms = capacity_of(made, spelled), Rooms(made, spelled)
+    request = {"steps": 3, "policy": policy, "class_labels": 1, "guidance_scale": guidance_scale}
+    samples = SampleBatch.of(made, 1, **request)
+    assert rooms.of(samples) > samples.lanes == Rooms(made, capacity).of(samples)
+    assert rooms.of(SampleBatch.of(made, 1, steps=3, class_labels=1)) == 1
+    fits = int(capacity / rooms.of(samples))
+    assert fits >= 2
+    # tables of the solver and the schedule take some, whatever the capacity
+    assert serving_bytes(made, fits, request) < 2**17 + 12 * 1024
+
+
+def test_an_engine_of_bytes_holds_fewer_that_reuse() -> None:
+    engine = adadiff.Engine(served(), "200KiB", threaded=False)
+    handles = [engine.submit(seed=i, steps=2, policy="reuse:every=2", class_labels=1) for i in range(engine.capacity)]
+    engine.step()
+    assert 0 < engine.report.running < engine.capacity
+    engine.close()
+    assert all(handle.report.reuses == 1 for handle in handles)
+    with pytest.raises(ValueError, match="a reusing request takes"):
+        adadiff.Engine(served(), "20KiB", threaded=False).submit(
+            seed=0, policy="cache:threshold=0.1", guidance_scale=2.0
+        )

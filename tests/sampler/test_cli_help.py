@@ -13,7 +13,7 @@ from adadiff import cli
 from adadiff.commands import options, texts
 from adadiff.commands.formatting import HelpFormatter
 from adadiff.diffusion.solvers import SOLVERS
-from adadiff.policies.spelling import FORMS, parts_from
+from adadiff.policies.spelling import FORMS, REUSE_FORMS, parts_from
 from adadiff.training.config import TrainConfig
 from adadiff.training.losses import LOSSES
 
@@ -143,14 +143,12 @@ def test_prose_names_options_that_exist(command: str) -> None:
 
 def test_the_list_of_policies_is_complete() -> None:
     listed = re.findall(r"^  (\S+)", texts.POLICY_TABLE, re.MULTILINE)
-    kinds = set(re.findall(r"exit:([a-z-]+)=", FORMS))
-    widths = {"width:W", "width:FILE"}
-    assert {form.partition("=")[0] for form in listed} == {"full", "exit:U", "exit:U,min_layer"} | widths | {
-        f"exit:{kind}" for kind in kinds
-    }
+    kinds = set(re.findall(r"((?:exit|cache|reuse):[a-z-]+)=", FORMS + REUSE_FORMS))
+    others = {"full", "exit:U", "exit:U,min_layer", "width:W", "width:FILE", "cascade:FILE,..."}
+    assert {form.partition("=")[0] for form in listed} == others | kinds
     for form in listed:
         if "SHARE" not in form and "FILE" not in form:
-            parts_from(form.replace("U", "0.1").replace("K", "2").replace("W", "0.5"))
+            parts_from(form.replace("U", "0.1").replace("C", "0.1").replace("K", "2").replace("W", "0.5"))
 
 
 def test_solvers_and_losses_are_all_named() -> None:

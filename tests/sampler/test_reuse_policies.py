@@ -5,10 +5,8 @@ import math
 import pytest
 import torch
 
-import adadiff
-from adadiff.policies.reuse import Cache, CachedRest, Reuse, ReuseContext, ReusePolicy
+from adadiff.policies.reuse import BatchCache, Cache, CachedRest, Reuse, ReuseContext, ReusePolicy
 from adadiff.policies.spelling import policy_from, reuse_or_exit_policy_from
-from sampler.tiny import served
 
 
 def context(step: list[int], age: list[int], left: list[int] | None = None) -> ReuseContext:
@@ -23,6 +21,8 @@ def context(step: list[int], age: list[int], left: list[int] | None = None) -> R
         ("cache:threshold=0", Cache(0)),
         ("cache:threshold=0.1234567,first=2,last=3,gate=input", Cache(0.1234567, 2, 3, "input")),
         ("cache:gate=residual,threshold=1e-7", Cache(1e-7)),
+        ("cache:batch=0.08", BatchCache(0.08)),
+        ("cache:first=2,batch=0.08", BatchCache(0.08, 2)),
         ("reuse:every=2", Reuse(2)),
         ("reuse:every=3,level=layer,dense_early=4,dense_late=1", Reuse(3, "layer", 4, 1)),
     ],
@@ -50,6 +50,8 @@ def test_spellings(text: str, policy: ReusePolicy) -> None:
         ("cache:threshold=0.1,last=-1", "last must be a whole number of 0 or more, got -1"),
         ("cache:threshold=0.1,gate=output", "gate must be one of residual, input, got 'output'"),
         ("cache:threshold=0.1,every=2", "cache takes no 'every=2'"),
+        ("cache:batch=0.1,gate=input", "cache takes no 'gate=input'"),
+        ("cache:batch=nan", "finite and at least 0, got nan"),
         ("reuse:every=0", "every must be a whole number of 1 or more, got 0"),
         ("reuse:level=block", "reuse needs every"),
         ("reuse:every=2,level=head", "level must be one of block, layer, unit, got 'head'"),
@@ -101,14 +103,7 @@ def test_the_cached_rest_is_always_taken() -> None:
 
 
 @pytest.mark.parametrize("policy", ["cache:threshold=0.08", "reuse:every=2", Cache(0.1)], ids=str)
-def test_the_engine_refuses_what_it_cannot_run(policy: str | ReusePolicy) -> None:
+def test_one_forward_pass_alone_refuses_them(policy: str | ReusePolicy) -> None:
     with pytest.raises(ValueError, match="only exits can be") as refused:
         policy_from(policy)
     assert "\n" not in str(refused.value)
-    with pytest.raises(ValueError, match="only exits can be"):
-        adadiff.sample(served(), 2, steps=2, class_labels=[0, 1], policy=policy)
-    with (
-        adadiff.Engine(served(), capacity=2) as engine,
-        pytest.raises(ValueError, match="only exits can be"),
-    ):
-        engine.submit(seed=0, class_labels=0, steps=2, policy=policy)

@@ -262,7 +262,7 @@ def _fill_with_shards(
         macs, macs_full, depth, layers = (totals[name] for name in names)
         policy = folder.manifest.configuration["policy"]
         never = never_acted_text("cache:" in policy or "reuse:" in policy) if _asks(policy) else None
-        left_out = f", {_left_out(macs, macs_full, depth, layers, never)}"
+        left_out = f", {_left_out(macs, macs_full, depth, layers, never=never)}"
         time = f" in {totals['seconds']:.1f} s of drawing" if n else ""
         say(f"wrote {out}: {n} samples{time}{left_out if n else ''}")
 
@@ -296,7 +296,7 @@ def _saving(report: Report) -> str:
         went_on = f"{report.passes / n:.1f} evaluations an image; {int(report.went_on.sum())} went on to the teacher"
         return f"{n} images in {seconds:.2f} s ({n / seconds:.1f} images/s), {went_on}"
     never = never_acted_text(report.reused is not None) if report.asks else None
-    left_out = _left_out(report.macs, report.macs_full, report.mean_exit_layer, report.num_layers, never)
+    left_out = _left_out(report.macs, report.macs_full, report.mean_exit_layer, report.num_layers, never=never)
     if report.never_acted and never is not None and never not in left_out:  # a shallow network alone left work out
         left_out += f"; {never}"
     if report.reuses:
@@ -309,7 +309,7 @@ def _chosen(report: Report) -> str:
     return f"{least} to {most} steps, {report.steps.double().mean():.2f} on average"
 
 
-def _left_out(macs: int, macs_full: int, mean_exit_layer: float, num_layers: int, never: str | None) -> str:
+def _left_out(macs: int, macs_full: int, mean_exit_layer: float, num_layers: int, *, never: str | None) -> str:
     """never: what is said of a policy that never acted; None where it is not there to act."""
     if macs >= macs_full:
         return "no work left out" + (f": {never}" if never is not None and mean_exit_layer == num_layers else "")

@@ -316,17 +316,18 @@ there: the uncertainty, from 0 to 1.
                       calibrate` chose for SHARE of the
                       full network's work
   exit:table=SHARE    the same share, by timestep alone
-  cache:threshold=C   the first block runs; if what it adds
-                      changed by less than C (a share, such
-                      as 0.1) since the sample's last full
-                      step, that step's rest is reused
+  cache:threshold=C   reuses the rest of the sample's last
+                      full step while what the first block
+                      adds differs by at most C, a share
+                      such as 0.1
   cache:threshold=C,first=K,gate=input
-                      after K blocks; by what the first
-                      block reads, summed up step by step
+                      decides after K blocks, by what the
+                      first one reads, summed up by steps
   cache:batch=C       all samples at once (a baseline)
   reuse:every=K       every K-th step is full, the others
-                      reuse; also dense_early=N and
-                      dense_late=N full steps at the ends
+                      reuse its rest; takes dense_early=N
+                      and dense_late=N, full steps at the
+                      ends
   width:W             a share W of heads and channels (of
                       a slimmable model)
   width:FILE          a share for each timestep, as

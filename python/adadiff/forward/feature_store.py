@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adadiff_kernels import upload
 
-STEP = 8  # entries that are added at least, and the share of those there: few copies, little that nobody uses
+SPARE = 8  # one entry in so many is made beyond those that are needed, so that not every sample makes the store anew
 NEVER = -1  # of `made`: the entry has not been written since it was taken
 
 
@@ -33,8 +33,9 @@ ALWAYS = {"made": Kind((), torch.int64), "network": Kind((), torch.int64)}
 
 
 def entry_bytes(kinds: Mapping[str, Kind]) -> int:
-    """Of one entry that holds `kinds`."""
-    return sum(kind.bytes for kind in {**ALWAYS, **kinds}.values())
+    """Of one entry that holds `kinds`, and its part of those to spare."""
+    each = sum(kind.bytes for kind in {**ALWAYS, **kinds}.values())
+    return each + -(-each // SPARE)
 
 
 class StoreUpdate(NamedTuple):
@@ -111,7 +112,7 @@ class FeatureStore:
                 raise ValueError(f"{name!r} is kept as {self._kinds[name]} already, which is not {kind}")
         wanted, size = self._kinds | dict(kinds), self._size
         if n > len(self._free):
-            size = max(self.taken + n, self._size + max(STEP, self._size // STEP))
+            size = max(self.taken + n, self._size + self._size // SPARE)
         fresh: dict[str, Tensor] = {}
         for name, kind in wanted.items():
             if name in self.values and size == self._size:

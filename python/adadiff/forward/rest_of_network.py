@@ -17,7 +17,7 @@ from ..models.interface import Backbone
 from ..policies.reuse import GATES, ReuseContext, ReusePolicy
 from .branch_plan import Branches, reuses_branches
 from .decision import call_policy
-from .feature_store import Kind, StoreUpdate
+from .feature_store import Kind, StoreUpdate, entry_bytes
 from .lane_by_lane import LaneRunner, lane_by_lane
 from .placement import DevicePlacement, HostPlacement
 from .reuse_lanes import LaneEntries, ReuseLanes
@@ -34,6 +34,14 @@ def kinds_of(policy: ReusePolicy, backbone: Backbone, dtype: torch.dtype) -> dic
     if policy.gate == "input":
         kinds["total"] = Kind((), torch.float32)
     return kinds
+
+
+def reuse_bytes(policy: ReusePolicy, backbone: Backbone, exits: bool, dtype: torch.dtype) -> int:
+    """Bytes that a lane of `policy` takes beside what lanes take that reuse nothing: its entry; in a pass, what that
+    returns for it, and hidden states before and after the first blocks; without exits, those with which it
+    leaves."""
+    hidden = backbone.tokens * backbone.dim * dtype.itemsize
+    return 2 * entry_bytes(kinds_of(policy, backbone, dtype)) + hidden * (2 if exits else 3)
 
 
 def check_reuse(policy: ReusePolicy, backbone: Backbone) -> None:

@@ -85,20 +85,12 @@ class LaneCache:
             if self.reference is None or self.norm is None or self.total is None:
                 self.total = torch.zeros(self.B, dtype=torch.float32, device=gate.device)
             else:
-                self.total = self.total + self._relative(policy, gate)
+                self.total = self.total + _relative(policy, gate, self.reference, self.norm)
             self.reference, self.norm = gate, mean_abs(gate)
             return torch.where(self.norm.isnan(), torch.nan, self.total)
         if self.reference is None or self.norm is None:
             return torch.where(mean_abs(gate).isnan(), torch.nan, torch.inf)
-        return self._relative(policy, gate)
-
-    def _relative(self, policy: ReusePolicy, gate: Tensor) -> Tensor:
-        """float32 [B]: by how much the gate differs from the reference; of a policy that decides for the whole batch,
-        one number for all."""
-        assert self.reference is not None  # a step has been full
-        assert self.norm is not None
-        changed, norm = mean_abs(gate - self.reference), self.norm
-        return (changed.sum() / norm.sum()).expand(self.B) if policy.whole_batch else changed / norm
+        return _relative(policy, gate, self.reference, self.norm)
 
     def _note(self, policy: ReusePolicy, gate: Tensor | None, reuse: Tensor) -> None:
         full = ~reuse
@@ -116,6 +108,13 @@ class LaneCache:
             fresh = gate.index_select(0, rows)
             self.reference = self.reference.index_copy(0, rows, fresh)
             self.norm = self.norm.index_copy(0, rows, mean_abs(fresh))
+
+
+def _relative(policy: ReusePolicy, gate: Tensor, reference: Tensor, norm: Tensor) -> Tensor:
+    """float32 [B]: by how much the gate differs from the reference; of a policy that decides for the whole batch, one
+    number for all."""
+    changed = mean_abs(gate - reference)
+    return (changed.sum() / norm.sum()).expand(len(norm)) if policy.whole_batch else changed / norm
 
 
 def mean_abs(value: Tensor) -> Tensor:

@@ -1,11 +1,15 @@
 """The policies of the samples in flight."""
 
 import dataclasses
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from . import calibrated, exits
 from .interface import ExitPolicy
+from .reuse import ReusePolicy
+
+Kind = TypeVar("Kind", ExitPolicy, ReusePolicy)
 
 # They read thresholds from the context alone, so that those that differ in nothing else are asked together. A policy of
 # somebody else may read its own, so two of them are two, unless they are equal.
@@ -15,17 +19,17 @@ _MERGED = {
 }
 
 
-class PolicySet:
+class PolicySet(Generic[Kind]):
     """Policies in use, each kind once."""
 
     def __init__(self) -> None:
         self._index: dict[object, int] = {}
-        self.kinds: list[ExitPolicy] = []
+        self.kinds: list[Kind] = []
 
     def __len__(self) -> int:
         return len(self.kinds)
 
-    def add(self, policy: ExitPolicy) -> int:
+    def add(self, policy: Kind) -> int:
         """The index of its kind."""
         kind = _kind(policy)
         if kind not in self._index:
@@ -41,7 +45,7 @@ class PolicySet:
         return index
 
 
-def _kind(policy: ExitPolicy) -> object:
+def _kind(policy: ExitPolicy | ReusePolicy) -> object:
     if type(policy) in _MERGED:
         settings = (getattr(policy, field.name) for field in dataclasses.fields(policy) if field.name != "threshold")
         return type(policy), *settings

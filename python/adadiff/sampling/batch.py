@@ -26,7 +26,7 @@ from ..forward.output import ForwardOutput
 from ..forward.reuse_lanes import NONE
 from ..forward.warming import warm
 from ..model import Model
-from ..policies.interface import LaneIds
+from ..policies.interface import ExitPolicy, LaneIds
 from ..policies.parts import FULL
 from ..policies.policy_set import PolicySet
 from .capacity import one_context
@@ -76,7 +76,7 @@ class Batch:
         self.model, self.capacity, self.totals = model, capacity, Totals()
         self.execution, self.device = execution or ExecutionOptions(), device or model.device
         self._forward, self._choice, self._networks = forward or run_forward, choice, NetworkSet(model)
-        self._tables, self._policies = TableSet(model.schedule, self.device), PolicySet()
+        self._tables, self._policies = TableSet(model.schedule, self.device), PolicySet[ExitPolicy]()
         self._slots = SlotState(capacity, model.backbone.sample_shape, self.device)
         self._reuse = ReuseSlots(capacity, model, self.device)
         self._expected = ExpectedDepth(model.num_layers, capacity)

@@ -12,10 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 from ..forward.forward import forward
 from ..forward.options import ExecutionOptions
+from ..forward.rest_of_network import reuse_bytes
 from ..forward.structure import structure_of
 from ..model import Model
 from ..policies.exits import Full, Replay
-from .sample_batch import whole
+from .sample_batch import SampleBatch, whole
 
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 STATES = 8  # of a sample, float32: x, base, two of history, and what one step and the next one keep
@@ -65,6 +66,24 @@ def lane_bytes(model: Model) -> tuple[int, int, int]:
     context = one_context(model)
     kept = STATES * 4 * math.prod(backbone.sample_shape) + (CONTEXTS * context.nbytes if context is not None else 0)
     return two - one + kept, max(0, 2 * one - two), group
+
+
+class Rooms:
+    """How much of a capacity requests take, in lanes. Where that was given in bytes, one that reuses earlier steps
+    takes more than its lanes, for what is kept of them."""
+
+    def __init__(self, model: Model, capacity: int | str) -> None:
+        self._model, self._in_bytes = model, isinstance(capacity, str)
+        self._each: int | None = None
+
+    def of(self, samples: SampleBatch) -> float:
+        policy, model = samples.parts.reuse, self._model
+        if policy is None or not self._in_bytes:
+            return samples.lanes
+        if self._each is None:
+            self._each = lane_bytes(model)[0]
+        more = reuse_bytes(policy, model.backbone, model.exits is not None, next(model.parameters()).dtype)
+        return samples.lanes * (1 + more / self._each)
 
 
 def one_context(model: Model) -> Tensor | None:

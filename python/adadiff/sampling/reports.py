@@ -24,9 +24,9 @@ def asks_for_exits(policy: ExitPolicy) -> bool:
 
 
 @lru_cache(maxsize=256)
-def log_never_acted(policy: str) -> None:
-    """Once for each policy."""
-    how = " or reuse" if "cache:" in policy or "reuse:" in policy else ""
+def log_never_acted(policy: str, reuses: bool = False) -> None:
+    """Once for each policy. reuses: it is there to let samples reuse, too."""
+    how = " or reuse" if reuses else ""
     logging.getLogger("adadiff").warning("policy %s never let a sample exit%s: every block was run", policy, how)
 
 

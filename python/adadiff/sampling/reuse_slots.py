@@ -11,6 +11,7 @@ from ..forward.rest_of_network import kinds_of
 from ..forward.reuse_lanes import NONE, ReuseLanes
 from ..forward.structure import structure_of
 from ..model import Model
+from ..policies.policy_set import PolicySet
 from ..policies.reuse import ReusePolicy
 from .lanes import Lanes
 from .network_set import NetworkSet
@@ -27,11 +28,11 @@ class Reserved:
 
 
 class ReuseSlots:
-    """By slot, of `capacity`. policy: int64 [capacity], among `policies`, NONE where a sample reuses nothing. entry:
+    """By slot, of `capacity`. policy: int64 [capacity], of `policies`, NONE where a sample reuses nothing. entry:
     int64 [capacity, 2], of the store, by half. begun: int64 [capacity], the step that the sample began at."""
 
     def __init__(self, capacity: int, model: Model, device: torch.device) -> None:
-        self._model, self.store, self.policies = model, FeatureStore(device), list[ReusePolicy]()
+        self._model, self.store, self.policies = model, FeatureStore(device), PolicySet[ReusePolicy]()
         self.policy = np.full(capacity, NONE, dtype=np.int64)
         self.entry = np.full((capacity, 2), NONE, dtype=np.int64)
         self.begun = np.zeros(capacity, dtype=np.int64)
@@ -49,9 +50,7 @@ class ReuseSlots:
         halves[:, 1] = samples.guidance.numpy()[index] != 0
         entry = np.full((len(index), 2), NONE, dtype=np.int64)
         entry[halves] = self.store.take(int(halves.sum()), self._kinds(policy))
-        if policy not in self.policies:
-            self.policies.append(policy)
-        return Reserved(self.policies.index(policy), entry)
+        return Reserved(self.policies.add(policy), entry)
 
     def _kinds(self, policy: ReusePolicy) -> dict[str, Kind]:
         """What a lane of `policy` keeps."""
@@ -82,14 +81,14 @@ class ReuseSlots:
 
     def owns(self, slots: np.ndarray, policy: object) -> np.ndarray:
         """bool [k]: who of slots: int64 [k] follows `policy`."""
-        wanted = [number for number, own in enumerate(self.policies) if own is policy]
+        wanted = [number for number, own in enumerate(self.policies.kinds) if own is policy]
         return np.isin(self.policy[slots], wanted)
 
     def keep(self, used: np.ndarray) -> np.ndarray:
         """Forgets all policies but those used: int64 [n]. Returns their new numbers, int64 [n]."""
-        kept = np.unique(used[used != NONE])
-        self.policies = [self.policies[number] for number in kept.tolist()]
-        return np.where(used == NONE, NONE, np.searchsorted(kept, used))
+        now = used.copy()
+        now[used != NONE] = self.policies.keep(used[used != NONE])
+        return now
 
     def of_lanes(
         self,
@@ -109,7 +108,7 @@ class ReuseSlots:
         fits = np.array([self._fits(one.model) for one in networks.networks])
         index = np.where(fits[now], index, NONE)
         return ReuseLanes(
-            tuple(self.policies),
+            tuple(self.policies.kinds),
             index=torch.from_numpy(index),
             entry=torch.from_numpy(self.entry[slot, lanes.half]),
             step=torch.from_numpy(step - self.begun[slot]),

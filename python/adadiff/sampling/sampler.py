@@ -137,4 +137,4 @@ class SamplerRun:
                     if error is not None:
                         raise error
         if self._totals.never_acted:
-            log_never_acted(str(self.samples.parts))
+            log_never_acted(str(self.samples.parts), self.samples.parts.reuse is not None)

@@ -16,7 +16,7 @@ from ..forward.two_stage import two_stage
 from ..model import Model
 from ..sampling.arriving import Arriving
 from ..sampling.batch import Batch
-from ..sampling.capacity import capacity_of
+from ..sampling.capacity import Rooms, capacity_of
 from ..sampling.params import SamplingParams
 from ..sampling.reports import log_never_acted
 from ..sampling.sample_batch import SampleBatch, whole
@@ -33,7 +33,8 @@ LOOK_AGAIN = 1.0  # seconds after which clients who wait look again, should a si
 class Engine:
     """Draws samples for requests that come from any thread.
 
-    capacity: lanes in one forward pass (a guided request takes two), or the bytes they may take as "512MiB" or "2GiB".
+    capacity: lanes in one forward pass (a guided request takes two), or the bytes they may take as "512MiB" or "2GiB"
+    (a request that reuses earlier steps then takes the room of more lanes, for what is kept of it).
     queue: requests that may wait. max_wait: seconds after which a request goes before later ones of a higher priority,
     see request_queue.py. execution: how forward passes are run.
     shallow_model, t_switch: another network at the noisy timesteps of all requests, see `sample`.
@@ -69,7 +70,7 @@ class Engine:
         switch = two_stage(model, shallow_model, t_switch)
         self.model, self.queue = model, queue
         self.capacity = min(capacity_of(one, capacity) for one in (model, shallow_model) if one is not None)
-        self._clock = clock
+        self._clock, self._rooms = clock, Rooms(model, capacity)
         make_batch = partial(
             Batch, model, self.capacity, execution=execution, choice=switch, forward=forward, late=True
         )
@@ -132,8 +133,10 @@ class Engine:
         if params.seed is None:
             raise ValueError("a request needs a seed; its image belongs to it")
         samples = SampleBatch.of(self.model, 1, params)
-        if samples.lanes > self.capacity:
-            raise ValueError(f"a guided request takes {samples.lanes} lanes, but the capacity is {self.capacity}")
+        lanes = self._rooms.of(samples)
+        if lanes > self.capacity:
+            kind = "guided" if lanes == samples.lanes else "reusing"
+            raise ValueError(f"a {kind} request takes {lanes:.3g} lanes, but the capacity is {self.capacity}")
         self._batch.check(samples)
         if self.model.device != self._batch.device:
             raise ValueError(
@@ -148,7 +151,7 @@ class Engine:
                 if not self._waiting.full(self.queue):
                     now = self._clock()
                     end = math.inf if deadline is None else now + deadline
-                    handle = Handle(samples, self, now, end, priority, on_step)
+                    handle = Handle(samples, self, now, end, priority, on_step, lanes)
                     self._handles.add(handle)
                     self._waiting.add(handle, priority)
                     break

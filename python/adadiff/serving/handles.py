@@ -64,12 +64,13 @@ class Handle(Future):
         deadline: float,
         priority: int,
         on_step: Callable | None,
+        lanes: float,
     ):
         super().__init__()
         self._condition = SignalSafeCondition()  # the engine's thread takes it, too
         self._done_callbacks = _Callbacks()
         self.samples, self.submitted, self.deadline, self.priority = samples, submitted, deadline, priority
-        self._engine, self._on_step, self._lanes = weakref.ref(engine), on_step, samples.lanes
+        self._engine, self._on_step, self._lanes = weakref.ref(engine), on_step, lanes
         self._num_layers = engine.model.num_layers
         self._steps: list[tuple[np.ndarray, np.ndarray | None, np.ndarray]] = []  # made, by lane, as far as known
         self._made = 0  # steps

@@ -58,8 +58,8 @@ class Running:
         return [*self._at.values(), *(one.handle for one in self._leaving)]
 
     @property
-    def lanes(self) -> int:
-        """In one forward pass, at most."""
+    def lanes(self) -> float:
+        """In one forward pass, at most; more for those of whom something is kept, see `Rooms`."""
         return sum(handle._lanes for handle in self._at.values())
 
     def begin(self, handle: Handle, now: float) -> BaseException | None:
