@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import adadiff
 from adadiff import cli
-from adadiff.commands import calibrate, convert, diff, distill, evaluate, info, inspect, sample, texts, train
+from adadiff.commands import calibrate, convert, diff, distill, evaluate, info, inspect, sample, search, texts, train
 from adadiff.config import ModelConfig
 from adadiff.sampling.batch import Batch
 from adadiff.training.config import FORMAT_VERSION, TrainConfig
@@ -36,6 +36,7 @@ COMMANDS = {
     "inspect": inspect.inspect,
     "diff": diff.diff,
     "info": info.info,
+    "search": search.search,
 }
 
 
@@ -141,6 +142,8 @@ def test_every_training_setting_is_an_option(tmp_path):
             values[field.name] = given[field.name]
             pairs = (f"{key}={str(value).lower()}" for key, value in given[field.name].items())
             text = f"{option} {' '.join(pairs)}"
+        elif field.type is list:
+            values[field.name], text = [0.5, 1.0], f"{option} 0.5,1"
         elif field.type is str:
             values[field.name] = OTHER.get(field.name, "bfloat16")
             text = f"{option} {values[field.name]}"

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from adadiff.checkpoint import load
+from adadiff.checkpoint import load, save
 from adadiff.forward.narrow import narrow
 from adadiff.model import Model
 from adadiff.training.config import TrainConfig, load_config
 from adadiff.training.run_folder import LOG
-from adadiff.training.trainer import Objective, Trainer
+from adadiff.training.trainer import Objective, Trainer, fingerprint
 from sampler.slim import WIDTHS, fresh, masked
 from sampler.test_training import SHORT, raising, tensors
 from sampler.tiny import inputs
@@ -141,14 +141,34 @@ def test_every_width_learns(tmp_path: Path) -> None:
     assert all(len(row["narrow"]) == 2 for row in rows)
 
 
+def test_exits_learn_at_all_widths_of_a_frozen_network(tmp_path: Path) -> None:
+    config = dataclasses.replace(SLIM, recipe="frozen", init="digits_slim", loss="relative", network={})
+    before = load("digits_slim")
+    trainer = Trainer(config, tmp_path / "a")
+    model = load(trainer.run(progress=False))
+    assert model.config.widths == before.config.widths
+    assert fingerprint(model.backbone) == fingerprint(before.backbone)
+    assert trainer.model.exits.weight.grad.abs().max() > 0
+    assert narrow(model, 0.25).exits is model.exits
+    for widths in ([], [0.5, 1.0]):
+        with pytest.raises(ValueError, match=r"another network.*widths: \(0\.25, 0\.5, 0\.75, 1\.0\)"):
+            Trainer(dataclasses.replace(config, widths=widths), tmp_path / "b")
+
+
+def test_a_narrow_network_is_no_start_of_a_whole_one(tmp_path: Path) -> None:
+    save(narrow(load("digits_slim"), 0.5), tmp_path / "half.safetensors")
+    config = TrainConfig(init=str(tmp_path / "half.safetensors"), exits=False)
+    with pytest.raises(ValueError, match=r"width: 0\.5, the configuration asks for 1\.0"):
+        Trainer(config, tmp_path / "a")
+    Trainer(dataclasses.replace(config, network={"width": 0.5}), tmp_path / "b").update()
+
+
 def test_widths_of_a_configuration_are_checked() -> None:
     for widths, message in (([0.5], "2 to 16"), ([0.5, 0.75], "end with 1"), ([1.0, 0.5], "ascending")):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(SHORT, widths=widths)
     with pytest.raises(ValueError, match="widths must be of type list"):
         dataclasses.replace(SHORT, widths=0.5)
-    with pytest.raises(ValueError, match=r"frozen.*widths"):
-        dataclasses.replace(SLIM, recipe="frozen", init="digits_plain", network={})
     config = load_config("digits_slim", {})
     assert config.model.widths == (0.25, 0.5, 0.75, 1.0)
     assert config.init == "digits_plain"

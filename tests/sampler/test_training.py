@@ -111,8 +111,8 @@ def test_a_loss_that_is_nan_stops_and_keeps_the_last_checkpoint(tmp_path: Path) 
     trainer = Trainer(SHORT, tmp_path)
     inputs = trainer.inputs
 
-    def broken(step: int, part: int) -> tuple[Tensor, ...]:
-        x, *others = inputs(step, part)
+    def broken(step: int, *which: int) -> tuple[Tensor, ...]:
+        x, *others = inputs(step, *which)
         return x * (math.nan if step == 3 else 1), *others
 
     trainer.inputs = broken

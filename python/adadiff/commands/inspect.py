@@ -48,6 +48,7 @@ def _summary(name: str, content: Mapping[str, Any], calibration: Calibration | N
             **({} if ours else {"layout": _layout(content)}),
             **({"draws": _draws(content), "network": _network(content)} if "network" in content else {}),
             "cost": _cost(content),
+            **({"widths": _widths(content)} if content.get("widths") else {}),
             "exits": _exits(content),
             **({"training": _training(content)} if ours else {}),
             **({"steps": _steps(content["step_selector"])} if content.get("step_selector") is not None else {}),
@@ -107,6 +108,11 @@ def _cost(content: Mapping[str, Any]) -> str:
     blocks = sorted({macs[name] for name in ("block", "block with skip") if name in macs})
     block = " or ".join(_count(cost) for cost in blocks)
     return f"{_count(macs['full forward pass'])} multiply-adds a forward pass, {block} a block"
+
+
+def _widths(content: Mapping[str, Any]) -> str:
+    widths = ", ".join(f"{width:g}" for width in content["widths"])
+    return f"{widths} of the heads and MLP channels; `adadiff sample --policy width:SHARE`, or a schedule"
 
 
 def _exits(content: Mapping[str, Any]) -> str:

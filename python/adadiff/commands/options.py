@@ -15,7 +15,7 @@ from .values import steps, whole_numbers
 Commands = Any  # what `ArgumentParser.add_subparsers` returns, whose type is private
 Options = argparse._ActionsContainer  # a parser, or a group of its options
 
-MODELS = "canvases, canvases_plain, canvases_shallow, digits, digits_plain or digits_prototypes"
+MODELS = "canvases, canvases_plain, canvases_shallow, digits, digits_plain, digits_prototypes or digits_slim"
 
 
 class Once(argparse.Action):

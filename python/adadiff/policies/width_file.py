@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from reprlib import repr as shortly
 from typing import Any
@@ -14,7 +15,7 @@ KEYS = ("format_version", "times", "widths", "network", "share", "quality", "set
 
 
 def width_from(text: str) -> Width:
-    """What follows "width:": one width for all times, as in "0.5", or a file.
+    """What follows "width:": one width for all times, as in "0.5", the name of a schedule in the package, or a file.
 
     Raises ValueError for a file that cannot be read, and for one that `width_json` did not write.
     """
@@ -38,8 +39,9 @@ def width_json(width: Width, network: Mapping[str, Any], **notes: object) -> str
 
 
 def _read(path: str) -> Width:
+    shipped = resources.files("adadiff").joinpath("checkpoints", f"{path}.json")
     try:
-        values = read_json(Path(path))
+        values = read_json(Path(str(shipped)) if path.isidentifier() and shipped.is_file() else Path(path))
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"cannot use policy 'width:{path}': {path!r} is neither a number nor a file") from None
     except (OSError, ValueError) as error:

@@ -114,8 +114,6 @@ class TrainConfig:
             raise ValueError(
                 "the loss 'relative' needs a network that can predict already: give init, or take 'supervised'"
             )
-        if self.recipe == "frozen" and self.widths:
-            raise ValueError("the recipe 'frozen' leaves the network as it is; leave widths out")
         if self.exit_options and not self.exits:
             raise ValueError("exit_options say how exits are made, but exits is false")
         model = self.model

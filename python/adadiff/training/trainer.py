@@ -347,10 +347,11 @@ def start_model(config: TrainConfig) -> Model:
         return model
     found = checkpoint.load(config.init)
     ours, theirs = config.model.to_dict(), found.config.to_dict()
-    differing = [key for key in ("family", "schedule", "null_label") if ours[key] != theirs[key]]
-    values = [f"{key}: {theirs[key]}, the configuration asks for {ours[key]}" for key in differing]
+    keys = ("family", "schedule", "null_label", *(["widths"] if config.recipe == "frozen" else []))
+    differing = [key for key in keys if ours.get(key) != theirs.get(key)]
+    values = [f"{key}: {theirs.get(key)}, the configuration asks for {ours.get(key)}" for key in differing]
     if ours["family"] == theirs["family"]:
-        sizes, asked = theirs["network"], ours["network"]
+        sizes, asked = dataclasses.asdict(found.config.network), dataclasses.asdict(config.model.network)
         values += [f"{k}: {v}, the configuration asks for {asked[k]}" for k, v in sizes.items() if asked[k] != v]
     if values:
         raise ValueError(
