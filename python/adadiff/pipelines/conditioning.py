@@ -57,6 +57,18 @@ def tracked(arguments: Mapping[str, Any]) -> bool:
     return any(one.requires_grad for value in arguments.values() for one in _tensors(value))
 
 
+def broken_lanes(output: Any, B: int) -> Tensor:
+    """bool [B], on the CPU: which lanes of what a transformer returns hold NaN, where it is by lane."""
+    broken = torch.zeros(B, dtype=torch.bool, device="cpu")
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else [output]
+    for part in parts:
+        if isinstance(part, Tensor) and part.ndim and len(part) == B and part.is_floating_point():
+            broken |= part.isnan().flatten(1).any(1).cpu() if part.ndim > 1 else part.isnan().cpu()
+        elif isinstance(part, list) and len(part) == B and all(isinstance(one, Tensor) for one in part):
+            broken |= torch.tensor([bool(one.isnan().any()) for one in part], device="cpu")
+    return broken
+
+
 def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]

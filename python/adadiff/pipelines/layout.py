@@ -55,12 +55,14 @@ class Planned:
 @dataclass(frozen=True)
 class Layout:
     """The calls of blocks in one forward pass, in their order. The first `head` and those from `tail` on always run;
-    `final`: of each segment, the position of its last call between them."""
+    `final`: of each segment, the position of its last call between them. `stays`: segments whose first inputs, and ""
+    where the first block's input, nobody has changed in place."""
 
     calls: tuple[Planned, ...]
     head: int
     tail: int
     final: Mapping[str, int]
+    stays: frozenset[str]
 
 
 def find_lists(transformer: nn.Module, names: Sequence[str], given: bool) -> dict[str, nn.ModuleList]:
