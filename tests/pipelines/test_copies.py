@@ -1,4 +1,4 @@
-"""What reuse moves in memory beside the blocks' own work, counted in bytes: seconds on a shared machine would not tell."""
+"""What reuse moves in memory beside the blocks' own work, counted in rows: seconds would not tell."""
 
 from collections import Counter
 from typing import Any
@@ -195,5 +195,5 @@ def test_a_network_that_reads_what_inner_blocks_give_is_refused(full: tuple[int,
             policy.full = tuple(range(B))
             network(x, t)
             policy.full = full
-            with pytest.raises(ValueError, match="it reads what inner blocks give outside of the blocks$"):
+            with pytest.raises(ValueError, match=r"it reads what inner blocks give outside of the blocks$"):
                 network(x, t - 0.1)

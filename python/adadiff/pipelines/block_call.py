@@ -26,7 +26,8 @@ class Call:
     look: what such calls have in common for which blocks are checked once; check: it is this one.
     sequence: of the blocks called so far; base: inputs of each segment's first block, by argument; late: of each
     segment, what its last blocks gave, while the order is learned; entered: what went into each segment, and the
-    network's first block (""), with the versions these had. probe: the first call in which anything is left out.
+    network's first block (""), with the versions these had; began: position of each segment's first block; head_output:
+    of the first blocks, by argument. probe: the first call in which anything is left out.
     """
 
     policy: ReusePolicy
@@ -49,6 +50,8 @@ class Call:
     entered: dict[str, list[tuple[Tensor, int | None]]] = field(default_factory=dict)
     late: dict[str, deque[tuple[int, Outputs, list[Any]]]] = field(default_factory=dict)
     segments: dict[str, list[str]] = field(default_factory=dict)
+    began: dict[str, int] = field(default_factory=dict)
+    head_output: dict[str, Held] = field(default_factory=dict)
     gate_input: Held | None = None
     attention_input: Tensor | None = None
     decision: Decision | None = None
@@ -90,13 +93,26 @@ class Call:
                 final[planned.segment] = position
         if not final:
             raise ValueError(f"'{self.policy}' leaves nothing out: {self.name} runs {len(self.sequence)} blocks")
+        inside = {
+            name
+            for name, began in self.began.items()
+            if name in final and any(self.began[o] < began < end for o, end in final.items())
+        }
+        for name in inside:
+            sources = self.sequence[final[name]].outputs.sources
+            if all(source in (None, *self.head_output) for source in sources):
+                self.base[name] = self.head_output
+            elif final[name] == tail - 1:
+                raise ValueError(
+                    f"'{self.policy}' does not fit {self.name}, whose lists of blocks take turns; use last=0"
+                )
         for name, position in final.items():
             outputs, parts = next((o, parts) for p, o, parts in self.late[name] if p == position)
             store_rest(self, name, outputs, parts, None)
         stays = [
             name for name, values in self.entered.items() if all(v is not None and v == version(x) for x, v in values)
         ]
-        return Layout(tuple(self.sequence), self.head, tail, final, frozenset(stays))
+        return Layout(tuple(self.sequence), self.head, tail, final, frozenset(stays), frozenset(inside))
 
     def blocks_run(self) -> Tensor:
         """int64 [B]: how many blocks each lane ran."""
@@ -132,9 +148,13 @@ class BlockCall:
         last = layout.final[planned.segment]
         begins = planned.segment not in call.base
         if begins:
+            sources = [source for source in layout.calls[last].outputs.sources if source is not None]
             stays = planned.segment in layout.stays
-            sources = layout.calls[last].outputs.sources
-            call.base[planned.segment] = {s: Held.of(self.given[s], stays) for s in sources if s is not None}
+            call.base[planned.segment] = (
+                call.head_output
+                if planned.segment in layout.inside and all(source in call.head_output for source in sources)
+                else {source: Held.of(self.given[source], stays) for source in sources}
+            )
         if call.rows is None:
             output = self._plain(planned)
             if position == last and not call.irregular:
@@ -180,6 +200,9 @@ class BlockCall:
             call.gate_input = held[self._source(outputs)]
         self._note(Planned(self.id, outputs))
         if last:
+            parts = zip(outputs.sources, outputs.parts(output), strict=True)
+            if call.layout is None or call.layout.inside:
+                call.head_output = {k: Held.of(v, stays=False) for k, v in parts if k is not None}
             found, gate = outputs.parts(output)[outputs.sources.index(self._source(outputs))], None
             with counted():
                 if call.gate_input is not None:
@@ -229,6 +252,7 @@ class BlockCall:
         base = call.base[made[-1]] if made else {}
         if not made or any(name not in base or base[name].value.shape != one.shape for name, one in streams.items()):
             made.append(f"{self.id.name}/{len(made)}")
+            call.began[made[-1]] = len(call.sequence)
             call.base[made[-1]] = {name: Held(value) for name, value in streams.items()}
         return made[-1]
 
