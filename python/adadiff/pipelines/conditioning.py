@@ -20,9 +20,13 @@ def by_lane(value: Any, B: int) -> bool:
 
 def conditioning(arguments: Mapping[str, Any], B: int) -> list[Kept]:
     """What has to be the same for a lane to reuse: its texts and labels, and whether there is any control."""
+    named = [*arguments.items()]
+    for value in arguments.values():
+        if isinstance(value, Mapping):  # as of adapters for image prompts: of each a tensor by lane
+            named += [(key, one) for key in value for one in _tensors(value[key])]
     found = [
         Kept.of(held(value))
-        for name, value in arguments.items()
+        for name, value in named
         if any(part in name for part in CONDITIONING) and by_lane(value, B)
     ]
     for name, value in arguments.items():
