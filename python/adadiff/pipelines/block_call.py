@@ -27,7 +27,7 @@ class Call:
     sequence: of the blocks called so far; base: inputs of each segment's first block, by argument; late: of each
     segment, what its last blocks gave, while the order is learned; entered: what went into each segment, and the
     network's first block (""), with the versions these had; began: position of each segment's first block; head_output:
-    of the first blocks, by argument. probe: the first call in which anything is left out.
+    of the first blocks, by argument. probe: the first call in which anything is left out. compiled: any block is.
     """
 
     policy: ReusePolicy
@@ -44,6 +44,7 @@ class Call:
     tied: bool
     name: str
     probe: bool
+    compiled: bool
     sequence: list[Planned] = field(default_factory=list)
     counts: Counter = field(default_factory=Counter)
     base: dict[str, dict[str, Held]] = field(default_factory=dict)
@@ -70,7 +71,8 @@ class Call:
         )
         self.head = len(self.sequence)
         if bool(self.decision.reuse.any()):
-            self.rows = Rows((~self.decision.reuse).nonzero().flatten(), self.B)
+            # a compiled block would be compiled for views once more
+            self.rows = Rows((~self.decision.reuse).nonzero().flatten(), self.B, views=not self.compiled)
             self.gather = Gather(self.rows, self.family)
 
     def finish(self) -> Layout | None:

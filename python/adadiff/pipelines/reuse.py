@@ -187,6 +187,7 @@ class ReusedTransformer:
             tied=self.tied,
             name=self.name,
             probe=visit.shapes not in self._probed,
+            compiled=any(one.compiled is not None for one in self._blocks.values()),
         )
 
     def _check_tied(self, B: int, visit: Visit, sample: Any) -> None:
