@@ -6,7 +6,8 @@ that run. Who reuses is given; the sample-by-sample cache computes its gate all 
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -175,7 +176,8 @@ class Step:
         return torch.full((self.B,), t, dtype=torch.float32, device=self.device)
 
     def run(self, module: nn.Module) -> Tensor:
-        return module(**self.given, timestep=self.time(), return_dict=False)[0]
+        with as_in_pipelines():
+            return module(**self.given, timestep=self.time(), return_dict=False)[0]
 
     def _in_context(self, module: nn.Module) -> Tensor:
         with module.cache_context("step"):
@@ -201,8 +203,9 @@ class Step:
 
         def call() -> Tensor:
             output = self.run(self._stub)
-            for block, args, kwargs in pieces:
-                block(*args, **kwargs)
+            with as_in_pipelines():
+                for block, args, kwargs in pieces:
+                    block(*args, **kwargs)
             return output
 
         return call
@@ -242,6 +245,13 @@ class Step:
         """That run, of all samples."""
         running = self.B - int(who_reuses(self.B, share).sum())
         return self.B + running * (self.shape.blocks - 1)
+
+
+@contextmanager
+def as_in_pipelines() -> Iterator[None]:
+    """Calls of diffusers run without gradients, and not in inference mode, in whatever mode a caller measures."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class Stub(nn.Module):

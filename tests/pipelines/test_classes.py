@@ -82,8 +82,15 @@ def test_each_row_is_its_run_alone_and_only_rows_that_run_are_computed(name: str
         assert [step.full.tolist() for step in record.steps] == [list(step) for step in policy.full]
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_reuse_is_exact_where_nothing_has_changed(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "last"),
+    [
+        *(pytest.param(*case.values, 0, marks=case.marks) for case in EVERY),
+        *(("LatteTransformer3DModel", 1), ("LatteTransformer3DModel", 2)),  # its two lists take turns
+        *(("FluxTransformer2DModel", 1), ("FluxTransformer2DModel", 4), ("MotifVideoTransformer3DModel", 1)),
+    ],
+)
+def test_reuse_is_exact_where_nothing_has_changed(name: str, last: int) -> None:
     """The same call again, hardly later: what code between blocks adds counts once."""
 
     def again(later: float) -> list[torch.Tensor]:
@@ -94,7 +101,7 @@ def test_reuse_is_exact_where_nothing_has_changed(name: str) -> None:
         with torch.no_grad():
             return parts_of(network(name)(**given, return_dict=False))
 
-    record = enabled(name, scripted("none", 2, B))
+    record = enabled(name, scripted("none", 2, B, last=last))
     outputs = [again(0), again(1e-6)]
     adadiff.disable(network(name))
     assert [step.full.tolist() for step in record.steps] == [[True] * B, [False] * B]

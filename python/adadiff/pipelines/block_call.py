@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..policies.reuse import ReusePolicy
-from .compaction import Gather, Rows, mark_dynamic
+from .compaction import Gather, Held, Rows, counted, mark_dynamic, version
 from .families import Family
 from .lane_cache import Decision, Kept, LaneCache
 from .layout import BlockId, Layout, Outputs, Planned, outputs_of, split
@@ -25,7 +25,9 @@ class Call:
     layout: None at the first call of a shape, in which everybody runs everything and the order of blocks is learned.
     look: what such calls have in common for which blocks are checked once; check: it is this one.
     sequence: of the blocks called so far; base: inputs of each segment's first block, by argument; late: of each
-    segment, what its last blocks gave, while the order is learned.
+    segment, what its last blocks gave, while the order is learned; entered: what went into each segment, and the
+    network's first block (""), with the versions these had; began: position of each segment's first block; head_output:
+    of the first blocks, by argument. probe: the first call in which anything is left out. compiled: any block is.
     """
 
     policy: ReusePolicy
@@ -41,12 +43,17 @@ class Call:
     steps_left: int | None
     tied: bool
     name: str
+    probe: bool
+    compiled: bool
     sequence: list[Planned] = field(default_factory=list)
     counts: Counter = field(default_factory=Counter)
-    base: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    base: dict[str, dict[str, Held]] = field(default_factory=dict)
+    entered: dict[str, list[tuple[Tensor, int | None]]] = field(default_factory=dict)
     late: dict[str, deque[tuple[int, Outputs, list[Any]]]] = field(default_factory=dict)
     segments: dict[str, list[str]] = field(default_factory=dict)
-    gate_input: Tensor | None = None
+    began: dict[str, int] = field(default_factory=dict)
+    head_output: dict[str, Held] = field(default_factory=dict)
+    gate_input: Held | None = None
     attention_input: Tensor | None = None
     decision: Decision | None = None
     rows: Rows | None = None
@@ -64,7 +71,8 @@ class Call:
         )
         self.head = len(self.sequence)
         if bool(self.decision.reuse.any()):
-            self.rows = Rows((~self.decision.reuse).nonzero().flatten(), self.B)
+            # a compiled block would be compiled for views once more
+            self.rows = Rows((~self.decision.reuse).nonzero().flatten(), self.B, views=not self.compiled)
             self.gather = Gather(self.rows, self.family)
 
     def finish(self) -> Layout | None:
@@ -87,10 +95,26 @@ class Call:
                 final[planned.segment] = position
         if not final:
             raise ValueError(f"'{self.policy}' leaves nothing out: {self.name} runs {len(self.sequence)} blocks")
+        inside = {
+            name
+            for name, began in self.began.items()
+            if name in final and any(self.began[o] < began < end for o, end in final.items())
+        }
+        for name in inside:
+            sources = self.sequence[final[name]].outputs.sources
+            if all(source in (None, *self.head_output) for source in sources):
+                self.base[name] = self.head_output
+            elif final[name] == tail - 1:
+                raise ValueError(
+                    f"'{self.policy}' does not fit {self.name}, whose lists of blocks take turns; use last=0"
+                )
         for name, position in final.items():
             outputs, parts = next((o, parts) for p, o, parts in self.late[name] if p == position)
             store_rest(self, name, outputs, parts, None)
-        return Layout(tuple(self.sequence), self.head, tail, final)
+        stays = [
+            name for name, values in self.entered.items() if all(v is not None and v == version(x) for x, v in values)
+        ]
+        return Layout(tuple(self.sequence), self.head, tail, final, frozenset(stays), frozenset(inside))
 
     def blocks_run(self) -> Tensor:
         """int64 [B]: how many blocks each lane ran."""
@@ -126,7 +150,13 @@ class BlockCall:
         last = layout.final[planned.segment]
         begins = planned.segment not in call.base
         if begins:
-            call.base[planned.segment] = self._base(layout.calls[last].outputs)
+            sources = [source for source in layout.calls[last].outputs.sources if source is not None]
+            stays = planned.segment in layout.stays
+            call.base[planned.segment] = (
+                call.head_output
+                if planned.segment in layout.inside and all(source in call.head_output for source in sources)
+                else {source: Held.of(self.given[source], stays) for source in sources}
+            )
         if call.rows is None:
             output = self._plain(planned)
             if position == last and not call.irregular:
@@ -154,31 +184,47 @@ class BlockCall:
 
     def _head(self, last: bool) -> Any:
         """A block that runs for everybody before it is decided who reuses."""
-        call, begins = self.call, not self.call.sequence
-        if begins:
-            kept = {k: v.clone() for k, v in self.given.items() if isinstance(v, Tensor) and v.ndim > 2}
+        call, begins, known = self.call, not self.call.sequence, self._known()
+        held: dict[str, Held] = {}
+        if begins and call.policy.gate == "residual":
+            streams = {k: v for k, v in self.given.items() if isinstance(v, Tensor) and v.ndim > 2}
+            if known is None or call.layout is None:
+                call.entered[""] = [(value, version(value)) for value in streams.values()]
+                held = {name: Held.of(value, stays=False) for name, value in streams.items()}
+            else:
+                source = self._source(known)
+                held = {source: Held.of(streams[source], "" in call.layout.stays)}
         output = self._called(self.given)
-        if begins:
-            outputs = self._outputs(output)
-            source = next(name for name in self.given if name in outputs.sources)
-            call.gate_input = kept[source]
-        elif last:
-            outputs = self._outputs(output)
-            source = next(name for name in self.given if name in outputs.sources)
-        else:
-            outputs = Outputs(None, ())
+        outputs = Outputs(None, ())
+        if begins or last:
+            outputs = self._outputs(output) if known is None else known
+        if held:
+            call.gate_input = held[self._source(outputs)]
         self._note(Planned(self.id, outputs))
         if last:
-            found = _lanes_first(outputs.parts(output)[outputs.sources.index(source)], call)
-            gate = None
-            if call.policy.gate == "residual":
-                gate = found - _lanes_first(call.gate_input, call)
-            elif call.policy.gate == "input":
-                if call.attention_input is None:
-                    raise ValueError(f"{self.id} of {call.name} has no attention to read; use gate=residual")
-                gate = call.attention_input.reshape(call.B, -1)  # attention has lanes first, whatever the block has
-            call.decide(gate, found)
+            parts = zip(outputs.sources, outputs.parts(output), strict=True)
+            if call.layout is None or call.layout.inside:
+                call.head_output = {k: Held.of(v, stays=False) for k, v in parts if k is not None}
+            found, gate = outputs.parts(output)[outputs.sources.index(self._source(outputs))], None
+            with counted():
+                if call.gate_input is not None:
+                    gate = _lanes_first(found - call.gate_input.get(), call)
+                elif call.policy.gate == "input":
+                    if call.attention_input is None:
+                        raise ValueError(f"{self.id} of {call.name} has no attention to read; use gate=residual")
+                    gate = call.attention_input.reshape(call.B, -1)  # attention has lanes first, whatever the block has
+                call.decide(gate, found.movedim(call.family.batch_dim, 0).unflatten(0, (call.B, -1)))
         return output
+
+    def _known(self) -> Outputs | None:
+        """What this block gave at the first call, if it was in this place."""
+        layout, position = self.call.layout, len(self.call.sequence)
+        if layout is None or position >= layout.head or layout.calls[position].block != self.id:
+            return None
+        return layout.calls[position].outputs
+
+    def _source(self, outputs: Outputs) -> str:
+        return next(name for name in self.given if name in outputs.sources)
 
     def _outputs(self, output: Any) -> Outputs:
         try:
@@ -189,10 +235,12 @@ class BlockCall:
     def _learn(self, position: int) -> Any:
         call = self.call
         kept = {k: v.clone() for k, v in self.given.items() if isinstance(v, Tensor) and v.ndim > 2}
+        versions = {k: version(self.given[k]) for k in kept}
         output = self._called(self.given)
         outputs = self._outputs(output)
         streams = {source: kept[source] for source in outputs.sources if source is not None}
         segment = self._segment(streams)
+        call.entered.setdefault(segment, [(self.given[source], versions[source]) for source in streams])
         self._note(Planned(self.id, outputs, segment))
         late = call.late.setdefault(segment, deque(maxlen=call.policy.last + 1))
         late.append((position, outputs, [None if p is None else p.clone() for p in outputs.parts(output)]))
@@ -204,9 +252,10 @@ class BlockCall:
         """The list's segment that goes on, or a new one where other streams begin."""
         call, made = self.call, self.call.segments.setdefault(self.id.name, [])
         base = call.base[made[-1]] if made else {}
-        if not made or any(name not in base or base[name].shape != value.shape for name, value in streams.items()):
+        if not made or any(name not in base or base[name].value.shape != one.shape for name, one in streams.items()):
             made.append(f"{self.id.name}/{len(made)}")
-            call.base[made[-1]] = dict(streams)
+            call.began[made[-1]] = len(call.sequence)
+            call.base[made[-1]] = {name: Held(value) for name, value in streams.items()}
         return made[-1]
 
     def _check(self, outputs: Outputs, parts: Sequence[Any], kept: Mapping[str, Tensor]) -> None:
@@ -230,11 +279,9 @@ class BlockCall:
         source = next(name for name in outputs.sources if name is not None)
         return given[source].shape[self.call.family.batch_dim]
 
-    def _base(self, final: Outputs) -> dict[str, Tensor]:
-        return {source: self.given[source].clone() for source in final.sources if source is not None}
-
     def _compact(self, planned: Planned, final: bool, begins: bool) -> Any:
-        """Some lanes run, or none does; the others get what they reuse from the final block of the segment."""
+        """Some lanes run, or none does; the others get what they reuse from the final block of the segment, and nothing
+        that means anything from those before it."""
         call, dim, outputs = self.call, self.call.family.batch_dim, planned.outputs
         self._note(planned)
         assert call.rows is not None
@@ -244,43 +291,53 @@ class BlockCall:
         if len(call.rows.lanes):
             fresh = outputs.parts(self._called(call.gather.arguments(self.given, R), len(call.rows.lanes)))
         parts: list[Any] = []
-        for p, source in enumerate(outputs.sources):
-            if source is None:
-                parts.append(None)
-                continue
-            if final:
-                rest = call.cache.rest[planned.segment, p]
-                full = call.base[planned.segment][source].to(rest.device) + rest
-            else:
-                full = self.given[source]
-            if fresh[p] is not None:
-                index = call.rows.index(full.shape[dim] // call.B, False, fresh[p].device)
-                full = full.to(fresh[p]).index_copy(dim, index, fresh[p])
-                call.gather.give(full, fresh[p], dim)
-            elif begins and not final:  # the argument may be somebody's who keeps it
-                full = full.clone()
-            parts.append(full)
-        if final and len(call.rows.lanes):
-            store_rest(call, planned.segment, outputs, fresh, call.rows)
+        with counted():
+            for p, source in enumerate(outputs.sources):
+                full = None
+                if source is not None and final:
+                    rest = call.cache.rest[planned.segment, p]
+                    full = call.base[planned.segment][source].get().to(rest.device) + rest
+                    full = full if fresh[p] is None else full.to(fresh[p])
+                elif source is not None and fresh[p] is not None:
+                    full = _unwritten(self.given[source].shape, fresh[p], call.probe)
+                elif source is not None:  # what comes in at first may be somebody's who keeps it
+                    full = self.given[source]
+                    full = _unwritten(full.shape, full, call.probe) if begins else full
+                if full is not None and fresh[p] is not None:
+                    call.rows.put(full, dim, fresh[p])
+                    call.gather.give(full, fresh[p], dim)
+                parts.append(full)
+            if final and len(call.rows.lanes):
+                store_rest(call, planned.segment, outputs, fresh, call.rows)
         return outputs.join(parts)
+
+
+def _unwritten(shape: torch.Size, like: Tensor, probe: bool) -> Tensor:
+    """probe: of NaN, to see whether anybody reads it."""
+    full = like.new_empty(shape)
+    return full.fill_(torch.nan) if probe else full
 
 
 def store_rest(call: Call, segment: str, outputs: Outputs, parts: Sequence[Any], rows: Rows | None) -> None:
     """What the left-out blocks of a segment have added. parts: of all lanes, or of those of `rows`."""
-    dim = call.family.batch_dim
-    for p, source in enumerate(outputs.sources):
-        if source is None:
-            continue
-        base = call.base[segment][source].to(parts[p].device)
-        if rows is None:
-            call.cache.rest[segment, p] = parts[p] - base
-            continue
-        index = rows.index(base.shape[dim] // call.B, False, base.device)
-        rest = parts[p] - base.index_select(dim, index)
-        call.cache.rest[segment, p] = call.cache.rest[segment, p].index_copy(dim, index, rest)
+    dim, kept = call.family.batch_dim, call.cache.rest
+    with counted():
+        for p, source in enumerate(outputs.sources):
+            if source is None:
+                continue
+            base, before = call.base[segment][source].get().to(parts[p].device), kept.get((segment, p))
+            if rows is not None:
+                rows.put(kept[segment, p], dim, parts[p] - rows.take(base, dim, base.shape[dim] // call.B))
+            elif before is not None and _fits(before, parts[p], base):
+                torch.sub(parts[p], base, out=before)
+            else:
+                kept[segment, p] = parts[p] - base
+
+
+def _fits(out: Tensor, a: Tensor, b: Tensor) -> bool:
+    return (out.shape, out.dtype, out.device) == (a.shape, torch.result_type(a, b), a.device)
 
 
 def _lanes_first(value: Tensor, call: Call) -> Tensor:
     """[B, ...]"""
-    value = value.movedim(call.family.batch_dim, 0)
-    return value.reshape(call.B, -1)
+    return value.movedim(call.family.batch_dim, 0).reshape(call.B, -1)

@@ -6,6 +6,8 @@ B lanes; a block's hidden states have R = B * r rows, lane by lane ([lane 0's r 
 import enum
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,11 +25,39 @@ def version(value: Tensor) -> int | None:
     return None if value.is_inference() else value._version
 
 
-class Rows:
-    """The lanes that run, of B, and their rows in tensors of several layouts. lanes: int64 [n], on the CPU."""
+def counted() -> AbstractContextManager:
+    """Changes in place of tensors that are made in it are counted, in inference mode, too."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
-    def __init__(self, lanes: Tensor, B: int):
+
+@dataclass(frozen=True)
+class Held:
+    """A block's input that is read again after the block has run. version: that it had, None of a copy."""
+
+    value: Tensor
+    version: int | None = None
+
+    @staticmethod
+    def of(value: Tensor, stays: bool) -> "Held":
+        """stays: nobody is expected to change it in place; where such changes are not counted, it is copied anyway."""
+        now = version(value) if stays else None
+        return Held(value if now is not None else value.clone(), now)
+
+    def get(self) -> Tensor:
+        """ValueError where it was changed."""
+        if self.version is not None and self.version != version(self.value):
+            raise ValueError("what went into its blocks was changed in place, unlike at its first call")
+        return self.value
+
+
+class Rows:
+    """The lanes that run, of B, and their rows in tensors of several layouts. lanes: int64 [n], on the CPU. views: rows
+    that lie together are not copied."""
+
+    def __init__(self, lanes: Tensor, B: int, views: bool = True):
         self.lanes, self.B, self._made = lanes, B, dict[tuple[int, bool, torch.device], Tensor]()
+        together = len(lanes) > 0 and bool((lanes.diff() == 1).all())
+        self._start = int(lanes[0]) if views and together else None
 
     def index(self, repeat: int, paired: bool, device: torch.device) -> Tensor:
         """int64 [n * repeat]. paired: [k * B] instead of lane by lane."""
@@ -38,13 +68,27 @@ class Rows:
             self._made[key] = index.flatten().to(device)
         return self._made[key]
 
+    def take(self, value: Tensor, dim: int, repeat: int, paired: bool = False) -> Tensor:
+        """The rows that run: a view where they lie together in memory."""
+        if self._start is not None and dim == 0 and not paired:
+            return value.narrow(0, self._start * repeat, len(self.lanes) * repeat)
+        return value.index_select(dim, self.index(repeat, paired, value.device))
+
+    def put(self, full: Tensor, dim: int, compact: Tensor) -> None:
+        """compact: the rows that run, written into `full`."""
+        repeat = full.shape[dim] // self.B
+        if self._start is not None and dim == 0:
+            full.narrow(0, self._start * repeat, len(compact)).copy_(compact)
+        else:
+            full.index_copy_(dim, self.index(repeat, False, full.device), compact)
+
 
 class Gather:
     """Takes rows out of arguments, each tensor once: what is shared by blocks is gathered for the first of them."""
 
     def __init__(self, rows: Rows, family: Family):
         self._rows, self._family = rows, family
-        self._made: dict[int, tuple[Tensor, int, int, Tensor, int]] = {}
+        self._made: dict[int, tuple[Tensor, int, int, Tensor, int | None]] = {}
 
     def arguments(self, named: Mapping[str, Any], R: int) -> dict[str, Any]:
         return {name: self._take(value, name, R) for name, value in named.items()}
@@ -74,14 +118,15 @@ class Gather:
         kept = self._made.get(id(value))
         if kept is not None and kept[1:3] == (version(value), dim) and kept[4] == version(kept[3]):
             return kept[3]
-        compact = value.index_select(dim, self._rows.index(repeat, paired, value.device))
+        with counted():
+            compact = self._rows.take(value, dim, repeat, paired)
         self._keep(value, dim, compact)
         return compact
 
     def _keep(self, value: Tensor, dim: int, compact: Tensor) -> None:
-        versions = version(value), version(compact)
-        if versions[0] is not None and versions[1] is not None:
-            self._made[id(value)] = value, versions[0], dim, compact, versions[1]
+        now = version(value)
+        if now is not None:
+            self._made[id(value)] = value, now, dim, compact, version(compact)
 
     def layout(self, value: Tensor, name: str, R: int) -> tuple[int, int, bool] | None:
         """(dimension, repeats, paired) of a tensor that is by lane, None of a shared one."""

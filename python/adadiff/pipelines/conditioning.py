@@ -20,9 +20,13 @@ def by_lane(value: Any, B: int) -> bool:
 
 def conditioning(arguments: Mapping[str, Any], B: int) -> list[Kept]:
     """What has to be the same for a lane to reuse: its texts and labels, and whether there is any control."""
+    named = [*arguments.items()]
+    for value in arguments.values():
+        if isinstance(value, Mapping):  # as of adapters for image prompts: of each a tensor by lane
+            named += [(key, one) for key in value for one in _tensors(value[key])]
     found = [
         Kept.of(held(value))
-        for name, value in arguments.items()
+        for name, value in named
         if any(part in name for part in CONDITIONING) and by_lane(value, B)
     ]
     for name, value in arguments.items():
@@ -55,6 +59,18 @@ def alike(arguments: Mapping[str, Any], B: int) -> bool:
 def tracked(arguments: Mapping[str, Any]) -> bool:
     """Whether any tensor takes part in a gradient."""
     return any(one.requires_grad for value in arguments.values() for one in _tensors(value))
+
+
+def broken_lanes(output: Any, B: int) -> Tensor:
+    """bool [B], on the CPU: which lanes of what a transformer returns hold NaN, where it is by lane."""
+    broken = torch.zeros(B, dtype=torch.bool, device="cpu")
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else [output]
+    for part in parts:
+        if isinstance(part, Tensor) and part.ndim and len(part) == B and part.is_floating_point():
+            broken |= part.isnan().flatten(1).any(1).cpu() if part.ndim > 1 else part.isnan().cpu()
+        elif isinstance(part, list) and len(part) == B and all(isinstance(one, Tensor) for one in part):
+            broken |= torch.tensor([bool(one.isnan().any()) for one in part], device="cpu")
+    return broken
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..policies.reuse import ReuseContext, ReusePolicy
-from .compaction import version
+from .compaction import Rows, version
 
 
 @dataclass(frozen=True)
@@ -103,17 +103,22 @@ class LaneCache:
             self.total = torch.where(full.to(gate.device), 0.0, self.total)
         elif self.reference is None or self.norm is None or bool(full.all()):
             self.reference, self.norm = gate, mean_abs(gate)
-        else:
-            rows = full.nonzero().flatten().to(gate.device)
-            fresh = gate.index_select(0, rows)
-            self.reference = self.reference.index_copy(0, rows, fresh)
-            self.norm = self.norm.index_copy(0, rows, mean_abs(fresh))
+        else:  # whichever moves fewer rows
+            rows = Rows(full.nonzero().flatten(), self.B)
+            norm = mean_abs(rows.take(gate, 0, 1))
+            if 2 * len(rows.lanes) <= self.B:
+                rows.put(self.reference, 0, rows.take(gate, 0, 1))
+            else:
+                others = Rows(reuse.nonzero().flatten(), self.B)
+                others.put(gate, 0, others.take(self.reference, 0, 1))
+                self.reference = gate
+            rows.put(self.norm, 0, norm)
 
 
 def _relative(policy: ReusePolicy, gate: Tensor, reference: Tensor, norm: Tensor) -> Tensor:
     """float32 [B]: by how much the gate differs from the reference; of a policy that decides for the whole batch, one
     number for all."""
-    changed = mean_abs(gate - reference)
+    changed = (gate - reference).abs_().flatten(1).mean(1, dtype=torch.float32)  # no copy
     return (changed.sum() / norm.sum()).expand(len(norm)) if policy.whole_batch else changed / norm
 
 

@@ -55,12 +55,16 @@ class Planned:
 @dataclass(frozen=True)
 class Layout:
     """The calls of blocks in one forward pass, in their order. The first `head` and those from `tail` on always run;
-    `final`: of each segment, the position of its last call between them."""
+    `final`: of each segment, the position of its last call between them. `stays`: segments whose first inputs, and ""
+    where the first block's input, nobody has changed in place. `inside`: segments that begin inside of another one, of
+    which lanes that reuse hold nothing: what these add counts from the output of the first `head` calls on."""
 
     calls: tuple[Planned, ...]
     head: int
     tail: int
     final: Mapping[str, int]
+    stays: frozenset[str]
+    inside: frozenset[str]
 
 
 def find_lists(transformer: nn.Module, names: Sequence[str], given: bool) -> dict[str, nn.ModuleList]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..policies.reuse import GATES, ReusePolicy
 from .block_call import BlockCall, Call
-from .conditioning import alike, conditioning, tracked
+from .conditioning import alike, broken_lanes, conditioning, tracked
 from .families import SAMPLE, TIME, family_of
 from .lane_cache import LaneCache
 from .layout import BlockId, Layout, argument, find_lists, has_time, named
@@ -75,7 +75,7 @@ class ReusedTransformer:
         self.name, self.record = name, ReuseRecord(name, spelled, count)
         self._layouts: dict[Any, Layout] = {}
         self._caches: dict[Any, LaneCache] = {}
-        self._checked = set[Any]()
+        self._checked, self._probed = set[Any](), set[Any]()
         self._insides: list[Any] = []
         self._tells = True  # whether this call's check would see lanes in each other
         self._watch = RunWatch(pipe, self.family.rising)
@@ -135,7 +135,7 @@ class ReusedTransformer:
             arguments = named(module, args, kwargs)
             self.running = call = self._begin(module, arguments)
             output = root.call(*args, **kwargs)
-            self._end(call, time.perf_counter() - start)
+            self._end(call, output, time.perf_counter() - start)
         except BaseException:
             self.reset()
             raise
@@ -186,6 +186,8 @@ class ReusedTransformer:
             steps_left=self._watch.steps_left() if self.policy.needs_steps_left else None,
             tied=self.tied,
             name=self.name,
+            probe=visit.shapes not in self._probed,
+            compiled=any(one.compiled is not None for one in self._blocks.values()),
         )
 
     def _check_tied(self, B: int, visit: Visit, sample: Any) -> None:
@@ -227,14 +229,21 @@ class ReusedTransformer:
             return block.call(*args, **kwargs)
         return BlockCall(call, block, named(block.module, args, kwargs), len(args)).run()
 
-    def _end(self, call: Call, seconds: float) -> None:
+    def _end(self, call: Call, output: Any, seconds: float) -> None:
         layout = call.finish()
+        if call.rows is not None and call.probe:
+            if call.decision is not None and broken_lanes(output, call.B)[call.decision.reuse].any():
+                raise ValueError(
+                    f"{self.name} cannot leave blocks out: it reads what inner blocks give outside of the blocks"
+                )
+            self._probed.add(call.visit.shapes)
         if layout is None:  # blocks ran in another order than before, all lanes in full: nothing to reuse
             self._caches.pop(call.visit.key, None)
         elif call.layout is None:
             while len(self._layouts) >= MOST:
                 self._layouts.pop(next(iter(self._layouts)))
             self._layouts[call.visit.shapes] = layout
+            self._probed.discard(call.visit.shapes)
             if call.check and self._tells:
                 self._checked.add(call.look)
         ran = call.blocks_run()

@@ -70,7 +70,7 @@ def check_lanes(
 
 
 def _rows(lanes: Sequence[int], B: int) -> Rows:
-    return Rows(torch.tensor(lanes, dtype=torch.int64, device="cpu"), B)
+    return Rows(torch.tensor(lanes, dtype=torch.int64, device="cpu"), B, views=False)
 
 
 def same(a: Tensor, b: Tensor, came: Tensor, limits: Limits) -> bool:
