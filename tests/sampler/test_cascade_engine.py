@@ -18,6 +18,8 @@ from adadiff.sampling.sample_batch import SampleBatch
 from adadiff.sampling.stages import Stages
 from adadiff.serving.engine import Engine
 from adadiff.serving.handles import DeadlineExceeded
+from pretend import OnDevice, PretendDevice, moved
+from recorder import recorded
 from sampler.cascading import STUDENT_STEPS, written
 from sampler.tiny import Clock, alone, is_empty, requests, served, stepped
 
@@ -285,3 +287,35 @@ def test_a_callback_sees_the_student_s_image_at_the_switch(file: str) -> None:
     torch.testing.assert_close(
         drafts[0], alone({**asked, "policy": f"cascade:{file},share=0"})[0], rtol=1e-4, atol=1e-4
     )
+
+
+def test_on_a_device_nothing_but_the_oracle_s_scores_is_waited_for(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the pretended device, which refuses to wait, by captured pieces of both networks; what is learnt comes a tick
+    late."""
+    asked = [
+        {"seed": i, "steps": 4, "class_labels": i % 3, "policy": f"cascade:{file},{kind}", "guidance_scale": scale}
+        for i, (kind, scale) in enumerate([("share=0.5", 1.0), ("share=1,mode=regenerate", 2.0), ("share=0", 1.0)] * 2)
+    ]
+    right = [adadiff.sample(served(), 1, **request) for request in asked]
+    scores, asked_for = Draft.scores, []
+
+    def there_at_once(self: Draft, *given: object) -> Tensor:
+        found = scores(self, *given)
+        assert isinstance(found, OnDevice)
+        asked_for.append(len(found))
+        return found.held
+
+    monkeypatch.setattr(Draft, "scores", there_at_once)
+    execution = ExecutionOptions(runner="captured", count_sync="lagged")
+    with recorded(monkeypatch), PretendDevice() as device:
+        engine = Engine(moved(served()), 5, threaded=False, execution=execution)
+        assert engine._batch.late
+        handles = [engine.submit(**request) for request in asked]
+        device.strict = True
+        finish(engine)
+    assert sum(asked_for) == 6
+    for handle, (image, report) in zip(handles, right, strict=True):
+        assert torch.equal(handle.report.exit_layer, report.exit_layer[: len(handle.report.exit_layer)])
+        assert torch.equal(handle.report.went_on, report.went_on)
+        torch.testing.assert_close(handle.result(0), image[0], rtol=1e-3, atol=1e-3 * float(image.abs().max()))
+    assert is_empty(engine)

@@ -13,7 +13,7 @@ from adadiff import cli
 from adadiff.commands import options, texts
 from adadiff.commands.formatting import HelpFormatter
 from adadiff.diffusion.solvers import SOLVERS
-from adadiff.policies.spelling import FORMS, policy_from
+from adadiff.policies.spelling import FORMS, parts_from
 from adadiff.training.config import TrainConfig
 from adadiff.training.losses import LOSSES
 
@@ -144,12 +144,12 @@ def test_prose_names_options_that_exist(command: str) -> None:
 def test_the_list_of_policies_is_complete() -> None:
     listed = re.findall(r"^  (\S+)", texts.POLICY_TABLE, re.MULTILINE)
     kinds = set(re.findall(r"exit:([a-z-]+)=", FORMS))
-    assert {form.partition("=")[0] for form in listed} == {"full", "exit:U", "exit:U,min_layer"} | {
+    assert {form.partition("=")[0] for form in listed} == {"full", "exit:U", "exit:U,min_layer", "cascade:FILE"} | {
         f"exit:{kind}" for kind in kinds
     }
     for form in listed:
         if "SHARE" not in form:
-            policy_from(form.replace("U", "0.1").replace("K", "2"))
+            parts_from(form.replace("U", "0.1").replace("K", "2"))
 
 
 def test_solvers_and_losses_are_all_named() -> None:
