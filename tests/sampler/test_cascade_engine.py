@@ -231,18 +231,22 @@ def test_an_interrupt_at_the_switch_leaves_the_batch_in_order(
 
 
 def test_what_a_second_stage_waits_for_is_kept(file: str) -> None:
-    """A hundred other lists and policies come and go while the student draws: the teacher's are still there."""
-    batch = invariant(3)
+    """Seventy other lists and policies come and go while the student draws: the teacher's are still there, with numbers
+    of their own."""
+    batch = invariant(4)
+    longer = {"seed": 7, "steps": 9, "class_labels": 1, "solver": "ddpm", "policy": "exit:0.6"}
+    at = {admit(batch, longer): 1}
     first = {"seed": 1, "steps": 5, "class_labels": 2, "solver": "dpm++2m", "guidance_scale": 2.0}
     first["policy"] = f"cascade:{file},share=1,mode=regenerate+exit:0.4"
-    at = {admit(batch, first): 0}
+    at[admit(batch, first)] = 0
     batch.tick()
-    for steps in range(1, SPARE + 8):
+    for steps in range(10, SPARE + 18):
         slot = admit(batch, {"seed": 0, "steps": steps, "class_labels": 0, "policy": f"exit:{steps / 1000}"})
         batch.release(np.array([slot]))
     assert len(batch._tables) < SPARE  # most were forgotten
     ended = run(batch, at)
-    assert torch.equal(ended[0], alone(first)[0])  # type: ignore[arg-type]
+    for i, request in enumerate((first, longer)):
+        assert torch.equal(ended[i], alone(request)[0])  # type: ignore[arg-type]
 
 
 def test_a_slot_is_as_new_for_whoever_follows_a_cascade(file: str) -> None:
