@@ -217,5 +217,5 @@ def test_an_oracle_of_no_classes_needs_no_label(tmp_path: Path) -> None:
 
 
 def test_a_cascade_is_no_model(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds a cascade, not a model; draw .* with the policy 'cascade:"):
+    with pytest.raises(ValueError, match=r"holds a cascade, not a model; draw .* with the policy 'cascade:"):
         adadiff.load(written(tmp_path))
