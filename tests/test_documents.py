@@ -10,11 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 import adadiff
+from adadiff import checkpoint
 from adadiff.conversion.describing import describe
 from adadiff.metrics.features import digits_network
+from adadiff.sampling.cascade_file import read_cascade
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINTS, RESULTS = ROOT / "python" / "adadiff" / "checkpoints", ROOT / "benchmarks" / "results"
@@ -149,14 +152,22 @@ def test_cards_count_the_parameters(name: str) -> None:
     """As in "699,406, exits 6,453", or the network's alone."""
     (said,) = (row[-1] for kind in CARDS for row in rows(card(kind), "file") if row[0] == f"`{name}.safetensors`")
     if name == "digits_features":
-        counted = {"network": sum(parameter.numel() for parameter in digits_network().parameters()), "exits": 0}
+        counted = {"network": count(digits_network()), "exits": 0}
+    elif name == "digits_cascade":
+        file = read_cascade(checkpoint.find(name), torch.device("cpu"), torch.float32)
+        assert said == f"student {count(file.student):,}, oracle {count(file.oracle):,}"
+        return
     else:
         counted = describe(name)["parameters"]
     exits = f", exits {counted['exits']:,}" if counted["exits"] else ""
     assert said == f"{counted['network']:,}{exits}"
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "digits_features"])
+def count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("digits_features", "digits_cascade")])
 def test_cards_count_the_multiply_adds(name: str) -> None:
     macs, kind, column = describe(name)["macs"], name.split("_")[0], 2 if name.endswith("shallow") else 1
     said = {row[0]: row[column] for row in rows(card(kind), "")}

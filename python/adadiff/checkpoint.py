@@ -230,6 +230,8 @@ def load(name_or_file: str | Path, device: torch.device | str = "cpu", dtype: to
 def described(metadata: Mapping[str, Any], path: Path) -> tuple[ModelConfig, Calibration | None]:
     """Configuration and calibration in a file's metadata. Raises ValueError, which names the file, for anything else
     and where there is no configuration."""
+    if "cascade" in metadata:
+        raise ValueError(f"{path} holds a cascade, not a model; draw samples of one with the policy 'cascade:{path}'")
     if "config" not in metadata:
         raise ValueError(f"{path} holds tensors but no model configuration")
     try:

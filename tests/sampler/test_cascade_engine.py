@@ -18,6 +18,8 @@ from adadiff.sampling.sample_batch import SampleBatch
 from adadiff.sampling.stages import Stages
 from adadiff.serving.engine import Engine
 from adadiff.serving.handles import DeadlineExceeded
+from pretend import OnDevice, PretendDevice, moved
+from recorder import recorded
 from sampler.cascading import STUDENT_STEPS, written
 from sampler.tiny import Clock, alone, is_empty, requests, served, stepped
 
@@ -229,18 +231,22 @@ def test_an_interrupt_at_the_switch_leaves_the_batch_in_order(
 
 
 def test_what_a_second_stage_waits_for_is_kept(file: str) -> None:
-    """A hundred other lists and policies come and go while the student draws: the teacher's are still there."""
-    batch = invariant(3)
+    """Seventy other lists and policies come and go while the student draws: the teacher's are still there, with numbers
+    of their own."""
+    batch = invariant(4)
+    longer = {"seed": 7, "steps": 9, "class_labels": 1, "solver": "ddpm", "policy": "exit:0.6"}
+    at = {admit(batch, longer): 1}
     first = {"seed": 1, "steps": 5, "class_labels": 2, "solver": "dpm++2m", "guidance_scale": 2.0}
     first["policy"] = f"cascade:{file},share=1,mode=regenerate+exit:0.4"
-    at = {admit(batch, first): 0}
+    at[admit(batch, first)] = 0
     batch.tick()
-    for steps in range(1, SPARE + 8):
+    for steps in range(10, SPARE + 18):
         slot = admit(batch, {"seed": 0, "steps": steps, "class_labels": 0, "policy": f"exit:{steps / 1000}"})
         batch.release(np.array([slot]))
     assert len(batch._tables) < SPARE  # most were forgotten
     ended = run(batch, at)
-    assert torch.equal(ended[0], alone(first)[0])  # type: ignore[arg-type]
+    for i, request in enumerate((first, longer)):
+        assert torch.equal(ended[i], alone(request)[0])  # type: ignore[arg-type]
 
 
 def test_a_slot_is_as_new_for_whoever_follows_a_cascade(file: str) -> None:
@@ -285,3 +291,35 @@ def test_a_callback_sees_the_student_s_image_at_the_switch(file: str) -> None:
     torch.testing.assert_close(
         drafts[0], alone({**asked, "policy": f"cascade:{file},share=0"})[0], rtol=1e-4, atol=1e-4
     )
+
+
+def test_on_a_device_nothing_but_the_oracle_s_scores_is_waited_for(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the pretended device, which refuses to wait, by captured pieces of both networks; what is learnt comes a tick
+    late."""
+    asked = [
+        {"seed": i, "steps": 4, "class_labels": i % 3, "policy": f"cascade:{file},{kind}", "guidance_scale": scale}
+        for i, (kind, scale) in enumerate([("share=0.5", 1.0), ("share=1,mode=regenerate", 2.0), ("share=0", 1.0)] * 2)
+    ]
+    right = [adadiff.sample(served(), 1, **request) for request in asked]
+    scores, asked_for = Draft.scores, []
+
+    def there_at_once(self: Draft, *given: object) -> Tensor:
+        found = scores(self, *given)
+        assert isinstance(found, OnDevice)
+        asked_for.append(len(found))
+        return found.held
+
+    monkeypatch.setattr(Draft, "scores", there_at_once)
+    execution = ExecutionOptions(runner="captured", count_sync="lagged")
+    with recorded(monkeypatch), PretendDevice() as device:
+        engine = Engine(moved(served()), 5, threaded=False, execution=execution)
+        assert engine._batch.late
+        handles = [engine.submit(**request) for request in asked]
+        device.strict = True
+        finish(engine)
+    assert sum(asked_for) == 6
+    for handle, (image, report) in zip(handles, right, strict=True):
+        assert torch.equal(handle.report.exit_layer, report.exit_layer[: len(handle.report.exit_layer)])
+        assert torch.equal(handle.report.went_on, report.went_on)
+        torch.testing.assert_close(handle.result(0), image[0], rtol=1e-3, atol=1e-3 * float(image.abs().max()))
+    assert is_empty(engine)

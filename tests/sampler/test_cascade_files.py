@@ -214,3 +214,8 @@ def test_an_oracle_of_no_classes_needs_no_label(tmp_path: Path) -> None:
     torch.testing.assert_close(report.oracle_scores, blind(images, None))
     unlabelled, report = adadiff.sample(served(), 2, **{**given, "policy": f"cascade:{written(tmp_path)},share=0"})
     torch.testing.assert_close(report.oracle_scores, oracle()(unlabelled, torch.tensor([3, 3])))
+
+
+def test_a_cascade_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds a cascade, not a model; draw .* with the policy 'cascade:"):
+        adadiff.load(written(tmp_path))

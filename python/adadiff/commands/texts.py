@@ -65,6 +65,11 @@ PAGES = {
   adadiff sample digits --out mixed --steps 20,50 \\
       --solver dpm++2m --class-labels 3 --guidance-scale 2.5
 
+  # a student of 4 steps, the worst third refined
+  adadiff sample digits --out refined --steps 20 \\
+      --class-labels 0,1,2,3,4,5,6,7,8,9 \\
+      --policy cascade:digits_cascade,share=0.33
+
   # a shallow model for the noisy timesteps (DuoDiff)
   adadiff sample canvases_plain --out duo \\
       --shallow-model canvases_shallow --t-switch 600
@@ -258,7 +263,7 @@ PAGES = {
     ),
     "distill": Page(
         summary="make a few-step student and an oracle for a cascade",
-        usage="MODEL --data DATA --out FILE [options]",
+        usage="MODEL --data DATA --out FILE\n                       [options]",
         description="Distil a model into a student of few steps (progressive distillation), train an oracle that tells "
         "the student's images from real ones, and write both to the file --out. With --policy cascade:FILE, `adadiff "
         "sample` draws every sample by the student first; the share of them that the oracle finds worst goes on to the "
@@ -268,10 +273,9 @@ PAGES = {
   adadiff distill digits --data digits \\
       --out cascade.safetensors
 
-  # the worst half of the student's images drawn anew
-  adadiff sample digits --out samples --steps 20 \\
-      --class-labels 0,1,2,3,4,5,6,7,8,9 --policy \\
-      cascade:cascade.safetensors,share=0.5,mode=regenerate""",
+  # two steps, from 16 by way of 8 and 4
+  adadiff distill digits --data digits --steps 2 \\
+      --halvings 3 --out cascade.safetensors""",
         notes="If the run is interrupted, the same command goes on from the last halving, which is kept in FILE.state "
         "until the end.",
     ),
@@ -332,11 +336,12 @@ there: the uncertainty, from 0 to 1.
                       a slimmable model)
   width:FILE          a share for each timestep, as
                       `adadiff search` found it
-  cascade:FILE,...    a student of few steps draws, and the
-                      model the share of its images that an
-                      oracle finds worst (adadiff distill);
-                      options: share=SHARE, mode=refine or
-                      mode=regenerate, sigma=NOISE
+  cascade:FILE        a student of few steps draws; those
+                      of its images that an oracle finds
+                      worst go on to the model (`adadiff
+                      distill`); with share=SHARE,
+                      mode=refine or mode=regenerate, and
+                      sigma=NOISE, after commas
 Different kinds are joined by +, as in
 cache:threshold=0.1+exit:0.135"""
 SOLVER_HELP = (

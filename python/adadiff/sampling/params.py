@@ -32,7 +32,8 @@ class SamplingParams:
     "euler-maruyama" (settings: see `solver_from`) or a Solver.
     policy: "full", "exit:0.135,min_layer=3", "exit:patience=0.08", "exit:depth=8", "exit:batch-mean=0.07", of a
     calibrated model "exit:budget=0.55" and "exit:table=0.55", an ExitPolicy; "cache:threshold=0.1", "reuse:every=2" or
-    a ReusePolicy, by which samples reuse their earlier steps; or several parts joined by +, see `parts_from`.
+    a ReusePolicy, by which samples reuse their earlier steps; or several parts joined by +, see `parts_from`. Of
+    "cascade:FILE,share=0.3", steps, solver and guidance are the teacher's.
     thresholds: instead of the exit policy's own. guidance_scale: uncond + guidance_scale (cond - uncond), as in
     diffusers; 1 is none. guidance_interval: (low, high), or [n, 2], in the network's time 0..1000; at other times there
     is no guidance, and no unconditional lane is run. guided_channels: how many channels are guided, from the first on

@@ -41,7 +41,7 @@ class DistillConfig:
     samples: int = 4000
     share: float = 0.3
     mode: str = "refine"
-    sigma: float = 0.5
+    sigma: float = 0.3
     seed: int = 0
 
     def __post_init__(self) -> None:
