@@ -31,13 +31,54 @@ GOOD: dict[str, Any] = {
     "user": ["me", None],
 }
 NUMBERS = [-1, 0, 3, 64, 1e3, 2**31, 2**63, 2**64, -(2**70), 10**40, 10**400, 0.5, 1e308, float("nan"), float("inf")]
-TEXTS = ["", "a", "\0", "\n", "é", "\ud800", "𝔘", "../../etc/passwd", "${x}", "%s%n", "' OR 1=1", "os:system", "A" * 3000]
-POLICIES = ["exit:", "exit:1e999", "exit:0.1,min_layer=99999", "exit:depth=1e30", "cache:threshold=nan", "reuse:every=-1"]
-POLICIES += ["exit:budget=0.5", "cascade:/dev/zero", "width:x", "exit:0.1+exit:0.2", "+" * 200, "exit:table=1", "full+full"]
+TEXTS = [
+    "",
+    "a",
+    "\0",
+    "\n",
+    "é",
+    "\ud800",
+    "𝔘",
+    "../../etc/passwd",
+    "${x}",
+    "%s%n",
+    "' OR 1=1",
+    "os:system",
+    "A" * 3000,
+]
+POLICIES = [
+    "exit:",
+    "exit:1e999",
+    "exit:0.1,min_layer=99999",
+    "exit:depth=1e30",
+    "cache:threshold=nan",
+    "reuse:every=-1",
+]
+POLICIES += [
+    "exit:budget=0.5",
+    "cascade:/dev/zero",
+    "width:x",
+    "exit:0.1+exit:0.2",
+    "+" * 200,
+    "exit:table=1",
+    "full+full",
+]
 ODD = [None, True, [], {}, [[]], {"a": {}}, *NUMBERS, *TEXTS, *POLICIES]
-KINDS = ["application/json"] * 30 + ["text/plain", "", "application/x-www-form-urlencoded", "application/json; charset=utf-16"]
+KINDS = ["application/json"] * 30 + [
+    "text/plain",
+    "",
+    "application/x-www-form-urlencoded",
+    "application/json; charset=utf-16",
+]
 METHODS = ["POST"] * 40 + ["GET", "PUT", "PATCH", "DELETE", "HEAD"]
-PATHS = [URL] * 40 + ["/v1/images", "/v1/images/generations/", "/v1//images/generations", "/%00", "/v1/models/%ff", "/" + "x" * 3000]
+PATHS = [URL] * 40 + [
+    "/v1/images",
+    "/v1/images/generations/",
+    "/v1//images/generations",
+    "/%00",
+    "/v1/models/%ff",
+    "/" + "x" * 3000,
+]
 
 
 def body_of(rng: random.Random) -> tuple[bytes, bool]:

@@ -133,7 +133,9 @@ def test_the_log_has_a_line_for_each_request(log_of: Any) -> None:
         lines = [json.loads(line) for line in stream.getvalue().splitlines()]
         found = {line["id"]: line for line in lines if line["event"] == "request" and line["path"] != "/ready"}
         assert list(found) == ["one", "two", "three"], "health checks that succeed are not logged"
-        one = {name: found["one"][name] for name in ("status", "model", "images", "steps", "policy", "seed", "left_out")}
+        one = {
+            name: found["one"][name] for name in ("status", "model", "images", "steps", "policy", "seed", "left_out")
+        }
         assert one == {
             **{"status": 200, "model": "tiny", "images": 1, "steps": 2, "policy": "quick", "seed": 5},
             **{"left_out": 0.8},
@@ -182,7 +184,7 @@ def test_models_of_one_name_and_presets_that_fit_none_are_refused() -> None:
         create_app([one, two])
     with pytest.raises(ValueError, match="different names"):
         create_app([])
-    with pytest.raises(ValueError, match="policy best=exit:budget=0.5 fits none of a"):
+    with pytest.raises(ValueError, match=r"policy best=exit:budget=0\.5 fits none of a"):
         create_app([one], Settings(policies={"best": "exit:budget=0.5"}))
     with pytest.raises(ValueError, match="a model's name"):
         ServedModel("a/b", stepped(1))

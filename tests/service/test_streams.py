@@ -1,6 +1,5 @@
 """Previews while an image is drawn, clients that go away or read slowly, and lanes that are free at the next tick."""
 
-import asyncio
 from typing import Any
 
 import numpy as np
@@ -38,7 +37,15 @@ def previews_of(request: dict[str, Any]) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("steps", "previews", "due"),
-    [(10, 0, set()), (10, 1, {5}), (10, 3, {2, 5, 7}), (5, 4, {1, 2, 3, 4}), (5, 64, {1, 2, 3, 4}), (1, 3, set()), (2, 1, {1})],
+    [
+        (10, 0, set()),
+        (10, 1, {5}),
+        (10, 3, {2, 5, 7}),
+        (5, 4, {1, 2, 3, 4}),
+        (5, 64, {1, 2, 3, 4}),
+        (1, 3, set()),
+        (2, 1, {1}),
+    ],
 )
 def test_previews_are_spread_evenly_and_none_is_the_image(steps: int, previews: int, due: set[int]) -> None:
     assert due_steps(steps, previews) == due
