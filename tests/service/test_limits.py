@@ -137,8 +137,13 @@ def test_the_log_has_a_line_for_each_request(log_of: Any) -> None:
             name: found["one"][name] for name in ("status", "model", "images", "steps", "policy", "seed", "left_out")
         }
         assert one == {
-            **{"status": 200, "model": "tiny", "images": 1, "steps": 2, "policy": "quick", "seed": 5},
-            **{"left_out": 0.8},
+            "status": 200,
+            "model": "tiny",
+            "images": 1,
+            "steps": 2,
+            "policy": "quick",
+            "seed": 5,
+            "left_out": 0.8,
         }
         assert (found["two"]["status"], found["two"]["reason"]) == (400, "invalid_value")
         assert found["three"]["path"] == '/nothing\n"x'

@@ -8,7 +8,7 @@ import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from ..sampling.reports import RequestReport
+from .drawn import Drawn
 from .served import ServedModel
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -53,18 +53,16 @@ class Metrics:
         for name in models:  # so that rates begin at 0
             self._images.labels(name)
 
-    def drawn(self, model: str, report: RequestReport) -> None:
-        """One image."""
-        layers = report.exit_layer.numpy().ravel()
-        layers = layers[layers > 0]
-        steps = len(report.exit_layer)
-        self._exits[model] += np.bincount(layers, minlength=len(self._exits[model]))
+    def drawn(self, model: str, image: Drawn) -> None:
+        counts = np.bincount(image.layers.ravel(), minlength=len(self._exits[model]))
+        counts[0] = 0  # where there was no unconditional half
+        self._exits[model] += counts
         self._images.labels(model).inc()
-        self._wait.labels(model).observe(report.waited)
-        self._steps.labels(model).observe(steps)
-        self._step_seconds.labels(model).observe(report.seconds / max(steps, 1))
-        self._left_out.labels(model).observe(1 - report.blocks / max(report.blocks_full, 1))
-        self._waits.append(report.waited)
+        self._wait.labels(model).observe(image.waited)
+        self._steps.labels(model).observe(image.steps)
+        self._step_seconds.labels(model).observe(image.seconds / max(image.steps, 1))
+        self._left_out.labels(model).observe(image.share_left_out)
+        self._waits.append(image.waited)
 
     def replied(self, model: str, began: float) -> None:
         """A request whose images have all been drawn. began: on `time.perf_counter`."""

@@ -1,6 +1,5 @@
 """What a request asks for, checked against the model and the limits: parameters of each of its images."""
 
-import asyncio
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -138,7 +137,7 @@ async def _condition(asked: ImageRequest, served: ServedModel) -> dict[str, Any]
             raise invalid(f"{served.name} takes text; give prompt and leave class_label out", "class_label")
         if prompt is None:
             raise invalid(f"{served.name} takes text; give prompt", "prompt", "missing_field")
-        text, null = await asyncio.to_thread(served.contexts, prompt)
+        text, null = await served.contexts(prompt)
         if not bool(torch.isfinite(text).all()):
             raise ServiceError(500, "the text encoder made NaN or infinity of the prompt", "not_finite", "prompt")
         return {"text_embeds": text, "null_text_embeds": null}
