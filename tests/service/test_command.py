@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -162,6 +163,16 @@ def test_a_drain_ends_with_its_timeout() -> None:
         assert (busy.status, app.state.service.aborted) == (503, True)
 
     run_async(work())
+
+
+def test_an_address_is_taken_once_and_refuses_until_somebody_serves() -> None:
+    with lifecycle.bind("127.0.0.1", 0) as first:
+        host, port = first.getsockname()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((host, port), timeout=SECONDS)
+        first.listen()
+        with pytest.raises(OSError, match=rf"cannot listen on 127\.0\.0\.1 port {port}: Address already in use"):
+            lifecycle.bind(host, port)
 
 
 def test_options_become_settings(tmp_path: Path) -> None:

@@ -38,14 +38,14 @@ def serve(options: argparse.Namespace) -> None:
     if not 0 <= options.port < 2**16:  # some systems take what is left of it beyond 16 bits
         raise ValueError(f"--port must lie in 0..65535, got {options.port}")
     logs.configure(options.log_format, sys.stderr)
-    listening = lifecycle.listen(options.host, options.port)  # before anything is loaded, which takes long
-    with listening:
+    bound = lifecycle.bind(options.host, options.port)  # before anything is loaded, which takes long
+    with bound:
         app = create_app(opened(options, named), settings)
-        address = lifecycle.address_of(listening)
+        address = lifecycle.address_of(bound)
         if not settings.api_keys and options.host not in lifecycle.LOOPBACK:
             logs.log("anybody who reaches this address may draw; --api-key-file asks for a key", 30, address=address)
         logs.log("serving", address=address, models=",".join(named))
-        if not lifecycle.run(app, listening, options.drain_timeout):
+        if not lifecycle.run(app, bound, options.drain_timeout):
             raise SystemExit(1)
 
 
