@@ -45,6 +45,7 @@ class Metrics:
         self._images = Counter("image_count", "Images drawn", by_model, **own)
         self._failed = Counter("requests_failed", "Requests that failed, by the code of the error", ("reason",), **own)
         self._http = Counter("http_requests", "Replies", ("path", "status"), **own)
+        # by layers, the first of those without an unconditional half, which nobody reads
         self._exits = {name: np.zeros(served.model.num_layers + 1, np.int64) for name, served in models.items()}
         self._models = models
         self._waits: deque[float] = deque(maxlen=RECENT)
@@ -54,9 +55,7 @@ class Metrics:
             self._images.labels(name)
 
     def drawn(self, model: str, image: Drawn) -> None:
-        counts = np.bincount(image.layers.ravel(), minlength=len(self._exits[model]))
-        counts[0] = 0  # where there was no unconditional half
-        self._exits[model] += counts
+        self._exits[model] += np.bincount(image.layers.ravel(), minlength=len(self._exits[model]))
         self._images.labels(model).inc()
         self._wait.labels(model).observe(image.waited)
         self._steps.labels(model).observe(image.steps)
