@@ -1,6 +1,7 @@
 """adadiff serve."""
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -23,30 +24,40 @@ if TYPE_CHECKING:
     from ..service.served import ServedModel
 
 KEY_VARIABLE = "ADADIFF_API_KEY"
-EXTRA = ("fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client")
+EXTRA = ("fastapi", "uvicorn", "prometheus_client")
 
 
 def serve(options: argparse.Namespace) -> None:
-    try:
-        from ..service import lifecycle, logs
-        from ..service.app import create_app
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in EXTRA:
-            raise
-        raise ImportError(f"adadiff serve takes {error.name}: pip install 'adadiff_kernels[serve]'") from error
+    _check_extra()
+    from ..service import lifecycle, logs
+    from ..service.app import create_app
+
     settings, named = settings_of(options, os.environ), names_of(options.models)
     if not 0 < options.drain_timeout <= 86400:
         raise ValueError(f"--drain-timeout must be above 0 and at most 86400 seconds, got {options.drain_timeout:g}")
+    if not 0 <= options.port < 2**16:  # some systems take what is left of it beyond 16 bits
+        raise ValueError(f"--port must lie in 0..65535, got {options.port}")
     logs.configure(options.log_format, sys.stderr)
-    listening = lifecycle.listen(options.host, options.port)  # before anything is loaded, which takes long
-    with listening:
+    bound = lifecycle.bind(options.host, options.port)  # before anything is loaded, which takes long
+    with bound:
         app = create_app(opened(options, named), settings)
-        address = lifecycle.address_of(listening)
+        address = lifecycle.address_of(bound)
         if not settings.api_keys and options.host not in lifecycle.LOOPBACK:
             logs.log("anybody who reaches this address may draw; --api-key-file asks for a key", 30, address=address)
         logs.log("serving", address=address, models=",".join(named))
-        if not lifecycle.run(app, listening, options.drain_timeout):
+        if not lifecycle.run(app, bound, options.drain_timeout):
             raise SystemExit(1)
+
+
+def _check_extra() -> None:
+    """ImportError, with the remedy, where a package of the extra `serve` is missing."""
+    for name in EXTRA:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name:
+                raise
+            raise ImportError(f"adadiff serve takes {name}: pip install 'adadiff_kernels[serve]'") from error
 
 
 def settings_of(options: argparse.Namespace, environment: Any) -> Settings:

@@ -10,6 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from ..serving.handles import EngineFull
 from .bodies import ImageRequest, ImagesReply, parse
 from .drawing import Drawing
 from .errors import ServiceError, json_response
@@ -68,6 +69,8 @@ def _add_images(app: FastAPI, service: Service) -> None:
             drawing = service.submit(order)
         except ClientGone:
             return _nobody(own)
+        except EngineFull as full:
+            raise service.full(full) from None
         if not order.stream:
             return await _whole(service, drawing, request, own)
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from ..sampling.arriving import Arriving
 from ..serving.handles import EngineClosed, EngineFull, Handle
+from .drawn import Drawn
 from .errors import ServiceError
 from .orders import Order
 
@@ -75,21 +75,21 @@ class Drawing:
     def __init__(self, order: Order, mailbox: Mailbox):
         self.order, self.mailbox = order, mailbox
         self.handles: list[Handle] = []
+        self._drawn: dict[int, Drawn] = {}
         self.began = time.perf_counter()
 
     @staticmethod
-    def submit(order: Order, retry_after: Callable[[], int]) -> "Drawing":
-        """All images or none. Raises ServiceError: 429 where the queue is full, 503 where the engine is closed."""
+    def submit(order: Order) -> "Drawing":
+        """All images or none. Raises EngineFull, and ServiceError where the engine is closed."""
         mailbox = Mailbox(asyncio.get_running_loop(), due_steps(order.steps, order.previews))
         drawing, engine = Drawing(order, mailbox), order.model.engine
         try:
             for i, params in enumerate(order.params):
                 on_step = partial(mailbox.on_step, i) if order.previews else None
                 drawing.handles.append(engine.submit(params, on_step=on_step))
-        except EngineFull as full:
+        except EngineFull:
             drawing.cancel()
-            message = f"the queue of {order.model.name} is full: {full}"
-            raise ServiceError(429, message, "queue_full", headers={"Retry-After": str(retry_after())}) from None
+            raise
         except EngineClosed as closed:
             drawing.cancel()
             raise ServiceError(503, f"{order.model.name} draws no more: {closed}", "engine_closed") from closed
@@ -107,6 +107,21 @@ class Drawing:
         """Its lanes are free at the next tick. Those that are done stay done."""
         for handle in self.handles:
             handle.cancel()
+
+    def drawn(self, index: int) -> Drawn | None:
+        """How that image was drawn; None where it has not been."""
+        if index not in self._drawn:
+            handle = self.handles[index]
+            if not handle.over or handle.cancelled() or handle.exception(0) is not None:
+                return None
+            self._drawn[index] = Drawn.of(self.order.seed + index, handle.report)
+        return self._drawn[index]
+
+    @property
+    def all_drawn(self) -> list[Drawn]:
+        """Of those images that have been drawn."""
+        found = (self.drawn(i) for i in range(len(self.handles)))
+        return [one for one in found if one is not None]
 
     @property
     def over(self) -> bool:

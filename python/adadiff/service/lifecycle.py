@@ -5,6 +5,7 @@ The first SIGTERM or Ctrl-C drains: no more requests are taken, those in flight 
 """
 
 import asyncio
+import os
 import socket
 from types import FrameType
 
@@ -18,23 +19,32 @@ ABORT_SECONDS = 10.0  # that clients have to take what they are told after an ab
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that takes connections at once. Raises OSError, which names the address, where it cannot be had."""
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that has its address, and takes connections once `run` listens: until then clients are refused, not kept
+    waiting. Raises OSError, which names the address, where it cannot be had."""
+    bound = None
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, _, _, _, address = found[0]
-        return socket.create_server(address, family=family, backlog=1024)
-    except (OSError, OverflowError) as error:
-        raise OSError(f"cannot listen on {host} port {port}: {getattr(error, 'strerror', None) or error}") from None
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+        if os.name == "posix":  # elsewhere the option would let two servers have one address
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        if bound is not None:
+            bound.close()
+        raise OSError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
+    return bound
 
 
-def address_of(listening: socket.socket) -> str:
+def address_of(bound: socket.socket) -> str:
     """Its URL, with the port that it was given."""
-    host, port, *_ = listening.getsockname()
+    host, port, *_ = bound.getsockname()
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def run(app: FastAPI, listening: socket.socket, drain_timeout: float) -> bool:
+def run(app: FastAPI, bound: socket.socket, drain_timeout: float) -> bool:
     """Serves until a signal comes. True where all requests that were taken have been finished. Main thread only."""
     service: Service = app.state.service
     config = uvicorn.Config(
@@ -47,7 +57,7 @@ def run(app: FastAPI, listening: socket.socket, drain_timeout: float) -> bool:
         timeout_graceful_shutdown=int(drain_timeout + ABORT_SECONDS) + 1,
     )
     server = _Server(config, service, drain_timeout)
-    server.run(sockets=[listening])
+    server.run(sockets=[bound])
     log("stopped", aborted=service.aborted or None)
     return not (service.aborted or server.force_exit)
 

@@ -8,7 +8,7 @@ import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from ..sampling.reports import RequestReport
+from .drawn import Drawn
 from .served import ServedModel
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -45,6 +45,7 @@ class Metrics:
         self._images = Counter("image_count", "Images drawn", by_model, **own)
         self._failed = Counter("requests_failed", "Requests that failed, by the code of the error", ("reason",), **own)
         self._http = Counter("http_requests", "Replies", ("path", "status"), **own)
+        # by layers, the first of those without an unconditional half, which nobody reads
         self._exits = {name: np.zeros(served.model.num_layers + 1, np.int64) for name, served in models.items()}
         self._models = models
         self._waits: deque[float] = deque(maxlen=RECENT)
@@ -53,18 +54,14 @@ class Metrics:
         for name in models:  # so that rates begin at 0
             self._images.labels(name)
 
-    def drawn(self, model: str, report: RequestReport) -> None:
-        """One image."""
-        layers = report.exit_layer.numpy().ravel()
-        layers = layers[layers > 0]
-        steps = len(report.exit_layer)
-        self._exits[model] += np.bincount(layers, minlength=len(self._exits[model]))
+    def drawn(self, model: str, image: Drawn) -> None:
+        self._exits[model] += np.bincount(image.layers.ravel(), minlength=len(self._exits[model]))
         self._images.labels(model).inc()
-        self._wait.labels(model).observe(report.waited)
-        self._steps.labels(model).observe(steps)
-        self._step_seconds.labels(model).observe(report.seconds / max(steps, 1))
-        self._left_out.labels(model).observe(1 - report.blocks / max(report.blocks_full, 1))
-        self._waits.append(report.waited)
+        self._wait.labels(model).observe(image.waited)
+        self._steps.labels(model).observe(image.steps)
+        self._step_seconds.labels(model).observe(image.seconds / max(image.steps, 1))
+        self._left_out.labels(model).observe(image.share_left_out)
+        self._waits.append(image.waited)
 
     def replied(self, model: str, began: float) -> None:
         """A request whose images have all been drawn. began: on `time.perf_counter`."""

@@ -1,7 +1,6 @@
 """What a request asks for, checked against the model and the limits: parameters of each of its images."""
 
-import asyncio
-import secrets
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +19,7 @@ from .served import ServedModel
 from .settings import Settings
 
 SEED_BITS = 32  # of random seeds: every client reads such numbers exactly, JavaScript included
+_RANDOM = random.Random()  # seeded by the system, whatever the program does with the global one
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ async def order_of(
         raise invalid(f"{served.name} was not trained for guidance; leave guidance_scale out", "guidance_scale")
     if scale != 1 and served.engine.capacity < 2:
         raise invalid("guidance takes two lanes of an engine, and this one has a single lane", "guidance_scale")
-    seed = secrets.randbits(SEED_BITS) if asked.seed is None else asked.seed
+    seed = _RANDOM.getrandbits(SEED_BITS) if asked.seed is None else asked.seed
     if seed + n > 2**63:
         raise invalid(f"seed must be below 2^63 for every image, got {seed} for the first of {n}", "seed")
     stream, previews, png = _form(asked, n, settings, accept)
@@ -137,7 +137,7 @@ async def _condition(asked: ImageRequest, served: ServedModel) -> dict[str, Any]
             raise invalid(f"{served.name} takes text; give prompt and leave class_label out", "class_label")
         if prompt is None:
             raise invalid(f"{served.name} takes text; give prompt", "prompt", "missing_field")
-        text, null = await asyncio.to_thread(served.contexts, prompt)
+        text, null = await served.contexts(prompt)
         if not bool(torch.isfinite(text).all()):
             raise ServiceError(500, "the text encoder made NaN or infinity of the prompt", "not_finite", "prompt")
         return {"text_embeds": text, "null_text_embeds": null}

@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..output.pictures import to_pixels
+from .errors import ServiceError
 from .served import ServedModel
 
 SMALL = 2**14  # values of an image that is encoded faster than a thread is asked to
@@ -21,11 +22,17 @@ def png(image: Tensor) -> bytes:
 
 
 async def png_of(model: ServedModel, sample: Callable[[], Tensor]) -> bytes:
-    """sample: gives float [C, H, W], and may wait for a device. Keeps the event loop free of what takes long."""
+    """sample: gives float [C, H, W], and may wait for a device. Keeps the event loop free of what takes long.
+
+    Raises ServiceError for NaN and infinity.
+    """
 
     def make() -> bytes:
         value = sample()
-        return png(value if model.decode is None else model.decode(value[None])[0])
+        try:
+            return png(value if model.decode is None else model.decode(value[None])[0])
+        except ValueError as error:  # NaN or infinity, of a sample or of the decoder
+            raise ServiceError(500, f"there is no picture of it: {error}", "not_finite") from error
 
     C, H, W = model.model.backbone.sample_shape
     if model.decode is None and C * H * W <= SMALL and model.model.device.type == "cpu":

@@ -3,14 +3,13 @@
 import base64
 import math
 import time
+from statistics import fmean
 
-import numpy as np
 from starlette.responses import Response
 
-from ..sampling.reports import RequestReport
-from ..serving.handles import Handle
 from .bodies import CompletedDetails, CompletedEvent, ImageData, ImageDetails, ImagesReply, RequestDetails
 from .drawing import Drawing
+from .drawn import Drawn
 from .pictures import png_of
 
 
@@ -18,7 +17,7 @@ async def reply(drawing: Drawing, request_id: str) -> Response:
     """All images of a request in one body, or the bytes of its only one."""
     order, handles = drawing.order, drawing.handles
     pictures = [await png_of(order.model, handle.result) for handle in handles]
-    details = [details_of(order.seed + i, handle.report) for i, handle in enumerate(handles)]
+    details = [details_of(one) for one in drawing.all_drawn]
     headers = {"Server-Timing": server_timing(details, time.perf_counter() - drawing.began)}
     if order.png:
         (one,) = details
@@ -44,27 +43,25 @@ async def completed(drawing: Drawing, index: int) -> CompletedEvent:
     """The event of one image that is done."""
     handle, order = drawing.handles[index], drawing.order
     picture = await png_of(order.model, handle.result)
-    details = details_of(order.seed + index, handle.report)
     return CompletedEvent(
         b64_json=base64.b64encode(picture).decode(),
         created_at=int(time.time()),
         size=order.model.size,
-        adadiff=CompletedDetails(index=index, **dict(details)),
+        adadiff=CompletedDetails(index=index, **dict(details_of(drawing.drawn(index)))),
     )
 
 
-def details_of(seed: int, report: RequestReport) -> ImageDetails:
-    layers = report.exit_layer[:, 0]
-    unconditional = layers[:, 1].tolist()
+def details_of(image: Drawn) -> ImageDetails:
+    conditional, unconditional = image.layers.T.tolist()
     return ImageDetails(
-        seed=seed,
-        steps=len(layers),
-        num_layers=report.num_layers,
-        mean_exit_layer=round(report.mean_exit_layer, 4),
-        share_left_out=round(1 - report.blocks / max(report.blocks_full, 1), 4),
-        seconds_waiting=round(max(report.waited, 0.0), 6),
-        seconds_running=round(report.seconds, 6),
-        exit_layers=layers[:, 0].tolist(),
+        seed=image.seed,
+        steps=image.steps,
+        num_layers=image.num_layers,
+        mean_exit_layer=round(image.mean_exit_layer, 4),
+        share_left_out=round(image.share_left_out, 4),
+        seconds_waiting=round(image.waited, 6),
+        seconds_running=round(image.seconds, 6),
+        exit_layers=conditional,
         exit_layers_unconditional=unconditional if any(unconditional) else None,
     )
 
@@ -80,8 +77,8 @@ def summary(drawing: Drawing, details: list[ImageDetails], request_id: str) -> R
         steps=order.steps,
         guidance_scale=order.guidance_scale,
         num_layers=order.model.model.num_layers,
-        mean_exit_layer=round(float(np.mean([one.mean_exit_layer for one in details])), 4),
-        share_left_out=round(float(np.mean([one.share_left_out for one in details])), 4),
+        mean_exit_layer=round(fmean(one.mean_exit_layer for one in details), 4),
+        share_left_out=round(fmean(one.share_left_out for one in details), 4),
         seconds_waiting=max(one.seconds_waiting for one in details),
         seconds_running=max(one.seconds_running for one in details),
     )
@@ -99,18 +96,12 @@ def server_timing(details: list[ImageDetails], total: float) -> str:
 
 def logged(drawing: Drawing) -> dict[str, object]:
     """What the log tells of a request, whatever has become of it."""
-    order, reports = drawing.order, [handle.report for handle in drawing.handles]
-    done = [handle.report for handle in drawing.handles if _is_drawn(handle)]
-    blocks, full = sum(one.blocks for one in done), sum(one.blocks_full for one in done)
+    order, images = drawing.order, drawing.all_drawn
     return {
         "model": order.model.name,
-        "images": len(reports),
+        "images": len(drawing.handles),
         "steps": order.steps,
         "policy": order.policy,
         "seed": order.seed,
-        "left_out": round(1 - blocks / full, 4) if full else None,
+        "left_out": round(fmean(one.share_left_out for one in images), 4) if images else None,
     }
-
-
-def _is_drawn(handle: Handle) -> bool:
-    return handle.over and not handle.cancelled() and handle.exception(0) is None

@@ -1,6 +1,6 @@
 """A model that a service draws with: its engine, its classes or text encoder, and what makes pictures of samples."""
 
-import threading
+import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,11 +13,20 @@ from ..forward.options import ExecutionOptions
 from ..model import Model
 from ..output.pictures import CHANNELS
 from ..serving.engine import Engine
+from ..serving.handles import EngineFull
 from .allowed import forms_for
 from .settings import Settings, check_name
 
-Decode = Callable[[Tensor], Tensor]  # latents float [n, C, h, w] -> images float32 [n, 3, H, W]
+Decode = Callable[[Tensor], Tensor]  # latents float [n, C, h, w] -> images float32 [n, 3, H, W], n may be 0
 Encode = Callable[[list[str]], Tensor]  # prompts -> contexts float32 [n, N, E]
+
+
+@dataclass(eq=False)
+class _Turns:
+    """Of the event loop's requests at a text encoder."""
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    waiting: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +42,7 @@ class ServedModel:
     class_names: tuple[str, ...] = ()
     encode: Encode | None = None
     decode: Decode | None = None
-    _encoding: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _encoder: _Turns = field(default_factory=_Turns, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_name("a model's name", self.name)
@@ -79,13 +88,22 @@ class ServedModel:
         """WIDTHxHEIGHT of its pictures."""
         shape = self.model.backbone.sample_shape
         if self.decode is not None:
-            shape = tuple(self.decode(torch.zeros(1, *shape, dtype=torch.float32, device="cpu")).shape[1:])
+            shape = tuple(self.decode(torch.zeros(0, *shape, dtype=torch.float32, device="cpu")).shape[1:])
         return f"{shape[2]}x{shape[1]}"
 
-    def contexts(self, prompt: str) -> tuple[Tensor, Tensor]:
-        """Of a prompt and of the empty one, float32 [N, E]. One call at a time: encoders take all cores."""
-        with self._encoding:
-            text, null = self.encode([prompt, ""])
+    async def contexts(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """Of a prompt and of the empty one, float32 [N, E], in a thread. One prompt at a time: encoders take all cores.
+
+        Raises EngineFull where as many wait for the encoder as may wait for the engine.
+        """
+        if self._encoder.waiting >= self.engine.queue:
+            raise EngineFull(f"{self._encoder.waiting} prompts wait for the text encoder already")
+        self._encoder.waiting += 1
+        try:
+            async with self._encoder.lock:
+                text, null = await asyncio.to_thread(self.encode, [prompt, ""])
+        finally:
+            self._encoder.waiting -= 1
         return text, null
 
     def describe(self, settings: Settings, presets: Iterable[str], created: int) -> dict[str, Any]:

@@ -5,8 +5,10 @@ import time
 from collections.abc import Sequence
 
 from ..sampling.params import SamplingParams
+from ..serving.handles import EngineFull
 from .allowed import blank_condition, presets_for
 from .drawing import Drawing
+from .errors import ServiceError
 from .logs import log
 from .metrics import Metrics
 from .orders import Order
@@ -37,18 +39,22 @@ class Service:
         self._drawings: set[Drawing] = set()
 
     def submit(self, order: Order) -> Drawing:
-        """Counted as in flight until `ended`. Raises ServiceError."""
-        drawing = Drawing.submit(order, self.metrics.retry_after)
+        """Counted as in flight until `ended`. Raises EngineFull and ServiceError."""
+        drawing = Drawing.submit(order)
         self._drawings.add(drawing)
         return drawing
+
+    def full(self, why: EngineFull) -> ServiceError:
+        """What a client is told whose request found no room."""
+        headers = {"Retry-After": str(self.metrics.retry_after())}
+        return ServiceError(429, f"too many requests: {why}", "queue_full", headers=headers)
 
     def ended(self, drawing: Drawing) -> None:
         """However it has ended. Lanes that it has still are given up; images that were drawn are counted."""
         drawing.cancel()
         self._drawings.discard(drawing)
-        for handle in drawing.handles:
-            if not handle.cancelled() and handle.exception(0) is None:
-                self.metrics.drawn(drawing.order.model.name, handle.report)
+        for image in drawing.all_drawn:
+            self.metrics.drawn(drawing.order.model.name, image)
 
     @property
     def states(self) -> dict[str, str]:

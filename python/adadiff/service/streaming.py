@@ -91,7 +91,10 @@ async def events(drawing: Drawing) -> AsyncIterator[bytes]:
                 left.discard(index)
                 yield _message(await completed(drawing, index))
             elif (preview := mailbox.take(index)) is not None:
-                event = await _partial(drawing, index, preview, sent[index])
+                try:
+                    event = await _partial(drawing, index, preview, sent[index])
+                except ServiceError:  # a prediction may be infinite where the image will not be
+                    continue
                 sent[index] += 1
                 yield _message(event)
 
