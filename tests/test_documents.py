@@ -24,7 +24,7 @@ CHECKPOINTS, RESULTS = ROOT / "python" / "adadiff" / "checkpoints", ROOT / "benc
 DOCUMENTS = sorted(
     path for folder in (ROOT, CHECKPOINTS, RESULTS, ROOT / ".github") for path in folder.glob("*.md") if folder.is_dir()
 )
-CARDS = ("digits", "canvases")
+CARDS = ("digits", "canvases", "digits_prototypes")
 MODELS = sorted(path.stem for path in CHECKPOINTS.glob("*.safetensors"))
 OPERATOR = "settle_rows"  # stands for <operator>
 
@@ -169,7 +169,8 @@ def count(module: torch.nn.Module) -> int:
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in ("digits_features", "digits_cascade")])
 def test_cards_count_the_multiply_adds(name: str) -> None:
-    macs, kind, column = describe(name)["macs"], name.split("_")[0], 2 if name.endswith("shallow") else 1
+    kind = name if name in CARDS else name.split("_")[0]
+    macs, column = describe(name)["macs"], 2 if name.endswith("shallow") else 1
     said = {row[0]: row[column] for row in rows(card(kind), "")}
     assert said["multiply-adds of a forward pass"] == f"{macs['full forward pass']:,}"
     block = f"{macs['block']:,}, with a long skip {macs['block with skip']:,}"
@@ -207,6 +208,21 @@ def test_quality_by_budget_is_that_of_the_calibration() -> None:
     assert rows(card("canvases"), "policy") == found
 
 
+def test_steps_by_class_are_those_of_the_selector() -> None:
+    content = describe("digits_prototypes")
+    by_steps = defaultdict(list)
+    for label, steps in enumerate(content["steps_of_classes"]):
+        by_steps[steps].append(str(label))
+    wanted = [[str(steps), ", ".join(by_steps[steps])] for steps in sorted(by_steps)]
+    assert rows(card("digits_prototypes"), "steps") == wanted
+    measured = content["step_selector"]["measured"]
+    numbers = [[f"{measured['mean_steps']:.2f}", f"{measured['error']:.3g}", ""]]
+    for name, steps in (("fixed", str(measured["fixed_steps"])), ("random", numbers[0][0])):
+        ratio = "{ratio:.2f} ({low:.2f} to {high:.2f})".format(**measured[name])
+        numbers.append([steps, f"{measured[name]['error']:.3g}", ratio])
+    assert [row[1:] for row in rows(card("digits_prototypes"), "steps by")] == numbers
+
+
 @pytest.mark.parametrize(
     ("name", "example"), [(name, example) for name in CARDS for example in range(len(examples(name)))]
 )
@@ -216,7 +232,8 @@ def test_examples_run(name: str, example: int, capsys: pytest.CaptureFixture[str
     images = found["images"]
     assert bool(images.isfinite().all())
     if "report" in found:
-        assert found["report"].mean_exit_layer < found["model"].num_layers
+        exits = found["model"].exits is not None
+        assert (found["report"].mean_exit_layer < found["model"].num_layers) == exits
         assert len(images) == found["report"].exit_layer.shape[1]
     else:
         (said,) = re.findall(r"reads (\d+ of \d+) held-out scans", card(name))

@@ -93,7 +93,8 @@ def test_what_is_measured_is_drawn_from_other_noises() -> None:
 def test_a_bar_out_of_reach_takes_the_most_and_a_low_one_the_fewest() -> None:
     errors = StepTraining(served(), CANDIDATES, n=9).record()
     for bar, steps in ((float(errors[:, 1].min()) / 2, 5), (2 * float(errors.max()), 2)):
-        assert StepTraining(served(), CANDIDATES, n=9, bar=bar).learnt(errors).steps_of_classes == [steps] * 3
+        with torch.inference_mode():  # of a caller
+            assert StepTraining(served(), CANDIDATES, n=9, bar=bar).learnt(errors).steps_of_classes == [steps] * 3
 
 
 def reader() -> Model:

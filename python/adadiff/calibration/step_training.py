@@ -135,6 +135,8 @@ class StepTraining:
                 bar.update(len(errors) - begin)
         return errors
 
+    @torch.inference_mode(False)  # whatever mode the caller is in
+    @torch.enable_grad()
     def learnt(self, errors: Tensor, progress: bool = False) -> StepSelector:
         """The selector that these errors teach, not measured yet."""
         config = self.config

@@ -4,7 +4,7 @@ import argparse
 import textwrap
 from typing import Any
 
-COMMAND_COLUMNS = 13  # of the longest command with its indent, which argparse does not count
+COMMAND_COLUMNS = 15  # of the longest command with its indent, which argparse does not count
 
 
 class HelpFormatter(argparse.HelpFormatter):

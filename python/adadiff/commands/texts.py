@@ -358,8 +358,8 @@ FEATURES = (
 
 TRAIN_GROUPS = {  # fields of TrainConfig by the heading under which they are explained
     "what to train": {
-        "preset": "network, with its noise schedule: digits, canvases, or another preset listed by `adadiff convert "
-        "--help`",
+        "preset": "network, with its noise schedule: digits, digits_prototypes, canvases, or another preset listed by "
+        "`adadiff convert --help`",
         "network": "changes to the preset's network, as in depth=2 dim=96; `adadiff inspect MODEL --all` lists the "
         "settings as network.KEY",
         "exits": "train exits, that is, for each block an uncertainty estimation module and an output head; --no-exits "
@@ -376,8 +376,8 @@ TRAIN_GROUPS = {  # fields of TrainConfig by the heading under which they are ex
         "only), for networks much narrower than theirs",
     },
     "data": {
-        "data": "training images: digits, canvases (with settings, as in canvases:side=3,n=50000), or a data "
-        f"set in a local folder, as in cifar10:FOLDER; known are {', '.join(datasets.NAMES)}",
+        "data": "training images: digits, digits_prototypes, canvases (with settings, as in canvases:side=3,n=50000), "
+        f"or a data set in a local folder, as in cifar10:FOLDER; known are {', '.join(datasets.NAMES)}",
         "label_drop": "share of the labels, in [0, 1), that are replaced by the null class for classifier-free "
         "guidance; 0 for networks without one",
     },

@@ -13,8 +13,8 @@ MOST_CANVASES = 200_000  # all are in memory, in a few copies while they are dra
 
 SETTINGS = {
     "digits": {},
-    "digits_prototypes": {},
     "canvases": {"side": int, "hard": float, "n": int, "seed": int},
+    "digits_prototypes": {},
 }
 NAMES = (*SETTINGS, *datasets.NAMES)
 

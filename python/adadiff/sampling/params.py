@@ -76,7 +76,7 @@ class SamplingParams:
         if not isinstance(self.steps, str):
             _check_numbers("steps", self.steps, whole=True, least=1)
         elif self.steps != AUTO:
-            raise ValueError(f"steps must be whole numbers or {AUTO!r}, got {self.steps!r}")
+            raise ValueError(f"steps must be a number, one for each sample or {AUTO!r}, got {self.steps!r}")
         elif self.init_image is not None:
             raise ValueError(f"steps={AUTO!r} is learnt for samples from noise; with init_image give a number")
         _check_numbers("seed", self.seed, whole=True, least=0)
