@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib import resources
 from itertools import product
 from pathlib import Path
 
@@ -20,8 +21,10 @@ from benchmarks.suites.drawing import Artist, Method, fingerprint, load
 from benchmarks.suites.judging import DATA
 
 BATCH = 64  # samples at a time, for quality
-BY_BUDGET = ("ours, faithful", "ours, distribution", "ours, early model")  # their settings begin with it
-OURS = (*BY_BUDGET, "ours, one threshold")
+COMPOSED = ("ours, early model", "ours, cache and exits", "ours, cache, exits, early model")  # of several policies
+BY_BUDGET = ("ours, faithful", "ours, distribution", *COMPOSED)  # their settings begin with it
+SINGLE = ("ours, one threshold", "ours, cache", "ours, reuse", "ours, width", "ours, cascade")  # of one policy
+OURS = (*BY_BUDGET, *SINGLE)
 CANDIDATES = 200  # single thresholds tried
 RECORDED, RECORDED_STEPS = 64, 20  # samples and steps by which they are chosen
 
@@ -29,11 +32,14 @@ RECORDED, RECORDED_STEPS = 64, 20  # samples and steps by which they are chosen
 @dataclass(frozen=True)
 class Networks:
     """Names that ship or files: the network with exits, the same without, trained with equal budget, and a shallow one
-    of its own training. Those that are None are left out."""
+    of its own training; a slimmable one and a schedule of its widths; a cascade. Those that are None are left out."""
 
     full: str
     plain: str | None
     shallow: str | None
+    slim: str | None = None
+    widths: str | None = None
+    cascade: str | None = None
 
     @property
     def names(self) -> tuple[str | None, ...]:
@@ -71,7 +77,15 @@ def default_networks(data: str) -> Networks:
     full = first(data)
     if full is None:
         raise ValueError(f"no network for {data}: train it, `adadiff train {data}`, or give --models full=FILE")
-    return Networks(full, first(f"{data}_plain"), first(f"{data}_shallow"))
+    others = (first(f"{data}_{name}") for name in ("plain", "shallow", "slim"))
+    own = {"widths": _shipped(f"{data}_widths.json"), "cascade": _shipped(f"{data}_cascade.safetensors")}
+    return Networks(full, *others, **own)
+
+
+def _shipped(name: str) -> str | None:
+    """The file beside the checkpoints of the package, if there is one."""
+    file = Path(str(resources.files("adadiff"))) / "checkpoints" / name
+    return str(file) if file.exists() else None
 
 
 @dataclass(frozen=True)
@@ -88,6 +102,9 @@ class Sweep:
     shares: Sequence[float] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # that one threshold for all is set for
     first: Sequence[int] = (1, 3)  # layers that one threshold is asked from
     every: Sequence[int] = (2, 3, 5)
+    changes: Sequence[float] = (0.02, 0.04, 0.08, 0.16, 0.3)  # thresholds of caches
+    composed: Sequence[float] = (0.04, 0.08, 0.16)  # those beside exits
+    sent_on: Sequence[float] = (0.1, 0.3, 0.5)  # shares of a cascade's samples that the teacher goes on with
     reference_steps: int = 100  # of the full network's images that all should go by
     repeats: int = 9
     limit: float = 1200.0  # seconds of timing
@@ -107,6 +124,9 @@ COARSE = Sweep(
     shares=(0.5, 0.7),
     first=(3,),
     every=(2, 3),
+    changes=(0.04, 0.08, 0.16),
+    composed=(0.08, 0.16),
+    sent_on=(0.3,),
     repeats=5,
     limit=1800.0,
 )
@@ -120,6 +140,9 @@ QUICK = Sweep(
     shares=(0.6,),
     first=(3,),
     every=(2,),
+    changes=(0.08,),
+    composed=(0.08,),
+    sent_on=(0.3,),
     reference_steps=16,
     repeats=3,
     limit=30.0,
@@ -150,10 +173,31 @@ def _methods(networks: Networks, sweep: Sweep, folder: Path, common: dict) -> It
         yield Method("fixed depth", full, policy=f"exit:depth={depth}", setting=f"{depth} blocks", **common)
     for every in sweep.every:
         yield Method("reuse", full, reuse=every, setting=f"every {every}", **common)
+        for level in ("layer", "unit"):
+            own = {"policy": f"reuse:every={every},level={level}", "setting": f"every {every}, {level}"}
+            yield Method("ours, reuse", full, **own, **common)
+    for change in sweep.changes:
+        yield Method("ours, cache", full, policy=f"cache:threshold={change:g}", setting=f"{change:g}", **common)
+        yield Method("cache, whole batch", full, policy=f"cache:batch={change:g}", setting=f"{change:g}", **common)
+    if networks.slim and networks.widths:
+        own = {"policy": f"width:{networks.widths}", "setting": Path(networks.widths).stem}
+        yield Method("ours, width", networks.slim, **own, **common)
+    if networks.cascade:
+        for share in sweep.sent_on:
+            own = {"policy": f"cascade:{networks.cascade},share={share:g}", "setting": f"{share:g} go on"}
+            yield Method("ours, cascade", full, **own, **common)
     for aim, share in product(sweep.aims, sweep.budgets):
         file = str(calibrated_file(networks.full, aim, common["solver"], common["steps"], sweep, folder))
         yield Method("static table", file, policy=f"exit:table={share:g}", setting=f"{share:g}, {aim}", **common)
         yield Method(f"ours, {aim}", file, policy=f"exit:budget={share:g}", setting=f"{share:g}", **common)
+        for change in sweep.composed if aim == sweep.aims[0] else ():
+            both = f"cache:threshold={change:g}+exit:budget={share:g}"
+            own = {"policy": both, "setting": f"{share:g}, change {change:g}"}
+            yield Method("ours, cache and exits", file, **own, **common)
+            for t in sweep.switches if networks.shallow else ():
+                early = {"shallow_model": networks.shallow, "t_switch": t, "policy": both}
+                setting = f"{share:g}, change {change:g}, t ≥ {t:g}"
+                yield Method("ours, cache, exits, early model", file, setting=setting, **early, **common)
         for t in sweep.switches if networks.shallow and aim == sweep.aims[0] else ():
             own = {"shallow_model": networks.shallow, "t_switch": t, "policy": f"exit:budget={share:g}"}
             yield Method("ours, early model", file, setting=f"{share:g}, t ≥ {t:g}", **own, **common)

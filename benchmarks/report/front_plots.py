@@ -30,6 +30,13 @@ COLOURS = {
     "ours, distribution": "tab:cyan",
     "ours, early model": "mediumpurple",
     "ours, one threshold": "navy",
+    "cache, whole batch": "rosybrown",
+    "ours, cache": "teal",
+    "ours, reuse": "yellowgreen",
+    "ours, width": "deeppink",
+    "ours, cascade": "sienna",
+    "ours, cache and exits": "slateblue",
+    "ours, cache, exits, early model": "indigo",
 }
 COSTS = {"seconds": "ms per image, one thread", "macs": "million multiply-adds per image"}
 LABELS = {

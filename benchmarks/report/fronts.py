@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from adadiff.metrics.intervals import Interval, centred_interval, share_interval
-from benchmarks.baselines.alternatives import BY_BUDGET, OURS
+from benchmarks.baselines.alternatives import BY_BUDGET, COMPOSED, OURS
 from benchmarks.report.cells import Table, number, select, warning, where
 from benchmarks.rows import Row
 
@@ -43,6 +43,10 @@ class Point:
     @property
     def ours(self) -> bool:
         return self.method in OURS
+
+    @property
+    def composed(self) -> bool:
+        return self.method in COMPOSED
 
     def cost(self, axis: str) -> float:
         """axis: "seconds" or "macs"."""
@@ -170,19 +174,25 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         for measure in ("frechet", "error"):
             made += [front_table(timed, measured, data, measure, "seconds")] if timed else []
             made.append(front_table(all_points, good, data, measure, "macs"))
+            if any(point.composed for point in all_points):
+                made += [front_table(timed, measured, data, measure, "seconds", composed=True)] if timed else []
+                made.append(front_table(all_points, good, data, measure, "macs", composed=True))
         made += [best_table(timed, measured, data)] if timed else []
     return made
 
 
-def front_table(found: Sequence[Point], rows: Sequence[Row], data: str, measure: str, axis: str) -> Table:
-    """For every budget, and for one threshold for all, that setting of ours which does best against the others at the
-    same cost. rows: that the costs come from."""
-    others = front([point for point in found if not point.ours], axis, measure)
+def front_table(
+    found: Sequence[Point], rows: Sequence[Row], data: str, measure: str, axis: str, composed: bool = False
+) -> Table:
+    """For every budget, and for every policy without budgets, that setting of ours which does best against the others
+    at the same cost. rows: that the costs come from. composed: of several policies, against all single ones."""
+    others = front([point for point in found if not (point.composed if composed else point.ours)], axis, measure)
     groups: dict[str, list[Point]] = {}
     for point in found:
-        if point.ours:
-            budget = point.setting.split(",")[0] if point.method in BY_BUDGET else "one threshold"
-            groups.setdefault(budget, []).append(point)
+        if point.composed if composed else point.ours:
+            by_budget = point.method in BY_BUDGET
+            name = point.setting.split(",")[0] if by_budget else point.method.removeprefix("ours, ")
+            groups.setdefault(name, []).append(point)
     body = []
     for name in sorted(groups):
         ratios = {i: over_front(point, others, axis, measure) for i, point in enumerate(groups[name])}
@@ -200,12 +210,15 @@ def front_table(found: Sequence[Point], rows: Sequence[Row], data: str, measure:
                 verdict(ratio),
             )
         )
+    title, alternatives = "ours by budget", "alternatives"
+    if composed:
+        title, alternatives = "composed policies by budget", "single policies and alternatives"
     header = (
-        f"{data}, ours by budget", "how", "steps", COSTS[axis], "exit layer", MEASURES[measure],
+        f"{data}, {title}", "how", "steps", COSTS[axis], "exit layer", MEASURES[measure],
         "over the others' front", "it lies",
     )  # fmt: skip
     note = (
-        f"Over the others' front: ratio to the best of all alternatives at the same {axis_name(axis)}, with its 95 % "
+        f"Over the others' front: ratio to the best of all {alternatives} at the same {axis_name(axis)}, with its 95 % "
         "interval; below 1 is better. How and steps: what does best with the budget, which is a share of the full "
         "network's multiply-adds at as many steps. "
     )
