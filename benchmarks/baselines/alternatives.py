@@ -78,14 +78,10 @@ def default_networks(data: str) -> Networks:
     if full is None:
         raise ValueError(f"no network for {data}: train it, `adadiff train {data}`, or give --models full=FILE")
     others = (first(f"{data}_{name}") for name in ("plain", "shallow", "slim"))
-    own = {"widths": _shipped(f"{data}_widths.json"), "cascade": _shipped(f"{data}_cascade.safetensors")}
-    return Networks(full, *others, **own)
-
-
-def _shipped(name: str) -> str | None:
-    """The file beside the checkpoints of the package, if there is one."""
-    file = Path(str(resources.files("adadiff"))) / "checkpoints" / name
-    return str(file) if file.exists() else None
+    folder = Path(str(resources.files("adadiff"))) / "checkpoints"
+    own = {"widths": f"{data}_slim", "cascade": f"{data}_cascade"}  # names that ship
+    files = {"widths": f"{data}_slim.json", "cascade": f"{data}_cascade.safetensors"}
+    return Networks(full, *others, **{role: own[role] for role, file in files.items() if (folder / file).exists()})
 
 
 @dataclass(frozen=True)

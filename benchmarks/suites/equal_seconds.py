@@ -21,9 +21,10 @@ from tqdm import tqdm
 from adadiff.checkpoint import write_tensors
 from adadiff.diffusion.solvers import solver_from
 from benchmarks.baselines import reuse
-from benchmarks.baselines.alternatives import BATCH, OURS, Networks, Sweep, calibrate, methods
+from benchmarks.baselines.alternatives import BATCH, BY_BUDGET, Networks, Sweep, calibrate, methods
 from benchmarks.harness import interleave, threads
 from benchmarks.rows import Row, Rows, say, versions
+from benchmarks.suites import mates
 from benchmarks.suites.drawing import (
     Artist,
     Drawn,
@@ -79,6 +80,7 @@ class Comparison:
                 say(f"{self.data}: quality of {len(chosen)} settings, {samples} samples, run {run + 1} of {runs}")
                 for method in tqdm(chosen, desc="settings", disable=None):
                     self.quality(artist, method, samples, run)
+        mates.measure(self.rows, self.data, self.networks, self.sweep, self.judging().judge.classes)
         if timing:
             self.speed(chosen)
 
@@ -208,7 +210,7 @@ def done(method: Method, drawn: Drawn, run: int) -> dict[str, object]:
         return {"macs": macs, "mean_exit_layer": model.num_layers * whole}
     found = depth(drawn, model.num_layers)
     result = {"macs": drawn.macs[0] / len(drawn.images), "mean_exit_layer": found["mean_exit_layer"]}
-    if method.name in (*OURS, "batch mean") and run == 0:
+    if method.name in (*BY_BUDGET, "ours, one threshold", "batch mean") and run == 0:
         table = solver_from(method.solver).table(model.schedule, method.steps)
         result |= {"exit_histogram": found["exit_histogram"], "times": [round(t, 1) for t in table.t.tolist()]}
     return result

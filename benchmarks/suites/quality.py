@@ -108,7 +108,7 @@ def depth(drawn: Drawn, num_layers: int) -> dict[str, object]:
     """Mean exit layer, shares of the full network's blocks and multiply-adds, who exited where at each step."""
     if drawn.exit_layer is None:
         return {"mean_exit_layer": float(num_layers), "blocks_share": 1.0, "macs_share": 1.0}
-    mean = float(drawn.exit_layer.double().mean())
+    mean = float(drawn.exit_layer[drawn.exit_layer > 0].double().mean())  # 0: a step that a sample did not make
     histogram = [torch.bincount(step.long(), minlength=num_layers + 1)[1:].tolist() for step in drawn.exit_layer]
     return {
         "mean_exit_layer": mean,
