@@ -12,6 +12,7 @@ import torch
 
 from adadiff.metrics.intervals import Interval, centred_interval, share_interval
 from benchmarks.baselines.alternatives import BY_BUDGET, COMPOSED, OURS
+from benchmarks.report import mates_table
 from benchmarks.report.cells import Table, number, select, warning, where
 from benchmarks.rows import Row
 
@@ -178,6 +179,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
                 made += [front_table(timed, measured, data, measure, "seconds", composed=True)] if timed else []
                 made.append(front_table(all_points, good, data, measure, "macs", composed=True))
         made += [best_table(timed, measured, data)] if timed else []
+        made += mates_table.tables(rows, data)
     return made
 
 
