@@ -1,7 +1,7 @@
 """What of a policy that reuses can be told to be of no use before any work starts."""
 
 import logging
-from functools import lru_cache
+from functools import cache
 
 from torch import Tensor
 
@@ -27,12 +27,14 @@ def check_reuse_of(model: Model, policy: ReusePolicy, solver: Solver, steps: Ten
         )
     table = solver.table(model.schedule, most)
     if bool(table.coefficients[:, COLUMNS.index("noise")].any()):
-        _warn_stochastic(str(policy), str(solver))
+        _warn_stochastic(type(policy).__name__, type(solver).__name__)
 
 
-@lru_cache(maxsize=256)
+@cache
 def _warn_stochastic(policy: str, solver: str) -> None:
-    """Once for each pair."""
+    """Once for each pair of kinds."""
     logging.getLogger("adadiff").warning(
-        "policy %s with %s, which adds noise at every step: what a step computed fits the next one less", policy, solver
+        "a %s policy with the solver %s, which adds noise at every step: what a step computed fits the next one less",
+        policy,
+        solver,
     )
