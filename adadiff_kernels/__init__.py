@@ -6,6 +6,7 @@ from adadiff_kernels.compaction import ActiveSet, CountSnapshot, DeviceSet, exit
 from adadiff_kernels.join_skip import join_skip, join_skip_reference
 from adadiff_kernels.philox import philox4x32, philox_normal
 from adadiff_kernels.residual_uem import (
+    Cached,
     LayerScores,
     Norm,
     Score,
@@ -34,6 +35,7 @@ __all__ = [
     "COLUMNS",
     "OPERATORS",
     "ActiveSet",
+    "Cached",
     "CountSnapshot",
     "DeviceSet",
     "Guidance",

@@ -2,6 +2,7 @@
 
 import logging
 from functools import cache, wraps
+from typing import Any
 
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from adadiff_kernels.dispatch import Backend, is_opaque, needs_grad
 from adadiff_kernels.extension import traced
 from adadiff_kernels.launch import on_device_of
 from adadiff_kernels.library import register
+from adadiff_kernels.residual_uem.cached import Cached, check_apart
 from adadiff_kernels.residual_uem.layer_scores import LayerScores
 from adadiff_kernels.residual_uem.reference import (
     Norm,
@@ -61,6 +63,7 @@ def _run(
     norm: Norm | None = None,
     out: Tensor | None = None,
     norm_out: Tensor | None = None,
+    cached: Cached | None = None,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """One pass over the residual stream: y = x + gate * (branch + bias), its score and its norm.
@@ -68,17 +71,21 @@ def _run(
     x, branch, out, norm_out: [n, T, D]; row_to_lane: int32 [n]; gate: [B, D] by lane; bias: [D]. out receives y and may
     be x or branch; norm_out, given only beside `norm` and `out`, receives the normalised rows and may be neither. x may
     be float32 with a branch of 16 bits, as under autocast.
+    cached: rows whose branch is one of an earlier step, and rows whose branch is kept for later ones, see `Cached`;
+    branch is then [m, T, D], the fresh rows alone, and out may be x, but neither branch nor cached rows.
     Returns y in x's dtype, the normalised rows in branch's dtype (None without `norm`), and u, float32 [n] (None
     without `score`). Raises ValueError for shapes or dtypes that do not fit.
     """
-    check_sum(x, branch, row_to_lane, gate, bias, out)
-    check_norm_out(branch, norm, out, norm_out)
+    check_sum(x, branch, row_to_lane, gate, bias, out, cached)
+    check_norm_out(x, branch, norm, out, norm_out)
+    if cached is not None and not traced(x):  # which has no addresses yet
+        check_apart(branch, cached, out=out, norm_out=norm_out)
     if score is not None:
         check_score(x, score, row_to_lane)
     parts = (*(() if score is None else (score.weight, score.offset)), *(() if norm is None else norm.parameters))
     chosen = dispatch.choose(backend, x, needs_grad=needs_grad(x, branch, gate, bias, *parts))
     given = {"row_to_lane": row_to_lane, "gate": gate, "bias": bias, "score": score, "norm": norm, "out": out}
-    given["norm_out"] = norm_out
+    given |= {"norm_out": norm_out, "cached": cached}
     outputs = 1 if score is None else len(score.weight)
     if chosen == "triton" and (backend == "triton" or _fits(x.shape[-1], outputs)):
         from adadiff_kernels.residual_uem.kernel import launch_residual_uem
@@ -117,6 +124,7 @@ def _flat(
     tickets: Tensor | None,
     eps: float | None,
     *norm: Tensor | str | None,
+    cached: Cached | None = None,
     fake: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     *parameters, backend = norm
@@ -124,13 +132,15 @@ def _flat(
     given = {"row_to_lane": row_to_lane, "gate": gate, "bias": bias, "score": score}
     given["norm"] = None if eps is None else Norm(eps, *parameters)
     if fake:
-        check_sum(x, branch, row_to_lane, gate, bias, out)
+        check_sum(x, branch, row_to_lane, gate, bias, out, cached)
         if score is not None:
             check_score(x, score, row_to_lane)
-        check_norm_out(branch, given["norm"], out, norm_out)
+        check_norm_out(x, branch, given["norm"], out, norm_out)
+        if cached is not None:
+            branch = branch.new_empty(x.shape)
         made = residual_uem_reference(x, branch, **given)
     else:
-        made = _run(x, branch, **given, out=out, norm_out=norm_out, backend=backend)
+        made = _run(x, branch, **given, out=out, norm_out=norm_out, cached=cached, backend=backend)
     if norm_out is not None:
         made = made[0], None, made[2]
     return tuple(x.new_empty(0) if part is None else part for part in made)
@@ -149,6 +159,26 @@ _OPERATOR_OUT = register(
 )
 
 
+def _flat_cached(x: Tensor, branch: Tensor, *given: Any, fake: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    out, norm_out, rows, source, keep, *rest = given
+    return _flat(x, branch, out, norm_out, *rest, cached=Cached(rows, source, keep), fake=fake)
+
+
+_CACHED = "Tensor source, Tensor? keep"
+_OPERATOR_CACHED = register(
+    f"residual_uem_cached(Tensor x, Tensor branch, Tensor(a!) rows, {_CACHED}, {_ARGUMENTS}) "
+    "-> (Tensor, Tensor, Tensor)",
+    lambda x, branch, *given: _flat_cached(x, branch, None, None, *given),
+    lambda x, branch, *given: _flat_cached(x, branch, None, None, *given, fake=True),
+)
+_OPERATOR_CACHED_OUT = register(
+    "residual_uem_cached_out(Tensor x, Tensor branch, Tensor(a!) out, Tensor(b!)? norm_out, Tensor(c!) rows, "
+    f"{_CACHED}, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    lambda *given: _flat_cached(*given)[1:],
+    lambda *given: _flat_cached(*given, fake=True)[1:],
+)
+
+
 @wraps(_run)
 def residual_uem(
     x: Tensor,
@@ -161,12 +191,13 @@ def residual_uem(
     norm: Norm | None = None,
     out: Tensor | None = None,
     norm_out: Tensor | None = None,
+    cached: Cached | None = None,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if not (traced(x) and (is_opaque(backend, x) or (backend is None and _core_is_faster(x, branch, score)))):
         given = {"row_to_lane": row_to_lane, "gate": gate, "bias": bias, "score": score, "norm": norm}
-        return _run(x, branch, **given, out=out, norm_out=norm_out, backend=backend)
-    check_norm_out(branch, norm, out, norm_out)
+        return _run(x, branch, **given, out=out, norm_out=norm_out, cached=cached, backend=backend)
+    check_norm_out(x, branch, norm, out, norm_out)
     flat = (
         *(row_to_lane, gate, bias),
         *(
@@ -177,7 +208,10 @@ def residual_uem(
         *((None,) * 5 if norm is None else (norm.eps, norm.weight, norm.bias, norm.scale, norm.shift)),
         backend,
     )
-    y, h, u = _OPERATOR(x, branch, *flat) if out is None else (out, *_OPERATOR_OUT(x, branch, out, norm_out, *flat))
+    whole, into = (_OPERATOR, _OPERATOR_OUT) if cached is None else (_OPERATOR_CACHED, _OPERATOR_CACHED_OUT)
+    if cached is not None:
+        flat = (cached.rows, cached.source, cached.keep, *flat)
+    y, h, u = whole(x, branch, *flat) if out is None else (out, *into(x, branch, out, norm_out, *flat))
     h = h if norm_out is None else norm_out
     return y, None if norm is None else h, None if score is None else u
 
@@ -188,6 +222,7 @@ def _core_is_faster(x: Tensor, branch: Tensor, score: Score | None) -> bool:
 
 
 __all__ = [
+    "Cached",
     "LayerScores",
     "Norm",
     "Score",

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from adadiff_kernels.launch import FLOATS, cdiv, interpreted, need, next_power_of_2
-from adadiff_kernels.residual_uem import MAX_CHANNELS, MAX_OUTPUTS, Norm, Score
+from adadiff_kernels.residual_uem import MAX_CHANNELS, MAX_OUTPUTS, Cached, Norm, Score
 
 MAP_TILE = 32  # tokens of a program where a score is a map: enough to repay reading its weights
 INTERPRETED = tl.constexpr(interpreted())
@@ -40,7 +40,7 @@ def _vector(pointer, channel, BLOCK_T: tl.constexpr, D: tl.constexpr):
 @triton.jit
 def _residual_uem_kernel(
     x_ptr,  # [n, T, D]
-    branch_ptr,  # [n, T, D]
+    branch_ptr,  # [n, T, D], or [m, T, D] beside cached rows
     row_to_lane_ptr,  # i32 [n]
     gate_ptr,  # [B, D] or None
     bias_ptr,  # [D] or None
@@ -55,6 +55,9 @@ def _residual_uem_kernel(
     partial_ptr,  # f32 [n, tiles], or None without a score
     ticket_ptr,  # i32 [n], zeros before and after
     u_ptr,  # f32 [n]
+    rows_ptr,  # [E, T, D] or None, cached branches
+    source_ptr,  # i32 [n]
+    keep_ptr,  # i32 [n] or None
     stride_gate,
     stride_offset,
     stride_scale,
@@ -78,7 +81,14 @@ def _residual_uem_kernel(
     first = tl.program_id(0) % tiles * BLOCK_M
     lane = tl.load(row_to_lane_ptr + row).to(tl.int64)
     x_ptr += row * T * D
-    branch_ptr += row * T * D
+    if rows_ptr is None:
+        branch_ptr += row * T * D
+    else:
+        source = tl.load(source_ptr + row).to(tl.int64)
+        branch_ptr = tl.where(source >= 0, rows_ptr + source * T * D, branch_ptr + (-1 - source) * T * D)
+        if keep_ptr is not None:
+            keep = tl.load(keep_ptr + row).to(tl.int64)
+            rows_ptr += keep * T * D
     y_ptr += row * T * D
     if gate_ptr is not None:
         gate_ptr += lane * stride_gate
@@ -98,11 +108,15 @@ def _residual_uem_kernel(
 
         # Every load comes before the first store: y may lie over x, and no load is moved above a store.
         ys = ()
+        kept = ()
         for c in tl.static_range(CHUNKS):
             channel = c * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
             inside = live & (channel < D)
             # Read once, so kept out of the L1 cache, which is for the parameters.
-            branch = tl.load(branch_ptr + at + channel, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+            branch = tl.load(branch_ptr + at + channel, mask=inside, other=0.0, cache_modifier=".cg")
+            if keep_ptr is not None:
+                kept += (branch,)
+            branch = branch.to(tl.float32)
             x = tl.load(x_ptr + at + channel, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
             if bias_ptr is not None:
                 branch += _vector(bias_ptr, channel, BLOCK_T, D)
@@ -115,6 +129,9 @@ def _residual_uem_kernel(
         for c in tl.static_range(CHUNKS):
             channel = c * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
             tl.store(y_ptr + at + channel, ys[c], mask=live & (channel < D))
+            if keep_ptr is not None:
+                if keep >= 0:
+                    tl.store(rows_ptr + at + channel, kept[c], mask=live & (channel < D))
             total += ys[c].to(tl.float32)
             if score_ptr is not None and P == 1:
                 product += ys[c].to(tl.float32) * _vector(score_ptr, channel, BLOCK_T, D)
@@ -179,15 +196,16 @@ def launch_residual_uem(
     norm: Norm | None = None,
     out: Tensor | None = None,
     norm_out: Tensor | None = None,
+    cached: Cached | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As `residual_uem`. x, branch, out, norm_out, row_to_lane, bias, the score's weight and tickets contiguous;
-    tensors by lane with contiguous rows; all on one device; D up to 1536, P up to 64. Lanes are not checked against B,
-    nor tickets for being zero."""
+    """As `residual_uem`. x, branch, out, norm_out, row_to_lane, bias, cached rows and their indices, the score's weight
+    and tickets contiguous; tensors by lane with contiguous rows; all on one device; D up to 1536, P up to 64. Lanes are
+    not checked against B, cached indices against E, nor tickets for being zero."""
     n, T, D = x.shape
     P = 1 if score is None else len(score.weight)
-    _check(x, branch, row_to_lane, gate, bias, score, norm, out, norm_out)
+    _check(x, branch, row_to_lane, gate, bias, score, norm, out, norm_out, cached)
     y = torch.empty_like(x) if out is None else out
-    h = None if norm is None else torch.empty_like(branch) if norm_out is None else norm_out
+    h = None if norm is None else x.new_empty(x.shape, dtype=branch.dtype) if norm_out is None else norm_out
     BLOCK_T = 8 if D <= 512 else 4  # two tokens a warp where their share fits in few registers
     BLOCK_M = BLOCK_T if P == 1 else MAP_TILE
     BLOCK_D = min(512 // x.element_size(), max(16, next_power_of_2(D)))
@@ -204,6 +222,7 @@ def launch_residual_uem(
         *((None, None) if score is None else (score.weight, score.offset)),
         *((None, None) if norm is None else (norm.weight, norm.bias)),
         *(scale, shift, y, h, partial, tickets, u),
+        *((None, None, None) if cached is None else (cached.rows, cached.source, cached.keep)),
         0 if gate is None else gate.stride(0),
         0 if score is None else score.offset.stride(0),
         0 if scale is None else scale.stride(0),
@@ -236,6 +255,7 @@ def _check(
     norm: Norm | None,
     out: Tensor | None,
     norm_out: Tensor | None,
+    cached: Cached | None,
 ) -> None:
     n, T, D = x.shape
     if not 1 <= D <= MAX_CHANNELS:
@@ -243,7 +263,11 @@ def _check(
             f"rows of 1 to {MAX_CHANNELS} channels fit in registers, got {D}; backend='reference' takes any"
         )
     need("x", x, (n, T, D), x)
-    need("branch", branch, (n, T, D), x)
+    need("branch", branch, (n if cached is None else "m", T, D), x)
+    if cached is not None:
+        need("cached.rows", cached.rows, ("E", T, D), x, (branch.dtype,))
+        need("cached.source", cached.source, (n,), x, (torch.int32,))
+        need("cached.keep", cached.keep, (n,), x, (torch.int32,))
     need("row_to_lane", row_to_lane, (n,), x, (torch.int32,))
     need("gate", gate, ("B", D), x, rows_apart=True)
     need("bias", bias, (D,), x)

@@ -5,6 +5,8 @@
     u = mean over patch tokens and outputs of sigmoid(s)
     h = LayerNorm(y)                                               affine, or (1 + scale[lane]) * it + shift[lane]
 
+A row's branch may be one of an earlier step, see cached.py.
+
 n rows, T tokens, D channels, P outputs, B lanes; row_to_lane (int32 [n]) tells which lane a row carries. The score is
 the UEM of AdaDiff (Tang et al., ECCV 2024, Eq. 8); its time part is one number per lane and output and belongs to
 `offset`. Score and norm read y as it is stored and accumulate in float32. `bias` is that of the branch's last product,
@@ -22,6 +24,7 @@ from torch.nn import functional as F
 from adadiff_kernels import extension
 from adadiff_kernels.dispatch import needs_grad
 from adadiff_kernels.extension import traced
+from adadiff_kernels.residual_uem.cached import Cached, check_cached
 
 PARAMETERS = ("weight", "bias", "scale", "shift")
 
@@ -143,9 +146,13 @@ def residual_uem_reference(
     norm: Norm | None = None,
     out: Tensor | None = None,
     norm_out: Tensor | None = None,
+    cached: Cached | None = None,
     scorer: Callable[[Tensor, Score, Tensor], Tensor] = uem_score_reference,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`residual_uem` in PyTorch, for any device, dtype, D and P."""
+    """`residual_uem` in PyTorch, for any device, dtype, D and P. With `cached.keep` it waits for the device."""
+    if cached is not None:
+        branch = cached.read(branch)
+        cached.write(branch)
     mixed = any(part is not None and part.dtype != x.dtype for part in (branch, gate, bias))
     rounds = bias is not None and x.dtype.itemsize == 2  # branch + bias would be rounded on the way
     work = torch.promote_types(x.dtype, torch.float32) if mixed or rounds else x.dtype
@@ -165,10 +172,18 @@ def residual_uem_reference(
 
 
 def check_sum(
-    x: Tensor, branch: Tensor, row_to_lane: Tensor, gate: Tensor | None, bias: Tensor | None, out: Tensor | None
+    x: Tensor,
+    branch: Tensor,
+    row_to_lane: Tensor,
+    gate: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor | None,
+    cached: Cached | None = None,
 ) -> None:
     """ValueError for shapes or dtypes that do not fit the sum."""
-    if x.ndim != 3 or branch.shape != x.shape:
+    if cached is not None:
+        check_cached(x, branch, cached)
+    elif x.ndim != 3 or branch.shape != x.shape:
         raise ValueError(f"x and branch must both be [n, T, D], got {tuple(x.shape)} and {tuple(branch.shape)}")
     n, _, D = x.shape
     if row_to_lane.shape != (n,):
@@ -181,15 +196,17 @@ def check_sum(
         raise ValueError(f"out must be {tuple(x.shape)} {x.dtype}, got {tuple(out.shape)} {out.dtype}")
 
 
-def check_norm_out(branch: Tensor, norm: Norm | None, out: Tensor | None, norm_out: Tensor | None) -> None:
+def check_norm_out(
+    x: Tensor, branch: Tensor, norm: Norm | None, out: Tensor | None, norm_out: Tensor | None
+) -> None:
     """ValueError where `norm_out` has nothing to receive, or another shape or dtype than what it would."""
     if norm_out is None:
         return
     if norm is None or out is None:
         raise ValueError("norm_out receives normalised rows beside out; give norm and out, too")
-    if norm_out.shape != branch.shape or norm_out.dtype != branch.dtype:
+    if norm_out.shape != x.shape or norm_out.dtype != branch.dtype:
         raise ValueError(
-            f"norm_out must be {tuple(branch.shape)} {branch.dtype}, got {tuple(norm_out.shape)} {norm_out.dtype}"
+            f"norm_out must be {tuple(x.shape)} {branch.dtype}, got {tuple(norm_out.shape)} {norm_out.dtype}"
         )
 
 
