@@ -13,9 +13,12 @@ def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def fused(T: int, D: int, P: int, kind: str, x: torch.dtype, branch: torch.dtype | None = None) -> None:
-    """residual_uem for 64 rows; kind: the norm, with a gate where it is modulated; none: no norm follows."""
-    from adadiff_kernels.residual_uem import Norm, Score
+def fused(
+    T: int, D: int, P: int, kind: str, x: torch.dtype, branch: torch.dtype | None = None, cached: bool = False
+) -> None:
+    """residual_uem for 64 rows; kind: the norm, with a gate where it is modulated; none: no norm follows. cached: half
+    the rows read a cached branch, and the fresh ones are kept."""
+    from adadiff_kernels.residual_uem import Cached, Norm, Score
     from adadiff_kernels.residual_uem.kernel import launch_residual_uem
 
     branch, n = branch or x, 64
@@ -26,14 +29,16 @@ def fused(T: int, D: int, P: int, kind: str, x: torch.dtype, branch: torch.dtype
         "affine": Norm(1e-5, *affine),
         "modulated": Norm(1e-6, None, None, by_lane[:, :D], by_lane[:, D : 2 * D]),
     }[kind]
+    index = tensor(n, dtype=torch.int32)
     launch_residual_uem(
         tensor(n, T, D, dtype=x),
-        tensor(n, T, D, dtype=branch),
-        row_to_lane=tensor(n, dtype=torch.int32),
+        tensor(n // 2 if cached else n, T, D, dtype=branch),
+        row_to_lane=index,
         gate=by_lane[:, 2 * D : 3 * D] if kind == "modulated" else None,
         bias=tensor(D, dtype=branch),
         score=Score(tensor(P, D), tensor(n, P), T % 256, tensor(n, dtype=torch.int32)) if P else None,
         norm=norm,
+        cached=Cached(tensor(2 * n, T, D, dtype=branch), index, index) if cached else None,
     )
 
 
@@ -84,6 +89,9 @@ CASES: dict[str, tuple[str, Callable[..., None], tuple[Any, ...]]] = {
     "D = 1536, bf16, map of 64": (FUSED, fused, (334, 1536, 64, "affine", BRAIN)),
     "D = 1536, float32": (FUSED, fused, (334, 1536, 1, "modulated", SINGLE)),
     "T = 1024, bf16": (FUSED, fused, (1024, 512, 1, "none", BRAIN)),
+    "U-ViT-S/2, bf16, cached": (FUSED, fused, (257, 512, 1, "affine", BRAIN, BRAIN, True)),
+    "DiT-XL/2, bf16, cached": (FUSED, fused, (256, 1152, 1, "modulated", BRAIN, BRAIN, True)),
+    "U-ViT-H/2, float32, cached": (FUSED, fused, (258, 1152, 1, "affine", SINGLE, SINGLE, True)),
     "settle, U-ViT-H/2, bf16": ("_settle_rows_kernel", settles, (258, 1152, BRAIN)),
     "settle, U-ViT-L/2, bf16": ("_settle_rows_kernel", settles, (257, 1024, BRAIN)),
     "settle, U-ViT-L/2, bf16, norms beside": ("_settle_rows_kernel", settles, (257, 1024, BRAIN, True)),

@@ -72,7 +72,7 @@ class LaneRunner:
         def one(row: int) -> Tensor | None:
             lane, source = lanes[row], sources[row]
             own = None if skip is None else skip.rows[source : source + 1].clone()
-            y = block(hidden[row : row + 1].clone(), self._conds[lane], own)
+            y = self._one(block, layer, lane, hidden[row : row + 1].clone(), own)
             out[row] = y[0]
             return self._scores[lane](y, layer, self._only) if scored else None
 
@@ -86,6 +86,10 @@ class LaneRunner:
             return layer_norm(hidden[lane : lane + 1].clone(), branch.norm(self._conds[lane]), self._only)
 
         return torch.cat(lane_by_lane(one, len(hidden), hidden.device)) if len(hidden) else hidden
+
+    def _one(self, block: Block, layer: int, lane: int, x: Tensor, skip: Tensor | None) -> Tensor:
+        """Block `layer` on one lane's rows x [1, T, D], which are its own."""
+        return block(x, self._conds[lane], skip)
 
     def head(self, head: nn.Module, patches: Tensor, lanes: Tensor) -> Tensor:
         lanes = lanes.tolist()

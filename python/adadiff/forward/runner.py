@@ -204,7 +204,7 @@ class BlockRunner:
         scores: LayerScores | None,
     ) -> Rows:
         out, u, self.anybody = torch.empty_like(hidden), [], scores is None
-        for part in _groups(hidden.shape[0], self._group_size):
+        for part in groups(hidden.shape[0], self._group_size):
             own_skip = skip if skip is None or index is not None else skip[part]
             own_index = None if index is None else index[part]
             lanes = row_to_lane[part]
@@ -229,7 +229,7 @@ class BlockRunner:
         return self._exits.heads_by_lane(patches, self._cond, lanes, exit_layer)
 
 
-def _groups(n: int, group: int) -> Iterator[slice]:
+def groups(n: int, group: int) -> Iterator[slice]:
     """n rows in as few groups as fit, of nearly equal size: a small last group would run at a worse rate."""
     parts = -(-n // group)
     bounds = [n * i // parts for i in range(parts + 1)]

@@ -102,7 +102,7 @@ class DiTConditioning:
 
 @dataclass(frozen=True)
 class GatedBranch:
-    body: nn.Module
+    body: Attention | Mlp
     block: int
     branch: int
     eps: float
@@ -110,6 +110,10 @@ class GatedBranch:
     @property
     def bias(self) -> Tensor:
         return self.body.bias
+
+    @property
+    def unit(self) -> str:
+        return ("attention", "mlp")[self.branch]
 
     def norm(self, cond: DiTConditioning) -> Norm:
         shift, scale, _ = cond.modulation[:, self.block, self.branch].unbind(1)
@@ -120,6 +124,9 @@ class GatedBranch:
 
     def __call__(self, h: Tensor, add_bias: bool = True) -> Tensor:
         return self.body(h, add_bias)
+
+    def macs(self, tokens: int) -> int:
+        return self.body.macs(tokens)
 
 
 class Block(nn.Module):

@@ -24,6 +24,7 @@ class Branch(Protocol):
     """One residual update, y = x + gate * (branch(norm(x)) + bias), in parts, for the fused pass."""
 
     bias: Tensor | None  # [D], what the last product adds and could leave out
+    unit: str  # "attention" or "mlp"
 
     def norm(self, cond: Any) -> Norm: ...
 
@@ -33,6 +34,9 @@ class Branch(Protocol):
     def __call__(self, h: Tensor, add_bias: bool = True) -> Tensor:
         """h: normalised rows [n, T, D]. Returns fresh rows [n, T, D], over which the sum is written. Without add_bias,
         which only a branch that has a `bias` is asked for, the fused pass adds it."""
+
+    def macs(self, tokens: int) -> int:
+        """Multiply-adds for one lane."""
 
 
 class Block(Protocol):

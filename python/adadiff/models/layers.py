@@ -48,6 +48,10 @@ class Attention(nn.Module):
         """[D], of the last product."""
         return self.proj.bias
 
+    def macs(self, tokens: int) -> int:
+        """Multiply-adds for one lane."""
+        return (self.qkv.weight.numel() + self.proj.weight.numel() + 2 * tokens * self.proj.in_features) * tokens
+
     def forward(self, h: Tensor, add_bias: bool = True) -> Tensor:
         """h: [n, T, D]. Returns [n, T, D], without `bias` where it is not to be added."""
         n, T, D = h.shape
@@ -86,6 +90,10 @@ class Mlp(nn.Module):
     def bias(self) -> Tensor:
         """[D], of the last product."""
         return self.fc2.bias
+
+    def macs(self, tokens: int) -> int:
+        """Multiply-adds for one lane."""
+        return (self.fc1.weight.numel() + self.fc2.weight.numel()) * tokens
 
     def forward(self, h: Tensor, add_bias: bool = True) -> Tensor:
         """h: [n, T, D]. Returns [n, T, D], without `bias` where it is not to be added."""

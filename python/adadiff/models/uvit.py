@@ -84,8 +84,8 @@ class UViTConditioning:
 class AffineBranch:
     """A pre-norm branch without gate. Not a module: the norm and the body keep their published names in the block."""
 
-    def __init__(self, norm: nn.LayerNorm, body: nn.Module):
-        self._norm, self._body = norm, body
+    def __init__(self, norm: nn.LayerNorm, body: Attention | Mlp, unit: str):
+        self._norm, self._body, self.unit = norm, body, unit
 
     @property
     def bias(self) -> Tensor:
@@ -100,6 +100,9 @@ class AffineBranch:
     def __call__(self, h: Tensor, add_bias: bool = True) -> Tensor:
         return self._body(h, add_bias)
 
+    def macs(self, tokens: int) -> int:
+        return self._body.macs(tokens)
+
 
 class Block(nn.Module):
     def __init__(self, config: UViTConfig, skip_from: int | None = None):
@@ -111,7 +114,8 @@ class Block(nn.Module):
         self.attn = Attention(D, config.heads, config.qkv_bias)
         self.norm2 = nn.LayerNorm(D)
         self.mlp = Mlp(D, config.mlp_ratio * D)
-        self.branches = (AffineBranch(self.norm1, self.attn), AffineBranch(self.norm2, self.mlp))
+        attention, mlp = AffineBranch(self.norm1, self.attn, "attention"), AffineBranch(self.norm2, self.mlp, "mlp")
+        self.branches = (attention, mlp)
         self._config = config
 
     def join(self, x: Tensor, skip: Tensor, row_to_lane: Tensor | None = None, index: Tensor | None = None) -> Tensor:

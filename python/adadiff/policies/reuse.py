@@ -13,6 +13,7 @@ from torch import Tensor
 
 GATES = ("residual", "input")
 LEVELS = ("block", "layer", "unit")
+UNITS = ("attention", "mlp")
 
 
 @dataclass(frozen=True)
@@ -110,19 +111,31 @@ class Reuse(ReusePolicy):
     """A static plan, as FORA's and A-SDM's: a full step, then every - 1 steps that reuse.
 
     The first `dense_early` and the final `dense_late` steps are full. level: what is reused: whole blocks, layers
-    (attention and MLP), or units (one of them). Spelled "reuse:every=2,level=block,dense_early=1,dense_late=0".
+    (attention and MLP of a block), or units (`unit`, one of them). layers: (first, last), the blocks whose layers or
+    units are reused; None: all. What is older than every - 1 steps, as behind an early exit, is computed in any step.
+    Spelled "reuse:every=2,level=unit,dense_early=1,dense_late=0,unit=mlp,layers=2-12".
     """
 
     every: int
     level: str = "block"
     dense_early: int = 1
     dense_late: int = 0
+    unit: str | None = None
+    layers: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         _whole("every", self.every, 1)
         _whole("dense_early", self.dense_early, 1)
         _whole("dense_late", self.dense_late, 0)
         _one_of("level", self.level, LEVELS)
+        if self.level == "unit" or self.unit is not None:
+            _one_of("unit", self.unit, UNITS)
+        if self.unit is not None and self.level != "unit":
+            raise ValueError(f"unit={self.unit} is for level=unit, got level={self.level}")
+        if self.layers is not None:
+            _layers(self.layers)
+            if self.level == "block":
+                raise ValueError("layers are chosen at level=layer and level=unit, got level=block")
 
     @property
     def needs_steps_left(self) -> bool:
@@ -139,7 +152,9 @@ class Reuse(ReusePolicy):
         level = f",level={self.level}" if self.level != "block" else ""
         early = f",dense_early={self.dense_early}" if self.dense_early != 1 else ""
         late = f",dense_late={self.dense_late}" if self.dense_late else ""
-        return f"reuse:every={self.every}{level}{early}{late}"
+        unit = f",unit={self.unit}" if self.unit else ""
+        layers = f",layers={self.layers[0]}-{self.layers[1]}" if self.layers else ""
+        return f"reuse:every={self.every}{level}{early}{late}{unit}{layers}"
 
 
 @dataclass(frozen=True)
@@ -162,6 +177,12 @@ class CachedRest(ReusePolicy):
 def _whole(name: str, value: object, least: int) -> None:
     if type(value) is not int or value < least:
         raise ValueError(f"{name} must be a whole number of {least} or more, got {value!r}")
+
+
+def _layers(layers: object) -> None:
+    whole = isinstance(layers, tuple) and len(layers) == 2 and all(type(layer) is int for layer in layers)
+    if not whole or not 1 <= layers[0] <= layers[1]:
+        raise ValueError(f"layers must be the first and the last of some, counted from 1, got {layers!r}")
 
 
 def _one_of(name: str, value: object, names: tuple[str, ...]) -> None:

@@ -21,7 +21,8 @@ FORMS = (
 )
 REUSE_FORMS = (
     "cache:threshold=CHANGE[,first=BLOCKS][,last=BLOCKS][,gate=residual|input], cache:batch=CHANGE[,first=BLOCKS], "
-    "reuse:every=STEPS[,level=block|layer|unit][,dense_early=STEPS][,dense_late=STEPS]"
+    "reuse:every=STEPS[,level=block|layer|unit][,unit=attention|mlp][,layers=FIRST-LAST][,dense_early=STEPS]"
+    "[,dense_late=STEPS]"
 )
 OWN_FORM = "module:Class[:name=value,...], a policy of your own"
 _KINDS = {"threshold": Threshold, "patience": Patience, "depth": Depth, "batch-mean": BatchMean}
@@ -149,11 +150,21 @@ def _value(text: str) -> int | float | bool | str:
     return text
 
 
+def _layers(text: str) -> tuple[int, int]:
+    """FIRST-LAST, or one layer."""
+    first, dash, last = text.partition("-")
+    return int(first), int(last if dash else first)
+
+
 # Of "cache:" and "reuse:": the class, the option it has to have, and how each option is read.
 _REUSE: dict[str, tuple[type[ReusePolicy], str, dict[str, Callable[[str], object]]]] = {
     "cache": (Cache, "threshold", {"threshold": float, "first": int, "last": int, "gate": str}),
     "cache:batch": (BatchCache, "batch", {"batch": float, "first": int}),
-    "reuse": (Reuse, "every", {"every": int, "level": str, "dense_early": int, "dense_late": int}),
+    "reuse": (
+        Reuse,
+        "every",
+        {"every": int, "level": str, "dense_early": int, "dense_late": int, "unit": str, "layers": _layers},
+    ),
 }
 
 
@@ -170,7 +181,8 @@ def _reuse_policy(policy: str, part: str, text: str) -> ReusePolicy:
             try:
                 values[name] = options[name](value)
             except ValueError:
-                raise ValueError(f"{name} must be a number, got {value!r}") from None
+                wanted = "FIRST-LAST" if name == "layers" else "a number"
+                raise ValueError(f"{name} must be {wanted}, got {value!r}") from None
         if required not in values:
             raise ValueError(f"{part} needs {required}")
         return kind(values.pop(required), **values)  # type: ignore[call-arg]

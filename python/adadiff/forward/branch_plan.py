@@ -1,0 +1,217 @@
+"""Which branches of a forward pass lanes compute, keep, or take from an earlier step of theirs: known to the host.
+
+An entry of the store is one lane's, see feature_store.py; of each branch it holds the rows, and `BranchBook` the step
+that wrote them. A branch is taken where the lane's policy reuses in this step, its entry was written by the same
+network, and that was fewer than `every` steps ago; otherwise it is computed. So the branches behind an early exit,
+which stay older, are computed when the lane comes by again.
+
+A pass writes rows where they stay, before anybody knows whether its tick succeeds. The book is only told at the end of
+the tick: a pass that is made again decides the same, and computes and writes the same rows again.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..policies.reuse import Reuse, ReuseContext
+from .reuse_lanes import ReuseLanes
+
+NEVER = -1
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Of a network: which unit each branch is, by block, and its multiply-adds for one lane; a block that does not show
+    its branches has none. J: most branches of a block."""
+
+    units: tuple[tuple[str, ...], ...]
+    macs: np.ndarray  # int64 [L, J]
+
+    @staticmethod
+    def of(blocks: Sequence[object], tokens: int) -> "Branches":
+        shown = [getattr(block, "branches", ()) for block in blocks]
+        macs = np.zeros((len(shown), max(map(len, shown), default=0)), dtype=np.int64)
+        for own, branches in zip(macs, shown, strict=True):
+            own[: len(branches)] = [branch.macs(tokens) for branch in branches]
+        return Branches(tuple(tuple(branch.unit for branch in branches) for branches in shown), macs)
+
+    def of_policy(self, policy: Reuse) -> np.ndarray:
+        """bool [L, J]: those that the policy reuses. ValueError where the network lacks them."""
+        first, last = (1, len(self.units)) if policy.layers is None else policy.layers
+        if last > len(self.units):
+            raise ValueError(f"policy '{policy}' names layer {last}; this network has layers 1..{len(self.units)}")
+        chosen = np.zeros(self.macs.shape, dtype=bool)
+        for layer, units in enumerate(self.units[first - 1 : last], start=first):
+            own = [policy.unit in (None, unit) for unit in units]
+            if not any(own):
+                what = "branches" if policy.unit is None else f"{policy.unit} branch"
+                raise ValueError(f"policy '{policy}' reuses branches; block {layer} of this network shows no {what}")
+            chosen[layer - 1, : len(units)] = own
+        return chosen
+
+
+def reuses_branches(policy: object) -> bool:
+    return isinstance(policy, Reuse) and policy.level != "block"
+
+
+@dataclass(frozen=True)
+class BranchPlan:
+    """Of one forward pass of B lanes. takes, keeps: bool [L, J, B], which branches a lane takes from the store, and
+    which it computes and stores. entry: int64 [B], 0 where a lane follows no such policy.
+
+    rows(layer, j): [entries, T, D], the stored rows of branch j of block 1..L. macs: int64 [L, J], of the branches.
+    lanes: int64 [k], those that follow such a policy, with k each of step, network, whether the step is full, and
+    tenancy of the entry.
+    """
+
+    takes: np.ndarray
+    keeps: np.ndarray
+    entry: np.ndarray
+    rows: Callable[[int, int], Tensor]
+    macs: np.ndarray
+    lanes: np.ndarray
+    step: np.ndarray
+    network: np.ndarray
+    full: np.ndarray
+    tenancy: np.ndarray
+
+    @cached_property
+    def _touched(self) -> list[bool]:
+        return (self.takes | self.keeps).any((1, 2)).tolist()
+
+    def touches(self, layer: int) -> bool:
+        """Some lane takes or stores a branch of block `layer`."""
+        return self._touched[layer - 1]
+
+    @cached_property
+    def reused(self) -> np.ndarray:
+        """int64 [B, L + 1]: branches that a lane took which exits after so many blocks."""
+        return _up_to_each_layer(self.takes.sum(1))
+
+    @cached_property
+    def saved(self) -> np.ndarray:
+        """int64 [B, L + 1]: their multiply-adds."""
+        return _up_to_each_layer((self.takes * self.macs[:, :, None]).sum(1))
+
+
+def _up_to_each_layer(values: np.ndarray) -> np.ndarray:
+    """values: [L, B]. Returns int64 [B, L + 1], sums over the first so many layers."""
+    sums = np.zeros((values.shape[1], len(values) + 1), dtype=np.int64)
+    sums[:, 1:] = values.T.cumsum(1)
+    return sums
+
+
+class BranchBook:
+    """By entry of a store: the step that wrote each branch, the last full step, and the network that ran in both."""
+
+    def __init__(self, num_layers: int, units: int) -> None:
+        self._written = np.full((0, num_layers, units), NEVER, dtype=np.int32)
+        self._full, self._network, self._tenancy = (np.zeros(0, dtype=np.int64) for _ in range(3))
+        self._pending: list[tuple[BranchPlan, Tensor]] = []
+
+    def forget(self, entries: np.ndarray) -> None:
+        """entries: int64 [k], which other lanes take now."""
+        self._grow(entries)
+        self._written[entries], self._full[entries] = NEVER, NEVER
+        self._tenancy[entries] += 1
+
+    def plan(
+        self, lanes: ReuseLanes, branches: Branches, t: Tensor, rows: Callable[[int, int], Tensor]
+    ) -> BranchPlan | None:
+        """t: float [B], on the CPU. None where no lane reuses branches. Waits for the device where it has not said yet
+        how far lanes came in their last pass, and that may differ."""
+        own = {k: policy for k, policy in enumerate(lanes.policies) if reuses_branches(policy)}
+        index = lanes.index.numpy()
+        follows = np.isin(index, list(own)).nonzero()[0]
+        if not len(follows):
+            return None
+        self._settle()
+        entry, step, network = (
+            value.numpy()[follows] for value in (lanes.entry, lanes.step, lanes.network)
+        )
+        self._grow(entry)
+        L, J = branches.macs.shape
+        written, last = self._written[entry, :L, :J], self._full[entry]
+        same = (last != NEVER) & (self._network[entry] == network)
+        takes, keeps = np.zeros((2, len(follows), L, J), dtype=bool)
+        full = np.ones(len(follows), dtype=bool)
+        for k, policy in own.items():
+            mine = (index[follows] == k).nonzero()[0]
+            if not len(mine):
+                continue
+            chosen, at = branches.of_policy(policy), torch.from_numpy(follows[mine])
+            context = ReuseContext(
+                step=lanes.step[at],
+                age=torch.from_numpy(step[mine] - last[mine]),
+                steps_left=lanes.steps_left[at],
+                t=t[at],
+            )
+            full[mine] = ~(policy.reuse_mask(None, context).numpy() & same[mine])
+            age = step[mine, None, None] - written[mine]
+            young = (written[mine] != NEVER) & (age < policy.every)
+            takes[mine] = chosen & young & ~full[mine, None, None]
+            later = (lanes.steps_left[at].numpy() > 0) & (policy.every > 1)
+            keeps[mine] = chosen & ~takes[mine] & later[:, None, None]
+        return self._laid_out(len(index), follows, takes, keeps, entry, step, network, full, branches, rows)
+
+    def _laid_out(
+        self,
+        B: int,
+        follows: np.ndarray,
+        takes: np.ndarray,
+        keeps: np.ndarray,
+        entry: np.ndarray,
+        step: np.ndarray,
+        network: np.ndarray,
+        full: np.ndarray,
+        branches: Branches,
+        rows: Callable[[int, int], Tensor],
+    ) -> BranchPlan:
+        by_lane = np.zeros((2, *branches.macs.shape, B), dtype=bool)
+        by_lane[0][..., follows], by_lane[1][..., follows] = takes.transpose(1, 2, 0), keeps.transpose(1, 2, 0)
+        entries = np.zeros(B, dtype=np.int64)
+        entries[follows] = entry
+        known = (follows, step, network, full, self._tenancy[entry])
+        return BranchPlan(*by_lane, entries, rows, branches.macs, *known)
+
+    def commit(self, plan: BranchPlan, exit_layer: Tensor, may_exit: bool) -> None:
+        """The tick of a pass is complete. exit_layer: int32 [B], anywhere; may_exit: somebody may exit before the last
+        layer, else nobody waits for it."""
+        if not may_exit:
+            self._write(plan, np.full(plan.takes.shape[2], len(plan.takes)))
+        elif exit_layer.is_cpu:
+            self._write(plan, exit_layer.numpy())
+        else:
+            self._pending.append((plan, exit_layer))
+
+    def _settle(self) -> None:
+        for plan, exit_layer in self._pending:
+            self._write(plan, exit_layer.cpu().numpy())
+        self._pending.clear()
+
+    def _write(self, plan: BranchPlan, exit_layer: np.ndarray) -> None:
+        mine = (self._tenancy[plan.entry[plan.lanes]] == plan.tenancy).nonzero()[0]
+        lanes, step, network, full = plan.lanes[mine], plan.step[mine], plan.network[mine], plan.full[mine]
+        entry, (L, J, _) = plan.entry[lanes], plan.takes.shape
+        self._written[entry[self._network[entry] != network]] = NEVER
+        reached = exit_layer[lanes][:, None] > np.arange(L)
+        stored = plan.keeps[..., lanes].transpose(2, 0, 1) & reached[..., None]
+        written = self._written[entry]
+        written[:, :L, :J] = np.where(stored, step[:, None, None], written[:, :L, :J])
+        self._written[entry] = written
+        self._full[entry[full]], self._network[entry[full]] = step[full], network[full]
+
+    def _grow(self, entries: np.ndarray) -> None:
+        """Room for `entries`."""
+        missing = max(entries.tolist(), default=-1) + 1 - len(self._full)
+        if missing <= 0:
+            return
+        shape = missing, *self._written.shape[1:]
+        self._written = np.concatenate([self._written, np.full(shape, NEVER, dtype=np.int32)])
+        self._full = np.concatenate([self._full, np.full(missing, NEVER)])
+        self._network = np.concatenate([self._network, np.full(missing, NEVER)])
+        self._tenancy = np.concatenate([self._tenancy, np.zeros(missing, dtype=np.int64)])

@@ -1,0 +1,275 @@
+"""Blocks branch by branch, for rows of which some compute a branch and others take that of an earlier step.
+
+The gate and the norms of the present step are always computed afresh. On the CPU rows that do the same run together, a
+group of lanes at a time, by the operations of the plain block. On a device one fused pass reads every row's branch from
+where it lies; the products run over the computing rows alone, gathered by an index that the device computes where rows
+have moved.
+"""
+
+from typing import NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adadiff_kernels import Cached, layer_norm, residual_uem, upload
+
+from ..models.interface import Backbone, Block, Branch, FusableBlock
+from ..uem import Exits
+from .branch_plan import BranchPlan
+from .lane_by_lane import LaneRunner
+from .options import ExecutionOptions
+from .placement import DevicePlacement, HostPlacement, Skip
+from .runner import BlockRunner, Rows, groups
+from .structure import Structure
+
+
+class BranchRunner(BlockRunner):
+    """As `BlockRunner`, by a plan."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        exits: Exits | None,
+        execution: ExecutionOptions,
+        structure: Structure,
+        host: bool,
+        plan: BranchPlan,
+    ):
+        super().__init__(backbone, exits, execution, structure, host)
+        self._plan, self._entry = plan, torch.from_numpy(plan.entry)
+        self._uploaded: dict[bytes, Tensor] = {}
+        self._known: dict[tuple[int, bytes], Work] = {}
+
+    def _block(
+        self,
+        block: Block,
+        layer: int,
+        hidden: Tensor,
+        skip: Skip | None,
+        placement: HostPlacement | DevicePlacement,
+        scored: bool,
+    ) -> Rows:
+        if not self._plan.touches(layer):
+            return super()._block(block, layer, hidden, skip, placement, scored)
+        block = cast(FusableBlock, block)
+        if self._on_device:
+            return self._on_a_device(block, layer, hidden, skip, cast(DevicePlacement, placement), scored)
+        return self._on_the_host(block, layer, hidden, skip, placement.row_to_lane, scored)
+
+    def _on_the_host(
+        self, block: FusableBlock, layer: int, hidden: Tensor, skip: Skip | None, row_to_lane: Tensor, scored: bool
+    ) -> Rows:
+        n, out = len(hidden), torch.empty_like(hidden)
+        takes, keeps = (part[layer - 1][:, row_to_lane.numpy()] for part in (self._plan.takes, self._plan.keeps))
+        kinds, kind = np.unique(takes, axis=1, return_inverse=True)
+        for number, taken in enumerate(kinds.T.tolist()):
+            own = None if kinds.shape[1] == 1 else (kind.reshape(-1) == number).nonzero()[0]
+            for part in groups(n if own is None else len(own), self._group_size or n):
+                rows = part if own is None else own[part]
+                at = rows if own is None else torch.from_numpy(rows)
+                given = (hidden[at], _joined(skip, at, n), row_to_lane[at], taken, keeps[:, rows])
+                if own is None:
+                    self._alike(block, layer, *given, out[at])
+                else:
+                    out.index_copy_(0, at, self._alike(block, layer, *given, None))
+        self.anybody = not scored
+        if not scored:
+            return out, None
+        u = []
+        for part in groups(n, self._group_size or n):
+            u.append(self._scores(out[part], layer, row_to_lane[part]).clone())
+            self.anybody |= self._scores.anybody
+        return out, torch.cat(u)
+
+    def _alike(
+        self,
+        block: FusableBlock,
+        layer: int,
+        x: Tensor,
+        skip: tuple[Tensor, Tensor | None] | None,
+        lanes: Tensor,
+        taken: list[bool],
+        keeps: np.ndarray,
+        out: Tensor | None,
+    ) -> Tensor:
+        """The block's output, in `out` if that is given, for rows x [n, T, D] of lanes int32 [n] that all take the same
+        branches. keeps: bool [J, n]."""
+        entry, last = self._entry[lanes], len(block.branches) - 1
+        if skip is not None:
+            x = block.join(x, skip[0], None, skip[1]).to(x.dtype)
+        for j, branch in enumerate(block.branches):
+            rows = self._plan.rows(layer, j)
+            if taken[j]:
+                b = _read(rows, entry)
+            else:
+                b = branch(layer_norm(x, branch.norm(self._cond), lanes))
+                _keep(rows, b, entry, keeps[j])
+            ours = x if skip is not None or j > 0 else None
+            target = out if j == last and out is not None else ours
+            x = residual_uem(x, b, row_to_lane=lanes, gate=branch.gate(self._cond), out=target)[0]
+        return x
+
+    def _on_a_device(
+        self, block: FusableBlock, layer: int, hidden: Tensor, skip: Skip | None, placement: DevicePlacement, scored: bool
+    ) -> Rows:
+        n, lanes, plan = hidden.shape[0], placement.row_to_lane, self._plan
+        ours = skip is not None
+        if skip is not None:
+            hidden = block.join(hidden, *skip).to(hidden.dtype)
+        h = None if self.normed is None or skip is not None else self.normed[:n]
+        u, last = None, len(block.branches) - 1
+        for j, branch in enumerate(block.branches):
+            rows, work = plan.rows(layer, j), self._work(layer, j, placement)
+            adds_bias = branch.bias is None or not self.fuses
+            b = self._fresh(branch, hidden, h, lanes, work, adds_bias)
+            if b is None:
+                b = rows.new_empty(0, *rows.shape[1:])
+            elif b.dtype != rows.dtype:  # under autocast
+                b = b.to(rows.dtype)
+            if j < last:
+                computes = not plan.takes[layer - 1, j + 1].all()
+                norm = block.branches[j + 1].norm(self._cond) if computes and self.fuses else None
+            else:
+                norm = self.norm_after(layer) if self.fuses and not self._nobody_computes(layer + 1) else None
+            hidden, h, u = residual_uem(
+                hidden,
+                b,
+                row_to_lane=lanes,
+                gate=branch.gate(self._cond),
+                bias=None if adds_bias else branch.bias,
+                score=self._scores.of(layer, placement.tickets) if scored and self.fuses and j == last else None,
+                norm=norm,
+                out=hidden if ours else None,
+                cached=Cached(rows, work.source, work.keep),
+            )
+            ours = True
+        self.normed, self.anybody = h, True
+        if scored and not self.fuses:
+            u = self._scores(hidden, layer, lanes)
+            self.anybody = self._scores.anybody
+        return hidden, u
+
+    def _nobody_computes(self, layer: int) -> bool:
+        """The first branch of block `layer`."""
+        return layer <= len(self._plan.takes) and bool(self._plan.takes[layer - 1, 0].all())
+
+    def _fresh(
+        self, branch: Branch, hidden: Tensor, h: Tensor | None, lanes: Tensor, work: "Work", add_bias: bool
+    ) -> Tensor | None:
+        """[work.fresh, T, D], the branch of the rows that compute it; None where none do. h: all rows after the norm, if
+        the pass before wrote that."""
+        if not work.fresh:
+            return None
+        if h is None:
+            if work.rows is not None:
+                hidden, lanes = hidden.index_select(0, work.rows), lanes.index_select(0, work.rows)
+            h = layer_norm(hidden, branch.norm(self._cond), lanes)
+        elif work.rows is not None:
+            h = h.index_select(0, work.rows)
+        return branch(h, add_bias)
+
+    def _work(self, layer: int, j: int, placement: DevicePlacement) -> "Work":
+        """The same for branches that the same lanes take and keep, as long as no row moves."""
+        takes, keeps = self._plan.takes[layer - 1, j], self._plan.keeps[layer - 1, j]
+        moved = 0 if placement.saved is None else layer  # nothing is saved where nobody exits
+        key = moved, takes.tobytes() + keeps.tobytes()
+        if key not in self._known:
+            self._known[key] = self._new_work(takes, keeps, placement)
+        return self._known[key]
+
+    def _new_work(self, takes: np.ndarray, keeps: np.ndarray, placement: DevicePlacement) -> "Work":
+        if not (computing := int(len(takes) - takes.sum())):
+            entry = self._on(placement, self._plan.entry.astype(np.int32))
+            return Work(0, None, entry.index_select(0, placement.row_to_lane), None)
+        kinds = np.stack([takes, keeps, self._plan.entry]).astype(np.int32)
+        taken, kept, entry = self._on(placement, kinds).index_select(1, placement.row_to_lane)
+        n, running = placement.bound, placement.running()
+        row = torch.arange(n, dtype=torch.int32, device=entry.device)
+        computes = (taken == 0) & running
+        keep = torch.where(computes & (kept != 0), entry, -1) if keeps.any() else None
+        if not takes.any():
+            return Work(n, None, -1 - row, keep)
+        rank = computes.cumsum(0, dtype=torch.int32) - 1
+        fresh = min(n, computing)
+        # rows that compute, in order; what is left over, where fewer do, computes row 0 in vain
+        place = torch.where(computes, rank, n).long()
+        rows = torch.zeros(n + 1, dtype=torch.int32, device=entry.device).scatter_(0, place, row)[:fresh]
+        return Work(fresh, rows, torch.where(computes, -1 - rank, entry), keep)
+
+    def _on(self, placement: DevicePlacement, values: np.ndarray) -> Tensor:
+        """int32 values, on the device; the same ones are uploaded once."""
+        key = values.tobytes()
+        if key not in self._uploaded:
+            self._uploaded[key] = upload(torch.from_numpy(values), placement.row_to_lane.device)
+        return self._uploaded[key]
+
+
+class Work(NamedTuple):
+    """One branch on a device. fresh: m rows to compute, no fewer than do. rows: int32 [m], which; None: all n. source and
+    keep: see `Cached`."""
+
+    fresh: int
+    rows: Tensor | None
+    source: Tensor
+    keep: Tensor | None
+
+
+class BranchLaneRunner(LaneRunner):
+    """As `LaneRunner`, by a plan."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        exits: Exits | None,
+        execution: ExecutionOptions,
+        structure: Structure,
+        host: bool,
+        plan: BranchPlan,
+    ):
+        super().__init__(backbone, exits, execution, structure, host)
+        self._plan = plan
+
+    def _one(self, block: Block, layer: int, lane: int, x: Tensor, skip: Tensor | None) -> Tensor:
+        plan, cond = self._plan, self._conds[lane]
+        if not plan.touches(layer):
+            return super()._one(block, layer, lane, x, skip)
+        block, entry = cast(FusableBlock, block), int(plan.entry[lane])
+        if skip is not None:
+            x = block.join(x, skip).to(x.dtype)
+        for j, branch in enumerate(block.branches):
+            own = slice(entry, entry + 1)
+            if plan.takes[layer - 1, j, lane]:
+                b = plan.rows(layer, j)[own].clone()
+            else:
+                b = branch(layer_norm(x, branch.norm(cond), self._only))
+                if plan.keeps[layer - 1, j, lane]:
+                    plan.rows(layer, j)[own].copy_(b)
+            x = residual_uem(x, b, row_to_lane=self._only, gate=branch.gate(cond))[0]
+        return x
+
+
+def _joined(skip: Skip | None, at: slice | Tensor, n: int) -> tuple[Tensor, Tensor | None] | None:
+    """The skip of rows `at`, of n: rows, and their index by row or None."""
+    if skip is None:
+        return None
+    index = skip.row_index
+    if index is not None:
+        return skip.rows, index[at]
+    return (skip.rows[:n][at], None) if isinstance(at, slice) else (skip.rows, at)
+
+
+def _read(rows: Tensor, entry: Tensor) -> Tensor:
+    """rows[entry], int64 [n]; a view where entries follow one another."""
+    first, n = int(entry[0]), len(entry)
+    if int(entry[-1]) == first + n - 1 and bool((entry.diff() == 1).all()):
+        return rows[first : first + n]
+    return rows.index_select(0, entry)
+
+
+def _keep(rows: Tensor, b: Tensor, entry: Tensor, keeps: np.ndarray) -> None:
+    if keeps.all():
+        rows.index_copy_(0, entry, b.to(rows.dtype))
+    elif keeps.any():
+        kept = torch.from_numpy(keeps.nonzero()[0])
+        rows.index_copy_(0, entry[kept], b[kept].to(rows.dtype))
