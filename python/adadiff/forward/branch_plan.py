@@ -11,13 +11,18 @@ the tick: a pass that is made again decides the same, and computes and writes th
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from adadiff_kernels import upload
+
 from ..policies.reuse import Reuse, ReuseContext
+from .decision import call_policy
+from .feature_store import FeatureStore, Kind, StoreUpdate
 from .reuse_lanes import ReuseLanes
 
 NEVER = -1
@@ -39,15 +44,15 @@ class Branches:
             own[: len(branches)] = [branch.macs(tokens) for branch in branches]
         return Branches(tuple(tuple(branch.unit for branch in branches) for branches in shown), macs)
 
-    def of_policy(self, policy: Reuse) -> np.ndarray:
-        """bool [L, J]: those that the policy reuses. ValueError where the network lacks them."""
+    def of_policy(self, policy: Reuse, lacking: bool = False) -> np.ndarray:
+        """bool [L, J]: those that the policy reuses. ValueError where the network lacks them, unless it may."""
         first, last = (1, len(self.units)) if policy.layers is None else policy.layers
-        if last > len(self.units):
+        if last > len(self.units) and not lacking:
             raise ValueError(f"policy '{policy}' names layer {last}; this network has layers 1..{len(self.units)}")
         chosen = np.zeros(self.macs.shape, dtype=bool)
         for layer, units in enumerate(self.units[first - 1 : last], start=first):
             own = [policy.unit in (None, unit) for unit in units]
-            if not any(own):
+            if not any(own) and not lacking:
                 what = "branches" if policy.unit is None else f"{policy.unit} branch"
                 raise ValueError(f"policy '{policy}' reuses branches; block {layer} of this network shows no {what}")
             chosen[layer - 1, : len(units)] = own
@@ -80,12 +85,13 @@ class BranchPlan:
     tenancy: np.ndarray
 
     @cached_property
-    def _touched(self) -> list[bool]:
-        return (self.takes | self.keeps).any((1, 2)).tolist()
+    def _touched(self) -> list[list[bool]]:
+        return (self.takes | self.keeps).any(2).tolist()
 
-    def touches(self, layer: int) -> bool:
-        """Some lane takes or stores a branch of block `layer`."""
-        return self._touched[layer - 1]
+    def touches(self, layer: int, j: int | None = None) -> bool:
+        """Some lane takes or stores branch j, or any branch, of block `layer`."""
+        own = self._touched[layer - 1]
+        return any(own) if j is None else own[j]
 
     @cached_property
     def reused(self) -> np.ndarray:
@@ -122,8 +128,8 @@ class BranchBook:
     def plan(
         self, lanes: ReuseLanes, branches: Branches, t: Tensor, rows: Callable[[int, int], Tensor]
     ) -> BranchPlan | None:
-        """t: float [B], on the CPU. None where no lane reuses branches. Waits for the device where it has not said yet
-        how far lanes came in their last pass, and that may differ."""
+        """branches: of the network that the lanes run. t: float [B]. None where no lane reuses branches. Waits for the
+        device where it has not said yet how far lanes came in their last pass, and that may differ."""
         own = {k: policy for k, policy in enumerate(lanes.policies) if reuses_branches(policy)}
         index = lanes.index.numpy()
         follows = np.isin(index, list(own)).nonzero()[0]
@@ -135,7 +141,9 @@ class BranchBook:
         )
         self._grow(entry)
         L, J = branches.macs.shape
-        written, last = self._written[entry, :L, :J], self._full[entry]
+        written, last = np.full((len(follows), L, J), NEVER), self._full[entry]
+        (most, units), table = self._written.shape[1:], self._written[entry, :L, :J]
+        written[:, :most, :units] = table
         same = (last != NEVER) & (self._network[entry] == network)
         takes, keeps = np.zeros((2, len(follows), L, J), dtype=bool)
         full = np.ones(len(follows), dtype=bool)
@@ -143,14 +151,16 @@ class BranchBook:
             mine = (index[follows] == k).nonzero()[0]
             if not len(mine):
                 continue
-            chosen, at = branches.of_policy(policy), torch.from_numpy(follows[mine])
+            chosen, at = branches.of_policy(policy, lacking=True), torch.from_numpy(follows[mine])
+            chosen[most:], chosen[:, units:] = False, False  # of a larger network than the store is made for
             context = ReuseContext(
                 step=lanes.step[at],
                 age=torch.from_numpy(step[mine] - last[mine]),
                 steps_left=lanes.steps_left[at],
-                t=t[at],
+                t=t[upload(at, t.device)],
             )
-            full[mine] = ~(policy.reuse_mask(None, context).numpy() & same[mine])
+            mask = call_policy(policy, policy.reuse_mask, None, context)
+            full[mine] = ~(mask.numpy() & same[mine])
             age = step[mine, None, None] - written[mine]
             young = (written[mine] != NEVER) & (age < policy.every)
             takes[mine] = chosen & young & ~full[mine, None, None]
@@ -200,8 +210,8 @@ class BranchBook:
         self._written[entry[self._network[entry] != network]] = NEVER
         reached = exit_layer[lanes][:, None] > np.arange(L)
         stored = plan.keeps[..., lanes].transpose(2, 0, 1) & reached[..., None]
-        written = self._written[entry]
-        written[:, :L, :J] = np.where(stored, step[:, None, None], written[:, :L, :J])
+        written, (L, J) = self._written[entry], np.minimum((L, J), self._written.shape[1:])
+        written[:, :L, :J] = np.where(stored[:, :L, :J], step[:, None, None], written[:, :L, :J])
         self._written[entry] = written
         self._full[entry[full]], self._network[entry[full]] = step[full], network[full]
 
@@ -215,3 +225,26 @@ class BranchBook:
         self._full = np.concatenate([self._full, np.full(missing, NEVER)])
         self._network = np.concatenate([self._network, np.full(missing, NEVER)])
         self._tenancy = np.concatenate([self._tenancy, np.zeros(missing, dtype=np.int64)])
+
+
+def kinds_of_branches(chosen: np.ndarray, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Kind]:
+    """What a lane keeps that reuses the branches `chosen`: bool [L, J]; shape: T, D of their rows."""
+    return {_name(int(layer) + 1, int(j)): Kind(shape, dtype) for layer, j in zip(*chosen.nonzero(), strict=True)}
+
+
+def _name(layer: int, j: int) -> str:
+    return f"branch {j} of block {layer}"
+
+
+def plan_branches(lanes: ReuseLanes, branches: Branches, t: Tensor) -> BranchPlan | None:
+    """See `BranchBook.plan`; the rows are those of the lanes' store."""
+    store = lanes.store
+    if not isinstance(store.book, BranchBook):
+        return None
+    return store.book.plan(lanes, branches, t, lambda layer, j: store[_name(layer, j)])
+
+
+def branch_update(store: FeatureStore, plan: BranchPlan, exit_layer: Tensor, may_exit: bool) -> StoreUpdate:
+    """What a pass by `plan` tells the store's book once its tick is complete; its rows are there already."""
+    none = torch.zeros(0, dtype=torch.int64, device=store.device)
+    return StoreUpdate(none, {}, partial(cast(BranchBook, store.book).commit, plan, exit_layer, may_exit))

@@ -99,12 +99,12 @@ class BranchRunner(BlockRunner):
         if skip is not None:
             x = block.join(x, skip[0], None, skip[1]).to(x.dtype)
         for j, branch in enumerate(block.branches):
-            rows = self._plan.rows(layer, j)
             if taken[j]:
-                b = _read(rows, entry)
+                b = _read(self._plan.rows(layer, j), entry)
             else:
                 b = branch(layer_norm(x, branch.norm(self._cond), lanes))
-                _keep(rows, b, entry, keeps[j])
+                if keeps[j].any():
+                    _keep(self._plan.rows(layer, j), b, entry, keeps[j])
             ours = x if skip is not None or j > 0 else None
             target = out if j == last and out is not None else ours
             x = residual_uem(x, b, row_to_lane=lanes, gate=branch.gate(self._cond), out=target)[0]
@@ -120,13 +120,13 @@ class BranchRunner(BlockRunner):
         h = None if self.normed is None or skip is not None else self.normed[:n]
         u, last = None, len(block.branches) - 1
         for j, branch in enumerate(block.branches):
-            rows, work = plan.rows(layer, j), self._work(layer, j, placement)
+            work = self._work(layer, j, placement)
             adds_bias = branch.bias is None or not self.fuses
-            b = self._fresh(branch, hidden, h, lanes, work, adds_bias)
-            if b is None:
-                b = rows.new_empty(0, *rows.shape[1:])
-            elif b.dtype != rows.dtype:  # under autocast
-                b = b.to(rows.dtype)
+            b, cached = self._fresh(branch, hidden, h, lanes, work, adds_bias), None
+            if work is not None:
+                rows = plan.rows(layer, j)
+                b = rows.new_empty(0, *rows.shape[1:]) if b is None else b.to(rows.dtype)  # another under autocast
+                cached = Cached(rows, work.source, work.keep)
             if j < last:
                 computes = not plan.takes[layer - 1, j + 1].all()
                 norm = block.branches[j + 1].norm(self._cond) if computes and self.fuses else None
@@ -141,7 +141,7 @@ class BranchRunner(BlockRunner):
                 score=self._scores.of(layer, placement.tickets) if scored and self.fuses and j == last else None,
                 norm=norm,
                 out=hidden if ours else None,
-                cached=Cached(rows, work.source, work.keep),
+                cached=cached,
             )
             ours = True
         self.normed, self.anybody = h, True
@@ -155,22 +155,26 @@ class BranchRunner(BlockRunner):
         return layer <= len(self._plan.takes) and bool(self._plan.takes[layer - 1, 0].all())
 
     def _fresh(
-        self, branch: Branch, hidden: Tensor, h: Tensor | None, lanes: Tensor, work: "Work", add_bias: bool
+        self, branch: Branch, hidden: Tensor, h: Tensor | None, lanes: Tensor, work: "Work | None", add_bias: bool
     ) -> Tensor | None:
         """[work.fresh, T, D], the branch of the rows that compute it; None where none do. h: all rows after the norm, if
         the pass before wrote that."""
-        if not work.fresh:
+        if work is not None and not work.fresh:
             return None
+        rows = None if work is None else work.rows
         if h is None:
-            if work.rows is not None:
-                hidden, lanes = hidden.index_select(0, work.rows), lanes.index_select(0, work.rows)
+            if rows is not None:
+                hidden, lanes = hidden.index_select(0, rows), lanes.index_select(0, rows)
             h = layer_norm(hidden, branch.norm(self._cond), lanes)
-        elif work.rows is not None:
-            h = h.index_select(0, work.rows)
+        elif rows is not None:
+            h = h.index_select(0, rows)
         return branch(h, add_bias)
 
-    def _work(self, layer: int, j: int, placement: DevicePlacement) -> "Work":
-        """The same for branches that the same lanes take and keep, as long as no row moves."""
+    def _work(self, layer: int, j: int, placement: DevicePlacement) -> "Work | None":
+        """The same for branches that the same lanes take and keep, as long as no row moves. None: all lanes compute, and
+        nobody keeps."""
+        if not self._plan.touches(layer, j):
+            return None
         takes, keeps = self._plan.takes[layer - 1, j], self._plan.keeps[layer - 1, j]
         moved = 0 if placement.saved is None else layer  # nothing is saved where nobody exits
         key = moved, takes.tobytes() + keeps.tobytes()
@@ -270,6 +274,6 @@ def _read(rows: Tensor, entry: Tensor) -> Tensor:
 def _keep(rows: Tensor, b: Tensor, entry: Tensor, keeps: np.ndarray) -> None:
     if keeps.all():
         rows.index_copy_(0, entry, b.to(rows.dtype))
-    elif keeps.any():
+    else:
         kept = torch.from_numpy(keeps.nonzero()[0])
         rows.index_copy_(0, entry[kept], b[kept].to(rows.dtype))

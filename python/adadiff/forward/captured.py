@@ -125,7 +125,7 @@ class CapturedLayers(Layers):
 
 def in_pieces(asked: Asked) -> Done:
     """Stem, layers and head, each as a piece."""
-    backbone, exits, structure, decision, execution, x, t, context, partner, record_scores, _ = asked
+    backbone, exits, structure, decision, execution, x, t, context, partner, record_scores, *_ = asked
     B, scored = len(x), bool(decision.scored)
     classes = getattr(getattr(backbone, "config", None), "num_classes", None)
     if context is not None and classes:

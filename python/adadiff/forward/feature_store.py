@@ -4,8 +4,8 @@ An entry is one lane's: a sample's conditional half, or its unconditional one. V
 "rest". Memory is made when the first sample needs it, and grows with the samples in flight.
 """
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -40,14 +40,23 @@ def entry_bytes(kinds: Mapping[str, Kind]) -> int:
 
 class StoreUpdate(NamedTuple):
     """What one forward pass writes, once the tick is complete. entries: int64 [k], on the device, none twice; values:
-    by name, [k, ...]."""
+    by name, [k, ...]. then: called once they are written."""
 
     entries: Tensor
     values: Mapping[str, Tensor]
+    then: Callable[[], None] = lambda: None
+
+
+class Book(Protocol):
+    """What the host knows of entries beside the store."""
+
+    def forget(self, entries: np.ndarray) -> None:
+        """entries: int64 [k], which other lanes take now."""
 
 
 class FeatureStore:
     """values: by name, [entries, ...] on `device`. What an entry holds before it is written is undefined, but `made`.
+    book: told who takes entries; None: there is none.
 
     A forward pass reads; it returns a `StoreUpdate`, which `write` applies, so that a pass that is made again finds
     everything as it was. What a sample leaves behind in an entry is forgotten when another one takes it.
@@ -56,6 +65,7 @@ class FeatureStore:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.values: dict[str, Tensor] = {}
+        self.book: Book | None = None
         self._kinds: dict[str, Kind] = dict(ALWAYS)
         self._size = 0
         self._free: list[int] = []
@@ -81,6 +91,8 @@ class FeatureStore:
         self._reserve(n, kinds)
         entries = np.array(self._free[len(self._free) - n :][::-1], dtype=np.int64)
         self.values["made"][upload(torch.from_numpy(entries), self.device)] = NEVER
+        if self.book is not None:
+            self.book.forget(entries)
         del self._free[len(self._free) - n :]
         return entries
 
@@ -91,6 +103,7 @@ class FeatureStore:
     def write(self, update: StoreUpdate) -> None:
         for name, rows in update.values.items():
             self.values[name].index_copy_(0, update.entries, rows)
+        update.then()
 
     def _reserve(self, n: int, kinds: Mapping[str, Kind]) -> None:
         """Room for n more entries, and for `kinds` in all of them."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -14,6 +15,8 @@ from ..policies.calibrated import Calibration
 from ..policies.interface import ExitPolicy, LaneIds
 from ..policies.spelling import DEFAULT, policy_from
 from ..uem import Exits
+from .branch_plan import BranchPlan, branch_update, plan_branches
+from .branches import BranchLaneRunner, BranchRunner
 from .captured import in_pieces
 from .count_sync import Sync
 from .decision import ExitDecision, PolicyFailure, decide
@@ -107,18 +110,23 @@ def run_forward(
     if exits is None and decision.exit_layers:
         raise ValueError("this network has no exits; only the policy 'full' can run it")
     check_execution(execution, policies, device)
-    t, partner = _upload(t, cfg_partner, decision, device)
     reuse = reuse if reuse is not None and reuse.any else None
+    branches = None if reuse is None else plan_branches(reuse, structure.branches, t)
+    t, partner = _upload(t, cfg_partner, decision, device)
     way = in_pieces if execution.runner == "captured" else directly
     if reuse is not None and way is in_pieces:
         log_not_captured()
         way = directly
-    asked = Asked(backbone, exits, structure, decision, execution, x, t, context, partner, record_scores, reuse)
+    asked = Asked(backbone, exits, structure, decision, execution, x, t, context, partner, record_scores, reuse, branches)
     prediction, placement, scores, rows, head_layer, updates = way(asked)
     variance = None
     if backbone.learned_variance:
         prediction, variance = prediction.chunk(2, dim=1)
     costs = structure.costs(exits, decision.scored)
+    if branches is not None:
+        costs = replace(costs, saved=branches.saved, branches=branches.reused)
+        update = branch_update(reuse.store, branches, placement.exit_layer, bool(decision.exit_layers))
+        updates = (*updates, update)
     own = {"scores": scores, "variance": variance, "head_layer": head_layer, "updates": updates}
     return ForwardOutput(prediction, placement.exit_layer, costs, rows, placement.moved, **own)
 
@@ -140,10 +148,10 @@ def _upload(
 
 def directly(asked: Asked) -> Done:
     """Everything is called, on a device queued, as the loop comes to it."""
-    backbone, exits, structure, decision, execution, x, t, context, partner, record_scores, reuse = asked
+    backbone, exits, structure, decision, execution, x, t, context, partner, record_scores, reuse, branches = asked
     B, device, invariant = len(x), x.device, execution.batch_invariant
     host = device.type == "cpu" and execution.count_sync is None
-    runner = (LaneRunner if invariant else BlockRunner)(backbone, exits, execution, structure, host=host)
+    runner = _runner(asked, host)
     hidden = runner.embed(x, t, context, bool(decision.scored), decision.limits if host else None)
     scores = rest = None
     if record_scores:
@@ -167,6 +175,13 @@ def directly(asked: Asked) -> Done:
         return Done(predictions(*given), placement, scores, rows)
     head_layer = rest.head_layer()
     return Done(predictions(*given, rest), placement, scores, rows, head_layer, rest.updates(placement))
+
+
+def _runner(asked: Asked, host: bool) -> BlockRunner | LaneRunner:
+    given = asked.backbone, asked.exits, asked.execution, asked.structure, host
+    if asked.branches is None:
+        return (LaneRunner if asked.execution.batch_invariant else BlockRunner)(*given)
+    return (BranchLaneRunner if asked.execution.batch_invariant else BranchRunner)(*given, asked.branches)
 
 
 def check_execution(execution: ExecutionOptions, policies: Sequence[ExitPolicy], device: torch.device) -> None:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..models.interface import Backbone
 from ..uem import Exits
+from .branch_plan import BranchPlan
 from .decision import ExitDecision
 from .feature_store import StoreUpdate
 from .lane_by_lane import LaneRunner
@@ -32,6 +33,7 @@ class Asked(NamedTuple):
     partner: Tensor | None
     record_scores: bool
     reuse: ReuseLanes | None = None
+    branches: BranchPlan | None = None
 
 
 class Done(NamedTuple):

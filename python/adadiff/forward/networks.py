@@ -133,6 +133,7 @@ def _merge(
         tuple(rank.tolist()),
         tuple(networks[k].asks for k in present),
         tuple(part.costs.own_head[0] for part in parts),
+        *(_by_lane(parts, lanes, name) for name in ("saved", "branches")),
     )
     return ForwardOutput(
         prediction=by_lane("prediction"),
@@ -145,3 +146,14 @@ def _merge(
         head_layer=head_layer,
         updates=tuple(update for part in parts for update in part.updates),
     )
+
+
+def _by_lane(parts: Sequence[ForwardOutput], lanes: Tensor, name: str) -> np.ndarray | None:
+    """int64 [B, L + 1], L of the deepest network, of `Costs` whose `name` is given for its own lanes and layers."""
+    if all(getattr(part.costs, name) is None for part in parts):
+        return None
+    found = np.zeros((len(lanes), max(len(part.costs.by_exit_layer[0]) for part in parts)), dtype=np.int64)
+    for part, own in zip(parts, lanes.split([len(part.prediction) for part in parts]), strict=True):
+        if (values := getattr(part.costs, name)) is not None:
+            found[own.numpy(), : values.shape[1]] = values
+    return found

@@ -14,7 +14,8 @@ from torch import Tensor
 from adadiff_kernels import upload
 
 from ..models.interface import Backbone
-from ..policies.reuse import GATES, Reuse, ReuseContext, ReusePolicy
+from ..policies.reuse import GATES, ReuseContext, ReusePolicy
+from .branch_plan import Branches, reuses_branches
 from .decision import call_policy
 from .feature_store import Kind, StoreUpdate, entry_bytes
 from .lane_by_lane import LaneRunner, lane_by_lane
@@ -46,6 +47,9 @@ def reuse_bytes(policy: ReusePolicy, backbone: Backbone, exits: bool, dtype: tor
 def check_reuse(policy: ReusePolicy, backbone: Backbone) -> None:
     """ValueError for a policy that this network cannot follow, or by which nobody could ever reuse."""
     num_layers = len(backbone.blocks)
+    if reuses_branches(policy):
+        Branches.of(backbone.blocks, backbone.tokens).of_policy(policy)
+        return
     if policy.last:
         raise ValueError(
             f"policy '{policy}': last blocks that always run are for pipelines; here the head follows what is reused, "
@@ -60,8 +64,6 @@ def check_reuse(policy: ReusePolicy, backbone: Backbone) -> None:
         raise ValueError(f"gate of '{policy}' must be None or one of {', '.join(GATES)}, got {policy.gate!r}")
     if policy.gate == "input" and not hasattr(backbone.blocks[0], "branches"):
         raise ValueError(f"policy '{policy}': gate=input does not see into this network's blocks; use gate=residual")
-    if isinstance(policy, Reuse) and policy.level != "block":
-        raise ValueError(f"policy '{policy}': only level=block can be sampled with")
 
 
 class RestOfNetwork:
@@ -80,7 +82,9 @@ class RestOfNetwork:
         invariant: bool,
     ) -> None:
         num_layers = len(backbone.blocks)
-        self._lanes = lanes = lanes.without([policy.first >= num_layers for policy in lanes.policies])
+        self._lanes = lanes = lanes.without(
+            [policy.first >= num_layers or reuses_branches(policy) for policy in lanes.policies]
+        )
         self._store, self._invariant, self._t, device = lanes.store, invariant, t, hidden.device
         self._prefix, self._num_layers = backbone.num_prefix_tokens, num_layers
         present = set(lanes.index.tolist())

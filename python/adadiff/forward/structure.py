@@ -1,10 +1,12 @@
 """What a forward pass needs to know of a network beforehand. Computed once for each network."""
 
+from functools import cached_property
 from itertools import accumulate
 from weakref import WeakKeyDictionary
 
 from ..models.interface import Backbone
 from ..uem import Exits
+from .branch_plan import Branches
 from .output import Costs
 
 # On a CPU a block runs over groups of lanes with about so many tokens: enough for products at their full rate, few
@@ -25,6 +27,10 @@ class Structure:
         self._ends = sum(backbone.stem_and_head_macs())
         self._tokens, self._patches = backbone.tokens, backbone.tokens - backbone.num_prefix_tokens
         self._last: tuple[Exits | None, frozenset[int], Costs] | None = None
+
+    @cached_property
+    def branches(self) -> Branches:
+        return Branches.of(self.blocks, self._tokens)
 
     def costs(self, exits: Exits | None, scored: frozenset[int]) -> Costs:
         """scored: layers whose score is computed. Those asked for last are kept: one pass is mostly like the next."""

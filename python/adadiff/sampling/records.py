@@ -64,7 +64,9 @@ class PassRecord:
         if isinstance(self._moved, Tensor):
             self._moved, self.by_lane = self.by_lane[-1], self.by_lane[:-1]
         head_layer = None if self._head_layer is None else self._head_layer.read().numpy()
-        self.reused = np.zeros(len(self.by_lane), dtype=bool) if head_layer is None else head_layer > 0
+        self.reused = self._costs.branches_reused(self.by_lane.tolist()) > 0
+        if head_layer is not None:
+            self.reused |= head_layer > 0
         self.macs = self._costs.total(self.by_lane.tolist(), None if head_layer is None else head_layer.tolist())
         self.asks = self._asks()
         self.macs_full, self.rows_moved = len(self.by_lane) * self._costs.plain, int(self._moved)

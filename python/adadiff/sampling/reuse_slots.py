@@ -5,9 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..forward.feature_store import FeatureStore
+from ..forward.branch_plan import BranchBook, kinds_of_branches, reuses_branches
+from ..forward.feature_store import FeatureStore, Kind
 from ..forward.rest_of_network import kinds_of
 from ..forward.reuse_lanes import NONE, ReuseLanes
+from ..forward.structure import structure_of
 from ..model import Model
 from ..policies.policy_set import PolicySet
 from ..policies.reuse import ReusePolicy
@@ -46,10 +48,19 @@ class ReuseSlots:
             return None
         halves = np.ones((len(index), 2), dtype=bool)
         halves[:, 1] = samples.guidance.numpy()[index] != 0
-        dtype = next(self._model.parameters()).dtype
         entry = np.full((len(index), 2), NONE, dtype=np.int64)
-        entry[halves] = self.store.take(int(halves.sum()), kinds_of(policy, self._model.backbone, dtype))
+        entry[halves] = self.store.take(int(halves.sum()), self._kinds(policy))
         return Reserved(self.policies.add(policy), entry)
+
+    def _kinds(self, policy: ReusePolicy) -> dict[str, Kind]:
+        """What a lane of `policy` keeps."""
+        backbone, dtype = self._model.backbone, next(self._model.parameters()).dtype
+        if not reuses_branches(policy):
+            return kinds_of(policy, backbone, dtype)
+        branches = structure_of(backbone).branches
+        if self.store.book is None:
+            self.store.book = BranchBook(*branches.macs.shape)
+        return kinds_of_branches(branches.of_policy(policy), (backbone.tokens, backbone.dim), dtype)
 
     def give_back(self, reserved: Reserved | None) -> None:
         """Of samples that could not begin."""
