@@ -1,6 +1,5 @@
 """Which branches lanes take, compute and keep: the book of all entries against one lane's own, kept in a dictionary."""
 
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,10 +11,11 @@ from hypothesis import strategies as st
 from adadiff.forward.branch_plan import BranchBook, Branches, BranchPlan
 from adadiff.forward.reuse_lanes import ReuseLanes
 from adadiff.policies.reuse import Cache, Reuse
-from sampler.tiny import case
 from adadiff.uem import PAPER
+from sampler.branches_by_hand import UNITS, OneLane
+from sampler.tiny import case
 
-LAYERS, UNITS = 4, ("attention", "mlp")
+LAYERS = 4
 BRANCHES = Branches((UNITS,) * LAYERS, np.arange(1, 2 * LAYERS + 1).reshape(LAYERS, 2) ** 3)
 POLICIES = (
     Reuse(2, "layer"),
@@ -24,37 +24,6 @@ POLICIES = (
     Reuse(1, "layer"),
     Cache(0.1),  # not of branches
 )
-
-
-@dataclass
-class OneLane:
-    """What a lane may take, by the rules in words: `kept` says which step computed a branch."""
-
-    policy: Reuse
-    kept: dict[tuple[int, int], int] = field(default_factory=dict)
-    full: int | None = None
-    network: int | None = None
-
-    def chosen(self) -> set[tuple[int, int]]:
-        first, last = self.policy.layers or (1, LAYERS)
-        return {(layer, j) for layer in range(first, last + 1) for j in (0, 1) if self.policy.unit in (None, UNITS[j])}
-
-    def step(self, step: int, left: int, network: int) -> tuple[set, set, bool]:
-        """Taken branches, those to keep, and whether the step is full."""
-        p = self.policy
-        dense = step < p.dense_early or left < p.dense_late
-        full = dense or self.full is None or self.network != network or step - self.full >= p.every
-        young = {branch for branch, written in self.kept.items() if step - written < p.every}
-        taken = set() if full else self.chosen() & young
-        kept = self.chosen() - taken if left > 0 and p.every > 1 else set()
-        return taken, kept, full
-
-    def ends(self, step: int, network: int, kept: set, full: bool, exit_layer: int) -> None:
-        if self.network != network:
-            self.kept.clear()
-        self.kept |= {branch: step for branch in kept if branch[0] <= exit_layer}
-        if full:
-            self.full, self.network = step, network
 
 
 def of_lane(table: np.ndarray, lane: int) -> set[tuple[int, int]]:
@@ -78,12 +47,12 @@ def test_every_lane_by_its_own_rules(data: st.DataObject) -> None:
     of = [data.draw(number) for _ in range(4)]
     total, at = data.draw(steps), [0] * 4
     entry = data.draw(st.permutations([0, 2, 3, 6]))
-    book, alone = BranchBook(LAYERS, 2), [OneLane(POLICIES[k]) for k in of]
+    book, alone = BranchBook(LAYERS, 2), [OneLane(POLICIES[k], LAYERS) for k in of]
     book.forget(np.array(entry))
     for _ in range(12):
         for i in range(4):
             if at[i] == total[i]:  # another one begins in its entry
-                at[i], alone[i] = 0, OneLane(POLICIES[of[i]])
+                at[i], alone[i] = 0, OneLane(POLICIES[of[i]], LAYERS)
                 book.forget(np.array(entry[i : i + 1]))
         present = sorted(data.draw(st.sets(st.integers(0, 3), min_size=1)))
         network = [data.draw(st.sampled_from([0, 0, 0, 1])) for _ in present]
@@ -101,7 +70,7 @@ def test_every_lane_by_its_own_rules(data: st.DataObject) -> None:
         if data.draw(st.sampled_from([True, True, False])):
             book.commit(plan, torch.tensor(exit_layer, dtype=torch.int32), may_exit=True)
             for k, i in enumerate(present):
-                alone[i].ends(at[i], network[k], own[k][1], own[k][2], exit_layer[k])
+                alone[i].ends(at[i], own[k][1], own[k][2], exit_layer[k], network[k])
                 at[i] += 1
 
 
