@@ -129,7 +129,7 @@ def _residual_uem_kernel(
         for c in tl.static_range(CHUNKS):
             channel = c * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
             tl.store(y_ptr + at + channel, ys[c], mask=live & (channel < D))
-            if keep_ptr is not None:
+            if keep_ptr is not None:  # noqa: SIM102  decided when it is compiled, and then for each row
                 if keep >= 0:
                     tl.store(rows_ptr + at + channel, kept[c], mask=live & (channel < D))
             total += ys[c].to(tl.float32)

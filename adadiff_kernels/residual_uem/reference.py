@@ -196,9 +196,7 @@ def check_sum(
         raise ValueError(f"out must be {tuple(x.shape)} {x.dtype}, got {tuple(out.shape)} {out.dtype}")
 
 
-def check_norm_out(
-    x: Tensor, branch: Tensor, norm: Norm | None, out: Tensor | None, norm_out: Tensor | None
-) -> None:
+def check_norm_out(x: Tensor, branch: Tensor, norm: Norm | None, out: Tensor | None, norm_out: Tensor | None) -> None:
     """ValueError where `norm_out` has nothing to receive, or another shape or dtype than what it would."""
     if norm_out is None:
         return

@@ -1,7 +1,6 @@
 """The fused pass with branches of an earlier step: equal, bit for bit, to the pass over branches laid out by hand."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,8 +19,8 @@ BACKENDS = ["reference", "triton"]
 
 
 class Mixed(Problem):
-    """A `Problem` whose row r takes cached row source[r] or fresh row -1 - source[r], and stores it at keep[r]; `branch`
-    is laid out by hand, and what nobody reads is NaN."""
+    """A `Problem` whose row r takes cached row source[r] or fresh row -1 - source[r], and stores it at keep[r].
+    `branch` is laid out by hand, and what nobody reads is NaN."""
 
     def __init__(self, shape: tuple[int, ...], dtypes: tuple, source: list[int], keep: list[int] | None, entries: int):
         super().__init__((len(source), *shape[1:5], max(shape[5], len(source))), dtypes)
@@ -135,8 +134,8 @@ def test_nan_of_a_cached_row_stays_in_the_rows_that_read_it() -> None:
 
 
 @pytest.fixture
-def small() -> Iterator[Mixed]:
-    yield Mixed((0, 3, 8, 1, 0, 3), (SINGLE, SINGLE), [1, -1], [-1, 0], 3)
+def small() -> Mixed:
+    return Mixed((0, 3, 8, 1, 0, 3), (SINGLE, SINGLE), [1, -1], [-1, 0], 3)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -144,9 +143,9 @@ def test_results_over_rows_that_are_read_in_another_order_are_refused(small: Mix
     taken = torch.zeros(4, 3, 8, device=DEVICE)
     small.fresh = taken[1:2]
     for out in (taken[:2], taken[1:3], small.rows[1:3]):
-        with pytest.raises(ValueError, match="out must not be the memory of (branch|cached.rows)"):
+        with pytest.raises(ValueError, match=r"out must not be the memory of (branch|cached.rows)"):
             small.run_cached(None, serves(backend), out=out)
-    with pytest.raises(ValueError, match="norm_out must not be the memory of cached.rows"):
+    with pytest.raises(ValueError, match=r"norm_out must not be the memory of cached.rows"):
         small.run_cached("plain", backend, out=small.x, norm_out=small.rows[:2])
     small.run_cached(None, backend, out=taken[2:])
 
@@ -175,7 +174,7 @@ def test_other_fresh_rows_are_refused(small: Mixed) -> None:
         small.run_cached(None, "reference")
     wide = torch.zeros(3, 3, 16, device=DEVICE)[..., ::2]
     small.cached, small.fresh = Cached(wide, small.cached.source), torch.zeros(1, 3, 8, device=DEVICE)
-    with pytest.raises(ValueError, match="cached.rows must be contiguous"):
+    with pytest.raises(ValueError, match=r"cached.rows must be contiguous"):
         small.run_cached(None, serves("triton"))
 
 

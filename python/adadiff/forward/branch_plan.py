@@ -136,9 +136,7 @@ class BranchBook:
         if not len(follows):
             return None
         self._settle()
-        entry, step, network = (
-            value.numpy()[follows] for value in (lanes.entry, lanes.step, lanes.network)
-        )
+        entry, step, network = (value.numpy()[follows] for value in (lanes.entry, lanes.step, lanes.network))
         self._grow(entry)
         L, J = branches.macs.shape
         written, last = np.full((len(follows), L, J), NEVER), self._full[entry]

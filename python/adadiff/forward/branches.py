@@ -111,7 +111,13 @@ class BranchRunner(BlockRunner):
         return x
 
     def _on_a_device(
-        self, block: FusableBlock, layer: int, hidden: Tensor, skip: Skip | None, placement: DevicePlacement, scored: bool
+        self,
+        block: FusableBlock,
+        layer: int,
+        hidden: Tensor,
+        skip: Skip | None,
+        placement: DevicePlacement,
+        scored: bool,
     ) -> Rows:
         n, lanes, plan = hidden.shape[0], placement.row_to_lane, self._plan
         ours = skip is not None
@@ -157,8 +163,8 @@ class BranchRunner(BlockRunner):
     def _fresh(
         self, branch: Branch, hidden: Tensor, h: Tensor | None, lanes: Tensor, work: "Work | None", add_bias: bool
     ) -> Tensor | None:
-        """[work.fresh, T, D], the branch of the rows that compute it; None where none do. h: all rows after the norm, if
-        the pass before wrote that."""
+        """[work.fresh, T, D], the branch of the rows that compute it; None where none do. h: all rows after the norm,
+        if the pass before wrote that."""
         if work is not None and not work.fresh:
             return None
         rows = None if work is None else work.rows
@@ -171,8 +177,8 @@ class BranchRunner(BlockRunner):
         return branch(h, add_bias)
 
     def _work(self, layer: int, j: int, placement: DevicePlacement) -> "Work | None":
-        """The same for branches that the same lanes take and keep, as long as no row moves. None: all lanes compute, and
-        nobody keeps."""
+        """The same for branches that the same lanes take and keep, as long as no row moves. None: all lanes compute,
+        and nobody keeps."""
         if not self._plan.touches(layer, j):
             return None
         takes, keeps = self._plan.takes[layer - 1, j], self._plan.keeps[layer - 1, j]
@@ -210,8 +216,8 @@ class BranchRunner(BlockRunner):
 
 
 class Work(NamedTuple):
-    """One branch on a device. fresh: m rows to compute, no fewer than do. rows: int32 [m], which; None: all n. source and
-    keep: see `Cached`."""
+    """One branch on a device. fresh: m rows to compute, no fewer than do. rows: int32 [m], which; None: all n. source
+    and keep: see `Cached`."""
 
     fresh: int
     rows: Tensor | None

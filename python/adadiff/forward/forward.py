@@ -15,7 +15,7 @@ from ..policies.calibrated import Calibration
 from ..policies.interface import ExitPolicy, LaneIds
 from ..policies.spelling import DEFAULT, policy_from
 from ..uem import Exits
-from .branch_plan import BranchPlan, branch_update, plan_branches
+from .branch_plan import branch_update, plan_branches
 from .branches import BranchLaneRunner, BranchRunner
 from .captured import in_pieces
 from .count_sync import Sync
@@ -117,7 +117,9 @@ def run_forward(
     if reuse is not None and way is in_pieces:
         log_not_captured()
         way = directly
-    asked = Asked(backbone, exits, structure, decision, execution, x, t, context, partner, record_scores, reuse, branches)
+    asked = Asked(
+        backbone, exits, structure, decision, execution, x, t, context, partner, record_scores, reuse, branches
+    )
     prediction, placement, scores, rows, head_layer, updates = way(asked)
     variance = None
     if backbone.learned_variance:
@@ -148,7 +150,7 @@ def _upload(
 
 def directly(asked: Asked) -> Done:
     """Everything is called, on a device queued, as the loop comes to it."""
-    backbone, exits, structure, decision, execution, x, t, context, partner, record_scores, reuse, branches = asked
+    backbone, exits, structure, decision, execution, x, t, context, partner, record_scores, reuse, _ = asked
     B, device, invariant = len(x), x.device, execution.batch_invariant
     host = device.type == "cpu" and execution.count_sync is None
     runner = _runner(asked, host)
