@@ -12,7 +12,7 @@ the tick: a pass that is made again decides the same, and computes and writes th
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import cast
+from typing import TypeGuard, cast
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ class Branches:
         return chosen
 
 
-def reuses_branches(policy: object) -> bool:
+def reuses_branches(policy: object) -> TypeGuard[Reuse]:
     return isinstance(policy, Reuse) and policy.level != "block"
 
 
@@ -109,6 +109,13 @@ def _up_to_each_layer(values: np.ndarray) -> np.ndarray:
     sums = np.zeros((values.shape[1], len(values) + 1), dtype=np.int64)
     sums[:, 1:] = values.T.cumsum(1)
     return sums
+
+
+def _by_lane(values: np.ndarray, lanes: np.ndarray, B: int) -> np.ndarray:
+    """values: bool [k, L, J], of lanes int64 [k]. Returns bool [L, J, B], false for all others."""
+    found = np.zeros((*values.shape[1:], B), dtype=bool)
+    found[..., lanes] = values.transpose(1, 2, 0)
+    return found
 
 
 class BranchBook:
@@ -164,27 +171,20 @@ class BranchBook:
             takes[mine] = chosen & young & ~full[mine, None, None]
             later = (lanes.steps_left[at].numpy() > 0) & (policy.every > 1)
             keeps[mine] = chosen & ~takes[mine] & later[:, None, None]
-        return self._laid_out(len(index), follows, takes, keeps, entry, step, network, full, branches, rows)
-
-    def _laid_out(
-        self,
-        B: int,
-        follows: np.ndarray,
-        takes: np.ndarray,
-        keeps: np.ndarray,
-        entry: np.ndarray,
-        step: np.ndarray,
-        network: np.ndarray,
-        full: np.ndarray,
-        branches: Branches,
-        rows: Callable[[int, int], Tensor],
-    ) -> BranchPlan:
-        by_lane = np.zeros((2, *branches.macs.shape, B), dtype=bool)
-        by_lane[0][..., follows], by_lane[1][..., follows] = takes.transpose(1, 2, 0), keeps.transpose(1, 2, 0)
-        entries = np.zeros(B, dtype=np.int64)
+        entries = np.zeros(len(index), dtype=np.int64)
         entries[follows] = entry
-        known = (follows, step, network, full, self._tenancy[entry])
-        return BranchPlan(*by_lane, entries, rows, branches.macs, *known)
+        return BranchPlan(
+            takes=_by_lane(takes, follows, len(index)),
+            keeps=_by_lane(keeps, follows, len(index)),
+            entry=entries,
+            rows=rows,
+            macs=branches.macs,
+            lanes=follows,
+            step=step,
+            network=network,
+            full=full,
+            tenancy=self._tenancy[entry],
+        )
 
     def commit(self, plan: BranchPlan, exit_layer: Tensor, may_exit: bool) -> None:
         """The tick of a pass is complete. exit_layer: int32 [B], anywhere; may_exit: somebody may exit before the last
