@@ -61,10 +61,9 @@ class BranchRunner(BlockRunner):
         self, block: FusableBlock, layer: int, hidden: Tensor, skip: Skip | None, row_to_lane: Tensor, scored: bool
     ) -> Rows:
         n, out = len(hidden), torch.empty_like(hidden)
-        takes, keeps = (part[layer - 1][:, row_to_lane.numpy()] for part in (self._plan.takes, self._plan.keeps))
-        kinds, kind = np.unique(takes, axis=1, return_inverse=True)
-        for number, taken in enumerate(kinds.T.tolist()):
-            own = None if kinds.shape[1] == 1 else (kind.reshape(-1) == number).nonzero()[0]
+        lanes = row_to_lane.numpy()
+        takes, keeps = self._plan.takes[layer - 1][:, lanes], self._plan.keeps[layer - 1][:, lanes]
+        for taken, own in _kinds(takes):
             for part in groups(n if own is None else len(own), self._group_size or n):
                 rows = part if own is None else own[part]
                 at = rows if own is None else torch.from_numpy(rows)
@@ -95,12 +94,13 @@ class BranchRunner(BlockRunner):
     ) -> Tensor:
         """The block's output, in `out` if that is given, for rows x [n, T, D] of lanes int32 [n] that all take the same
         branches. keeps: bool [J, n]."""
-        entry, last = self._entry[lanes], len(block.branches) - 1
+        entry, last = _together(self._entry[lanes]), len(block.branches) - 1
         if skip is not None:
             x = block.join(x, skip[0], None, skip[1]).to(x.dtype)
         for j, branch in enumerate(block.branches):
             if taken[j]:
-                b = _read(self._plan.rows(layer, j), entry)
+                rows = self._plan.rows(layer, j)
+                b = rows[entry] if isinstance(entry, slice) else rows.index_select(0, entry)
             else:
                 b = branch(layer_norm(x, branch.norm(self._cond), lanes))
                 if keeps[j].any():
@@ -108,6 +108,7 @@ class BranchRunner(BlockRunner):
             ours = x if skip is not None or j > 0 else None
             target = out if j == last and out is not None else ours
             x = residual_uem(x, b, row_to_lane=lanes, gate=branch.gate(self._cond), out=target)[0]
+            del b  # its memory is for what comes next
         return x
 
     def _on_a_device(
@@ -269,17 +270,29 @@ def _joined(skip: Skip | None, at: slice | Tensor, n: int) -> tuple[Tensor, Tens
     return (skip.rows[:n][at], None) if isinstance(at, slice) else (skip.rows, at)
 
 
-def _read(rows: Tensor, entry: Tensor) -> Tensor:
-    """rows[entry], int64 [n]; a view where entries follow one another."""
+def _kinds(takes: np.ndarray) -> list[tuple[list[bool], np.ndarray | None]]:
+    """takes: bool [J, n], by row. Which branches are taken, and by which rows, int64 [k]; None: by all."""
+    if (takes == takes[:, :1]).all():
+        return [(takes[:, 0].tolist(), None)]
+    code = (takes << np.arange(len(takes))[:, None]).sum(0)
+    rows = [(code == kind).nonzero()[0] for kind in np.unique(code)]
+    return [(takes[:, own[0]].tolist(), own) for own in rows]
+
+
+def _together(entry: Tensor) -> slice | Tensor:
+    """entry: int64 [n]; a slice where entries follow one another."""
     first, n = int(entry[0]), len(entry)
     if int(entry[-1]) == first + n - 1 and bool((entry.diff() == 1).all()):
-        return rows[first : first + n]
-    return rows.index_select(0, entry)
+        return slice(first, first + n)
+    return entry
 
 
-def _keep(rows: Tensor, b: Tensor, entry: Tensor, keeps: np.ndarray) -> None:
-    if keeps.all():
-        rows.index_copy_(0, entry, b.to(rows.dtype))
-    else:
-        kept = torch.from_numpy(keeps.nonzero()[0])
-        rows.index_copy_(0, entry[kept], b[kept].to(rows.dtype))
+def _keep(rows: Tensor, b: Tensor, entry: slice | Tensor, keeps: np.ndarray) -> None:
+    """Branches b: [n, T, D] of rows with a true keeps, bool [n], at their entries."""
+    if isinstance(entry, slice):
+        if keeps.all():
+            rows[entry].copy_(b)
+            return
+        entry = torch.arange(entry.start, entry.stop, device=rows.device)
+    kept = torch.from_numpy(keeps.nonzero()[0])
+    rows.index_copy_(0, entry[kept], b[kept].to(rows.dtype))
