@@ -15,8 +15,9 @@ class ExecutionOptions:
     """batch_invariant: every product is computed lane by lane, on the CPU each on one thread, so that a lane's
     prediction, scores and exit are the same bits in any batch (on one machine).
     runner: "eager", or "compiled": blocks go through torch.compile, for any number of rows; the first passes take
-    seconds to minutes. "captured", on a GPU: the work of every layer and number of rows is replayed as a CUDA graph, so
-    that the host hardly has a part in it; nothing of it may be patched or hooked afterwards.
+    seconds to minutes; blocks of which some lane keeps or takes a branch are not compiled. "captured", on a GPU: the
+    work of every layer and number of rows is replayed as a CUDA graph, so that the host hardly has a part in it;
+    nothing of it may be patched or hooked afterwards.
     max_lanes: of "captured": passes of any number of lanes up to it share their graphs and memory (None: those of
     exactly as many).
     count_sync: how the host learns how many rows still run: "sync", "sync:4", "lagged", "lagged:2", or a `CountSync`.
