@@ -27,7 +27,7 @@ def found() -> dict[Variant, Resources]:
 
 
 def test_the_table_is_no_longer_than_it_may_be() -> None:
-    assert len(resources.variants()) <= 60
+    assert len(resources.variants()) <= 69
     assert {chip for _, chip in ((v.case, v.chip) for v in resources.variants())} == {80, 90, 100}
 
 
@@ -51,8 +51,9 @@ def test_rows_move_in_16_bytes(found: dict[Variant, Resources], case: str) -> No
         assert got.wide_stores > 0, case
         if case not in MIXED:
             # what is narrow is one number: the lane, the offset, partial scores, moves and indices are read; a partial
-            # score, the mean and the ticket written. A map has more offsets: two loads under Triton 3.9, four under 3.6
-            assert got.narrow_loads <= (6 if case in MAPS else 4), case
+            # score, the mean and the ticket written. A map has more offsets: two loads under Triton 3.9, four under
+            # 3.6; cached branches have two indices a row
+            assert got.narrow_loads <= (6 if case in MAPS or "cached" in case else 4), case
             assert got.narrow_stores <= (3 if kernel == FUSED else 0), case
 
 

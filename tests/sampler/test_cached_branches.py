@@ -19,13 +19,14 @@ from adadiff.forward.forward import directly, run_forward
 from adadiff.forward.layers import Asked
 from adadiff.forward.options import ExecutionOptions
 from adadiff.forward.output import ForwardOutput
+from adadiff.forward.rest_of_network import reuse_bytes
 from adadiff.forward.reuse_lanes import NONE, ReuseLanes
 from adadiff.forward.structure import structure_of
 from adadiff.model import Model
 from adadiff.models.dit import DiTConfig
 from adadiff.models.layers import Attention, Mlp
 from adadiff.policies.exits import Full, Replay
-from adadiff.policies.reuse import Reuse
+from adadiff.policies.reuse import Reuse, ReuseContext
 from adadiff.policies.spelling import parts_from
 from adadiff.sampling.batch import Batch
 from adadiff.sampling.sample_batch import SampleBatch
@@ -165,19 +166,34 @@ def test_so_it_has_where_passes_are_fused(kind: str, execution: ExecutionOptions
 # ---- nothing left out ----
 
 
-@pytest.mark.parametrize("policy", ["reuse:every=1,level=layer", "reuse:every=2,level=layer,dense_early=99"])
+class Fresh(Reuse):
+    """Keeps every branch at every step, and takes none."""
+
+    def reuse_mask(self, change: Tensor | None, context: ReuseContext) -> Tensor:
+        return torch.zeros_like(context.step, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("policy", [Reuse(1, "layer"), Fresh(2, "layer")], ids=["every step is full", "all is kept"])
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_a_plan_that_takes_nothing_is_the_plain_network_bit_for_bit(
-    kind: str, execution: ExecutionOptions, policy: str
+    kind: str, execution: ExecutionOptions, policy: Reuse
 ) -> None:
-    """The second keeps every branch at every step."""
     model, given = served(CONFIGS[kind]), {"steps": 3, "seed": 4, "class_labels": torch.arange(5) % 3}
-    for exits in ("", "+exit:0.5"):
-        plain, _ = adadiff.sample(model, 5, policy=exits[1:] or "full", execution=execution, **given)
-        ours, report = adadiff.sample(model, 5, policy=policy + exits, execution=execution, **given)
+    for exits in ("full", "exit:0.5"):
+        plain, _ = adadiff.sample(model, 5, policy=exits, execution=execution, **given)
+        ours, report = adadiff.sample(model, 5, policy=[policy, exits], execution=execution, **given)
         assert torch.equal(ours, plain)
         assert report.reuses == 0
+
+
+def test_a_capacity_in_bytes_counts_the_branches_that_are_kept() -> None:
+    backbone = served().backbone
+    one = 4 * backbone.tokens * backbone.dim
+    both, few = (reuse_bytes(Reuse(2, "layer", layers=k), backbone, True, torch.float32) for k in (None, (2, 2)))
+    # and what a store has in reserve, an eighth
+    assert both - few == pytest.approx(8 * one * 9 / 8, abs=1)
+    assert 2 * one <= few < 2.5 * one
 
 
 # ---- any pattern over the rows ----

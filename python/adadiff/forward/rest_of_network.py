@@ -15,7 +15,7 @@ from adadiff_kernels import upload
 
 from ..models.interface import Backbone
 from ..policies.reuse import GATES, ReuseContext, ReusePolicy
-from .branch_plan import Branches, reuses_branches
+from .branch_plan import Branches, kinds_of_branches, reuses_branches
 from .decision import call_policy
 from .feature_store import Kind, StoreUpdate, entry_bytes
 from .lane_by_lane import LaneRunner, lane_by_lane
@@ -26,8 +26,11 @@ from .runner import BlockRunner
 
 def kinds_of(policy: ReusePolicy, backbone: Backbone, dtype: torch.dtype) -> dict[str, Kind]:
     """What a lane of `policy` keeps. rest: [N, D], over the patches; ended: k. reference: [T, D], what the gate
-    compares with. total: of the gate "input", the change that has summed up since the last full step."""
+    compares with. total: of the gate "input", the change that has summed up since the last full step. Of one that
+    reuses branches: those."""
     T, D = backbone.tokens, backbone.dim
+    if reuses_branches(policy):
+        return kinds_of_branches(Branches.of(backbone.blocks, T).of_policy(policy), (T, D), dtype)
     kinds = {"rest": Kind((T - backbone.num_prefix_tokens, D), dtype), "ended": Kind((), torch.int32)}
     if policy.gate is not None:
         kinds["reference"] = Kind((T, D), dtype)
@@ -39,7 +42,9 @@ def kinds_of(policy: ReusePolicy, backbone: Backbone, dtype: torch.dtype) -> dic
 def reuse_bytes(policy: ReusePolicy, backbone: Backbone, exits: bool, dtype: torch.dtype) -> int:
     """Bytes that a lane of `policy` takes beside what lanes take that reuse nothing: its entry; in a pass, what that
     returns for it, and hidden states before and after the first blocks; without exits, those with which it
-    leaves."""
+    leaves. Branches are written where they stay."""
+    if reuses_branches(policy):
+        return entry_bytes(kinds_of(policy, backbone, dtype))
     hidden = backbone.tokens * backbone.dim * dtype.itemsize
     return 2 * entry_bytes(kinds_of(policy, backbone, dtype)) + hidden * (2 if exits else 3)
 

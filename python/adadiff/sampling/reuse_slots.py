@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..forward.branch_plan import BranchBook, kinds_of_branches, reuses_branches
+from ..forward.branch_plan import BranchBook, reuses_branches
 from ..forward.feature_store import FeatureStore, Kind
 from ..forward.rest_of_network import kinds_of
 from ..forward.reuse_lanes import NONE, ReuseLanes
@@ -54,13 +54,10 @@ class ReuseSlots:
 
     def _kinds(self, policy: ReusePolicy) -> dict[str, Kind]:
         """What a lane of `policy` keeps."""
-        backbone, dtype = self._model.backbone, next(self._model.parameters()).dtype
-        if not reuses_branches(policy):
-            return kinds_of(policy, backbone, dtype)
-        branches = structure_of(backbone).branches
-        if self.store.book is None:
-            self.store.book = BranchBook(*branches.macs.shape)
-        return kinds_of_branches(branches.of_policy(policy), (backbone.tokens, backbone.dim), dtype)
+        backbone = self._model.backbone
+        if reuses_branches(policy) and self.store.book is None:
+            self.store.book = BranchBook(*structure_of(backbone).branches.macs.shape)
+        return kinds_of(policy, backbone, next(self._model.parameters()).dtype)
 
     def give_back(self, reserved: Reserved | None) -> None:
         """Of samples that could not begin."""
