@@ -488,7 +488,7 @@ def test_settings_are_checked_on_few_samples(tiny, tmp_path, monkeypatch, capsys
 
 
 def test_options_say_what_force_does(capsys) -> None:
-    for command in ("sample", "evaluate", "diff", "inspect", "calibrate", "train", "convert"):
+    for command in ("sample", "evaluate", "diff", "inspect", "calibrate", "train", "distill", "convert"):
         with pytest.raises(SystemExit):
             run(f"{command} --help")
         assert "--force" in capsys.readouterr().out, command

@@ -29,8 +29,8 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Trained:
-    """held_out_auc: how often a real image that it was not trained on scores above a student's; update: at which it was
-    best."""
+    """held_out_auc: how often a real image that it was not trained on scores above a student's; update: at which its
+    loss on these was smallest."""
 
     oracle: Oracle
     held_out_auc: float
