@@ -12,8 +12,9 @@ from adadiff.checkpoint import load, save
 from adadiff.forward.narrow import narrow
 from adadiff.model import Model
 from adadiff.training.config import TrainConfig, load_config
+from adadiff.training.objective import Objective
 from adadiff.training.run_folder import LOG
-from adadiff.training.trainer import Objective, Trainer, fingerprint
+from adadiff.training.trainer import Trainer, fingerprint
 from sampler.slim import WIDTHS, fresh, masked
 from sampler.test_training import SHORT, raising, tensors
 from sampler.tiny import inputs

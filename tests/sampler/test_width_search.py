@@ -1,6 +1,7 @@
 """The search for a schedule of widths: what it counts, what it finds, and what its command leaves on disk."""
 
 import dataclasses
+import json
 import re
 import sys
 from pathlib import Path
@@ -107,6 +108,10 @@ def test_the_command_writes_a_policy(slim: str, tmp_path: Path, capsys: pytest.C
     assert run(f"search {slim} --aim faithful --weight 0.5 {LINE} --out {out} --force") == 0
     assert out.read_bytes() == before
     assert run(f"sample {slim} --n 2 --steps 2 --policy width:{out} --out {tmp_path / 'images'}") == 0
+    schedule_again = values | {"times": [123.0], "widths": [0.5, 0.25]}
+    out.write_text(json.dumps(schedule_again))
+    assert run(f"sample {slim} --n 3 --steps 2 --policy width:{out} --out {tmp_path / 'images'}") == 2
+    assert "widths" in error_line(capsys.readouterr().err)
     assert run(f"evaluate {slim} --n 4 --steps 2 --policy width:{out} --policy width:0.5+exit:depth=2") == 0
 
 

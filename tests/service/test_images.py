@@ -12,6 +12,7 @@ import pytest
 import adadiff
 from adadiff.output.pictures import write_png
 from adadiff.sampling.sampler import sample
+from adadiff.service.allowed import REUSE
 from adadiff.service.class_names import class_names
 from adadiff.service.served import ServedModel
 from adadiff.serving.engine import Engine
@@ -202,6 +203,21 @@ def test_models_tell_what_they_draw() -> None:
         assert not [policy for policy in second["policies"] if "budget" in policy]
         limits = ("max_num_inference_steps", "num_inference_steps", "max_n", "capacity")
         assert [first[name] for name in limits] == [77, 5, 3, 4]
+
+    run(work())
+
+
+def test_policies_that_models_list_are_served() -> None:
+    """Numbers in the place of capitals; what is not listed is refused."""
+    numbers = {"BLOCKS": "2", "THRESHOLD": "0.4", "CHANGE": "0.1", "STEPS": "2"}
+
+    async def work() -> None:
+        async with client_of(tiny(), steps=1) as client:
+            listed = (await client.get("/v1/models/tiny")).json()["adadiff"]["policies"]
+            assert len(listed) >= 4
+            for form in ("full", "exit:THRESHOLD", "exit:patience=THRESHOLD", "exit:depth=BLOCKS", *REUSE.values()):
+                policy = re.sub("[A-Z]+", lambda found: numbers[found[0]], form)
+                assert (await draw(client, policy=policy)).status_code == (200 if form in listed else 400), form
 
     run(work())
 

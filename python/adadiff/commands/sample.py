@@ -51,7 +51,11 @@ def sample(options: argparse.Namespace) -> None:
         raise ValueError(f"n must be an integer >= 0, got {n}")
     check_limits(options, MOST_SAMPLES)
     model = load_model(options)
+<<<<<<< ours
     parts = check_policy(model, options.policy)
+=======
+    width = check_policy(model, options.policy).width
+>>>>>>> theirs
     if options.guidance_interval is not None and options.guidance_scale == 1:
         raise ValueError("--guidance-interval says at which times there is guidance; give --guidance-scale, too")
     configuration = {
@@ -60,6 +64,8 @@ def sample(options: argparse.Namespace) -> None:
         "tied": options.tied,
         **_given(options, "guidance_interval", "prompt", "text_encoder", "decoder"),
     }
+    if width is not None:  # the file of a schedule may be another one when this is gone on with
+        configuration["widths"] = [list(pair) for pair in zip((0.0, *width.times), width.widths, strict=True)]
     execution = execution_of(options)
     texts = _no_texts(options, model)  # stands for what prompts become while all else is checked
     shallow = None if options.shallow_model is None else load_model(options, options.shallow_model)

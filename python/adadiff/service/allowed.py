@@ -1,6 +1,7 @@
 """Which policies clients may name. Spellings that import code or open files are the operator's alone."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +17,7 @@ from .errors import invalid, shown
 from .settings import DEFAULT_PRESET
 
 KINDS = ("exit", "cache", "reuse")
+REUSE = {"cache:threshold=0.1": "cache:threshold=CHANGE", "reuse:every=2": "reuse:every=STEPS"}  # a trial: its form
 FORMS = "full, exit:..., cache:..., reuse:..., joined by +"
 
 
@@ -87,6 +89,10 @@ def forms_for(model: Model) -> list[str]:
     forms = ["full", "exit:depth=BLOCKS"]
     if model.exits is not None:
         forms += ["exit:THRESHOLD", "exit:patience=THRESHOLD"]
+    for trial, form in REUSE.items():
+        with suppress(ValueError):
+            _fitting(trial, model)
+            forms.append(form)
     if model.calibration is not None:
         forms += [f"exit:{kind}={b.share:g}" for kind in ("budget", "table") for b in model.calibration.budgets]
     return forms

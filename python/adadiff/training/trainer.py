@@ -16,99 +16,21 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from .. import checkpoint
 from ..data import sources
-from ..forward.all_layers import all_layers
-from ..forward.narrow import cut, narrow_config, narrow_shapes
 from ..model import Model
 from ..models.uvit import start_as_linear
 from ..output.pictures import CHANNELS
 from ..pipelines.latents import draw_latents
 from .config import TrainConfig, learning_rate
-from .losses import OF_WHOLE_BATCHES, BatchMeans, VarianceLoss, batch_means, loss_named
+from .losses import OF_WHOLE_BATCHES
+from .objective import Objective
 from .processes import Processes
 from .run_folder import MODEL, STATE, RunFolder
 
 MOST_NORM = 1.0  # gradients are scaled down to this norm
-
-
-class Objective(nn.Module):
-    """The training loss as one module, so that gradients can be averaged over processes."""
-
-    def __init__(self, model: Model, config: TrainConfig):
-        super().__init__()
-        self.model, self._loss = model, loss_named(config.loss)
-        self.variance = VarianceLoss(model.schedule) if model.backbone.learned_variance else None
-        self._weights = config.uem_weight, config.ual_weight
-        self._half = config.precision == "bfloat16"
-        # in no attribute that a module would look into: their weights are the model's
-        self._narrow = {width: self._at(width, config) for width in config.widths if width != 1}
-
-    def _at(self, width: float, config: TrainConfig) -> tuple["Objective"]:
-        """That of a narrow network without values, which come with every call."""
-        with torch.device("meta"):
-            model = Model(narrow_config(self.model.config, width))
-        made = Objective(model, dataclasses.replace(config, widths=[]))
-        made.variance = self.variance
-        return (made,)
-
-    def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        labels: Tensor | None,
-        noise: Tensor,
-        whole: Tensor | None = None,
-        width: float = 1.0,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """x, noise: [B, C, H, W]; t: float [B]; labels: int64 [B]. whole: [2, L], `means` of the batch that this is a
-        part of, for losses that need it. width: of the network, one of the configuration's.
-        Returns the loss and its terms, detached."""
-        if width != 1:
-            (narrow,) = self._narrow[width]
-            return torch.func.functional_call(narrow, self._cut(width), (x, t, labels, noise, whole))
-        backbone, exits = self.model.backbone, self.model.exits
-        with self._autocast(x):
-            scores: list[Tensor] = []
-            if exits is None:
-                prediction, *variances = backbone(x, t, labels).split(x.shape[1], dim=1)
-                predictions = [prediction]
-            else:
-                predictions, scores, variances, _ = all_layers(backbone, exits, x, t, labels)
-        predictions = [prediction.float() for prediction in predictions]
-        if exits is None:
-            loss = F.mse_loss(predictions[0], noise)
-            logged = {"simple": loss.detach()}
-        else:
-            known = {} if whole is None else {"whole": BatchMeans(*whole)}
-            terms = self._loss(predictions, scores, noise, backbone.patchify, *self._weights, **known)
-            loss = terms.total
-            logged = {name: getattr(terms, name) for name in ("simple", "uem", "ual", "errors", "relative")}
-        if self.variance is not None:
-            variance = self.variance([v.float() for v in variances], predictions[-1], noise, t)
-            loss, logged["variance"] = loss + variance.sum(), variance.detach()
-        return loss, logged
-
-    @torch.no_grad()
-    def means(self, x: Tensor, t: Tensor, labels: Tensor | None, noise: Tensor) -> Tensor:
-        """Arguments as `forward`. [2, L], `batch_means` of what is given."""
-        with self._autocast(x):
-            predictions, scores, _, _ = all_layers(self.model.backbone, self.model.exits, x, t, labels)
-        found = batch_means([prediction.float() for prediction in predictions], scores, noise)
-        return torch.stack([found.certainty, found.errors])
-
-    def _cut(self, width: float) -> dict[str, Tensor]:
-        """What a narrow objective has in place of its own parameters: the model's, and views of them."""
-        cut_weights = cut(dict(self.model.backbone.named_parameters()), narrow_shapes(self.model.config, width))
-        exits = {} if self.model.exits is None else dict(self.model.exits.named_parameters())
-        backbone = {f"model.backbone.{name}": value for name, value in cut_weights.items()}
-        return backbone | {f"model.exits.{name}": value for name, value in exits.items()}
-
-    def _autocast(self, x: Tensor) -> torch.autocast:
-        return torch.autocast(x.device.type, torch.bfloat16, enabled=self._half)
 
 
 class Trainer:
