@@ -16,11 +16,20 @@ from safetensors.torch import load_file
 
 import adadiff
 from adadiff import cli
-<<<<<<< HEAD
-from adadiff.commands import calibrate, convert, diff, distill, evaluate, info, inspect, sample, search, texts, train
-=======
-from adadiff.commands import calibrate, convert, diff, evaluate, info, inspect, sample, serve, texts, train
->>>>>>> 9e4269c38110aa2a5bc8fe4a00144dc0c81d8bea
+from adadiff.commands import (
+    calibrate,
+    convert,
+    diff,
+    distill,
+    evaluate,
+    info,
+    inspect,
+    sample,
+    search,
+    serve,
+    texts,
+    train,
+)
 from adadiff.config import ModelConfig
 from adadiff.sampling.batch import Batch
 from adadiff.training.config import FORMAT_VERSION, TrainConfig

@@ -51,11 +51,8 @@ def sample(options: argparse.Namespace) -> None:
         raise ValueError(f"n must be an integer >= 0, got {n}")
     check_limits(options, MOST_SAMPLES)
     model = load_model(options)
-<<<<<<< ours
     parts = check_policy(model, options.policy)
-=======
-    width = check_policy(model, options.policy).width
->>>>>>> theirs
+    width = parts.width
     if options.guidance_interval is not None and options.guidance_scale == 1:
         raise ValueError("--guidance-interval says at which times there is guidance; give --guidance-scale, too")
     configuration = {

@@ -40,13 +40,8 @@ def check_limits(options: argparse.Namespace, n: int) -> None:
 
 
 def check_policy(model: Model, policy: str) -> Parts:
-<<<<<<< ours
     """What it spells. ValueError for text that is no policy, for a depth that the network does not have: it would leave
     nothing out; and for widths that it was not trained at."""
-=======
-    """What it says. ValueError for a depth that the network does not have, since it would leave nothing out, and for
-    widths that it was not trained at."""
->>>>>>> theirs
     parts = parts_from(policy, model.calibration)
     if parts.width is not None:
         width_choice(model, parts.width)

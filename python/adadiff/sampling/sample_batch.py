@@ -120,11 +120,6 @@ class SampleBatch:
 
 def _choice(model: Model, parts: Parts) -> NetworkChoice | None:
     """ValueError for parts that this model cannot follow."""
-<<<<<<< ours
-=======
-    if parts.reuse is not None or parts.cascade is not None:
-        raise ValueError(f"policy '{parts}': only exits can be sampled with, and widths")
->>>>>>> theirs
     return None if parts.width is None else width_choice(model, parts.width)
 
 
