@@ -29,6 +29,7 @@ from adadiff.commands import (
     serve,
     texts,
     train,
+    train_steps,
 )
 from adadiff.config import ModelConfig
 from adadiff.sampling.batch import Batch
@@ -43,6 +44,7 @@ COMMANDS = {
     "sample": sample.sample,
     "serve": serve.serve,
     "train": train.train,
+    "train-steps": train_steps.train_steps,
     "calibrate": calibrate.calibrate,
     "evaluate": evaluate.evaluate,
     "distill": distill.distill,
