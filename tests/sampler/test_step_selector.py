@@ -52,13 +52,13 @@ def texts(n: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("policy", ["full", "exit:0.55,min_layer=2"])
 def test_auto_is_the_chosen_number_bit_for_bit(policy: str) -> None:
-    model, labels = selecting(), [2, 0, 1, 0, 2]
+    model, labels = selecting(), [2, 0, 1, 0, 1]
     settings = {"class_labels": labels, "seed": 3, "policy": policy}
     images, report = adadiff.sample(model, 5, steps="auto", **settings)
     given, other = adadiff.sample(model, 5, steps=[CHOSEN[label] for label in labels], **settings)
     assert torch.equal(images, given)
     assert torch.equal(report.exit_layer, other.exit_layer)
-    assert report.steps.tolist() == [7, 5, 2, 5, 7]
+    assert report.steps.tolist() == [7, 5, 2, 5, 2]
 
 
 @pytest.mark.parametrize("kind", ["labels", "text"])
