@@ -246,9 +246,11 @@ def test_a_policy_may_spoil_what_it_is_told_and_reuses_only_what_is_there(way: s
     assert bool(report.reused[1:].all())
 
 
-@pytest.mark.parametrize("policy", ["cache:threshold=1e6", "cache:threshold=1e6,gate=input", "reuse:every=9"])
+@pytest.mark.parametrize(
+    "policy", ["cache:threshold=1e6", "cache:threshold=1e6,gate=input", "reuse:every=9", Spoils()], ids=str
+)
 @pytest.mark.parametrize("execution", [INVARIANT, ExecutionOptions(count_sync="sync")], ids=["host", "device"])
-def test_nan_never_reuses_and_hurts_nobody_else(policy: str, execution: ExecutionOptions) -> None:
+def test_nan_never_reuses_and_hurts_nobody_else(policy: object, execution: ExecutionOptions) -> None:
     """From a step on, one sample of two is NaN; both are told apart lane by lane."""
     batch = Batch(served(), 2, execution=execution)
     samples = SampleBatch.of(served(), 2, steps=6, policy=policy, class_labels=1)
