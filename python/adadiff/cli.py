@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from . import __version__
 from .commands import info
 from .commands.formatting import HelpFormatter
-from .commands.model_options import add_calibrate, add_convert, add_inspect, add_train
+from .commands.model_options import add_calibrate, add_convert, add_data, add_inspect, add_train
 from .commands.options import add_command
 from .commands.sample_options import add_diff, add_evaluate, add_sample
 from .commands.terminal import print_error
@@ -103,6 +103,6 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"adadiff {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True, prog="adadiff")
     add_command(commands, "info", info.info)
-    for add in (add_sample, add_inspect, add_evaluate, add_diff, add_calibrate, add_train, add_convert):
+    for add in (add_sample, add_inspect, add_evaluate, add_diff, add_calibrate, add_train, add_convert, add_data):
         add(commands)
     return top

@@ -111,3 +111,6 @@ PRESETS["digits"] = ModelConfig(
 PRESETS["canvases"] = ModelConfig(
     UViTConfig(16, 1, 4, 64, 12, 4, num_classes=21), "stable_diffusion", null_label=20, exits=ExitConfig()
 )
+PRESETS["letters"] = ModelConfig(
+    UViTConfig(32, 1, 4, 128, 12, 4, num_classes=63), "stable_diffusion", null_label=62, exits=ExitConfig()
+)

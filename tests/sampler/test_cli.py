@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import adadiff
 from adadiff import cli
-from adadiff.commands import calibrate, convert, diff, evaluate, info, inspect, sample, texts, train
+from adadiff.commands import calibrate, convert, data, diff, evaluate, info, inspect, sample, texts, train
 from adadiff.config import ModelConfig
 from adadiff.sampling.batch import Batch
 from adadiff.training.config import FORMAT_VERSION, TrainConfig
@@ -35,6 +35,7 @@ COMMANDS = {
     "inspect": inspect.inspect,
     "diff": diff.diff,
     "info": info.info,
+    "data": data.data,
 }
 
 

@@ -1,4 +1,4 @@
-"""Options of the commands that make or show models: inspect, calibrate, train, convert."""
+"""Options of the commands that make or show models or data: inspect, calibrate, train, convert, data."""
 
 import argparse
 import dataclasses
@@ -9,7 +9,7 @@ from ..calibration.calibrating import AIMS, CALIBRATION_SEED
 from ..checkpoint import DTYPES
 from ..conversion import convert as conversion
 from ..training.config import CHOICES, TrainConfig, shipped
-from . import calibrate, convert, inspect, train
+from . import calibrate, convert, data, inspect, train
 from .options import (
     Commands,
     Options,
@@ -188,4 +188,23 @@ def add_convert(commands: Commands) -> None:
         "package do not have",
     )
     command.add_argument("--dtype", choices=tuple(DTYPES), help="type to store the weights in (default: as in SOURCE)")
+    add_force(command)
+
+
+def add_data(commands: Commands) -> None:
+    command = add_command(commands, "data", data.data)
+    command.add_argument("name", metavar="NAME", choices=("letters",), help="data set to make: letters")
+    command.add_argument("--out", type=Path, metavar="FILE.npz", help="file to write (default: none, for --list)")
+    command.add_argument(
+        "--root",
+        type=Path,
+        default=Path("/"),
+        metavar="FOLDER",
+        help="folder under which the packages are unpacked (default: /, where they are installed)",
+    )
+    command.add_argument(
+        "--list",
+        action="store_true",
+        help="print every family, its package, its licence, and the rule by which it was left out, if it was",
+    )
     add_force(command)
