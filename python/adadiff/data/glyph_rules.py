@@ -71,7 +71,7 @@ def same_glyph(images: np.ndarray) -> str:
 def one_case(images: np.ndarray) -> str:
     """Fonts of capitals only, small capitals included: the label would ask for a letter that is not drawn."""
     both = ((CHARACTERS.index(c.upper()), CHARACTERS.index(c)) for c in CASES)
-    differences = [np.abs(_boxed(images[i]) - _boxed(images[j])).mean() for i, j in both]
+    differences = [np.abs(boxed(images[i]) - boxed(images[j])).mean() for i, j in both]
     mean = float(np.mean(differences))
     return f"capitals and lower case differ by {mean:.3f} on the average" if mean < LEAST_CASES else ""
 
@@ -164,7 +164,7 @@ def _box(image: np.ndarray) -> tuple[int, int, int, int]:
     return rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
 
 
-def _boxed(image: np.ndarray) -> np.ndarray:
+def boxed(image: np.ndarray) -> np.ndarray:
     """The ink's box brought to 16x16 by nearest neighbours, in [0, 1]."""
     top, bottom, left, right = _box(image)
     if bottom == top:

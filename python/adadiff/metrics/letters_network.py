@@ -63,6 +63,7 @@ def train(
     data: Pixels, *, updates: int, seed: int = 0, batch: int = 128, width: int = 32, lr: float = 2e-3
 ) -> LettersNet:
     """Cross-entropy with label smoothing 0.05, AdamW, warm-up and cosine of the learning rate, shifts of one pixel.
+    Convolutions compute in bfloat16, channels last: a third of the time where the CPU has it.
 
     The result depends on the arguments, the PyTorch build and the number of threads only; the global random state is
     left as it was. Raises ValueError where there is nothing to train on.
@@ -72,7 +73,7 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = LettersNet(width)
+        network = LettersNet(width).to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.05)
     warmup = max(1, updates // 20)
     schedule = torch.optim.lr_scheduler.SequentialLR(
@@ -85,13 +86,15 @@ def train(
     )
     for _ in range(updates):
         images, labels = data.batch(torch.randint(len(data), (batch,), generator=generator, device="cpu"))
-        loss = F.cross_entropy(network(shift(images, generator)), labels, label_smoothing=0.05)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = network(shift(images, generator))
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.05)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimiser.step()
         schedule.step()
-    return network.eval().requires_grad_(False)
+    return network.to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
 
 
 @torch.inference_mode()
@@ -120,7 +123,7 @@ def letters_network() -> LettersNet:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m adadiff.metrics.letters_network", description=__doc__)
     parser.add_argument("data", type=Path, help="file that `adadiff data letters` wrote")
-    parser.add_argument("--updates", type=int, default=6000, help="of 128 images each (default: 6000)")
+    parser.add_argument("--updates", type=int, default=4000, help="of 128 images each (default: 4000)")
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="file to write (default: the shipped one)")
     options = parser.parse_args()
     torch.set_num_threads(1)  # sums in one order, whatever the machine
