@@ -15,13 +15,15 @@ from scipy import stats
 import adadiff
 from adadiff.conversion.describing import describe
 from adadiff.metrics.features import digits_network
+from adadiff.metrics.letters_network import letters_network
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINTS, RESULTS = ROOT / "python" / "adadiff" / "checkpoints", ROOT / "benchmarks" / "results"
 DOCUMENTS = sorted(
     path for folder in (ROOT, CHECKPOINTS, RESULTS, ROOT / ".github") for path in folder.glob("*.md") if folder.is_dir()
 )
-CARDS = ("digits", "canvases")
+CARDS = ("digits", "canvases", "letters")
+CLASSIFIERS = {"digits_features": digits_network, "letters_features": letters_network}
 MODELS = sorted(path.stem for path in CHECKPOINTS.glob("*.safetensors"))
 OPERATOR = "settle_rows"  # stands for <operator>
 
@@ -148,15 +150,15 @@ def test_all_files_beside_the_models_are_installed() -> None:
 def test_cards_count_the_parameters(name: str) -> None:
     """As in "699,406, exits 6,453", or the network's alone."""
     (said,) = (row[-1] for kind in CARDS for row in rows(card(kind), "file") if row[0] == f"`{name}.safetensors`")
-    if name == "digits_features":
-        counted = {"network": sum(parameter.numel() for parameter in digits_network().parameters()), "exits": 0}
+    if name in CLASSIFIERS:
+        counted = {"network": sum(parameter.numel() for parameter in CLASSIFIERS[name]().parameters()), "exits": 0}
     else:
         counted = describe(name)["parameters"]
     exits = f", exits {counted['exits']:,}" if counted["exits"] else ""
     assert said == f"{counted['network']:,}{exits}"
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "digits_features"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in CLASSIFIERS])
 def test_cards_count_the_multiply_adds(name: str) -> None:
     macs, kind, column = describe(name)["macs"], name.split("_")[0], 2 if name.endswith("shallow") else 1
     said = {row[0]: row[column] for row in rows(card(kind), "")}

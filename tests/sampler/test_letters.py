@@ -185,7 +185,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "Cd": SERIF,
         "Ef": MONO,
         "Gh": SHIPPED / "STIXGeneral.ttf",
-        "Ij": SHIPPED / "DejaVuSans-Bold.ttf",
+        "Ij": SHIPPED / "DejaVuSans-Oblique.ttf",
     }
     for name, start in clean.items():
         variant(root / f"{name}.ttf", f"{name} Letters", start=start)
