@@ -17,6 +17,7 @@ import adadiff
 from adadiff import checkpoint
 from adadiff.conversion.describing import describe
 from adadiff.metrics.features import digits_network
+from adadiff.metrics.letters_network import letters_network
 from adadiff.sampling.cascade_file import read_cascade
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +25,8 @@ CHECKPOINTS, RESULTS = ROOT / "python" / "adadiff" / "checkpoints", ROOT / "benc
 DOCUMENTS = sorted(
     path for folder in (ROOT, CHECKPOINTS, RESULTS, ROOT / ".github") for path in folder.glob("*.md") if folder.is_dir()
 )
-CARDS = ("digits", "canvases", "digits_prototypes")
+CARDS = ("digits", "canvases", "digits_prototypes", "letters")
+CLASSIFIERS = {"digits_features": digits_network, "letters_features": letters_network}
 MODELS = sorted(path.stem for path in CHECKPOINTS.glob("*.safetensors"))
 OPERATOR = "settle_rows"  # stands for <operator>
 
@@ -151,8 +153,8 @@ def test_all_files_beside_the_models_are_installed() -> None:
 def test_cards_count_the_parameters(name: str) -> None:
     """As in "699,406, exits 6,453", or the network's alone."""
     (said,) = (row[-1] for kind in CARDS for row in rows(card(kind), "file") if row[0] == f"`{name}.safetensors`")
-    if name == "digits_features":
-        counted = {"network": count(digits_network()), "exits": 0}
+    if name in CLASSIFIERS:
+        counted = {"network": count(CLASSIFIERS[name]()), "exits": 0}
     elif name == "digits_cascade":
         file = read_cascade(checkpoint.find(name), torch.device("cpu"), torch.float32)
         assert said == f"student {count(file.student):,}, oracle {count(file.oracle):,}"
@@ -167,7 +169,7 @@ def count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("digits_features", "digits_cascade")])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in (*CLASSIFIERS, "digits_cascade")])
 def test_cards_count_the_multiply_adds(name: str) -> None:
     kind = name if name in CARDS else name.split("_")[0]
     macs, column = describe(name)["macs"], 2 if name.endswith("shallow") else 1

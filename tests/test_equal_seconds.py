@@ -90,7 +90,7 @@ def test_the_canvases_judge_goes_by_their_rules() -> None:
 
 
 def test_data_that_nobody_can_judge() -> None:
-    with pytest.raises(ValueError, match="there are digits, canvases"):
+    with pytest.raises(ValueError, match="there are digits, canvases, letters"):
         judging.judging_of("faces", (1, 8, 8), 10)
     with pytest.raises(ValueError, match=r"the model draws \(1, 8, 8\) in 20"):
         judging.judging_of("canvases", (1, 8, 8), 20)

@@ -13,7 +13,7 @@ from adadiff.metrics.intervals import centred_interval, resampled, share_interva
 from adadiff.metrics.judges import JUDGES, Judge, judge_of
 from adadiff.metrics.quality import lower_quantile, paired_psnr
 
-ACCURACY = {"digits": "of the class", "canvases": "after the rule"}  # what is shared out
+ACCURACY = {"digits": "of the class", "canvases": "after the rule", "letters": "of the class"}  # what is shared out
 DATA = tuple(ACCURACY)
 RESAMPLES = 100
 

@@ -18,6 +18,7 @@ from .commands.formatting import HelpFormatter
 from .commands.model_options import (
     add_calibrate,
     add_convert,
+    add_data,
     add_distill,
     add_inspect,
     add_search,
@@ -114,6 +115,6 @@ def parser() -> argparse.ArgumentParser:
     add_command(commands, "info", info.info)
     for add in (add_sample, add_serve, add_inspect, add_evaluate, add_diff, add_calibrate, add_train_steps, add_search):
         add(commands)
-    for add in (add_train, add_distill, add_convert):
+    for add in (add_train, add_distill, add_convert, add_data):
         add(commands)
     return top

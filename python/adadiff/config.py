@@ -136,3 +136,6 @@ PRESETS["canvases"] = ModelConfig(
 PRESETS["digits_prototypes"] = ModelConfig(
     UViTConfig(8, 1, 2, 64, 4, 4, num_classes=21), "stable_diffusion", null_label=20
 )
+PRESETS["letters"] = ModelConfig(
+    UViTConfig(32, 1, 4, 128, 12, 4, num_classes=63), "stable_diffusion", null_label=62, exits=ExitConfig()
+)

@@ -19,6 +19,7 @@ from adadiff import cli
 from adadiff.commands import (
     calibrate,
     convert,
+    data,
     diff,
     distill,
     evaluate,
@@ -53,6 +54,7 @@ COMMANDS = {
     "diff": diff.diff,
     "info": info.info,
     "search": search.search,
+    "data": data.data,
 }
 
 

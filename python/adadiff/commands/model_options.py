@@ -1,4 +1,5 @@
-"""Options of the commands that make or show models: inspect, calibrate, search, train, convert."""
+"""Options of the commands that make or show models or data: inspect, calibrate, train-steps, search, train, distill,
+convert, data."""
 
 import argparse
 import dataclasses
@@ -13,7 +14,7 @@ from ..pipelines.text import CLIP
 from ..policies.cascade import MODES
 from ..training.config import CHOICES, TrainConfig, shipped
 from ..training.distilling import DistillConfig
-from . import calibrate, convert, distill, inspect, search, train, train_steps
+from . import calibrate, convert, data, distill, inspect, search, train, train_steps
 from .options import (
     Commands,
     Options,
@@ -368,4 +369,23 @@ def add_convert(commands: Commands) -> None:
         "package do not have",
     )
     command.add_argument("--dtype", choices=tuple(DTYPES), help="type to store the weights in (default: as in SOURCE)")
+    add_force(command)
+
+
+def add_data(commands: Commands) -> None:
+    command = add_command(commands, "data", data.data)
+    command.add_argument("name", metavar="NAME", choices=("letters",), help="data set to make: letters")
+    command.add_argument("--out", type=Path, metavar="FILE.npz", help="file to write (default: none, for --list)")
+    command.add_argument(
+        "--root",
+        type=Path,
+        default=Path("/"),
+        metavar="FOLDER",
+        help="folder under which the packages are unpacked (default: /, where they are installed)",
+    )
+    command.add_argument(
+        "--list",
+        action="store_true",
+        help="print every family, its package, its licence, and the rule by which it was left out, if it was",
+    )
     add_force(command)

@@ -132,9 +132,9 @@ PAGES = {
         summary="measure the quality of samples",
         usage="MODEL|IMAGES [options]",
         description="Draw samples from a model with one or several exit policies, or read existing images, and print "
-        "their quality: Fréchet and kernel distance to real images, accuracy (of digits and canvases), and the "
-        "difference to the samples of the full network, with 95 % intervals. Nothing is written to disk unless --json "
-        "is given.",
+        "their quality: Fréchet and kernel distance to real images, accuracy (of digits, canvases and letters), and "
+        "the difference to the samples of the full network, with 95 % intervals. Nothing is written to disk unless "
+        "--json is given.",
         examples="""\
   # the full network alone
   adadiff evaluate digits
@@ -297,6 +297,21 @@ PAGES = {
         notes="No code of a checkpoint is run: only tensors and plain values are read from pickle files.\n\n"
         f"presets: {', '.join(PRESETS)}",
     ),
+    "data": Page(
+        summary="make the data set of letters from installed fonts",
+        usage="NAME --out FILE.npz [options]",
+        description="Draw the letters A to Z and a to z and the digits 0 to 9 in hundreds of free typefaces of Debian, "
+        "32x32 grey pixels each, for `adadiff train`. The images and their labels are written to the file --out. If "
+        "fonts are missing, the command says which packages to install.",
+        examples="""\
+  adadiff data letters --out letters.npz
+
+  # every family, kept or left out
+  adadiff data letters --list""",
+        notes="`adadiff train letters_plain` trains on letters.npz in the current folder.\n\n"
+        "Fonts are found by their paths and SHA-256. With the releases of Pillow and FreeType that the list of "
+        "families names, the images are the same, bit for bit.",
+    ),
 }
 EXAMPLES = {name: page.examples for name, page in PAGES.items()}
 
@@ -352,14 +367,14 @@ SOLVER_HELP = (
 AUTO_HELP = "auto: as many as the model's step selector, which `adadiff train-steps` makes, chooses for each sample"
 GUIDANCE_HELP = "scale of classifier-free guidance, defined as in diffusers; 1 is no guidance (default: 1)"
 FEATURES = (
-    "digits, canvases, inception:FILE (the Inception network of FID, with the weight file of pytorch-fid), or the file "
-    "of a TorchScript module that maps float32 images [N, C, H, W] in [-1, 1] to features [N, F]"
+    "digits, canvases, letters, inception:FILE (the Inception network of FID, with the weight file of pytorch-fid), or "
+    "the file of a TorchScript module that maps float32 images [N, C, H, W] in [-1, 1] to features [N, F]"
 )
 
 TRAIN_GROUPS = {  # fields of TrainConfig by the heading under which they are explained
     "what to train": {
-        "preset": "network, with its noise schedule: digits, digits_prototypes, canvases, or another preset listed by "
-        "`adadiff convert --help`",
+        "preset": "network, with its noise schedule: digits, digits_prototypes, canvases, letters, or another preset "
+        "listed by `adadiff convert --help`",
         "network": "changes to the preset's network, as in depth=2 dim=96; `adadiff inspect MODEL --all` lists the "
         "settings as network.KEY",
         "exits": "train exits, that is, for each block an uncertainty estimation module and an output head; --no-exits "
@@ -377,7 +392,8 @@ TRAIN_GROUPS = {  # fields of TrainConfig by the heading under which they are ex
     },
     "data": {
         "data": "training images: digits, digits_prototypes, canvases (with settings, as in canvases:side=3,n=50000), "
-        f"or a data set in a local folder, as in cifar10:FOLDER; known are {', '.join(datasets.NAMES)}",
+        "letters:FILE (a file that `adadiff data letters` wrote), or a data set in a local folder, as in "
+        f"cifar10:FOLDER; known are {', '.join(datasets.NAMES)}",
         "label_drop": "share of the labels, in [0, 1), that are replaced by the null class for classifier-free "
         "guidance; 0 for networks without one",
     },

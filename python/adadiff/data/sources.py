@@ -1,11 +1,13 @@
-"""Training data by name: "digits", "digits_prototypes", "canvases:side=3,hard=0.75,n=50000,seed=1", or a published data
-set and the folder that holds it (datasets.py says in which layout): "cifar10:PATH"."""
+"""Training data by name: "digits", "digits_prototypes", "canvases:side=3,hard=0.75,n=50000,seed=1", "letters:FILE" (what
+`adadiff data letters` wrote), or a published data set and the folder that holds it (datasets.py says in which layout):
+"cifar10:PATH"."""
 
 from . import datasets
 from .canvases import Canvases
 from .datasets import Dataset
 from .digits import digits
 from .image_sets import Images
+from .letters import load_letters
 from .prototypes import digits_prototypes
 
 CANVASES = 20000  # where no n is given
@@ -16,13 +18,18 @@ SETTINGS = {
     "canvases": {"side": int, "hard": float, "n": int, "seed": int},
     "digits_prototypes": {},
 }
-NAMES = (*SETTINGS, *datasets.NAMES)
+LETTERS = "letters"
+NAMES = (*SETTINGS, LETTERS, *datasets.NAMES)
 
 
 def parse(text: str) -> tuple[str, dict[str, int | float | str]]:
     """A name and its settings, that of a published data set being its path. Raises ValueError for an unknown name or
     setting, one that is no number, and a data set without a path."""
     name, colon, rest = text.partition(":")
+    if name == LETTERS:
+        if not rest:
+            raise ValueError("letters lie in a file that `adadiff data letters` writes; say which, as in letters:FILE")
+        return name, {"path": rest}
     if name in datasets.NAMES:
         if not rest:
             raise ValueError(f"{name} lies in a folder of yours; say which, as in {name}:PATH")
@@ -51,6 +58,8 @@ def load(text: str, split: str = "train") -> Dataset:
     name, settings = parse(text)
     if name in datasets.NAMES:
         return datasets.load(name, split=split, **settings)
+    if name == LETTERS:
+        return load_letters(settings["path"], split)
     if name == "digits":
         return Images(*digits(split))
     if name == "digits_prototypes":

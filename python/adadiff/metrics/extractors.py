@@ -1,4 +1,4 @@
-"""Feature spaces by name: "digits", "canvases", "inception:FILE", or the file of a TorchScript module."""
+"""Feature spaces by name: "digits", "canvases", "letters", "inception:FILE", or the file of a TorchScript module."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,9 +9,10 @@ from torch import Tensor
 
 from .canvases import canvas_features
 from .features import digits_network
+from .letters import letters_features
 
 Extractor = Callable[[Tensor], Tensor]  # images float32 [N, C, H, W] in [-1, 1] -> features [N, F]
-EXAMPLES = "digits, canvases, inception:FILE or the file of a TorchScript module"
+EXAMPLES = "digits, canvases, letters, inception:FILE or the file of a TorchScript module"
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,10 @@ def features_from(text: str) -> Features:
     TorchScript: images float32 [N, C, H, W] in [-1, 1] to features [N, F].
     """
     kind, _, file = text.partition(":")
-    if text in ("digits", "canvases"):
-        return Features(text, digits_network().features if text == "digits" else canvas_features)
+    if text == "digits":
+        return Features(text, digits_network().features)
+    if text in ("canvases", "letters"):
+        return Features(text, canvas_features if text == "canvases" else letters_features)
     if kind == "inception" and file:
         return Features(text, _inception(Path(file)))
     if Path(text).is_file():

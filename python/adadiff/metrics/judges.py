@@ -1,4 +1,4 @@
-"""What a machine can judge: the digits and the canvases, each with its features and its held-out images."""
+"""What a machine can judge: digits, canvases and letters, each with its features and its held-out images."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..data.canvases import CLASSES, DIGITS, Canvases
 from ..data.digits import digits
-from . import canvases
+from ..data.glyphs import CHARACTERS, SIZE
+from . import canvases, letters
 from .features import CLASSES as DIGIT_CLASSES
 from .features import digits_network
 
@@ -71,7 +72,23 @@ class CanvasesJudge:
         return {"alone": labels < DIGITS, "count": labels >= DIGITS}
 
 
-JUDGES: tuple[Judge, ...] = (DigitsJudge(), CanvasesJudge(2), CanvasesJudge(3))
+@dataclass(frozen=True)
+class LettersJudge:
+    name = "letters"
+    shape = (1, SIZE, SIZE)
+    classes = len(CHARACTERS)
+
+    def held_out(self) -> tuple[Tensor, Tensor]:
+        return letters.held_out()
+
+    def right(self, images: Tensor, labels: Tensor) -> Tensor:
+        return hits(letters.letters_logits(images), labels)
+
+    def groups(self, labels: Tensor) -> Mapping[str, Tensor]:
+        return letters.groups(labels)
+
+
+JUDGES: tuple[Judge, ...] = (DigitsJudge(), CanvasesJudge(2), CanvasesJudge(3), LettersJudge())
 
 
 def judge_of(shape: tuple[int, int, int], classes: int | None = None, name: str | None = None) -> Judge | None:
