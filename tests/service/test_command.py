@@ -115,7 +115,8 @@ def test_a_server_draws_cancels_and_drains(server: Server, tiny: str) -> None:
             return float(value)
 
         with web.stream("POST", url, json={**many, "stream": True, "partial_images": 60}) as stream:
-            assert next(stream.iter_lines()) == "event: image_generation.partial_image"
+            lines = stream.iter_lines()  # which closes the connection when it is dropped
+            assert next(lines) == "event: image_generation.partial_image"
             assert running() == 3
         with pytest.raises(httpx.ReadTimeout):
             web.post(url, json=many, timeout=0.3)
