@@ -26,7 +26,7 @@ from adadiff.serving.engine import Engine
 from sampler.tiny import served
 
 EXACT = ExecutionOptions(batch_invariant=True)
-SECONDS = 60.0  # after which a test gives up
+SECONDS = 180.0  # after which a test gives up
 
 
 def run(work: Coroutine) -> Any:
