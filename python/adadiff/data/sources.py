@@ -1,6 +1,6 @@
-"""Training data by name: "digits", "digits_prototypes", "canvases:side=3,hard=0.75,n=50000,seed=1", "letters:FILE" (what
-`adadiff data letters` wrote), or a published data set and the folder that holds it (datasets.py says in which layout):
-"cifar10:PATH"."""
+"""Training data by name: "digits", "digits_prototypes", "canvases:side=3,hard=0.75,n=50000,seed=1", "letters:FILE"
+(what `adadiff data letters` wrote), or a published data set and the folder that holds it (datasets.py says in which
+layout): "cifar10:PATH"."""
 
 from . import datasets
 from .canvases import Canvases
