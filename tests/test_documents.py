@@ -23,7 +23,9 @@ from adadiff.sampling.cascade_file import read_cascade
 ROOT = Path(__file__).parents[1]
 CHECKPOINTS, RESULTS = ROOT / "python" / "adadiff" / "checkpoints", ROOT / "benchmarks" / "results"
 DOCUMENTS = sorted(
-    path for folder in (ROOT, CHECKPOINTS, RESULTS, ROOT / ".github") for path in folder.glob("*.md") if folder.is_dir()
+    path
+    for folder in (ROOT, RESULTS, ROOT / ".github", *(ROOT / "python" / "adadiff").iterdir())
+    for path in folder.glob("*.md")
 )
 CARDS = ("digits", "canvases", "digits_prototypes", "letters")
 CLASSIFIERS = {"digits_features": digits_network, "letters_features": letters_network}

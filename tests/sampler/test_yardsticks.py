@@ -144,7 +144,7 @@ def test_a_yardstick_fits_or_says_why_not(tmp_path: Path) -> None:
         ("digits", "large", "holds images of 9x9, but those to compare are 8x8"),
         ("digits", "one", "holds 1 image"),
         ("digits", "color", r"do not take images of 3x8x8"),
-        ("digit", None, "no features 'digit'; there are digits, canvases, inception:FILE or the file"),
+        ("digit", None, "no features 'digit'; there are digits, canvases, letters, inception:FILE or the file"),
         ("inception:", None, "no features 'inception:'"),
         (str(tmp_path / "no.pt"), None, "is no TorchScript module that can be read"),
         (flat, "large", r"must be \[2, F\] for two images, got \[128\]"),
