@@ -172,7 +172,9 @@ def test_networks_that_cannot_be_compared(networks: alternatives.Networks, tmp_p
 
 def test_the_networks_that_are_taken_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert alternatives.default_networks("digits") == alternatives.Networks("digits", "digits_plain", None)
+    assert alternatives.default_networks("digits") == alternatives.Networks(
+        *("digits", "digits_plain", None, "digits_slim"), widths="digits_slim", cascade="digits_cascade"
+    )
     shipped = alternatives.default_networks("canvases")
     assert shipped == alternatives.Networks("canvases", "canvases_plain", "canvases_shallow")
     shipped.check()

@@ -113,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"adadiff {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True, prog="adadiff")
     add_command(commands, "info", info.info)
-    for add in (add_sample, add_serve, add_inspect, add_evaluate, add_diff, add_calibrate, add_train_steps, add_search):
+    for add in (add_sample, add_serve, add_inspect, add_evaluate, add_diff, add_calibrate, add_search, add_train_steps):
         add(commands)
     for add in (add_train, add_distill, add_convert, add_data):
         add(commands)

@@ -206,7 +206,7 @@ def test_a_distillation_goes_on_from_its_last_halving(
         ("--share 0.001", "share must be"),
         ("--sigma 1.5", "sigma must lie"),
         ("--data canvases:n=20", "the data is 1x16x16"),
-        ("--data letters", "no training data"),
+        ("--data faces", "no training data"),
     ],
 )
 def test_what_cannot_be_distilled(

@@ -67,8 +67,13 @@ def test_exits_can_be_changed_before_they_are_run() -> None:
     assert torch.equal(found.exit_layer[2:], changed[2:])
 
 
+def repeatable(n: int, seed: int) -> list[dict]:
+    """Of n `requests`, those of samples that exit; reuse is not repeated by exits alone."""
+    return [request for request in requests(n, seed=seed) if not request["policy"].startswith(("cache", "reuse"))]
+
+
 def test_a_request_is_repeated_by_its_report() -> None:
-    wanted = [request for request in requests(30, seed=2) if "init_image" not in request][:6]
+    wanted = [request for request in repeatable(30, seed=2) if "init_image" not in request][:6]
     engine = stepped(20)
     handles = [engine.submit(**request) for request in wanted]
     engine.close()
@@ -81,6 +86,12 @@ def test_a_request_is_repeated_by_its_report() -> None:
     for handle, repeat in zip(handles, repeated, strict=True):
         assert torch.equal(repeat.result(0), handle.result(0))
         assert torch.equal(repeat.report.exit_layer, handle.report.exit_layer)
+
+
+def test_runs_that_exits_alone_do_not_repeat_are_refused() -> None:
+    _, report = sample(served(), 2, policy="reuse:every=2", steps=3, class_labels=[0, 1])
+    with pytest.raises(ValueError, match="reused earlier steps"):
+        Replay.from_report(report)
 
 
 @pytest.mark.parametrize("change", [{"n": 7}, {"steps": [4, 2, 6, 3, 5, 1]}], ids=str)
@@ -181,7 +192,7 @@ def test_a_report_under_way_has_what_is_known() -> None:
 def test_scores_of_requests_are_of_those_that_asked(memory: int) -> None:
     """Beside others that did not ask, and also where memory for all at once is lacking: the same bits as alone, and
     what was computed besides for others' sake, which is what a replay with scores finds."""
-    wanted = [request for request in requests(40, seed=6) if "init_image" not in request][:10]
+    wanted = [request for request in repeatable(60, seed=6) if "init_image" not in request][:10]
 
     def limited(*given: object, **options: object) -> ForwardOutput:
         if len(given[1]) > memory:

@@ -155,7 +155,9 @@ class StepTraining:
         chosen = selector.choose(rows.of_rows)
         counts = sorted(set(chosen.tolist()))
         by_count = torch.stack([self._distance(self._draw(rows, c, progress), reference).double() for c in counts])
-        own = (chosen == torch.tensor(counts, device="cpu")[:, None]).double()  # [counts, n], one 1 a column
+        own = (
+            chosen == torch.tensor(counts, dtype=torch.int64, device="cpu")[:, None]
+        ).double()  # [counts, n], one 1 a column
         fixed = self._draw(rows, math.ceil(float(chosen.double().mean())), progress)
         fixed = self._distance(fixed, reference).double()
         return measured((own * by_count).sum(0), chosen, fixed, dealt_at_random(by_count, own), self.config.bar)
@@ -164,7 +166,10 @@ class StepTraining:
         rows, candidates = self.rows, self.config.candidates
         K, own = len(candidates), torch.arange(begin, end, device="cpu")
         # those of most steps first, so that the batch is full nearly to the end
-        index, steps = own.repeat(K), torch.tensor(candidates[::-1], device="cpu").repeat_interleave(len(own))
+        index, steps = (
+            own.repeat(K),
+            torch.tensor(candidates[::-1], dtype=torch.int64, device="cpu").repeat_interleave(len(own)),
+        )
         images = self._draw(Rows(rows.context, rows.index[index], rows.seeds[index]), steps, False)
         by_count = images.view(K, len(own), *images.shape[1:]).flip(0)
         return torch.stack([self._distance(one, by_count[-1]).double() for one in by_count], 1)

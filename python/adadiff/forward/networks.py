@@ -126,7 +126,7 @@ def _merge(
                 scores[:, own] = part.scores
             begin += len(own)
     full = first.costs if present[0] == 0 else structure_of(networks[0].model.backbone).costs(None, frozenset())
-    rank = torch.searchsorted(torch.tensor(present, device="cpu"), network)
+    rank = torch.searchsorted(torch.tensor(present, dtype=torch.int64, device="cpu"), network)
     costs = Costs(
         full.plain,
         tuple(part.costs.by_exit_layer[0] for part in parts),

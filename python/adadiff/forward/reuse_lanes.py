@@ -46,7 +46,7 @@ class ReuseLanes:
         """Lanes of policies k with refused[k] reuse nothing."""
         if not any(refused):
             return self
-        of_none = torch.tensor([*refused, True], device="cpu")[self.index]  # NONE is the last
+        of_none = torch.tensor([*refused, True], dtype=torch.bool, device="cpu")[self.index]  # NONE is the last
         return replace(self, index=self.index.masked_fill(of_none, NONE))
 
 

@@ -69,7 +69,8 @@ def broken_lanes(output: Any, B: int) -> Tensor:
         if isinstance(part, Tensor) and part.ndim and len(part) == B and part.is_floating_point():
             broken |= part.isnan().flatten(1).any(1).cpu() if part.ndim > 1 else part.isnan().cpu()
         elif isinstance(part, list) and len(part) == B and all(isinstance(one, Tensor) for one in part):
-            broken |= torch.tensor([bool(one.isnan().any()) for one in part], device="cpu")
+            nans = [bool(one.isnan().any()) for one in part]
+            broken |= torch.tensor(nans, dtype=torch.bool, device="cpu")
     return broken
 
 

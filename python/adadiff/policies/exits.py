@@ -169,7 +169,12 @@ class Replay(LimitPolicy):
 
     @staticmethod
     def from_report(report: "RecordedExits", needs_scores: bool = False) -> "Replay":
-        """Every sample exits at every step where it did in the run reported. A run of as many samples and steps."""
+        """Every sample exits at every step where it did in the run reported. A run of as many samples and steps.
+
+        ValueError for a run whose samples reused earlier steps, or changed networks: exits alone do not repeat it."""
+        for name, what in (("reused", "reused earlier steps"), ("went_on", "were drawn by a student first")):
+            if getattr(report, name, None) is not None:
+                raise ValueError(f"samples of the run reported {what}, which exits alone do not repeat")
         return Replay(report.exit_layer, needs_scores)
 
     @property

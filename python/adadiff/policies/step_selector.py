@@ -103,7 +103,7 @@ class LabelScores(nn.Module):
 
     def __init__(self, num_classes: int, candidates: int):
         super().__init__()
-        self.table = nn.Parameter(torch.zeros(num_classes, candidates))
+        self.table = nn.Parameter(torch.zeros(num_classes, candidates, dtype=torch.float32, device="cpu"))
 
     def forward(self, labels: Tensor) -> Tensor:
         return self.table[labels]
@@ -115,7 +115,7 @@ class TextScores(nn.Module):
 
     def __init__(self, context_dim: int, candidates: int):
         super().__init__()
-        self.query = nn.Parameter(torch.zeros(TEXT_CHANNELS))
+        self.query = nn.Parameter(torch.zeros(TEXT_CHANNELS, dtype=torch.float32, device="cpu"))
         self.norm = nn.LayerNorm(context_dim)
         self.key = nn.Linear(context_dim, TEXT_CHANNELS)
         self.value = nn.Linear(context_dim, TEXT_CHANNELS)

@@ -123,7 +123,7 @@ class Handle(Future):
             return {}
         score, went_on = self._judged or (math.nan, False)
         return {
-            "went_on": torch.tensor([went_on], device="cpu"),
+            "went_on": torch.tensor([went_on], dtype=torch.bool, device="cpu"),
             "oracle_scores": torch.tensor([score], dtype=torch.float32, device="cpu"),
         }
 
