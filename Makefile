@@ -32,8 +32,8 @@ bench: install ## run the main job; ARGS=--quick for its short form
 test: install ## run the quick tests; ARGS="-k policies" for some
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-test-all: install ## run all tests
-	ADADIFF_FUZZ=300 $(BIN)/python -m pytest $(ARGS)
+test-all: install ## run all tests, in two processes
+	ADADIFF_FUZZ=300 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: install ## check style, format and types
 	$(BIN)/ruff check $(SOURCES)

@@ -22,6 +22,7 @@ from adadiff.policies.reuse import ReuseContext, ReusePolicy
 from adadiff.sampling import batch as batch_module
 from adadiff.sampling.batch import Batch
 from adadiff.sampling.sample_batch import SampleBatch
+from naming import named
 from sampler.tiny import alone, is_empty, served, stepped
 
 INVARIANT = ExecutionOptions(batch_invariant=True)
@@ -150,7 +151,7 @@ def test_a_pass_that_is_made_again_decides_the_same(lanes: int) -> None:
         assert torch.equal(image, alone(wanted[i])[0])
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("bad"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("bad"), KeyboardInterrupt()], ids=named)
 def test_a_solver_step_that_fails_leaves_nothing_behind(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     """One half of a tick is complete, the other fails: of an interrupt, neither is written."""
     calls, real = itertools.count(1), batch_module.solver_step
@@ -211,7 +212,7 @@ class Wrong(ReusePolicy):
         return torch.ones(3)
 
 
-@pytest.mark.parametrize(("policy", "error"), [(Raises(), KeyError), (Wrong(), ValueError)], ids=repr)
+@pytest.mark.parametrize(("policy", "error"), [(Raises(), KeyError), (Wrong(), ValueError)], ids=named)
 def test_a_policy_that_raises_fails_its_own_samples_alone(policy: ReusePolicy, error: type) -> None:
     engine, others = stepped(6), requests(4)
     handles = [engine.submit(**request) for request in others]
@@ -247,7 +248,7 @@ def test_a_policy_may_spoil_what_it_is_told_and_reuses_only_what_is_there(way: s
 
 
 @pytest.mark.parametrize(
-    "policy", ["cache:threshold=1e6", "cache:threshold=1e6,gate=input", "reuse:every=9", Spoils()], ids=str
+    "policy", ["cache:threshold=1e6", "cache:threshold=1e6,gate=input", "reuse:every=9", Spoils()], ids=named
 )
 @pytest.mark.parametrize("execution", [INVARIANT, ExecutionOptions(count_sync="sync")], ids=["host", "device"])
 def test_nan_never_reuses_and_hurts_nobody_else(policy: object, execution: ExecutionOptions) -> None:

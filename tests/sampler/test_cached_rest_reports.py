@@ -23,6 +23,7 @@ from adadiff.sampling.batch import Batch
 from adadiff.sampling.capacity import Rooms, capacity_of, peak_bytes
 from adadiff.sampling.reports import log_never_acted
 from adadiff.sampling.sample_batch import SampleBatch
+from naming import named
 from sampler.cached_rest import models
 from sampler.shell import config, error_line, run, saved
 from sampler.tiny import SERVED, scramble, served, stepped
@@ -46,7 +47,7 @@ class Unknown(ReusePolicy):
         ("cache:batch=0.1,threshold=0.1", 4, "takes no 'threshold=0.1'"),
         ("cache:threshold=0.1+reuse:every=2", 4, "one reuse policy"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_what_cannot_work_is_refused_before_any_work(policy: object, steps: int, message: str) -> None:
     engine = stepped(2)

@@ -12,6 +12,7 @@ import adadiff
 from adadiff.policies.exits import Depth, Full, Replay, Threshold
 from adadiff.policies.interface import ExitPolicy
 from adadiff.sampling.reports import Totals, log_never_acted
+from naming import named
 from sampler.shell import config, run, saved
 from sampler.test_calibration import made
 from sampler.tiny import SERVED, scramble, served, stepped
@@ -75,7 +76,7 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
-@pytest.mark.parametrize(("make", "policy"), CASES, ids=str)
+@pytest.mark.parametrize(("make", "policy"), CASES, ids=named)
 def test_a_run_in_which_nobody_exits_says_so(make, policy, guidance_scale: float, caplog) -> None:
     settings = {"steps": 3, "class_labels": [0, 1, 2], "policy": policy, "guidance_scale": guidance_scale}
     with caplog.at_level(logging.WARNING, "adadiff"):
@@ -98,7 +99,7 @@ def test_a_run_in_which_nobody_exits_says_so(make, policy, guidance_scale: float
         (Depth(1), 3),
         ("exit:1e-30", 0),
     ],
-    ids=str,
+    ids=named,
 )
 def test_others_say_nothing(policy, n: int, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "adadiff"):

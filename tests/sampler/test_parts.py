@@ -14,6 +14,7 @@ from adadiff.policies.reuse import Cache, Reuse
 from adadiff.policies.spelling import parts_from, policy_from
 from adadiff.policies.width import Width
 from adadiff.sampling.network_set import NetworkSet
+from naming import named
 from sampler.own_rules import BelowATime
 from sampler.tiny import served
 
@@ -37,7 +38,7 @@ from sampler.tiny import served
         ),
         ("reuse:every=2+sampler.own_rules:BelowATime:depth=3", Parts(exit=BelowATime(3), reuse=Reuse(2))),
     ],
-    ids=str,
+    ids=named,
 )
 def test_spellings(policy: object, parts: Parts) -> None:
     assert parts_from(policy) == parts
@@ -69,7 +70,7 @@ def test_text_and_parts_are_each_others_inverse() -> None:
         ("sampler.own_rules:BelowATime:depths=2", "unexpected keyword argument 'depths'"),
         ("sampler.own_rules:BelowATime:depth=0", "depth must be at least 1, got 0"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_what_is_none(policy: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):

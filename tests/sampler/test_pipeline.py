@@ -18,6 +18,7 @@ from adadiff.pipelines.latents import decode
 from adadiff.pipelines.pipeline import AdaDiffPipeline, AdaDiffTransformer
 from adadiff.sampling.sampler import sample
 from adadiff.uem import PAPER
+from naming import named
 from sampler.test_calibration import HALF, made
 from sampler.tiny import SERVED, served
 
@@ -230,7 +231,7 @@ def test_however_a_callback_changes_latents_they_are_changed(edit: str, solver: 
         (torch.zeros(2, 1, 4, 4), "returns None or a mapping such as"),
         ("latents", "returns None or a mapping such as .* got 'latents'"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_what_a_callback_cannot_mean_is_refused(returned: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -319,7 +320,7 @@ def test_prompts_reach_the_network() -> None:
         (TEXT, {}, "takes text: give prompt"),
         (PLAIN, {"guidance_scale": 2.0}, "guidance needs a model with a null class"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_bad_input(config: ModelConfig, settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -16,6 +16,7 @@ from adadiff.sampling.sample_batch import SampleBatch
 from adadiff.sampling.sampler import SamplerRun, sample
 from adadiff.serving.engine import Engine
 from adadiff.uem import PAPER
+from naming import named
 from sampler.tiny import SERVED, requests, served
 
 TEXT = ModelConfig(UViTConfig(4, 1, 2, 16, 4, 2, context_tokens=3, context_dim=5), "stable_diffusion", exits=PAPER)
@@ -153,7 +154,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "message"), WRONG, ids=str)
+@pytest.mark.parametrize(("settings", "message"), WRONG, ids=named)
 def test_params_that_cannot_be_are_refused_when_they_are_made(settings: dict, message: str) -> None:
     for make in (SamplingParams, lambda **own: dataclasses.replace(SamplingParams(), **own)):
         with pytest.raises(ValueError, match=message):
@@ -184,7 +185,7 @@ def test_params_that_cannot_be_are_refused_when_they_are_made(settings: dict, me
         (SERVED, {"policy": "exit:0.5,min_layer=5"}, "asks after no block"),
         (SERVED, {"params": {"steps": 3}}, "params must be SamplingParams, got {'steps': 3}"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_bad_input_is_named_before_any_work(config, settings, message, monkeypatch) -> None:
     monkeypatch.setattr(UViT, "embed", lambda *_, **__: pytest.fail("the network was called"))
@@ -223,7 +224,7 @@ def test_bad_input_is_named_before_any_work(config, settings, message, monkeypat
         ({"wait": math.nan}, "wait must be"),
         ({"on_step": 3}, "on_step must be callable"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_bad_requests_are_named_at_once_and_hurt_nobody(settings: dict, message: str) -> None:
     with Engine(served(), 2, threaded=False) as engine:
