@@ -25,8 +25,8 @@ from adadiff.uem import PAPER
 from benchmarks import __main__ as run
 from benchmarks import rows
 from benchmarks.baselines import alternatives
-from benchmarks.report import front_plots, fronts, plots, tables
-from benchmarks.suites import drawing, equal_seconds, judging
+from benchmarks.report import front_plots, fronts, mates_table, plots, tables
+from benchmarks.suites import drawing, equal_seconds, judging, mates
 from sampler.tiny import scramble
 
 SWEEP = dataclasses.replace(
@@ -213,8 +213,9 @@ def test_the_whole_suite_and_its_resumption(
     def compare(timing: bool = True) -> list[rows.Row]:
         file = rows.Rows(tmp_path)
         equal_seconds.Comparison(file, "digits", networks, SWEEP).run(**RUN, timing=timing)
-        return file.rows
+        return [row for row in file.rows if row["kind"] != "mates"]
 
+    monkeypatch.setattr(mates, "BATCHES", ())
     drawn = compare(timing=False)
     assert {row["kind"] for row in drawn} == {"quality"}
     assert (tmp_path / "reliability-digits.png").read_bytes().startswith(b"\x89PNG")
@@ -224,7 +225,7 @@ def test_the_whole_suite_and_its_resumption(
     measured = compare()
     assert measured[: len(drawn)] == drawn
     names = {row["variant"] for row in drawn}
-    assert names == set(front_plots.COLOURS) - {"ours, distribution"}
+    assert names == set(front_plots.COLOURS) - {"ours, distribution", "ours, width", "ours, cascade"}
     by_key = {(row["kind"], fronts.setting_of(row)): row for row in measured}
     assert len(by_key) == len(measured) == 2 * len(drawn)
     check_rows({row["variant"]: row for row in drawn}, networks)
@@ -232,6 +233,7 @@ def test_the_whole_suite_and_its_resumption(
     check_pages(measured, tmp_path)
 
     monkeypatch.undo()
+    monkeypatch.setattr(mates, "BATCHES", ())
     monkeypatch.setattr(judging, "RESAMPLES", 5)  # the thresholds are remembered
     lines = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "rows.jsonl").write_text("".join(lines[:2] + lines[3:-1]))
@@ -239,6 +241,28 @@ def test_the_whole_suite_and_its_resumption(
     assert [row["variant"] for row in again[-2:]] == [measured[2]["variant"], measured[-1]["variant"]]
     assert again[-2]["frechet"] == measured[2]["frechet"]
     assert not list((tmp_path / "cache").glob("rounds-*"))  # the rows have them
+
+
+def test_batch_mates_change_what_one_decision_for_all_draws(
+    networks: alternatives.Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By sample, nothing changes; rows that are there are not measured again."""
+    monkeypatch.setattr(mates, "SAMPLES", 24)
+    monkeypatch.setattr(mates, "BATCHES", (2,))
+    monkeypatch.setattr(mates, "STEPS", 12)
+    sweep = dataclasses.replace(SWEEP, changes=(0.05, 0.3))
+    file = rows.Rows(tmp_path)
+    mates.measure(file, "digits", networks, sweep, 10)
+    changed = {row["variant"]: row["changed"] for row in file.rows}
+    assert {name: share for name, share in changed.items() if "by sample" in name} == {
+        f"cache, by sample, {change}": 0.0 for change in (0.05, 0.3)
+    }
+    assert max(share for name, share in changed.items() if "whole batch" in name) > 0
+    (table,) = mates_table.tables(file.rows, "digits")
+    assert [line[0] for line in table.body] == list(changed)
+    monkeypatch.setattr(mates, "draw", lambda *_: pytest.fail("drew what the file has"))
+    mates.measure(file, "digits", networks, sweep, 10)
+    assert len(file.rows) == 4
 
 
 def test_without_a_compiler_there_is_one_way_less(
@@ -318,16 +342,18 @@ def check_speed(speed: list[rows.Row]) -> None:
 
 def check_pages(measured: list[rows.Row], folder: Path) -> None:
     found = {table.header[0]: table for table in tables.all_tables(measured)}
-    assert set(found) == {"digits, ours by budget", "digits, best for their seconds"}
-    text = [tables.plain(table) for table in tables.all_tables(measured)]
-    costs = [table.header[3] for table in tables.all_tables(measured)[:4]]
-    assert costs == ["ms/image", "million MACs"] * 2
-    assert ["Fréchet distance" in page for page in text[:4]] == [True, True, False, False]
-    assert ["squared error" in page for page in text[:4]] == [False, False, True, True]
+    ours, composed = "digits, ours by budget", "digits, composed policies by budget"
+    assert set(found) == {ours, composed, "digits, best for their seconds"}
     untimed = [row for row in measured if row["kind"] == "quality"]
-    assert [table.header[3] for table in tables.all_tables(untimed)] == ["million MACs"] * 2
-    assert [line[0] for line in found["digits, ours by budget"].body] == ["0.6", "one threshold"]
-    words = {"below", "above", "undecided", "no other so fast"}
+    for title in (ours, composed):
+        shown = [table for table in tables.all_tables(measured) if table.header[0] == title]
+        assert [table.header[3] for table in shown] == ["ms/image", "million MACs"] * 2
+        assert [table.header[5] for table in shown] == [*["Fréchet distance"] * 2, *["squared error"] * 2]
+        by_macs = [table for table in tables.all_tables(untimed) if table.header[0] == title]
+        assert [table.header[3] for table in by_macs] == ["million MACs"] * 2
+    assert [line[0] for line in found[ours].body] == ["0.6", "cache", "one threshold", "reuse"]
+    assert [line[0] for line in found[composed].body] == ["0.6"]
+    words = {"below", "above", "on it", "undecided", "no other so fast"}  # reuse draws what reuse in lock step draws
     assert {line[-1] for line in found["digits, ours by budget"].body} <= words
     shown = front_plots.picture(measured, "digits")
     curves = [axis for part in shown.subfigs for axis in part.axes if axis.get_xscale() == "log"]

@@ -240,7 +240,7 @@ def test_a_late_stage_reports_what_it_has(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(gpu_testing, "find_spec", lambda name: None)
     monkeypatch.setenv("PYTHONPATH", ENVIRONMENT["PYTHONPATH"])
     stage = gpu_testing.Stage("slow", [str(slow)], "not gpu")
-    fine, reports = gpu_testing.run(stage, tmp_path, 1, 6.0)
+    fine, reports = gpu_testing.run(stage, tmp_path, 1, 20.0)
     assert not fine
     counts = gpu_testing.merge(reports, tmp_path / "junit.xml")
     assert counts["tests"] >= 1 <= counts["passed"]

@@ -169,8 +169,9 @@ def _methods(networks: Networks, sweep: Sweep, folder: Path, common: dict) -> It
         yield Method("fixed depth", full, policy=f"exit:depth={depth}", setting=f"{depth} blocks", **common)
     for every in sweep.every:
         yield Method("reuse", full, reuse=every, setting=f"every {every}", **common)
-        for level in ("layer", "unit"):
-            own = {"policy": f"reuse:every={every},level={level}", "setting": f"every {every}, {level}"}
+        later = f",layers={num_layers // 3 + 1}-{num_layers}"  # the first blocks read the noisy image itself
+        for what, plan in {"all layers": "", "later layers": later}.items():
+            own = {"policy": f"reuse:every={every},level=layer{plan}", "setting": f"every {every}, {what}"}
             yield Method("ours, reuse", full, **own, **common)
     for change in sweep.changes:
         yield Method("ours, cache", full, policy=f"cache:threshold={change:g}", setting=f"{change:g}", **common)

@@ -44,6 +44,7 @@ SUITE = "quality"
 LOOP, COMPILED, ENGINE, COMPILED_ENGINE = "loop", "compiled loop", "engine", "compiled engine"
 LARGER_BATCH = 2 * BATCH  # which shallow networks like
 LARGER = f"{COMPILED}, batches of {LARGER_BATCH}"
+WHOLE_BATCH = ("batch mean", "cache, whole batch")
 AT_ONCE = 256  # samples timed, and the engine's capacity
 
 
@@ -195,7 +196,7 @@ def title(method: Method, way: str) -> str:
 def timed(method: Method, way: str, seeds: Tensor, labels: Tensor) -> Callable[[], object]:
     load(method.model)
     if way in (ENGINE, COMPILED_ENGINE):
-        whole = method.name != "batch mean"  # which in other batches would decide otherwise
+        whole = method.name not in WHOLE_BATCH  # which in other batches would decide otherwise
         batch, runner = len(seeds) if whole else BATCH, "compiled" if way == COMPILED_ENGINE else "eager"
         return lambda: in_engine(method, seeds, labels, batch, runner)
     return lambda: in_plain_loop(method, seeds, labels, LARGER_BATCH if way == LARGER else BATCH, compiled=way != LOOP)

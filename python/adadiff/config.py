@@ -85,7 +85,7 @@ class ModelConfig:
 
 
 def _widths(widths: Any, network: NetworkConfig) -> tuple[float, ...]:
-    known = isinstance(widths, list | tuple) and all(type(width) in (int, float) for width in widths)
+    known = isinstance(widths, list | tuple) and all(type(width) in (int, float) and width == width for width in widths)
     if not known or not 2 <= len(widths) <= MOST_WIDTHS or list(widths) != sorted(set(widths)):
         raise ValueError(f"widths must be 2 to {MOST_WIDTHS} ascending numbers, got {shortly(widths)}")
     if not (widths[0] > 0 and widths[-1] == 1):
