@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..forward.rest_of_network import mean_abs
 from ..policies.reuse import ReuseContext, ReusePolicy
 from .compaction import Rows, version
 
@@ -120,11 +121,6 @@ def _relative(policy: ReusePolicy, gate: Tensor, reference: Tensor, norm: Tensor
     number for all."""
     changed = (gate - reference).abs_().flatten(1).mean(1, dtype=torch.float32)  # no copy
     return (changed.sum() / norm.sum()).expand(len(norm)) if policy.whole_batch else changed / norm
-
-
-def mean_abs(value: Tensor) -> Tensor:
-    """float32 [B], of each lane."""
-    return value.flatten(1).abs().mean(1, dtype=torch.float32)
 
 
 def _same(now: Sequence[Any], then: Sequence[Any], like: Tensor) -> Tensor:

@@ -1,13 +1,18 @@
 """What it costs beside the plain pieces that half of the samples reuse, or run at another width: ticks of a batch.
 
-U-ViT-S/2 at its CIFAR-10 shape, random weights, one thread. A tick is a forward pass and a solver step of every sample.
-What is attainable is made of the plain network's fastest pieces on just the rows that run: stem, blocks, the products
-of long skips of those that reuse, and head. A branch that is taken from a store counts as one residual pass.
+python -m benchmarks.studies.policy_patterns [--batch 64]
+
+U-ViT-S/2 at its CIFAR-10 shape, random weights, one thread; under ten minutes. A tick is a forward pass and a solver
+step of every sample. What is attainable is made of the plain network's fastest pieces on just the rows that run: stem,
+blocks, the products of long skips of those that reuse, and head. A branch that is taken from a store counts as one
+residual pass.
 """
 
+import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +26,7 @@ from adadiff.sampling.batch import Batch
 from adadiff.sampling.sample_batch import SampleBatch
 from benchmarks.baselines.attainable import Call, kinds
 from benchmarks.harness import best_micro_batch, interleave, threads
-from benchmarks.rows import Rows, say
+from benchmarks.rows import ROOT, Rows, say
 
 SUITE, KIND = "network", "policy"
 PRESET, WIDTHS, NARROW = "cifar10_uvit_small", (0.5, 1.0), 0.5
@@ -140,3 +145,23 @@ def in_turn(calls: Sequence[Call]) -> Call:
             piece()
 
     return call
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=64, help="samples, an even number (default: 64)")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "out" / "policies", help="folder for the rows"
+    )
+    options = parser.parse_args()
+    rows = Rows(options.out)
+    begun = len(rows.rows)
+    run(rows, options.batch)
+    for row in rows.rows[begun:]:
+        share, mark = row["share_of_attainable"], "" if row["usable"] else " (!) the machine was busy"
+        low, high = row["share_of_attainable_spread"]
+        print(f"{row['variant']:24} {share:.3f} of attainable ({low:.3f} to {high:.3f}){mark}")
+
+
+if __name__ == "__main__":
+    main()

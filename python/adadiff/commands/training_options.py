@@ -1,0 +1,255 @@
+"""Options of the commands that train or search: train-steps, search, train, distill."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from ..calibration.calibrating import AIMS, CALIBRATION_SEED
+from ..calibration.step_training import SEED as STEPS_SEED
+from ..pipelines.text import CLIP
+from ..policies.cascade import MODES
+from ..training.config import CHOICES, TrainConfig, shipped
+from ..training.distilling import DistillConfig
+from . import distill, search, train, train_steps
+from .options import (
+    Commands,
+    Options,
+    add_batch,
+    add_command,
+    add_count,
+    add_device,
+    add_features,
+    add_force,
+    add_guidance,
+    add_model,
+    add_seed,
+    add_solver,
+    add_steps,
+)
+from .texts import TRAIN_GROUPS
+from .values import Settings, setting, shares, whole_numbers
+
+
+def add_train_steps(commands: Commands) -> None:
+    command = add_command(commands, "train-steps", train_steps.train_steps)
+    add_model(command)
+
+    goal = command.add_argument_group("what to choose")
+    goal.add_argument(
+        "--candidates",
+        type=whole_numbers,
+        default=[2, 3, 5, 8, 10, 15, 20],
+        metavar="N,...",
+        help="rising numbers of steps, 1 to 1000, among which the selector chooses (default: 2,3,5,8,10,15,20)",
+    )
+    goal.add_argument(
+        "--bar",
+        type=float,
+        default=0.05,
+        help="largest root mean squared difference, to the image of the largest candidate, with which an image counts "
+        "as good enough; pixels reach from -1 to 1 (default: 0.05)",
+    )
+    goal.add_argument(
+        "--penalty",
+        type=float,
+        default=1.0,
+        help="what an image above the bar costs, where all steps together cost 1; with more, fewer images are above "
+        "(default: 1)",
+    )
+
+    samples = command.add_argument_group("samples to learn from")
+    add_count(
+        samples,
+        400,
+        "number of noises to draw with every candidate, at least 8 and one for each class or prompt; half as many "
+        "others measure the result",
+    )
+    samples.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="prompts for a text-to-image model, which requires them: a text file, one prompt a line; of five or more, "
+        "every fifth only measures (default: none)",
+    )
+    samples.add_argument(
+        "--text-encoder",
+        type=Path,
+        metavar="FOLDER",
+        help=f"text encoder of CLIP for the prompts, a folder or a name on the Hugging Face hub (default: {CLIP})",
+    )
+    add_seed(samples, STEPS_SEED, ", far from the seeds of other commands")
+    add_solver(samples)
+    add_guidance(samples)
+
+    output = command.add_argument_group("output")
+    output.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="safetensors file for the model with its selector (required)",
+    )
+    add_force(output)
+
+    execution = command.add_argument_group("execution")
+    add_batch(execution)
+    add_device(execution)
+
+
+def add_search(commands: Commands) -> None:
+    command = add_command(commands, "search", search.search)
+    add_model(command)
+
+    goal = command.add_argument_group("what to search for")
+    goal.add_argument(
+        "--weight",
+        type=float,
+        required=True,
+        metavar="W",
+        help="what all multiply-adds of the whole network are worth in units of the quality, at least 0: the schedule "
+        "with the least quality + W * share is looked for (required)",
+    )
+    goal.add_argument(
+        "--aim",
+        choices=AIMS,
+        default=AIMS[1],
+        help="what quality is, the less the better: distribution, the Fréchet distance of all images to real ones; "
+        f"faithful, the mean squared difference to the whole network's images (default: {AIMS[1]})",
+    )
+    add_features(goal, "features of images, for distribution", "digits or canvases for models that draw these")
+    goal.add_argument(
+        "--reference",
+        metavar="PATH",
+        help="real images or their statistics, for distribution, as for `adadiff evaluate` (default: held-out images "
+        "of digits or canvases)",
+    )
+
+    effort = command.add_argument_group("how long to search")
+    for name, default, text in (
+        ("bins", 10, "stretches of the timesteps, 1 to 1000, each of which has a width"),
+        ("population", 16, "schedules in a generation, more than the model has widths"),
+        ("generations", 10, "generations of schedules, the first included"),
+    ):
+        effort.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
+
+    samples = command.add_argument_group("samples drawn with each schedule")
+    add_count(samples, 512, "number of samples, at least 2; as many others measure the result")
+    add_seed(samples, CALIBRATION_SEED, ", far from the seeds of other commands")
+    add_steps(samples, several=False)
+    add_solver(samples)
+    add_guidance(samples)
+
+    output = command.add_argument_group("output")
+    output.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="file of JSON for the schedule (required)"
+    )
+    add_force(output)
+
+    execution = command.add_argument_group("execution")
+    add_batch(execution)
+    add_device(execution)
+
+
+def add_train(commands: Commands) -> None:
+    command = add_command(commands, "train", train.train)
+    command.add_argument(
+        "config",
+        nargs="?",
+        metavar="CONFIG",
+        help=f"configuration: one in the package ({', '.join(shipped())}), or a TOML or JSON file with values for the "
+        "options below (default: none; settings in neither CONFIG nor an option have the defaults below)",
+    )
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    for title, texts in TRAIN_GROUPS.items():
+        group = command.add_argument_group(title)
+        if title == "output":
+            group.add_argument(
+                "--out",
+                type=Path,
+                metavar="FOLDER",
+                help="folder of the run; if it holds the same run already, training resumes (default: runs/NAME, "
+                "after CONFIG or the preset)",
+            )
+            add_force(group, "begin anew where FOLDER holds another run, or files with the names of a run's")
+        for name, text in texts.items():
+            _add_train_option(group, fields[name], text)
+            if name == "exits":
+                group.add_argument(
+                    "--plain",
+                    dest="exits",
+                    action="store_false",
+                    default=argparse.SUPPRESS,
+                    help="the same as --no-exits",
+                )
+
+
+def _add_train_option(group: Options, field: dataclasses.Field[Any], text: str) -> None:
+    option, default = "--" + field.name.replace("_", "-"), field.default
+    kind: dict[str, Any] = {"type": field.type, "metavar": "N" if field.type is int else field.name.upper()}
+    if field.type is bool:
+        kind = {"action": argparse.BooleanOptionalAction}
+        default = option if default else f"--no-{option[2:]}"
+    elif field.type is list:
+        kind, default = {"type": shares, "metavar": "SHARE,..."}, "none"
+    elif field.type is dict:
+        kind = {"nargs": "+", "type": setting, "action": Settings, "metavar": "KEY=VALUE"}
+        default = "none"
+    elif field.name in CHOICES:
+        kind = {"choices": CHOICES[field.name]}
+    shown = f"{text} (default: {'none' if default == '' else default})"
+    group.add_argument(option, dest=field.name, default=argparse.SUPPRESS, help=shown, **kind)
+
+
+def add_distill(commands: Commands) -> None:
+    command = add_command(commands, "distill", distill.distill)
+    add_model(command)
+
+    student = command.add_argument_group("the student")
+    student.add_argument(
+        "--data",
+        required=True,
+        help="training images named as for `adadiff train --data`; the oracle learns what is real from them (required)",
+    )
+    texts = {
+        "steps": "steps of the student's DDIM",
+        "halvings": "how often the steps are halved; a teacher of steps x 2^halvings is the first",
+        "updates": "optimizer updates of each halving",
+        "batch": "images of one update",
+        "lr": "learning rate, from which each halving falls to 0",
+        "label_drop": "share of the labels that are replaced by the null class",
+        "seed": "of everything random",
+    }
+    _add_distill_options(student, texts)
+
+    texts = {
+        "oracle_updates": "optimizer updates of the oracle",
+        "samples": "images of the student that the oracle learns from; as many others give the quantiles of its scores",
+    }
+    _add_distill_options(command.add_argument_group("the oracle"), texts)
+
+    texts = {
+        "share": "of the student's images that go on to the model: 0, 1, or from 0.01 to 0.99",
+        "mode": "what becomes of those",
+        "sigma": "how much noise refine adds, alpha_bar = 1 - sigma",
+    }
+    _add_distill_options(command.add_argument_group("what a policy does that does not say otherwise"), texts)
+
+    output = command.add_argument_group("output")
+    output.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write (required)")
+    output.add_argument(
+        "--device", help="device to compute on, such as cpu, cuda or cuda:1 (default: cuda if there is a GPU, else cpu)"
+    )
+    add_force(output)
+
+
+def _add_distill_options(group: Options, texts: dict[str, str]) -> None:
+    fields = {field.name: field for field in dataclasses.fields(DistillConfig)}
+    for name, text in texts.items():
+        field, kind = fields[name], dict[str, Any]()
+        if name == "mode":
+            kind = {"choices": MODES}
+        else:
+            kind = {"type": field.type, "metavar": "N" if field.type is int else "X"}
+        option = "--" + name.replace("_", "-")
+        group.add_argument(option, default=field.default, help=f"{text} (default: {field.default})", **kind)
