@@ -27,8 +27,8 @@ EXIT_LOGIC = {
 ORDER = (
     *("diffusion", "models", "heads", "uem", "reading", "policies", "config", "model", "weights"),
     *("writing", "checkpoint"),
-    *("forward", "sampling", "serving"),
-    *("data", "output", "metrics", "calibration", "conversion", "pipelines", "training", "service"),
+    *("forward", "sampling", "engine"),
+    *("data", "output", "metrics", "calibration", "conversion", "pipelines", "training", "serving"),
     *("__init__", "commands", "cli", "__main__"),
 )
 

@@ -4,6 +4,8 @@ import importlib
 
 from .checkpoint import load, save
 from .conversion.convert import convert
+from .engine.engine import Engine
+from .engine.handles import DeadlineExceeded, EngineClosed, EngineFull, Handle
 from .forward.forward import forward
 from .forward.options import ExecutionOptions
 from .forward.output import ForwardOutput
@@ -14,8 +16,6 @@ from .sampling.params import SamplingParams
 from .sampling.reports import Report
 from .sampling.sampler import SamplerRun, sample
 from .sampling.trace import Trace, trace
-from .serving.engine import Engine
-from .serving.handles import DeadlineExceeded, EngineClosed, EngineFull, Handle
 
 __version__ = "0.1.0"
 __all__ = [

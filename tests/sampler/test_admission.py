@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adadiff.engine.engine import Engine
+from adadiff.engine.handles import DeadlineExceeded, EngineClosed, EngineFull, Handle
 from adadiff.forward.forward import run_forward
 from adadiff.forward.options import ExecutionOptions
 from adadiff.forward.output import ForwardOutput
-from adadiff.serving.engine import Engine
-from adadiff.serving.handles import DeadlineExceeded, EngineClosed, EngineFull, Handle
 from sampler.tiny import Clock, images_are_right, is_empty, requests, served, stepped
 
 EXACT = ExecutionOptions(batch_invariant=True)

@@ -6,10 +6,10 @@ import threading
 import pytest
 import torch
 
+from adadiff.engine.engine import Engine, Handle
 from adadiff.forward.forward import run_forward
 from adadiff.forward.options import ExecutionOptions
 from adadiff.forward.output import ForwardOutput
-from adadiff.serving.engine import Engine, Handle
 from sampler.tiny import served
 
 EXACT = ExecutionOptions(batch_invariant=True)

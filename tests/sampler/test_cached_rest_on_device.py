@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import adadiff
+from adadiff.engine.engine import Engine
 from adadiff.forward import reuse_lanes
 from adadiff.forward.options import ExecutionOptions
-from adadiff.serving.engine import Engine
 from late import use_sets
 from pretend import PretendDevice, moved
 from recorder import PolledSet

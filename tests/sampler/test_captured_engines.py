@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from adadiff.engine.engine import Engine
 from adadiff.forward import spaces
 from adadiff.forward.forward import forward
 from adadiff.forward.options import ExecutionOptions
@@ -19,7 +20,6 @@ from adadiff.models.uvit import UViT
 from adadiff.policies.exits import Replay
 from adadiff.sampling.batch import Batch
 from adadiff.sampling.sampler import sample
-from adadiff.serving.engine import Engine
 from adadiff.uem import PAPER, Exits
 from pretend import DEVICE, OnDevice, PretendDevice, moved
 from recorder import recorded

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 import adadiff
+from adadiff.engine.engine import Engine
+from adadiff.engine.handles import DeadlineExceeded
 from adadiff.forward.forward import run_forward
 from adadiff.forward.options import ExecutionOptions
 from adadiff.forward.output import ForwardOutput
@@ -16,8 +18,6 @@ from adadiff.sampling.batch import SPARE, Batch
 from adadiff.sampling.cascades import Draft
 from adadiff.sampling.sample_batch import SampleBatch
 from adadiff.sampling.stages import Stages
-from adadiff.serving.engine import Engine
-from adadiff.serving.handles import DeadlineExceeded
 from pretend import OnDevice, PretendDevice, moved
 from recorder import recorded
 from sampler.cascading import STUDENT_STEPS, written
@@ -280,7 +280,7 @@ def test_a_callback_sees_the_student_s_image_at_the_switch(file: str) -> None:
     """`predicted_x0` after the student's last step is what it drew, whoever goes on from there."""
     drafts: list[Tensor] = []
 
-    def look(handle: adadiff.serving.handles.Handle) -> None:
+    def look(handle: adadiff.engine.handles.Handle) -> None:
         if handle.progress[0] == STUDENT_STEPS:
             drafts.append(handle.predicted_x0())
 

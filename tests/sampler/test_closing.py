@@ -9,10 +9,10 @@ import threading
 
 import pytest
 
+from adadiff.engine.engine import Engine, EngineClosed
 from adadiff.forward.forward import run_forward
 from adadiff.forward.options import ExecutionOptions
 from adadiff.forward.output import ForwardOutput
-from adadiff.serving.engine import Engine, EngineClosed
 from sampler.tiny import images_are_right, is_empty, served
 
 EXACT = ExecutionOptions(batch_invariant=True)
@@ -119,7 +119,7 @@ def test_an_interpreter_exit_is_quick_and_clean(end: str) -> None:
         import threading
         import torch
         torch.set_num_threads(1)
-        from adadiff.serving.engine import Engine
+        from adadiff.engine.engine import Engine
         from sampler.tiny import served
         engine = Engine(served(), 2)
         handles = [engine.submit(seed=i, steps={steps}) for i in range(5)]

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from adadiff.engine.engine import Engine
 from adadiff.forward import runner
 from adadiff.forward.forward import forward
 from adadiff.forward.options import ExecutionOptions
 from adadiff.forward.runner import compile_each_kind, fused_block, plain_block
 from adadiff.policies.exits import Replay
 from adadiff.sampling.sampler import sample
-from adadiff.serving.engine import Engine
 from adadiff.uem import PAPER
 from adadiff_kernels import LayerScores
 from sampler.tiny import BATCH, SERVED, case, served

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from adadiff.engine.engine import Engine
 from adadiff.forward.count_sync import CountSync, Lagged, Sync, bucket, count_sync_from
 from adadiff.forward.decision import ExitDecision
 from adadiff.forward.forward import forward
@@ -25,7 +26,6 @@ from adadiff.policies.interface import ExitContext, ExitPolicy, below
 from adadiff.sampling.batch import Batch
 from adadiff.sampling.sample_batch import SampleBatch
 from adadiff.sampling.sampler import sample
-from adadiff.serving.engine import Engine
 from adadiff.uem import OFFICIAL, PAPER, ExitConfig
 from adadiff_kernels import ActiveSet
 from late import late

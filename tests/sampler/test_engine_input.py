@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from adadiff.serving.engine import Engine
+from adadiff.engine.engine import Engine
 from sampler.tiny import is_empty, served, stepped
 
 HUGE = 10**400  # no float

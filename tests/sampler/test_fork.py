@@ -11,8 +11,8 @@ from multiprocessing import get_context
 
 import pytest
 
+from adadiff.engine.engine import Engine, EngineClosed, Handle
 from adadiff.forward.options import ExecutionOptions
-from adadiff.serving.engine import Engine, EngineClosed, Handle
 from sampler.tiny import alone, images_are_right, is_empty, served
 
 EXACT = ExecutionOptions(batch_invariant=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adadiff.config import PRESETS, ModelConfig
 from adadiff.diffusion.noise import initial_noise, step_noise
+from adadiff.engine.engine import Engine
 from adadiff.forward.forward import forward, run_forward
 from adadiff.forward.options import ExecutionOptions
 from adadiff.forward.output import ForwardOutput
@@ -20,7 +21,6 @@ from adadiff.models.uvit import UViTConfig
 from adadiff.sampling.batch import Batch
 from adadiff.sampling.sample_batch import SampleBatch
 from adadiff.sampling.sampler import sample
-from adadiff.serving.engine import Engine
 from adadiff.uem import PAPER
 from sampler.tiny import SERVED, served
 

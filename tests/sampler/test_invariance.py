@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adadiff.engine.engine import Engine, Handle
 from adadiff.forward.forward import forward
 from adadiff.forward.lane_by_lane import lane_by_lane
 from adadiff.forward.options import ExecutionOptions
@@ -25,7 +26,6 @@ from adadiff.policies.exits import Depth, Full, Patience, Replay, Threshold
 from adadiff.policies.interface import ExitPolicy
 from adadiff.sampling import batch
 from adadiff.sampling.sampler import sample
-from adadiff.serving.engine import Engine, Handle
 from adadiff.uem import OFFICIAL, PAPER, ExitConfig
 from adadiff_kernels import Noise
 from adadiff_kernels.solver_step import reference

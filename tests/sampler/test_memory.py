@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adadiff.config import ModelConfig
+from adadiff.engine.engine import Engine
 from adadiff.forward.forward import forward
 from adadiff.forward.options import ExecutionOptions
 from adadiff.forward.structure import structure_of
@@ -20,7 +21,6 @@ from adadiff.sampling import capacity as memory
 from adadiff.sampling.batch import Batch
 from adadiff.sampling.capacity import capacity_of, lane_bytes, peak_bytes
 from adadiff.sampling.sample_batch import SampleBatch
-from adadiff.serving.engine import Engine
 from adadiff.uem import OFFICIAL, PAPER, ExitConfig
 from sampler.tiny import UVIT, served
 

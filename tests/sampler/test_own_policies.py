@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from adadiff.engine.engine import Handle
 from adadiff.forward.forward import forward, run_forward
 from adadiff.forward.options import ExecutionOptions
 from adadiff.forward.output import ForwardOutput
 from adadiff.policies.exits import Patience, Threshold
 from adadiff.policies.interface import ExitContext, ExitPolicy, LimitPolicy
 from adadiff.sampling.sampler import sample
-from adadiff.serving.engine import Handle
 from adadiff.uem import PAPER
 from sampler.tiny import BATCH, case, images_are_right, is_empty, requests, served, stepped
 

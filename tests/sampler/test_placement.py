@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from adadiff.engine.engine import Engine
 from adadiff.forward import placement
 from adadiff.forward.count_sync import CountSync, Lagged, Sync
 from adadiff.forward.forward import forward
@@ -21,7 +22,6 @@ from adadiff.forward.options import ExecutionOptions
 from adadiff.forward.output import ForwardOutput
 from adadiff.policies.exits import Depth, Full, Patience, Replay, Threshold
 from adadiff.sampling.sampler import sample
-from adadiff.serving.engine import Engine
 from adadiff.uem import OFFICIAL, PAPER, ExitConfig
 from adadiff_kernels import CountSnapshot, DeviceSet
 from late import use_sets

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from adadiff.config import ModelConfig
 from adadiff.diffusion.noise import initial_noise
+from adadiff.engine.engine import Engine, Handle
 from adadiff.forward.forward import run_forward
 from adadiff.forward.options import ExecutionOptions
 from adadiff.forward.output import ForwardOutput
 from adadiff.model import Model
 from adadiff.models.uvit import UViTConfig
-from adadiff.serving.engine import Engine, Handle
 from adadiff.uem import PAPER
 from sampler.test_text_and_images import SHAPE, schedule
 from sampler.tiny import SERVED, Inputs, plain_layers, plain_predictions, requests, served, stepped

@@ -213,7 +213,7 @@ MADE = {
     "randint",
 }
 UNTYPED = {"arange", "randint", "as_tensor"}  # of integers, or of what has a dtype
-WHERE = ("adadiff/diffusion", "adadiff/forward", "adadiff/policies", "adadiff/sampling", "adadiff/serving")
+WHERE = ("adadiff/diffusion", "adadiff/forward", "adadiff/policies", "adadiff/sampling", "adadiff/engine")
 FOLDERS = [Path(adadiff.__file__).parents[1] / name for name in (*WHERE, "adadiff/pipelines")]
 KERNELS = Path(adadiff.__file__).parents[2] / "adadiff_kernels"
 

@@ -12,9 +12,9 @@ from types import FrameType
 import pytest
 import torch
 
+from adadiff.engine.engine import Engine
+from adadiff.engine.handles import EngineClosed, Handle
 from adadiff.forward.options import ExecutionOptions
-from adadiff.serving.engine import Engine
-from adadiff.serving.handles import EngineClosed, Handle
 from sampler.tiny import alone, images_are_right, is_empty, served
 
 EXACT = ExecutionOptions(batch_invariant=True)
@@ -78,7 +78,7 @@ def call_at(call: Callable[[], object], at: int, handler: Callable[[], object]) 
     places = itertools.count()
 
     def look(frame: FrameType, event: str, _: object) -> None:
-        inside = "/adadiff/serving/" in frame.f_code.co_filename
+        inside = "/adadiff/engine/" in frame.f_code.co_filename
         if event in ("call", "c_return") and inside and next(places) == at:
             sys.setprofile(None)
             handler()

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from adadiff.diffusion.noise import initial_noise
+from adadiff.engine.engine import Engine
 from adadiff.forward.forward import run_forward
 from adadiff.forward.options import ExecutionOptions
 from adadiff.forward.output import ForwardOutput
 from adadiff.policies.exits import Replay
 from adadiff.sampling.sampler import SamplerRun, sample
-from adadiff.serving.engine import Engine
 from sampler.test_text_and_images import SHAPE, schedule
 from sampler.tiny import Inputs, plain_layers, plain_predictions, plain_uncertainties, requests, served, stepped
 

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from adadiff.config import ModelConfig
 from adadiff.diffusion.solvers import DDIM
+from adadiff.engine.engine import Engine
 from adadiff.models.uvit import UViT, UViTConfig
 from adadiff.policies.exits import Depth
 from adadiff.sampling.params import SamplingParams
 from adadiff.sampling.sample_batch import SampleBatch
 from adadiff.sampling.sampler import SamplerRun, sample
-from adadiff.serving.engine import Engine
 from adadiff.uem import PAPER
 from naming import named
 from sampler.tiny import SERVED, requests, served

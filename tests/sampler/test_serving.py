@@ -14,13 +14,13 @@ import torch
 from adadiff.diffusion.schedules import NoiseSchedule
 from adadiff.diffusion.solvers import DDIM
 from adadiff.diffusion.tables import SolverTable
+from adadiff.engine.engine import Engine, EngineClosed, EngineFull, Handle
+from adadiff.engine.running import Running
 from adadiff.forward.forward import run_forward
 from adadiff.forward.options import ExecutionOptions
 from adadiff.forward.output import ForwardOutput
 from adadiff.policies.interface import ExitContext, ExitPolicy
 from adadiff.sampling.batch import Batch
-from adadiff.serving.engine import Engine, EngineClosed, EngineFull, Handle
-from adadiff.serving.running import Running
 from sampler.tiny import Clock, alone, images_are_right, is_empty, requests, served, stepped
 
 EXACT = ExecutionOptions(batch_invariant=True)

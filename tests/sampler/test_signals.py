@@ -16,13 +16,13 @@ from types import FrameType
 import pytest
 import torch
 
+from adadiff.engine.engine import Engine, EngineClosed, EngineFull, Handle
 from adadiff.forward.options import ExecutionOptions
-from adadiff.serving.engine import Engine, EngineClosed, EngineFull, Handle
 from sampler.tiny import alone, images_are_right, is_empty, requests, served, stepped
 
 SHORT = {"steps": 1, "policy": "exit:depth=1"}
 WATCHED = (
-    "/adadiff/serving/",
+    "/adadiff/engine/",
     "/adadiff/sampling/batch.py",
     "/adadiff/sampling/slots.py",
     "/adadiff/sampling/ordering.py",

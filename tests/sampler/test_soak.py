@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from adadiff.diffusion.solvers import DDIM
+from adadiff.engine.engine import Engine
+from adadiff.engine.handles import DeadlineExceeded, EngineFull, Handle
 from adadiff.forward.forward import run_forward
 from adadiff.forward.options import ExecutionOptions
 from adadiff.forward.output import ForwardOutput
 from adadiff.policies.interface import ExitContext, ExitPolicy
 from adadiff.sampling.batch import SPARE
-from adadiff.serving.engine import Engine
-from adadiff.serving.handles import DeadlineExceeded, EngineFull, Handle
 from sampler.tiny import SERVED, Clock, alone, requests, served
 
 CONFIG = dataclasses.replace(SERVED, network=dataclasses.replace(SERVED.network, dim=8, depth=2))

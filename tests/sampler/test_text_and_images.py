@@ -10,11 +10,11 @@ from torch import Tensor
 
 from adadiff.config import ModelConfig
 from adadiff.diffusion.noise import initial_noise
+from adadiff.engine.engine import Engine
 from adadiff.forward.options import ExecutionOptions
 from adadiff.model import Model
 from adadiff.models.uvit import UViTConfig
 from adadiff.sampling.sampler import sample
-from adadiff.serving.engine import Engine
 from adadiff.uem import PAPER
 from sampler.tiny import SERVED, Inputs, plain_layers, plain_predictions, plain_uncertainties, served
 

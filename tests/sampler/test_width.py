@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import adadiff
+from adadiff.engine.engine import Engine
 from adadiff.forward.forward import run_forward
 from adadiff.forward.narrow import narrow, network_of
 from adadiff.forward.options import ExecutionOptions
@@ -18,7 +19,6 @@ from adadiff.policies.width import Width
 from adadiff.policies.width_file import width_from, width_json
 from adadiff.sampling.batch import Batch
 from adadiff.sampling.sample_batch import SampleBatch
-from adadiff.serving.engine import Engine
 from sampler.slim import SLIM_SERVED, fresh, slim_served
 from sampler.test_two_stage import by_hand, shallow
 from sampler.tiny import served

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from adadiff.engine.engine import Engine
 from adadiff.forward.narrow import narrow
 from adadiff.forward.options import ExecutionOptions
 from adadiff.policies.width import Width
-from adadiff.serving.engine import Engine
 from pretend import PretendDevice, moved
 from recorder import recorded
 from sampler.slim import slim_served

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from adadiff.config import ModelConfig
+from adadiff.engine.engine import Engine, Handle
 from adadiff.forward.options import ExecutionOptions
 from adadiff.model import Model
 from adadiff.models.dit import DiT, DiTConfig
 from adadiff.models.uvit import UViT, UViTConfig
 from adadiff.sampling.sampler import sample
-from adadiff.serving.engine import Engine, Handle
 from adadiff.uem import PAPER, ExitConfig, Exits
 from sampler.adaln import AdaLN
 

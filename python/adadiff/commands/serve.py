@@ -16,12 +16,12 @@ from ..model import Model
 from ..pipelines import latents
 from ..pipelines.text import CLIP, TextEncoder
 from ..reading import read_text
-from ..service.class_names import class_names
-from ..service.settings import Settings
+from ..serving.class_names import class_names
+from ..serving.settings import Settings
 from .shared import execution_of, load_model
 
 if TYPE_CHECKING:
-    from ..service.served import ServedModel
+    from ..serving.served import ServedModel
 
 KEY_VARIABLE = "ADADIFF_API_KEY"
 EXTRA = ("fastapi", "uvicorn", "prometheus_client")
@@ -29,8 +29,8 @@ EXTRA = ("fastapi", "uvicorn", "prometheus_client")
 
 def serve(options: argparse.Namespace) -> None:
     _check_extra()
-    from ..service import lifecycle, logs
-    from ..service.app import create_app
+    from ..serving import lifecycle, logs
+    from ..serving.app import create_app
 
     settings, named = settings_of(options, os.environ), names_of(options.models)
     if not 0 < options.drain_timeout <= 86400:
@@ -100,7 +100,7 @@ def names_of(models: Sequence[str]) -> dict[str, str]:
 
 def opened(options: argparse.Namespace, named: dict[str, str]) -> "list[ServedModel]":
     """Each model with an engine of its own. ValueError for files that do not fit, before the first engine is made."""
-    from ..service.served import ServedModel
+    from ..serving.served import ServedModel
 
     models = {name: load_model(options, file) for name, file in named.items()}
     encode, decode = _encoder(options, models), _decoder(options)

@@ -115,7 +115,7 @@ PAGES = {
         "--drain-timeout, gives them up, and the exit code is 1.\n\n"
         "Clients may ask for the policies above except exit:batch-mean, and for those of cache: and reuse:. Policies "
         "that read files or import code are for --policy alone.\n\n"
-        "The file README.md in the folder adadiff/service explains requests, replies, metrics and limits.",
+        "The file README.md in the folder adadiff/serving explains requests, replies, metrics and limits.",
     ),
     "inspect": Page(
         summary="show what a model is and what it costs",

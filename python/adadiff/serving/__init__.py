@@ -1,1 +1,1 @@
-"""Requests that arrive at any time and share every forward pass."""
+"""The HTTP service: OpenAI's images API over one engine for each model. Needs the extra `serve`."""

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from adadiff.engine.engine import Engine
 from adadiff.pipelines.text import TextEncoder
 from adadiff.sampling.sampler import sample
-from adadiff.service.app import create_app
-from adadiff.service.served import ServedModel
-from adadiff.service.settings import Settings
-from adadiff.serving.engine import Engine
+from adadiff.serving.app import create_app
+from adadiff.serving.served import ServedModel
+from adadiff.serving.settings import Settings
 from sampler.clip import make_clip
 from sampler.tiny import SERVED, served, stepped
-from service.apps import EXACT, Exchange, client_of, draw, expected, pixels, run, settle
+from serving.apps import EXACT, Exchange, client_of, draw, expected, pixels, run, settle
 
 TOKENS, CHANNELS = 7, 12
 NETWORK = dataclasses.replace(SERVED.network, num_classes=0, context_tokens=TOKENS, context_dim=CHANNELS)

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..engine.engine import Engine
+from ..engine.handles import EngineFull
 from ..forward.options import ExecutionOptions
 from ..model import Model
 from ..output.pictures import CHANNELS
-from ..serving.engine import Engine
-from ..serving.handles import EngineFull
 from .allowed import forms_for
 from .settings import Settings, check_name
 

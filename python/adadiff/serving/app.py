@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from ..serving.handles import EngineFull
+from ..engine.handles import EngineFull
 from .bodies import ImageRequest, ImagesReply, parse
 from .drawing import Drawing
 from .errors import ServiceError, json_response

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 import adadiff
+from adadiff.engine.engine import Engine
 from adadiff.output.pictures import write_png
 from adadiff.sampling.sampler import sample
-from adadiff.service.allowed import REUSE
-from adadiff.service.class_names import class_names
-from adadiff.service.served import ServedModel
-from adadiff.serving.engine import Engine
-from service.apps import EXACT, client_of, draw, expected, pixels, run, tiny
+from adadiff.serving.allowed import REUSE
+from adadiff.serving.class_names import class_names
+from adadiff.serving.served import ServedModel
+from serving.apps import EXACT, client_of, draw, expected, pixels, run, tiny
 
 FIELDS = {"num_inference_steps": "steps", "class_label": "class_labels"}
 

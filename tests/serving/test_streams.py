@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from adadiff.service.app import create_app
-from adadiff.service.drawing import due_steps
-from adadiff.service.served import ServedModel
-from adadiff.service.settings import Settings
-from adadiff.serving.engine import Engine
-from adadiff.serving.handles import Handle
+from adadiff.engine.engine import Engine
+from adadiff.engine.handles import Handle
+from adadiff.serving.app import create_app
+from adadiff.serving.drawing import due_steps
+from adadiff.serving.served import ServedModel
+from adadiff.serving.settings import Settings
 from sampler.tiny import alone, stepped
-from service.apps import Exchange, client_of, draw, events, expected, pixels, run, settle
+from serving.apps import Exchange, client_of, draw, events, expected, pixels, run, settle
 
 PARTIAL, COMPLETED = "image_generation.partial_image", "image_generation.completed"
 

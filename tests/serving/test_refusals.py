@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 import adadiff
-from adadiff.service.reading import depth
-from adadiff.service.served import ServedModel
-from adadiff.serving.engine import Engine
-from service.apps import client_of, draw, pixels, run, tiny
+from adadiff.engine.engine import Engine
+from adadiff.serving.reading import depth
+from adadiff.serving.served import ServedModel
+from serving.apps import client_of, draw, pixels, run, tiny
 
 JSON = {"Content-Type": "application/json"}
 URL = "/v1/images/generations"
@@ -133,7 +133,7 @@ def test_policies_that_import_code_or_open_files_are_refused_unread(policy: str,
     def never(*_: object) -> None:
         raise AssertionError("it was parsed")
 
-    monkeypatch.setattr("adadiff.service.allowed.parts_from", never)
+    monkeypatch.setattr("adadiff.serving.allowed.parts_from", never)
 
     async def work() -> None:
         async with client_of(ready=False) as client:

@@ -17,12 +17,12 @@ pytest.importorskip("fastapi")
 import httpx
 from fastapi import FastAPI
 
+from adadiff.engine.engine import Engine
 from adadiff.forward.options import ExecutionOptions
 from adadiff.model import Model
-from adadiff.service.app import GENERATIONS, create_app
-from adadiff.service.served import ServedModel
-from adadiff.service.settings import Settings
-from adadiff.serving.engine import Engine
+from adadiff.serving.app import GENERATIONS, create_app
+from adadiff.serving.served import ServedModel
+from adadiff.serving.settings import Settings
 from sampler.tiny import served
 
 EXACT = ExecutionOptions(batch_invariant=True)

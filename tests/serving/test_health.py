@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from adadiff.service.app import create_app
-from adadiff.service.metrics import Metrics
-from adadiff.service.served import ServedModel
-from adadiff.service.settings import Settings
+from adadiff.serving.app import create_app
+from adadiff.serving.metrics import Metrics
+from adadiff.serving.served import ServedModel
+from adadiff.serving.settings import Settings
 from sampler.tiny import stepped
-from service.apps import Exchange, client_of, draw, run, settle, tiny
+from serving.apps import Exchange, client_of, draw, run, settle, tiny
 
 
 def values(page: str) -> dict[str, float]:

@@ -24,15 +24,15 @@ import adadiff
 from adadiff.cli import parser
 from adadiff.commands import serve
 from adadiff.sampling.sampler import sample
-from adadiff.service import lifecycle
-from adadiff.service.app import create_app
-from adadiff.service.served import ServedModel
-from adadiff.service.settings import Settings
+from adadiff.serving import lifecycle
+from adadiff.serving.app import create_app
+from adadiff.serving.served import ServedModel
+from adadiff.serving.settings import Settings
 from sampler import shell
 from sampler.shell import error_line, run
 from sampler.tiny import stepped
-from service.apps import Exchange, expected, pixels, settle
-from service.apps import run as run_async
+from serving.apps import Exchange, expected, pixels, settle
+from serving.apps import run as run_async
 
 tiny = shell.tiny
 SECONDS = 180  # after which a test gives up
@@ -227,8 +227,8 @@ def shell_options(line: str) -> Any:
 def test_what_cannot_be_served_is_refused(
     line: str, words: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adadiff.service.logs.configure", lambda *_: None)
-    monkeypatch.setattr("adadiff.service.lifecycle.run", lambda *_: pytest.fail("it serves"))
+    monkeypatch.setattr("adadiff.serving.logs.configure", lambda *_: None)
+    monkeypatch.setattr("adadiff.serving.lifecycle.run", lambda *_: pytest.fail("it serves"))
     port = "" if "--port" in line else " --port 0"
     assert run(f"serve {line}{port}") == 2
     assert words in error_line(capsys.readouterr().err)

@@ -6,7 +6,7 @@ import time
 from typing import Any, Literal, TextIO
 
 Format = Literal["text", "json"]
-LOG = logging.getLogger("adadiff.service")
+LOG = logging.getLogger("adadiff.serving")
 
 
 def log(event: str, level: int = logging.INFO, error: BaseException | None = None, **fields: Any) -> None:

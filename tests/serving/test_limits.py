@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from adadiff.service.app import create_app
-from adadiff.service.logs import LOG, JsonFormatter, TextFormatter, configure
-from adadiff.service.served import ServedModel
-from adadiff.service.settings import Settings
+from adadiff.serving.app import create_app
+from adadiff.serving.logs import LOG, JsonFormatter, TextFormatter, configure
+from adadiff.serving.served import ServedModel
+from adadiff.serving.settings import Settings
 from sampler.tiny import stepped
-from service.apps import Exchange, client_of, draw, run, settle, tiny
+from serving.apps import Exchange, client_of, draw, run, settle, tiny
 
 KEY = "a-key-of-tests"
 URL = "/v1/images/generations"

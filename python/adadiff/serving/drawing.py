@@ -7,8 +7,8 @@ from functools import partial
 
 from torch import Tensor
 
+from ..engine.handles import EngineClosed, EngineFull, Handle
 from ..sampling.arriving import Arriving
-from ..serving.handles import EngineClosed, EngineFull, Handle
 from .drawn import Drawn
 from .errors import ServiceError
 from .orders import Order

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from service.apps import client_of, draw, run, tiny
+from serving.apps import client_of, draw, run, tiny
 
 REQUESTS = 2000
 AT_ONCE = 16

@@ -11,10 +11,10 @@ import pytest
 
 from adadiff import cli
 from adadiff.commands.serve import settings_of
-from adadiff.service import allowed, app, bodies, drawing, errors, gate, orders, pictures, reading, service
-from adadiff.service.metrics import Metrics
-from adadiff.service.settings import Settings
-from service.apps import client_of, run, tiny
+from adadiff.serving import allowed, app, bodies, drawing, errors, gate, orders, pictures, reading, service
+from adadiff.serving.metrics import Metrics
+from adadiff.serving.settings import Settings
+from serving.apps import client_of, run, tiny
 
 PAGE = (Path(app.__file__).parent / "README.md").read_text()
 SOURCES = "\n".join(

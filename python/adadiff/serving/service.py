@@ -4,8 +4,8 @@ import asyncio
 import time
 from collections.abc import Sequence
 
+from ..engine.handles import EngineFull
 from ..sampling.params import SamplingParams
-from ..serving.handles import EngineFull
 from .allowed import blank_condition, presets_for
 from .drawing import Drawing
 from .errors import ServiceError

@@ -1,0 +1,1 @@
+"""Requests that arrive at any time and share every forward pass."""

@@ -1,1 +1,0 @@
-"""The HTTP service: OpenAI's images API over one engine for each model. Needs the extra `serve`."""
