@@ -6,6 +6,7 @@ python benchmarks/run.py [--quick]            both suites, short: under 8 minute
 python benchmarks/run.py --suite network      U-ViT-S/2 at batch 8 and 64, both dtypes, compiled baseline
 python benchmarks/run.py --suite serving      throughput and latency of continuous batching: 50 minutes (--quick: 1)
 python benchmarks/run.py --suite quality --data canvases     every method over its range, at equal seconds: 50 minutes
+python benchmarks/run.py --suite quality --data letters --screen 256 --samples 2048     five hours
 python benchmarks/run.py --suite diffusers    caches in transformers, sample by sample: 8 minutes (--quick: 1)
 python benchmarks/run.py --suite models       every published network: on a GPU all, on a CPU the small ones
 python benchmarks/run.py --suite digits --samples 10000 --seeds 3 --quality-only --out DIR
@@ -68,6 +69,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "in runs/)",
     )
     parser.add_argument("--rounds", type=_positive, help="suite quality: of timing; more where the machine is busy")
+    parser.add_argument(
+        "--screen",
+        type=_positive,
+        default=0,
+        help="suite quality: so many samples screen all settings, and --samples others judge those within 10 %% of a "
+        "front (default: all are judged)",
+    )
     parser.add_argument("--full-sweep", action="store_true", help="suite quality: every setting there is, for hours")
     parser.add_argument("--steps", type=whole_numbers, help="suite quality: numbers of solver steps, as in 6,10,20")
     parser.add_argument("--budgets", type=shares, help="suite quality: shares of the work, as in 0.4,0.55")
@@ -128,7 +136,7 @@ def measure(rows: Rows, comparison: Comparison | None, chosen: argparse.Namespac
         pipelines.run(rows, pipelines.QUICK if chosen.quick else pipelines.FULL)
     if comparison is not None:
         given = {"samples": chosen.samples, "runs": chosen.seeds, "processes": chosen.processes}
-        comparison.run(**given, timing=not chosen.quality_only)
+        comparison.run(**given, timing=not chosen.quality_only, screen=chosen.screen)
     if chosen.suite == "models":
         presets.run(rows, chosen.preset_setting)
     if chosen.suite in ("default", "digits"):

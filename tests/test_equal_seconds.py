@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from benchmarks import __main__ as run
 from benchmarks import rows
 from benchmarks.baselines import alternatives
 from benchmarks.report import front_plots, fronts, mates_table, plots, tables
-from benchmarks.suites import drawing, equal_seconds, judging, mates
+from benchmarks.suites import drawing, equal_seconds, judging, mates, screening
 from sampler.tiny import scramble
 
 SWEEP = dataclasses.replace(
@@ -216,6 +217,7 @@ def test_the_whole_suite_and_its_resumption(
         return [row for row in file.rows if row["kind"] != "mates"]
 
     monkeypatch.setattr(mates, "BATCHES", ())
+    monkeypatch.setattr(screening, "TIMED", math.inf)
     drawn = compare(timing=False)
     assert {row["kind"] for row in drawn} == {"quality"}
     assert (tmp_path / "reliability-digits.png").read_bytes().startswith(b"\x89PNG")
@@ -234,6 +236,7 @@ def test_the_whole_suite_and_its_resumption(
 
     monkeypatch.undo()
     monkeypatch.setattr(mates, "BATCHES", ())
+    monkeypatch.setattr(screening, "TIMED", math.inf)
     monkeypatch.setattr(judging, "RESAMPLES", 5)  # the thresholds are remembered
     lines = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "rows.jsonl").write_text("".join(lines[:2] + lines[3:-1]))
@@ -241,6 +244,26 @@ def test_the_whole_suite_and_its_resumption(
     assert [row["variant"] for row in again[-2:]] == [measured[2]["variant"], measured[-1]["variant"]]
     assert again[-2]["frechet"] == measured[2]["frechet"]
     assert not list((tmp_path / "cache").glob("rounds-*"))  # the rows have them
+
+
+@pytest.mark.slow
+def test_few_samples_screen_what_many_others_judge(
+    networks: alternatives.Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The full network's settings stay; what is judged is near a front of what was screened, by other seeds."""
+    monkeypatch.setattr(mates, "BATCHES", ())
+    monkeypatch.setattr(screening, "JUDGED", 1.0)
+    file = rows.Rows(tmp_path)
+    sweep = dataclasses.replace(SWEEP, steps=(2, 3))
+    equal_seconds.Comparison(file, "digits", networks, sweep).run(**RUN, timing=False, screen=20)
+    screened, judged = (fronts.select(file.rows, "quality", kind) for kind in ("screening", "quality"))
+    assert {(r["parameters"]["samples"], r["parameters"]["run"]) for r in screened} == {(20, screening.RUN)}
+    assert {(r["parameters"]["samples"], r["parameters"]["run"]) for r in judged} == {(40, 0)}
+    known = {fronts.setting_of(row) for row in screened}
+    kept = {fronts.setting_of(row) for row in judged}
+    assert kept < known
+    assert {row["variant"] for row in judged} >= {"fewer steps", "ours, faithful", "static table"}
+    assert not any("screening" in table.title for table in tables.all_tables(file.rows))
 
 
 def test_batch_mates_change_what_one_decision_for_all_draws(

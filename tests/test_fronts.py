@@ -1,6 +1,7 @@
 """Fronts of the comparison at equal seconds, by hand and by brute force."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from adadiff.metrics.intervals import Interval
 from benchmarks.report import fronts
 from benchmarks.studies import recipes
+from benchmarks.suites import screening
 
 
 def point(method: str, seconds: float, frechet: float, setting: str | None = None, **more: object) -> fronts.Point:
@@ -121,6 +123,32 @@ def test_neighbours_that_change_places_in_a_draw() -> None:
     ours = point("ours, faithful", 1.005, 4.0, rounds=(1.0, 1.005, 1.0), draws={"frechet": np.full(50, 4.0)})
     found = fronts.over_front(ours, close, "seconds", "frechet")
     assert 4 / 8 - 2 < found.low <= found.value <= found.high < 4 / 2 + 2  # finite, within what the two can make of it
+
+
+def test_what_is_near_a_front_of_its_family() -> None:
+    """Ours are far below the others, whose best is kept all the same; so is the best of every line of the tables."""
+    given = [
+        cost("fewer steps", 1.0, 8.0), cost("fewer steps", 4.0, 2.0), cost("fewer steps", 4.1, 2.5),
+        cost("static table", 2.0, 7.0), cost("static table", 2.1, 9.0), cost("fixed depth", 2.0, 20.0),
+        cost("ours, cache", 1.0, 0.8), cost("ours, cache", 1.1, 0.9),
+        cost("ours, faithful", 1.0, 0.5, "0.4"), cost("ours, faithful", 1.0, 3.0, "0.7"),
+    ]  # fmt: skip
+    kept = screening.near_a_front(given, 1.1)
+    names = [(p.method, p.macs, p.setting) for p in given if p in kept]
+    assert names == [
+        ("fewer steps", 1.0, None), ("fewer steps", 4.0, None),
+        ("static table", 2.0, None), ("fixed depth", 2.0, None),
+        ("ours, cache", 1.0, None),
+        ("ours, faithful", 1.0, "0.4"), ("ours, faithful", 1.0, "0.7"),
+    ]  # fmt: skip
+    assert screening.near_a_front(given, math.inf) == given
+
+
+def cost(method: str, macs: float, value: float, setting: str | None = None) -> fronts.Point:
+    made = point(method, 1.0, value, setting)
+    draws = {name: np.full(4, value) for name in screening.MEASURES}
+    measures = {name: Interval(value, value, value) for name in screening.MEASURES}
+    return dataclasses.replace(made, macs=macs, measures=measures, draws=draws)
 
 
 def test_recipes_are_compared_along_their_own_fronts() -> None:

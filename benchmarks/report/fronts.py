@@ -67,9 +67,10 @@ def data_sets(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(row["parameters"]["data"] for row in select(rows, SUITE, "quality")))
 
 
-def points(rows: Sequence[Row], data: str) -> list[Point]:
-    """Of the last checkpoints measured, by the largest number of samples; runs are averaged."""
-    good = [row for row in select(rows, SUITE, "quality") if row["parameters"]["data"] == data]
+def points(rows: Sequence[Row], data: str, kind: str = "quality") -> list[Point]:
+    """Of the last checkpoints measured, by the largest number of samples; runs are averaged. kind: "quality", or
+    "screening"."""
+    good = [row for row in select(rows, SUITE, kind) if row["parameters"]["data"] == data]
     if not good:
         return []
     last = good[-1]["parameters"]
@@ -192,9 +193,7 @@ def front_table(
     groups: dict[str, list[Point]] = {}
     for point in found:
         if point.composed if composed else point.ours:
-            by_budget = point.method in BY_BUDGET
-            name = point.setting.split(",")[0] if by_budget else point.method.removeprefix("ours, ")
-            groups.setdefault(name, []).append(point)
+            groups.setdefault(line_of(point), []).append(point)
     body = []
     for name in sorted(groups):
         ratios = {i: over_front(point, others, axis, measure) for i, point in enumerate(groups[name])}
@@ -225,6 +224,11 @@ def front_table(
         "network's multiply-adds at as many steps. "
     )
     return Table(where(rows), header, body, note + (warning(rows) if axis == "seconds" else ""))
+
+
+def line_of(point: Point) -> str:
+    """In which line of the tables a setting is: its budget, or its method."""
+    return point.setting.split(",")[0] if point.method in BY_BUDGET else point.method.removeprefix("ours, ")
 
 
 def axis_name(axis: str) -> str:

@@ -4,7 +4,8 @@ All methods draw the same samples (same noises, same labels). Seconds are measur
 thread, in rounds in which all settings take turns. Plain networks, DuoDiff's two among them, are timed in the ordinary
 loop and in the same compiled, in batches of the best size, and in the engine; the others in the engine, as it is and
 compiled. The fastest way counts. What the rows have is not measured again, and an interrupted run goes on with its next
-setting or round.
+setting or round. Only settings near a front are timed; where a network is large, all are screened with a few samples,
+and only those near a front are judged, with many others.
 """
 
 import dataclasses
@@ -23,8 +24,9 @@ from adadiff.diffusion.solvers import solver_from
 from benchmarks.baselines import reuse
 from benchmarks.baselines.alternatives import BATCH, BY_BUDGET, Networks, Sweep, calibrate, methods
 from benchmarks.harness import interleave, threads
+from benchmarks.report.fronts import points
 from benchmarks.rows import Row, Rows, say, versions
-from benchmarks.suites import mates
+from benchmarks.suites import mates, screening
 from benchmarks.suites.drawing import (
     Artist,
     Drawn,
@@ -45,7 +47,8 @@ LOOP, COMPILED, ENGINE, COMPILED_ENGINE = "loop", "compiled loop", "engine", "co
 LARGER_BATCH = 2 * BATCH  # which shallow networks like
 LARGER = f"{COMPILED}, batches of {LARGER_BATCH}"
 WHOLE_BATCH = ("batch mean", "cache, whole batch")
-AT_ONCE = 256  # samples timed, and the engine's capacity
+AT_ONCE, AT_ONCE_LARGE = 256, 64  # samples timed, and the engine's capacity; of large networks
+LARGE = 20e6  # multiply-adds of an evaluation, from which on a network is large
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,25 +73,44 @@ class Comparison:
     def cache(self) -> Path:
         return self.rows.folder / "cache"
 
-    def run(self, *, samples: int, runs: int, processes: int, timing: bool = True) -> None:
+    @property
+    def at_once(self) -> int:
+        return AT_ONCE if reuse.macs(load(self.networks.full).backbone, 1, 1) < LARGE else AT_ONCE_LARGE
+
+    def run(self, *, samples: int, runs: int, processes: int, timing: bool = True, screen: int = 0) -> None:
+        """screen: samples that screen the settings; 0: all are judged."""
         with Artist.of(processes) as artist:
             say(f"{self.data}: calibrations for {len(self.sweep.steps)} numbers of steps")
             folder = self.cache / "calibrated"
             picture = calibrate(self.networks, self.sweep, folder, artist)
             copyfile(picture, self.rows.folder / f"reliability-{self.data}.png")
             chosen = methods(self.networks, self.sweep, folder)
+            if screen:
+                chosen = self.screened(artist, chosen, screen)
             for run in range(runs):
                 say(f"{self.data}: quality of {len(chosen)} settings, {samples} samples, run {run + 1} of {runs}")
                 for method in tqdm(chosen, desc="settings", disable=None):
                     self.quality(artist, method, samples, run)
         mates.measure(self.rows, self.data, self.networks, self.sweep, self.judging().judge.classes)
         if timing:
-            self.speed(chosen)
+            self.speed(self.near(chosen, "quality", screening.TIMED))
 
-    def quality(self, artist: Artist, method: Method, samples: int, run: int) -> Row:
+    def screened(self, artist: Artist, chosen: list[Method], samples: int) -> list[Method]:
+        say(f"{self.data}: screening of {len(chosen)} settings, {samples} samples")
+        for method in tqdm(chosen, desc="settings", disable=None):
+            self.quality(artist, method, samples, screening.RUN, kind="screening")
+        return self.near(chosen, "screening", screening.JUDGED)
+
+    def near(self, chosen: list[Method], kind: str, by: float) -> list[Method]:
+        """Those whose rows of this kind are at most `by` times a front."""
+        near = screening.near_a_front(points(self.rows.rows, self.data, kind), by)
+        kept = {(point.method, point.setting, point.steps, point.solver) for point in near}
+        return [m for m in chosen if (m.name, m.setting, m.steps, m.solver) in kept]
+
+    def quality(self, artist: Artist, method: Method, samples: int, run: int, kind: str = "quality") -> Row:
         more = {"samples": samples, "run": run, "reference_steps": self.sweep.reference_steps}
         parameters = {**self.parameters(method), **more}
-        found = self.rows.find(SUITE, "quality", method.name, parameters)
+        found = self.rows.find(SUITE, kind, method.name, parameters)
         if found is not None:
             return found
         judging = self.judging()
@@ -96,7 +118,7 @@ class Comparison:
         drawn = artist.draw(method, seeds, labels)
         return self.rows.write(
             SUITE,
-            "quality",
+            kind,
             method.name,
             parameters,
             dtype="float32",
@@ -127,13 +149,13 @@ class Comparison:
         return load_file(path)["images"]
 
     def speed(self, chosen: list[Method]) -> None:
-        """Seconds of drawing AT_ONCE samples. The first variant, measured twice, is the full network."""
+        """Seconds of drawing `at_once` samples. The first variant, measured twice, is the full network."""
         missing = [m for m in chosen if self.rows.find(SUITE, "speed", m.name, self.parameters(m)) is None]
         if not missing:
             return
-        say(f"{self.data}: seconds of {len(missing)} settings, {AT_ONCE} samples, one thread")
+        say(f"{self.data}: seconds of {len(missing)} settings, {self.at_once} samples, one thread")
         with threads(1):
-            given = seeds_and_labels(0, AT_ONCE, self.judging().judge.classes)
+            given = seeds_and_labels(0, self.at_once, self.judging().judge.classes)
             first = max((m for m in chosen if m.name == "fewer steps"), key=lambda m: m.steps)
             compiles = can_compile(chosen, *given)
             variants: dict[str, Callable[[], object]] = {}
@@ -156,8 +178,8 @@ class Comparison:
                     dtype="float32",
                     **measured.row(name),
                     rounds=list(measured.times[name].samples),
-                    at_once=AT_ONCE,
-                    seconds_per_image=measured.median(name) / AT_ONCE,
+                    at_once=self.at_once,
+                    seconds_per_image=measured.median(name) / self.at_once,
                     way=way,
                     ways=taken,
                 )

@@ -10,9 +10,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data import canvases
+from ..data.glyphs import CHARACTERS, SIZE
 from ..metrics.canvases import canvas_features
 from ..metrics.features import digits_network
 from ..metrics.frechet import FeatureStatistics, frechet_distance
+from ..metrics.letters import letters_features
 from ..metrics.quality import lower_quantile, paired_psnr
 from ..model import Model
 from ..output.pictures import CHANNELS
@@ -56,7 +58,7 @@ class Calibrating:
     of the full network's multiply-adds.
 
     What exiting at a timestep and layer gets wrong on the mean is counted as `features` see the image that a prediction
-    leads to (images [n, C, H, W] -> [n, F]; default: those of the digits or of their canvases): what they do not see,
+    leads to (images [n, C, H, W] -> [n, F]; default: those of digits, canvases or letters): what they do not see,
     later steps mostly mend. Samples differ in it as in the predicted noise, which counts alone where no features are
     known. aim: "faithful" weighs it by what it does to each image, "distribution" by how far the images as a whole move
     in the space of the features, the Fréchet distance.
@@ -225,12 +227,14 @@ class Calibrating:
 
 
 def default_features(model: Model) -> Extractor | None:
-    """The digits' own features, or their canvases'; None for a model that draws anything else."""
+    """Those of digits, of canvases or of letters; None for a model that draws anything else."""
     shape, classes = model.backbone.sample_shape, model.config.classes
     if shape == (1, canvases.CELL, canvases.CELL):
         return digits_network().features
     if classes == canvases.CLASSES and shape in [canvases.Canvases(side).shape for side in (2, 3)]:
         return canvas_features
+    if shape == (1, SIZE, SIZE) and classes == len(CHARACTERS):
+        return letters_features
     return None
 
 

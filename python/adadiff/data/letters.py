@@ -21,6 +21,7 @@ import numpy as np
 import PIL
 import torch
 from PIL import features
+from torch import Tensor
 
 from ..reading import read_json
 from ..writing import replace_file
@@ -249,3 +250,16 @@ def load_letters(path: str | Path, split: str = "train") -> Pixels:
     if int(labels.max()) >= len(CHARACTERS):
         raise ValueError(f"{path} has labels up to {int(labels.max())}, expected 0..{len(CHARACTERS) - 1}")
     return Pixels(images, labels, len(CHARACTERS))
+
+
+def family_of(path: str | Path, split: str = "train") -> Tensor:
+    """int64 [n], the family of each image that `load_letters` gives, by its place in the list; errors are the same."""
+    n = len(load_letters(path, split))
+    headers = npz_headers(Path(path))
+    if "family" not in headers or headers["family"].dtype.str != "<i4":
+        raise ValueError(f"{path} holds no letters: it needs family as `adadiff data letters` writes it")
+    arrays = read_npz(Path(path), ("family", "test"))
+    family = torch.from_numpy(arrays["family"][arrays["test"] == (split == "test")].astype(np.int64))
+    if len(family) != n:
+        raise ValueError(f"{path} holds no letters: {len(family)} families for {n} images")
+    return family
