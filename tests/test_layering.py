@@ -25,7 +25,7 @@ EXIT_LOGIC = {
 }
 # Folders and single modules of python/adadiff: each imports only those before it.
 ORDER = (
-    *("diffusion", "models", "heads", "uem", "reading", "policies", "config", "model", "weights"),
+    *("spelling", "diffusion", "models", "heads", "uem", "reading", "policies", "config", "model", "weights"),
     *("writing", "checkpoint"),
     *("forward", "sampling", "engine"),
     *("data", "output", "metrics", "calibration", "conversion", "pipelines", "training", "serving"),

@@ -20,8 +20,8 @@ import adadiff
 from adadiff.calibration.calibrating import CALIBRATION_SEED, work_of
 from adadiff.calibration.recording import measure_weights, record
 from adadiff.commands.values import setting
-from adadiff.data import sources
 from adadiff.data.canvases import CLASSES, DIGITS, Canvases
+from adadiff.data.sources import SOURCES, CanvasesSource
 from adadiff.metrics.canvases import canvas_features, follow_rules
 from adadiff.metrics.frechet import FeatureStatistics
 from adadiff.metrics.quality import evaluate_samples
@@ -133,10 +133,10 @@ def main() -> None:
     parser.add_argument("--set", type=setting, nargs="+", default=[], metavar="KEY=VALUE", help="of both networks")
     parser.add_argument("--picture", type=Path, help="only draw examples of the data there")
     options = parser.parse_args()
-    name, settings = sources.parse(options.data)
-    if name != "canvases":
+    source = SOURCES.read(options.data)
+    if not isinstance(source, CanvasesSource):
         parser.error(f"pilots are for canvases, got {options.data!r}")
-    data = Canvases(**{key: value for key, value in settings.items() if key in ("side", "hard")})
+    data = source.canvases
     if options.picture is not None:
         examples(options.picture, data.side)
         return

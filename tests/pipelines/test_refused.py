@@ -93,7 +93,7 @@ def test_bad_input() -> None:
         "exit:depth=6": "leaves nothing out: transformer has 6 blocks",
         "reuse:every=2,level=layer": "level=block alone for now",
         "cache:threshold=0.1,first=4,last=2": "leaves nothing out",
-        "cache": "unknown policy 'cache'",
+        "cache": "cache needs threshold",
     }.items():
         with pytest.raises(ValueError, match=message):
             adadiff.enable(flux, policy)

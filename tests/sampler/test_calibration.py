@@ -60,7 +60,10 @@ def test_policies_of_one_calibration_are_one_kind() -> None:
     ("text", "message"),
     [
         ("exit:budget=0.6", "calibrated for budgets 0.5, 0.9, got"),
-        ("exit:budget=half", "cannot use policy 'exit:budget=half': 'half' is not a number.*exit:budget=SHARE"),
+        (
+            "exit:budget=half",
+            "cannot use policy 'exit:budget=half': budget must be a number, got 'half'.*budget=SHARE",
+        ),
         ("exit:table=0", r"cannot use policy 'exit:table=0': a share of the work lies in \(0, 1\].*exit:budget=SHARE"),
         (
             "exit:budget=1.5",

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from adadiff.data.canvases import BLANK, CLASSES, DIGITS, Canvases, follows
 from adadiff.data.digits import digits
-from adadiff.data.sources import load, parse
+from adadiff.data.sources import SOURCES, load
 from adadiff.metrics.canvases import canvas_features, follow_rules, read
 from adadiff.metrics.features import digits_network
 
@@ -125,11 +125,11 @@ def test_no_scan_is_mistaken_for_an_empty_cell() -> None:
         (lambda: Canvases().draw(1, labels=torch.tensor([20])), r"labels must be in 0..19, got \[20\]"),
         (lambda: read(torch.zeros(1, 1, 12, 12)), "H a multiple of 8"),
         (lambda: read(torch.zeros(1, 3, 16, 16)), "H a multiple of 8"),
-        (lambda: parse("canvases:hard=2,hard=1"), "each once; got 'hard=1'"),
-        (lambda: parse("canvases:colour=2"), "canvases takes side=NUMBER, hard=NUMBER, .*; got 'colour=2'"),
-        (lambda: parse("canvases:side=two"), "side of canvases is a number of type int, got 'two'"),
-        (lambda: parse("digits:n=3"), "digits takes no settings; got 'n=3'"),
-        (lambda: parse("canvas"), "no training data 'canvas'; there are digits, canvases"),
+        (lambda: SOURCES.read("canvases:hard=2,hard=1"), "hard is given twice"),
+        (lambda: SOURCES.read("canvases:colour=2"), r"canvases takes no 'colour=2'. There are canvases\[:side=N,"),
+        (lambda: SOURCES.read("canvases:side=two"), "side must be a whole number, got 'two'"),
+        (lambda: SOURCES.read("digits:n=3"), "digits takes no 'n=3'"),
+        (lambda: SOURCES.read("canvas"), "no training data 'canvas'; there are digits, canvases"),
         (lambda: load("canvases:n=0"), "n of canvases must be at least 1"),
     ],
 )

@@ -169,7 +169,7 @@ def test_what_cannot_be_compared_is_refused_before_work(tiny, tmp_path, monkeypa
     for line, words in (
         (f"{tiny} --other colour=3", "--other knows no colour; there are model, device, dtype, policy"),
         (f"{tiny} --other steps=3 seed=2 tied=true", "--other knows no steps, tied; there are"),
-        (f"{tiny} --other policy=sometimes", "unknown policy 'sometimes'"),
+        (f"{tiny} --other policy=sometimes", "no policy 'sometimes'"),
         (f"{tiny} --other policy=3", "a policy is an ExitPolicy, another part"),
         (f"{tiny} --other runner=fast", "runner must be one of"),
         (f"{tiny} --other batch_invariant=1", "batch_invariant must be True or False, got 1"),

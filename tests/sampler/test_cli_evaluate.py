@@ -267,7 +267,7 @@ def test_statistics_of_other_features_end_in_one_line_before_work(tiny, tmp_path
         ("--features inception:none.pth", "none.pth"),
         ("--class-labels 3,10", "labels must be in 0..9"),
         ("--class-labels 1,2,3,4,5,6,7,8,9,1", "10 class labels for 9 samples"),
-        ("--policy sometimes", "unknown policy 'sometimes'"),
+        ("--policy sometimes", "no policy 'sometimes'"),
     ):
         assert run(f"evaluate {tiny} --n 9 {line}") == 2
         captured = capsys.readouterr()

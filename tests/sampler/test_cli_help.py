@@ -13,7 +13,7 @@ from adadiff import cli
 from adadiff.commands import options, texts
 from adadiff.commands.formatting import HelpFormatter
 from adadiff.diffusion.solvers import SOLVERS
-from adadiff.policies.spelling import FORMS, REUSE_FORMS, parts_from
+from adadiff.policies.spelling import POLICIES, parts_from
 from adadiff.training.config import TrainConfig
 from adadiff.training.losses import LOSSES
 
@@ -143,7 +143,7 @@ def test_prose_names_options_that_exist(command: str) -> None:
 
 def test_the_list_of_policies_is_complete() -> None:
     listed = re.findall(r"^  (\S+)", texts.POLICY_TABLE, re.MULTILINE)
-    kinds = set(re.findall(r"((?:exit|cache|reuse):[a-z-]+)=", FORMS + REUSE_FORMS))
+    kinds = {f"{e.name}:{e.spelled}" for e in POLICIES.entries if e.spelled and not (e.bare or e.path)}
     others = {"full", "exit:U", "exit:U,min_layer", "width:W", "width:FILE", "cascade:FILE"}
     assert {form.partition("=")[0] for form in listed} == others | kinds
     for form in listed:

@@ -200,7 +200,7 @@ def test_no_samples_is_no_error(tiny, tmp_path, capsys):
     [
         ("--policy exit:1.5", "strictly between 0 and 1"),
         ("--policy exit:nan", "strictly between 0 and 1"),
-        ("--policy sometimes", "unknown policy 'sometimes'"),
+        ("--policy sometimes", "no policy 'sometimes'"),
         ("--solver euler", "euler"),
         ("--class-labels 0,10", "labels must be in 0..9"),
         ("--class-labels 1,2,3,4", "4 class labels for 3 samples"),

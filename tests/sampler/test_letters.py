@@ -303,8 +303,9 @@ def test_files_that_hold_no_letters_are_refused(tmp_path: Path) -> None:
             load_letters(file)
     with pytest.raises(ValueError, match="split must be"):
         load_letters(file, "valid")
-    with pytest.raises(ValueError, match="letters lie in a file"):
-        sources.parse("letters")
+    for text, said in {"letters:": "letters lie in a file", "letters": "letters needs FILE"}.items():
+        with pytest.raises(ValueError, match=said):
+            sources.SOURCES.read(text)
 
 
 def test_the_shipped_list_keeps_what_it_promises() -> None:

@@ -39,7 +39,7 @@ def test_noise_is_that_of_the_split() -> None:
 def test_training_takes_them_by_name() -> None:
     data = sources.load("digits_prototypes", "test")
     assert (data.shape, data.classes, len(data)) == ((1, 8, 8), CLASSES, 710)
-    with pytest.raises(ValueError, match="digits_prototypes takes no settings"):
+    with pytest.raises(ValueError, match="digits_prototypes takes no 'n=3'"):
         sources.load("digits_prototypes:n=3")
     with pytest.raises(ValueError, match="split must be 'train' or 'test'"):
         digits_prototypes("all")

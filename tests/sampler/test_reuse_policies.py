@@ -46,7 +46,7 @@ def test_spellings(text: str, policy: ReusePolicy) -> None:
         ("cache:threshold=-0.1", "finite and at least 0, got -0.1"),
         ("cache:threshold=0.1,threshold=0.2", "threshold is given twice"),
         ("cache:threshold=0.1,first=0", "first must be a whole number of 1 or more, got 0"),
-        ("cache:threshold=0.1,first=1.5", "first must be a number, got '1.5'"),
+        ("cache:threshold=0.1,first=1.5", "first must be a whole number, got '1.5'"),
         ("cache:threshold=0.1,last=-1", "last must be a whole number of 0 or more, got -1"),
         ("cache:threshold=0.1,gate=output", "gate must be one of residual, input, got 'output'"),
         ("cache:threshold=0.1,every=2", "cache takes no 'every=2'"),
@@ -56,8 +56,8 @@ def test_spellings(text: str, policy: ReusePolicy) -> None:
         ("reuse:level=block", "reuse needs every"),
         ("reuse:every=2,level=head", "level must be one of block, layer, unit, got 'head'"),
         ("reuse:every=2,dense_early=0", "dense_early must be a whole number of 1 or more, got 0"),
-        ("caches:threshold=1", "unknown policy"),
-        ("cache", "unknown policy 'cache'"),
+        ("caches:threshold=1", "no policy"),
+        ("cache", "cache needs threshold"),
     ],
 )
 def test_what_is_no_policy_is_named(text: str, message: str) -> None:

@@ -61,7 +61,7 @@ def test_no_samples_is_no_error(n_settings: dict) -> None:
         ({"policy": "exit:0"}, "strictly between 0 and 1"),
         ({"policy": "exit:1"}, "strictly between 0 and 1"),
         ({"policy": "exit:patience=nan"}, "strictly between 0 and 1"),
-        ({"policy": "never"}, "unknown policy"),
+        ({"policy": "never"}, "no policy"),
         ({"policy": 0.07}, "a policy is"),
         ({"policy": Replay()}, "threshold"),
         ({"policy": "exit:0.5", "thresholds": [0.5, 1.0]}, "strictly between 0 and 1"),

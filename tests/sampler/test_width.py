@@ -16,7 +16,7 @@ from adadiff.model import Model
 from adadiff.policies.parts import Parts
 from adadiff.policies.spelling import parts_from
 from adadiff.policies.width import Width
-from adadiff.policies.width_file import width_from, width_json
+from adadiff.policies.width_file import width_json
 from adadiff.sampling.batch import Batch
 from adadiff.sampling.sample_batch import SampleBatch
 from sampler.slim import SLIM_SERVED, fresh, slim_served
@@ -216,7 +216,7 @@ def test_what_is_no_schedule_is_refused(tmp_path: Path) -> None:
         "nan": "finite",
     }.items():
         with pytest.raises(ValueError, match=f"cannot use policy 'width:{text}': .*{message}"):
-            width_from(text)
+            parts_from(f"width:{text}")
     with pytest.raises(ValueError, match="has no depth"):
         width_json(FOLLOWED, {}, depth=3)
 

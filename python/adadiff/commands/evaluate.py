@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..metrics.extractors import EXAMPLES
+from ..metrics.extractors import FEATURES
 from ..metrics.frechet import paired_ratio
 from ..metrics.images import ImageSet, is_images, open_images
 from ..metrics.judges import Judge, judge_of
@@ -134,7 +134,7 @@ def _of_images(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, A
     _check_resamples(options.resamples, images.count)
     judge = judge_of(images.shape, name=options.features)
     if options.features is None:
-        raise ValueError(f"images are told apart by features: give --features, {EXAMPLES}")
+        raise ValueError(f"images are told apart by features: give --features, {FEATURES.forms()}")
     yardstick = Yardstick.of(images.shape, judge, options.features, options.reference)
     labels = images.labels
     if options.class_labels is not None:

@@ -9,7 +9,7 @@ from ..checkpoint import DTYPES
 from ..forward.options import Runner
 from ..policies.spelling import DEFAULT
 from .formatting import HelpFormatter
-from .texts import AUTO_HELP, FEATURES, GUIDANCE_HELP, PAGES, SOLVER_HELP
+from .texts import AUTO_HELP, FEATURES_HELP, GUIDANCE_HELP, PAGES, SOLVER_HELP
 from .values import steps, whole_numbers
 
 Commands = Any  # what `ArgumentParser.add_subparsers` returns, whose type is private
@@ -117,7 +117,7 @@ def add_force(options: Options, what: str = "replace files that exist") -> None:
 
 
 def add_features(options: Options, purpose: str, default: str) -> None:
-    options.add_argument("--features", help=f"{purpose}: {FEATURES} (default: {default})")
+    options.add_argument("--features", help=f"{purpose}: {FEATURES_HELP} (default: {default})")
 
 
 def add_batch(options: Options) -> None:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from ..config import PRESETS
-from ..data import datasets
+from ..data.sources import SOURCES
+from ..metrics.extractors import FEATURES
 
 SUMMARY = (
     "Draw images with diffusion transformers whose samples exit early: each one skips the remaining blocks of the "
@@ -366,10 +367,7 @@ SOLVER_HELP = (
 )
 AUTO_HELP = "auto: as many as the model's step selector, which `adadiff train-steps` makes, chooses for each sample"
 GUIDANCE_HELP = "scale of classifier-free guidance, defined as in diffusers; 1 is no guidance (default: 1)"
-FEATURES = (
-    "digits, canvases, letters, inception:FILE (the Inception network of FID, with the weight file of pytorch-fid), or "
-    "the file of a TorchScript module that maps float32 images [N, C, H, W] in [-1, 1] to features [N, F]"
-)
+FEATURES_HELP = f"{FEATURES.forms(short=True)}, which maps float32 images [N, C, H, W] in [-1, 1] to features [N, F]; inception:FILE is the Inception network of FID, with the weight file of pytorch-fid"
 
 TRAIN_GROUPS = {  # fields of TrainConfig by the heading under which they are explained
     "what to train": {
@@ -391,9 +389,8 @@ TRAIN_GROUPS = {  # fields of TrainConfig by the heading under which they are ex
         "only), for networks much narrower than theirs",
     },
     "data": {
-        "data": "training images: digits, digits_prototypes, canvases (with settings, as in canvases:side=3,n=50000), "
-        "letters:FILE (a file that `adadiff data letters` wrote), or a data set in a local folder, as in "
-        f"cifar10:FOLDER; known are {', '.join(datasets.NAMES)}",
+        "data": f"training images: {SOURCES.forms(short=True)}; settings, as in canvases:side=3,n=50000; letters:FILE is what `adadiff data letters` wrote, FOLDER a data "
+        "set in a local folder",
         "label_drop": "share of the labels, in [0, 1), that are replaced by the null class for classifier-free "
         "guidance; 0 for networks without one",
     },

@@ -13,6 +13,8 @@ from typing import Protocol
 
 from adadiff_kernels import DeviceSet
 
+from ..spelling import Entry, Registry
+
 
 class CountSync(Protocol):
     exact: bool  # the bound is the count, after every layer at which somebody may exit
@@ -97,19 +99,22 @@ class Measured:
         return count
 
 
-KINDS = {"sync": Sync, "lagged": Lagged}
+COUNT_SYNCS: Registry[CountSync] = Registry(
+    "count_sync",
+    (
+        Entry("sync", Sync, "every", bare=True, words={"every": "BLOCKS"}),
+        Entry("lagged", Lagged, "most", bare=True, words={"most": "BLOCKS"}),
+    ),
+)
 
 
 def count_sync_from(given: CountSync | str | None) -> CountSync | None:
     """A CountSync, or its spelling: "sync", "sync:4", "lagged", "lagged:2". None stays None."""
-    if not isinstance(given, str):
-        if given is not None and not hasattr(given, "bound"):
-            raise ValueError(f"count_sync is a CountSync or text such as 'lagged', got {given!r}")
-        return given
-    name, colon, value = given.partition(":")
-    if name not in KINDS or (colon and not value.isdecimal()):
-        raise ValueError(f"no count_sync {given!r}; there are sync, sync:BLOCKS, lagged and lagged:BLOCKS")
-    return KINDS[name](int(value)) if colon else KINDS[name]()
+    if isinstance(given, str):
+        return COUNT_SYNCS.read(given)
+    if given is not None and not hasattr(given, "bound"):
+        raise ValueError(f"count_sync is a CountSync or text such as 'lagged', got {given!r}")
+    return given
 
 
 ALL_EXACT = 16  # up to so many rows every number is a bucket

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..spelling import Entry, Registry
 from .canvases import canvas_features
 from .features import digits_network
 from .letters import letters_features
 
 Extractor = Callable[[Tensor], Tensor]  # images float32 [N, C, H, W] in [-1, 1] -> features [N, F]
-EXAMPLES = "digits, canvases, letters, inception:FILE or the file of a TorchScript module"
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,29 @@ class Features:
         return features.shape[1]
 
 
+def _file(path: str) -> Features:
+    return Features(path, _torchscript(Path(path)))
+
+
+def _inception_of(path: str) -> Features:
+    if not path:
+        raise ValueError("inception needs FILE, the weights of pytorch-fid")
+    return Features(f"inception:{path}", _inception(Path(path)))
+
+
+FEATURES: Registry[Features] = Registry(
+    "features",
+    (
+        Entry("digits", lambda: Features("digits", digits_network().features)),
+        Entry("canvases", lambda: Features("canvases", canvas_features)),
+        Entry("letters", lambda: Features("letters", letters_features)),
+        Entry("inception", _inception_of, "path", path=True, words={"path": "FILE"}),
+    ),
+    Callable,  # type: ignore[arg-type]  # of images, as Extractor
+    also="the file of a TorchScript module",
+)
+
+
 def features_from(text: str) -> Features:
     """The feature space of that name. Raises ValueError for a name or file that is none, ImportError (with the remedy)
     for Inception without torch-fidelity.
@@ -49,18 +72,13 @@ def features_from(text: str) -> Features:
     inception: what Fréchet distances are usually told in, 2048 features of any image, gray ones included, brought to 8
     bits and 299x299 as the network of 2015-12-05 had it; FILE: its weights, pt_inception-2015-12-05-6726825d.pth of
     pytorch-fid, which torch-fidelity calls weights-inception-2015-12-05-6726825d.pth.
-    TorchScript: images float32 [N, C, H, W] in [-1, 1] to features [N, F].
+    TorchScript: images float32 [N, C, H, W] in [-1, 1] to features [N, F]. "module:Class": one of your own, called
+    like it.
     """
-    kind, _, file = text.partition(":")
-    if text == "digits":
-        return Features(text, digits_network().features)
-    if text in ("canvases", "letters"):
-        return Features(text, canvas_features if text == "canvases" else letters_features)
-    if kind == "inception" and file:
-        return Features(text, _inception(Path(file)))
-    if Path(text).is_file():
-        return Features(text, _torchscript(Path(text)))
-    raise ValueError(f"no features {text!r}; there are {EXAMPLES}")
+    if text not in FEATURES.names and Path(text).is_file():
+        return _file(text)
+    found = FEATURES.read(text)
+    return found if isinstance(found, Features) else Features(text, found)
 
 
 def to_bytes(images: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from .extractors import EXAMPLES, Features, features_from
+from .extractors import FEATURES, Features, features_from
 from .judges import Judge, judge_of
 from .references import Reference, ReferenceFiles, extract, open_reference
 
@@ -38,7 +38,7 @@ class Yardstick:
         if name is None:
             if files is not None:
                 raise ValueError(
-                    f"distances to a reference are between features of images: give --features, {EXAMPLES}"
+                    f"distances to a reference are between features of images: give --features, {FEATURES.forms()}"
                 )
             return cls(judge)
         space = features_from(name)

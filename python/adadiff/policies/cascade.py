@@ -51,29 +51,6 @@ def check_sigma(sigma: object) -> None:
         raise ValueError(f"sigma must lie between 0 and 1, got {sigma!r}")
 
 
-def cascade_from(text: str) -> Cascade:
-    """What "FILE,share=0.3,mode=refine,sigma=0.5" spells; a file's name may hold commas. ValueError for anything
-    else."""
-    path, options = text, dict[str, float | str]()
-    while True:
-        before, comma, option = path.rpartition(",")
-        name, equals, value = option.partition("=")
-        if not (comma and equals and name in ("share", "mode", "sigma")):
-            break
-        if name in options:
-            raise ValueError(f"{name} is given twice")
-        options[name] = value if name == "mode" else _value(name, value)
-        path = before
-    return Cascade(path, **options)  # type: ignore[arg-type]
-
-
-def _value(name: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{name} must be a number, got {text!r}") from None
-
-
 def _is_share(share: Real) -> bool:
     value = float(share)
     return not isinstance(share, bool) and (value in (0, 1) or LEAST_SHARE <= value <= 1 - LEAST_SHARE)

@@ -23,10 +23,7 @@ def width_from(text: str) -> Width:
         value = float(text)
     except ValueError:
         return _read(text)
-    try:
-        return Width((), (value,))
-    except ValueError as error:
-        raise ValueError(f"cannot use policy 'width:{text}': {error}") from None
+    return Width((), (value,))
 
 
 def width_json(width: Width, network: Mapping[str, Any], **notes: object) -> str:
@@ -43,13 +40,13 @@ def _read(path: str) -> Width:
     try:
         values = read_json(Path(str(shipped)) if path.isidentifier() and shipped.is_file() else Path(path))
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"cannot use policy 'width:{path}': {path!r} is neither a number nor a file") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot use policy 'width:{path}': {error}") from None
+        raise ValueError(f"{path!r} is neither a number nor a file") from None
+    except OSError as error:
+        raise ValueError(str(error)) from None
     try:
         return _checked(values, path)
     except ValueError as error:
-        raise ValueError(f"cannot use policy 'width:{path}': {error}; `adadiff search` writes such files") from None
+        raise ValueError(f"{error}; `adadiff search` writes such files") from None
 
 
 def _checked(values: object, path: str) -> Width:

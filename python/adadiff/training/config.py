@@ -102,7 +102,7 @@ class TrainConfig:
     def _check_model(self) -> None:
         if self.preset not in PRESETS:
             raise ValueError(f"unknown preset {self.preset!r}, known: {', '.join(PRESETS)}")
-        sources.parse(self.data)
+        sources.SOURCES.read(self.data)
         loss_named(self.loss)
         if self.start == "linear" and (self.init or PRESETS[self.preset].family != "uvit"):
             raise ValueError(

@@ -1,0 +1,239 @@
+"""Things that are named in text: NAME, NAME:VALUE, NAME:SETTING=VALUE,..., or a class of one's own, module:Class.
+
+A registry knows what can be named where a policy, a solver, data and the like is asked for. It makes frozen dataclasses
+of the text. The text is the same in Python, on the command line and in configuration files; help and errors say what is
+registered. A further one is one `Entry`.
+"""
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import NoneType, UnionType
+from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+Reader = Callable[[str], Any]
+WORDS = {int: "a whole number", float: "a number", bool: "true or false"}
+OPTIONAL = re.compile(r"\[[^]]*\]")
+EMPTY = inspect.Parameter.empty
+PLACES = {int: "N", float: "NUMBER", bool: "true|false"}  # in forms, where a setting's word is not given
+
+
+@dataclass(frozen=True)
+class Entry(Generic[T]):
+    """Text that begins with `name`. make: a dataclass or function, whose parameters are the settings.
+
+    leading: the parameter that stands first, and has to be given unless it has a default. key: how it is spelled, where
+    that is not its name; of several entries of one name, the one whose key is given counts. bare: its value may stand
+    first without key. path: its value is the name of a file, stands without key, and may hold commas; the other
+    settings follow it.
+    readers: of parameters, where their type does not tell how text is read; words: what stands for values in forms.
+    """
+
+    name: str
+    make: Callable[..., T]
+    leading: str | None = None
+    key: str | None = None
+    bare: bool = False
+    path: bool = False
+    readers: Mapping[str, Reader] = field(default_factory=dict)
+    words: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def spelled(self) -> str | None:
+        return self.key or self.leading
+
+    @property
+    def needs_leading(self) -> bool:
+        """The leading setting has no default."""
+        return self.leading is not None and inspect.signature(self.make).parameters[self.leading].default is EMPTY
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Spelled name -> parameter, the leading one first."""
+        names = [name for name in inspect.signature(self.make).parameters if name != self.leading]
+        first = {self.spelled: self.leading} if self.spelled and self.leading else {}
+        return {**first, **{name: name for name in names}}
+
+    @property
+    def form(self) -> str:
+        """As in "cache:threshold=CHANGE[,first=N]"."""
+        parts = []
+        for spelled, parameter in self.settings.items():
+            word = self.words.get(parameter) or _place(self._type(parameter))
+            leads = parameter == self.leading
+            parts.append(word if leads and (self.bare or self.path) else f"{spelled}={word}")
+        if not parts:
+            return self.name
+        if not self.needs_leading:
+            return f"{self.name}[:{','.join(parts)}]"
+        return f"{self.name}:{parts[0]}" + "".join(f"[,{part}]" for part in parts[1:])
+
+    @property
+    def lacking(self) -> str:
+        return f"{self.name} needs {self.words.get(self.leading or '', '') if self.bare or self.path else self.spelled}"
+
+    def read(self, text: str) -> T:
+        """text: what follows the colon. Raises ValueError."""
+        settings, given = self.settings, dict[str, Any]()
+        for spelled, value in self._pairs(text):
+            if spelled not in settings:
+                raise ValueError(f"{self.name} takes no {f'{spelled}={value}'!r}")
+            if settings[spelled] in given:
+                raise ValueError(f"{spelled} is given twice")
+            given[settings[spelled]] = self._value(spelled, settings[spelled], value)
+        if self.needs_leading and self.leading not in given:
+            raise ValueError(self.lacking)
+        return self.make(**given)
+
+    def _pairs(self, text: str) -> list[tuple[str, str]]:
+        if self.path and self.spelled:
+            return self._after_path(text)
+        pairs = []
+        for place, part in enumerate(text.split(",")):
+            spelled, equals, value = part.partition("=")
+            if not equals and place == 0 and self.bare and self.spelled:
+                spelled, value = self.spelled, part
+            elif not equals:
+                raise ValueError(f"{self.name} takes no {part!r}")
+            pairs.append((spelled, value))
+        return pairs
+
+    def _after_path(self, text: str) -> list[tuple[str, str]]:
+        pairs: list[tuple[str, str]] = []
+        others = [spelled for spelled in self.settings if spelled != self.spelled]
+        while True:
+            before, comma, part = text.rpartition(",")
+            spelled, equals, value = part.partition("=")
+            if not (comma and equals and spelled in others):
+                return [(self.spelled or "", text), *reversed(pairs)]
+            pairs.append((spelled, value))
+            text = before
+
+    def _type(self, parameter: str) -> Any:
+        hints = get_type_hints(self.make.__init__ if inspect.isclass(self.make) else self.make)
+        return hints.get(parameter)
+
+    def _value(self, spelled: str, parameter: str, text: str) -> Any:
+        if parameter in self.readers:
+            return self.readers[parameter](text)
+        kind = _kind(self._type(parameter))
+        try:
+            return _READERS[kind](text) if kind in _READERS else guessed(text) if kind is None else text
+        except ValueError:
+            raise ValueError(f"{spelled} must be {WORDS[kind]}, got {text!r}") from None
+
+
+class Registry(Generic[T]):
+    """what: in errors, as in "policy". kind: of what is made, for classes of one's own; None: they cannot be named.
+    also: what else is taken, for help and errors."""
+
+    def __init__(self, what: str, entries: Sequence[Entry[T]], kind: type | UnionType | None = None, also: str = ""):
+        self.what, self.entries, self.kind, self.also = what, tuple(entries), kind, also
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(entry.name for entry in self.entries))
+
+    def forms(self, *names: str, short: bool = False) -> str:
+        """Of the entries of these names, or of all, for help and errors; short: without optional settings."""
+        known = [entry.form for entry in self.entries if not names or entry.name in names]
+        known = [OPTIONAL.sub("", form) if short else form for form in known]
+        own = ["module:Class[:SETTING=VALUE,...] of your own"] if self.kind and not names else []
+        return ", ".join([*known, *own, *([self.also] if self.also and not names else [])])
+
+    def read(self, text: str) -> T:
+        """Raises ValueError, with what there is, for text that names nothing or has wrong settings."""
+        name, colon, rest = text.partition(":")
+        entries = [entry for entry in self.entries if entry.name == name]
+        if not entries:
+            if self.kind is not None and colon and _names_a_class(name, rest):
+                return self._own(text, name, rest)
+            raise ValueError(f"no {self.what} {text!r}; there are {self.forms()}")
+        try:
+            return _chosen(entries, rest).read(rest) if colon else _without_settings(entries)
+        except ValueError as error:
+            raise ValueError(f"cannot use {self.what} {text!r}: {error}. There are {self.forms(name)}") from None
+
+    def _own(self, text: str, module: str, rest: str) -> T:
+        name, _, settings = rest.partition(":")
+        try:
+            made_by = getattr(importlib.import_module(module), name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                raise  # something that the module itself imports
+            raise ValueError(
+                f"no {self.what} {text!r}: there is no module {module!r}; there are {self.forms()}"
+            ) from None
+        except AttributeError:
+            raise ValueError(f"cannot use {self.what} {text!r}: module {module!r} has no {name!r}") from None
+        given = [setting.partition("=") for setting in settings.split(",")] if settings else []
+        try:
+            made = made_by(**{key: guessed(value) for key, _, value in given})
+        except TypeError as error:
+            raise ValueError(f"cannot use {self.what} {text!r}: {error}") from None
+        if not isinstance(made, self.kind):  # type: ignore[arg-type]
+            raise ValueError(f"cannot use {self.what} {text!r}: {name} is no {_kind_names(self.kind)}")
+        return made  # type: ignore[return-value]
+
+
+def guessed(text: str) -> int | float | bool | str:
+    """A number, true or false, else the text itself."""
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _chosen(entries: Sequence[Entry[T]], rest: str) -> Entry[T]:
+    """The entry whose key is given, else the one whose value stands without."""
+    given = {part.partition("=")[0] for part in rest.split(",") if "=" in part}
+    by_key = [entry for entry in entries if entry.spelled in given and not entry.path]
+    alone = [entry for entry in entries if entry.bare or entry.path or entry.leading is None]
+    return (by_key or alone or entries)[-1 if by_key else 0]
+
+
+def _without_settings(entries: Sequence[Entry[T]]) -> T:
+    if (plain := next((entry for entry in entries if not entry.needs_leading), None)) is not None:
+        return plain.make()
+    raise ValueError(entries[0].lacking)
+
+
+def _names_a_class(module: str, text: str) -> bool:
+    return all(name.isidentifier() for name in (*module.split("."), text.partition(":")[0]))
+
+
+def _kind(hint: Any) -> Any:
+    """int, float, bool or str of a parameter's type, X of X | None; None where it is another or there is none."""
+    if get_origin(hint) in (Union, UnionType):
+        others = [one for one in get_args(hint) if one is not NoneType]
+        hint = others[0] if len(others) == 1 else None
+    if get_origin(hint) is Literal:
+        return str
+    return hint if hint in (int, float, bool, str) else None
+
+
+def _place(hint: Any) -> str:
+    for one in (hint, *get_args(hint)):
+        if get_origin(one) is Literal:
+            return "|".join(map(str, get_args(one)))
+    return PLACES.get(_kind(hint), "TEXT")
+
+
+def _truth(text: str) -> bool:
+    if text not in ("true", "false", "1", "0"):
+        raise ValueError(text)
+    return text in ("true", "1")
+
+
+def _kind_names(kind: Any) -> str:
+    return " or ".join(one.__name__ for one in (get_args(kind) or (kind,)))
+
+
+_READERS: dict[Any, Reader] = {int: int, float: float, bool: _truth}
