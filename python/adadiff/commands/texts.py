@@ -367,7 +367,10 @@ SOLVER_HELP = (
 )
 AUTO_HELP = "auto: as many as the model's step selector, which `adadiff train-steps` makes, chooses for each sample"
 GUIDANCE_HELP = "scale of classifier-free guidance, defined as in diffusers; 1 is no guidance (default: 1)"
-FEATURES_HELP = f"{FEATURES.forms(short=True)}, which maps float32 images [N, C, H, W] in [-1, 1] to features [N, F]; inception:FILE is the Inception network of FID, with the weight file of pytorch-fid"
+FEATURES_HELP = (
+    f"{FEATURES.forms(short=True)}, which maps float32 images [N, C, H, W] in [-1, 1] to features [N, F]; "
+    "inception:FILE is the Inception network of FID, with the weight file of pytorch-fid"
+)
 
 TRAIN_GROUPS = {  # fields of TrainConfig by the heading under which they are explained
     "what to train": {
@@ -389,8 +392,8 @@ TRAIN_GROUPS = {  # fields of TrainConfig by the heading under which they are ex
         "only), for networks much narrower than theirs",
     },
     "data": {
-        "data": f"training images: {SOURCES.forms(short=True)}; settings, as in canvases:side=3,n=50000; letters:FILE is what `adadiff data letters` wrote, FOLDER a data "
-        "set in a local folder",
+        "data": f"training images: {SOURCES.forms(short=True)}; settings, as in canvases:side=3,n=50000; letters:FILE "
+        "is what `adadiff data letters` wrote, FOLDER a data set in a local folder",
         "label_drop": "share of the labels, in [0, 1), that are replaced by the null class for classifier-free "
         "guidance; 0 for networks without one",
     },
