@@ -7,8 +7,8 @@ are always run, and norms with their branches only.
 import torch
 from torch import Tensor
 
+from adadiff.forward.runner import read_by
 from adadiff.models.interface import Backbone, Block, Conditioning
-from adadiff_kernels import layer_norm
 
 
 class Reusing:
@@ -39,7 +39,7 @@ class Reusing:
             if whole:
                 said = []
                 for branch in block.branches:
-                    said.append(branch(layer_norm(rows, branch.norm(cond), lanes)))
+                    said.append(branch(read_by(branch, rows, cond, lanes), cond, lanes))
                     rows = _added(rows, said[-1], branch.gate(cond), fresh=False)
                 if keeping:
                     self._kept.append(_kept(block, cond, said))

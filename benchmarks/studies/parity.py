@@ -1,9 +1,11 @@
 """Our networks beside the authors' own modules, at full size, with the same random weights.
 
 python -m benchmarks.studies.parity --reference CLONE [--reference CLONE ...] [--only NAME,NAME] [--out FILE]
+python -m benchmarks.studies.parity --diffusers
 
-CLONE is a folder with a checkout of baofff/U-ViT, facebookresearch/DiT (needs timm), Tangshengku/AdaDiff or
-razvanmatisan/duodiff (need einops); which, is seen from its files. Its module is imported from there, filled with
+--diffusers takes the modules of diffusers, of networks that are published there. CLONE is a folder with a checkout of
+baofff/U-ViT, facebookresearch/DiT (needs timm), Tangshengku/AdaDiff or razvanmatisan/duodiff (need einops); which, is
+seen from its files. Its module is imported from there, filled with
 random weights and saved as its authors save it; `adadiff.convert` reads the file, and what comes out is compared on the
 same inputs: in float32 to 1e-5 of the largest value, in bfloat16 by the rule of tests/numerics.py (error at most
 twice theirs and four roundings). Writes a table, keeping the rows of models that were not run. Ends with 1 if any
@@ -28,7 +30,9 @@ from torch import Tensor, nn
 
 import adadiff
 from adadiff import forward
+from adadiff.config import PRESETS
 from adadiff.conversion.convert import convert
+from adadiff.models.pixart import PixArtConfig
 from adadiff.policies.exits import Replay, Threshold
 
 TABLE = Path(__file__).parents[1] / "results" / "parity.md"
@@ -60,14 +64,45 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Case:
-    """file: what its authors' module is read from; make: builds it; run: what it predicts for x, t, context; wrap: what
-    its authors save."""
+    """make: builds its authors' module; run: what it predicts for x, t, context; save: what its authors save, in a
+    folder; the path that `convert` reads."""
 
     preset: str
-    file: Path
     make: Callable[[], nn.Module]
     run: Callable[[nn.Module, Tensor, Tensor, Tensor | None], Outputs]
-    wrap: Callable[[dict[str, Tensor]], Any] = dict
+    save: Callable[[nn.Module, Path], Path]
+
+
+def saved(wrap: Callable[[dict[str, Tensor]], Any] = dict) -> Callable[[nn.Module, Path], Path]:
+    def save(module: nn.Module, folder: Path) -> Path:
+        torch.save(wrap(module.state_dict()), folder / "theirs.pth")
+        return folder / "theirs.pth"
+
+    return save
+
+
+def diffusers_cases() -> Iterator[Case]:
+    """Of every preset of a family that diffusers serves."""
+    from diffusers import PixArtTransformer2DModel
+
+    def run(module: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> Outputs:
+        mask = (context != 0).any(2).to(x.dtype)
+        given = {"encoder_attention_mask": mask, "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+        return Outputs(module(x, context, t, **given).sample)
+
+    def save(module: nn.Module, folder: Path) -> Path:
+        module.save_pretrained(folder / "theirs")
+        return folder / "theirs"
+
+    for name, config in PRESETS.items():
+        if isinstance(network := config.network, PixArtConfig):
+            settings = {
+                "num_attention_heads": network.heads, "attention_head_dim": network.dim // network.heads,
+                "in_channels": network.channels, "out_channels": 2 * network.channels, "num_layers": network.depth,
+                "cross_attention_dim": network.dim, "sample_size": network.image_size, "patch_size": network.patch,
+                "caption_channels": network.context_dim, "interpolation_scale": network.interpolation,
+            }  # fmt: skip
+            yield Case(name, lambda settings=settings: PixArtTransformer2DModel(**settings), run, save)
 
 
 class Settings(dict):
@@ -122,7 +157,7 @@ def _uvit_cases(file: Path, load: Callable[[str], ModuleType]) -> Iterator[Case]
         deep = [("_deep", {**settings, "depth": 16})] if name == "mscoco_uvit_small" and not exits else []
         for suffix, values in [("", settings), *deep]:
             run = _run_official if exits else lambda module, *given: Outputs(module(*given))
-            yield Case(name + suffix, file, lambda module=module, values=values: module.UViT(**values), run)
+            yield Case(name + suffix, lambda module=module, values=values: module.UViT(**values), run, saved())
 
 
 def _run_official(module: nn.Module, *given: Tensor | None) -> Outputs:
@@ -136,7 +171,8 @@ def _dit_cases(file: Path, load: Callable[[str], ModuleType]) -> Iterator[Case]:
         for pixels in (256, 512) if name == "DiT-XL/2" else (256,):
             preset = name.lower().replace("-", "_").replace("/", "_") + f"_{pixels}"
             made = lambda make=make, pixels=pixels: make(input_size=pixels // 8)  # noqa: E731
-            yield Case(preset, file, made, lambda module, *given: Outputs(module(*given)), lambda state: {"ema": state})
+            run = lambda module, *given: Outputs(module(*given))  # noqa: E731
+            yield Case(preset, made, run, saved(lambda state: {"ema": state}))
 
 
 def _duodiff_cases(file: Path, load: Callable[[str], ModuleType]) -> Iterator[Case]:
@@ -161,7 +197,7 @@ def _duodiff_cases(file: Path, load: Callable[[str], ModuleType]) -> Iterator[Ca
             plain = uvit.UViT(**settings)
             return early_exit.EarlyExitUViT(plain, "mlp_probe_per_layer") if exits else plain
 
-        yield Case(preset, path, make, run, lambda state: {"model_state_dict": state, "step": 0})
+        yield Case(preset, make, run, saved(lambda state: {"model_state_dict": state, "step": 0}))
 
 
 def fill(module: nn.Module) -> None:
@@ -174,7 +210,7 @@ def fill(module: nn.Module) -> None:
             noise = torch.empty_like(value).normal_(generator=draw)
             if value.ndim == 1:
                 value.copy_(0.1 * noise + (value == 1).all())
-            elif any(part in name for part in ("pos_embed", "label_emb", "embedding_table")):
+            elif any(part in name for part in ("pos_embed", "label_emb", "embedding_table", "scale_shift_table")):
                 value.copy_(0.3 * noise)
             else:
                 value.copy_(noise / value[0].numel() ** 0.5)
@@ -221,6 +257,8 @@ def inputs(model: adadiff.Model) -> tuple[Tensor, Tensor, Tensor | None]:
     if network.context_tokens:
         shape = (len(TIMES), network.context_tokens, network.context_dim)
         context = torch.randn(shape, generator=draw).bfloat16().float()
+        if isinstance(network, PixArtConfig):
+            context[:, -network.context_tokens // 3 :] = 0  # no text
     return x, TIMES.floor() if model.config.schedule == "linear" else TIMES, context
 
 
@@ -234,8 +272,7 @@ def compare(case: Case) -> str:
     module = case.make().eval()
     fill(module)
     with tempfile.TemporaryDirectory() as folder:
-        source, dest = Path(folder, "theirs.pth"), Path(folder, "ours.safetensors")
-        torch.save(case.wrap(module.state_dict()), source)
+        source, dest = case.save(module, Path(folder)), Path(folder, "ours.safetensors")
         first_exit = any(key.startswith("matrix.") for key in module.state_dict())
         done = convert(source, dest, case.preset, drop_first_exit=first_exit)
         model = adadiff.load(dest).requires_grad_(False)
@@ -262,7 +299,8 @@ def compare(case: Case) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reference", type=Path, action="append", required=True, metavar="CLONE")
+    parser.add_argument("--reference", type=Path, action="append", default=[], metavar="CLONE")
+    parser.add_argument("--diffusers", action="store_true", help="the modules of diffusers, too")
     parser.add_argument("--only", help="presets, separated by commas (default: all)")
     parser.add_argument("--out", type=Path, default=TABLE)
     options = parser.parse_args()
@@ -271,8 +309,10 @@ def main() -> int:
     if options.out.exists():
         lines = [line for line in options.out.read_text().splitlines() if line.startswith("| ") and "---" not in line]
         rows = {tuple(line.split(" | ")[:2]): line for line in lines[1:]}
-    for clone in options.reference:
-        for case in cases(clone):
+    if not options.reference and not options.diffusers:
+        parser.error("name a checkout with --reference, or give --diffusers")
+    for given in [*map(cases, options.reference), *([diffusers_cases()] if options.diffusers else [])]:
+        for case in given:
             if chosen is None or case.preset in chosen:
                 row = compare(case)
                 print(row, flush=True)

@@ -127,6 +127,16 @@ class Keys:
             return value
         return torch.zeros((), device="cpu").expand(tuple(shape))
 
+    def take_any(self, key: str) -> Tensor | None:
+        """The tensor, of whatever shape; None, and a problem, where there is none."""
+        if key not in self._tensors:
+            self.problems.append(f"missing {key}")
+        return self._tensors.pop(key, None)
+
+    def ignore(self, key: str) -> None:
+        """A key that may be there and is not read."""
+        self._tensors.pop(key, None)
+
     def finish(self, source: str) -> None:
         """Raises ValueError that names every missing, mis-shaped and, of what was not taken, unexpected key."""
         problems = self.problems + [f"unexpected {key}" for key in self._tensors]

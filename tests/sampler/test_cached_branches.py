@@ -434,8 +434,8 @@ def test_spellings(text: str, policy: Reuse) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("reuse:every=2,level=unit", "unit must be one of attention, mlp, got None"),
-        ("reuse:every=2,level=unit,unit=norm", "unit must be one of attention, mlp, got 'norm'"),
+        ("reuse:every=2,level=unit", "unit must be one of attention, cross, mlp, got None"),
+        ("reuse:every=2,level=unit,unit=norm", "unit must be one of attention, cross, mlp, got 'norm'"),
         ("reuse:every=2,level=layer,unit=mlp", "unit=mlp is for level=unit, got level=layer"),
         ("reuse:every=2,layers=2-3", "layers are chosen at level=layer and level=unit, got level=block"),
         ("reuse:every=2,level=layer,layers=0-3", r"layers must be the first and the last .* got \(0, 3\)"),

@@ -142,12 +142,20 @@ def test_what_the_model_does_not_take_is_refused_before_work(
         assert "takes two numbers, LOW,HIGH" in capsys.readouterr().err
 
 
-def test_text_models_are_not_evaluated_or_calibrated(text: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_text_models_are_not_evaluated_and_calibrated_for_prompts(
+    text: str, encoder: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     assert run(f"evaluate {text} --n 3") == 2
     assert "this model takes text, so name a folder that is drawn" in error_line(capsys.readouterr().err)
     model = saved(tmp_path / "exits.safetensors", dataclasses.replace(TEXT, exits=ExitConfig()))
-    assert run(f"calibrate {model} --budget 0.5 --out {tmp_path}/c.safetensors") == 2
-    assert "of classes or of nothing; this model takes text" in error_line(capsys.readouterr().err)
+    line = f"calibrate {model} --budget 0.9 --out {tmp_path}/c.safetensors --n 8 --steps 2 --guidance-scale 2"
+    assert run(line) == 2
+    assert "this model takes text; give --prompts" in error_line(capsys.readouterr().err)
+    (tmp_path / "prompts.txt").write_text("a cat\nbanana\n\na bat\n")
+    assert run(f"{line} --prompts {tmp_path}/prompts.txt") == 0
+    assert adadiff.load(tmp_path / "c.safetensors").calibration.guidance_scale == 2
+    own = drawn(f"{tmp_path}/c.safetensors", 1, steps=2, text_embeds=contexts(["a cat"]), policy="exit:budget=0.9")
+    assert len(own) == 1
 
 
 def test_contexts_of_another_size(text: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:

@@ -25,7 +25,6 @@ def test_learning_rate_by_hand() -> None:
     [
         ({"preset": "cifar10"}, "unknown preset 'cifar10', known: .*digits"),
         ({"preset": "cifar10_uvit_small"}, "no null class .* set label_drop to 0"),
-        ({"preset": "mscoco_uvit_small"}, "labels or none, not text"),
         ({"loss": "relative"}, "'relative' needs a network that can predict already: give init"),
         ({"start": "linear", "init": "digits"}, "start = 'linear' is for a fresh U-ViT"),
         ({"start": "linear", "preset": "dit_s_8_256"}, "start = 'linear' is for a fresh U-ViT"),

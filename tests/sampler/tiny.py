@@ -14,6 +14,8 @@ from adadiff.engine.engine import Engine, Handle
 from adadiff.forward.options import ExecutionOptions
 from adadiff.model import Model
 from adadiff.models.dit import DiT, DiTConfig
+from adadiff.models.mmdit import MMDiT, MMDiTConfig
+from adadiff.models.pixart import PixArt, PixArtConfig
 from adadiff.models.uvit import UViT, UViTConfig
 from adadiff.sampling.sampler import sample
 from adadiff.uem import PAPER, ExitConfig, Exits
@@ -25,6 +27,10 @@ UVIT = UViTConfig(image_size=8, channels=3, patch=2, dim=48, depth=6, heads=3, n
 DIT = DiTConfig(image_size=6, channels=3, patch=2, dim=36, depth=5, heads=3, num_classes=5)
 # products of bfloat16 rows of 4 x 36 on AMX let a NaN reach the row before (oneDNN issue 5717), of 4 x 48 they do not
 DIT_NAN = dataclasses.replace(DIT, dim=48)
+# 5 tokens of text, of 10 channels
+PIXART = PixArtConfig(image_size=6, channels=3, patch=2, dim=36, depth=5, heads=3, context_tokens=5, context_dim=10)
+# 4 tokens of text and a pooled one, 9 patches, of a grid of 5 x 5 positions
+MMDIT = MMDiTConfig(6, 3, 2, dim=36, depth=4, heads=3, context_tokens=5, context_dim=10, pooled_dim=7, position_side=5)
 BATCH = 13
 
 
@@ -32,7 +38,7 @@ BATCH = 13
 class Inputs:
     x: Tensor  # [B, C, H, W]
     t: Tensor  # float [B], all different
-    context: Tensor  # labels, int64 [B]
+    context: Tensor  # labels, int64 [B], or text, float [B, N, E]
 
     def __getitem__(self, lanes: Tensor | slice) -> "Inputs":
         return Inputs(self.x[lanes], self.t[lanes], self.context[lanes])
@@ -71,7 +77,7 @@ def thresholds(c: Case) -> Tensor:
 
 @cache
 def case(kind: str, config: ExitConfig, dtype: torch.dtype, exact: bool = False) -> Case:
-    """kind: "uvit", "dit", "dit_nan" or "adaln". exact: the weights of `dtype`, computed with in float64."""
+    """kind: of NETWORKS. exact: the weights of `dtype`, computed with in float64."""
     backbone, exits = network(kind, config, dtype)
     if exact:
         backbone, exits = backbone.double(), exits.double()
@@ -86,9 +92,18 @@ def case(kind: str, config: ExitConfig, dtype: torch.dtype, exact: bool = False)
     )
 
 
+NETWORKS = {
+    "uvit": lambda: UViT(UVIT),
+    "dit": lambda: DiT(DIT),
+    "dit_nan": lambda: DiT(DIT_NAN),
+    "adaln": AdaLN,
+    "pixart": lambda: PixArt(PIXART),
+    "mmdit": lambda: MMDiT(MMDIT),
+}
+
+
 def network(kind: str, config: ExitConfig, dtype: torch.dtype) -> tuple[nn.Module, Exits]:
-    made = {"uvit": lambda: UViT(UVIT), "dit": lambda: DiT(DIT), "dit_nan": lambda: DiT(DIT_NAN), "adaln": AdaLN}
-    backbone = made[kind]()
+    backbone = NETWORKS[kind]()
     exits = Exits(backbone, config)
     scramble(backbone, 0.15, seed=1)
     scramble(exits, 0.15, seed=2)
@@ -108,7 +123,12 @@ def inputs(backbone: nn.Module, n: int = BATCH, seed: int = 0) -> Inputs:
     draw = torch.Generator().manual_seed(seed)
     x = torch.randn(n, *backbone.sample_shape, generator=draw)
     t = torch.linspace(3.25, 996.5, n)[torch.randperm(n, generator=draw)]
-    return Inputs(x, t, torch.randint(4, (n,), generator=draw))
+    if not isinstance(backbone, PixArt | MMDiT):
+        return Inputs(x, t, torch.randint(4, (n,), generator=draw))
+    config = backbone.config
+    text = torch.randn(n, config.context_tokens, config.context_dim, generator=draw)
+    text[1::2, 3:] = 0  # shorter ones, filled up
+    return Inputs(x, t, text)
 
 
 def plain_layers(backbone: nn.Module, given: Inputs) -> Tensor:
@@ -122,7 +142,7 @@ def _layers(backbone: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> list[
         return backbone.layers(x, t, context)
     rows, cond = backbone.embed(x, t, context)
     outputs = []
-    if isinstance(backbone, DiT):
+    if isinstance(backbone, DiT | PixArt | MMDiT):
         for block in backbone.blocks:
             outputs.append(rows := block(rows, cond))
         return outputs

@@ -63,7 +63,8 @@ class Calibrating:
     known. aim: "faithful" weighs it by what it does to each image, "distribution" by how far the images as a whole move
     in the space of the features, the Fréchet distance.
     n samples, seeds `seed` and on, are recorded; as many more, never looked at before, are measured on. Everything is
-    deterministic. refit: UEMs are fitted anew to how samples differ, on another n of them (see refitting.py), and used
+    deterministic. text_embeds: [P, N, E], null_text_embeds: [N, E], for models that take text; samples take them in
+    turns. refit: UEMs are fitted anew to how samples differ, on another n of them (see refitting.py), and used
     from there on. After `run`, `model` has the calibration and the UEMs that it is for, and shares network and heads
     with the one given, which stays as it was; `recording` is there. Raises ValueError for what cannot be, before
     any work.
@@ -83,11 +84,13 @@ class Calibrating:
         batch: int = 64,
         features: Extractor | None = None,
         refit: bool = False,
+        text_embeds: Tensor | None = None,
+        null_text_embeds: Tensor | None = None,
     ):
         if model.exits is None:
             raise ValueError("this model has no exits to calibrate; `adadiff train` with recipe = 'frozen' adds some")
-        if model.config.network.context_tokens:
-            raise ValueError("calibration draws samples of classes or of nothing; this model takes text")
+        if model.config.network.context_tokens and (text_embeds is None or not len(text_embeds)):
+            raise ValueError("this model takes text; give text_embeds, [P, N, E], of the prompts to calibrate for")
         if not budgets or any(not 0 < share <= 1 for share in budgets):
             raise ValueError(f"budgets are shares of the full network's work in (0, 1], got {list(budgets)}")
         if any(b - a < 2 * NEAR for a, b in zip(sorted(budgets), sorted(budgets)[1:], strict=False)):
@@ -103,6 +106,7 @@ class Calibrating:
         self.model, self.budgets, self.aim = model, sorted(budgets), aim
         self.n, self.steps, self.solver, self.guidance_scale = n, steps, solver, guidance_scale
         self.seed, self.batch, self.refit = seed, batch, refit
+        self._texts = text_embeds, null_text_embeds
         self._features = features or default_features(model)
         if aim == "distribution" and self._features is None:
             raise ValueError("no features are known for this model's images; give some, or take the aim 'faithful'")
@@ -130,7 +134,7 @@ class Calibrating:
             model, first, recording, self._distance, batch=self.batch, places=PLACES, tick=bar.update
         )
         error = recording.error.double() * weights[:, None, None]
-        full, _ = sample(model, self.n, **self._settings(self.seed + self.n), policy="full")
+        full, _ = sample(model, self.n, **self._settings(self.n, self.seed + self.n), batch=self.batch, policy="full")
         bar.update()
         budgets = []
         for share in self.budgets:
@@ -170,7 +174,7 @@ class Calibrating:
         for _ in range(ROUNDS):
             theta = adaptive_table(self.recording.u, error, self._work, target)
             policy = CalibratedThresholds(share, self._tables(share, theta, depths))
-            _, report = sample(self.model, self.n, **self._settings(self.seed), policy=policy)
+            _, report = sample(self.model, self.n, **self._settings(self.n, self.seed), batch=self.batch, policy=policy)
             spent = report.macs / report.macs_full
             found.append((abs(spent - share), spent, theta))
             bar.update()
@@ -183,21 +187,20 @@ class Calibrating:
     def _tables(self, share: float, thresholds: Tensor, depths: Tensor) -> Tables:
         return Tables(self.model.num_layers, self.recording.t.tolist(), [share], thresholds[None], depths[None])
 
-    def _settings(self, seed: int) -> dict[str, object]:
-        classes = self.model.config.classes
+    def _settings(self, n: int, seed: int) -> dict[str, object]:
+        classes, (texts, null) = self.model.config.classes, self._texts
         return {
             "steps": self.steps,
             "solver": self.solver,
             "guidance_scale": self.guidance_scale,
-            "seed": list(range(seed, seed + self.n)),
-            "class_labels": [i % classes for i in range(self.n)] if classes else None,
-            "batch": self.batch,
+            "seed": list(range(seed, seed + n)),
+            "class_labels": [i % classes for i in range(n)] if classes else None,
+            "text_embeds": None if texts is None else texts[torch.arange(n, device="cpu") % len(texts)],
+            "null_text_embeds": None if self.guidance_scale == 1 else null,
         }
 
     def _samples(self, n: int, seed: int) -> SampleBatch:
-        given = self._settings(seed)
-        del given["batch"]
-        return SampleBatch.of(self.model, n, **{k: v[:n] if isinstance(v, list) else v for k, v in given.items()})
+        return SampleBatch.of(self.model, n, **self._settings(n, seed))
 
     def _distance(self, images: Tensor, full: Tensor) -> float:
         if self.aim == "faithful":
@@ -209,7 +212,8 @@ class Calibrating:
             return frechet_distance(*(FeatureStatistics.of(self._features(v.clamp(-1, 1))) for v in (images, full)))
 
     def _measure(self, policy: ExitPolicy, full: Tensor) -> tuple[Measured, Tensor]:
-        images, report = sample(self.model, self.n, **self._settings(self.seed + self.n), policy=policy)
+        given = self._settings(self.n, self.seed + self.n)
+        images, report = sample(self.model, self.n, **given, batch=self.batch, policy=policy)
         error = (images - full).double().square().flatten(1).mean(1)
         low, high = _ends(_resampled(error)[0])
         shown = self.model.backbone.sample_shape[0] in CHANNELS

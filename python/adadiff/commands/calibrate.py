@@ -16,6 +16,7 @@ from ..data import sources
 from ..metrics.extractors import features_from
 from ..model import Model
 from ..writing import check_outputs, check_space, replace_file
+from .prompts import texts_of
 from .shared import check_limits, file_of, load_model
 from .terminal import say, show, show_lines, with_bars
 
@@ -48,7 +49,7 @@ def calibrate(options: argparse.Namespace) -> None:
     features = None if options.features is None else features_from(options.features)
     if features is not None:
         features.dims(tuple(model.backbone.sample_shape))  # for its checks
-    calibrating = Calibrating(model, options.budget, features=features, **settings)  # and its
+    calibrating = Calibrating(model, options.budget, features=features, **settings, **texts_of(options, model))
     check_space(options.out, _bytes(model, options))
     shown = {"features": options.features or "the model's own, if known"}
     show({"model": options.model, "budget": options.budget, **settings, **shown, "out": options.out})

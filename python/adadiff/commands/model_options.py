@@ -16,6 +16,7 @@ from .options import (
     add_force,
     add_guidance,
     add_model,
+    add_prompts,
     add_seed,
     add_solver,
     add_steps,
@@ -64,7 +65,7 @@ def add_calibrate(commands: Commands) -> None:
     add_features(
         goal,
         "features of the image in which the error of an exit is measured",
-        "digits or canvases for models that draw these, else the error of the predicted noise",
+        "digits, canvases or letters for models that draw these, else the error of the predicted noise",
     )
     goal.add_argument(
         "--refit",
@@ -77,6 +78,7 @@ def add_calibrate(commands: Commands) -> None:
     add_count(
         samples, 256, "number of samples on which thresholds are chosen, at least 8; as many others measure the result"
     )
+    add_prompts(samples)
     add_seed(samples, CALIBRATION_SEED, ", far from the seeds of other commands")
     add_steps(samples, several=False)
     add_solver(samples)

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from ..checkpoint import DTYPES
 from ..forward.options import Runner
+from ..pipelines.text import CLIP
 from ..policies.spelling import DEFAULT
 from .formatting import HelpFormatter
 from .texts import AUTO_HELP, FEATURES_HELP, GUIDANCE_HELP, PAGES, SOLVER_HELP
@@ -94,6 +95,22 @@ def add_solver(options: Options) -> None:
 
 def add_guidance(options: Options) -> None:
     options.add_argument("--guidance-scale", type=float, default=1.0, metavar="SCALE", help=GUIDANCE_HELP)
+
+
+def add_prompts(options: Options, more: str = "") -> None:
+    options.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help=f"prompts for a text-to-image model, which requires them: a text file, one prompt a line{more} (default: "
+        "none)",
+    )
+    options.add_argument(
+        "--text-encoder",
+        type=Path,
+        metavar="FOLDER",
+        help=f"text encoder of CLIP for the prompts, a folder or a name on the Hugging Face hub (default: {CLIP})",
+    )
 
 
 def add_policy(options: Options) -> None:

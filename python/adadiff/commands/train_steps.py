@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import checkpoint
 from ..calibration.step_training import StepTraining
-from ..model import Model
-from ..pipelines.text import CLIP, TextEncoder
 from ..reading import read_text
 from ..writing import check_outputs, check_space, replace_file
+from .prompts import texts_of
 from .shared import check_limits, digest, load_model, with_progress
 from .step_choices import show_choices
 from .terminal import say, show, with_bars
@@ -40,7 +38,7 @@ def train_steps(options: argparse.Namespace) -> None:
         "seed": options.seed,
         "batch": options.batch,
     }
-    training = StepTraining(model, **settings, **_texts(options, model))
+    training = StepTraining(model, **settings, **texts_of(options, model))
     weights = sum(value.nbytes for value in model.parameters())
     check_space(options.out, weights + HEADER + 8 * options.n * len(options.candidates))
     asked = {key: value for key, value in settings.items() if key not in ("bar", "penalty", "batch")}
@@ -82,19 +80,3 @@ def _recorded(partial: Path, asked: Mapping[str, Any], force: bool) -> Tensor | 
             return None
         raise ValueError(f"{error}; remove the file, or give --force to begin anew") from None
     return tensors["errors"].double()
-
-
-def _texts(options: argparse.Namespace, model: Model) -> dict[str, Tensor]:
-    """Embeddings of the lines of --prompts, and of the empty prompt. ValueError for options that do not fit the
-    model."""
-    if not model.config.network.context_tokens:
-        if options.prompts is not None or options.text_encoder is not None:
-            raise ValueError("this model takes no text; leave --prompts and --text-encoder out")
-        return {}
-    if options.prompts is None:
-        raise ValueError("this model takes text; give --prompts, a file with one prompt a line")
-    prompts = [line.strip() for line in read_text(options.prompts).splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"{options.prompts} holds no prompt; write one a line")
-    *made, null = TextEncoder.load(options.text_encoder or CLIP)([*prompts, ""])
-    return {"text_embeds": torch.stack(made), "null_text_embeds": null}

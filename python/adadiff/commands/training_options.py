@@ -7,7 +7,6 @@ from typing import Any
 
 from ..calibration.calibrating import AIMS, CALIBRATION_SEED
 from ..calibration.step_training import SEED as STEPS_SEED
-from ..pipelines.text import CLIP
 from ..policies.cascade import MODES
 from ..training.config import CHOICES, TrainConfig, shipped
 from ..training.distilling import DistillConfig
@@ -23,6 +22,7 @@ from .options import (
     add_force,
     add_guidance,
     add_model,
+    add_prompts,
     add_seed,
     add_solver,
     add_steps,
@@ -65,19 +65,7 @@ def add_train_steps(commands: Commands) -> None:
         "number of noises to draw with every candidate, at least 8 and one for each class or prompt; half as many "
         "others measure the result",
     )
-    samples.add_argument(
-        "--prompts",
-        type=Path,
-        metavar="FILE",
-        help="prompts for a text-to-image model, which requires them: a text file, one prompt a line; of five or more, "
-        "every fifth only measures (default: none)",
-    )
-    samples.add_argument(
-        "--text-encoder",
-        type=Path,
-        metavar="FOLDER",
-        help=f"text encoder of CLIP for the prompts, a folder or a name on the Hugging Face hub (default: {CLIP})",
-    )
+    add_prompts(samples, "; of five or more, every fifth only measures")
     add_seed(samples, STEPS_SEED, ", far from the seeds of other commands")
     add_solver(samples)
     add_guidance(samples)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+from typing import cast as typed
 
 import torch
 from torch import Tensor
@@ -15,17 +16,21 @@ from torch import Tensor
 from ..checkpoint import Keys, built, described, dtype_from, matched, write_tensors
 from ..config import PRESETS, ModelConfig
 from ..model import Model, shapes
-from ..models.dit import EPS, DiT, DiTConfig
+from ..models.dit import EPS, DiT, DiTConfig, position_embedding
+from ..models.pixart import PixArtConfig
 from ..uem import DUODIFF, OFFICIAL, ExitConfig
 from ..weights import cast, check_weights, total_bytes
+from . import served_pixart
 from .earlier import is_earlier, upgraded
 from .foreign import Source, read, read_object
-from .layouts import BACKBONE, FIRST_EXIT, LAYOUTS, layout_of
+from .layouts import BACKBONE, FIRST_EXIT, LAYOUTS, NO_CAPTION, layout_of
 from .served import LINEAR, served_network, served_scale, served_schedule
 from .settings import assumed, contradictions, other_kind
 
 EXITS: Mapping[str, ExitConfig] = {"official": OFFICIAL, "duodiff": DUODIFF}
 SERVERS = ("diffusers", "dit")
+SERVED = ("diffusers", "pixart-diffusers")  # layouts of folders that say all of themselves
+POSITION = f"{BACKBONE}pos_embed"
 SPARE = 2**20  # weights that a configuration may have and a file lacks, before they are named one by one
 
 
@@ -88,8 +93,8 @@ def _convert(
     dtype: torch.dtype | None,
     drop_first_exit: bool,
 ) -> Conversion:
-    layout = "diffusers" if found.network is not None else layout_of(found.tensors)
-    if layout == "diffusers":
+    layout = _layout(found)
+    if layout in SERVED:
         if found.network is None:
             raise ValueError(f"{found.file} is diffusers' weights alone; give the folder that holds its config.json")
         config, preset = _served(found, preset, served_by)
@@ -100,7 +105,7 @@ def _convert(
     try:
         tensors = translate(layout, found.tensors, config, str(found.file))
     except ValueError as error:
-        fitting = _fitting(layout, found.tensors) if layout != "diffusers" else []
+        fitting = _fitting(layout, found.tensors) if layout not in SERVED else []
         if preset in fitting or not fitting:
             raise
         raise ValueError(f"{error}; its shapes are those of {' and '.join(fitting)}") from None
@@ -147,10 +152,11 @@ def recognise(source: Path) -> tuple[Source, str, dict[str, ModelConfig]]:
     a folder of diffusers that no preset is like, whose schedule only its `scheduler` tells. Raises ValueError where
     `convert` would, presets aside."""
     found = read(source)
+    layout = _layout(found)
     if found.network is not None:
-        config, preset = _served(replace(found, scheduler=found.scheduler or LINEAR), None, "diffusers")
-        return found, "diffusers", {preset or "": config}
-    layout = layout_of(found.tensors)
+        served_by = "diffusers" if layout == "diffusers" else None
+        config, preset = _served(replace(found, scheduler=found.scheduler or LINEAR), None, served_by)
+        return found, layout, {preset or "": config}
     names, refused = _candidates(found, layout)
     if not names and refused:
         raise ValueError(f"{found.file} cannot be of {refused}")
@@ -165,6 +171,9 @@ def translate(layout: str, tensors: Mapping[str, Tensor], config: ModelConfig, s
         raise ValueError(f"{source} does not fit this model: it holds {held:,} bytes, for {weights:,} weights")
     ours = LAYOUTS[layout](keys, wanted)
     keys.finish(source)
+    if layout == "pixart-diffusers":
+        network = typed(PixArtConfig, config.network)
+        ours[POSITION] = position_embedding(network.dim, network.side, network.interpolation)[None]
     return ours
 
 
@@ -224,7 +233,7 @@ def _fitting(layout: str, tensors: Mapping[str, Tensor]) -> list[str]:
     theirs = {
         BACKBONE + key.removeprefix(prefix): value.shape
         for key, value in tensors.items()
-        if key.startswith(prefix) and not key.startswith("lte_classifer.")
+        if key.startswith(prefix) and not key.startswith("lte_classifer.") and key != NO_CAPTION
     }
     position, blocks = theirs.get(f"{BACKBONE}pos_embed"), sum(key.endswith(".attn.qkv.weight") for key in theirs)
     return [
@@ -236,8 +245,19 @@ def _fitting(layout: str, tensors: Mapping[str, Tensor]) -> list[str]:
     ]
 
 
+def _layout(found: Source) -> str:
+    if found.network is None:
+        return layout_of(found.tensors)
+    return "pixart-diffusers" if found.network.get("_class_name") == served_pixart.CLASS else "diffusers"
+
+
 def _served(found: Source, preset: str | None, served_by: str | None) -> tuple[ModelConfig, str | None]:
     """The configuration of a diffusers folder."""
+    if _layout(found) == "pixart-diffusers":
+        if served_by is not None:
+            raise ValueError("served_by is for a DiT; a PixArt is run the same way by its authors and by diffusers")
+        theirs = served_pixart.served_pixart(found.network, found.file)
+        return served_pixart.pixart_config(theirs, found.file, preset, found.scheduler, found.autoencoder)
     if served_by not in SERVERS:
         raise ValueError(
             "say how a DiT of diffusers is to be run: served_by 'diffusers' (sinusoid of shift 1, its norm_eps) or "

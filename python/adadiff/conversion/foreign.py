@@ -3,7 +3,7 @@
 U-ViT (baofff/U-ViT): a released state dict, a folder `<step>.ckpt` of its training, or the folder of all these.
 AdaDiff (Tangshengku/AdaDiff): the same, with UEMs. DuoDiff (razvanmatisan/duodiff): files of its training.
 DiT (facebookresearch/DiT): a released state dict, or a file of its training, of which the average ("ema") is taken.
-diffusers: the folder of a `DiTTransformer2DModel`, or that of its pipeline.
+diffusers: the folder of a `DiTTransformer2DModel` or `PixArtTransformer2DModel`, or that of its pipeline.
 """
 
 import argparse
@@ -84,8 +84,8 @@ def _read_transformer(folder: Path) -> Source:
     kind = network.get("_class_name")
     if kind == "AdaDiffTransformer":
         raise ValueError(f"{folder} is of a pipeline of ours already; AdaDiffPipeline.from_pretrained opens it")
-    if kind not in ("DiTTransformer2DModel", "Transformer2DModel"):  # its name of old
-        raise ValueError(f"{folder} holds a {kind} of diffusers; DiTTransformer2DModel is read")
+    if kind not in ("DiTTransformer2DModel", "Transformer2DModel", "PixArtTransformer2DModel"):  # the second: of old
+        raise ValueError(f"{folder} holds a {kind} of diffusers; read are those of DiT and PixArt")
     return replace(_read_parts(folder), network=network)
 
 

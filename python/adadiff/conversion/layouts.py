@@ -5,8 +5,13 @@ official   AdaDiff (Tangshengku/AdaDiff libs/uvit.py): the same, and a certainty
 duodiff    DuoDiff (razvanmatisan/duodiff models/early_exit.py): `uvit.*`, a probe `matrix.{i}` and a head of every
            block's input
 diffusers  `DiTTransformer2DModel`: DiT with the products of attention apart, and the embedders once in every block
+pixart     PixArt's own (PixArt-alpha/PixArt-sigma, PixArt.py): ours, and the caption that stands for none
+pixart-diffusers  `PixArtTransformer2DModel`
+mmdit      Stable Diffusion 3's own (Stability-AI/sd3-ref, mmdit.py): ours, with a larger grid of positions
+mmdit-diffusers  `SD3Transformer2DModel`
 """
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -112,7 +117,137 @@ def diffusers(keys: Keys, shapes: Shapes) -> dict[str, Tensor]:
     return tensors
 
 
-LAYOUTS: Mapping[str, Layout] = {"plain": plain, "official": official, "duodiff": duodiff, "diffusers": diffusers}
+NO_CAPTION = "y_embedder.y_embedding"  # of PixArt: guidance here takes the embeddings of an empty text
+
+
+def pixart(keys: Keys, shapes: Shapes) -> dict[str, Tensor]:
+    tensors = plain(keys, shapes)
+    keys.ignore(NO_CAPTION)
+    return tensors
+
+
+PIXART_ONCE = {
+    "x_embedder.proj": "pos_embed.proj",
+    "t_embedder.mlp.0": "adaln_single.emb.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "adaln_single.emb.timestep_embedder.linear_2",
+    "t_block.1": "adaln_single.linear",
+    "y_embedder.y_proj.fc1": "caption_projection.linear_1",
+    "y_embedder.y_proj.fc2": "caption_projection.linear_2",
+    "final_layer.linear": "proj_out",
+}
+PIXART_EACH = {
+    "attn.proj": "attn1.to_out.0",
+    "cross_attn.q_linear": "attn2.to_q",
+    "cross_attn.proj": "attn2.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+}
+PIXART_PARTS = {"attn.qkv": ("attn1", "qkv"), "cross_attn.kv_linear": ("attn2", "kv")}
+
+
+def pixart_diffusers(keys: Keys, shapes: Shapes) -> dict[str, Tensor]:
+    """The position embedding is not in their files, but computed."""
+    tensors = {}
+    for own, shape in shapes.items():
+        *path, name = own.removeprefix(BACKBONE).split(".")
+        part, inside = ".".join(path), ".".join(path[2:])
+        block = f"transformer_blocks.{path[1]}" if path[:1] == ["blocks"] else ""
+        if name == "scale_shift_table":
+            tensors[own] = keys.take(f"{block}.{name}".removeprefix("."), shape)
+        elif part in PIXART_ONCE:
+            tensors[own] = keys.take(f"{PIXART_ONCE[part]}.{name}", shape)
+        elif inside in PIXART_PARTS:
+            attention, products = PIXART_PARTS[inside]
+            each = Size([shape[0] // len(products), *shape[1:]])
+            names = [f"{block}.{attention}.to_{which}.{name}" for which in products]
+            tensors[own] = torch.cat([keys.take(theirs, each) for theirs in names])
+        elif path:  # not pos_embed
+            tensors[own] = keys.take(f"{block}.{PIXART_EACH[inside]}.{name}", shape)
+    return tensors
+
+
+def mmdit(keys: Keys, shapes: Shapes) -> dict[str, Tensor]:
+    position = f"{BACKBONE}pos_embed"
+    tensors = plain(keys, {own: shape for own, shape in shapes.items() if own != position})
+    return {**tensors, position: _middle(keys, "pos_embed", shapes[position])}
+
+
+def _middle(keys: Keys, key: str, shape: Size) -> Tensor:
+    """The positions of our patches, [1, side * side, D], in the middle of a larger grid of them."""
+    grid = keys.take_any(key)
+    sides = [math.isqrt(rows) for rows in (shape[1], 0 if grid is None or grid.ndim != 3 else grid.shape[1])]
+    if grid is None or sides[1] < sides[0] or grid.shape != (1, sides[1] ** 2, shape[2]):
+        if grid is not None:
+            keys.problems.append(f"{key} is {tuple(grid.shape)}, no grid of {sides[0]} positions in a row or more")
+        return torch.zeros((), device="cpu").expand(tuple(shape))
+    first = (sides[1] - sides[0]) // 2
+    cut = slice(first, first + sides[0])
+    return grid.view(1, sides[1], sides[1], -1)[:, cut, cut].reshape(shape)
+
+
+MMDIT_ONCE = {
+    "x_embedder.proj": "pos_embed.proj",
+    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+    "context_embedder": "context_embedder",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+    "final_layer.linear": "proj_out",
+}
+MMDIT_EACH = {
+    "x_block.adaLN_modulation.1": "norm1.linear",
+    "x_block.attn.proj": "attn.to_out.0",
+    "x_block.mlp.fc1": "ff.net.0.proj",
+    "x_block.mlp.fc2": "ff.net.2",
+    "context_block.adaLN_modulation.1": "norm1_context.linear",
+    "context_block.attn.proj": "attn.to_add_out",
+    "context_block.mlp.fc1": "ff_context.net.0.proj",
+    "context_block.mlp.fc2": "ff_context.net.2",
+}
+MMDIT_PRODUCTS = {"x_block.attn.qkv": "attn.to_{}", "context_block.attn.qkv": "attn.add_{}_proj"}
+
+
+def mmdit_diffusers(keys: Keys, shapes: Shapes) -> dict[str, Tensor]:
+    """Where a norm has no gate, their scale comes before their shift."""
+    tensors = {}
+    for own, shape in shapes.items():
+        *path, name = own.removeprefix(BACKBONE).split(".")
+        part, inside = ".".join(path), ".".join(path[2:])
+        block = f"transformer_blocks.{path[1]}" if path[:1] == ["joint_blocks"] else ""
+        if not path:  # pos_embed
+            tensors[own] = _middle(keys, "pos_embed.pos_embed", shape)
+        elif inside in MMDIT_PRODUCTS:
+            third = Size([shape[0] // 3, *shape[1:]])
+            names = [f"{block}.{MMDIT_PRODUCTS[inside].format(which)}.{name}" for which in "qkv"]
+            tensors[own] = torch.cat([keys.take(theirs, third) for theirs in names])
+        else:
+            theirs = MMDIT_ONCE[part] if part in MMDIT_ONCE else f"{block}.{MMDIT_EACH[inside]}"
+            value = keys.take(f"{theirs}.{name}", shape)
+            ungated = "adaLN_modulation" in part and shape[0] == 2 * shapes[f"{BACKBONE}context_embedder.bias"][0]
+            tensors[own] = torch.cat(value.chunk(2)[::-1]) if ungated else value
+    return tensors
+
+
+LAYOUTS: Mapping[str, Layout] = {
+    "plain": plain,
+    "official": official,
+    "duodiff": duodiff,
+    "diffusers": diffusers,
+    "pixart": pixart,
+    "pixart-diffusers": pixart_diffusers,
+    "mmdit": mmdit,
+    "mmdit-diffusers": mmdit_diffusers,
+}
+
+
+ROOTS = {  # of names that a layout has, those that others do not have first
+    "joint_blocks": "mmdit",
+    "lte_classifer": "official",
+    "transformer_blocks": "diffusers",
+    "t_block": "pixart",
+    "pos_embed": "plain",
+}
 
 
 def layout_of(names: Mapping[str, Tensor]) -> str:
@@ -127,7 +262,11 @@ def layout_of(names: Mapping[str, Tensor]) -> str:
                 f"{other[0]} is no probe of classifier_type mlp_probe_per_layer, the only one of DuoDiff's that is read"
             )
         return "duodiff"
-    for root, layout in (("lte_classifer", "official"), ("transformer_blocks", "diffusers"), ("pos_embed", "plain")):
+    if "transformer_blocks" in roots and "adaln_single" in roots:
+        return "pixart-diffusers"
+    if "transformer_blocks" in roots and "time_text_embed" in roots:
+        return "mmdit-diffusers"
+    for root, layout in ROOTS.items():
         if root in roots:
             return layout
     raise ValueError(f"names such as {', '.join(sorted(names)[:3])} are in no layout known here: {', '.join(LAYOUTS)}")

@@ -47,8 +47,7 @@ class LabelledMoments:
 
 @dataclass(frozen=True)
 class CaptionedMoments:
-    """Moments i.npy and several contexts each, i_0.npy ...; captions[i] says how many. A batch takes the k-th, k drawn
-    from PyTorch's global generator."""
+    """Moments i.npy and several contexts each, i_0.npy ...; captions[i] says how many."""
 
     folder: Path
     captions: Sequence[int]
@@ -60,12 +59,15 @@ class CaptionedMoments:
     def __len__(self) -> int:
         return len(self.captions)
 
-    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+    def batch(self, index: Tensor, caption: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """caption: float [k] in [0, 1), which of each one's captions, from the first to the last; None: drawn from
+        PyTorch's global generator."""
         x, contexts = [], []
-        for i in index.tolist():
+        places = torch.rand(len(index), device="cpu") if caption is None else caption
+        for i, place in zip(index.tolist(), places.tolist(), strict=True):
             path = self.folder / f"{i}.npy"
             x.append(_moments(load_npy(path), self.shape, path))
-            path = self.folder / f"{i}_{int(torch.randint(self.captions[i], (), device='cpu'))}.npy"
+            path = self.folder / f"{i}_{int(place * self.captions[i])}.npy"
             contexts.append(_context(path, tuple(self.empty_context.shape)))
         return torch.stack(x), torch.stack(contexts)
 

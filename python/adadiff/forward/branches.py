@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adadiff_kernels import Cached, layer_norm, residual_uem, upload
+from adadiff_kernels import Cached, residual_uem, upload
 
 from ..models.interface import Backbone, Block, Branch, FusableBlock
 from ..uem import Exits
@@ -20,7 +20,7 @@ from .branch_plan import BranchPlan
 from .lane_by_lane import LaneRunner
 from .options import ExecutionOptions
 from .placement import DevicePlacement, HostPlacement, Skip
-from .runner import BlockRunner, Rows, groups
+from .runner import BlockRunner, Rows, groups, read_by
 from .structure import Structure
 
 
@@ -102,7 +102,7 @@ class BranchRunner(BlockRunner):
                 rows = self._plan.rows(layer, j)
                 b = rows[entry] if isinstance(entry, slice) else rows.index_select(0, entry)
             else:
-                b = branch(layer_norm(x, branch.norm(self._cond), lanes))
+                b = branch(read_by(branch, x, self._cond, lanes), self._cond, lanes)
                 if keeps[j].any():
                     _keep(self._plan.rows(layer, j), b, entry, keeps[j])
             ours = x if skip is not None or j > 0 else None
@@ -172,10 +172,10 @@ class BranchRunner(BlockRunner):
         if h is None:
             if rows is not None:
                 hidden, lanes = hidden.index_select(0, rows), lanes.index_select(0, rows)
-            h = layer_norm(hidden, branch.norm(self._cond), lanes)
+            h = read_by(branch, hidden, self._cond, lanes)
         elif rows is not None:
-            h = h.index_select(0, rows)
-        return branch(h, add_bias)
+            h, lanes = h.index_select(0, rows), lanes.index_select(0, rows)
+        return branch(h, self._cond, lanes, add_bias)
 
     def _work(self, layer: int, j: int, placement: DevicePlacement) -> "Work | None":
         """The same for branches that the same lanes take and keep, as long as no row moves. None: all lanes compute,
@@ -253,7 +253,7 @@ class BranchLaneRunner(LaneRunner):
             if plan.takes[layer - 1, j, lane]:
                 b = plan.rows(layer, j)[own].clone()
             else:
-                b = branch(layer_norm(x, branch.norm(cond), self._only))
+                b = branch(read_by(branch, x, cond, self._only), cond, self._only)
                 if plan.keeps[layer - 1, j, lane]:
                     plan.rows(layer, j)[own].copy_(b)
             x = residual_uem(x, b, row_to_lane=self._only, gate=branch.gate(cond))[0]

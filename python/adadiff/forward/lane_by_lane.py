@@ -16,12 +16,13 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from adadiff_kernels import LayerScores, layer_norm
+from adadiff_kernels import LayerScores
 
 from ..models.interface import Backbone, Block, Conditioning, FusableBlock
 from ..uem import Exits
 from .options import ExecutionOptions
 from .placement import DevicePlacement, HostPlacement, Skip
+from .runner import read_by
 from .structure import Structure
 
 Result = TypeVar("Result")
@@ -83,7 +84,7 @@ class LaneRunner:
         branch = cast(FusableBlock, self._first).branches[0]
 
         def one(lane: int) -> Tensor:
-            return layer_norm(hidden[lane : lane + 1].clone(), branch.norm(self._conds[lane]), self._only)
+            return read_by(branch, hidden[lane : lane + 1].clone(), self._conds[lane], self._only)
 
         return torch.cat(lane_by_lane(one, len(hidden), hidden.device)) if len(hidden) else hidden
 

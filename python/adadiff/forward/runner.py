@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from adadiff_kernels import LayerScores, Norm, Score, is_fused, layer_norm, residual_uem
 
-from ..models.interface import Backbone, Block, Conditioning, FusableBlock
+from ..models.interface import Backbone, Block, Branch, Conditioning, FusableBlock
 from ..uem import Exits
 from .memory import Embedded
 from .options import ExecutionOptions
@@ -36,6 +36,12 @@ def plain_block(
     return block(hidden, cond, skip, index, row_to_lane, out)
 
 
+def read_by(branch: Branch, hidden: Tensor, cond: Conditioning, row_to_lane: Tensor) -> Tensor:
+    """[n, T, D]: what a branch reads of hidden, [n, T, D]."""
+    norm = branch.norm(cond)
+    return hidden if norm is None else layer_norm(hidden, norm, row_to_lane)
+
+
 def fused_block(
     block: FusableBlock,
     hidden: Tensor,
@@ -56,9 +62,9 @@ def fused_block(
     if skip is not None:
         hidden = block.join(hidden, *skip).to(hidden.dtype)
     branches, u = block.branches, None
-    h = layer_norm(hidden, branches[0].norm(cond), row_to_lane) if normed is None else normed
+    h = read_by(branches[0], hidden, cond, row_to_lane) if normed is None else normed
     for branch, following in zip(branches, (*branches[1:], None), strict=True):
-        b = branch(h, add_bias=False) if branch.bias is not None else branch(h)
+        b = branch(hidden if h is None else h, cond, row_to_lane, branch.bias is None)
         last = following is None
         target = out if last else None
         if target is None and b.dtype == hidden.dtype:
@@ -123,11 +129,11 @@ class BlockRunner:
     def first_read(self, hidden: Tensor) -> Tensor:
         """[B, T, D]: what the first branch of the first block reads of hidden, [B, T, D], the block's input by lane."""
         lanes = torch.arange(len(hidden), dtype=torch.int32, device=hidden.device)
-        return layer_norm(hidden, cast(FusableBlock, self._structure.blocks[0]).branches[0].norm(self._cond), lanes)
+        return read_by(cast(FusableBlock, self._structure.blocks[0]).branches[0], hidden, self._cond, lanes)
 
     def norm_after(self, layer: int) -> Norm | None:
         """The norm that the next block begins with, for the pass that ends block `layer` to write; None where that
-        block joins a long skip first, or is not fused."""
+        block joins a long skip first, has no such norm, or is not fused."""
         blocks = self._structure.blocks
         if layer == len(blocks) or blocks[layer].skip_from is not None or not hasattr(blocks[layer], "branches"):
             return None

@@ -87,11 +87,11 @@ class DiTConfig:
         return self.patch**2 * self.channels * (2 if self.learned_variance else 1)
 
 
-def position_embedding(dim: int, side: int) -> Tensor:
-    """Float32 [side * side, dim], fixed: half the channels tell a patch's column, half its row, each as sines, then
-    cosines, of frequencies 10000^(-4 i / dim). Computed in float64."""
+def position_embedding(dim: int, side: int, divisor: float = 1.0, first: int = 0) -> Tensor:
+    """Float32 [side * side, dim], fixed: half the channels tell a patch's column, half its row, counted from `first`,
+    over the divisor, each as sines, then cosines, of frequencies 10000^(-4 i / dim). Computed in float64."""
     frequencies = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
+    angles = torch.arange(first, first + side, dtype=torch.float64)[:, None] / divisor * frequencies
     line = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, dim / 2]
     column, row = line.repeat(side, 1), line.repeat_interleave(side, 0)
     return torch.cat([column, row], dim=1).float()
@@ -126,7 +126,7 @@ class GatedBranch:
     def gate(self, cond: DiTConditioning) -> Tensor:
         return cond.modulation[:, self.block, self.branch, 2]
 
-    def __call__(self, h: Tensor, add_bias: bool = True) -> Tensor:
+    def __call__(self, h: Tensor, cond: object, row_to_lane: Tensor | None, add_bias: bool = True) -> Tensor:
         return self.body(h, add_bias)
 
     def macs(self, tokens: int) -> int:
@@ -159,7 +159,7 @@ class Block(nn.Module):
             shift, scale, gate = own[:, :, None].unbind(1)  # [n, 1, D] each
             h = F.layer_norm(x, x.shape[-1:], eps=branch.eps)
             target = out if branch is self.branches[-1] else None
-            x = torch.addcmul(x, gate, branch(torch.addcmul(shift, h, 1 + scale)), out=target)
+            x = torch.addcmul(x, gate, branch.body(torch.addcmul(shift, h, 1 + scale)), out=target)
         return x
 
     def macs(self, tokens: int) -> int:

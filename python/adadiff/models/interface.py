@@ -24,16 +24,18 @@ class Branch(Protocol):
     """One residual update, y = x + gate * (branch(norm(x)) + bias), in parts, for the fused pass."""
 
     bias: Tensor | None  # [D], what the last product adds and could leave out
-    unit: str  # "attention" or "mlp"
+    unit: str  # "attention", "cross" (attention to the context) or "mlp"
 
-    def norm(self, cond: Any) -> Norm: ...
+    def norm(self, cond: Any) -> Norm | None:
+        """None: the branch reads the rows as they are."""
 
     def gate(self, cond: Any) -> Tensor | None:
         """[B, D] by lane, or None for a plain residual."""
 
-    def __call__(self, h: Tensor, add_bias: bool = True) -> Tensor:
-        """h: normalised rows [n, T, D]. Returns fresh rows [n, T, D], over which the sum is written. Without add_bias,
-        which only a branch that has a `bias` is asked for, the fused pass adds it."""
+    def __call__(self, h: Tensor, cond: Any, row_to_lane: Tensor | None, add_bias: bool = True) -> Tensor:
+        """h: normalised rows [n, T, D] of the lanes row_to_lane, int32 [n]; None: row i carries lane i. Returns fresh
+        rows [n, T, D], over which the sum is written. Without add_bias, which only a branch that has a `bias` is asked
+        for, the fused pass adds it."""
 
     def macs(self, tokens: int) -> int:
         """Multiply-adds for one lane."""

@@ -101,7 +101,7 @@ class AffineBranch:
     def gate(self, cond: UViTConditioning) -> None:
         return None
 
-    def __call__(self, h: Tensor, add_bias: bool = True) -> Tensor:
+    def __call__(self, h: Tensor, cond: object, row_to_lane: Tensor | None, add_bias: bool = True) -> Tensor:
         return self._body(h, add_bias)
 
     def macs(self, tokens: int) -> int:

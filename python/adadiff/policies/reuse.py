@@ -13,7 +13,7 @@ from torch import Tensor
 
 GATES = ("residual", "input")
 LEVELS = ("block", "layer", "unit")
-UNITS = ("attention", "mlp")
+UNITS = ("attention", "cross", "mlp")
 
 
 @dataclass(frozen=True)

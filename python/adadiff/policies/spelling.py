@@ -75,7 +75,7 @@ POLICIES: Registry[Part | Calibrated] = Registry(
             "every",
             readers={"layers": _layers},
             words={
-                "every": "STEPS", "level": "block|layer|unit", "unit": "attention|mlp", "layers": "FIRST-LAST",
+                "every": "STEPS", "level": "block|layer|unit", "unit": "attention|cross|mlp", "layers": "FIRST-LAST",
                 "dense_early": "STEPS", "dense_late": "STEPS",
             },
         ),

@@ -117,9 +117,7 @@ class TrainConfig:
         if self.exit_options and not self.exits:
             raise ValueError("exit_options say how exits are made, but exits is false")
         model = self.model
-        if model.network.context_tokens:
-            raise ValueError(f"training takes labels or none, not text, which {self.preset!r} needs")
-        if self.label_drop and model.null_label is None:
+        if self.label_drop and model.null_label is None and not model.network.context_tokens:
             raise ValueError(f"{self.preset!r} has no null class to put in place of a label; set label_drop to 0")
 
     @property

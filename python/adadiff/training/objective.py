@@ -42,8 +42,8 @@ class Objective(nn.Module):
         whole: Tensor | None = None,
         width: float = 1.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """x, noise: [B, C, H, W]; t: float [B]; labels: int64 [B]. whole: [2, L], `means` of the batch that this is a
-        part of, for losses that need it. width: of the network, one of the configuration's.
+        """x, noise: [B, C, H, W]; t: float [B]; labels: int64 [B], or text, float [B, N, E]. whole: [2, L], `means` of
+        the batch that this is a part of, for losses that need it. width: of the network, one of the configuration's.
         Returns the loss and its terms, detached."""
         if width != 1:
             (narrow,) = self._narrow[width]

@@ -13,6 +13,7 @@ import random
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from .. import checkpoint
 from ..data import sources
+from ..data.feature_sets import CaptionedMoments
 from ..model import Model
 from ..models.uvit import start_as_linear
 from ..output.pictures import CHANNELS
@@ -81,8 +83,23 @@ class Trainer:
                 f"data {self.config.data!r} is {'x'.join(map(str, shape))} in {data.classes} classes, but the network "
                 f"draws {'x'.join(map(str, wanted))} in {model.classes}; choose data, preset and network that agree"
             )
+        self._check_text()
         if self.config.sample_every and shape[0] not in CHANNELS:
             raise ValueError(f"there are no pictures of {shape[0]} channels; set sample_every to 0")
+
+    def _check_text(self) -> None:
+        network = self.config.model.network
+        given, wanted = getattr(self.data, "empty_context", None), (network.context_tokens, network.context_dim)
+        if not network.context_tokens:
+            return
+        if given is None or tuple(given.shape) != wanted:
+            what = "no text" if given is None else f"text of {list(given.shape)}"
+            raise ValueError(
+                f"{self.config.preset!r} takes text of {list(wanted)}, and data {self.config.data!r} has {what}; data "
+                "with text is what U-ViT's scripts extract, as in mscoco256_features:FOLDER"
+            )
+        if self.config.sample_every:
+            raise ValueError("there are no pictures along the way of a training on text; set sample_every to 0")
 
     def turns(self, step: int) -> list[float]:
         """The widths whose losses update `step` sums up: of a slimmable network the whole, the smallest and a random
@@ -94,7 +111,8 @@ class Trainer:
         return [1.0, smallest, *drawn]
 
     def inputs(self, step: int, part: int = 0, turn: int = 0) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """This process's share of update `step`, one of `accumulate` parts: x, t, labels and noise, see `Objective`. In
+        """This process's share of update `step`, one of `accumulate` parts: x, t, labels or text, and noise, see
+        `Objective`. In
         each turn the same images, with times and noise of its own."""
         config, model = self.config, self.config.model
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
@@ -106,14 +124,16 @@ class Trainer:
         noise = torch.randn(config.batch, *self.model.backbone.sample_shape, dtype=torch.float32, **drawn)
         first = (self.processes.rank * config.accumulate + part) * self._part
         own = slice(first, first + self._part)
-        x0, labels = self.data.batch(pick[own])
+        x0, labels = self._batch(pick, own, generator)
         if self.data.moments:
             x0 = draw_latents(x0, torch.randn(noise.shape, dtype=torch.float32, **drawn)[own], model.latent_scale)
         for _ in range(turn):
             u = torch.rand(config.batch, dtype=torch.float64, **drawn)
             t, alpha_bar = self.model.schedule.training_times(u)
             noise = torch.randn(noise.shape, dtype=torch.float32, **drawn)
-        if not model.network.num_classes:
+        if model.network.context_tokens:
+            labels = torch.where(drop[own, None, None], cast(CaptionedMoments, self.data).empty_context, labels)
+        elif not model.network.num_classes:
             labels = None
         elif model.null_label is not None:
             labels = labels.masked_fill(drop[own], model.null_label)
@@ -121,6 +141,12 @@ class Trainer:
         x = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
         device = self.processes.device
         return x.to(device), t.to(device), None if labels is None else labels.to(device), noise.to(device)
+
+    def _batch(self, pick: Tensor, own: slice, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        if not self.config.model.network.context_tokens:
+            return self.data.batch(pick[own])
+        caption = torch.rand(self.config.batch, generator=generator, dtype=torch.float32, device="cpu")
+        return cast(CaptionedMoments, self.data).batch(pick[own], caption[own])
 
     def update(self) -> dict[str, Tensor]:
         """One optimizer step. Returns this process's loss terms. Raises FloatingPointError on a loss or gradient that

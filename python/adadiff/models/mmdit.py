@@ -1,0 +1,296 @@
+"""MMDiT, the network of Stable Diffusion 3 (Esser et al., ICML 2024, arXiv 2403.03206), written from the paper and the
+names and shapes in its released state dicts.
+
+Text and patches are two streams with weights of their own, that attend to each other in every block. Both lie in one
+lane's rows, [N text tokens, then T patches], so that who leaves takes its text along. The sum of time and pooled text
+gives both streams shift, scale and gate. The last block leaves the text as it is.
+B lanes, n rows, D channels, L blocks.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .dit import EPS, SINUSOID, TimestepEmbedder, position_embedding
+from .interface import Family
+from .layers import Mlp, PatchEmbed, check_images, check_integers, patchify, timestep_embedding, unpatchify
+
+
+@dataclass(frozen=True)
+class MMDiTConfig:
+    """The context is [B, 1 + N, E]: first the pooled embedding of the text, filled up with zeros, then its tokens."""
+
+    image_size: int  # of the latents
+    channels: int
+    patch: int
+    dim: int
+    depth: int  # blocks
+    heads: int
+    context_tokens: int = 334  # 1 + N
+    context_dim: int = 4096  # E
+    pooled_dim: int = 2048
+    mlp_ratio: int = 4
+    position_side: int = 192  # of the grid of positions, from whose middle the patches' are cut
+    position_base: int = 64  # patches in a row that the grid was made for
+
+    num_classes: ClassVar[int] = 0
+    learned_variance: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_integers(self, 1, "image_size", "dim", "heads", "context_dim", "pooled_dim")
+        check_integers(self, 2, "context_tokens")
+        check_integers(self, 1, "channels", "patch", "depth", "mlp_ratio", "position_side", "position_base", most=1024)
+        if self.image_size % self.patch:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch {self.patch}")
+        if self.dim % self.heads or self.dim % 4:
+            raise ValueError(f"dim {self.dim} must be a multiple of 4 and of heads {self.heads}")
+        if self.side > self.position_side:
+            raise ValueError(f"{self.side} patches in a row are more than the {self.position_side} positions")
+        if self.pooled_dim > self.context_dim:
+            raise ValueError(f"pooled_dim {self.pooled_dim} is more than the context's {self.context_dim} channels")
+
+    @property
+    def side(self) -> int:
+        return self.image_size // self.patch
+
+    @property
+    def text(self) -> int:
+        """N."""
+        return self.context_tokens - 1
+
+    @property
+    def tokens(self) -> int:
+        return self.text + self.side**2
+
+    @property
+    def blocks(self) -> int:
+        return self.depth
+
+    @property
+    def outputs(self) -> int:
+        """Numbers the head predicts per patch."""
+        return self.patch**2 * self.channels
+
+
+@dataclass(frozen=True)
+class MMDiTConditioning:
+    time: Tensor  # [B, D]
+    sum: Tensor  # [B, D], of time and pooled text
+    modulation: Tensor  # [B, L, 2 streams (text, patches), 6 (shift, scale, gate of attention and of MLP), D]
+
+
+class JointAttention(nn.Module):
+    """One stream's products of the joint attention."""
+
+    def __init__(self, dim: int, last: bool):
+        super().__init__()
+        self.qkv = nn.Linear(dim, 3 * dim)
+        if not last:
+            self.proj = nn.Linear(dim, dim)
+
+
+class Stream(nn.Module):
+    """last: only read by the other stream's attention."""
+
+    def __init__(self, config: MMDiTConfig, last: bool = False):
+        super().__init__()
+        D = config.dim
+        self.last = last
+        self.attn = JointAttention(D, last)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, (2 if last else 6) * D))
+        if not last:
+            self.mlp = Mlp(D, config.mlp_ratio * D, approximate="tanh")
+
+    def modulation(self, c: Tensor) -> Tensor:
+        """c: [B, D]. Returns [B, 6, D]: shift, scale, gate of the attention, then of the MLP; zeros where there is
+        none."""
+        values = self.adaLN_modulation(c).view(len(c), -1, c.shape[1])
+        return F.pad(values, (0, 0, 0, 6 - values.shape[1]))
+
+
+class Block(nn.Module):
+    skip_from = None
+
+    def __init__(self, config: MMDiTConfig, index: int):
+        super().__init__()
+        self.context_block = Stream(config, last=index == config.depth - 1)
+        self.x_block = Stream(config)
+        self._index, self._config = index, config
+
+    def forward(
+        self,
+        x: Tensor,
+        cond: MMDiTConditioning,
+        skip: None = None,
+        index: None = None,
+        row_to_lane: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        modulation = cond.modulation[:, self._index]  # [B, 2, 6, D]
+        if row_to_lane is not None:
+            modulation = modulation.index_select(0, row_to_lane)
+        streams, N = (self.context_block, self.x_block), self._config.text
+        own = [[part[:, None] for part in values.unbind(1)] for values in modulation.unbind(1)]  # [n, 1, D] each
+        rows = [x[:, :N], x[:, N:]]
+        heads = self._config.heads
+        qkv = [
+            stream.attn.qkv(_modulated(part, *values[:2])).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+            for stream, part, values in zip(streams, rows, own, strict=True)
+        ]
+        q, k, v = torch.cat(qkv, 3)  # [n, H, N + T, D/H] each
+        read = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        out = torch.empty_like(x) if out is None else out
+        parts = zip(streams, rows, own, (read[:, :N], read[:, N:]), (out[:, :N], out[:, N:]), strict=True)
+        for stream, part, values, seen, target in parts:
+            if stream.last:
+                target.copy_(part)
+                continue
+            part = torch.addcmul(part, values[2], stream.attn.proj(seen))
+            target.copy_(torch.addcmul(part, values[5], stream.mlp(_modulated(part, *values[3:5]))))
+        return out
+
+    def macs(self, tokens: int) -> int:
+        D, N = self._config.dim, self._config.text
+        patches, last = tokens - N, self.context_block.last
+        each = 4 * D * D + 2 * self._config.mlp_ratio * D * D
+        return patches * each + N * (3 * D * D if last else each) + 2 * tokens * tokens * D
+
+
+def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale)
+
+
+class Head(nn.Module):
+    """Modulated LayerNorm and a linear map to a patch's numbers: [n, T, D] -> [n, C, H, W]."""
+
+    def __init__(self, config: MMDiTConfig):
+        super().__init__()
+        self.linear = nn.Linear(config.dim, config.outputs)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 2 * config.dim))
+        self._patch = config.patch
+        for linear in (self.linear, self.adaLN_modulation[1]):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, patches: Tensor, cond: MMDiTConditioning, lanes: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(cond.sum.index_select(0, lanes))[:, None].chunk(2, dim=2)
+        return unpatchify(self.linear(_modulated(patches, shift, scale)), self._patch)
+
+
+class VectorEmbedder(nn.Module):
+    """Of pooled text."""
+
+    def __init__(self, width: int, dim: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+
+class MMDiT(nn.Module):
+    """State dicts are as released, but for the positions, of which there are those of the patches alone."""
+
+    def __init__(self, config: MMDiTConfig):
+        super().__init__()
+        D = config.dim
+        self.config = config
+        self.num_prefix_tokens = config.text
+        self.x_embedder = PatchEmbed(config.channels, D, config.patch)
+        self.t_embedder = TimestepEmbedder(D)
+        self.y_embedder = VectorEmbedder(config.pooled_dim, D)
+        self.context_embedder = nn.Linear(config.context_dim, D)
+        first = (config.position_side - config.side) // 2
+        grid = position_embedding(D, config.side, config.position_side / config.position_base, first)
+        self.pos_embed = nn.Parameter(grid[None].to(torch.get_default_dtype()), requires_grad=False)
+        self.joint_blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
+        self.apply(_initialise)
+        for linear in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(linear.weight, std=0.02)
+        for block in self.joint_blocks:
+            for stream in (block.context_block, block.x_block):
+                nn.init.zeros_(stream.adaLN_modulation[1].weight)
+        self.final_layer = Head(config)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.joint_blocks
+
+    @property
+    def dim(self) -> int:
+        return self.config.dim
+
+    @property
+    def time_dim(self) -> int:
+        return self.config.dim
+
+    @property
+    def tokens(self) -> int:
+        return self.config.tokens
+
+    @property
+    def patch_dim(self) -> int:
+        return self.config.outputs
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        return self.config.channels, self.config.image_size, self.config.image_size
+
+    @property
+    def learned_variance(self) -> bool:
+        return False
+
+    def embed(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> tuple[Tensor, MMDiTConditioning]:
+        """context: float [B, 1 + N, E], see `MMDiTConfig`."""
+        check_images(x, t, self.sample_shape)
+        wanted = len(x), self.config.context_tokens, self.config.context_dim
+        if context is None or tuple(context.shape) != wanted or not context.is_floating_point():
+            given = "none" if context is None else f"{context.dtype} {list(context.shape)}"
+            raise ValueError(f"this network needs embeddings of text, float {list(wanted)}, got {given}")
+        dtype = self.pos_embed.dtype
+        context = context.to(x.device, dtype)
+        time = self.t_embedder.mlp(timestep_embedding(t, SINUSOID).to(dtype))  # [B, D]
+        c = time + self.y_embedder.mlp(context[:, 0, : self.config.pooled_dim])
+        streams = [(block.context_block, block.x_block) for block in self.joint_blocks]
+        modulation = [torch.stack([Stream.modulation(stream, c) for stream in pair], 1) for pair in streams]
+        patches = self.x_embedder(x.to(dtype)) + self.pos_embed
+        rows = torch.cat([self.context_embedder(context[:, 1:]), patches], 1)
+        return rows, MMDiTConditioning(time, c, torch.stack(modulation, 1))
+
+    @property
+    def head(self) -> Head:
+        return self.final_layer
+
+    def new_head(self) -> Head:
+        return Head(self.config)
+
+    def unpatchify(self, values: Tensor) -> Tensor:
+        return unpatchify(values, self.config.patch)
+
+    def patchify(self, images: Tensor) -> Tensor:
+        return patchify(images, self.config.patch)
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """The plain network at full depth: x [B, C, H, W], t float [B], context float [B, 1 + N, E] -> [B, C, H, W]."""
+        rows, cond = self.embed(x, t, context)
+        for block in self.joint_blocks:
+            rows = block(rows, cond)
+        return self.head(rows[:, self.num_prefix_tokens :], cond, torch.arange(len(x), device=x.device))
+
+    def stem_and_head_macs(self) -> tuple[int, int]:
+        D, config = self.config.dim, self.config
+        patches = config.side**2
+        modulation = (12 * config.depth - 4) * D * D
+        stem = patches * self.patch_dim * D + (SINUSOID + D) * D + (config.pooled_dim + D) * D
+        return stem + config.text * config.context_dim * D + modulation, patches * D * config.outputs + 2 * D * D
+
+
+def _initialise(module: nn.Module) -> None:
+    """Xavier for linear maps (patches are one), no biases, as DiT's."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.xavier_uniform_(module.weight.detach().flatten(1))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+FAMILY = Family(MMDiTConfig, MMDiT, {})
