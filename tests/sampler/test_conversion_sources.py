@@ -305,7 +305,7 @@ def test_the_exit_before_block_0_is_not_dropped_without_a_word(tmp_path: Path, c
         ("transformer", {"num_layers": 1000}, "does not fit this model"),
         ("transformer", {"sample_size": 65536}, "does not fit this model"),
         ("transformer", {"activation_fn": ["gelu-approximate"]}, "activation_fn must be"),
-        ("transformer", {"_class_name": ["DiTTransformer2DModel"]}, "of diffusers; DiTTransformer2DModel is read"),
+        ("transformer", {"_class_name": ["DiTTransformer2DModel"]}, "of diffusers; read are those of DiT and PixArt"),
     ],
 )  # fmt: skip
 def test_configurations_of_diffusers_are_heard(file: str, changes: dict, message: str, tmp_path: Path) -> None:
