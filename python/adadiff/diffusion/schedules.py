@@ -129,6 +129,17 @@ class NoiseSchedule:
         return (index + self._first).double(), _alpha_bar(self.name)[index]
 
 
+def evaluations(
+    schedule: NoiseSchedule, steps: int, spacing: str | None, default: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The grid of a solver by steps: net time, alpha_bar, and alpha_bar where the step lands, float64 [steps] each.
+    spacing: None for `default`, or "uniform" where the schedule has none of that name."""
+    if spacing is None:
+        spacing = default if default in schedule.spacings else "uniform"
+    t, alpha_bar = schedule.grid(steps, spacing)
+    return t, alpha_bar[:-1], alpha_bar[1:]
+
+
 def vp_beta(t: Tensor) -> Tensor:
     """beta of the SDE dx = -beta x / 2 dt + sqrt(beta) dw that vp is. t: float64, any shape, the network's time."""
     return BETA_0 + (BETA_1 - BETA_0) * t / 999

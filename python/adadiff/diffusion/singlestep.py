@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .schedules import NoiseSchedule
-from .tables import NOT_STORED, SolverTable, make_table
+from .tables import SolverTable, make_table
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _table(schedule: NoiseSchedule, t: Tensor, orders: list[int], data: bool) ->
     columns = {"px": 1 / alpha[:-1], "pe": -(sigma / alpha)[:-1]} if data else {}
     return make_table(
         t[:-1],
-        slot=torch.zeros(len(rows), dtype=torch.int64, device="cpu").where(stored, NOT_STORED),
+        push=stored,
         end=end,
         base=torch.tensor(base, dtype=torch.float64, device="cpu"),
         m0=torch.tensor(m0, dtype=torch.float64, device="cpu"),
