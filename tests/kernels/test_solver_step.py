@@ -268,7 +268,7 @@ def test_bad_input_changes_nothing() -> None:
         StepRows(rows.coefficients[:, :8], rows.push, rows.end)
     with pytest.raises(ValueError, match="push"):
         StepRows(rows.coefficients, rows.push[:2], rows.end)
-    with pytest.raises(ValueError, match="push and end must be bool, got torch.int64"):
+    with pytest.raises(ValueError, match=r"push and end must be bool, got torch\.int64"):
         StepRows(rows.coefficients, rows.push.long(), rows.end)
 
 

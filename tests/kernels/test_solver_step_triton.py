@@ -77,7 +77,9 @@ def test_states_the_formula(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("data", [True, False])
 def test_what_a_row_does_not_use_is_not_needed(data: bool, base: bool, history: int) -> None:
     p = Problem((4, 130))
-    state = SolverState(p.state.x, p.state.base if base else None, p.state.history[:, :history].contiguous() if history else None)
+    state = SolverState(
+        p.state.x, p.state.base if base else None, p.state.history[:, :history].contiguous() if history else None
+    )
     if not data:
         p.rows.coefficients[:, 0], p.rows.coefficients[:, 1] = 0, 1
     rows = StepRows(p.rows.coefficients, p.rows.push, p.rows.end, data, history, inner=base, noise=False)

@@ -14,7 +14,10 @@ from adadiff.diffusion.refining import Refining
 from adadiff.diffusion.schedules import NoiseSchedule
 from adadiff.diffusion.tables import Solver, SolverTable, TableSet
 from adadiff.diffusion.unipc import UniPC
+from adadiff.forward.options import ExecutionOptions
+from adadiff.sampling.sampler import sample
 from adadiff_kernels import SolverState, StepRows, solver_step, solver_step_reference
+from sampler.tiny import served
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
 
@@ -167,7 +170,8 @@ def test_refining_begins_between_two_points_of_the_grid() -> None:
 
 def test_samples_that_begin_in_the_middle_share_a_state_with_others() -> None:
     """Ragged in float32: four places of three histories, each as alone in float64."""
-    tables, jobs = TableSet(LINEAR), [(UniPC(3), 20, 5, 0), (UniPC(2), 7, 2, 3), (Heun(), 9, 2, 1), (UniPC(3), 20, 0, 2)]
+    jobs = [(UniPC(3), 20, 5, 0), (UniPC(2), 7, 2, 3), (Heun(), 9, 2, 1), (UniPC(3), 20, 0, 2)]
+    tables = TableSet(LINEAR)
     which = np.array([tables.add(solver, np.array([n]), np.array([first]))[0] for solver, n, first, _ in jobs])
     x = initial_noise(torch.arange(4), (2, 3, 5))
     state, step = tables.packed.start(x), np.array([first for _, _, first, _ in jobs])
@@ -202,3 +206,22 @@ def test_a_state_grows_when_a_deeper_history_joins() -> None:
     assert tables.packed.widen(wide) is wide
     with pytest.raises(ValueError, match=r"row 1 lies within a step; steps begin at \[0, 2, 4\]"):
         tables.add(Heun(), np.array([5]), np.array([1]))
+
+
+@pytest.mark.parametrize("solver", ["unipc:order=3", "heun"])
+def test_initial_images_begin_where_each_is_told_to(solver: str) -> None:
+    """Three strengths and step counts in a batch of two, bit for bit as alone; what is run is the end of a list."""
+    torch.set_default_dtype(torch.float32)
+    image = torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    steps, strength, first = [9, 6, 4, 9], [0.5, 0.8, 1.0, 1.0], [5, 2, 0, 0]
+    if solver == "heun":
+        first[0] = 4  # row 5 is a second evaluation
+    given = {"solver": solver, "class_labels": 1, "execution": ExecutionOptions(batch_invariant=True)}
+    images, report = sample(served(), 4, init_image=image, steps=steps, strength=strength, batch=2, **given)
+    run = report.exit_layer[:, :, 0] > 0
+    assert [run[:, i].nonzero().flatten().tolist() for i in range(4)] == [
+        list(range(begin, count)) for begin, count in zip(first, steps, strict=True)
+    ]
+    for i in range(4):
+        alone, _ = sample(served(), 1, seed=i, init_image=image[i], steps=steps[i], strength=strength[i], **given)
+        assert torch.equal(images[i], alone[0])

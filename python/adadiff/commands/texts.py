@@ -361,9 +361,11 @@ there: the uncertainty, from 0 to 1.
 Different kinds are joined by +, as in
 cache:threshold=0.1+exit:0.135"""
 SOLVER_HELP = (
-    "sampling method: ddim, ddim:ETA (ETA from 0, deterministic, to 1), ddpm, dpm++2m, dpm-fast, dpm++fast, or "
-    "euler-maruyama (models of schedule vp); ddim, ddpm and dpm++2m accept a spacing of the timesteps (leading, "
-    "trailing, linspace or respaced; ddim also trailing-diffusers), as in ddpm:spacing=respaced (default: ddim)"
+    "sampling method: ddim, ddim:ETA (ETA from 0, deterministic, to 1), ddpm, dpm++2m, unipc (with order=1 to 3 and "
+    "variant=bh1 or bh2, as in unipc:order=3), heun (its steps take two of the evaluations that --steps counts), "
+    "dpm-fast, dpm++fast, or euler-maruyama (models of schedule vp); ddim, ddpm, dpm++2m, unipc and heun accept a "
+    "spacing of the timesteps (leading, trailing, linspace or respaced; ddim also trailing-diffusers, the grid and "
+    "landing places of diffusers), as in ddpm:spacing=respaced (default: ddim)"
 )
 AUTO_HELP = "auto: as many as the model's step selector, which `adadiff train-steps` makes, chooses for each sample"
 GUIDANCE_HELP = "scale of classifier-free guidance, defined as in diffusers; 1 is no guidance (default: 1)"
