@@ -30,6 +30,8 @@ class Refining:
     def table(self, schedule: NoiseSchedule, steps: int) -> SolverTable:
         if getattr(self.solver, "spacing", None) == TRAILING_OF_DIFFUSERS:
             raise ValueError(f"the steps of spacing {TRAILING_OF_DIFFUSERS!r} land beside its list; take 'trailing'")
+        if not schedule.has_alpha_bar:
+            raise ValueError(f"refining adds noise by alpha_bar, which schedule {schedule.name!r} has not; draw anew")
         try:
             begin = float(schedule.time(torch.tensor(self.alpha_bar, dtype=torch.float64, device="cpu").log()))
         except ValueError:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .prediction import conversion
 from .schedules import NoiseSchedule
 from .tables import SolverTable, make_table
 
@@ -89,7 +90,9 @@ def _table(schedule: NoiseSchedule, t: Tensor, orders: list[int], data: bool) ->
     base, m0, cur, begins, ends = zip(*rows, strict=True)
     end = torch.tensor(ends, dtype=torch.bool, device="cpu")
     stored = torch.tensor(begins, dtype=torch.bool, device="cpu") & ~end
-    columns = {"px": 1 / alpha[:-1], "pe": -(sigma / alpha)[:-1]} if data else {}
+    columns = {}
+    if data:
+        columns = dict(zip(("px", "pe"), conversion("epsilon", "sample", alpha[:-1], sigma[:-1]), strict=True))
     return make_table(
         t[:-1],
         push=stored,

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .flow import FlowEuler, check_shift
 from .heun import Heun
-from .schedules import NoiseSchedule, evaluations, vp_beta
+from .prediction import conversion
+from .schedules import NoiseSchedule, evaluations, levels, vp_beta
 from .schedules import T as TIMESTEPS
 from .singlestep import DPMSolverFast, DPMSolverPPFast
 from .tables import Solver, SolverTable, make_table
@@ -64,7 +66,7 @@ class DDIM:
     which is where the next step begins only if `steps` divides 1000: at 16 of the 1000 step counts.
     "trailing-diffusers", of this solver alone, is theirs (with set_alpha_to_one, its default); ValueError at the step
     counts where a rounding of theirs adds timestep -1.
-    ValueError for another eta.
+    With schedule "flow" and eta = 0 it is `FlowEuler` without a shift: the same step. ValueError for another eta.
     """
 
     eta: float = 0.0
@@ -75,6 +77,10 @@ class DDIM:
             raise ValueError(f"eta must lie in [0, 1], got {self.eta}")
 
     def table(self, schedule: NoiseSchedule, steps: int) -> SolverTable:
+        if not schedule.has_alpha_bar:
+            if self.eta or self.spacing not in (None, "uniform"):
+                raise ValueError("with schedule 'flow' ddim is Euler's method: no eta, and no spacing but 'uniform'")
+            return FlowEuler().table(schedule, steps)
         if self.spacing == TRAILING_OF_DIFFUSERS:
             t, a, after = _trailing_of_diffusers(schedule, steps)
         else:
@@ -94,24 +100,30 @@ class DPMSolverPP2M:
     """DPM-Solver++(2M), midpoint (Lu et al. 2022, algorithm 2); first and last row are first-order, as in
     diffusers' DPMSolverMultistepScheduler with a final sigma of zero.
 
-    Default spacing: "linspace", that scheduler's own, from the noisiest timestep too; "uniform" for vp.
+    Default spacing: "linspace", that scheduler's own, from the noisiest timestep too; "uniform" for vp. shift: of
+    schedule "flow", see `FlowEuler`; where alpha = 0, the limits.
     """
 
     spacing: str | None = None
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_shift(self.shift)
 
     def table(self, schedule: NoiseSchedule, steps: int) -> SolverTable:
-        t, a, after = evaluations(schedule, steps, self.spacing, "linspace")
-        alpha, sigma, alpha_after, sigma_after = a.sqrt(), (1 - a).sqrt(), after.sqrt(), (1 - after).sqrt()
-        lam = torch.log(alpha / sigma)
+        at = levels(schedule, steps, self.spacing, "linspace", self.shift)
+        alpha, sigma, alpha_after, sigma_after = at.alpha, at.sigma, at.alpha_after, at.sigma_after
+        lam = torch.log(alpha / sigma)  # of flow first -infinity, so that the second step is of first order, too
         h = lam[1:] - lam[:-1]
         # -alpha' (exp(-h) - 1), which is 1 on the last row, where sigma' is 0 and h infinite
         first = alpha_after - alpha * sigma_after / sigma
         second = torch.zeros(steps, dtype=torch.float64, device="cpu")
         second[1:-1] = first[1:-1] * h[1:] / (2 * h[:-1])  # first / (2 r0)
+        px, pe = conversion(schedule.tables_for, "sample", alpha, sigma)
         return make_table(
-            t,
-            px=1 / alpha,
-            pe=-sigma / alpha,
+            at.t,
+            px=px,
+            pe=pe,
             base=sigma_after / sigma,
             cur=first + second,
             m0=-second,
@@ -151,6 +163,7 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "euler-maruyama": EulerMaruyama,
     "unipc": UniPC,
     "heun": Heun,
+    "flow-euler": FlowEuler,
 }
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from adadiff_kernels import COLUMNS, HISTORY, SolverState, StepRows, upload
 
+from .prediction import conversion
 from .schedules import NoiseSchedule
 
 OLDER = slice(COLUMNS.index(HISTORY[0]), len(COLUMNS))  # columns of the history, the newest first
@@ -22,7 +23,10 @@ OLDER = slice(COLUMNS.index(HISTORY[0]), len(COLUMNS))  # columns of the history
 @dataclass(frozen=True)
 class SolverTable:
     """t: float64[steps], the times the network sees; coefficients: float64[steps, 9] in the order of COLUMNS;
-    push: bool[steps], m is stored; end: bool[steps], the row completes its step."""
+    push: bool[steps], m is stored; end: bool[steps], the row completes its step.
+
+    px and pe are for a network that predicts eps, and with schedule "flow" for one that predicts the velocity; see
+    `converted` for others."""
 
     t: Tensor
     coefficients: Tensor
@@ -166,11 +170,24 @@ def pack(tables: Sequence[SolverTable], device: torch.device | str = "cpu") -> P
     )
 
 
-class TableSet:
-    """The tables that samples in flight share, one for each solver, number of steps and step to begin at."""
+def converted(table: SolverTable, schedule: NoiseSchedule, prediction_type: str) -> SolverTable:
+    """`table` for a network that predicts something else, see prediction.py: other px and pe."""
+    if prediction_type == schedule.tables_for:
+        return table
+    coefficients, px, pe = table.coefficients.clone(), COLUMNS.index("px"), COLUMNS.index("pe")
+    of_x, of_prediction = conversion(prediction_type, schedule.tables_for, *schedule.alpha_sigma(table.t))
+    coefficients[:, px] += coefficients[:, pe] * of_x
+    coefficients[:, pe] *= of_prediction
+    return replace(table, coefficients=coefficients)
 
-    def __init__(self, schedule: NoiseSchedule, device: torch.device | str = "cpu"):
+
+class TableSet:
+    """The tables that samples in flight share, one for each solver, number of steps and step to begin at.
+    prediction_type: of the network; None: what tables are written for."""
+
+    def __init__(self, schedule: NoiseSchedule, device: torch.device | str = "cpu", prediction_type: str | None = None):
         self._schedule, self._device = schedule, device
+        self._prediction_type = prediction_type or schedule.tables_for
         self._tables: dict[tuple[Solver, int, int], SolverTable] = {}
         self.packed: PackedTables | None = None
 
@@ -183,7 +200,8 @@ class TableSet:
         first = np.zeros_like(steps) if first is None else first
         keys = [(solver, *pair) for pair in zip(steps.tolist(), first.tolist(), strict=True)]
         missing = dict.fromkeys(key for key in keys if key not in self._tables)
-        new = {key: _table_from(solver, self._schedule, *key[1:]) for key in missing}
+        made = {key: _table_from(solver, self._schedule, *key[1:]) for key in missing}
+        new = {key: converted(table, self._schedule, self._prediction_type) for key, table in made.items()}
         if new:
             self._use(self._tables | new)
         index = {key: i for i, key in enumerate(self._tables)}
@@ -196,11 +214,11 @@ class TableSet:
         self._use(dict(items[i] for i in kept.tolist()))
         return index
 
-    def alpha_bar(self, table: np.ndarray, step: np.ndarray) -> Tensor:
-        """float64 [n]: that of evaluation step[i] of table[i]. table, step: int64 [n]."""
+    def alpha_sigma(self, table: np.ndarray, step: np.ndarray) -> tuple[Tensor, Tensor]:
+        """float64 [n] each: those of evaluation step[i] of table[i]. table, step: int64 [n]."""
         tables = list(self._tables.values())
         t = torch.stack([tables[i].t[k] for i, k in zip(table.tolist(), step.tolist(), strict=True)])
-        return self._schedule.log_alpha_bar(t).exp()
+        return self._schedule.alpha_sigma(t)
 
     def _use(self, tables: dict[tuple[Solver, int, int], SolverTable]) -> None:
         """Changes nothing where memory runs out."""

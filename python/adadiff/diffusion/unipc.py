@@ -18,10 +18,13 @@ import torch
 
 from adadiff_kernels import HISTORY
 
-from .schedules import NoiseSchedule, evaluations
+from .flow import check_shift
+from .prediction import conversion
+from .schedules import NoiseSchedule, levels
 from .tables import SolverTable, make_table
 
 VARIANTS = ("bh1", "bh2")  # B is -h, or e^-h - 1
+LEAST_ALPHA = 1e-6  # of flow, which begins at 0, where lambda is not finite; as in diffusers
 
 
 @dataclass(frozen=True)
@@ -30,42 +33,48 @@ class UniPC:
     diffusers' UniPCMultistepScheduler with its defaults: data prediction, a last step to sigma = 0, a correction at
     every evaluation but the first.
 
-    Default spacing: "linspace", that scheduler's own, from the noisiest timestep; "uniform" for vp. ValueError for
-    another order or variant.
+    Default spacing: "linspace", that scheduler's own, from the noisiest timestep; "uniform" for vp. shift: of schedule
+    "flow", that scheduler's flow_shift. ValueError for another order, variant or shift.
     """
 
     order: int = 2
     variant: str = "bh2"
     spacing: str | None = None
+    shift: float = 1.0
 
     def __post_init__(self) -> None:
         if type(self.order) is not int or not 1 <= self.order <= len(HISTORY):
             raise ValueError(f"the order of unipc must be 1, 2 or 3, got {self.order!r}")
         if self.variant not in VARIANTS:
             raise ValueError(f"the variant of unipc must be {' or '.join(VARIANTS)}, got {self.variant!r}")
+        check_shift(self.shift)
 
     def table(self, schedule: NoiseSchedule, steps: int) -> SolverTable:
         return self.table_from(schedule, steps, 0)
 
     def table_from(self, schedule: NoiseSchedule, steps: int, first: int) -> SolverTable:
         """For samples that begin at row `first`, where the order is 1 again. What is above it is not theirs."""
-        t, a, after = evaluations(schedule, steps, self.spacing, "linspace")
-        alpha, sigma, sigma_after = a.sqrt(), (1 - a).sqrt(), (1 - after).sqrt()
+        at = levels(schedule, steps, self.spacing, "linspace", self.shift)
+        t, alpha, sigma = at.t, at.alpha, at.sigma
+        if not schedule.has_alpha_bar:
+            alpha = alpha.clamp(min=LEAST_ALPHA)
+            sigma, t = 1 - alpha, 1000 * (1 - alpha)
         half_log_snr = [*(alpha / sigma).log().tolist(), math.inf]
-        run = _Run(half_log_snr, after.sqrt().tolist(), self.variant == "bh2")
+        run = _Run(half_log_snr, at.alpha_after.tolist(), self.variant == "bh2")
         rows = np.zeros((steps, 1 + len(HISTORY)))  # of m, h[0], h[1] and h[2]
         for i in range(first, steps):
             order = [min(self.order, steps - k, k - first + 1) for k in (i - 1, i)]
             rows[i, :-1] = run.sum(i, order[1], corrected=False)[1:]
             if i > first:
                 change = run.sum(i - 1, order[0], corrected=True) - run.sum(i - 1, order[0], corrected=False)
-                rows[i] += float(sigma_after[i] / sigma[i]) * change
+                rows[i] += float(at.sigma_after[i] / sigma[i]) * change
         cur, *older = torch.from_numpy(rows).unbind(1)
+        px, pe = conversion(schedule.tables_for, "sample", alpha, sigma)
         return make_table(
             t,
-            px=1 / alpha,
-            pe=-sigma / alpha,
-            base=sigma_after / sigma,
+            px=px,
+            pe=pe,
+            base=at.sigma_after / sigma,
             cur=cur,
             push=torch.arange(steps, device="cpu") < steps - 2,  # the last step is of first order, to sigma = 0
             **dict(zip(HISTORY, older, strict=True)),
