@@ -2,8 +2,9 @@
 DDIM step what its teacher makes in two.
 
 What the networks predict is told as eps, with which a student of few steps learns little at the noisiest times: an
-error of eps becomes one of sqrt((1 - a) / a) times its size in x0, 14 at the first timestep of the schedule "stable_diffusion". So the loss
-is that of the paper in x0, with its truncated weights max(a / (1 - a), 1); in eps they are max(1, (1 - a) / a).
+error of eps becomes one of sqrt((1 - a) / a) times its size in x0, 14 at the first timestep of the schedule
+"stable_diffusion". So the loss is that of the paper in x0, with its truncated weights max(a / (1 - a), 1); in eps they
+are max(1, (1 - a) / a).
 """
 
 import copy
