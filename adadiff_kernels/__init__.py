@@ -21,6 +21,7 @@ from adadiff_kernels.residual_uem import (
 from adadiff_kernels.settle_rows import settle_rows, settle_rows_reference
 from adadiff_kernels.solver_step import (
     COLUMNS,
+    HISTORY,
     Guidance,
     Noise,
     SolverState,
@@ -33,6 +34,7 @@ from adadiff_kernels.upload import captures, upload, upload_together
 
 __all__ = [
     "COLUMNS",
+    "HISTORY",
     "OPERATORS",
     "ActiveSet",
     "Cached",

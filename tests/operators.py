@@ -49,10 +49,10 @@ class Step:
 
     def __init__(self, n: int):
         one = (4, 1, 3)
-        self.state = (normal(B, *one), normal(B, *one), normal(B, 2, *one))
+        self.state = (normal(B, *one), normal(B, *one), normal(B, 3, *one))
         self.slots = some_lanes(n).long()
         kinds = torch.arange(n, device=DEVICE) % 3
-        self.rows = (normal(n, 8), kinds, kinds > 0, True, True, True, True)
+        self.rows = (normal(n, 9), kinds < 2, kinds > 0, True, 3, True, True)
         self.guidance = (normal(3, *one), kinds - 1, normal(n), kinds + 1)
         self.noise = (self.slots * 2**40, kinds + 5, 2**32 - 1)
         self.eps, self.variance = normal(n, *one), normal(n, *one)

@@ -11,6 +11,7 @@ from adadiff_kernels.launch import on_device_of
 from adadiff_kernels.library import register
 from adadiff_kernels.solver_step.reference import (
     COLUMNS,
+    HISTORY,
     Guidance,
     Noise,
     SolverState,
@@ -75,7 +76,7 @@ def _run_flat(*flat: Tensor | bool | int | str | None) -> None:
 
 _OPERATOR = register(
     "solver_step(Tensor(a!) x, Tensor(b!)? base, Tensor(c!)? history, Tensor eps, "
-    "Tensor coefficients, Tensor slot, Tensor end, bool data, bool reads_history, bool inner, bool adds_noise, "
+    "Tensor coefficients, Tensor push, Tensor end, bool data, int reach, bool inner, bool adds_noise, "
     "Tensor? slots, Tensor? z, Tensor? variance, Tensor? uncond, Tensor? uncond_row, Tensor? weight, Tensor? channels, "
     "Tensor? seeds, Tensor? step, SymInt stream, str? backend) -> ()",
     _run_flat,
@@ -100,7 +101,7 @@ def solver_step(
         return _run(state, eps, rows, slots, z, variance, guidance=guidance, noise=noise, backend=backend)
     return _OPERATOR(
         *(state.x, state.base, state.history, eps),
-        *(rows.coefficients, rows.slot, rows.end, rows.data, rows.history, rows.inner, rows.noise),
+        *(rows.coefficients, rows.push, rows.end, rows.data, rows.history, rows.inner, rows.noise),
         *(slots, z, variance),
         *((None,) * 4 if guidance is None else (guidance.uncond, guidance.row, guidance.weight, guidance.channels)),
         *((None, None, 0) if noise is None else (noise.seeds, noise.step, noise.stream)),
@@ -110,6 +111,7 @@ def solver_step(
 
 __all__ = [
     "COLUMNS",
+    "HISTORY",
     "Guidance",
     "Noise",
     "SolverState",

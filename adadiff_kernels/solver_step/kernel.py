@@ -39,14 +39,14 @@ def _normal(seed, step, stream, start, BLOCK: tl.constexpr):
 def _solver_step_kernel(
     x_ptr,  # f32 [places, E]
     base_ptr,  # f32 [places, E] or None
-    history_ptr,  # f32 [places, 2, E] or None
+    history_ptr,  # f32 [places, HELD, E] or None
     eps_ptr,  # [n, E]
     uncond_ptr,  # [g, E] or None
     uncond_row_ptr,  # i64 [n]
     weight_ptr,  # f32 [n]
     channels_ptr,  # i64 [n] or None
-    coefficients_ptr,  # f32 [n, 8]
-    slot_ptr,  # i64 [n]
+    coefficients_ptr,  # f32 [n, 9]
+    push_ptr,  # bool [n]
     end_ptr,  # bool [n]
     places_ptr,  # i64 [n] or None
     z_ptr,  # f32 [n, E] or None
@@ -57,6 +57,8 @@ def _solver_step_kernel(
     E,
     per_channel,  # elements of a channel
     DATA: tl.constexpr,
+    HELD: tl.constexpr,
+    REACH: tl.constexpr,  # of HELD, those in use
     BLOCK: tl.constexpr,
 ):
     blocks = tl.cdiv(E, BLOCK)
@@ -69,7 +71,7 @@ def _solver_step_kernel(
     if places_ptr is not None:
         place = tl.load(places_ptr + i)
     kept = place * E + element
-    row = coefficients_ptr + i * 8
+    row = coefficients_ptr + i * 9
 
     x = tl.load(x_ptr + kept, mask=inside, other=0.0)
     m = tl.load(eps_ptr + own, mask=inside, other=0.0).to(tl.float32)
@@ -89,19 +91,21 @@ def _solver_step_kernel(
     base = x
     if base_ptr is not None:
         base = tl.load(base_ptr + kept, mask=inside, other=0.0)
-    new = tl.load(row + 2) * base + tl.load(row + 5) * m
+    new = tl.load(row + 2) * base + tl.load(row + 3) * m
     if history_ptr is not None:
-        older = history_ptr + place * 2 * E + element
-        new += tl.load(row + 3) * tl.load(older, mask=inside, other=0.0)
-        new += tl.load(row + 4) * tl.load(older + E, mask=inside, other=0.0)
-        slot = tl.load(slot_ptr + i)
-        if slot < 2:
-            tl.store(older + slot * E, m, mask=inside)
+        older = history_ptr + place * HELD * E + element
+        pushed = element < tl.load(push_ptr + i).to(tl.int32) * E  # all of it or nothing
+        newer = m
+        for k in tl.static_range(REACH):
+            h = tl.load(older + k * E, mask=inside, other=0.0)
+            new += tl.load(row + 6 + k) * h
+            tl.store(older + k * E, newer, mask=pushed)
+            newer = h
     if (z_ptr is not None) or (seeds_ptr is not None):
-        amount = tl.load(row + 6)
+        amount = tl.load(row + 4)
         if variance_ptr is not None:
             v = tl.load(variance_ptr + own, mask=inside, other=0.0).to(tl.float32)
-            spread = tl.exp(tl.load(row + 7) * (v + 1) / 2) * amount
+            spread = tl.exp(tl.load(row + 5) * (v + 1) / 2) * amount
         else:
             spread = tl.zeros([BLOCK], tl.float32) + amount
         if z_ptr is not None:
@@ -110,7 +114,7 @@ def _solver_step_kernel(
             new += spread * _normal(tl.load(seeds_ptr + i), tl.load(step_ptr + i), stream, start, BLOCK)
     tl.store(x_ptr + kept, new, mask=inside)
     if base_ptr is not None:
-        ends = tl.load(end_ptr + i).to(tl.int32)  # all of it or nothing
+        ends = tl.load(end_ptr + i).to(tl.int32)
         tl.store(base_ptr + kept, new, mask=element < ends * E)
 
 
@@ -131,7 +135,7 @@ def launch_solver_step(
     need("eps", eps, shape, x)
     need("slots", slots, (n,), x, (torch.int64,))
     need("coefficients", rows.coefficients, (n, len(COLUMNS)), x, (torch.float32,))
-    need("slot", rows.slot, (n,), x, (torch.int64,))
+    need("push", rows.push, (n,), x, (torch.bool,))
     need("end", rows.end, (n,), x, (torch.bool,))
     need("z", z, shape, x, (torch.float32,))
     need("variance", variance, shape, x)
@@ -150,10 +154,12 @@ def launch_solver_step(
     _solver_step_kernel[(n * cdiv(E, BLOCK),)](
         *(x, state.base, state.history if rows.history else None, eps),
         *((None,) * 4 if guidance is None else (guidance.uncond, guidance.row, guidance.weight, guidance.channels)),
-        *(rows.coefficients, rows.slot, rows.end, slots, z if noisy else None),
+        *(rows.coefficients, rows.push, rows.end, slots, z if noisy else None),
         *((noise.seeds, noise.step) if noise is not None and noisy else (None, None)),
         *(variance if noisy else None, 0 if noise is None else _signed(noise.stream), E, math.prod(shape[2:])),
         DATA=rows.data,
+        HELD=state.held,
+        REACH=rows.history,
         BLOCK=BLOCK,
         num_warps=4,
         enable_fp_fusion=True,

@@ -1,10 +1,11 @@
 """One step of any linear solver: a row of coefficients for each sample, gathered by its own step index.
 
     m    = px x + pe eps
-    next = base b + m0 h[0] + m1 h[1] + cur m + noise exp(spread (v + 1) / 2) z
-    h[slot] <- m (slot 2: not stored),  x <- next,  b <- next where `end`
+    next = base b + cur m + m0 h[0] + m1 h[1] + m2 h[2] + noise exp(spread (v + 1) / 2) z
+    h <- (m, h[0], h[1]) where `push`,  x <- next,  b <- next where `end`
 
-x is what the network saw, eps its prediction, b the state at the start of the (macro-)step, h two stored m.
+x is what the network saw, eps its prediction, b the state at the start of the (macro-)step, h the last m that were
+pushed, the newest first: a shift register.
 With px = 0, pe = 1 m is eps (DDIM, DDPM); with px = 1/alpha, pe = -sigma/alpha it is the predicted x0
 (DPM-Solver++). v in [-1, 1] is a learned variance (DDPM, learned range), -1 where there is none.
 All in float32.
@@ -18,13 +19,15 @@ from torch import Tensor
 
 from adadiff_kernels.philox import philox_normal
 
-COLUMNS = ("px", "pe", "base", "m0", "m1", "cur", "noise", "spread")
+HISTORY = ("m0", "m1", "m2")
+COLUMNS = ("px", "pe", "base", "cur", "noise", "spread", *HISTORY)
 
 
 @dataclass(frozen=True)
 class SolverState:
-    """x: [n, ...]; base: [n, ...], or None where every row ends its step (b is x); history: [n, 2, ...], or
-    None where no row reads or stores h. Contiguous, of one dtype (float32 for solver_step) and device.
+    """x: [n, ...]; base: [n, ...], or None where every row ends its step (b is x); history: [n, H, ...], H from 1 to 3
+    as many as the rows reach back, or None where no row reads or stores h. Contiguous, of one dtype (float32 for
+    solver_step) and device.
 
     A coefficient of 0 still multiplies, so h starts as zeros and is zeroed when a sample takes over a place:
     `start` and `restart` do so.
@@ -37,7 +40,7 @@ class SolverState:
     def __post_init__(self) -> None:
         x, shape = self.x, self.x.shape
         for name, value in self._tensors():
-            wanted = shape if name != "history" else (*shape[:1], 2, *shape[1:])
+            wanted = shape if name != "history" else (*shape[:1], self.held, *shape[1:])
             if value is not x and (value.shape != wanted or value.dtype != x.dtype or value.device != x.device):
                 raise ValueError(
                     f"{name} must be {x.dtype}{list(wanted)} on {x.device}, "
@@ -45,6 +48,11 @@ class SolverState:
                 )
             if not value.is_contiguous():
                 raise ValueError(f"{name} must be contiguous, got strides {value.stride()}")
+
+    @property
+    def held(self) -> int:
+        """H, how many m of a sample are kept, at most 3; 0 without history."""
+        return 0 if self.history is None else min(max(*self.history.shape[1:2], 1), len(HISTORY))
 
     def _all(self) -> tuple[Tensor | None, ...]:
         return self.x, self.base, self.history
@@ -54,10 +62,10 @@ class SolverState:
         return ((name, value) for name, value in named if value is not None)
 
     @staticmethod
-    def start(x: Tensor, base: bool = True, history: bool = True) -> "SolverState":
-        """A state of its own memory that starts at x: [n, ...], with or without base and history."""
+    def start(x: Tensor, base: bool = True, history: int = len(HISTORY)) -> "SolverState":
+        """A state of its own memory that starts at x: [n, ...], with or without base, with `history` places of h."""
         x = x.clone(memory_format=torch.contiguous_format)
-        zeros = x.new_zeros(len(x), 2, *x.shape[1:]) if history else None
+        zeros = x.new_zeros(len(x), history, *x.shape[1:]) if history else None
         return SolverState(x, x.clone() if base else None, zeros)
 
     def take(self, slots: Tensor) -> "SolverState":
@@ -142,33 +150,35 @@ class Noise:
 
 @dataclass(frozen=True)
 class StepRows:
-    """coefficients: [n, 8] in the order of COLUMNS; slot: int64[n] in {0, 1, 2}; end: bool[n].
+    """coefficients: [n, 9] in the order of COLUMNS; push: bool[n], m is stored; end: bool[n].
 
-    What the host knows about them (True is always right, False saves work and changes no value):
-    data: some m is not eps. history: some row reads or stores h. inner: some row does not end its step.
-    noise: some row adds noise.
+    What the host knows about them (the defaults are always right, less saves work and changes no value):
+    data: some m is not eps. history: places of h, from the newest on, that these samples ever read; 0 where no row
+    reads or stores. inner: some row does not end its step. noise: some row adds noise.
     """
 
     coefficients: Tensor
-    slot: Tensor
+    push: Tensor
     end: Tensor
     data: bool = True
-    history: bool = True
+    history: int = len(HISTORY)
     inner: bool = True
     noise: bool = True
 
     def __post_init__(self) -> None:
         n = self.coefficients.shape[0]
-        if self.coefficients.shape != (n, len(COLUMNS)) or self.slot.shape != (n,) or self.end.shape != (n,):
+        if self.coefficients.shape != (n, len(COLUMNS)) or self.push.shape != (n,) or self.end.shape != (n,):
             raise ValueError(
-                f"rows must be coefficients [n, {len(COLUMNS)}], slot [n], end [n], got "
-                f"{[list(t.shape) for t in (self.coefficients, self.slot, self.end)]}"
+                f"rows must be coefficients [n, {len(COLUMNS)}], push [n], end [n], got "
+                f"{[list(t.shape) for t in (self.coefficients, self.push, self.end)]}"
             )
+        if self.push.dtype != torch.bool or self.end.dtype != torch.bool:
+            raise ValueError(f"push and end must be bool, got {self.push.dtype} and {self.end.dtype}")
 
     def take(self, samples: Tensor) -> "StepRows":
         """The rows of samples: int64[k]."""
-        own = (v[samples] for v in (self.coefficients, self.slot, self.end))
-        return replace(self, **dict(zip(("coefficients", "slot", "end"), own, strict=True)))
+        own = (v[samples] for v in (self.coefficients, self.push, self.end))
+        return replace(self, **dict(zip(("coefficients", "push", "end"), own, strict=True)))
 
 
 def solver_step_reference(
@@ -176,19 +186,21 @@ def solver_step_reference(
 ) -> SolverState:
     """The formula above in the dtype of the state, whole and out of place: the new state."""
     x, one = state.x, (-1, *[1] * (state.x.dim() - 1))
-    px, pe, base, m0, m1, cur, noise, spread = (c.view(one) for c in rows.coefficients.to(x.dtype).unbind(1))
+    px, pe, base, cur, noise, spread, *older = (c.view(one) for c in rows.coefficients.to(x.dtype).unbind(1))
     b = x if state.base is None else state.base
-    h = torch.stack([x, x], 1).zero_() if state.history is None else state.history
+    h = () if state.history is None else state.history.unbind(1)
     z = torch.zeros_like(x) if z is None else z
     v = torch.full_like(x, -1) if variance is None else variance.to(x.dtype)
 
     m = px * x + pe * eps.to(x.dtype)
-    new = base * b + m0 * h[:, 0] + m1 * h[:, 1] + cur * m + noise * torch.exp(spread * (v + 1) / 2) * z
-    stored = torch.stack([torch.where((rows.slot == k).view(one), m, h[:, k]) for k in (0, 1)], 1)
+    new = base * b + cur * m + noise * torch.exp(spread * (v + 1) / 2) * z
+    for coefficient, kept in zip(older, h, strict=False):
+        new = new + coefficient * kept
+    pushed = [torch.where(rows.push.view(one), newer, kept) for newer, kept in zip((m, *h), h, strict=False)]
     return SolverState(
         new,
         None if state.base is None else torch.where(rows.end.view(one), new, b),
-        None if state.history is None else stored,
+        torch.stack(pushed, 1) if pushed else None,
     )
 
 
@@ -210,7 +222,7 @@ def solver_step_pytorch(
         eps = guidance.apply(eps)
     if noise is not None and rows.noise:
         z = noise.draw(state.x[:1].numel(), state.x.device)
-    px, pe, base, m0, m1, cur, amount, spread = rows.coefficients[:, :, None].unbind(1)  # [n, 1] each
+    px, pe, base, cur, amount, spread, *older = rows.coefficients[:, :, None].unbind(1)  # [n, 1] each
 
     def mine(tensor: Tensor | None, *shape: int) -> Tensor | None:
         if tensor is None:
@@ -218,25 +230,24 @@ def solver_step_pytorch(
         return (tensor if slots is None else tensor.index_select(0, slots)).view(*shape)
 
     x: Tensor = mine(state.x, n, -1)
-    b, h = mine(state.base, n, -1), mine(state.history, n, 2, -1)
+    b, h = mine(state.base, n, -1), mine(state.history, n, state.held, -1) if rows.history else None
     eps = eps.float().reshape(n, -1)
     m = (px * x).addcmul_(pe, eps) if rows.data else eps
     torch.mul(x if b is None else b, base, out=x)
-    if rows.history:
-        x.addcmul_(m0, h[:, 0]).addcmul_(m1, h[:, 1])
+    for k in range(rows.history):
+        x.addcmul_(older[k], h[:, k])
     x.addcmul_(cur, m)
     if rows.noise:
         if variance is not None:
             amount = amount * torch.exp(spread * (variance.float().reshape(n, -1) + 1) / 2)
         x.addcmul_(amount, z.reshape(n, -1))
-    if rows.history:
-        for k in (0, 1):
-            torch.where((rows.slot == k)[:, None], m, h[:, k], out=h[:, k])
+    for k in reversed(range(rows.history)):
+        torch.where(rows.push[:, None], h[:, k - 1] if k else m, h[:, k], out=h[:, k])
     if b is not None:
         torch.where(rows.end[:, None], x, b, out=b)
     if slots is not None:
-        for whole, part in ((state.x, x), (state.base, b), (state.history if rows.history else None, h)):
-            if whole is not None:
+        for whole, part in ((state.x, x), (state.base, b), (state.history, h)):
+            if whole is not None and part is not None:
                 whole.index_copy_(0, slots, part.view(n, *whole.shape[1:]))
 
 
@@ -254,8 +265,8 @@ def check_step(
     n = state.x.shape[0] if slots is None else slots.shape[0]
     if state.x.dtype != torch.float32 or rows.coefficients.dtype != torch.float32:
         raise ValueError(f"state and coefficients must be float32, got {state.x.dtype} and {rows.coefficients.dtype}")
-    if rows.slot.shape[0] != n:
-        raise ValueError(f"{len(rows.slot)} rows of coefficients for {n} samples")
+    if rows.push.shape[0] != n:
+        raise ValueError(f"{len(rows.push)} rows of coefficients for {n} samples")
     if z is not None and noise is not None:
         raise ValueError("z and noise give the same values in two ways; give one of them")
     if rows.noise and z is None and noise is None:
@@ -267,8 +278,11 @@ def check_step(
             f"guidance must have {n} rows and uncond {['g', *state.x.shape[1:]]}, got {len(guidance.row)} and "
             f"{list(guidance.uncond.shape)}"
         )
-    if rows.history and state.history is None:
-        raise ValueError("a row reads or stores history, but the state has none; start it with history=True")
+    if rows.history > state.held:
+        raise ValueError(
+            f"a row reaches back {rows.history} predictions, but the state has {state.held}; start it with "
+            f"history={rows.history}"
+        )
     if rows.inner and state.base is None:
         raise ValueError("a row does not end its step, but the state has no base; start it with base=True")
     for name, value in (("eps", eps), ("z", z), ("variance", variance)):

@@ -64,12 +64,12 @@ def step(size: int, dtype: torch.dtype, everything: bool, channels: int = 4) -> 
 
     shape, whole = (64, channels, size, size), tensor(64, dtype=torch.int64)
     eps = tensor(*shape, dtype=dtype)
-    flags = [everything] * 4  # data, history, inner, noise
-    rows = StepRows(tensor(64, 8), whole, tensor(64, dtype=torch.bool), *flags)
+    flags = (everything, 3 * everything, everything, everything)  # data, history, inner, noise
+    rows = StepRows(tensor(64, 9), tensor(64, dtype=torch.bool), tensor(64, dtype=torch.bool), *flags)
     if not everything:
         launch_solver_step(SolverState(tensor(*shape)), eps, rows)
         return
-    state = SolverState(tensor(*shape), tensor(*shape), tensor(64, 2, *shape[1:]))
+    state = SolverState(tensor(*shape), tensor(*shape), tensor(64, 3, *shape[1:]))
     guidance, noise = Guidance(eps, whole, tensor(64), whole), Noise(whole, whole, 1)
     launch_solver_step(state, eps, rows, whole, variance=eps, guidance=guidance, noise=noise)
 

@@ -84,8 +84,8 @@ def step(device: torch.device) -> None:
     n, C, E = 4, 2, 515
     whole = torch.arange(n, device=device)
     x, base, eps, variance = torch.randn(4, n, C, E, device=device).unbind()
-    history, coefficients = torch.randn(n, 2, C, E, device=device), torch.randn(n, len(COLUMNS), device=device)
-    rows = StepRows(coefficients, whole % 3, whole % 2 == 0)
+    history, coefficients = torch.randn(n, 3, C, E, device=device), torch.randn(n, len(COLUMNS), device=device)
+    rows = StepRows(coefficients, whole % 3 > 0, whole % 2 == 0)
     uncond, row = torch.randn(2, C, E, device=device), torch.tensor([1, -1, 0, -1], device=device)
     guidance = Guidance(uncond, row, whole.float(), whole % C + 1)
     states = [SolverState(x.clone(), base.clone(), history.clone()) for _ in range(2)]

@@ -8,6 +8,7 @@ from reprlib import repr as shortly
 from types import NoneType
 from typing import Any, TypeVar
 
+from .diffusion.prediction import check_prediction_type
 from .diffusion.schedules import NoiseSchedule
 from .models import FAMILIES
 from .models.interface import NetworkConfig
@@ -23,7 +24,8 @@ class ModelConfig:
     """`exits` is None for a plain network; `null_label` is the class that stands for "no class" in guidance, which
     touches the first `guided_channels` only (None: all); `latent_scale`: latents are the autoencoder's times this
     (None: samples are images); `widths`: ascending, those that the network was trained at, 1 the last (None: a network
-    of one width), see forward/narrow.py."""
+    of one width), see forward/narrow.py. `prediction_type`: what the network predicts, epsilon, v_prediction, flow or
+    sample, see diffusion/prediction.py."""
 
     network: NetworkConfig
     schedule: str
@@ -32,10 +34,16 @@ class ModelConfig:
     guided_channels: int | None = None
     latent_scale: float | None = None
     widths: tuple[float, ...] | None = None
+    prediction_type: str = "epsilon"
 
     def __post_init__(self) -> None:
         _family(self.network)
-        NoiseSchedule(self.schedule)
+        check_prediction_type(self.prediction_type)
+        if not NoiseSchedule(self.schedule).has_alpha_bar and self.prediction_type == "epsilon":
+            raise ValueError(
+                f"schedule {self.schedule!r} begins at pure noise, of which an epsilon says no image; prediction_type "
+                "must be flow, v_prediction or sample"
+            )
         if not isinstance(self.exits, ExitConfig | None):
             raise ValueError(f"exits must be an ExitConfig or None, got {shortly(self.exits)}")
         for name in ("null_label", "guided_channels"):
@@ -64,12 +72,14 @@ class ModelConfig:
         return self.network.num_classes - (self.null_label is not None)
 
     def to_dict(self) -> dict[str, Any]:
-        """What says nothing is left out, so that releases which know no widths read models that have none."""
+        """What says nothing is left out, so that releases which do not know it read models that have none."""
         values = {"family": self.family, **dataclasses.asdict(self)}
         if values["network"].get("width") == 1:
             del values["network"]["width"]
         if self.widths is None:
             del values["widths"]
+        if self.prediction_type == "epsilon":
+            del values["prediction_type"]
         return values
 
     @classmethod

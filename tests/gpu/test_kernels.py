@@ -109,7 +109,7 @@ def test_noise_of_a_whole_batch_is_that_of_the_cpu() -> None:
     coefficients = torch.zeros(64, len(COLUMNS), device=DEVICE)
     coefficients[:, COLUMNS.index("noise")] = 1
     end = torch.ones(64, dtype=torch.bool, device=DEVICE)
-    rows = StepRows(coefficients, torch.full((64,), 2, device=DEVICE), end, data=False, history=False, inner=False)
+    rows = StepRows(coefficients, ~end, end, data=False, history=0, inner=False)
     noise = Noise(seeds.to(DEVICE), step.to(DEVICE), 1)
     solver_step(state, torch.zeros_like(state.x), rows, noise=noise, backend="triton")
     want = philox_normal(seeds, step, 1, 4 * 64 * 64)

@@ -77,8 +77,9 @@ def test_moves_are_what_they_declare(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_a_step_is_what_it_declares(backend: str) -> None:
     opcheck(OPS.solver_step.default, Step(3).flat(serves(backend)))
-    x, eps, coefficients, slot = normal(2, 3), normal(2, 3), normal(2, 8), torch.zeros(2, dtype=torch.int64).to(DEVICE)
-    bare = (x, None, None, eps, coefficients, slot, slot == 0, False, False, False, False, *(None,) * 9, 0, backend)
+    x, eps, coefficients, all_of_them = normal(2, 3), normal(2, 3), normal(2, 9), torch.ones(2, device=DEVICE) > 0
+    bare = (x, None, None, eps, coefficients, ~all_of_them, all_of_them, False, 0, False, False)
+    bare = (*bare, *(None,) * 9, 0, backend)
     opcheck(OPS.solver_step.default, bare)
 
 
@@ -141,8 +142,8 @@ def test_what_is_recorded_of_real_tensors_is_the_operator() -> None:
 
 
 def step_without_noise(x: Tensor) -> None:
-    kinds = torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    solver_step(SolverState(x), x, StepRows(normal(2, 8), kinds, kinds == 0, history=False, inner=False))
+    none = torch.zeros(2, dtype=torch.bool, device=DEVICE)
+    solver_step(SolverState(x), x, StepRows(normal(2, 9), none, ~none, history=0, inner=False))
 
 
 def ticketed(x: Tensor) -> Score:

@@ -33,9 +33,9 @@ def problem(shape: tuple[int, ...], seed: int = 0) -> tuple[SolverState, Tensor,
     def normal(*size: int) -> Tensor:
         return torch.randn(size, generator=draw)
 
-    state = SolverState(normal(*shape), normal(*shape), normal(n, 2, *rest))
-    slot = torch.arange(n) % 3
-    rows = StepRows(normal(n, len(COLUMNS)), slot, torch.arange(n) % 2 == 0)
+    state = SolverState(normal(*shape), normal(*shape), normal(n, 3, *rest))
+    push = torch.arange(n) % 3 > 0
+    rows = StepRows(normal(n, len(COLUMNS)), push, torch.arange(n) % 2 == 0)
     return state, normal(*shape), rows, normal(*shape), torch.rand(shape, generator=draw) * 2 - 1
 
 
@@ -57,18 +57,20 @@ def by_element(
     """The formula of the docstring with Python's floats, one element at a time."""
     new_x, new_base, new_history = [], [], []
     for i, row in enumerate(rows.coefficients.tolist()):
-        px, pe, base, m0, m1, cur, noise, spread = row
+        px, pe, base, cur, noise, spread, m0, m1, m2 = row
         x, b, e, zs, v = (t[i].flatten().tolist() for t in (state.x, state.base, eps, z, variance))
         h = state.history[i].flatten(1).tolist()
         m = [px * p + pe * q for p, q in zip(x, e, strict=True)]
         new = [
-            base * b[j] + m0 * h[0][j] + m1 * h[1][j] + cur * m[j] + noise * math.exp(spread * (v[j] + 1) / 2) * zs[j]
+            base * b[j]
+            + cur * m[j]
+            + (m0 * h[0][j] + m1 * h[1][j] + m2 * h[2][j])
+            + noise * math.exp(spread * (v[j] + 1) / 2) * zs[j]
             for j in range(len(x))
         ]
-        slot = int(rows.slot[i])
         new_x.append(new)
         new_base.append(new if bool(rows.end[i]) else b)
-        new_history.append([m if slot == k else h[k] for k in (0, 1)])
+        new_history.append([m, h[0], h[1]] if bool(rows.push[i]) else h)
     return new_x, new_base, new_history
 
 
@@ -99,7 +101,7 @@ def test_slots_step_those_samples_and_no_other() -> None:
 
 
 def select(rows: StepRows, i: int) -> StepRows:
-    return StepRows(rows.coefficients[i : i + 1], rows.slot[i : i + 1], rows.end[i : i + 1])
+    return StepRows(rows.coefficients[i : i + 1], rows.push[i : i + 1], rows.end[i : i + 1])
 
 
 @pytest.mark.parametrize("width", [1, 3, 17, 63, 64, 130])
@@ -137,14 +139,14 @@ def test_a_place_taken_over_from_a_nan_sample_starts_clean() -> None:
     state.restart(torch.tensor([3, 1]), fresh)
     assert torch.equal(state.x[[3, 1]], fresh)
     assert torch.equal(state.base[[3, 1]], fresh)
-    assert torch.equal(state.history[[3, 1]], torch.zeros(2, 2, 3))
+    assert torch.equal(state.history[[3, 1]], torch.zeros(2, 3, 3))
     assert state.x[[0, 2]].isnan().all()
     zero_history = torch.zeros(2, len(COLUMNS))
     zero_history[:, COLUMNS.index("base")] = 1
     solver_step(
         state,
         torch.zeros(2, 3),
-        StepRows(zero_history, torch.tensor([2, 2]), torch.tensor([True, True]), noise=False),
+        StepRows(zero_history, torch.tensor([False, False]), torch.tensor([True, True]), noise=False),
         torch.tensor([3, 1]),
     )
     assert torch.equal(state.x[[3, 1]], fresh)
@@ -163,13 +165,13 @@ def test_what_the_host_knows_saves_work_and_changes_nothing() -> None:
     """Rows that store nothing, add nothing and take m = eps, with and without being told so."""
     state, eps, rows, z, _ = problem((7, 3, 5))
     column = dict(zip(COLUMNS, rows.coefficients.unbind(1), strict=True))
-    for name, value in (("px", 0), ("pe", 1), ("m0", 0), ("m1", 0), ("noise", 0)):
+    for name, value in (("px", 0), ("pe", 1), ("m0", 0), ("m1", 0), ("m2", 0), ("noise", 0)):
         column[name].fill_(value)
-    ends, stored = torch.ones(7, dtype=torch.bool), torch.full((7,), 2)
+    ends, stored = torch.ones(7, dtype=torch.bool), torch.zeros(7, dtype=torch.bool)
     careful, told = copy(state), SolverState(state.base.clone())
     careful.x.copy_(state.base)
     solver_step(careful, eps, StepRows(rows.coefficients, stored, ends), z=z)
-    knowing = StepRows(rows.coefficients, stored, ends, data=False, history=False, inner=False, noise=False)
+    knowing = StepRows(rows.coefficients, stored, ends, data=False, history=0, inner=False, noise=False)
     solver_step(told, eps, knowing)
     assert torch.equal(careful.x, told.x)
     assert torch.equal(careful.history, state.history)
@@ -213,14 +215,15 @@ def test_the_row_format_carries_a_third_order_singlestep_solver() -> None:
     read = [(1 / a, -s / a) for a, s in zip(alpha, sigma, strict=True)]
     table = torch.tensor(
         [
-            [*read[0], sigma[1] / sigma[0], 0, 0, -alpha[1] * phi_11, 0, 0],
-            [*read[1], sigma[2] / sigma[0], -alpha[2] * phi_12 - k, 0, k, 0, 0],
-            [*read[2], sigma[3] / sigma[0], -alpha[3] * phi_1 - k_last, 0, k_last, 0, 0],
+            [*read[0], sigma[1] / sigma[0], -alpha[1] * phi_11, 0, 0, 0, 0, 0],
+            [*read[1], sigma[2] / sigma[0], k, 0, 0, -alpha[2] * phi_12 - k, 0, 0],
+            [*read[2], sigma[3] / sigma[0], k_last, 0, 0, -alpha[3] * phi_1 - k_last, 0, 0],
         ]
     )
-    state = SolverState.start(x.float())
-    for i, (slot, end) in enumerate([(0, False), (1, False), (2, True)]):
-        rows = StepRows(table[i].expand(2, -1), torch.tensor([slot] * 2), torch.tensor([end] * 2), noise=False)
+    state = SolverState.start(x.float(), history=1)
+    for i, (push, end) in enumerate([(True, False), (False, False), (False, True)]):
+        given = torch.tensor([push] * 2), torch.tensor([end] * 2)
+        rows = StepRows(table[i].expand(2, -1), *given, history=1, noise=False)
         solver_step(state, eps_at(state.x, i), rows)
         if not end:
             assert torch.equal(state.base, x.float())
@@ -244,25 +247,29 @@ def test_bad_input_changes_nothing() -> None:
     refused("floating point", state, eps.long(), rows, z=z)
     refused("variance must be", state, eps, rows, z=z, variance=z[:1])
     refused("4 rows of coefficients for 2 samples", state, eps[:2], rows, torch.tensor([0, 1]), z=z[:2])
-    refused("state has none; start it with history", bare, eps, rows, z=z)
-    no_history = StepRows(rows.coefficients, rows.slot, rows.end, history=False)
+    refused("reaches back 3 predictions, but the state has 0; start it with history=3", bare, eps, rows, z=z)
+    no_history = StepRows(rows.coefficients, rows.push, rows.end, history=0)
     refused("state has no base", bare, eps, no_history, z=z)
     refused("must be float32, got torch.float64", double(state), eps, rows, z=z)
-    in_double = StepRows(rows.coefficients.double(), rows.slot, rows.end)
+    in_double = StepRows(rows.coefficients.double(), rows.push, rows.end)
     refused("got torch.float32 and torch.float64", state, eps, in_double, z=z)
     for got, want in zip(tensors(state), tensors(before), strict=True):
         assert torch.equal(got, want)
 
     with pytest.raises(ValueError, match="history must be"):
-        SolverState(state.x, state.base, state.history[:, :1])
+        SolverState(state.x, state.base, torch.cat([state.history, state.history], 1))
+    with pytest.raises(ValueError, match="history must be"):
+        SolverState(state.x, state.base, state.x.clone())
     with pytest.raises(ValueError, match="base must be"):
         SolverState(state.x, state.base.double())
     with pytest.raises(ValueError, match="contiguous"):
         SolverState(torch.randn(5, 3).T)
-    with pytest.raises(ValueError, match=r"coefficients \[n, 8\]"):
-        StepRows(rows.coefficients[:, :7], rows.slot, rows.end)
-    with pytest.raises(ValueError, match="slot"):
-        StepRows(rows.coefficients, rows.slot[:2], rows.end)
+    with pytest.raises(ValueError, match=r"coefficients \[n, 9\]"):
+        StepRows(rows.coefficients[:, :8], rows.push, rows.end)
+    with pytest.raises(ValueError, match="push"):
+        StepRows(rows.coefficients, rows.push[:2], rows.end)
+    with pytest.raises(ValueError, match=r"push and end must be bool, got torch\.int64"):
+        StepRows(rows.coefficients, rows.push.long(), rows.end)
 
 
 def test_guidance_follows_each_sample_s_own_scale() -> None:

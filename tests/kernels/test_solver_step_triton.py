@@ -29,9 +29,9 @@ class Problem:
     def __init__(self, shape: tuple[int, ...]):
         self.n, *rest = shape
         self.draw = torch.Generator().manual_seed(0)
-        self.state = SolverState(self.normal(*shape), self.normal(*shape), self.normal(self.n, 2, *rest))
-        slot, end = torch.arange(self.n) % 3, torch.arange(self.n) % 2 == 0
-        self.rows = StepRows(self.normal(self.n, len(COLUMNS)), slot.to(DEVICE), end.to(DEVICE))
+        self.state = SolverState(self.normal(*shape), self.normal(*shape), self.normal(self.n, 3, *rest))
+        push, end = torch.arange(self.n) % 3 > 0, torch.arange(self.n) % 2 == 0
+        self.rows = StepRows(self.normal(self.n, len(COLUMNS)), push.to(DEVICE), end.to(DEVICE))
         self.eps, self.z = self.normal(*shape), self.normal(*shape)
         self.variance = torch.tanh(self.normal(*shape))
         row = torch.where(torch.arange(self.n) % 2 == 0, torch.arange(self.n) // 2, -1).flip(0)
@@ -72,15 +72,17 @@ def test_states_the_formula(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         assert_as_accurate(got, plain, want)
 
 
-@pytest.mark.parametrize("history", [True, False])
+@pytest.mark.parametrize("history", [3, 2, 1, 0])
 @pytest.mark.parametrize("base", [True, False])
 @pytest.mark.parametrize("data", [True, False])
-def test_what_a_row_does_not_use_is_not_needed(data: bool, base: bool, history: bool) -> None:
+def test_what_a_row_does_not_use_is_not_needed(data: bool, base: bool, history: int) -> None:
     p = Problem((4, 130))
-    state = SolverState(p.state.x, p.state.base if base else None, p.state.history if history else None)
+    state = SolverState(
+        p.state.x, p.state.base if base else None, p.state.history[:, :history].contiguous() if history else None
+    )
     if not data:
         p.rows.coefficients[:, 0], p.rows.coefficients[:, 1] = 0, 1
-    rows = StepRows(p.rows.coefficients, p.rows.slot, p.rows.end, data, history, inner=base, noise=False)
+    rows = StepRows(p.rows.coefficients, p.rows.push, p.rows.end, data, history, inner=base, noise=False)
     stepped, same = copy(state), copy(state)
     solver_step(stepped, p.eps, rows, backend="triton")
     solver_step(same, p.eps, rows, backend="reference")
@@ -89,6 +91,20 @@ def test_what_a_row_does_not_use_is_not_needed(data: bool, base: bool, history: 
         assert stepped.history is None
     for got, plain, want in zip(tensors(stepped), tensors(same), tensors(exact), strict=True):
         assert_as_accurate(got, plain, want)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_places_beyond_the_reach_are_left_alone(backend: str) -> None:
+    """The history is as deep as the tables in flight need; a step of others reads and shifts what is theirs."""
+    p = Problem((4, 130))
+    p.state.history[:, 1:] = math.nan
+    rows = StepRows(p.rows.coefficients, p.rows.push, p.rows.end, history=1)
+    shallow = SolverState(p.state.x.clone(), p.state.base.clone(), p.state.history[:, :1].clone())
+    solver_step(p.state, p.eps, rows, z=p.z, backend=backend)
+    solver_step(shallow, p.eps, rows, z=p.z, backend=backend)
+    assert torch.equal(p.state.x, shallow.x)
+    assert torch.equal(p.state.history[:, :1], shallow.history)
+    assert p.state.history[:, 1:].isnan().all()
 
 
 def test_slots_step_those_samples_and_no_other() -> None:
@@ -112,8 +128,8 @@ def test_noise_is_that_of_the_sample(count: int, stream: int) -> None:
     state = SolverState(torch.zeros(4, count, device=DEVICE))
     coefficients = torch.zeros(4, len(COLUMNS), device=DEVICE)
     coefficients[:, COLUMNS.index("noise")] = 1
-    slot, end = torch.full((4,), 2, device=DEVICE), torch.ones(4, dtype=torch.bool, device=DEVICE)
-    rows = StepRows(coefficients, slot, end, data=False, history=False, inner=False)
+    none, end = torch.zeros(4, dtype=torch.bool, device=DEVICE), torch.ones(4, dtype=torch.bool, device=DEVICE)
+    rows = StepRows(coefficients, none, end, data=False, history=0, inner=False)
     noise = Noise(seeds.to(DEVICE), step.to(DEVICE), stream)
     solver_step(state, torch.zeros_like(state.x), rows, noise=noise, backend="triton")
     wanted = philox_normal(seeds, step, stream, count)

@@ -47,7 +47,7 @@ def test_a_share_of_nothing_is_the_student_alone(file: str, rest: str, guidance:
     assert not report.went_on.any()
 
 
-@pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpm++2m"])
+@pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpm++2m", "unipc:order=3", "heun"])
 @pytest.mark.parametrize("rest", ["", "+exit:0.4"], ids=["alone", "with exits"])
 def test_everybody_drawn_anew_is_the_teacher_alone(file: str, rest: str, solver: str) -> None:
     """The same noise and the same list, guided pairs included: bit for bit."""
@@ -199,7 +199,7 @@ def test_a_shallow_model_serves_the_teacher_alone(file: str) -> None:
     assert torch.equal(drawn, whole)
 
 
-@pytest.mark.parametrize("solver", ["ddim", "ddim:0.7", "ddpm", "dpm++2m", "dpm-fast", "dpm++fast"])
+@pytest.mark.parametrize("solver", ["ddim", "ddim:0.7", "ddpm", "dpm++2m", "unipc", "dpm-fast", "dpm++fast"])
 @pytest.mark.parametrize("schedule", ["linear", "stable_diffusion", "vp"])
 def test_a_refining_list_begins_at_its_noise_level(solver: str, schedule: str) -> None:
     """t* first, then what of the list lies below it (of the fast solvers: as many evaluations)."""
@@ -212,7 +212,7 @@ def test_a_refining_list_begins_at_its_noise_level(solver: str, schedule: str) -
     assert bool((part.t.diff() < 0).all())
     if "fast" not in solver:
         assert torch.equal(part.t[1:], below)
-    if solver != "dpm++2m":  # whose step has a longer memory
+    if solver not in ("dpm++2m", "unipc"):  # whose steps have a longer memory
         same = {"ddim", "ddim:0.7", "ddpm"} & {solver}
         assert not same or torch.equal(part.coefficients[1:], whole.coefficients[-len(below) :])
 

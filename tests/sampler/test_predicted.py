@@ -108,7 +108,7 @@ def test_two_states_of_ddim_say_it(scale: float, channels: int) -> None:
     engine.close()
 
 
-@pytest.mark.parametrize("solver", ["ddpm", "dpm++2m", "ddim:0.5", "dpm++fast"])
+@pytest.mark.parametrize("solver", ["ddpm", "dpm++2m", "ddim:0.5", "dpm++fast", "unipc", "heun"])
 def test_whatever_the_solver_it_is_that_of_the_state_and_the_prediction(solver: str) -> None:
     """Also of singlestep solvers, whose evaluations lie between timesteps."""
     calls = []

@@ -84,6 +84,8 @@ def draw_with_solvers() -> list[Tensor]:
         "dpm++2m",
         "dpm++fast",
         "dpm-fast",
+        "unipc:order=3",
+        "heun",
     )
     return [adadiff.sample(served(), 2, steps=5, solver=solver)[0] for solver in solvers]
 

@@ -178,7 +178,7 @@ def run_sde(eps: Network, x: Tensor, steps: int, seed: int = 0) -> Tensor:
 def row_of(table: SolverTable, i: int) -> StepRows:
     """Row i in float64."""
     one = slice(i, i + 1)
-    return StepRows(table.coefficients[one], table.slot[one], table.end[one])
+    return StepRows(table.coefficients[one], table.push[one], table.end[one])
 
 
 def run_rows(solver: Solver, schedule: str, steps: int, seed: int = 0, eps: Network = network) -> Tensor:

@@ -33,7 +33,7 @@ def same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
-@pytest.mark.parametrize("solver", ["ddpm", "dpm++2m", "dpm-fast"])
+@pytest.mark.parametrize("solver", ["ddpm", "dpm++2m", "dpm-fast", "unipc:order=3", "heun"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_run_is_repeated_bit_for_bit(policy: str, solver: str) -> None:
     """In batches of the same size, and, computed lane by lane, of any; with scores computed or not."""

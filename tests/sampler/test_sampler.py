@@ -146,7 +146,7 @@ def test_spellings_of_solvers_and_policies_are_those_objects() -> None:
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("solver", ["ddpm", "dpm++2m"])
+@pytest.mark.parametrize("solver", ["ddpm", "dpm++2m", "unipc:order=3", "heun"])
 def test_an_image_is_the_same_bits_in_any_batch(solver: str) -> None:
     settings = [
         {"seed": seed, "steps": steps, "class_labels": label, "guidance_scale": scale, "thresholds": threshold}

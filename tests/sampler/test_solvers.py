@@ -8,14 +8,22 @@ import diffusers.schedulers.scheduling_ddpm as ddpm_module
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor
 
+from adadiff.diffusion.heun import Heun
 from adadiff.diffusion.noise import INITIAL, SOLVER_STEP, initial_noise, step_noise
 from adadiff.diffusion.schedules import NoiseSchedule
 from adadiff.diffusion.singlestep import DPMSolverFast, DPMSolverPPFast
 from adadiff.diffusion.solvers import DDIM, DDPM, DPMSolverPP2M, EulerMaruyama, solver_from
 from adadiff.diffusion.tables import PackedTables, Solver, SolverTable, TableSet, pack
+from adadiff.diffusion.unipc import UniPC
 from adadiff_kernels import COLUMNS, SolverState, philox_normal, solver_step, solver_step_reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
@@ -165,9 +173,9 @@ def test_ddpm_rows_are_the_scheduler_s_responses(spacing: str, steps: int, monke
 def assert_plain(table: SolverTable, *filled: str) -> None:
     """m is eps, nothing is stored, every row ends its step."""
     assert (column(table, "pe") == 1).all()
-    for name in {"px", "m0", "m1", "spread"} - set(filled):
+    for name in {"px", "m0", "m1", "m2", "spread"} - set(filled):
         assert (column(table, name) == 0).all()
-    assert (table.slot == 2).all()
+    assert not table.push.any()
     assert table.end.all()
 
 
@@ -197,7 +205,7 @@ def test_multistep_rows_state_the_paper(schedule: str, steps: int) -> None:
     alpha, sigma = np.sqrt(a), np.sqrt(1 - a)
     table = DPMSolverPP2M().table(NoiseSchedule(schedule), steps)
     eps = np.sin(np.arange(steps) * 1.7) + 0.2
-    x, m_before, lam_before, slots = np.longdouble(1.3), None, None, [0.0, 0.0]
+    x, m_before, lam_before, kept = np.longdouble(1.3), None, None, 0.0
     own = np.longdouble(1.3)
     for i in range(steps):
         m = (x - sigma[i] * eps[i]) / alpha[i]
@@ -208,29 +216,24 @@ def test_multistep_rows_state_the_paper(schedule: str, steps: int) -> None:
             h = np.log(alpha[i + 1] / sigma[i + 1]) - lam
             d = m if i == 0 else m + h / (2 * (lam - lam_before)) * (m - m_before)
             x_next = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * np.expm1(-h) * d
-        px, pe, base, m0, m1, cur, noise, spread = table.coefficients[i].tolist()
+        px, pe, base, cur, noise, spread, m0, m1, m2 = table.coefficients[i].tolist()
         own_m = px * own + pe * eps[i]
-        own_next = base * own + m0 * slots[0] + m1 * slots[1] + cur * own_m
-        slot = int(table.slot[i])
-        if slot < 2:
-            slots[slot] = own_m
+        own_next = base * own + m0 * kept + cur * own_m
         assert float(own_next) == pytest.approx(float(x_next), rel=1e-10, abs=1e-10 * float(abs(m))), i
-        assert (noise, spread, bool(table.end[i])) == (0, 0, True)
+        assert (noise, spread, m1, m2, bool(table.end[i])) == (0, 0, 0, 0, True)
         # from here on the exact trajectory, so that rounding does not add up over 999 steps
         x, own, m_before, lam_before = x_next, x_next, m, lam
-        if slot < 2:
-            slots[slot] = m
+        if table.push[i]:
+            kept = m
 
 
-def test_multistep_history_alternates_and_is_kept_only_for_a_reader() -> None:
+def test_multistep_history_is_the_last_prediction_and_is_kept_only_for_a_reader() -> None:
     for steps in (1, 2, 3, 4, 9):
         table = DPMSolverPP2M().table(NoiseSchedule("linear"), steps)
-        reads = [(bool(row[3] != 0), bool(row[4] != 0)) for row in table.coefficients]
         for i in range(steps):
-            second_order = 0 < i < steps - 1
-            assert reads[i] == (second_order and i % 2 == 1, second_order and i % 2 == 0)
-            read_next = 0 < i + 1 < steps - 1
-            assert table.slot[i] == (i % 2 if read_next else 2)
+            assert bool(column(table, "m0")[i]) is (0 < i < steps - 1)
+            assert bool(table.push[i]) is (0 < i + 1 < steps - 1)
+        assert table.reach.tolist() == [int(0 <= i < steps - 1 and steps > 2) for i in range(steps)]
 
 
 def test_default_spacings_start_at_the_noisiest_time() -> None:
@@ -293,6 +296,10 @@ def multistep() -> object:
     return DPMSolverMultistepScheduler(timestep_spacing="linspace", final_sigmas_type="zero", **COMMON)
 
 
+def unipc(order: int) -> Callable[[], object]:
+    return lambda: UniPCMultistepScheduler(solver_order=order, **COMMON)
+
+
 JOBS = [
     Job("ddim-20", DDIM(spacing="leading"), 20, 0, 11, ddim(0, "leading")),
     Job("2m-1", DPMSolverPP2M(), 1, 3, 12, multistep),
@@ -300,12 +307,17 @@ JOBS = [
     Job("2m-9", DPMSolverPP2M(), 9, 1, 14, multistep),  # fewer than 15: diffusers' lower_order_final
     Job("2m-14", DPMSolverPP2M(), 14, 4, 2**63 - 1, multistep),
     Job("2m-20", DPMSolverPP2M(), 20, 2, 16, multistep),
-    Job("2m-21", DPMSolverPP2M(), 21, 5, 16, multistep),  # the other parity of slots
+    Job("2m-21", DPMSolverPP2M(), 21, 5, 16, multistep),
     Job("ddim-eta", DDIM(0.7, "leading"), 13, 7, 17, ddim(0.7, "leading")),
     Job("ddim-eta-trailing", DDIM(0.7), 10, 0, 18, ddim(0.7, "trailing")),
     Job("ddim-trailing", DDIM(), 25, 6, 2**40 + 3, ddim(0, "trailing")),
     Job("ddpm", DDPM(), 16, 2, 20, ddpm("trailing")),
     Job("ddpm-leading", DDPM("leading"), 11, 8, 0, ddpm("leading")),
+    Job("unipc-3", UniPC(3), 20, 3, 21, unipc(3)),
+    Job("unipc-2", UniPC(), 7, 0, 22, unipc(2)),
+    Job("unipc-short", UniPC(3), 3, 9, 23, unipc(3)),
+    Job("unipc-1", UniPC(1), 2, 1, 24, unipc(1)),
+    Job("heun", Heun(), 9, 4, 25, lambda: HeunDiscreteScheduler(timestep_spacing="trailing", **COMMON)),
 ]
 
 
@@ -336,13 +348,15 @@ def run_ragged(jobs: list[Job], packed: PackedTables, poison: int | None = None)
 
 def run_with_diffusers(job: Job, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     scheduler = job.scheduler()
-    scheduler.set_timesteps(job.steps)
+    heun = isinstance(scheduler, HeunDiscreteScheduler)
+    scheduler.set_timesteps((job.steps + 1) // 2 if heun else job.steps)
     assert len(scheduler.timesteps) == job.steps
     seed = torch.tensor([job.seed])
     x = initial_noise(seed, SHAPE).double()
+    x = x * (scheduler.sigmas[0] ** 2 + 1).sqrt().double() if heun else x  # of x / alpha, as it was written
     for i, t in enumerate(scheduler.timesteps):
         z = step_noise(seed, torch.tensor([i]), SHAPE).double()
-        eps = network(x, t)
+        eps = network(scheduler.scale_model_input(x, t), t)
         if isinstance(scheduler, DDIMScheduler):
             x = scheduler.step(eps, t, x, eta=job.solver.eta, variance_noise=z).prev_sample
         else:
@@ -390,7 +404,7 @@ def test_pack_gathers_the_rows_of_each_sample() -> None:
     for i, (k, j) in enumerate(zip(which.tolist(), step.tolist(), strict=True)):
         assert t[i] == float(tables[k].t[j].float())
         assert torch.equal(rows.coefficients[i], tables[k].coefficients[j].float())
-        assert rows.slot[i] == tables[k].slot[j]
+        assert rows.push[i] == tables[k].push[j]
         assert rows.end[i] == tables[k].end[j]
     none, empty = packed.rows(which[:0], step[:0])
     assert none.shape == (0,)
@@ -416,7 +430,12 @@ def test_rows_and_state_ask_for_no_more_than_they_need() -> None:
     assert asks(plain, 0, 1) == (False, False, False, False)
     assert asks(multi, 0, 1) == (False, False, False, True)
     assert asks(multi, 0, 3) == (False, False, False, False)  # the last step of DDPM adds no noise
-    assert asks(multi, 1, 1) == (True, True, False, False)
+    assert asks(multi, 1, 1) == (True, 1, False, False)
+    deep = pack([UniPC(order).table(linear, 5) for order in (1, 2, 3)])
+    assert [asks(deep, k, 1)[1] for k in range(3)] == [1, 2, 3]  # so many places, from the first row on
+    assert deep.start(x).history.shape[1] == 3
+    assert multi.start(x).history.shape[1] == 1
+    assert asks(deep, 2, 4) == (True, 0, False, False)  # to sigma = 0, by m alone
 
 
 # ---- noise and names ----
@@ -444,6 +463,10 @@ def test_solver_names() -> None:
     assert solver_from("dpm-fast") == DPMSolverFast()
     assert solver_from("dpm++fast") == DPMSolverPPFast()
     assert solver_from("euler-maruyama") == EulerMaruyama()
+    assert solver_from("unipc") == UniPC(2, "bh2")
+    assert solver_from("unipc:order=3,variant=bh1,spacing=trailing") == UniPC(3, "bh1", "trailing")
+    assert solver_from("heun") == Heun()
+    assert solver_from("heun:spacing=leading") == Heun("leading")
 
 
 def test_bad_input() -> None:
@@ -462,6 +485,13 @@ def test_bad_input() -> None:
     for text in ("ddpm:0.5", "ddpm:size=large", "ddpm:spacing=leading,spacing=leading", "dpm++2m:variance=small"):
         with pytest.raises(ValueError, match=r"takes (spacing and variance|spacing), once each"):
             solver_from(text)
+    for text in ("unipc:order=two", "unipc:order=2.0", "unipc:order="):
+        with pytest.raises(ValueError, match="order must be a whole number"):
+            solver_from(text)
+    with pytest.raises(ValueError, match="order of unipc must be 1, 2 or 3, got 4"):
+        solver_from("unipc:order=4")
+    with pytest.raises(ValueError, match="variant of unipc must be bh1 or bh2, got 'bh3'"):
+        solver_from("unipc:variant=bh3")
     with pytest.raises(ValueError, match="variance must be 'small', 'large' or None, got 'learned'"):
         solver_from("ddpm:variance=learned")
     with pytest.raises(ValueError, match="Euler-Maruyama integrates an SDE"):

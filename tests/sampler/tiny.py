@@ -200,7 +200,7 @@ SERVED_POLICIES = (
     *("full", "exit:0.4", "exit:0.55,min_layer=2", "exit:patience=0.5", "exit:depth=2", "exit:depth=3.4"),
     *("cache:threshold=0.5", "cache:threshold=0.4,gate=input+exit:0.42", "reuse:every=2+exit:depth=3"),
 )
-SERVED_SOLVERS = ("ddim", "ddim:0.6", "ddpm", "dpm++2m")
+SERVED_SOLVERS = ("ddim", "ddim:0.6", "ddpm", "dpm++2m", "unipc:order=3", "heun")
 
 
 @cache

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..diffusion.schedules import NoiseSchedule
+from ..diffusion.prediction import predicted_sample, target_of
 from ..forward.all_layers import all_layers
 from ..forward.forward import run_forward
 from ..forward.output import Costs, ForwardOutput
@@ -25,7 +25,9 @@ Extractor = Callable[[Tensor], Tensor]  # images [n, C, H, W] in [-1, 1] -> feat
 
 @dataclass(frozen=True)
 class Recording:
-    """n lanes at S steps of the full network, K = L - 1 layers before its last."""
+    """n lanes at S steps of the full network, K = L - 1 layers before its last. Errors are those of what the network
+    predicts, its prediction_type: what its uncertainties were trained to tell. What one costs at a step is measured
+    (`measure_weights`), and so is what a solver makes of it."""
 
     t: Tensor  # float64 [S], the network's times, in the order of the run
     u: Tensor  # float32 [S, K, n], uncertainties
@@ -93,7 +95,7 @@ def record(
             seen = watch(model.backbone, model.exits, x, t, context)
             error = seen.relative
             if features is not None:
-                error = _feature_errors(features, model.schedule, x, t, seen.predictions)
+                error = _feature_errors(features, model, x, t, seen.predictions)
             if visit is not None:
                 prefix = model.exits.num_prefix_tokens
                 means = torch.stack([own[:, prefix:].mean(1) for own in seen.rows[:-1]])
@@ -114,13 +116,11 @@ def record(
     return Recording(t, u, relative, error, images)
 
 
-def _feature_errors(
-    features: Extractor, schedule: NoiseSchedule, x: Tensor, t: Tensor, predictions: Sequence[Tensor]
-) -> Tensor:
+def _feature_errors(features: Extractor, model: Model, x: Tensor, t: Tensor, predictions: Sequence[Tensor]) -> Tensor:
     """float32 [K, B]."""
-    alpha_bar = schedule.log_alpha_bar(t[:1].double().cpu()).exp()
-    signal, noise = float(alpha_bar.sqrt()), float((1 - alpha_bar).sqrt())
-    *early, full = (features(((x - noise * eps) / signal).clamp(-1, 1)) for eps in predictions)
+    level = map(float, model.schedule.alpha_sigma(t[:1].double().cpu()))
+    kind, alpha, sigma = model.config.prediction_type, *level
+    *early, full = (features(predicted_sample(kind, p, x, alpha, sigma).clamp(-1, 1)) for p in predictions)
     return torch.stack([(own - full).square().mean(1).float() for own in early])
 
 
@@ -181,7 +181,8 @@ def _output(prediction: Tensor) -> ForwardOutput:
 def noised_errors(
     model: Model, images: Tensor, labels: Tensor | None, times: Sequence[float], seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Uncertainties, and mean squared errors to the true noise, of every layer but the last: float32 [S, K, n] each.
+    """Uncertainties, and mean squared errors to the target (the true noise, of networks that predict that), of every
+    layer but the last: float32 [S, K, n] each.
 
     images: float32 [n, C, H, W], real ones, noised to each of the S times.
     """
@@ -189,10 +190,11 @@ def noised_errors(
     t = torch.tensor(times, dtype=torch.float64, device="cpu")
     generator = torch.Generator().manual_seed(seed)
     u, errors = [], []
-    for time, alpha_bar in zip(t, schedule.log_alpha_bar(t).exp(), strict=True):
+    for time, alpha, sigma in zip(t, *schedule.alpha_sigma(t), strict=True):
         noise = torch.randn(images.shape, generator=generator, dtype=torch.float32, device="cpu")
-        x = (alpha_bar.sqrt() * images + (1 - alpha_bar).sqrt() * noise).float()
+        x = (alpha * images + sigma * noise).float()
+        target = target_of(model.config.prediction_type, images, noise, alpha, sigma).float()
         seen = watch(model.backbone, model.exits, x, time.float().expand(len(x)), labels)
         u.append(seen.u)
-        errors.append(torch.stack([(p - noise).square().flatten(1).mean(1) for p in seen.predictions[:-1]]))
+        errors.append(torch.stack([(p - target).square().flatten(1).mean(1) for p in seen.predictions[:-1]]))
     return torch.stack(u), torch.stack(errors)

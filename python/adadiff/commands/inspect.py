@@ -97,7 +97,8 @@ def _network(content: Mapping[str, Any]) -> str:
     return (
         f"{FAMILY_NAMES.get(content['family'], content['family'])}: {content['num_layers']} blocks, "
         f"{content['network']['dim']} channels, {content['tokens']} tokens; "
-        f"{_count(content['parameters']['network'])} parameters; schedule {content['schedule']}"
+        f"{_count(content['parameters']['network'])} parameters; schedule {content['schedule']}, "
+        f"predicts {content['prediction_type']}"
     )
 
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from ..config import PRESETS
 from ..data.sources import SOURCES
+from ..diffusion.prediction import PREDICTION_TYPES
+from ..diffusion.schedules import NAMES as SCHEDULES
 from ..metrics.extractors import FEATURES
 
 SUMMARY = (
@@ -361,9 +363,12 @@ there: the uncertainty, from 0 to 1.
 Different kinds are joined by +, as in
 cache:threshold=0.1+exit:0.135"""
 SOLVER_HELP = (
-    "sampling method: ddim, ddim:ETA (ETA from 0, deterministic, to 1), ddpm, dpm++2m, dpm-fast, dpm++fast, or "
-    "euler-maruyama (models of schedule vp); ddim, ddpm and dpm++2m accept a spacing of the timesteps (leading, "
-    "trailing, linspace or respaced; ddim also trailing-diffusers), as in ddpm:spacing=respaced (default: ddim)"
+    "sampling method: ddim, ddim:ETA (ETA from 0, deterministic, to 1), ddpm, dpm++2m, unipc (with order=1 to 3 and "
+    "variant=bh1 or bh2, as in unipc:order=3), heun (its steps take two of the evaluations that --steps counts), "
+    "dpm-fast, dpm++fast, euler-maruyama (models of schedule vp), or flow-euler (of schedule flow, as are ddim, heun, "
+    "unipc and dpm++2m, too; all but ddim take shift=NUMBER); ddim, ddpm, dpm++2m, unipc and heun accept a "
+    "spacing of the timesteps (leading, trailing, linspace or respaced; ddim also trailing-diffusers, the grid and "
+    "landing places of diffusers), as in ddpm:spacing=respaced (default: ddim)"
 )
 AUTO_HELP = "auto: as many as the model's step selector, which `adadiff train-steps` makes, chooses for each sample"
 GUIDANCE_HELP = "scale of classifier-free guidance, defined as in diffusers; 1 is no guidance (default: 1)"
@@ -378,6 +383,9 @@ TRAIN_GROUPS = {  # fields of TrainConfig by the heading under which they are ex
         "listed by `adadiff convert --help`",
         "network": "changes to the preset's network, as in depth=2 dim=96; `adadiff inspect MODEL --all` lists the "
         "settings as network.KEY",
+        "schedule": f"noise schedule, where it is to differ from the preset's: {', '.join(SCHEDULES)}",
+        "prediction_type": f"what the network is to predict, where that is to differ: {', '.join(PREDICTION_TYPES)} "
+        "(schedule flow with all but epsilon)",
         "exits": "train exits, that is, for each block an uncertainty estimation module and an output head; --no-exits "
         "trains the plain network",
         "exit_options": "changes to the exits, as in head=mlp time=false; `adadiff inspect MODEL --all` lists the "

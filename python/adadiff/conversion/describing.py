@@ -48,6 +48,7 @@ def network(model: Model) -> dict[str, Any]:
         macs["score after a block"] = exits.macs(own.tokens - exits.num_prefix_tokens)
     return {
         **model.config.to_dict(),
+        "prediction_type": model.config.prediction_type,
         "classes": model.config.classes,
         "num_layers": model.num_layers,
         "tokens": own.tokens,

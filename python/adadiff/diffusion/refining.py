@@ -30,19 +30,23 @@ class Refining:
     def table(self, schedule: NoiseSchedule, steps: int) -> SolverTable:
         if getattr(self.solver, "spacing", None) == TRAILING_OF_DIFFUSERS:
             raise ValueError(f"the steps of spacing {TRAILING_OF_DIFFUSERS!r} land beside its list; take 'trailing'")
+        if not schedule.has_alpha_bar:
+            raise ValueError(f"refining adds noise by alpha_bar, which schedule {schedule.name!r} has not; draw anew")
         try:
             begin = float(schedule.time(torch.tensor(self.alpha_bar, dtype=torch.float64, device="cpu").log()))
         except ValueError:
             raise ValueError(f"schedule {schedule.name!r} has no noise level of sigma = {self.sigma:g}") from None
         below = int((self.solver.table(schedule, steps).t < begin).sum())
-        return self.solver.table(_Below(schedule.name, steps, begin, self.alpha_bar), below + 1)
+        points = self.solver.points(steps) if hasattr(self.solver, "points") else steps
+        return self.solver.table(_Below(schedule.name, points, begin, self.alpha_bar), below + 1)
 
 
 @dataclass(frozen=True)
 class _Below(NoiseSchedule):
-    """A schedule whose lists of `steps` evaluations begin at time `begin`, where alpha_bar is `at_begin`."""
+    """A schedule whose grids begin at time `begin`, where alpha_bar is `at_begin`, and go on with what of the grid of
+    `points` times lies below."""
 
-    steps: int
+    points: int
     begin: float
     at_begin: float
 
@@ -51,10 +55,10 @@ class _Below(NoiseSchedule):
         return self.begin, super().times[1]
 
     def grid(self, steps: int, spacing: str) -> tuple[Tensor, Tensor]:
-        t, alpha_bar = super().grid(self.steps, spacing)
+        t, alpha_bar = super().grid(self.points, spacing)
         kept = t < self.begin
         begin = torch.tensor([[self.begin], [self.at_begin]], dtype=torch.float64, device="cpu")
         t, alpha_bar = torch.cat([begin[0], t[kept]]), torch.cat([begin[1], alpha_bar[:-1][kept], alpha_bar[-1:]])
         if len(t) != steps:
-            raise ValueError(f"{len(t)} evaluations lie below t = {self.begin:g}, not {steps}")
+            raise ValueError(f"{len(t)} points of the grid lie below t = {self.begin:g}, not {steps}")
         return t, alpha_bar

@@ -1,10 +1,12 @@
-"""Noise schedules: x = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps, and the time that the network is told.
+"""Noise schedules: x = alpha x0 + sigma eps, and the time that the network is told. All but "flow" have an alpha_bar
+with alpha = sqrt(alpha_bar) and sigma = sqrt(1 - alpha_bar).
 
 name               alpha_bar                                                   t of the network
 linear             1000 betas from 1e-4 to 0.02 (DDPM)                         0..999
 cosine             1000 betas of cos^2, at most 0.999 (Nichol and Dhariwal)    0..999
 stable_diffusion   1000 betas, linear in their root (U-ViT, discrete)          1..1000
 vp                 exp(-0.1 t - 9.95 t^2), t in [0, 1] (U-ViT, sde.py)         999 t
+flow               alpha = 1 - t, sigma = t in [0, 1] (flow matching; SD3)     1000 t
 """
 
 import itertools
@@ -18,7 +20,7 @@ from torch import Tensor
 T = 1000
 VP_END = 1e-3  # the last evaluation; the step from there lands at t = 0, as in U-ViT's Euler-Maruyama
 BETA_0, BETA_1 = 0.1, 20.0  # of vp: beta(t) = BETA_0 + (BETA_1 - BETA_0) t
-NAMES = ("linear", "cosine", "stable_diffusion", "vp")
+NAMES = ("linear", "cosine", "stable_diffusion", "vp", "flow")
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,19 @@ class NoiseSchedule:
             raise ValueError(f"no noise schedule {self.name!r}; there are {', '.join(NAMES)}")
 
     @property
+    def has_alpha_bar(self) -> bool:
+        return self.name != "flow"
+
+    @property
+    def tables_for(self) -> str:
+        """What the network predicts that tables of solvers are written for, see prediction.py: what tells all there is
+        at every time, the first included."""
+        return "epsilon" if self.has_alpha_bar else "flow"
+
+    @property
     def spacings(self) -> tuple[str, ...]:
+        if not self.has_alpha_bar:
+            return "uniform", "linspace"
         return ("uniform",) if self.name == "vp" else ("leading", "trailing", "linspace", "respaced")
 
     @property
@@ -40,6 +54,8 @@ class NoiseSchedule:
         """Where U-ViT's DPM-Solvers begin and end, in the network's time: the noisiest and the last timestep."""
         if self.name == "vp":
             return 999.0, 999 * 1e-4
+        if not self.has_alpha_bar:
+            return 1000.0, 1.0
         return float(T - 1 + self._first), float(self._first)
 
     def training_times(self, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,11 +63,29 @@ class NoiseSchedule:
 
         Discrete schedules take index floor(1000 u), vp takes t = u. ValueError for another dtype or range.
         """
+        self._check_alpha_bar()
         if u.dtype != torch.float64 or not bool(((u >= 0) & (u < 1)).all()):
             raise ValueError(f"u must be float64 in [0, 1), as torch.rand gives it, got {u.dtype} {u}")
         if self.name == "vp":
             return 999 * u, _vp_log_alpha_bar(u).exp()
         return self._at((T * u).long())
+
+    def training_levels(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """u as in `training_times`; flow takes t = u. Returns (t_net, alpha, sigma), float32, shaped as u."""
+        if self.has_alpha_bar:
+            t, alpha_bar = (value.float() for value in self.training_times(u))
+            return t, alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        t, (alpha, sigma) = 1000 * u, self.alpha_sigma(1000 * u)
+        return t.float(), alpha.float(), sigma.float()
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """At t: float64, any shape, the network's times. ValueError for other times."""
+        if self.has_alpha_bar:
+            alpha_bar = self.log_alpha_bar(t).exp()
+            return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        if not bool(((t >= 0) & (t <= 1000)).all()):
+            raise ValueError(f"times of schedule {self.name!r} are 0..1000, got {t}")
+        return 1 - t / 1000, t / 1000
 
     def grid(self, steps: int, spacing: str) -> tuple[Tensor, Tensor]:
         """The evaluations of a run, noisiest first: (t_net float64[steps], alpha_bar float64[steps + 1]).
@@ -64,12 +98,10 @@ class NoiseSchedule:
         and that of improved diffusion, which DiT samples with:
             respaced  round(k * 999 / (N - 1)), k = N-1..0            (space_timesteps); N >= 2
         vp knows "uniform" only: t = linspace(1, 1e-3, N), then 0.
-        ValueError for steps outside 1..1000 and for a spacing the schedule does not have.
+        ValueError for steps outside 1..1000, for a spacing the schedule does not have, and for flow (see `flow_grid`).
         """
-        if type(steps) is not int or not 1 <= steps <= T:
-            raise ValueError(f"steps must be an int from 1 to {T}, got {steps!r}")
-        if spacing not in self.spacings:
-            raise ValueError(f"schedule {self.name!r} has spacings {self.spacings}, got {spacing!r}")
+        self._check_alpha_bar()
+        self._check(steps, spacing)
         k = torch.arange(steps, dtype=torch.float64, device="cpu")
         if spacing == "uniform":
             t = torch.linspace(1, VP_END, steps, dtype=torch.float64, device="cpu")
@@ -92,11 +124,34 @@ class NoiseSchedule:
             t_net, alpha_bar = self._at(((k + 1) * ((T - 1) / steps)).round().long().flip(0))
         return t_net, torch.cat([alpha_bar, torch.ones(1, dtype=torch.float64, device="cpu")])
 
+    def flow_grid(self, steps: int, spacing: str, shift: float = 1.0) -> Tensor:
+        """Of flow: sigma at the evaluations of a run, noisiest first, and the 0 where it lands, float64 [steps + 1].
+
+        With N steps and s(t) = shift t / (1 + (shift - 1) t), as diffusers:
+            uniform   s(linspace(1, s(1e-3), N))             (FlowMatchEulerDiscreteScheduler, ...Heun...)
+            linspace  s(linspace(1, 1e-3, N + 1)[:-1])       (UniPCMultistepScheduler with use_flow_sigmas)
+        ValueError as for `grid`, and for a schedule with alpha_bar.
+        """
+        if self.has_alpha_bar:
+            raise ValueError(f"schedule {self.name!r} is not flow matching; its times have no shift")
+        self._check(steps, spacing)
+
+        def shifted(t: Tensor) -> Tensor:
+            return shift * t / (1 + (shift - 1) * t)
+
+        last = torch.tensor(1e-3, dtype=torch.float64, device="cpu")
+        if spacing == "uniform":
+            t = torch.linspace(1, float(shifted(last)), steps, dtype=torch.float64, device="cpu")
+        else:
+            t = torch.linspace(1, float(last), steps + 1, dtype=torch.float64, device="cpu")[:-1]
+        return torch.cat([shifted(t), torch.zeros(1, dtype=torch.float64, device="cpu")])
+
     def log_alpha_bar(self, t: Tensor) -> Tensor:
         """ln(alpha_bar) at t: float64, any shape, the network's times: 0..999, or 1..1000 with stable_diffusion.
 
         Between two timesteps of a discrete schedule it is linear in t (DPM-Solver). ValueError for other times.
         """
+        self._check_alpha_bar()
         place = t - self._first
         if not bool(((place >= 0) & (place <= 999)).all()):
             raise ValueError(f"times of schedule {self.name!r} are {self._first}..{self._first + 999}, got {t}")
@@ -107,6 +162,7 @@ class NoiseSchedule:
 
     def time(self, log_alpha_bar: Tensor) -> Tensor:
         """The inverse: the network's time at log_alpha_bar, float64, any shape. ValueError outside the schedule."""
+        self._check_alpha_bar()
         if self.name == "vp":  # the positive root of (BETA_1 - BETA_0) t^2 / 2 + BETA_0 t + log_alpha_bar = 0
             rate = 2 * (BETA_1 - BETA_0) * -log_alpha_bar
             t = rate / ((BETA_0**2 + rate).sqrt() + BETA_0) / (BETA_1 - BETA_0)
@@ -120,6 +176,19 @@ class NoiseSchedule:
             raise ValueError(f"schedule {self.name!r} has no such log alpha_bar: {log_alpha_bar}")
         return 999 * t.clamp(max=1) if self.name == "vp" else t.clamp(0, T - 1) + self._first
 
+    def _check_alpha_bar(self) -> None:
+        if not self.has_alpha_bar:
+            raise ValueError(
+                f"schedule {self.name!r} has no alpha_bar, and this needs one; its solvers are ddim, flow-euler, heun, "
+                "unipc and dpm++2m"
+            )
+
+    def _check(self, steps: int, spacing: str) -> None:
+        if type(steps) is not int or not 1 <= steps <= T:
+            raise ValueError(f"steps must be an int from 1 to {T}, got {steps!r}")
+        if spacing not in self.spacings:
+            raise ValueError(f"schedule {self.name!r} has spacings {self.spacings}, got {spacing!r}")
+
     @property
     def _first(self) -> int:
         """The network's time at index 0."""
@@ -127,6 +196,40 @@ class NoiseSchedule:
 
     def _at(self, index: Tensor) -> tuple[Tensor, Tensor]:
         return (index + self._first).double(), _alpha_bar(self.name)[index]
+
+
+def evaluations(
+    schedule: NoiseSchedule, steps: int, spacing: str | None, default: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The grid of a solver by steps: net time, alpha_bar, and alpha_bar where the step lands, float64 [steps] each.
+    spacing: None for `default`, or "uniform" where the schedule has none of that name."""
+    if spacing is None:
+        spacing = default if default in schedule.spacings else "uniform"
+    t, alpha_bar = schedule.grid(steps, spacing)
+    return t, alpha_bar[:-1], alpha_bar[1:]
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Of a run's evaluations: net time, alpha and sigma, and those where each step lands; float64 [steps]."""
+
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    alpha_after: Tensor
+    sigma_after: Tensor
+
+
+def levels(schedule: NoiseSchedule, steps: int, spacing: str | None, default: str, shift: float = 1.0) -> Levels:
+    """As `evaluations`, of any schedule. shift: of flow; ValueError for one with another schedule."""
+    if not schedule.has_alpha_bar:
+        spacing = spacing or (default if default in schedule.spacings else "uniform")
+        sigma = schedule.flow_grid(steps, spacing, shift)
+        return Levels(1000 * sigma[:-1], 1 - sigma[:-1], sigma[:-1], 1 - sigma[1:], sigma[1:])
+    if shift != 1:
+        raise ValueError(f"shift is one of schedule 'flow', and this is {schedule.name!r}; leave it out")
+    t, a, after = evaluations(schedule, steps, spacing, default)
+    return Levels(t, a.sqrt(), (1 - a).sqrt(), after.sqrt(), (1 - after).sqrt())
 
 
 def vp_beta(t: Tensor) -> Tensor:

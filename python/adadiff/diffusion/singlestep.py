@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .prediction import conversion
 from .schedules import NoiseSchedule
-from .tables import NOT_STORED, SolverTable, make_table
+from .tables import SolverTable, make_table
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,12 @@ def _table(schedule: NoiseSchedule, t: Tensor, orders: list[int], data: bool) ->
     base, m0, cur, begins, ends = zip(*rows, strict=True)
     end = torch.tensor(ends, dtype=torch.bool, device="cpu")
     stored = torch.tensor(begins, dtype=torch.bool, device="cpu") & ~end
-    columns = {"px": 1 / alpha[:-1], "pe": -(sigma / alpha)[:-1]} if data else {}
+    columns = {}
+    if data:
+        columns = dict(zip(("px", "pe"), conversion("epsilon", "sample", alpha[:-1], sigma[:-1]), strict=True))
     return make_table(
         t[:-1],
-        slot=torch.zeros(len(rows), dtype=torch.int64, device="cpu").where(stored, NOT_STORED),
+        push=stored,
         end=end,
         base=torch.tensor(base, dtype=torch.float64, device="cpu"),
         m0=torch.tensor(m0, dtype=torch.float64, device="cpu"),

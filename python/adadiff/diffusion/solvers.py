@@ -12,10 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .schedules import NoiseSchedule, vp_beta
+from .flow import FlowEuler, check_shift
+from .heun import Heun
+from .prediction import conversion
+from .schedules import NoiseSchedule, evaluations, levels, vp_beta
 from .schedules import T as TIMESTEPS
 from .singlestep import DPMSolverFast, DPMSolverPPFast
-from .tables import NOT_STORED, Solver, SolverTable, make_table
+from .tables import Solver, SolverTable, make_table
+from .unipc import UniPC
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class DDPM:
             raise ValueError(f"variance must be 'small', 'large' or None, got {self.variance!r}")
 
     def table(self, schedule: NoiseSchedule, steps: int) -> SolverTable:
-        t, a, after = _grid(schedule, steps, self.spacing, "trailing")
+        t, a, after = evaluations(schedule, steps, self.spacing, "trailing")
         beta = 1 - a / after
         posterior = beta * (1 - after) / (1 - a)
         spread = 0.5 * torch.log((1 - a) / (1 - after))  # ln of beta's deviation over the posterior's
@@ -62,7 +66,7 @@ class DDIM:
     which is where the next step begins only if `steps` divides 1000: at 16 of the 1000 step counts.
     "trailing-diffusers", of this solver alone, is theirs (with set_alpha_to_one, its default); ValueError at the step
     counts where a rounding of theirs adds timestep -1.
-    ValueError for another eta.
+    With schedule "flow" and eta = 0 it is `FlowEuler` without a shift: the same step. ValueError for another eta.
     """
 
     eta: float = 0.0
@@ -73,10 +77,14 @@ class DDIM:
             raise ValueError(f"eta must lie in [0, 1], got {self.eta}")
 
     def table(self, schedule: NoiseSchedule, steps: int) -> SolverTable:
+        if not schedule.has_alpha_bar:
+            if self.eta or self.spacing not in (None, "uniform"):
+                raise ValueError("with schedule 'flow' ddim is Euler's method: no eta, and no spacing but 'uniform'")
+            return FlowEuler().table(schedule, steps)
         if self.spacing == TRAILING_OF_DIFFUSERS:
             t, a, after = _trailing_of_diffusers(schedule, steps)
         else:
-            t, a, after = _grid(schedule, steps, self.spacing, "trailing")
+            t, a, after = evaluations(schedule, steps, self.spacing, "trailing")
         share = (1 - a / after) / (1 - a)  # of 1 - a', that eta = 1 replaces by fresh noise
         direction = ((1 - after) * (1 - self.eta**2 * share)).sqrt()
         return make_table(
@@ -92,31 +100,34 @@ class DPMSolverPP2M:
     """DPM-Solver++(2M), midpoint (Lu et al. 2022, algorithm 2); first and last row are first-order, as in
     diffusers' DPMSolverMultistepScheduler with a final sigma of zero.
 
-    Default spacing: "linspace", that scheduler's own, from the noisiest timestep too; "uniform" for vp.
+    Default spacing: "linspace", that scheduler's own, from the noisiest timestep too; "uniform" for vp. shift: of
+    schedule "flow", see `FlowEuler`; where alpha = 0, the limits.
     """
 
     spacing: str | None = None
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_shift(self.shift)
 
     def table(self, schedule: NoiseSchedule, steps: int) -> SolverTable:
-        t, a, after = _grid(schedule, steps, self.spacing, "linspace")
-        alpha, sigma, alpha_after, sigma_after = a.sqrt(), (1 - a).sqrt(), after.sqrt(), (1 - after).sqrt()
-        lam = torch.log(alpha / sigma)
+        at = levels(schedule, steps, self.spacing, "linspace", self.shift)
+        alpha, sigma, alpha_after, sigma_after = at.alpha, at.sigma, at.alpha_after, at.sigma_after
+        lam = torch.log(alpha / sigma)  # of flow first -infinity, so that the second step is of first order, too
         h = lam[1:] - lam[:-1]
         # -alpha' (exp(-h) - 1), which is 1 on the last row, where sigma' is 0 and h infinite
         first = alpha_after - alpha * sigma_after / sigma
         second = torch.zeros(steps, dtype=torch.float64, device="cpu")
         second[1:-1] = first[1:-1] * h[1:] / (2 * h[:-1])  # first / (2 r0)
-        row = torch.arange(steps, device="cpu")
-        previous = -second
+        px, pe = conversion(schedule.tables_for, "sample", alpha, sigma)
         return make_table(
-            t,
-            px=1 / alpha,
-            pe=-sigma / alpha,
+            at.t,
+            px=px,
+            pe=pe,
             base=sigma_after / sigma,
-            m0=previous.where(row % 2 == 1, 0),
-            m1=previous.where(row % 2 == 0, 0),
             cur=first + second,
-            slot=(row % 2).where(row < steps - 2, NOT_STORED),
+            m0=-second,
+            push=torch.arange(steps, device="cpu") < steps - 2,
         )
 
 
@@ -133,7 +144,7 @@ class EulerMaruyama:
             raise ValueError(f"Euler-Maruyama integrates an SDE, which schedule 'vp' is and {schedule.name!r} is not")
         if steps == 1:
             raise ValueError("Euler-Maruyama makes no image in 1 step; take 2 or more, and hundreds for a good one")
-        t, a, after = _grid(schedule, steps, None, "uniform")
+        t, a, after = evaluations(schedule, steps, None, "uniform")
         change = vp_beta(t) * (torch.cat([t[1:], t.new_zeros(1)]) - t) / 999  # beta dt, below 0
         return make_table(
             t,
@@ -150,16 +161,22 @@ SOLVERS: dict[str, Callable[..., Solver]] = {
     "dpm-fast": DPMSolverFast,
     "dpm++fast": DPMSolverPPFast,
     "euler-maruyama": EulerMaruyama,
+    "unipc": UniPC,
+    "heun": Heun,
+    "flow-euler": FlowEuler,
 }
+
+
+NUMBERS: dict[object, tuple[type, str]] = {float: (float, "a number"), int: (int, "a whole number")}
 
 
 def solver_from(text: str) -> Solver:
     """A name of SOLVERS, and after a colon its settings: "ddim:0.5" (its eta), "ddim:0.5,spacing=leading",
-    "ddpm:spacing=respaced", "ddpm:variance=large". ValueError for anything else."""
+    "ddim:spacing=trailing", "ddpm:variance=large", "unipc:order=3,variant=bh1". ValueError for anything else."""
     name, colon, rest = text.partition(":")
     if name not in SOLVERS:
         raise ValueError(f"no solver {text!r}; there are {', '.join(SOLVERS)} and ddim:ETA")
-    fields = {field.name for field in dataclasses.fields(SOLVERS[name])}
+    fields = {field.name: field.type for field in dataclasses.fields(SOLVERS[name])}
     settings: dict[str, float | str] = {}
     for part in rest.split(",") if colon else ():
         key, equals, value = part.partition("=")
@@ -168,19 +185,16 @@ def solver_from(text: str) -> Solver:
         if key not in fields or key in settings:
             known = f"takes {' and '.join(sorted(fields))}, once each" if fields else "takes no setting"
             raise ValueError(f"solver {name!r} {known}, got {text!r}")
-        settings[key] = _eta(value, text) if key == "eta" else value
+        kind, wanted = NUMBERS.get(fields[key], (str, ""))
+        try:
+            settings[key] = kind(value)
+        except ValueError:
+            raise ValueError(f"{key} must be {wanted}, got {text!r}") from None
     return SOLVERS[name](**settings)
 
 
-def _eta(value: str, text: str) -> float:
-    try:
-        return float(value)
-    except ValueError:
-        raise ValueError(f"eta must be a number in [0, 1], got {text!r}") from None
-
-
 def _trailing_of_diffusers(schedule: NoiseSchedule, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_grid`, with the landing places of diffusers' DDIMScheduler (scheduling_ddim.py, `step`)."""
+    """As `evaluations`, with the landing places of diffusers' DDIMScheduler (scheduling_ddim.py, `step`)."""
     t, alpha_bar = schedule.grid(steps, "trailing")
     if math.ceil(TIMESTEPS / (TIMESTEPS / steps)) != steps:  # the length of numpy.arange(1000, 0, -1000 / steps)
         raise ValueError(
@@ -191,11 +205,3 @@ def _trailing_of_diffusers(schedule: NoiseSchedule, steps: int) -> tuple[Tensor,
     inside = low >= first
     after = schedule.log_alpha_bar(low.where(inside, first)).exp()
     return t, alpha_bar[:-1], after.where(inside, 1.0)
-
-
-def _grid(schedule: NoiseSchedule, steps: int, spacing: str | None, default: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Net time, alpha_bar and the alpha_bar that follows, float64[steps] each."""
-    if spacing is None:
-        spacing = default if default in schedule.spacings else "uniform"
-    t, alpha_bar = schedule.grid(steps, spacing)
-    return t, alpha_bar[:-1], alpha_bar[1:]

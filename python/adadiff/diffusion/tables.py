@@ -6,27 +6,31 @@ Row i takes evaluation i of a run to evaluation i + 1 (see solver_step). All in 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from adadiff_kernels import COLUMNS, SolverState, StepRows, upload
+from adadiff_kernels import COLUMNS, HISTORY, SolverState, StepRows, upload
 
+from .prediction import conversion
 from .schedules import NoiseSchedule
 
-NOT_STORED = 2
+OLDER = slice(COLUMNS.index(HISTORY[0]), len(COLUMNS))  # columns of the history, the newest first
 
 
 @dataclass(frozen=True)
 class SolverTable:
-    """t: float64[steps], the times the network sees; coefficients: float64[steps, 8] in the order of COLUMNS;
-    slot: int64[steps] in {0, 1, 2 (m is not stored)}; end: bool[steps], the row completes its step."""
+    """t: float64[steps], the times the network sees; coefficients: float64[steps, 9] in the order of COLUMNS;
+    push: bool[steps], m is stored; end: bool[steps], the row completes its step.
+
+    px and pe are for a network that predicts eps, and with schedule "flow" for one that predicts the velocity; see
+    `converted` for others."""
 
     t: Tensor
     coefficients: Tensor
-    slot: Tensor
+    push: Tensor
     end: Tensor
 
     @property
@@ -38,6 +42,13 @@ class SolverTable:
         """bool[steps]: a step begins with the row, so that a sample may begin there, too."""
         return torch.cat([torch.ones(1, dtype=torch.bool, device="cpu"), self.end[:-1]])
 
+    @property
+    def reach(self) -> Tensor:
+        """int64[steps]: places of the history that a sample of this table uses, 0 at rows which use none."""
+        read = self.coefficients[:, OLDER] != 0
+        deepest = max([k + 1 for k in range(len(HISTORY)) if bool(read[:, k].any())], default=int(self.push.any()))
+        return (read.any(1) | self.push).long() * deepest
+
 
 class Solver(Protocol):
     """A frozen dataclass of settings. `table` raises ValueError for steps or a spacing it has not."""
@@ -45,27 +56,35 @@ class Solver(Protocol):
     def table(self, schedule: NoiseSchedule, steps: int) -> SolverTable: ...
 
 
-def make_table(t: Tensor, slot: Tensor | None = None, end: Tensor | None = None, **columns: Tensor) -> SolverTable:
-    """Columns not given are 0, px and pe together mean m = eps; no slot means that nothing is stored, no end that
+@runtime_checkable
+class StartingSolver(Solver, Protocol):
+    """One whose rows depend on where a sample begins: its order rises from there."""
+
+    def table_from(self, schedule: NoiseSchedule, steps: int, first: int) -> SolverTable:
+        """All rows; those from `first` on are for samples that begin there."""
+
+
+def make_table(t: Tensor, push: Tensor | None = None, end: Tensor | None = None, **columns: Tensor) -> SolverTable:
+    """Columns not given are 0, px and pe together mean m = eps; no push means that nothing is stored, no end that
     every row completes its step."""
     if "pe" not in columns:
         columns["pe"] = torch.ones_like(t)
     rows = torch.stack([columns.get(name, torch.zeros_like(t)) for name in COLUMNS], 1)
-    if slot is None:
-        slot = torch.full_like(t, NOT_STORED, dtype=torch.int64)
-    return SolverTable(t, rows, slot, torch.ones_like(t, dtype=torch.bool) if end is None else end)
+    if push is None:
+        push = torch.zeros_like(t, dtype=torch.bool)
+    return SolverTable(t, rows, push, torch.ones_like(t, dtype=torch.bool) if end is None else end)
 
 
 @dataclass(frozen=True)
 class PackedTables:
-    """Tables one below the other, on one device: coefficients float32 [rows, 8], slot int64 [rows], end bool [rows].
+    """Tables one below the other, on one device: coefficients float32 [rows, 9], push and end bool [rows].
 
-    On the host: t, float32 [rows]; first, steps: int64 [tables]; needs, bool [rows, 4]: m is not eps, the row touches
-    history, does not end its step, adds noise.
+    On the host: t, float32 [rows]; first, steps: int64 [tables]; needs, int64 [rows, 4]: m is not eps, places of the
+    history in use, the row does not end its step, adds noise.
     """
 
     coefficients: Tensor
-    slot: Tensor
+    push: Tensor
     end: Tensor
     t: np.ndarray
     first: np.ndarray
@@ -73,25 +92,26 @@ class PackedTables:
     needs: np.ndarray
 
     @cached_property
-    def same_needs(self) -> tuple[bool, ...] | None:
+    def same_needs(self) -> tuple[bool, int, bool, bool] | None:
         """Those of every row, where they do not differ."""
-        return tuple(self.needs[0].tolist()) if (self.needs == self.needs[0]).all() else None
+        return _needs(self.needs[:1]) if (self.needs == self.needs[0]).all() else None
 
     def start(self, x: Tensor) -> SolverState:
         """A solver state that begins at x: [n, ...], with the memory that these tables need."""
-        _, history, inner, _ = self.needs.any(0).tolist()
-        return SolverState.start(x, base=inner, history=history)
+        _, reach, inner, _ = _needs(self.needs)
+        return SolverState.start(x, base=inner, history=reach)
 
     def widen(self, state: SolverState) -> SolverState:
-        """`state`, with base and history added where these tables need them and no earlier ones did."""
-        _, history, inner, _ = self.needs.any(0).tolist()
-        if (state.base is not None or not inner) and (state.history is not None or not history):
+        """`state`, with base and places of history added where these tables need them and no earlier ones did."""
+        _, reach, inner, _ = _needs(self.needs)
+        if (state.base is not None or not inner) and state.held >= reach:
             return state
-        fresh = SolverState.start(state.x, inner and state.base is None, history and state.history is None)
+        fresh = SolverState.start(state.x, inner and state.base is None, max(0, reach - state.held))
+        parts = [part for part in (state.history, fresh.history) if part is not None]
         return SolverState(
             state.x,
             fresh.base if state.base is None else state.base,
-            fresh.history if state.history is None else state.history,
+            torch.cat(parts, 1) if len(parts) > 1 else parts[0] if parts else None,
         )
 
     def rows(self, table: np.ndarray, step: np.ndarray) -> tuple[np.ndarray, StepRows]:
@@ -113,14 +133,20 @@ class PackedTables:
             raise ValueError(f"step must lie in [0, {self.steps[table].tolist()}), got {step.tolist()}")
         return self.first[table] + step
 
-    def needs_of(self, index: np.ndarray) -> tuple[bool, ...]:
+    def needs_of(self, index: np.ndarray) -> tuple[bool, int, bool, bool]:
         """Of rows at index: int64 [n], what some of them need, in the order of `needs`."""
-        return self.same_needs or tuple(self.needs[index].any(0).tolist())
+        return self.same_needs or _needs(self.needs[index])
 
     def take(self, index: np.ndarray, there: Tensor) -> StepRows:
         """The rows at index: int64 [n], and the same on the device."""
-        coefficients, slot, end = (value.index_select(0, there) for value in (self.coefficients, self.slot, self.end))
-        return StepRows(coefficients, slot, end, *self.needs_of(index))
+        coefficients, push, end = (value.index_select(0, there) for value in (self.coefficients, self.push, self.end))
+        return StepRows(coefficients, push, end, *self.needs_of(index))
+
+
+def _needs(rows: np.ndarray) -> tuple[bool, int, bool, bool]:
+    """The most of rows: int64 [n, 4]."""
+    data, reach, inner, noise = rows.max(0, initial=0).tolist()
+    return bool(data), reach, bool(inner), bool(noise)
 
 
 def pack(tables: Sequence[SolverTable], device: torch.device | str = "cpu") -> PackedTables:
@@ -128,13 +154,14 @@ def pack(tables: Sequence[SolverTable], device: torch.device | str = "cpu") -> P
     if not tables:
         raise ValueError("pack needs at least one table")
     coefficients = torch.cat([table.coefficients for table in tables])
-    slot, end = torch.cat([table.slot for table in tables]), torch.cat([table.end for table in tables])
-    px, pe, _, m0, m1, _, noise, _ = coefficients.unbind(1)
+    push, end = torch.cat([table.push for table in tables]), torch.cat([table.end for table in tables])
+    px, pe, noise = (coefficients[:, COLUMNS.index(name)] for name in ("px", "pe", "noise"))
     steps = np.array([table.steps for table in tables], dtype=np.int64)
-    needs = torch.stack([(px != 0) | (pe != 1), (m0 != 0) | (m1 != 0) | (slot != NOT_STORED), ~end, noise != 0], 1)
+    reach = torch.cat([table.reach for table in tables])
+    needs = torch.stack([(px != 0) | (pe != 1), reach, ~end, noise != 0], 1)
     return PackedTables(
         coefficients=upload(coefficients.float(), torch.device(device)),
-        slot=upload(slot, torch.device(device)),
+        push=upload(push, torch.device(device)),
         end=upload(end, torch.device(device)),
         t=torch.cat([table.t for table in tables]).float().numpy(),
         first=steps.cumsum() - steps,
@@ -143,11 +170,24 @@ def pack(tables: Sequence[SolverTable], device: torch.device | str = "cpu") -> P
     )
 
 
-class TableSet:
-    """The tables that samples in flight share, one for each solver, number of steps and step to begin at."""
+def converted(table: SolverTable, schedule: NoiseSchedule, prediction_type: str) -> SolverTable:
+    """`table` for a network that predicts something else, see prediction.py: other px and pe."""
+    if prediction_type == schedule.tables_for:
+        return table
+    coefficients, px, pe = table.coefficients.clone(), COLUMNS.index("px"), COLUMNS.index("pe")
+    of_x, of_prediction = conversion(prediction_type, schedule.tables_for, *schedule.alpha_sigma(table.t))
+    coefficients[:, px] += coefficients[:, pe] * of_x
+    coefficients[:, pe] *= of_prediction
+    return replace(table, coefficients=coefficients)
 
-    def __init__(self, schedule: NoiseSchedule, device: torch.device | str = "cpu"):
+
+class TableSet:
+    """The tables that samples in flight share, one for each solver, number of steps and step to begin at.
+    prediction_type: of the network; None: what tables are written for."""
+
+    def __init__(self, schedule: NoiseSchedule, device: torch.device | str = "cpu", prediction_type: str | None = None):
         self._schedule, self._device = schedule, device
+        self._prediction_type = prediction_type or schedule.tables_for
         self._tables: dict[tuple[Solver, int, int], SolverTable] = {}
         self.packed: PackedTables | None = None
 
@@ -160,7 +200,8 @@ class TableSet:
         first = np.zeros_like(steps) if first is None else first
         keys = [(solver, *pair) for pair in zip(steps.tolist(), first.tolist(), strict=True)]
         missing = dict.fromkeys(key for key in keys if key not in self._tables)
-        new = {key: _begin(solver.table(self._schedule, key[1]), key[2]) for key in missing}
+        made = {key: _table_from(solver, self._schedule, *key[1:]) for key in missing}
+        new = {key: converted(table, self._schedule, self._prediction_type) for key, table in made.items()}
         if new:
             self._use(self._tables | new)
         index = {key: i for i, key in enumerate(self._tables)}
@@ -173,11 +214,11 @@ class TableSet:
         self._use(dict(items[i] for i in kept.tolist()))
         return index
 
-    def alpha_bar(self, table: np.ndarray, step: np.ndarray) -> Tensor:
-        """float64 [n]: that of evaluation step[i] of table[i]. table, step: int64 [n]."""
+    def alpha_sigma(self, table: np.ndarray, step: np.ndarray) -> tuple[Tensor, Tensor]:
+        """float64 [n] each: those of evaluation step[i] of table[i]. table, step: int64 [n]."""
         tables = list(self._tables.values())
         t = torch.stack([tables[i].t[k] for i, k in zip(table.tolist(), step.tolist(), strict=True)])
-        return self._schedule.log_alpha_bar(t).exp()
+        return self._schedule.alpha_sigma(t)
 
     def _use(self, tables: dict[tuple[Solver, int, int], SolverTable]) -> None:
         """Changes nothing where memory runs out."""
@@ -185,12 +226,16 @@ class TableSet:
         self._tables, self.packed = tables, packed
 
 
-def _begin(table: SolverTable, first: int) -> SolverTable:
-    """`table` for samples that begin at row `first`: there is no history yet, so m takes its place. The first step of a
-    multistep solver is then of first order, as in diffusers. ValueError for a row within a step."""
+def _table_from(solver: Solver, schedule: NoiseSchedule, steps: int, first: int) -> SolverTable:
+    """The table for samples that begin at row `first`. Where the solver says nothing of it, there is no history yet, so
+    m takes its place: the first step of a multistep solver is then of first order, as in diffusers. ValueError for a
+    row within a step."""
+    if isinstance(solver, StartingSolver):
+        return solver.table_from(schedule, steps, first)
+    table = solver.table(schedule, steps)
     if not table.starts[first]:
         raise ValueError(f"row {first} lies within a step; steps begin at {table.starts.nonzero().flatten().tolist()}")
-    coefficients, (m0, m1, cur) = table.coefficients.clone(), map(COLUMNS.index, ("m0", "m1", "cur"))
-    coefficients[first, cur] += coefficients[first, m0] + coefficients[first, m1]
-    coefficients[first, [m0, m1]] = 0
+    coefficients = table.coefficients.clone()
+    coefficients[first, COLUMNS.index("cur")] += coefficients[first, OLDER].sum()
+    coefficients[first, OLDER] = 0
     return replace(table, coefficients=coefficients)

@@ -65,6 +65,7 @@ def what_it_draws(model: Model) -> dict[str, object]:
     return {
         "samples of": tuple(model.backbone.sample_shape),
         "schedule": config.schedule,
+        "prediction type": config.prediction_type,
         "classes": config.classes,
         "null class": config.null_label,
         "text of": (network.context_tokens, network.context_dim) if network.context_tokens else None,

@@ -79,9 +79,9 @@ class Backbone(Protocol):
     time_dim: int  # Dt, channels of Conditioning.time
     num_prefix_tokens: int  # leading tokens that are not patches
     tokens: int  # T, patches and num_prefix_tokens
-    patch_dim: int  # p * p * C, numbers of the noise predicted per patch
+    patch_dim: int  # p * p * C, numbers predicted per patch
     sample_shape: tuple[int, int, int]  # C, H, W
-    learned_variance: bool  # heads return 2 C channels: the noise, then v (see adadiff_kernels.solver_step)
+    learned_variance: bool  # heads return 2 C channels: the prediction, then v (see adadiff_kernels.solver_step)
 
     def embed(self, x: Tensor, t: Tensor, context: Tensor | None) -> tuple[Tensor, Conditioning]:
         """x [B, C, H, W], t float [B], context (labels i64 [B], text [B, N, E] or None) -> rows [B, T, D], contiguous,
@@ -126,6 +126,7 @@ class Preset:
     null_label: int | None = None
     guided_channels: int | None = None
     latent_scale: float | None = None
+    prediction_type: str = "epsilon"
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,10 @@ class Batch:
         self.model, self.capacity, self.totals = model, capacity, Totals()
         self.execution, self.device = execution or ExecutionOptions(), device or model.device
         self._forward, self._choice, self._networks = forward or run_forward, choice, NetworkSet(model)
-        self._tables, self._policies = TableSet(model.schedule, self.device), PolicySet[ExitPolicy]()
+        self._tables, self._policies = (
+            TableSet(model.schedule, self.device, model.config.prediction_type),
+            PolicySet[ExitPolicy](),
+        )
         self._slots = SlotState(capacity, model.backbone.sample_shape, self.device)
         self._reuse = ReuseSlots(capacity, model, self.device)
         self._expected = ExpectedDepth(model.num_layers, capacity)
@@ -223,12 +226,12 @@ class Batch:
         return self._slots.solver.x[self._slots.there(slots)]
 
     def predicted_x0(self, slot: int) -> Tensor:
-        """The image that the sample's last prediction would end in, (x - sqrt(1 - a) eps) / sqrt(a) with the a of its
-        time: float32 [C, H, W]. Raises ValueError for a sample that has made no step since it began."""
+        """The image that the sample's last prediction would end in, of noise (x - sigma eps) / alpha at its time:
+        float32 [C, H, W]. Raises ValueError for a sample that has made no step since it began."""
         for step in self._steps:
             place = (step.slots == slot) & (step.record.tenancy == self._slots.tenancy[slot])
             if place.any():
-                return step.predicted_x0(int(place.argmax()), self.model.schedule)
+                return step.predicted_x0(int(place.argmax()), self.model)
         raise ValueError(f"the sample in slot {slot} has made no step yet")
 
     def replace(self, slots: np.ndarray, x: Tensor) -> None:
@@ -257,8 +260,9 @@ class Batch:
         x = torch.cat([initial_noise(part, self.model.backbone.sample_shape, self.device) for part in parts])
         if samples.init_image is None:
             return x
-        a = upload(self._tables.alpha_bar(table, first).view(-1, 1, 1, 1), self.device)
-        return (a.sqrt() * upload(samples.init_image[own], self.device) + (1 - a).sqrt() * x).float()
+        level = (value.view(-1, 1, 1, 1) for value in self._tables.alpha_sigma(table, first))
+        alpha, sigma = (upload(value, self.device) for value in level)
+        return (alpha * upload(samples.init_image[own], self.device) + sigma * x).float()
 
     @torch.inference_mode()
     def _advance(self, slots: np.ndarray) -> Step:

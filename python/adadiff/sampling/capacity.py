@@ -19,7 +19,7 @@ from ..policies.exits import Full, Replay
 from .sample_batch import SampleBatch, whole
 
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-STATES = 8  # of a sample, float32: x, base, two of history, and what one step and the next one keep
+STATES = 9  # of a sample, float32: x, base, three of history, and what one step and the next one keep
 CONTEXTS = 3  # of a sample: its own, that of no class or prompt, and the one gathered
 
 

@@ -28,8 +28,8 @@ class SamplingParams:
     0. class_labels: None: no class (the null class). text_embeds: float [N, E] for all, or [n, N, E], for models that
     take text; null_text_embeds: [N, E], those of the empty prompt, which guidance needs.
     steps: network evaluations, or "auto": as many as the model's step selector chooses for the label or the text (see
-    `adadiff train-steps`). solver: "ddim", "ddim:ETA", "ddpm", "dpm++2m", "dpm-fast", "dpm++fast",
-    "euler-maruyama" (settings: see `solver_from`) or a Solver.
+    `adadiff train-steps`). solver: "ddim", "ddim:ETA", "ddpm", "dpm++2m", "unipc", "heun" (two evaluations a
+    step), "dpm-fast", "dpm++fast", "euler-maruyama", "flow-euler" (settings: see `solver_from`) or a Solver.
     policy: "full", "exit:0.135,min_layer=3", "exit:patience=0.08", "exit:depth=8", "exit:batch-mean=0.07", of a
     calibrated model "exit:budget=0.55" and "exit:table=0.55", an ExitPolicy; "cache:threshold=0.1", "reuse:every=2" or
     a ReusePolicy, by which samples reuse their earlier steps; or several parts joined by +, see `parts_from`. Of

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from adadiff_kernels import Guidance, SolverState, guide
 
-from ..diffusion.schedules import NoiseSchedule
+from ..diffusion.prediction import predicted_sample
 from ..forward.feature_store import StoreUpdate
+from ..model import Model
 from .records import PassRecord
 from .stages import Switch
 
@@ -47,7 +48,7 @@ class Step:
     def without_solver(self) -> "Step":
         return replace(self, solver=None, switch=None, updates=())
 
-    def predicted_x0(self, i: int, schedule: NoiseSchedule) -> Tensor:
+    def predicted_x0(self, i: int, model: Model) -> Tensor:
         """The image that the prediction of the i-th sample would end in: float32 [C, H, W], see `Batch`."""
         lanes, device = self.record.lanes, self.x.device
         eps = self.prediction[i if lanes.conditional is None else int(lanes.conditional[i])][None].float()
@@ -55,5 +56,5 @@ class Step:
             one = torch.tensor([i], dtype=torch.int64, device=device)
             channels = None if guidance.channels is None else guidance.channels[one]
             eps = guide(eps, guidance.uncond[guidance.row[one]], guidance.weight[one], channels)
-        a = schedule.log_alpha_bar(torch.tensor(self.record.t[i], dtype=torch.float64, device="cpu")).exp()
-        return ((self.x[i] - (1 - a).sqrt().item() * eps[0]) / a.sqrt().item()).float()
+        alpha, sigma = model.schedule.alpha_sigma(torch.tensor(self.record.t[i], dtype=torch.float64, device="cpu"))
+        return predicted_sample(model.config.prediction_type, eps[0], self.x[i], alpha.item(), sigma.item()).float()

@@ -39,7 +39,8 @@ class TrainConfig:
     recipe: "joint" trains network and exits together, from scratch or, with `init`, from a checkpoint; "frozen" trains
     the exits of the checkpoint `init` and leaves its network as it is.
     start: how a fresh network begins: as its authors', or "linear" (U-ViT only), for networks narrower than theirs.
-    network, exit_options: settings of the preset's network and of its exits that are to differ.
+    network, exit_options: settings of the preset's network and of its exits that are to differ. schedule,
+    prediction_type: as in `ModelConfig`, where they are to differ from the preset's ("": they are not).
     widths: of a slimmable network, as in `ModelConfig`. Every update is then a sandwich, see `Trainer.turns`. Empty:
     the whole network alone.
     batch: images of one update, all processes and `accumulate` parts together.
@@ -48,6 +49,8 @@ class TrainConfig:
     preset: str = "digits"
     data: str = "digits"
     network: dict = field(default_factory=dict)
+    schedule: str = ""
+    prediction_type: str = ""
     exits: bool = True
     exit_options: dict = field(default_factory=dict)
     widths: list = field(default_factory=list)
@@ -125,7 +128,8 @@ class TrainConfig:
         config = PRESETS[self.preset]
         exits = _changed(config.exits or ExitConfig(), self.exit_options, "exit_options") if self.exits else None
         network = _changed(config.network, self.network, "network")
-        return dataclasses.replace(config, network=network, exits=exits, widths=tuple(self.widths) or None)
+        given = {name: getattr(self, name) for name in ("schedule", "prediction_type") if getattr(self, name)}
+        return dataclasses.replace(config, network=network, exits=exits, widths=tuple(self.widths) or None, **given)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -1,4 +1,5 @@
-"""What exits are trained by. With error e_i = g_i(L_i) - eps of layer i, u_i the UEM's output and r_i = g_i - g_L:
+"""What exits are trained by. With error e_i = g_i(L_i) - eps of layer i, u_i the UEM's output and r_i = g_i - g_L,
+where eps, the noise, is whatever the network predicts (its prediction_type): the target of its training.
 
 paper (Tang et al., ECCV 2024, Eqs. 10 and 12)
     L_simple = mean e_L^2
@@ -37,11 +38,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..diffusion.prediction import conversion
 from ..diffusion.schedules import NoiseSchedule
 from ..diffusion.schedules import T as TIMESTEPS
 
 ERROR_FLOOR = 1e-6  # squared errors below are as good as none
-DECADES = 6  # from there to 1, the mean square of the noise itself
+DECADES = 6  # from there to 1, the mean square of the noise itself; a velocity's is up to 2
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class LossTerms:
     simple: Tensor
     uem: Tensor  # [L]
     ual: Tensor  # [L]
-    errors: Tensor  # [L], mean squared error of every layer, to the noise
+    errors: Tensor  # [L], mean squared error of every layer, to the target
     relative: Tensor  # [L], the same, to the last layer's prediction
 
 
@@ -86,7 +88,8 @@ def paper_loss(
     uem_weight: float = 1.0,
     ual_weight: float = 1.0,
 ) -> LossTerms:
-    """predictions: L of [B, C, H, W]; scores: L of [B, N, P]; noise: [B, C, H, W]; patchify: -> [B, N, p * p * C]."""
+    """predictions: L of [B, C, H, W]; scores: L of [B, N, P]; noise: the target of the predictions, [B, C, H, W];
+    patchify: -> [B, N, p * p * C]."""
     squared = _squared(predictions, noise)  # [L, B]
     uem = _uem_to_noise(predictions, scores, noise, patchify)
     certainty = torch.stack([1 - score.detach().flatten(1).mean(1) for score in scores])
@@ -163,24 +166,28 @@ def loss_named(name: str) -> Loss:
 
 
 class VarianceLoss(nn.Module):
-    """L_v of a discrete schedule, layer by layer. ValueError for a schedule without timesteps, "vp"."""
+    """L_v of a discrete schedule, layer by layer. ValueError for a schedule without timesteps, "vp" or "flow"."""
 
-    def __init__(self, schedule: NoiseSchedule):
+    def __init__(self, schedule: NoiseSchedule, prediction_type: str = "epsilon"):
         super().__init__()
-        if schedule.name == "vp":
-            raise ValueError("a learned variance is one of discrete timesteps, which schedule 'vp' has not")
+        if schedule.name in ("vp", "flow"):
+            raise ValueError(
+                f"a learned variance is one of discrete timesteps, which schedule {schedule.name!r} has not"
+            )
         t, alpha_bar = schedule.grid(TIMESTEPS, "leading")
         a, before = alpha_bar[:-1].flip(0), alpha_bar[1:].flip(0)  # by timestep, the last of a run first
         beta = 1 - a / before
         posterior = beta * (1 - before) / (1 - a)
         posterior[0] = posterior[1]
-        rows = torch.stack([(beta / posterior).log(), beta**2 / ((1 - beta) * (1 - a)) / posterior])
+        _, noise = conversion(prediction_type, "epsilon", a.sqrt(), (1 - a).sqrt())  # errors of eps over the network's
+        rows = torch.stack([(beta / posterior).log(), beta**2 / ((1 - beta) * (1 - a)) / posterior * noise**2])
         rows[:, 0] = 0  # no noise is added there, so nothing is lost
         self.first = float(t.min())
         self.register_buffer("rows", rows.float(), persistent=False)  # [2, timesteps]
 
     def forward(self, variances: Sequence[Tensor], prediction: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """L variances, [B, C, H, W]; prediction (the last layer's), noise: [B, C, H, W]; t: float [B]. Returns [L]."""
+        """L variances, [B, C, H, W]; prediction (the last layer's), noise (its target): [B, C, H, W]; t: float [B].
+        Returns [L]."""
         own, teacher = variances[-1], variances[-1].detach()
         spread, mean = self.rows[:, (t - self.first).long()][..., None, None, None].unbind()  # [B, 1, 1, 1] each
         # Kullback-Leibler divergence of two normal distributions, ln(p / q) of their variances and means over q's

@@ -19,7 +19,9 @@ class Objective(nn.Module):
     def __init__(self, model: Model, config: TrainConfig):
         super().__init__()
         self.model, self._loss = model, loss_named(config.loss)
-        self.variance = VarianceLoss(model.schedule) if model.backbone.learned_variance else None
+        self.variance = None
+        if model.backbone.learned_variance:
+            self.variance = VarianceLoss(model.schedule, model.config.prediction_type)
         self._weights = config.uem_weight, config.ual_weight
         self._half = config.precision == "bfloat16"
         # in no attribute that a module would look into: their weights are the model's
@@ -38,16 +40,17 @@ class Objective(nn.Module):
         x: Tensor,
         t: Tensor,
         labels: Tensor | None,
-        noise: Tensor,
+        target: Tensor,
         whole: Tensor | None = None,
         width: float = 1.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """x, noise: [B, C, H, W]; t: float [B]; labels: int64 [B], or text, float [B, N, E]. whole: [2, L], `means` of
-        the batch that this is a part of, for losses that need it. width: of the network, one of the configuration's.
+        """x, target (what the network is to predict): [B, C, H, W]; t: float [B]; labels: int64 [B], or text, float
+        [B, N, E]. whole: [2, L], `means` of the batch that this is a part of, for losses that need it. width: of the
+        network, one of the configuration's.
         Returns the loss and its terms, detached."""
         if width != 1:
             (narrow,) = self._narrow[width]
-            return torch.func.functional_call(narrow, self._cut(width), (x, t, labels, noise, whole))
+            return torch.func.functional_call(narrow, self._cut(width), (x, t, labels, target, whole))
         backbone, exits = self.model.backbone, self.model.exits
         with self._autocast(x):
             scores: list[Tensor] = []
@@ -58,24 +61,24 @@ class Objective(nn.Module):
                 predictions, scores, variances, _ = all_layers(backbone, exits, x, t, labels)
         predictions = [prediction.float() for prediction in predictions]
         if exits is None:
-            loss = F.mse_loss(predictions[0], noise)
+            loss = F.mse_loss(predictions[0], target)
             logged = {"simple": loss.detach()}
         else:
             known = {} if whole is None else {"whole": BatchMeans(*whole)}
-            terms = self._loss(predictions, scores, noise, backbone.patchify, *self._weights, **known)
+            terms = self._loss(predictions, scores, target, backbone.patchify, *self._weights, **known)
             loss = terms.total
             logged = {name: getattr(terms, name) for name in ("simple", "uem", "ual", "errors", "relative")}
         if self.variance is not None:
-            variance = self.variance([v.float() for v in variances], predictions[-1], noise, t)
+            variance = self.variance([v.float() for v in variances], predictions[-1], target, t)
             loss, logged["variance"] = loss + variance.sum(), variance.detach()
         return loss, logged
 
     @torch.no_grad()
-    def means(self, x: Tensor, t: Tensor, labels: Tensor | None, noise: Tensor) -> Tensor:
+    def means(self, x: Tensor, t: Tensor, labels: Tensor | None, target: Tensor) -> Tensor:
         """Arguments as `forward`. [2, L], `batch_means` of what is given."""
         with self._autocast(x):
             predictions, scores, _, _ = all_layers(self.model.backbone, self.model.exits, x, t, labels)
-        found = batch_means([prediction.float() for prediction in predictions], scores, noise)
+        found = batch_means([prediction.float() for prediction in predictions], scores, target)
         return torch.stack([found.certainty, found.errors])
 
     def _cut(self, width: float) -> dict[str, Tensor]:

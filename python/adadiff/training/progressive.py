@@ -1,9 +1,10 @@
 """Progressive distillation (Salimans and Ho, ICLR 2022, arXiv 2202.00512, algorithm 2): a student learns to make in one
 DDIM step what its teacher makes in two.
 
-The networks predict eps, with which a student of few steps learns little at the noisiest times: an error of eps becomes
-one of sqrt((1 - a) / a) times its size in x0, 14 at the first timestep of the schedule "stable_diffusion". So the loss
-is that of the paper in x0, with its truncated weights max(a / (1 - a), 1); in eps they are max(1, (1 - a) / a).
+What the networks predict is told as eps, with which a student of few steps learns little at the noisiest times: an
+error of eps becomes one of sqrt((1 - a) / a) times its size in x0, 14 at the first timestep of the schedule
+"stable_diffusion". So the loss is that of the paper in x0, with its truncated weights max(a / (1 - a), 1); in eps they
+are max(1, (1 - a) / a).
 """
 
 import copy
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.datasets import Dataset
+from ..diffusion.prediction import predicted_noise
 from ..diffusion.schedules import NoiseSchedule
 from ..model import Model
 
@@ -74,8 +76,12 @@ def two_step_target(
 
 
 def predict_eps(model: Model, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-    """Of the whole network; a learned variance is left out."""
-    return model.backbone(x, t.to(x.device), labels)[:, : x.shape[1]]
+    """Of the whole network, whatever it predicts; a learned variance is left out."""
+    prediction = model.backbone(x, t.to(x.device), labels)[:, : x.shape[1]]
+    if (kind := model.config.prediction_type) == "epsilon":
+        return prediction
+    alpha, sigma = (_by_sample(value, x) for value in model.schedule.alpha_sigma(t.double().cpu()))
+    return predicted_noise(kind, prediction, x, alpha, sigma)
 
 
 def halve(

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from .. import checkpoint
 from ..data import sources
 from ..data.feature_sets import CaptionedMoments
+from ..diffusion.prediction import target_of
 from ..model import Model
 from ..models.uvit import start_as_linear
 from ..output.pictures import CHANNELS
@@ -111,16 +112,15 @@ class Trainer:
         return [1.0, smallest, *drawn]
 
     def inputs(self, step: int, part: int = 0, turn: int = 0) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """This process's share of update `step`, one of `accumulate` parts: x, t, labels or text, and noise, see
-        `Objective`. In
-        each turn the same images, with times and noise of its own."""
+        """This process's share of update `step`, one of `accumulate` parts: x, t, labels or text, and target, see
+        `Objective`. In each turn the same images, with times and noise of its own."""
         config, model = self.config, self.config.model
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         drawn = {"generator": generator, "device": "cpu"}
         pick = torch.randint(len(self.data), (config.batch,), **drawn)
         drop = torch.rand(config.batch, dtype=torch.float32, **drawn) < config.label_drop
         u = torch.rand(config.batch, dtype=torch.float64, **drawn)
-        t, alpha_bar = self.model.schedule.training_times(u)
+        t, alpha, sigma = self.model.schedule.training_levels(u)
         noise = torch.randn(config.batch, *self.model.backbone.sample_shape, dtype=torch.float32, **drawn)
         first = (self.processes.rank * config.accumulate + part) * self._part
         own = slice(first, first + self._part)
@@ -129,7 +129,7 @@ class Trainer:
             x0 = draw_latents(x0, torch.randn(noise.shape, dtype=torch.float32, **drawn)[own], model.latent_scale)
         for _ in range(turn):
             u = torch.rand(config.batch, dtype=torch.float64, **drawn)
-            t, alpha_bar = self.model.schedule.training_times(u)
+            t, alpha, sigma = self.model.schedule.training_levels(u)
             noise = torch.randn(noise.shape, dtype=torch.float32, **drawn)
         if model.network.context_tokens:
             labels = torch.where(drop[own, None, None], cast(CaptionedMoments, self.data).empty_context, labels)
@@ -137,10 +137,10 @@ class Trainer:
             labels = None
         elif model.null_label is not None:
             labels = labels.masked_fill(drop[own], model.null_label)
-        t, alpha_bar, noise = t[own].float(), alpha_bar[own].float()[:, None, None, None], noise[own]
-        x = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
+        noise, alpha, sigma = noise[own], alpha[own, None, None, None], sigma[own, None, None, None]
+        x, target = alpha * x0 + sigma * noise, target_of(model.prediction_type, x0, noise, alpha, sigma)
         device = self.processes.device
-        return x.to(device), t.to(device), None if labels is None else labels.to(device), noise.to(device)
+        return x.to(device), t[own].to(device), None if labels is None else labels.to(device), target.to(device)
 
     def _batch(self, pick: Tensor, own: slice, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         if not self.config.model.network.context_tokens:
@@ -295,7 +295,7 @@ def start_model(config: TrainConfig) -> Model:
         return model
     found = checkpoint.load(config.init)
     ours, theirs = config.model.to_dict(), found.config.to_dict()
-    keys = ("family", "schedule", "null_label", *(["widths"] if config.recipe == "frozen" else []))
+    keys = ("family", "schedule", "null_label", "prediction_type", *(["widths"] if config.recipe == "frozen" else []))
     differing = [key for key in keys if ours.get(key) != theirs.get(key)]
     values = [f"{key}: {theirs.get(key)}, the configuration asks for {ours.get(key)}" for key in differing]
     if ours["family"] == theirs["family"]:
