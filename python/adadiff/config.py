@@ -74,8 +74,9 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """What says nothing is left out, so that releases which do not know it read models that have none."""
         values = {"family": self.family, **dataclasses.asdict(self)}
-        if values["network"].get("width") == 1:
-            del values["network"]["width"]
+        for name, default in (("width", 1), ("sit_time", False)):
+            if values["network"].get(name) == default:
+                del values["network"][name]
         if self.widths is None:
             del values["widths"]
         if self.prediction_type == "epsilon":

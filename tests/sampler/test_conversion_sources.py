@@ -139,12 +139,18 @@ HOW = [
 
 
 @pytest.mark.parametrize("how", HOW)
+PREDICTS_NOISE = "networks of this configuration predict the noise"
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        *(("dit", {"prediction": v}, "only networks that predict the noise") for v in ("velocity", "score", "v", "x0")),
-        ("dit", {"prediction_type": "v_prediction"}, "only networks that predict the noise"),
-        ("dit", {"objective": "pred_x0"}, "only networks that predict the noise"),
+        *(
+            ("dit", {"prediction": v}, PREDICTS_NOISE)
+            for v in ("velocity", "score", "v", "x0")
+        ),
+        ("dit", {"prediction_type": "v_prediction"}, PREDICTS_NOISE),
+        ("dit", {"objective": "pred_x0"}, PREDICTS_NOISE),
         ("dit", {"model": "SiT-XL/2"}, "which is told another time"),
         ("dit", {"path_type": "Linear", "prediction": "noise"}, "as SiT has it"),
         ("dit", {"predict_xstart": True}, "the network predicts the image"),

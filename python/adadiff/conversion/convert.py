@@ -102,6 +102,7 @@ def _convert(
         raise ValueError(f"served_by is for folders of diffusers; {found.file} is not from there")
     else:
         config, preset = _configured(found, layout, preset)
+        layout = "sit" if getattr(config.network, "sit_time", False) else layout
     try:
         tensors = translate(layout, found.tensors, config, str(found.file))
     except ValueError as error:

@@ -1,6 +1,7 @@
 """How others name the tensors of a model: one function per layout, from their names to those of our `Model`.
 
 plain      U-ViT's and DiT's own: those of our networks
+sit        SiT's own (willisma/SiT models.py): DiT's names
 official   AdaDiff (Tangshengku/AdaDiff libs/uvit.py): the same, and a certainty `lte_classifer.{i}` of every block
 duodiff    DuoDiff (razvanmatisan/duodiff models/early_exit.py): `uvit.*`, a probe `matrix.{i}` and a head of every
            block's input
@@ -24,6 +25,7 @@ Shapes = Mapping[str, Size]  # of our own tensors, by their names in Model.state
 Layout = Callable[[Keys, Shapes], dict[str, Tensor]]
 
 BACKBONE = "backbone."
+LAST = f"{BACKBONE}final_layer.linear."
 
 
 def _stack(keys: Keys, names: list[str], shape: Size) -> Tensor:
@@ -44,6 +46,18 @@ def official(keys: Keys, shapes: Shapes) -> dict[str, Tensor]:
     for name in ("weight", "bias"):
         L, *shape = shapes[f"exits.{name}"]
         tensors[f"exits.{name}"] = -_stack(keys, [f"lte_classifer.{i}.lte.{name}" for i in range(L)], Size(shape))
+    return tensors
+
+
+def sit(keys: Keys, shapes: Shapes) -> dict[str, Tensor]:
+    """SiT counts time from noise to data, so that its velocity is ours with the other sign; its head also has the rows
+    of DiT's variance, which it does not use."""
+    tensors = plain(keys, {own: shape for own, shape in shapes.items() if not own.startswith(LAST)})
+    channels = shapes[f"{BACKBONE}x_embedder.proj.weight"][1]
+    for name in ("weight", "bias"):
+        rows, *rest = shapes[LAST + name]
+        value = keys.take(f"final_layer.linear.{name}", Size([2 * rows, *rest]))
+        tensors[LAST + name] = -value.view(rows // channels, 2, channels, *rest)[:, 0].reshape(rows, *rest)
     return tensors
 
 
@@ -231,6 +245,7 @@ def mmdit_diffusers(keys: Keys, shapes: Shapes) -> dict[str, Tensor]:
 
 LAYOUTS: Mapping[str, Layout] = {
     "plain": plain,
+    "sit": sit,
     "official": official,
     "duodiff": duodiff,
     "diffusers": diffusers,

@@ -14,6 +14,7 @@ PREDICTION = (  # names of a setting for what the network predicts
     *("prediction", "prediction_type", "parametrization", "parameterization", "objective", "pred", "pred_type"),
     "model_mean_type",
 )
+VELOCITY = ("velocity", "v", "flow")
 NOISE = ("noise", "epsilon", "eps", "noise_pred", "pred_noise", "predict_noise", "pred_epsilon", "predict_epsilon")
 FLAGS = {  # that must be off
     "predict_xstart": "the network predicts the image",
@@ -42,16 +43,17 @@ def contradictions(settings: Mapping[str, Any], config: ModelConfig) -> list[str
 
 
 def _contradictions(said: Mapping[str, Any], config: ModelConfig) -> Iterator[tuple[str, str]]:
+    sit = getattr(config.network, "sit_time", False)
     for name in PREDICTION:
-        if isinstance(value := said.get(name), str) and value.lower() not in NOISE:
-            yield name, "and only networks that predict the noise are read"
+        if isinstance(value := said.get(name), str) and value.lower() not in (VELOCITY if sit else NOISE):
+            yield name, f"and networks of this configuration predict the {'velocity' if sit else 'noise'}"
     for name, why in FLAGS.items():
         if _is_true(said.get(name)):
             yield name, f"so {why}, which is not read"
-    if said.get("path_type") is not None:
-        yield "path_type", "as SiT has it, whose networks are told another time"
-    if isinstance(value := said.get("model"), str) and value.lower().startswith(OTHERS):
-        yield "model", "which is told another time than DiT"
+    if (path := said.get("path_type")) is not None and not (sit and path == "Linear"):
+        yield "path_type", "which only SiT of a linear path may have" if sit else "as SiT has it; name a preset of it"
+    if isinstance(value := said.get("model"), str) and value.lower().startswith(OTHERS[sit:]):
+        yield "model", "which is told another time than the network of this configuration"
     for name in TIMESTEPS:
         if (value := said.get(name)) is not None and str(value) != "1000":
             yield name, "and there are 1000 timesteps in every schedule of ours"

@@ -4,15 +4,14 @@ With a = alpha_bar at the evaluation and a' where its step lands: alpha = sqrt(a
 float64.
 """
 
-import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .flow import FlowEuler, check_shift
+from ..spelling import Entry, Registry
+from .flow import FlowEuler, FlowSDE, check_shift
 from .heun import Heun
 from .prediction import conversion
 from .schedules import NoiseSchedule, evaluations, levels, vp_beta
@@ -154,43 +153,28 @@ class EulerMaruyama:
         )
 
 
-SOLVERS: dict[str, Callable[..., Solver]] = {
-    "ddpm": DDPM,
-    "ddim": DDIM,
-    "dpm++2m": DPMSolverPP2M,
-    "dpm-fast": DPMSolverFast,
-    "dpm++fast": DPMSolverPPFast,
-    "euler-maruyama": EulerMaruyama,
-    "unipc": UniPC,
-    "heun": Heun,
-    "flow-euler": FlowEuler,
-}
-
-
-NUMBERS: dict[object, tuple[type, str]] = {float: (float, "a number"), int: (int, "a whole number")}
+SOLVERS: Registry[Solver] = Registry(
+    "solver",
+    (
+        Entry("ddpm", DDPM, words={"variance": "small|large"}),
+        Entry("ddim", DDIM, "eta", bare=True, words={"eta": "ETA"}),
+        Entry("dpm++2m", DPMSolverPP2M),
+        Entry("dpm-fast", DPMSolverFast),
+        Entry("dpm++fast", DPMSolverPPFast),
+        Entry("euler-maruyama", EulerMaruyama),
+        Entry("unipc", UniPC, words={"variant": "bh1|bh2"}),
+        Entry("heun", Heun),
+        Entry("flow-euler", FlowEuler),
+        Entry("flow-sde", FlowSDE),
+    ),
+    Solver,
+)
 
 
 def solver_from(text: str) -> Solver:
-    """A name of SOLVERS, and after a colon its settings: "ddim:0.5" (its eta), "ddim:0.5,spacing=leading",
-    "ddim:spacing=trailing", "ddpm:variance=large", "unipc:order=3,variant=bh1". ValueError for anything else."""
-    name, colon, rest = text.partition(":")
-    if name not in SOLVERS:
-        raise ValueError(f"no solver {text!r}; there are {', '.join(SOLVERS)} and ddim:ETA")
-    fields = {field.name: field.type for field in dataclasses.fields(SOLVERS[name])}
-    settings: dict[str, float | str] = {}
-    for part in rest.split(",") if colon else ():
-        key, equals, value = part.partition("=")
-        if not equals:
-            key, value = "eta", part
-        if key not in fields or key in settings:
-            known = f"takes {' and '.join(sorted(fields))}, once each" if fields else "takes no setting"
-            raise ValueError(f"solver {name!r} {known}, got {text!r}")
-        kind, wanted = NUMBERS.get(fields[key], (str, ""))
-        try:
-            settings[key] = kind(value)
-        except ValueError:
-            raise ValueError(f"{key} must be {wanted}, got {text!r}") from None
-    return SOLVERS[name](**settings)
+    """As SOLVERS spells it: "ddim:0.5" (its eta), "ddim:spacing=trailing", "unipc:order=3,variant=bh1". ValueError for
+    anything else."""
+    return SOLVERS.read(text)
 
 
 def _trailing_of_diffusers(schedule: NoiseSchedule, steps: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -50,6 +50,7 @@ class SolverTable:
         return (read.any(1) | self.push).long() * deepest
 
 
+@runtime_checkable
 class Solver(Protocol):
     """A frozen dataclass of settings. `table` raises ValueError for steps or a spacing it has not."""
 

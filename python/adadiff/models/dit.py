@@ -5,7 +5,7 @@ All conditioning enters by lane: the sum c of time and label embedding gives eve
 B lanes, T tokens (patches only), D channels, L blocks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -49,6 +49,7 @@ class DiTConfig:
     learned_variance: bool = True
     frequency_shift: int = 0  # frequencies of the sinusoid: 10000^(-i / (128 - shift))
     mlp_norm_eps: float = EPS  # of the norm before the MLP
+    sit_time: bool = False  # the sinusoid reads 1 - t / 1000, the share of data in x, as SiT counts time
     width: float = 1.0  # share of `heads` and of MLP channels that there are, see forward/narrow.py
 
     context_tokens: ClassVar[int] = 0
@@ -58,7 +59,7 @@ class DiTConfig:
         check_integers(self, 1, "image_size", "dim", "heads")
         check_integers(self, 1, "channels", "patch", "depth", "mlp_ratio", most=1024)
         check_integers(self, 1, "num_classes", most=2**24)
-        check_booleans(self, "learned_variance")
+        check_booleans(self, "learned_variance", "sit_time")
         check_width(self)
         if self.image_size % self.patch:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch {self.patch}")
@@ -260,6 +261,7 @@ class DiT(nn.Module):
         check_images(x, t, self.sample_shape)
         check_labels(context, len(x), self.config.num_classes)
         dtype = self.pos_embed.dtype
+        t = 1 - t / 1000 if self.config.sit_time else t
         time = self.t_embedder.mlp(timestep_embedding(t, SINUSOID, self.config.frequency_shift).to(dtype))  # [B, D]
         c = time + self.y_embedder.embedding_table(upload(context, x.device))
         rows = (self.x_embedder(x.to(dtype)) + self.pos_embed).contiguous()  # else channels first, as convolved
@@ -317,7 +319,8 @@ def _join_modulation(network: DiT, state: dict[str, Any], prefix: str, *_: objec
 
 def _presets() -> dict[str, Preset]:
     """The paper's table 1 and the two released networks, 256 and 512 pixels; sizes here are those of the latents. Three
-    of their four channels were guided."""
+    of their four channels were guided. Those of SiT (Ma et al., ECCV 2024, arXiv 2401.08740) are the same networks, and
+    predict a velocity."""
     sizes = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
     configs = {
         f"dit_{name}_{patch}_256": DiTConfig(32, 4, patch, *size, num_classes=1001)
@@ -325,10 +328,12 @@ def _presets() -> dict[str, Preset]:
         for patch in (2, 4, 8)
     }
     configs["dit_xl_2_512"] = DiTConfig(64, 4, 2, *sizes["xl"], num_classes=1001)
-    return {
-        name: Preset(config, "linear", 1000, guided_channels=3, latent_scale=0.18215)
-        for name, config in configs.items()
-    }
+    common = {"null_label": 1000, "guided_channels": 3, "latent_scale": 0.18215}
+    presets = {name: Preset(config, "linear", **common) for name, config in configs.items()}
+    for name in [f"dit_{size}_{patch}_256" for size in sizes for patch in (2, 4, 8)]:
+        network = replace(configs[name], learned_variance=False, sit_time=True)
+        presets[name.replace("dit", "sit")] = Preset(network, "flow", **common, prediction_type="flow")
+    return presets
 
 
 FAMILY = Family(DiTConfig, DiT, _presets())
