@@ -22,10 +22,10 @@ MOST_WIDTHS = 16
 @dataclass(frozen=True)
 class ModelConfig:
     """`exits` is None for a plain network; `null_label` is the class that stands for "no class" in guidance, which
-    touches the first `guided_channels` only (None: all); `latent_scale`: latents are the autoencoder's times this
-    (None: samples are images); `widths`: ascending, those that the network was trained at, 1 the last (None: a network
-    of one width), see forward/narrow.py. `prediction_type`: what the network predicts, epsilon, v_prediction, flow or
-    sample, see diffusion/prediction.py."""
+    touches the first `guided_channels` only (None: all); `latent_scale`: latents are the autoencoder's, less
+    `latent_shift`, times this (None: samples are images); `widths`: ascending, those that the network was trained at, 1
+    the last (None: a network of one width), see forward/narrow.py. `prediction_type`: what the network predicts,
+    epsilon, v_prediction, flow or sample, see diffusion/prediction.py."""
 
     network: NetworkConfig
     schedule: str
@@ -35,6 +35,7 @@ class ModelConfig:
     latent_scale: float | None = None
     widths: tuple[float, ...] | None = None
     prediction_type: str = "epsilon"
+    latent_shift: float = 0.0
 
     def __post_init__(self) -> None:
         _family(self.network)
@@ -59,6 +60,11 @@ class ModelConfig:
             raise ValueError(f"guided_channels must lie in 1..{self.network.channels}, got {self.guided_channels}")
         if self.latent_scale is not None and not 0 < self.latent_scale <= sys.float_info.max:
             raise ValueError(f"latent_scale must be a positive number, got {shortly(self.latent_scale)}")
+        shift = self.latent_shift
+        if type(shift) not in (int, float) or not abs(shift) <= sys.float_info.max:
+            raise ValueError(f"latent_shift must be a number, got {shortly(shift)}")
+        if shift and self.latent_scale is None:
+            raise ValueError("latent_shift is of latents, and this model draws images; give latent_scale, too")
         if self.widths is not None:
             object.__setattr__(self, "widths", _widths(self.widths, self.network))
 
@@ -81,6 +87,8 @@ class ModelConfig:
             del values["widths"]
         if self.prediction_type == "epsilon":
             del values["prediction_type"]
+        if not self.latent_shift:
+            del values["latent_shift"]
         return values
 
     @classmethod

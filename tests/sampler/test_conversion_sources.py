@@ -138,17 +138,14 @@ HOW = [
 ]
 
 
-@pytest.mark.parametrize("how", HOW)
 PREDICTS_NOISE = "networks of this configuration predict the noise"
 
 
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        *(
-            ("dit", {"prediction": v}, PREDICTS_NOISE)
-            for v in ("velocity", "score", "v", "x0")
-        ),
+        *(("dit", {"prediction": v}, PREDICTS_NOISE) for v in ("velocity", "score", "v", "x0")),
         ("dit", {"prediction_type": "v_prediction"}, PREDICTS_NOISE),
         ("dit", {"objective": "pred_x0"}, PREDICTS_NOISE),
         ("dit", {"model": "SiT-XL/2"}, "which is told another time"),
@@ -311,7 +308,7 @@ def test_the_exit_before_block_0_is_not_dropped_without_a_word(tmp_path: Path, c
         ("transformer", {"num_layers": 1000}, "does not fit this model"),
         ("transformer", {"sample_size": 65536}, "does not fit this model"),
         ("transformer", {"activation_fn": ["gelu-approximate"]}, "activation_fn must be"),
-        ("transformer", {"_class_name": ["DiTTransformer2DModel"]}, "of diffusers; read are those of DiT and PixArt"),
+        ("transformer", {"_class_name": ["DiTTransformer2DModel"]}, "of diffusers; read are DiTTransformer2DModel"),
     ],
 )  # fmt: skip
 def test_configurations_of_diffusers_are_heard(file: str, changes: dict, message: str, tmp_path: Path) -> None:

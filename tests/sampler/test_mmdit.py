@@ -1,14 +1,25 @@
 """MMDiT against diffusers' SD3 transformer, by its state dict."""
 
+import dataclasses
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 
-from adadiff.config import ModelConfig
-from adadiff.conversion.convert import translate
+import adadiff
+from adadiff.config import PRESETS, ModelConfig
+from adadiff.conversion.convert import convert, translate
 from adadiff.conversion.layouts import layout_of
+from adadiff.diffusion.flow import FlowEuler
+from adadiff.diffusion.noise import initial_noise
 from adadiff.models.mmdit import MMDiT, MMDiTConfig
+from adadiff_kernels import COLUMNS
 from sampler.tiny import MMDIT, inputs, scramble
+
+SERVED = dataclasses.replace(MMDIT, position_base=3)  # whose positions were made for as many patches
+MMDIT_SHAPE = (MMDIT.channels, MMDIT.image_size, MMDIT.image_size)
 
 
 def ours(transformer: SD3Transformer2DModel, config: MMDiTConfig) -> MMDiT:
@@ -89,3 +100,63 @@ def test_what_does_not_fit_is_named() -> None:
     x, t = torch.zeros(2, 3, 6, 6), torch.ones(2)
     with pytest.raises(ValueError, match=r"embeddings of text, float \[2, 5, 10\]"):
         MMDiT(MMDIT)(x, t, torch.zeros(2, 4, 10))
+
+
+@pytest.fixture
+def preset(monkeypatch: pytest.MonkeyPatch) -> str:
+    config = ModelConfig(SERVED, "flow", latent_scale=1.5, latent_shift=0.06, prediction_type="flow")
+    monkeypatch.setitem(PRESETS, "small_sd3", config)
+    return "small_sd3"
+
+
+def folder(path: Path, **changes: object) -> Path:
+    transformer = theirs(SERVED)
+    scramble(transformer, 0.15, seed=5)
+    transformer.save_pretrained(path / "transformer")
+    file = path / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    (path / "vae").mkdir()
+    autoencoder = {"_class_name": "AutoencoderKL", "scaling_factor": 1.5, "shift_factor": 0.06}
+    (path / "vae" / "config.json").write_text(json.dumps(autoencoder))
+    (path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline"}))
+    return path
+
+
+def test_a_pipelines_folder_becomes_a_model_that_draws(preset: str, tmp_path: Path) -> None:
+    found = convert(folder(tmp_path / "in"), tmp_path / "out.safetensors")
+    assert (found.layout, found.preset) == ("mmdit-diffusers", preset)
+    model = adadiff.load(tmp_path / "out.safetensors")
+    assert (model.config.latent_shift, model.config.prediction_type) == (0.06, "flow")
+    text = torch.randn(2, 5, 10)
+    given = {"steps": 4, "solver": "flow-euler:shift=3", "text_embeds": text}
+    images, _ = adadiff.sample(model, 2, **given)
+    x = initial_noise(torch.arange(2), MMDIT_SHAPE).double()
+    network = model.backbone.double()
+    table = FlowEuler(3.0).table(model.schedule, 4)
+    with torch.no_grad():
+        for t, step in zip(table.t, table.coefficients[:, COLUMNS.index("cur")], strict=True):
+            x = x + step * network(x, t.expand(2), text.double())
+    torch.testing.assert_close(images.double(), x, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"qk_norm": "rms_norm"}, "qk_norm is 'rms_norm'"),
+        ({"dual_attention_layers": [0, 1]}, "dual_attention_layers is"),
+        ({"caption_projection_dim": 35}, "caption_projection_dim must be 36"),
+        ({"num_layers": None}, "num_layers must be a positive integer"),
+        ({"out_channels": 4}, "out_channels must be 3"),
+        ({"num_layers": 5}, "presets of its network and autoencoder: none"),
+    ],
+)
+def test_folders_that_are_refused(changes: dict, said: str, preset: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=said):
+        convert(folder(tmp_path / "in", **changes), tmp_path / "out.safetensors")
+
+
+def test_the_preset_is_stable_diffusion_3_medium() -> None:
+    """2.0 billion weights, as published."""
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in MMDiT(PRESETS["sd3_medium"].network).parameters())
+    assert weights / 1e9 == pytest.approx(2.03, abs=0.1)

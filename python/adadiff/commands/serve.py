@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import find
+from ..config import ModelConfig
 from ..model import Model
 from ..pipelines import latents
 from ..pipelines.text import CLIP, TextEncoder
@@ -107,11 +108,11 @@ def opened(options: argparse.Namespace, named: dict[str, str]) -> "list[ServedMo
     served: list[ServedModel] = []
     try:
         for name, model in models.items():
-            scale = model.config.latent_scale
+            config = model.config
             more = {
                 "class_names": () if named[name] != name or find(name).stem != name else class_names(name),
                 "encode": encode if model.config.network.context_tokens else None,
-                "decode": None if scale is None or decode is None else decode(scale),
+                "decode": None if config.latent_scale is None or decode is None else decode(config),
             }
             served.append(ServedModel.open(name, model, options.capacity, options.queue, execution_of(options), **more))
     except BaseException:
@@ -138,10 +139,10 @@ def _encoder(options: argparse.Namespace, models: dict[str, Model]) -> TextEncod
     return encoder
 
 
-def _decoder(options: argparse.Namespace) -> Callable[[float], Callable[[Tensor], Tensor]] | None:
-    """From a model's latent scale to what makes its images."""
+def _decoder(options: argparse.Namespace) -> Callable[[ModelConfig], Callable[[Tensor], Tensor]] | None:
+    """From a model's configuration to what makes its images."""
     if options.decoder is None:
         return None
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     autoencoder = latents.load_autoencoder(options.decoder, device)
-    return lambda scale: lambda samples: latents.decode(samples, autoencoder, scale)
+    return lambda own: lambda samples: latents.decode(samples, autoencoder, own.latent_scale, own.latent_shift)

@@ -109,11 +109,11 @@ def decoder(options: argparse.Namespace, model: Model) -> Callable[[Tensor], Ten
     """What makes images of samples, where --decoder asks for it."""
     if options.decoder is None:
         return None
-    shape, scale = model.backbone.sample_shape, model.config.latent_scale
+    shape, scale, shift = model.backbone.sample_shape, model.config.latent_scale, model.config.latent_shift
     if scale is None:
         if shape[0] in CHANNELS:
             raise ValueError("this model makes images, not latents; leave --decoder out")
         raise ValueError("the model's configuration has no latent_scale; convert it with --preset and one that has")
     autoencoder = latents.load_autoencoder(options.decoder)
-    latents.decode(torch.zeros(0, *shape, dtype=torch.float32, device="cpu"), autoencoder, scale)  # for its checks
-    return lambda samples: latents.decode(samples, autoencoder, scale)
+    latents.decode(torch.zeros(0, *shape, dtype=torch.float32, device="cpu"), autoencoder, scale, shift)  # its checks
+    return lambda samples: latents.decode(samples, autoencoder, scale, shift)

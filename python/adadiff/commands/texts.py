@@ -367,9 +367,9 @@ SOLVER_HELP = (
     f"sampling method: {SOLVERS.forms(short=True)}; ddim:ETA from 0, deterministic, to 1; unipc with order=1 to 3 and "
     "variant=bh1 or bh2, as in unipc:order=3; steps of heun take two of the evaluations that --steps counts; "
     "euler-maruyama is for models of schedule vp, flow-euler and flow-sde for those of schedule flow, as are ddim, "
-    "heun, unipc and dpm++2m, too, all but ddim with shift=NUMBER; ddim, ddpm, dpm++2m, unipc and heun accept a spacing "
-    "of the timesteps (leading, trailing, linspace or respaced; ddim also trailing-diffusers, the grid and landing "
-    "places of diffusers), as in ddpm:spacing=respaced (default: ddim)"
+    "heun, unipc and dpm++2m, too, all but ddim with shift=NUMBER; ddim, ddpm, dpm++2m, unipc and heun accept a "
+    "spacing of the timesteps (leading, trailing, linspace or respaced; ddim also trailing-diffusers, the grid and "
+    "landing places of diffusers), as in ddpm:spacing=respaced (default: ddim)"
 )
 AUTO_HELP = "auto: as many as the model's step selector, which `adadiff train-steps` makes, chooses for each sample"
 GUIDANCE_HELP = "scale of classifier-free guidance, defined as in diffusers; 1 is no guidance (default: 1)"

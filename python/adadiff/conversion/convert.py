@@ -20,7 +20,7 @@ from ..models.dit import EPS, DiT, DiTConfig, position_embedding
 from ..models.pixart import PixArtConfig
 from ..uem import DUODIFF, OFFICIAL, ExitConfig
 from ..weights import cast, check_weights, total_bytes
-from . import served_pixart
+from . import served_mmdit, served_pixart
 from .earlier import is_earlier, upgraded
 from .foreign import Source, read, read_object
 from .layouts import BACKBONE, FIRST_EXIT, LAYOUTS, NO_CAPTION, layout_of
@@ -29,7 +29,7 @@ from .settings import assumed, contradictions, other_kind
 
 EXITS: Mapping[str, ExitConfig] = {"official": OFFICIAL, "duodiff": DUODIFF}
 SERVERS = ("diffusers", "dit")
-SERVED = ("diffusers", "pixart-diffusers")  # layouts of folders that say all of themselves
+SERVED = ("diffusers", "pixart-diffusers", "mmdit-diffusers")  # layouts of folders that say all of themselves
 POSITION = f"{BACKBONE}pos_embed"
 SPARE = 2**20  # weights that a configuration may have and a file lacks, before they are named one by one
 
@@ -249,16 +249,19 @@ def _fitting(layout: str, tensors: Mapping[str, Tensor]) -> list[str]:
 def _layout(found: Source) -> str:
     if found.network is None:
         return layout_of(found.tensors)
-    return "pixart-diffusers" if found.network.get("_class_name") == served_pixart.CLASS else "diffusers"
+    kinds = {served_pixart.CLASS: "pixart-diffusers", served_mmdit.CLASS: "mmdit-diffusers"}
+    return kinds.get(found.network.get("_class_name"), "diffusers")
 
 
 def _served(found: Source, preset: str | None, served_by: str | None) -> tuple[ModelConfig, str | None]:
     """The configuration of a diffusers folder."""
-    if _layout(found) == "pixart-diffusers":
+    if (layout := _layout(found)) != "diffusers":
         if served_by is not None:
-            raise ValueError("served_by is for a DiT; a PixArt is run the same way by its authors and by diffusers")
-        theirs = served_pixart.served_pixart(found.network, found.file)
-        return served_pixart.pixart_config(theirs, found.file, preset, found.scheduler, found.autoencoder)
+            raise ValueError("served_by is for a DiT; this network is run the same way by its authors and by diffusers")
+        beside = found.file, preset, found.scheduler, found.autoencoder
+        if layout == "pixart-diffusers":
+            return served_pixart.pixart_config(served_pixart.served_pixart(found.network, found.file), *beside)
+        return served_mmdit.mmdit_config(served_mmdit.served_mmdit(found.network, found.file), *beside)
     if served_by not in SERVERS:
         raise ValueError(
             "say how a DiT of diffusers is to be run: served_by 'diffusers' (sinusoid of shift 1, its norm_eps) or "

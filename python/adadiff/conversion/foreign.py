@@ -3,7 +3,7 @@
 U-ViT (baofff/U-ViT): a released state dict, a folder `<step>.ckpt` of its training, or the folder of all these.
 AdaDiff (Tangshengku/AdaDiff): the same, with UEMs. DuoDiff (razvanmatisan/duodiff): files of its training.
 DiT (facebookresearch/DiT): a released state dict, or a file of its training, of which the average ("ema") is taken.
-diffusers: the folder of a `DiTTransformer2DModel` or `PixArtTransformer2DModel`, or that of its pipeline.
+diffusers: the folder of a network of KINDS, or that of its pipeline.
 """
 
 import argparse
@@ -27,6 +27,9 @@ WRAPPERS = (*AVERAGES, "model_state_dict", "state_dict", "model")  # of training
 PREFIXES = ("module.", "model.", "net.")  # of all names: parallel and averaged modules, Lightning's
 SETTINGS = ("args", "config", "cfg", "hyper_parameters", "hparams", "model_args", "model_config")  # beside the weights
 NESTED = 4  # wrappers in one another, at most
+KINDS = (  # of diffusers; the second is the first's name of old
+    *("DiTTransformer2DModel", "Transformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel"),
+)
 WEIGHTS = "diffusion_pytorch_model"  # of diffusers, without its ending
 COMPRESSED = "it is compressed, which torch.save does not do"
 
@@ -84,8 +87,8 @@ def _read_transformer(folder: Path) -> Source:
     kind = network.get("_class_name")
     if kind == "AdaDiffTransformer":
         raise ValueError(f"{folder} is of a pipeline of ours already; AdaDiffPipeline.from_pretrained opens it")
-    if kind not in ("DiTTransformer2DModel", "Transformer2DModel", "PixArtTransformer2DModel"):  # the second: of old
-        raise ValueError(f"{folder} holds a {kind} of diffusers; read are those of DiT and PixArt")
+    if kind not in KINDS:
+        raise ValueError(f"{folder} holds a {kind} of diffusers; read are {', '.join(KINDS)}")
     return replace(_read_parts(folder), network=network)
 
 

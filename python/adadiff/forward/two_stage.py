@@ -71,6 +71,7 @@ def what_it_draws(model: Model) -> dict[str, object]:
         "text of": (network.context_tokens, network.context_dim) if network.context_tokens else None,
         "learned variance": model.backbone.learned_variance,
         "latent scale": config.latent_scale,
+        "latent shift": config.latent_shift,
         "dtype": parameter.dtype,
         "device": parameter.device,
     }

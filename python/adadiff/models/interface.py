@@ -127,6 +127,7 @@ class Preset:
     guided_channels: int | None = None
     latent_scale: float | None = None
     prediction_type: str = "epsilon"
+    latent_shift: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .dit import EPS, SINUSOID, TimestepEmbedder, position_embedding
-from .interface import Family
+from .interface import Family, Preset
 from .layers import Mlp, PatchEmbed, check_images, check_integers, patchify, timestep_embedding, unpatchify
 
 
@@ -293,4 +293,10 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-FAMILY = Family(MMDiTConfig, MMDiT, {})
+def _presets() -> dict[str, Preset]:
+    """Stable Diffusion 3 medium, 1024 pixels; the size here is that of the latents."""
+    common = {"latent_scale": 1.5305, "latent_shift": 0.0609, "prediction_type": "flow"}
+    return {"sd3_medium": Preset(MMDiTConfig(128, 16, 2, dim=1536, depth=24, heads=24), "flow", **common)}
+
+
+FAMILY = Family(MMDiTConfig, MMDiT, _presets())

@@ -34,11 +34,18 @@ def load_autoencoder(folder: str | Path, device: torch.device | str = "cpu") -> 
 
 @torch.no_grad()
 def decode(
-    latents: Tensor, autoencoder: "AutoencoderKL", scale: float, *, batch: int = 8, progress: bool = False
+    latents: Tensor,
+    autoencoder: "AutoencoderKL",
+    scale: float,
+    shift: float = 0.0,
+    *,
+    batch: int = 8,
+    progress: bool = False,
 ) -> Tensor:
-    """Images of latents that were multiplied by `scale` (`ModelConfig.latent_scale`), `batch` at a time.
+    """Images of latents that are the autoencoder's, less `shift`, times `scale` (`ModelConfig.latent_shift` and
+    `latent_scale`), `batch` at a time.
 
-    latents: float [n, C, h, w] on any device. autoencoder: C latent channels, without a shift of its own.
+    latents: float [n, C, h, w] on any device. autoencoder: C latent channels, of the same shift.
     Returns float32 [n, 3, H, W] on the CPU, nominally in [-1, 1]. ValueError for anything that does not fit.
     """
     config = autoencoder.config
@@ -49,8 +56,9 @@ def decode(
         )
     if not bool(latents.isfinite().all()):
         raise ValueError("the latents hold NaN or infinity, so there is no picture of them")
-    if config.shift_factor or config.latents_mean is not None:
-        raise ValueError("this autoencoder shifts its latents, which those of U-ViT and DiT do not")
+    if (config.shift_factor or 0.0) != shift or config.latents_mean is not None:
+        own = "a mean by channel" if config.latents_mean is not None else config.shift_factor or 0.0
+        raise ValueError(f"this autoencoder shifts its latents by {own}, and the model's are shifted by {shift}")
     if not 0 < scale < torch.inf or batch < 1:
         raise ValueError(f"scale must be a positive number and batch at least 1, got {scale} and {batch}")
     like, size, images = next(autoencoder.parameters()), latents.shape[2:], []
@@ -58,7 +66,7 @@ def decode(
     device = getattr(getattr(autoencoder, "_hf_hook", None), "execution_device", None) or like.device
     with tqdm(total=len(latents), disable=not progress, unit="image", desc="decoding", dynamic_ncols=True) as bar:
         for part in latents.split(batch) if len(latents) else ():
-            part = part.to(device, like.dtype) / scale
+            part = part.to(device, like.dtype) / scale + shift
             images.append(autoencoder.decode(part).sample.float().cpu())
             bar.update(len(part))
     if not images:
@@ -67,7 +75,7 @@ def decode(
     return torch.cat(images)
 
 
-def draw_latents(moments: Tensor, noise: Tensor, scale: float) -> Tensor:
+def draw_latents(moments: Tensor, noise: Tensor, scale: float, shift: float = 0.0) -> Tensor:
     """scale (mean + deviation noise), the deviation from a logarithm of the variance clamped to [-30, 20].
 
     moments: float [n, 2C, h, w], mean and log variance as the encoder gives them and U-ViT's extracted features hold
@@ -79,4 +87,4 @@ def draw_latents(moments: Tensor, noise: Tensor, scale: float) -> Tensor:
             f"moments must be [n, 2C, h, w] and noise [n, C, h, w], got {list(moments.shape)} and {list(noise.shape)}"
         )
     mean, log_variance = moments.chunk(2, dim=1)
-    return scale * (mean + torch.exp(log_variance.clamp(-30, 20) / 2) * noise)
+    return scale * (mean - shift + torch.exp(log_variance.clamp(-30, 20) / 2) * noise)

@@ -217,9 +217,9 @@ class AdaDiffPipeline(DiffusionPipeline):
     def _finish(self, images: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
         if output_type == "latent":
             return images
-        scale = self.transformer.model.config.latent_scale
-        if scale is not None:
-            images = decode(images, self.vae, scale)
+        config = self.transformer.model.config
+        if config.latent_scale is not None:
+            images = decode(images, self.vae, config.latent_scale, config.latent_shift)
         if output_type == "pil":
             return [Image.fromarray(to_pixels(image)) for image in images]
         images = (images / 2 + 0.5).clamp(0, 1)

@@ -126,7 +126,8 @@ class Trainer:
         own = slice(first, first + self._part)
         x0, labels = self._batch(pick, own, generator)
         if self.data.moments:
-            x0 = draw_latents(x0, torch.randn(noise.shape, dtype=torch.float32, **drawn)[own], model.latent_scale)
+            fresh = torch.randn(noise.shape, dtype=torch.float32, **drawn)[own]
+            x0 = draw_latents(x0, fresh, model.latent_scale, model.latent_shift)
         for _ in range(turn):
             u = torch.rand(config.batch, dtype=torch.float64, **drawn)
             t, alpha, sigma = self.model.schedule.training_levels(u)
