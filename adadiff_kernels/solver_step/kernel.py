@@ -92,15 +92,6 @@ def _solver_step_kernel(
     if base_ptr is not None:
         base = tl.load(base_ptr + kept, mask=inside, other=0.0)
     new = tl.load(row + 2) * base + tl.load(row + 3) * m
-    if history_ptr is not None:
-        older = history_ptr + place * HELD * E + element
-        pushed = element < tl.load(push_ptr + i).to(tl.int32) * E  # all of it or nothing
-        newer = m
-        for k in tl.static_range(REACH):
-            h = tl.load(older + k * E, mask=inside, other=0.0)
-            new += tl.load(row + 6 + k) * h
-            tl.store(older + k * E, newer, mask=pushed)
-            newer = h
     if (z_ptr is not None) or (seeds_ptr is not None):
         amount = tl.load(row + 4)
         if variance_ptr is not None:
@@ -112,6 +103,15 @@ def _solver_step_kernel(
             new += spread * tl.load(z_ptr + own, mask=inside, other=0.0)
         else:
             new += spread * _normal(tl.load(seeds_ptr + i), tl.load(step_ptr + i), stream, start, BLOCK)
+    if history_ptr is not None:
+        older = history_ptr + place * HELD * E + element
+        pushed = element < tl.load(push_ptr + i).to(tl.int32) * E  # all of it or nothing
+        newer = m
+        for k in tl.static_range(REACH):
+            h = tl.load(older + k * E, mask=inside, other=0.0)
+            new += tl.load(row + 6 + k) * h
+            tl.store(older + k * E, newer, mask=pushed)
+            newer = h
     tl.store(x_ptr + kept, new, mask=inside)
     if base_ptr is not None:
         ends = tl.load(end_ptr + i).to(tl.int32)
