@@ -4,7 +4,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-SOURCES := adadiff_kernels benchmarks python tests setup.py
+SOURCES := adadiff_kernels benchmarks examples python tests setup.py
 
 .DEFAULT_GOAL := help
 .PHONY: help install bench test test-all lint resources sanitize gpu-verdict gpu-bench gpu-python
