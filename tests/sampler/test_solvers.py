@@ -17,6 +17,7 @@ from diffusers import (
 )
 from torch import Tensor
 
+from adadiff.diffusion.flow import FlowEuler
 from adadiff.diffusion.heun import Heun
 from adadiff.diffusion.noise import INITIAL, SOLVER_STEP, initial_noise, step_noise
 from adadiff.diffusion.schedules import NoiseSchedule
@@ -467,6 +468,8 @@ def test_solver_names() -> None:
     assert solver_from("unipc:order=3,variant=bh1,spacing=trailing") == UniPC(3, "bh1", "trailing")
     assert solver_from("heun") == Heun()
     assert solver_from("heun:spacing=leading") == Heun("leading")
+    assert solver_from("heun:shift=3") == Heun(shift=3.0)
+    assert solver_from("flow-euler:shift=3") == FlowEuler(3.0)
 
 
 def test_bad_input() -> None:
@@ -485,6 +488,10 @@ def test_bad_input() -> None:
     }.items():
         with pytest.raises(ValueError, match=said):
             solver_from(text)
+    with pytest.raises(ValueError, match="order of unipc must be 1, 2 or 3, got 4"):
+        solver_from("unipc:order=4")
+    with pytest.raises(ValueError, match="variant of unipc must be bh1 or bh2, got 'bh3'"):
+        solver_from("unipc:variant=bh3")
     with pytest.raises(ValueError, match="variance must be 'small', 'large' or None, got 'learned'"):
         solver_from("ddpm:variance=learned")
     with pytest.raises(ValueError, match="Euler-Maruyama integrates an SDE"):
