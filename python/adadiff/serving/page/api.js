@@ -31,11 +31,12 @@ export async function listModels() {
   return (await (await ask("v1/models")).json()).data;
 }
 
-// body: JSON text of a request with stream: true. onEvent: gets each event; called for `count` finished images, or this
-// throws. Throws Refusal, and AbortError once `signal` is aborted.
-export async function draw(body, count, signal, onEvent) {
+// body: JSON text of a request with stream: true. onOpen: called once the service has taken it. onEvent: gets each event.
+// Returns when `count` images are finished. Throws Refusal, and AbortError once `signal` is aborted.
+export async function draw(body, count, signal, { onOpen, onEvent }) {
   const headers = { "Content-Type": "application/json" };
   const reply = await ask("v1/images/generations", { method: "POST", headers, body, signal });
+  onOpen();
   let finished = 0;
   try {
     for await (const event of eventsOf(reply.body, PATIENCE)) {

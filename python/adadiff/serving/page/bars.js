@@ -26,23 +26,23 @@ export class Bars {
 
   // layers: of the first steps; those that are there already are the same.
   show(layers) {
-    for (; this.known < layers.length; this.known += 1) this.#add("ran", this.known, layers[this.known], 0);
+    for (; this.known < layers.length; this.known += 1) this.#add("ran", this.known, layers[this.known]);
     this.svg.setAttribute("aria-label", `Blocks that ran at each step: ${layers.join(", ")}`);
   }
 
   // Of the unconditional half of guidance: a line across each bar.
   mark(layers) {
-    layers.forEach((layer, step) => this.#add("mark", step, layer, layer));
+    layers.forEach((layer, step) => this.#add("mark", step, layer));
+    this.root.append(element("p", { className: "axis legend", textContent: "the unconditional half of guidance" }));
   }
 
-  #add(kind, step, layer, bottom) {
-    const thin = bottom ? this.layers / 50 : 0;
+  #add(kind, step, layer) {
     const bar = drawn("rect", {
       class: kind,
       x: step + (1 - WIDTH) / 2,
       y: this.layers - layer,
       width: WIDTH,
-      height: thin || layer,
+      height: kind === "mark" ? this.layers / 50 : layer,
       "data-layers": layer,
     });
     const half = kind === "mark" ? ", unconditional half" : "";

@@ -17,7 +17,8 @@ const CONTROLS = {
 const NUMBERS = ["class_label", "num_inference_steps", "n", "seed", "guidance_scale"];
 const NUMBER = /^(-?)0*(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)$/;
 const SMALL = 64 * 64; // pixels of pictures that cost a service nothing to preview at every step
-const FEW = 10;
+const FEW = 10; // previews of larger ones
+const MANY = 2048; // previews of all images of a request
 
 export class Form {
   // entries: of /v1/models, at least one.
@@ -134,11 +135,13 @@ export class Form {
     const { size, max_partial_images: most } = this.entry;
     const [width, height] = size.split("x").map(Number);
     const steps = Number(byId("steps").value) || this.entry.num_inference_steps;
-    return Math.max(0, Math.min(width * height > SMALL ? FEW : steps - 1, most)) || 0;
+    const wanted = width * height > SMALL ? FEW : Math.floor(steps) - 1;
+    return Math.max(0, Math.min(wanted, most, Math.floor(MANY / this.count))) || 0;
   }
 
   get fragment() {
-    return String(new URLSearchParams(this.filled));
+    const none = this.entry.takes === "class_label" ? { class_label: "" } : {}; // where no class has been chosen
+    return String(new URLSearchParams({ ...none, ...this.filled }));
   }
 
   // What a link says. Returns what of it does not fit, in words.
@@ -152,7 +155,7 @@ export class Form {
     this.adapt();
     for (const [param, value] of given) {
       if (param === "policy") this.#readPolicy(value);
-      else if (param !== "model" && param in CONTROLS) {
+      else if (param !== "model" && Object.hasOwn(CONTROLS, param)) {
         byId(CONTROLS[param]).value = value;
         if (param === "class_label" && byId(CONTROLS[param]).selectedIndex < 0) {
           byId(CONTROLS[param]).selectedIndex = 0;
@@ -174,7 +177,9 @@ export class Form {
   // Shows an error beside the field it names, and goes there. False where that field is not among those on the page.
   blame({ param, message }) {
     if (!Object.hasOwn(CONTROLS, param ?? "") || field(param).hidden) return false;
-    byId(`${CONTROLS[param]}-error`).textContent = message;
+    // the API's words, less the name of the field, beside which they stand
+    const words = message.replace(new RegExp(`^${param}(: | (?=must ))`), "");
+    byId(`${CONTROLS[param]}-error`).textContent = words.charAt(0).toUpperCase() + words.slice(1);
     const inputs = [...field(param).querySelectorAll("input, select, textarea")].filter((input) => input.offsetParent);
     for (const input of inputs) input.setAttribute("aria-invalid", "true");
     inputs.at(-1)?.focus();

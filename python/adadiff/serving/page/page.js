@@ -69,23 +69,25 @@ async function start(policies) {
     return;
   }
   keepInAddress();
-  clear();
   const own = (running = new AbortController());
   drawing(true);
   const began = performance.now();
   try {
-    const { width, height, steps, count, seed } = order();
-    const shape = { width, height, steps, layers: form.entry.num_layers };
+    const { shape, seed, count } = order();
     for (const [turn, policy] of policies.entries()) {
       const set = new PictureSet(policy, shape, seed, count);
-      sets.push(set);
-      byId("sets").append(set.root);
-      say(`Drawing ${images(count)} with ${policy} …`);
-      if (turn === 0) reveal();
-      await draw(bodies[turn], count, own.signal, (event) => {
+      const onOpen = () => {
+        if (turn === 0) clear(); // a request that is refused leaves what is there
+        sets.push(set);
+        byId("sets").append(set.root);
+        if (turn === 0) reveal();
+      };
+      const onEvent = (event) => {
         set.take(event);
         byId("progress").value = (turn + set.progress) / policies.length;
-      });
+      };
+      say(`Drawing ${images(count)} with ${policy} …`);
+      await draw(bodies[turn], count, own.signal, { onOpen, onEvent });
       await set.finish();
     }
     conclude();
@@ -106,7 +108,8 @@ function order() {
   const { max_n: most, max_num_inference_steps: mostSteps, num_inference_steps: usual } = form.entry;
   const steps = within(Number(byId("steps").value || usual), mostSteps);
   const seed = /^\d+$/.test(form.seed) ? form.seed : "0";
-  return { width, height, steps, seed, count: within(form.count, most) };
+  const shape = { width, height, steps, layers: form.entry.num_layers };
+  return { shape, seed, count: within(form.count, most) };
 }
 
 function conclude() {
@@ -130,20 +133,18 @@ function conclude() {
   byId("difference-pictures").replaceChildren(...(most ? pictures : []));
   byId("difference").hidden = false;
   say(
-    `Full took ${seconds(first.running)}, ${sets[1].title} ${seconds(second.running)} with ` +
-      `${percent(second.leftOut)} of the blocks left out. Difference: ${mean.toFixed(2)} grey levels.`,
+    `Full: ${seconds(first.running)}. ${sets[1].title}: ${seconds(second.running)}, ` +
+      `${percent(second.leftOut)} of the blocks left out. Difference: ${mean.toFixed(2)} of 255 grey levels.`,
   );
 }
 
 function fail(error, stopped) {
-  if (stopped) return say(stopped);
-  say("");
-  if (error instanceof Refusal && error.status === 401) return askForKey("The service does not know this key any more.");
-  sets = sets.filter((set) => {
-    const shown = set.progress > 0;
-    if (!shown) set.root.remove();
-    return shown;
-  });
+  say(stopped);
+  if (stopped) return;
+  if (error instanceof Refusal && error.status === 401) {
+    askForKey("The service does not know this key any more.");
+    return;
+  }
   if (!(error instanceof Refusal && form.blame(error))) complain(wordsOf(error));
 }
 

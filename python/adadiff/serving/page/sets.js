@@ -30,10 +30,11 @@ class Card {
     const png = pngOf(data);
     const save = element("a", { textContent: "Save", href: URL.createObjectURL(png), download: `${this.seed}.png` });
     save.setAttribute("aria-label", `Save the picture of seed ${this.seed}`);
+    const leftOut = `${percent(adadiff.share_left_out)} left out`;
     this.caption.replaceChildren(
       element("span", { textContent: `seed ${this.seed}` }),
-      element("span", { textContent: `${percent(adadiff.share_left_out)} left out` }),
       save,
+      element("span", { className: "left-out", textContent: leftOut }),
     );
     await this.picture.put(png);
     this.picture.canvas.setAttribute("aria-label", `${title}, seed ${this.seed}`);
@@ -79,7 +80,7 @@ export class PictureSet {
     const waiting = most("seconds_waiting");
     this.#tell("drawing", seconds(this.result.running), "seconds of the service, from the queue to the last step");
     if (waiting >= 0.05) this.#tell("in the queue", seconds(waiting), "");
-    this.#tell("until here", seconds(wall), "seconds by this browser's clock");
+    this.#tell("wall clock", seconds(wall), "seconds by this browser's clock, from the request to the last picture");
     this.#tell("left out", percent(this.result.leftOut), "share of the network's blocks");
     this.#tell("mean exit", `${mean("mean_exit_layer").toFixed(1)} of ${this.shape.layers}`, "blocks");
     this.end();
