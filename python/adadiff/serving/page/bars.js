@@ -3,6 +3,7 @@
 import { drawn, element } from "./dom.js";
 
 const WIDTH = 0.84; // of a bar, of the room of a step
+const CLOSE = 60; // steps beyond which bars touch
 
 export class Bars {
   constructor(steps, layers) {
@@ -37,11 +38,12 @@ export class Bars {
   }
 
   #add(kind, step, layer) {
+    const width = this.steps > CLOSE ? 1 : WIDTH;
     const bar = drawn("rect", {
       class: kind,
-      x: step + (1 - WIDTH) / 2,
+      x: step + (1 - width) / 2,
       y: this.layers - layer,
-      width: WIDTH,
+      width,
       height: kind === "mark" ? this.layers / 50 : layer,
       "data-layers": layer,
     });

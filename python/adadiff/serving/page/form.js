@@ -23,7 +23,7 @@ const MANY = 2048; // previews of all images of a request
 export class Form {
   // entries: of /v1/models, at least one.
   constructor(entries) {
-    this.entries = new Map(entries.map((entry) => [entry.id, entry.adadiff]));
+    this.entries = new Map(entries.map(({ id, adadiff }) => [id, adadiff]));
     byId("model").replaceChildren(...entries.map(({ id }) => element("option", { value: id, textContent: id })));
     this.adapt();
     byId("count").value = "1";
