@@ -120,8 +120,8 @@ class Browser:
 
 
 class Tab:
-    """requests: what the page has asked for, {"url", "method", "body"}. complaints: errors of scripts, of the console, and
-    what the content policy has stopped."""
+    """requests: what the page has asked for, {"url", "method", "body"}. complaints: errors of scripts, of the console,
+    and what the content policy has stopped."""
 
     def __init__(self, browser: Browser, session: str, target: str):
         self._browser, self._session, self._target = browser, session, target
@@ -148,11 +148,14 @@ class Tab:
 
     def open(self, address: str, width: int = 1200, height: int = 900, **media: str) -> None:
         """media: features such as prefers_color_scheme="dark"."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.resize(width, height)
         features = [{"name": name.replace("_", "-"), "value": value} for name, value in media.items()]
         self.call("Emulation.setEmulatedMedia", features=features)
         self.call("Page.navigate", url=address)
         self.wait_for("document.readyState === 'complete'")
+
+    def resize(self, width: int, height: int) -> None:
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
     def value(self, expression: str) -> Any:
         """What JavaScript makes of it, as JSON; a promise is waited for."""
