@@ -87,7 +87,7 @@ class Browser:
                 message["sessionId"] = session
             self._out.write(json.dumps(message).encode() + b"\0")
             self._out.flush()
-            if not self._news.wait_for(lambda: self._ended or number in self._replies, SECONDS):
+            if not self._news.wait_for(lambda: self._ended or number in self._replies, SECONDS + 10):
                 raise TimeoutError(f"{method} was not answered")
             if number not in self._replies:
                 raise RuntimeError(f"the browser ended at {method}, exit code {self._process.poll()}")
@@ -96,14 +96,9 @@ class Browser:
             raise RuntimeError(f"{method}: {reply['error']}")
         return reply["result"]
 
-    def open(self, address: str, **options: Any) -> "Tab":
-        """A tab of its own: no storage, no cache and no cookies of others."""
-        context = self.call("Target.createBrowserContext")["browserContextId"]
-        target = self.call("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
-        session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        tab = Tab(self, session, target)
-        tab.open(address, **options)
-        return tab
+    def open(self) -> "Tab":
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        return Tab(self, self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"])
 
     def __enter__(self) -> "Browser":
         return self
@@ -123,8 +118,8 @@ class Tab:
     """requests: what the page has asked for, {"url", "method", "body"}. complaints: errors of scripts, of the console,
     and what the content policy has stopped."""
 
-    def __init__(self, browser: Browser, session: str, target: str):
-        self._browser, self._session, self._target = browser, session, target
+    def __init__(self, browser: Browser, session: str):
+        self._browser, self._session = browser, session
         self.requests: list[dict[str, Any]] = []
         self.complaints: list[str] = []
         browser.listeners[session] = self._heard
@@ -146,13 +141,22 @@ class Tab:
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         return self._browser.call(method, self._session, **params)
 
-    def open(self, address: str, width: int = 1200, height: int = 900, **media: str) -> None:
-        """media: features such as prefers_color_scheme="dark"."""
+    def show(self, address: str, width: int = 1200, height: int = 900, **media: str) -> None:
+        """A page from the start, and nothing of the one before. media: as in prefers_color_scheme="dark"."""
+        self.call("Page.navigate", url="about:blank")  # else a new fragment alone would load nothing
+        self.wait_for("document.readyState === 'complete'")
+        self.requests.clear()
+        self.complaints.clear()
         self.resize(width, height)
         features = [{"name": name.replace("_", "-"), "value": value} for name, value in media.items()]
         self.call("Emulation.setEmulatedMedia", features=features)
         self.call("Page.navigate", url=address)
         self.wait_for("document.readyState === 'complete'")
+
+    def reload(self) -> None:
+        self.value("window.old = true")
+        self.call("Page.reload")
+        self.wait_for("!window.old && document.readyState === 'complete'")
 
     def resize(self, width: int, height: int) -> None:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
@@ -220,9 +224,6 @@ class Tab:
     def screenshot(self, path: Path, whole: bool = False) -> None:
         data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]
         path.write_bytes(base64.b64decode(data))
-
-    def close(self) -> None:
-        self._browser.call("Target.closeTarget", targetId=self._target)
 
 
 def _high(fd: int) -> int:

@@ -86,6 +86,20 @@ def test_nothing_else_is_served(name: str) -> None:
     run(work())
 
 
+def test_a_visit_is_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def work() -> None:
+        async with client_of() as client:
+            tag = (await client.get("/page/page.js")).headers["etag"]
+            await client.get("/page/page.js", headers={"If-None-Match": tag})
+            await client.get("/")
+            lines = [record.fields["path"] for record in caplog.records if record.getMessage() == "request"]
+            assert [path for path in lines if path != "/ready"] == ["/"]
+            assert 'http_requests_total{path="/page/{name}",status="304"} 1.0' in (await client.get("/metrics")).text
+
+    with caplog.at_level("INFO"):
+        run(work())
+
+
 def test_all_files_are_installed_and_small() -> None:
     tables = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     assert len(TEXTS) > 5

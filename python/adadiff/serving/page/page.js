@@ -9,6 +9,7 @@ import { PictureSet } from "./sets.js";
 let form = null; // once the models are known
 let running = null; // AbortController of what is being drawn
 let sets = [];
+let keeping = 0; // timer
 
 async function open() {
   say("Asking which models there are …");
@@ -197,8 +198,10 @@ function complain(text) {
   byId("problem").textContent = text;
 }
 
+// A moment later: browsers refuse to have the address changed at every key.
 function keepInAddress() {
-  history.replaceState(null, "", `#${form.fragment}`);
+  clearTimeout(keeping);
+  keeping = setTimeout(() => history.replaceState(null, "", `#${form.fragment}`), 150);
 }
 
 function changed(event) {
