@@ -150,7 +150,8 @@ class Tab:
         self.resize(width, height)
         features = [{"name": name.replace("_", "-"), "value": value} for name, value in media.items()]
         self.call("Emulation.setEmulatedMedia", features=features)
-        self.call("Page.navigate", url=address)
+        if reason := self.call("Page.navigate", url=address).get("errorText"):
+            raise RuntimeError(f"{address}: {reason}")
         self.wait_for("document.readyState === 'complete'")
 
     def reload(self) -> None:

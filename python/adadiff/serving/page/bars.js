@@ -3,12 +3,13 @@
 import { drawn, element } from "./dom.js";
 
 const WIDTH = 0.84; // of a bar, of the room of a step
-const CLOSE = 60; // steps beyond which bars touch
+const CLOSE = 60; // steps beyond which bars touch, and are drawn without soft edges
 
 export class Bars {
   constructor(steps, layers) {
     Object.assign(this, { steps, layers, known: 0 });
     const box = { viewBox: `0 0 ${steps} ${layers}`, preserveAspectRatio: "none", role: "img" };
+    if (steps > CLOSE) box["shape-rendering"] = "crispEdges";
     this.svg = drawn("svg", { ...box, class: "bars", "aria-label": "Blocks that ran at each step: none yet" });
     this.svg.append(drawn("rect", { class: "all", width: steps, height: layers }));
     this.root = element(

@@ -16,6 +16,7 @@ const CONTROLS = {
 };
 const NUMBERS = ["class_label", "num_inference_steps", "n", "seed", "guidance_scale"];
 const NUMBER = /^(-?)0*(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)$/;
+const SEEDS = 1000000; // short enough to be read and told
 const SMALL = 64 * 64; // pixels of pictures that cost a service nothing to preview at every step
 const FEW = 10; // previews of larger ones
 const MANY = 2048; // previews of all images of a request
@@ -52,7 +53,7 @@ export class Form {
   }
 
   newSeed() {
-    byId("seed").value = String(crypto.getRandomValues(new Uint32Array(1))[0]);
+    byId("seed").value = String(crypto.getRandomValues(new Uint32Array(1))[0] % SEEDS);
   }
 
   // To the model that is chosen: which fields there are, and what they begin with.
