@@ -22,6 +22,7 @@ from .served import ServedModel
 from .service import Service
 from .settings import Settings
 from .streaming import EventStream, gone
+from .web_page import add_page
 
 GENERATIONS = "/v1/images/generations"
 _BODY = {"content": {"application/json": {"schema": ImageRequest.model_json_schema()}}, "required": True}
@@ -54,6 +55,7 @@ def create_app(models: Sequence[ServedModel], settings: Settings | None = None) 
     _add_images(app, service)
     _add_models(app, service)
     _add_health(app, service)
+    add_page(app)
     return app
 
 

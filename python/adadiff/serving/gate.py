@@ -103,7 +103,7 @@ class Gate:
         service.metrics.http(path, own.status)
         if own.reason is not None:
             service.metrics.failed(own.reason)
-        if own.status == 200 and path in service.quiet:
+        if own.status in (200, 304) and path in service.quiet:
             return
         client = scope.get("client")
         level = logging.ERROR if own.error is not None else logging.INFO

@@ -129,6 +129,8 @@ class ServedModel:
             "num_inference_steps": settings.steps,
             "max_num_inference_steps": settings.max_steps,
             "max_n": settings.max_images,
+            "max_guidance_scale": settings.max_guidance_scale,
+            "max_partial_images": settings.max_partial_images,
             "capacity": self.engine.capacity,
         }
         return {"id": self.name, "object": "model", "created": created, "owned_by": "adadiff", "adadiff": own}

@@ -22,7 +22,7 @@ class Service:
     """models: one or more, the first for requests that name none. Raises ValueError for two of one name, and for a
     preset that no model can follow."""
 
-    quiet = frozenset({"/health", "/ready", "/metrics"})  # of which successes are not logged
+    quiet = frozenset({"/health", "/ready", "/metrics", "/page/{name}"})  # of which successes are not logged
 
     def __init__(self, models: Sequence[ServedModel], settings: Settings):
         self.models = {served.name: served for served in models}
