@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 CHECKPOINTS, RESULTS = ROOT / "python" / "adadiff" / "checkpoints", ROOT / "benchmarks" / "results"
 DOCUMENTS = sorted(
     path
-    for folder in (ROOT, RESULTS, ROOT / ".github", *(ROOT / "python" / "adadiff").iterdir())
+    for folder in (ROOT, RESULTS, ROOT / ".github", ROOT / "docs", *(ROOT / "python" / "adadiff").iterdir())
     for path in folder.glob("*.md")
 )
 CARDS = ("digits", "canvases", "digits_prototypes", "letters")

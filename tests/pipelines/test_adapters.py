@@ -104,3 +104,65 @@ def test_low_rank_adapters_that_come_later(name: str) -> None:
 
 def _kwargs(name: str) -> str:
     return "attention_kwargs" if "Wan" in name else "joint_attention_kwargs"
+
+
+class Low(nn.Module):
+    """In place of a layer of peft, with the attributes by which those are known."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base, self.more = base, nn.Linear(base.in_features, base.out_features, bias=False)
+        self.active_adapters, self.disable_adapters, self.merged_adapters = ["one"], False, []
+        self.scaling = {"one": 1.0, "two": 1.0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        if self.disable_adapters:
+            return y
+        return y + self.scaling[self.active_adapters[0]] * self.more(x)
+
+
+def adapted() -> tuple[nn.Module, list[Low]]:
+    module, layers = own(FLUX), []
+    torch.manual_seed(0)
+    for block in module.transformer_blocks:
+        layers.append(Low(block.attn.to_q).eval().requires_grad_(False))
+        block.attn.to_q = layers[-1]
+    module.peft_config = {"one": None}
+    return module, layers
+
+
+def switched_off(layers: list[Low]) -> None:
+    for layer in layers:
+        layer.disable_adapters = True
+
+
+def scaled(layers: list[Low]) -> None:
+    layers[-1].scaling["one"] = 0.5
+
+
+def another(layers: list[Low]) -> None:
+    for layer in layers:
+        layer.active_adapters = ["two"]
+
+
+@pytest.mark.parametrize("change", [switched_off, scaled, another, None])
+def test_lanes_run_in_full_where_adapters_change_within_a_run(change: Any) -> None:
+    """What they have kept was made with the adapters of before."""
+    module, layers = adapted()
+    record = adadiff.enable(module, scripted("none", 5, B))
+    for step in range(5):
+        if step == 2 and change is not None:
+            change(layers)
+        call(FLUX, range(B), step, module)
+    full = [bool(step.full.all()) for step in record.steps]
+    assert full == [True, False, change is not None, False, False]
+    assert [bool(step.full.any()) for step in record.steps] == full
+
+
+def test_a_scale_of_one_call_counts_as_well() -> None:
+    module, _ = adapted()
+    record = adadiff.enable(module, scripted("none", 4, B))
+    for step, scale in enumerate((1.0, 1.0, 0.5, 0.5)):
+        call(FLUX, range(B), step, module, joint_attention_kwargs={"scale": scale})
+    assert [bool(step.full.all()) for step in record.steps] == [True, False, True, False]

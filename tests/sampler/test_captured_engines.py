@@ -23,6 +23,7 @@ from adadiff.sampling.sampler import sample
 from adadiff.uem import PAPER, Exits
 from pretend import DEVICE, OnDevice, PretendDevice, moved
 from recorder import recorded
+from sampler.slim import WIDTHS, slim_served
 from sampler.tiny import UVIT, requests, scramble, served
 
 
@@ -89,6 +90,20 @@ def test_a_warm_space_captures_nothing_more(context: bool, monkeypatch) -> None:
                 depth = torch.arange(n) % 3 + 1.0 if isinstance(policy, Replay) else None
                 forward(model, x, t, labels, policy=policy, threshold=depth, execution=execution)
     assert graphs.captures == captures > 5 * 3 * 3
+
+
+def test_a_warm_engine_captures_nothing_more_at_any_width(monkeypatch) -> None:
+    own = {"threaded": False, "warm": True, "execution": ExecutionOptions(runner="captured", count_sync="sync")}
+    with recorded(monkeypatch) as graphs, PretendDevice(), Engine(moved(slim_served()), 2, **own) as engine:
+        engine.step()
+        captures = graphs.captures
+        assert captures
+        for seed, width in enumerate(WIDTHS):
+            for policy in (f"width:{width}", f"width:{width}+exit:0.5"):
+                engine.submit(seed=seed, steps=2, class_labels=1, policy=policy)
+        while engine.step():
+            pass
+        assert graphs.captures == captures
 
 
 class Transfers(TorchDispatchMode):

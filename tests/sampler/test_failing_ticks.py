@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from adadiff.diffusion import tables
+from adadiff.forward.decision import PolicyFailure
 from adadiff.forward.forward import run_forward
 from adadiff.forward.output import ForwardOutput
+from adadiff.policies.exits import Depth
 from adadiff.sampling import batch as batch_module
 from adadiff.sampling import slots
 from adadiff.sampling.pass_size import PassSize
@@ -53,6 +55,20 @@ def test_a_batch_that_does_not_fit_is_halved_and_goes_on(lanes: int, halvings: i
     assert sum(n > lanes for n in calls) == halvings  # what did not fit once is not tried again
     assert batch.totals.passes == sum(n for n in calls if n <= lanes)
     assert batch.free == 13
+
+
+def test_a_failure_that_belongs_to_nobody_ends_the_tick() -> None:
+    """A defect: it names a policy that none of the samples follows. Trying again would never end."""
+    stranger = Depth(2)
+
+    def fails(*args: object, **options: object) -> ForwardOutput:
+        raise PolicyFailure(stranger, ZeroDivisionError("of a stranger"))
+
+    batch = make(2, fails)
+    for seed in (1, 2):
+        admit(batch, {"seed": seed, "steps": 2, "class_labels": 1, "policy": "exit:0.5"})
+    with pytest.raises(RuntimeError, match="policy 'exit:depth=2' failed, and no sample follows it"):
+        batch.tick()
 
 
 def test_a_guided_pair_is_not_torn_apart() -> None:

@@ -11,9 +11,11 @@ import torch
 import adadiff
 from adadiff.policies.exits import Depth, Full, Replay, Threshold
 from adadiff.policies.interface import ExitPolicy
+from adadiff.policies.width import Width
 from adadiff.sampling.reports import Totals, log_never_acted
 from naming import named
 from sampler.shell import config, run, saved
+from sampler.slim import slim_served
 from sampler.test_calibration import made
 from sampler.tiny import SERVED, scramble, served, stepped
 
@@ -170,6 +172,42 @@ def test_blocks_that_a_shallow_network_lacks_are_no_exits(policy: str, never: bo
             engine.submit(seed=0, **given)
         assert engine.report.never_acted == never
     assert len(messages(caplog)) == 2 * never
+
+
+WIDTHS = Width((500.0,), (1.0, 0.5))  # narrow at noisy times
+
+
+def test_widths_that_never_narrow_say_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Also where some exit, and where a schedule is narrow at times at which nobody comes."""
+    given = {"class_labels": 1}
+    late = {"init_image": torch.zeros(2, *slim_served().backbone.sample_shape), "strength": 0.3}
+    with caplog.at_level(logging.WARNING, "adadiff"):
+        for _ in range(2):
+            _, report = adadiff.sample(slim_served(), 2, steps=4, policy="width:1", **given)
+            assert report.never_acted
+            assert str(report).endswith("; the policy never let a sample run narrow")
+        _, report = adadiff.sample(slim_served(), 2, steps=4, policy=[WIDTHS, "exit:depth=2"], **late, **given)
+        assert report.idle == ("width",)
+        _, report = adadiff.sample(slim_served(), 2, steps=4, policy=WIDTHS, **given)
+        assert (report.never_acted, report.idle) == (False, ())
+    assert messages(caplog) == [
+        "policy width:1 never let a sample run narrow",
+        "policy exit:depth=2+width:2 widths never let a sample run narrow",
+    ]
+
+
+def test_an_engine_names_each_part_that_never_acted(caplog: pytest.LogCaptureFixture) -> None:
+    policies = ("exit:depth=2", "cache:threshold=0", "width:1", "full")
+    with caplog.at_level(logging.WARNING, "adadiff"):
+        with adadiff.Engine(slim_served(), 4, threaded=False) as engine:
+            for i, policy in enumerate(policies):
+                engine.submit(seed=i, steps=3, policy=policy)
+        assert messages(caplog) == ["policy of all requests to an engine never let a sample reuse or run narrow"]
+        caplog.clear()
+        with adadiff.Engine(slim_served(), 4, threaded=False) as engine:
+            for i, policy in enumerate(("exit:depth=5", "reuse:every=2", "width:0.5")):
+                engine.submit(seed=i, steps=3, policy=policy)
+        assert messages(caplog) == ["policy of all requests to an engine never let a sample exit"]
 
 
 @pytest.mark.parametrize("form", ["png", "npz"])

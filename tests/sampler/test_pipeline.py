@@ -20,6 +20,7 @@ from adadiff.sampling.sampler import sample
 from adadiff.uem import PAPER
 from naming import named
 from sampler.test_calibration import HALF, made
+from sampler.test_step_selector import CHOSEN, selecting
 from sampler.tiny import SERVED, served
 
 LATENT = ModelConfig(
@@ -63,6 +64,30 @@ def test_images_are_those_of_sample() -> None:
     assert torch.equal(out.report.exit_layer, report.exit_layer)
     assert (out.report.macs, out.report.macs_full) == (report.macs, report.macs_full)
     assert out.report.seconds > 0
+
+
+def test_a_step_selector_is_kept_and_chooses(tmp_path: Path) -> None:
+    """Of a pipeline that was saved and loaded in another dtype, too: it chooses by its own numbers."""
+    model, labels = selecting(), [1, 0, 2, 1]
+    made = AdaDiffPipeline(model)
+    made.save_pretrained(tmp_path)
+    loaded = AdaDiffPipeline.from_pretrained(tmp_path)
+    half = AdaDiffPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    seeds = torch.randint(2**63 - 1, (4,), generator=seeded())
+    images, report = sample(model, 4, seed=seeds, steps="auto", class_labels=labels)
+    given = {"class_labels": labels, "num_inference_steps": "auto", "output_type": "latent"}
+    for pipe in (made, loaded, half):
+        pipe.set_progress_bar_config(disable=True)
+        out = pipe(generator=seeded(), **given)
+        assert out.report.steps.tolist() == report.steps.tolist() == [CHOSEN[label] for label in labels]
+        if pipe is not half:
+            assert torch.equal(out.images, images)
+    scores = [pipe.transformer.model.step_selector.scores.state_dict() for pipe in (made, half)]
+    assert all(torch.equal(value, scores[1][name]) for name, value in scores[0].items())
+    with pytest.raises(ValueError, match="leave the callback out"):
+        made(callback_on_step_end=lambda *_: {}, **given)
+    with pytest.raises(ValueError, match="needs a model with a step selector"):
+        pipeline()(**given)
 
 
 def test_a_generator_for_each_image() -> None:

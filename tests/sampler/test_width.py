@@ -2,6 +2,7 @@
 
 import bisect
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from adadiff.policies.width_file import width_json
 from adadiff.sampling.batch import Batch
 from adadiff.sampling.sample_batch import SampleBatch
 from sampler.slim import SLIM_SERVED, fresh, slim_served
+from sampler.test_calibration import HALF, made
 from sampler.test_two_stage import by_hand, shallow
 from sampler.tiny import served
 
@@ -28,6 +30,18 @@ FOLLOWED = Width((200.0, 480.0, 777.0), (1.0, 0.25, 0.8, 0.5))
 OTHER = Width((500.0,), (0.25, 1.0))
 # With 3, 5 and 7 steps no two samples ever stand at the same timestep
 STEPS, LABELS = [3, 5, 7, 5, 7, 3, 5], [0, 2, 1, 0, 1, 2, 0]
+
+
+def test_thresholds_of_the_whole_network_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Not where no network is narrow, nor where depths come from a table, which hold at any width."""
+    model, given = slim_served(), {"steps": 2, "class_labels": 1}
+    calibrated = made(HALF).policy("budget", 0.5)
+    with caplog.at_level(logging.WARNING, "adadiff"):
+        adadiff.sample(model, 1, policy=[calibrated, Width((), (1.0,))], **given)
+        assert "calibrated" not in caplog.text
+        for _ in range(2):
+            adadiff.sample(model, 1, policy=[calibrated, OTHER], **given)
+    assert caplog.text.count("its thresholds were calibrated on the whole network") == 1
 
 
 def test_each_step_is_by_the_network_of_its_time() -> None:

@@ -222,6 +222,11 @@ def shell_options(line: str) -> Any:
         ("digits --text-encoder x", "none of the models takes text"),
         ("x/y=digits", "a model's name has letters"),
         ("digits --device nowhere", "cannot use device 'nowhere'"),
+        ("digits --shallow-model x=digits", "--shallow-model takes NAME=FILE, each of the models digits once"),
+        ("digits canvases --shallow-model canvases_shallow", "--shallow-model takes NAME=FILE"),
+        ("digits --t-switch 500", "--t-switch is where a shallow model hands over"),
+        ("digits --shallow-model canvases_shallow", "the shallow model must draw the same samples"),
+        ("canvases --shallow-model canvases_shallow --t-switch 2000", "t_switch must be a number in 0..1000"),
     ],
 )
 def test_what_cannot_be_served_is_refused(

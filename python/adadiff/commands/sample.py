@@ -19,6 +19,7 @@ from ..output.pictures import ADVICE, CHANNELS, PictureFolder
 from ..output.shards import MANIFEST, MOST_SAMPLES, Manifest
 from ..pipelines.text import CLIP, TextEncoder
 from ..policies.calibrated import Calibration
+from ..policies.joining import split_parts
 from ..policies.step_selector import AUTO
 from ..sampling import sampler
 from ..sampling.params import SamplingParams
@@ -137,10 +138,11 @@ def _some(options: argparse.Namespace) -> list[int]:
     return sorted({*range(min(n, longest)), *range(max(0, n - 1), n)})
 
 
-def _picture_folder(out: Path, *settings: Any) -> PictureFolder:
+def _picture_folder(out: Path, configuration: dict[str, Any], *settings: Any) -> PictureFolder:
     if (out / MANIFEST).exists():
         raise ValueError(f"{out} holds shards; {ADVICE}, or --format npz")
-    return PictureFolder(out, *settings)
+    differs = {"steps": configuration["steps"] == [AUTO], "went_on": "cascade_sha256" in configuration}
+    return PictureFolder(out, configuration, *settings, by_sample=[name for name, own in differs.items() if own])
 
 
 def _opened(options: argparse.Namespace, folder: Callable[[], Folder]) -> Folder:
@@ -222,10 +224,11 @@ def _fill_with_pictures(
     run = sampling(missing, progress=with_bars())
     try:
         for places, images in run:
-            images = images if decoded is None else decoded(images)
-            folder.record(run.report)
+            images, report = images if decoded is None else decoded(images), run.report
+            folder.record(report)
             for place, image in zip(places.tolist(), images, strict=True):
-                folder.add(missing[place], image)
+                went_on = None if report.went_on is None else bool(report.went_on[place])
+                folder.add(missing[place], image, steps=int(report.steps[place]), went_on=went_on)
         folder.record(run.report)
     except BaseException as error:
         with suppress(OSError):  # where the disk is full already
@@ -263,16 +266,18 @@ def _fill_with_shards(
     elif totals is not None and (first or drew):
         names = ("macs", "macs_full", "mean_exit_layer", "num_layers")
         macs, macs_full, depth, layers = (totals[name] for name in names)
-        policy = folder.manifest.configuration["policy"]
-        never = never_acted_text("cache:" in policy or "reuse:" in policy) if _asks(policy) else None
+        asks = _asks(folder.manifest.configuration["policy"])
+        never = never_acted_text(asks) if asks else None
         left_out = f", {_left_out(macs, macs_full, depth, layers, never=never)}"
         time = f" in {totals['seconds']:.1f} s of drawing" if n else ""
         say(f"wrote {out}: {n} samples{time}{left_out if n else ''}")
 
 
-def _asks(policy: str) -> bool:
-    """Whether it is there to leave work out while a sample is drawn."""
-    return any(part != "full" and not part.startswith("cascade:") for part in policy.split("+"))
+def _asks(policy: str) -> tuple[str, ...]:
+    """What it is there to let samples do while they are drawn, see `never_acted_text`."""
+    of_kinds = {"cache": "reuse", "reuse": "reuse", "width": "width", "full": "", "cascade": ""}
+    found = (of_kinds.get(part.partition(":")[0], "exit") for part in split_parts(policy))
+    return tuple(dict.fromkeys(name for name in found if name))
 
 
 def _announce(configuration: dict[str, Any], calibration: Calibration | None) -> None:
@@ -298,7 +303,7 @@ def _saving(report: Report) -> str:
     if report.went_on is not None:
         went_on = f"{report.passes / n:.1f} evaluations an image; {int(report.went_on.sum())} went on to the teacher"
         return f"{n} images in {seconds:.2f} s ({n / seconds:.1f} images/s), {went_on}"
-    never = never_acted_text(report.reused is not None) if report.asks else None
+    never = never_acted_text(report.idle or ("exit",)) if report.asks else None
     left_out = _left_out(report.macs, report.macs_full, report.mean_exit_layer, report.num_layers, never=never)
     if report.never_acted and never is not None and never not in left_out:  # a shallow network alone left work out
         left_out += f"; {never}"

@@ -99,11 +99,29 @@ def names_of(models: Sequence[str]) -> dict[str, str]:
     return named
 
 
+def shallow_of(options: argparse.Namespace, named: dict[str, str]) -> dict[str, str]:
+    """Files of shallow models by the name of the model that each is for. ValueError where there is no such model, or
+    two are for one."""
+    found: dict[str, str] = {}
+    for text in options.shallow_model or ():
+        name, equals, file = text.partition("=")
+        if not equals:
+            name, file = next(iter(named)), text
+        if name not in named or name in found or (not equals and len(named) > 1):
+            known = ", ".join(named)
+            raise ValueError(f"--shallow-model takes NAME=FILE, each of the models {known} once; got {text!r}")
+        found[name] = file
+    if options.t_switch is not None and not found:
+        raise ValueError("--t-switch is where a shallow model hands over; give --shallow-model, too")
+    return found
+
+
 def opened(options: argparse.Namespace, named: dict[str, str]) -> "list[ServedModel]":
     """Each model with an engine of its own. ValueError for files that do not fit, before the first engine is made."""
     from ..serving.served import ServedModel
 
     models = {name: load_model(options, file) for name, file in named.items()}
+    shallow = shallow_of(options, named)
     encode, decode = _encoder(options, models), _decoder(options)
     served: list[ServedModel] = []
     try:
@@ -114,6 +132,8 @@ def opened(options: argparse.Namespace, named: dict[str, str]) -> "list[ServedMo
                 "encode": encode if model.config.network.context_tokens else None,
                 "decode": None if config.latent_scale is None or decode is None else decode(config),
             }
+            if name in shallow:
+                more |= {"shallow_model": load_model(options, shallow[name]), "t_switch": options.t_switch}
             served.append(ServedModel.open(name, model, options.capacity, options.queue, execution_of(options), **more))
     except BaseException:
         for one in served:

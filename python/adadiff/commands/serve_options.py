@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..forward.two_stage import T_SWITCH
 from ..pipelines.text import CLIP
 from . import serve
 from .options import MODELS, Commands, add_command, add_decoder, add_device, add_execution
@@ -57,6 +58,21 @@ def add_serve(commands: Commands) -> None:
         metavar="NAME=SPELLING",
         help="a policy that clients may ask for by this name, files and classes included; the one called default is "
         "for requests without a policy; repeat the option for several (default: none)",
+    )
+
+    drawing.add_argument(
+        "--shallow-model",
+        action="append",
+        metavar="NAME=FILE",
+        help="shallower model that replaces the model NAME at noisy timesteps, for all requests, as in DuoDiff; a FILE "
+        "alone is for the only model; repeat the option for several (default: none)",
+    )
+    drawing.add_argument(
+        "--t-switch",
+        type=float,
+        metavar="T",
+        help="timestep, between 0 (least noise) and 1000 (most noise), from which upwards shallow models run; needs "
+        f"--shallow-model (default: {T_SWITCH:g})",
     )
 
     outside = command.add_argument_group("text and latents")

@@ -18,7 +18,6 @@ from ..sampling.arriving import Arriving
 from ..sampling.batch import Batch
 from ..sampling.capacity import Rooms, capacity_of
 from ..sampling.params import SamplingParams
-from ..sampling.reports import log_never_acted
 from ..sampling.sample_batch import SampleBatch, whole
 from .handles import EngineClosed, EngineFull, EngineReport, Handle
 from .process import end_with_process
@@ -68,7 +67,7 @@ class Engine:
         whole("queue", queue, 1)
         max_wait = _seconds("max_wait", max_wait)
         switch = two_stage(model, shallow_model, t_switch)
-        self.model, self.queue = model, queue
+        self.model, self.shallow_model, self.queue = model, shallow_model, queue
         self.capacity = min(capacity_of(one, capacity) for one in (model, shallow_model) if one is not None)
         self._clock, self._rooms = clock, Rooms(model, capacity)
         make_batch = partial(
@@ -259,8 +258,7 @@ class Engine:
         return own or threading.current_thread() is self._thread
 
     def _log_never_acted(self) -> None:
-        if self.report.never_acted:
-            log_never_acted("of all requests to an engine")
+        self.report.batch.log_idle("of all requests to an engine")
 
     def __enter__(self) -> "Engine":
         return self

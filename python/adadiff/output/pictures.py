@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ GRID_MOST = 100  # pictures in a grid
 GRID_CELL = 64  # pixels; smaller pictures are enlarged by a whole factor
 GRID_GAP = 4  # white pixels between two pictures; many have no border of their own
 GRID = "grid.png"
+MOST_LISTED = 10_000  # pictures of which report.json tells one by one; it is written anew with every few of them
 ADVICE = "choose another folder, empty this one, or give --force"
 TOTALS = ("passes", "blocks", "blocks_full", "macs", "macs_full", "seconds")
 
@@ -90,11 +92,22 @@ class PictureFolder:
 
     Only whole pictures count as drawn: `missing` are the other slots, and `damaged` says what is wrong with files that
     are there but are to be drawn again. `configuration` must survive JSON unchanged; of it, `n` pictures of `shape`,
-    C, H, W, are wanted. Raises ValueError where the folder cannot be written or holds anything else.
+    C, H, W, are wanted. by_sample: names of lists in report.json, "steps" or "went_on" of each picture by its slot,
+    null where there is none; up to MOST_LISTED pictures. Raises ValueError where the folder cannot be written or holds
+    anything else.
     """
 
-    def __init__(self, folder: Path, configuration: dict[str, Any], num_layers: int, shape: tuple[int, int, int]):
+    def __init__(
+        self,
+        folder: Path,
+        configuration: dict[str, Any],
+        num_layers: int,
+        shape: tuple[int, int, int],
+        by_sample: Sequence[str] = (),
+    ):
         self.folder, self.shape, self.n = folder, shape, configuration["n"]
+        listed = by_sample if self.n <= MOST_LISTED else ()
+        self._lists: dict[str, list[Any]] = {name: [None] * self.n for name in listed}
         self._report = folder / "report.json"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +120,7 @@ class PictureFolder:
         self.missing, self.damaged = self._check()
         self.count = self.n - len(self.missing)
         try:
-            write_json(self._report, {**self._before, "samples": self.count})
+            write_json(self._report, self._with_lists({**self._before, "samples": self.count}))
         except OSError as error:
             raise ValueError(f"cannot write to {folder}: {error.strerror}") from error
 
@@ -122,6 +135,7 @@ class PictureFolder:
             theirs = content["configuration"]
             differing = [k for k in {**theirs, **configuration} if theirs.get(k) != configuration.get(k)]
             if not differing:
+                self._lists = {name: _checked_list(content, name, self.n) for name in self._lists}
                 return _checked_totals(content, num_layers)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self._report} is not a report of `adadiff sample`: {reason(error)}; {ADVICE}") from None
@@ -156,17 +170,22 @@ class PictureFolder:
     def path(self, slot: int) -> Path:
         return self.folder / f"{slot:06d}.png"
 
-    def add(self, slot: int, image: Tensor) -> None:
-        """image: float [C, H, W]."""
+    def add(self, slot: int, image: Tensor, **by_sample: Any) -> None:
+        """image: float [C, H, W]. by_sample: what the lists of report.json are to tell of it; `record` writes them."""
         write_png(self.path(slot), to_pixels(image), flush=False)  # a later run finds and redraws damaged ones
         self.count += 1
+        for name, values in self._lists.items():
+            values[slot] = by_sample[name]
+
+    def _with_lists(self, values: dict[str, Any]) -> dict[str, Any]:
+        return {**values, "by_sample": self._lists} if self._lists else values
 
     def record(self, report: Report) -> None:
         """Writes what this run has done so far beside what others did before; steps that are repeated after an
         interruption count again. Called before pictures are added, so that a killed run has counted all of its own."""
         totals = dict(self._before)
         add_totals(totals, report, 0)
-        write_json(self._report, {**totals, "samples": self.count})
+        write_json(self._report, self._with_lists({**totals, "samples": self.count}))
 
     def write_grid(self) -> Path:
         """grid.png of the first GRID_MOST of n >= 1 pictures."""
@@ -175,6 +194,13 @@ class PictureFolder:
         first = [read_picture(self.path(slot)).convert(mode) for slot in range(min(self.n, GRID_MOST))]
         write_png(grid, make_grid([np.asarray(picture) for picture in first]))
         return grid
+
+
+def _checked_list(content: dict[str, Any], name: str, n: int) -> list[Any]:
+    values = content["by_sample"][name]
+    if type(values) is not list or len(values) != n or any(type(v) not in (int, bool, type(None)) for v in values):
+        raise ValueError(f"its list {name!r} is not of {n} samples")
+    return values
 
 
 def _checked_totals(content: dict[str, Any], num_layers: int) -> dict[str, Any]:

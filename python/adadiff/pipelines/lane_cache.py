@@ -42,6 +42,10 @@ class LaneCache:
         self.age = torch.zeros(self.B, dtype=torch.int64, device="cpu")
         self.written = torch.zeros(self.B, dtype=torch.bool, device="cpu")
 
+    def forget(self) -> None:
+        """All lanes run in full at their next step, whose number stays what it is."""
+        self.written = torch.zeros_like(self.written)
+
     def bytes(self) -> int:
         kept = [*self.rest.values(), *([] if self.reference is None else [self.reference])]
         return sum(value.numel() * value.element_size() for value in kept)

@@ -23,6 +23,7 @@ from ..output.pictures import to_pixels
 from ..policies.calibrated import Calibration
 from ..policies.interface import ExitPolicy
 from ..policies.spelling import DEFAULT
+from ..policies.step_selector import AUTO, StepSelector
 from ..sampling.batch import Batch
 from ..sampling.params import SamplingParams
 from ..sampling.records import PassRecord, RunRecord
@@ -38,10 +39,17 @@ Callback = Callable[["AdaDiffPipeline", int, float, dict[str, Any]], Mapping[str
 
 
 class AdaDiffTransformer(ModelMixin, ConfigMixin):
-    """A `Model` as a component of pipelines; model_config, calibration: as `to_dict` of its own writes them."""
+    """A `Model` as a component of pipelines; model_config, calibration, step_selector: as `to_dict` of its own writes
+    them. The selector's few weights are in the configuration, since it keeps its device and dtype; pipelines give it
+    back to the model, because what is made here while weights are loaded has no values."""
 
     @register_to_config
-    def __init__(self, model_config: Mapping[str, Any], calibration: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        model_config: Mapping[str, Any],
+        calibration: Mapping[str, Any] | None = None,
+        step_selector: Mapping[str, Any] | None = None,
+    ):
         super().__init__()
         self.model = Model(ModelConfig.from_dict(model_config))
         self.model.calibration = None if calibration is None else Calibration.from_dict(calibration)
@@ -50,8 +58,9 @@ class AdaDiffTransformer(ModelMixin, ConfigMixin):
     def of(model: Model) -> "AdaDiffTransformer":
         """It shares the weights of `model`."""
         calibration = None if model.calibration is None else model.calibration.to_dict()
+        selector = None if model.step_selector is None else model.step_selector.to_dict()
         with torch.device("meta"):
-            made = AdaDiffTransformer(model.config.to_dict(), calibration)
+            made = AdaDiffTransformer(model.config.to_dict(), calibration, selector)
         made.model = model
         return made.eval()
 
@@ -88,6 +97,9 @@ class AdaDiffPipeline(DiffusionPipeline):
         super().__init__()
         if not isinstance(transformer, AdaDiffTransformer):
             transformer = AdaDiffTransformer.of(unwrapped(transformer))
+        selector = transformer.config.step_selector
+        if selector is not None and transformer.model.step_selector is None:
+            transformer.model.step_selector = StepSelector.from_dict(selector)
         self.register_modules(transformer=transformer, vae=vae, tokenizer=tokenizer, text_encoder=text_encoder)
         self._interrupt = False
 
@@ -107,7 +119,7 @@ class AdaDiffPipeline(DiffusionPipeline):
         prompt: str | Sequence[str] | None = None,
         negative_prompt: str = "",
         num_images: int | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | str = 50,
         guidance_scale: float = 1.0,
         solver: str | Solver = "ddim",
         policy: str | ExitPolicy = DEFAULT,
@@ -120,7 +132,8 @@ class AdaDiffPipeline(DiffusionPipeline):
     ) -> AdaDiffPipelineOutput | tuple[Any, Report]:
         """One image for each label or prompt, or num_images where the model takes neither.
 
-        num_inference_steps: evaluations of the network. guidance_scale: 1 is none.
+        num_inference_steps: evaluations of the network, "auto" where the model has a step selector; images then end at
+        different steps, so there is no callback. guidance_scale: 1 is none.
         solver, policy, and further settings (thresholds, tied, guidance_interval, ...): see `SamplingParams`.
         generator: one for all or one per image; each image's seed is drawn from it, so equal seeds are equal images.
         output_type: "pil", "np" (float32 [n, H, W, C] in [0, 1]), "pt" ([n, C, H, W]), "latent" (what the network
@@ -141,7 +154,10 @@ class AdaDiffPipeline(DiffusionPipeline):
             raise ValueError("this model takes text: give prompt")
         if set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(f"callbacks may ask for latents, got {list(callback_on_step_end_tensor_inputs)}")
-        whole("num_inference_steps", num_inference_steps, 1)
+        if num_inference_steps != AUTO:
+            whole("num_inference_steps", num_inference_steps, 1)
+        elif callback_on_step_end is not None:
+            raise ValueError(f"images end at different steps with num_inference_steps={AUTO!r}; leave the callback out")
         prompts = [prompt] if isinstance(prompt, str) else prompt
         n = _count(class_labels, prompts, num_images)
         params = SamplingParams.of(
@@ -158,7 +174,9 @@ class AdaDiffPipeline(DiffusionPipeline):
             },
         )
         samples = SampleBatch.of(model, n, params)
-        table = samples.solver.table(model.schedule, num_inference_steps)
+        if samples.draft is not None:
+            raise ValueError(f"policy '{samples.parts}' draws with two models; it is for `sample` and `Engine`")
+        table = samples.solver.table(model.schedule, int(samples.steps.max()))
         try:
             images, report = self._run(samples, table.t.tolist(), table.end.tolist(), callback_on_step_end)
             _, error = check_finite(torch.arange(n, device="cpu"), images, samples.seeds)
@@ -190,7 +208,8 @@ class AdaDiffPipeline(DiffusionPipeline):
         slots = batch.admit(samples, np.arange(samples.n))
         sample = np.empty_like(slots)
         sample[slots] = np.arange(samples.n)
-        told = RunRecord(len(times), samples.n, model.num_layers, samples.record_scores)
+        reuses = samples.parts.reuse is not None
+        told = RunRecord(len(times), samples.n, model.num_layers, samples.record_scores, reuses)
 
         def learn(records: Iterable[PassRecord]) -> None:
             for record in records:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..policies.reuse import GATES, ReusePolicy
+from .adapters import AdapterWatch
 from .block_call import BlockCall, Call
 from .conditioning import alike, broken_lanes, conditioning, tracked
 from .families import SAMPLE, TIME, family_of
@@ -78,7 +79,7 @@ class ReusedTransformer:
         self._checked, self._probed = set[Any](), set[Any]()
         self._insides: list[Any] = []
         self._tells = True  # whether this call's check would see lanes in each other
-        self._watch = RunWatch(pipe, self.family.rising)
+        self._watch, self._adapters = RunWatch(pipe, self.family.rising), AdapterWatch()
         self.running: Call | None = None
         self._lock = threading.Lock()  # held during a call
         self._check(transformer, new_run=True)
@@ -157,6 +158,9 @@ class ReusedTransformer:
         if visit.new_run:
             self._caches.clear()
             self.record.new_run()
+        if self._adapters.changed(module, arguments):  # what is kept was made with others
+            for kept in self._caches.values():
+                kept.forget()
         key = visit.key
         fresh = visit.new_run or key not in self._caches
         self._check(module, new_run=fresh)

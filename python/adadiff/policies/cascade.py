@@ -4,6 +4,8 @@
 from dataclasses import dataclass
 from numbers import Real
 
+from .joining import quoted
+
 MODES = ("refine", "regenerate")
 LEAST_SHARE = 0.01  # quantiles of scores are kept for whole per cents
 
@@ -38,7 +40,7 @@ class Cascade:
     def __str__(self) -> str:
         options = {"share": self.share, "mode": self.mode, "sigma": self.sigma}
         given = [f",{name}={value}" for name, value in options.items() if value is not None]
-        return f"cascade:{self.path}{''.join(given)}"
+        return f"cascade:{quoted(self.path)}{''.join(given)}"
 
 
 def check_share(share: object) -> None:

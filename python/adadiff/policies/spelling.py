@@ -1,4 +1,4 @@
-"""Policies as text: parts of different kinds, joined by +; POLICIES says how each is spelled."""
+"""Policies as text: parts of different kinds, joined by + as joining.py says; POLICIES says how each is spelled."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from .calibrated import Calibration
 from .cascade import Cascade
 from .exits import BatchMean, Depth, Full, Patience, Threshold
 from .interface import ExitPolicy
+from .joining import split_parts
 from .parts import Part, Parts
 from .reuse import BatchCache, Cache, Reuse, ReusePolicy
 from .width_file import width_from
@@ -101,7 +102,7 @@ def parts_from(policy: Policy, calibration: Calibration | None = None) -> Parts:
     check_policy(policy)
     if isinstance(policy, Parts):
         return policy
-    given = policy.split("+") if isinstance(policy, str) else [policy] if isinstance(policy, Part) else policy
+    given = split_parts(policy) if isinstance(policy, str) else [policy] if isinstance(policy, Part) else policy
     return Parts.of(*(_part(one, calibration) for one in given))
 
 

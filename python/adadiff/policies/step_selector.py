@@ -7,7 +7,7 @@ calibration/step_policy.py.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,6 +160,23 @@ class StepSelector:
     def tensors(self) -> dict[str, Tensor]:
         """For a file, float32."""
         return {name: value.float() for name, value in self.scores.state_dict().items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, weights included, as JSON keeps it."""
+        return {"config": self.config.to_dict(), "weights": {name: v.tolist() for name, v in self.tensors().items()}}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "StepSelector":
+        """The same selector, bit for bit. Raises ValueError for anything but what `to_dict` makes."""
+        try:
+            config, given = SelectorConfig.from_dict(values["config"]), dict(values["weights"])
+            weights = {name: torch.tensor(v, dtype=torch.float32, device="cpu") for name, v in given.items()}
+            with torch.device("cpu"):
+                scores = new_scores(config)
+            scores.load_state_dict(weights)
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"this is no step selector: {error}") from None
+        return cls(config, scores)
 
 
 def new_scores(config: SelectorConfig) -> nn.Module:

@@ -7,6 +7,8 @@ from numbers import Real
 
 import numpy as np
 
+from .joining import quoted
+
 
 @dataclass(frozen=True)
 class Width:
@@ -39,7 +41,7 @@ class Width:
 
     def __str__(self) -> str:
         if self.source is not None:
-            return f"width:{self.source}"
+            return f"width:{quoted(self.source)}"
         return f"width:{self.widths[0]:g}" if len(self.widths) == 1 else f"width:{len(self.widths)} widths"
 
 

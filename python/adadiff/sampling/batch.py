@@ -20,6 +20,7 @@ from ..diffusion.noise import SOLVER_STEP, initial_noise
 from ..diffusion.tables import TableSet
 from ..forward.decision import PolicyFailure
 from ..forward.forward import check_execution, run_forward
+from ..forward.narrow import narrow
 from ..forward.networks import NetworkChoice, run_networks
 from ..forward.options import ExecutionOptions
 from ..forward.output import ForwardOutput
@@ -155,6 +156,8 @@ class Batch:
                 traceback.clear_frames(failure.__traceback__)  # down to the policy's own, which stay
                 own = np.array([self._policies.kinds[i] is failure.policy for i in state.policy[slots]])
                 own |= self._reuse.owns(slots, failure.policy)
+                if not own.any():  # a defect of ours; another try would fail the same way
+                    raise RuntimeError(f"policy '{failure.policy}' failed, and no sample follows it") from failure
                 failed |= dict.fromkeys(slots[own].tolist(), failure.error)
                 waiting[:0] = [slots[~own]] if not own.all() else []
             except BaseException as error:
@@ -203,9 +206,11 @@ class Batch:
         return Tick(slots, done, failed, tuple(records))
 
     def warm(self) -> None:
-        """Captures what forward passes of up to `capacity` lanes will replay, see `ExecutionOptions`. Belongs to the
-        thread that calls it."""
-        warm(self.model, self._execution_for(1), one_context(self.model), self.device)
+        """Captures what forward passes of up to `capacity` lanes will replay, at every width that the model was trained
+        at, see `ExecutionOptions`. Belongs to the thread that calls it."""
+        execution, context, widths = self._execution_for(1), one_context(self.model), self.model.config.widths
+        for network in (self.model,) if widths is None else (narrow(self.model, width) for width in widths):
+            warm(network, execution, context, self.device)
 
     def flush(self) -> list[PassRecord]:
         """Records of the last tick that no tick has had, for those who stop here; waits for the device."""
@@ -277,7 +282,8 @@ class Batch:
         output = self._run(lanes, there, slots, x, t, step, bool(recorded.any()))
         reuses = self._reuse.policy[slots][lanes.sample] != NONE
         made = step + state.stages.before[slots]
-        record = PassRecord(slots, state.tenancy[slots], made, t, recorded, lanes, output, reuses)
+        narrowing = self._networks.narrowing(state.choice[slots][lanes.sample], t[lanes.sample])
+        record = PassRecord(slots, state.tenancy[slots], made, t, recorded, lanes, output, reuses, narrowing)
         guidance = None
         if there.unconditional is not None:
             guidance = Guidance(output.prediction, there.unconditional, there.weight, there.channels)
@@ -374,6 +380,8 @@ class Batch:
         acted = (record.by_lane < self.model.num_layers) | record.reused
         totals.asked += int(np.count_nonzero(record.asks))
         totals.exited += int(np.count_nonzero(record.asks & acted))
+        for name, lanes in record.parts.items():
+            setattr(totals, name, getattr(totals, name) + lanes)
 
     def _learn(self, record: PassRecord) -> None:
         lanes = record.lanes

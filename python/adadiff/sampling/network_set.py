@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..forward.narrow import WidthChoice
 from ..forward.networks import Network, NetworkChoice
 from ..model import Model
 
@@ -54,6 +55,17 @@ class NetworkSet:
             own = choice == number
             found[own] = index[chooser.choose(t[own])]
         return found if found.any() else None
+
+    def narrowing(self, choice: np.ndarray, t: np.ndarray) -> np.ndarray | None:
+        """As `now`; returns bool [2, k]: whose choice is a policy of widths, and who runs at one below 1. None where
+        nobody's is."""
+        found = np.zeros((2, len(t)), dtype=bool)
+        for number in set(choice.tolist()) - {0}:
+            chooser, _ = self._choices[number - 1]
+            if isinstance(chooser, WidthChoice):
+                own = choice == number
+                found[0, own], found[1, own] = True, chooser.policy.widths_at(t[own]) < 1
+        return found if found[0].any() else None
 
     def keep(self, used: np.ndarray) -> np.ndarray:
         """Forgets choices that are not used: int64 [n], numbers. Returns their new numbers."""

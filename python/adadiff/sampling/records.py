@@ -27,7 +27,8 @@ class Learnt(NamedTuple):
 class PassRecord:
     """slots, tenancy: int64 [k], of the k samples that made a step, see `SlotState`; step: int64 [k], its position in
     their lists, those of two stages one after the other. t: float32 [k]. recorded: bool [k], whose scores were asked
-    for. reuses: bool [B], lanes whose policy reuses (None: no lane's). judged: see `Learnt`.
+    for. reuses: bool [B], lanes whose policy reuses (None: no lane's). narrowing: bool [2, B], lanes whose policy has
+    widths, and those that run below 1 (None: no lane's has). judged: see `Learnt`.
 
     The copies to the host are queued at once; `read` waits for them.
     """
@@ -42,6 +43,7 @@ class PassRecord:
         lanes: Lanes,
         output: ForwardOutput,
         reuses: np.ndarray | None = None,
+        narrowing: np.ndarray | None = None,
     ):
         self.slots, self.tenancy, self.step, self.t = slots, tenancy, step, t
         self.recorded, self.lanes = recorded, lanes
@@ -50,7 +52,7 @@ class PassRecord:
         if isinstance(self._moved, Tensor):
             exit_layer = torch.cat([exit_layer, self._moved])
         self._exit_layer, self._scores = Arriving(exit_layer), None
-        self._reuses = reuses
+        self._reuses, self._narrowing = reuses, narrowing
         self._head_layer = None if output.head_layer is None else Arriving(output.head_layer)
         if output.scores is not None:
             self._scores, self._scored = Arriving(output.scores), _scored(lanes, len(output.scores))
@@ -59,8 +61,8 @@ class PassRecord:
 
     def read(self) -> Learnt:
         """Waits for the device where that is needed. Sets by_lane, integers [B], the exit layers; reused, bool [B];
-        asks, bool [B]: lanes with a policy that may leave work out, of networks in which policies decide; macs, those
-        of oracles included, macs_full and rows_moved."""
+        asks, bool [B]: lanes with a policy that may leave work out, of networks in which policies decide; parts: the
+        counts by part of `Totals`; macs, those of oracles included, macs_full and rows_moved."""
         if self._learnt is not None:
             return self._learnt
         lanes, k = self.lanes, len(self.slots)
@@ -73,7 +75,14 @@ class PassRecord:
             self.reused |= head_layer > 0
         self.macs = self._costs.total(self.by_lane.tolist(), None if head_layer is None else head_layer.tolist())
         self.macs += 0 if self.judged is None else self.judged.macs
-        self.asks = self._asks()
+        exits, reuses = self._asks()
+        self.asks = exits | reuses
+        early = self.by_lane < len(self._costs.by_exit_layer[0]) - 1
+        left = early if head_layer is None else early & (head_layer == 0)
+        counted = {"asked_exit": exits, "left": exits & left, "asked_reuse": reuses}
+        if self._narrowing is not None:
+            counted |= dict(zip(("asked_width", "narrow"), self._narrowing, strict=True))
+        self.parts = {name: int(np.count_nonzero(lanes)) for name, lanes in counted.items()}
         self.macs_full, self.rows_moved = len(self.by_lane) * self._costs.plain, int(self._moved)
         exit_layer, scores = np.zeros((k, 2), dtype=np.uint8), None
         exit_layer[lanes.sample, lanes.half] = self.by_lane
@@ -86,13 +95,16 @@ class PassRecord:
         self._learnt = Learnt(exit_layer, scores, reused, self.judged)
         return self._learnt
 
-    def _asks(self) -> np.ndarray:
+    def _asks(self) -> tuple[np.ndarray, np.ndarray]:
+        """bool [B] each: whose policies may let them exit, and reuse."""
         lanes, costs = self.lanes, self._costs
         exits = np.array([asks_for_exits(policy) for policy in lanes.policies])
-        asks = exits[np.zeros(len(self.by_lane), dtype=np.int64) if lanes.policy_index is None else lanes.policy_index]
-        if self._reuses is not None:
-            asks |= self._reuses
-        return asks if costs.network is None else asks & np.array(costs.asks)[list(costs.network)]
+        exits = exits[np.zeros(len(self.by_lane), dtype=np.int64) if lanes.policy_index is None else lanes.policy_index]
+        reuses = np.zeros_like(exits) if self._reuses is None else self._reuses
+        if costs.network is not None:
+            asks = np.array(costs.asks)[list(costs.network)]
+            exits, reuses = exits & asks, reuses & asks
+        return exits, reuses
 
 
 def _scored(lanes: Lanes, num_layers: int) -> np.ndarray:
@@ -144,8 +156,9 @@ class RunRecord:
             macs_full=done.macs_full,
             rows_moved=done.rows_moved,
             seconds=seconds,
-            asks=done.asked > 0,
-            acted=done.exited > 0,
+            asks=done.asked > 0 or done.asked_width > 0,
+            acted=not done.never_acted,
+            idle=done.idle,
             reused=None if self._reused is None else torch.from_numpy(self._reused.copy()),
             went_on=None if self._went_on is None else torch.from_numpy(self._went_on.copy()),
             oracle_scores=None if self._oracle_scores is None else torch.from_numpy(self._oracle_scores.copy()),

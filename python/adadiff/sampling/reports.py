@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -10,13 +11,16 @@ from torch import Tensor
 from ..policies.exits import Full
 from ..policies.interface import ExitPolicy
 
-NEVER_ACTED = "the policy never let a sample exit"
-NEVER_REUSED = "the policy never let a sample exit or reuse"
+VERBS = {"exit": "exit", "reuse": "reuse", "width": "run narrow"}  # what parts of a policy let samples do
 
 
-def never_acted_text(reuses: bool) -> str:
-    """reuses: the policy is there to let samples reuse, too."""
-    return NEVER_REUSED if reuses else NEVER_ACTED
+def never_acted_text(parts: Sequence[str]) -> str:
+    """parts: one or more of VERBS, those that never acted."""
+    return f"the policy never let a sample {_verbs(parts)}"
+
+
+def _verbs(parts: Sequence[str]) -> str:
+    return " or ".join(VERBS[part] for part in parts)
 
 
 def asks_for_exits(policy: ExitPolicy) -> bool:
@@ -24,10 +28,10 @@ def asks_for_exits(policy: ExitPolicy) -> bool:
 
 
 @lru_cache(maxsize=256)
-def log_never_acted(policy: str, reuses: bool = False) -> None:
-    """Once for each policy. reuses: it is there to let samples reuse, too."""
-    how = " or reuse" if reuses else ""
-    logging.getLogger("adadiff").warning("policy %s never let a sample exit%s: every block was run", policy, how)
+def log_never_acted(policy: str, parts: tuple[str, ...], whole: bool) -> None:
+    """Once for each policy. parts: those that never acted. whole: every block was run."""
+    message = "policy %s never let a sample %s" + (": every block was run" if whole else "")
+    logging.getLogger("adadiff").warning(message, policy, _verbs(parts))
 
 
 @dataclass(frozen=True)
@@ -86,15 +90,16 @@ class ExitRecord:
 @dataclass(frozen=True)
 class Report(ExitRecord):
     """A run of `adadiff.sample`. Multiply-adds count networks, scores and oracles, not the solver; macs_full are those
-    of as many passes of the full network."""
+    of as many passes of the full network. idle: parts of the policy that never acted, of "exit", "reuse", "width"."""
 
     macs: int
     macs_full: int
     rows_moved: int
     seconds: float
+    idle: tuple[str, ...] = field(default=(), kw_only=True)
 
     def __str__(self) -> str:
-        n = self.exit_layer.shape[1]
+        n, never = self.exit_layer.shape[1], never_acted_text(self.idle or ("exit",))
         if not self.passes:
             return f"{n} samples, nothing to compute"
         return (
@@ -102,7 +107,7 @@ class Report(ExitRecord):
             f"{self.mean_exit_layer:.2f} of {self.num_layers}; {self.blocks / self.blocks_full:.1%} of the blocks, "
             f"{self.macs / self.macs_full:.1%} of the multiply-adds of the full network"
             f"{'' if self.reused is None else f'; {self.reuses / self.passes:.1%} of the steps reused an earlier one'}"
-            f"{f'; {never_acted_text(self.reused is not None)}' if self.never_acted else ''}"
+            f"{f'; {never}' if self.never_acted else ''}"
             f"{'' if self.went_on is None else f'; {int(self.went_on.sum())} went on to the teacher'}"
         )
 
@@ -120,7 +125,8 @@ class RequestReport(ExitRecord):
 class Totals:
     """What a batch has done so far. passes: lanes that went through the network, each tick counted; asked: those of
     them whose policy is there to leave work out, without those of a shallow network; exited: those of these that exited
-    early or reused an earlier step. reused: lanes that did."""
+    early or reused an earlier step. reused: lanes that did. By part: asked_exit, asked_reuse, asked_width, lanes whose
+    policy has it; left, those that exited early; narrow, those that ran at a width below 1."""
 
     ticks: int = 0
     passes: int = 0
@@ -132,6 +138,11 @@ class Totals:
     asked: int = 0
     exited: int = 0
     reused: int = 0
+    asked_exit: int = 0
+    left: int = 0
+    asked_reuse: int = 0
+    asked_width: int = 0
+    narrow: int = 0
 
     @property
     def mean_exit_layer(self) -> float:
@@ -139,5 +150,20 @@ class Totals:
 
     @property
     def never_acted(self) -> bool:
-        """Policies that are there to leave work out left none out."""
-        return self.asked > 0 and not self.exited
+        """Policies that are there to leave work out left none out: no block, or no share of any."""
+        return (self.asked > 0 and not self.exited) or (self.asked_width > 0 and not self.narrow)
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """Parts of policies that never acted, whatever others did."""
+        parts = {
+            "exit": (self.asked_exit, self.left),
+            "reuse": (self.asked_reuse, self.reused),
+            "width": (self.asked_width, self.narrow),
+        }
+        return tuple(name for name, (asked, acted) in parts.items() if asked and not acted)
+
+    def log_idle(self, policy: str) -> None:
+        """Says so, once for each policy."""
+        if self.idle:
+            log_never_acted(policy, self.idle, self.asked > 0 and not self.exited)

@@ -1,4 +1,4 @@
-"""What of a policy that reuses can be told to be of no use before any work starts."""
+"""What of a policy can be told to be of no use, or of less than it seems, before any work starts."""
 
 import logging
 from functools import cache
@@ -37,4 +37,14 @@ def _warn_stochastic(policy: str, solver: str) -> None:
         "a %s policy with the solver %s, which adds noise at every step: what a step computed fits the next one less",
         policy,
         solver,
+    )
+
+
+@cache
+def warn_calibrated_whole(policy: str) -> None:
+    """Once for each policy."""
+    logging.getLogger("adadiff").warning(
+        "policy %s: its thresholds were calibrated on the whole network, and narrow networks are certain at other "
+        "blocks, so the share of the work may be another; measure it with `adadiff evaluate`",
+        policy,
     )

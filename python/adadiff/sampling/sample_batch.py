@@ -12,13 +12,14 @@ from ..diffusion.tables import Solver
 from ..forward.narrow import width_choice
 from ..forward.networks import NetworkChoice
 from ..model import Model
+from ..policies.calibrated import CalibratedThresholds
 from ..policies.interface import ExitPolicy, exit_layers_of
 from ..policies.parts import Parts
 from ..policies.spelling import parts_from
 from .auto_steps import steps_of
 from .cascades import Draft, draft_of
 from .params import SamplingParams, as_tensor, per_sample
-from .reuse_checks import check_reuse_of
+from .reuse_checks import check_reuse_of, warn_calibrated_whole
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,12 @@ class SampleBatch:
 
 def _choice(model: Model, parts: Parts) -> NetworkChoice | None:
     """ValueError for parts that this model cannot follow."""
-    return None if parts.width is None else width_choice(model, parts.width)
+    if parts.width is None:
+        return None
+    choice = width_choice(model, parts.width)
+    if isinstance(parts.exit, CalibratedThresholds) and min(parts.width.widths) < 1:
+        warn_calibrated_whole(str(parts))
+    return choice
 
 
 @lru_cache(maxsize=1024)

@@ -16,7 +16,7 @@ from ..model import Model
 from .batch import Batch
 from .params import SamplingParams
 from .records import RunRecord
-from .reports import Report, Totals, log_never_acted
+from .reports import Report, Totals
 from .sample_batch import SampleBatch, whole
 
 
@@ -136,5 +136,4 @@ class SamplerRun:
                         yield finite
                     if error is not None:
                         raise error
-        if self._totals.never_acted:
-            log_never_acted(str(self.samples.parts), self.samples.parts.reuse is not None)
+        self._totals.log_idle(str(self.samples.parts))

@@ -72,15 +72,18 @@ def blank_condition(model: Model) -> dict[str, Any]:
     return {"class_labels": 0} if model.config.classes else {}
 
 
-def presets_for(model: Model, presets: Mapping[str, str]) -> dict[str, str]:
-    """Those that this model can follow."""
+def presets_for(model: Model, presets: Mapping[str, str], shallow: bool = False) -> dict[str, str]:
+    """Those that this model can follow. shallow: another one takes its place at noisy timesteps, which excludes
+    widths."""
     found = {}
     for name, text in presets.items():
         try:
-            check_fit(parts_from(text, model.calibration), model)
+            parts = parts_from(text, model.calibration)
+            check_fit(parts, model)
         except ValueError:
             continue
-        found[name] = text
+        if not (shallow and parts.width is not None):
+            found[name] = text
     return found
 
 

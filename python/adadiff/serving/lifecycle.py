@@ -12,6 +12,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from .connection import Connection
 from .logs import log
 from .service import Service
 
@@ -47,19 +48,23 @@ def address_of(bound: socket.socket) -> str:
 def run(app: FastAPI, bound: socket.socket, drain_timeout: float) -> bool:
     """Serves until a signal comes. True where all requests that were taken have been finished. Main thread only."""
     service: Service = app.state.service
-    config = uvicorn.Config(
+    server = _Server(_config(app, drain_timeout), service, drain_timeout)
+    server.run(sockets=[bound])
+    log("stopped", aborted=service.aborted or None)
+    return not (service.aborted or server.force_exit)
+
+
+def _config(app: FastAPI, drain_timeout: float) -> uvicorn.Config:
+    return uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
         server_header=False,
+        http=Connection,
         lifespan="on",
         ws="none",
         timeout_graceful_shutdown=int(drain_timeout + ABORT_SECONDS) + 1,
     )
-    server = _Server(config, service, drain_timeout)
-    server.run(sockets=[bound])
-    log("stopped", aborted=service.aborted or None)
-    return not (service.aborted or server.force_exit)
 
 
 class _Server(uvicorn.Server):

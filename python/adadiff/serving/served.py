@@ -61,10 +61,15 @@ class ServedModel:
         capacity: int | str = 64,
         queue: int = 256,
         execution: ExecutionOptions | None = None,
+        *,
+        shallow_model: Model | None = None,
+        t_switch: float | None = None,
         **more: Any,
     ) -> "ServedModel":
-        """With an engine of its own; `more` as in `ServedModel`. Raises ValueError."""
-        engine = Engine(model, capacity, queue=queue, execution=execution, warm=True)
+        """With an engine of its own; shallow_model, t_switch: as in `Engine`, `more` as in `ServedModel`. Raises
+        ValueError."""
+        two = {"shallow_model": shallow_model, "t_switch": t_switch}
+        engine = Engine(model, capacity, queue=queue, execution=execution, warm=True, **two)
         try:
             return ServedModel(name, engine, **more)
         except BaseException:
@@ -116,6 +121,7 @@ class ServedModel:
             "class_names": list(self.class_names),
             "guidance": self.takes_guidance,
             "num_layers": self.model.num_layers,
+            "shallow_layers": None if self.engine.shallow_model is None else self.engine.shallow_model.num_layers,
             "exits": self.model.exits is not None,
             "policies": [*forms_for(self.model), *presets],
             "calibrated_for": None

@@ -29,7 +29,10 @@ class Service:
         if not models or len(self.models) != len(models):
             raise ValueError(f"a service needs models of different names, got {[served.name for served in models]}")
         self.settings, self.metrics = settings, Metrics(self.models)
-        self.presets = {name: presets_for(served.model, settings.policies) for name, served in self.models.items()}
+        self.presets = {
+            name: presets_for(served.model, settings.policies, served.engine.shallow_model is not None)
+            for name, served in self.models.items()
+        }
         followed = {preset for found in self.presets.values() for preset in found}
         if idle := [name for name in settings.policies if name not in followed]:
             raise ValueError(f"policy {idle[0]}={settings.policies[idle[0]]} fits none of {', '.join(self.models)}")

@@ -21,6 +21,7 @@ class Settings:
 
     max_images, max_steps, max_partial_images, max_guidance_scale: of one request. steps: of requests that name none.
     max_body: bytes of a body; max_depth: nested arrays and objects in it; body_seconds: until all of it has arrived.
+    head_seconds: until the request line and all headers have, under `adadiff serve`.
     write_seconds: a client that reads nothing of a stream for so long is disconnected. policies: presets by name, any
     spelling that `policy` takes, files and classes included. api_keys: of which requests to /v1/ bring one; none: no
     key is asked for.
@@ -35,6 +36,7 @@ class Settings:
     max_body: int = 65536
     max_depth: int = 16
     body_seconds: float = 10.0
+    head_seconds: float = 10.0
     write_seconds: float = 60.0
     policies: Mapping[str, str] = field(default_factory=dict)
     api_keys: tuple[str, ...] = field(default=(), repr=False)
@@ -47,7 +49,7 @@ class Settings:
         whole("steps", self.steps, 1)
         if self.steps > self.max_steps:
             raise ValueError(f"steps must be at most max_steps, {self.max_steps}, got {self.steps}")
-        for name in ("max_guidance_scale", "body_seconds", "write_seconds"):
+        for name in ("max_guidance_scale", "head_seconds", "body_seconds", "write_seconds"):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 < value <= 1e6:
                 raise ValueError(f"{name} must be a positive number of at most 1e6, got {value!r}")
