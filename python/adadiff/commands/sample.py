@@ -1,6 +1,7 @@
 """adadiff sample."""
 
 import argparse
+import dataclasses
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -11,8 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..forward.two_stage import T_SWITCH
 from ..model import Model
+from ..output.asked import Asked, Texts
 from ..output.filling import Process, ShardFolder
 from ..output.locking import only_launch
 from ..output.pictures import ADVICE, CHANNELS, PictureFolder
@@ -21,21 +22,9 @@ from ..pipelines.text import CLIP, TextEncoder
 from ..policies.calibrated import Calibration
 from ..policies.step_selector import AUTO
 from ..sampling import sampler
-from ..sampling.params import SamplingParams
 from ..sampling.reports import Report, never_acted_text
 from ..writing import check_replaceable
-from .shared import (
-    check_limits,
-    check_policy,
-    cycled,
-    decoder,
-    digest,
-    execution_of,
-    load_model,
-    resolved,
-    steps_of,
-    with_progress,
-)
+from .shared import check_limits, decoder, with_progress
 from .terminal import say, way_of_drawing, with_bars
 
 PNG_MOST = 1000  # samples that become a picture each where nothing else is asked for
@@ -50,50 +39,10 @@ def sample(options: argparse.Namespace) -> None:
     if n < 0:
         raise ValueError(f"n must be an integer >= 0, got {n}")
     check_limits(options, MOST_SAMPLES)
-    model = load_model(options)
-    parts = check_policy(model, options.policy)
-    width = parts.width
-    if options.guidance_interval is not None and options.guidance_scale == 1:
-        raise ValueError("--guidance-interval says at which times there is guidance; give --guidance-scale, too")
-    configuration = {
-        **resolved(options),
-        "class_labels": options.class_labels,
-        "tied": options.tied,
-        **_given(options, "guidance_interval", "prompt", "text_encoder", "decoder"),
-    }
-    if width is not None:  # the file of a schedule may be another one when this is gone on with
-        configuration["widths"] = [list(pair) for pair in zip((0.0, *width.times), width.widths, strict=True)]
-    execution = execution_of(options)
-    texts = _no_texts(options, model)  # stands for what prompts become while all else is checked
-    shallow = None if options.shallow_model is None else load_model(options, options.shallow_model)
-    if parts.cascade is not None:
-        configuration["cascade_sha256"] = digest(parts.cascade.path)
-    if shallow is not None:
-        configuration |= {"shallow_model": options.shallow_model, "shallow_sha256": digest(options.shallow_model)}
-        configuration["t_switch"] = T_SWITCH if options.t_switch is None else options.t_switch
-
-    def sampling(slots: Sequence[int], progress: bool = False) -> sampler.SamplerRun:
-        labels = options.class_labels
-        params = SamplingParams(
-            seed=[options.seed + slot for slot in slots],
-            class_labels=None if labels is None else cycled("class labels", labels, n, slots),
-            steps=steps_of(options, n, slots),
-            solver=options.solver,
-            policy=options.policy,
-            guidance_scale=options.guidance_scale,
-            guidance_interval=options.guidance_interval,
-            tied=options.tied,
-            **texts(slots),
-        )
-        return sampler.SamplerRun(
-            *(model, len(slots), params),
-            batch=options.batch,
-            execution=execution,
-            shallow_model=shallow,
-            t_switch=options.t_switch,
-            progress=progress,
-        )
-
+    asked = Asked(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Asked)})
+    networks = asked.load()
+    model = networks.model
+    configuration = asked.configuration(model)
     if options.decoder is not None and options.format == "npz":
         raise ValueError("--format npz keeps latents; leave --decoder out")
     pictures = options.decoder is not None or model.backbone.sample_shape[0] in CHANNELS
@@ -113,12 +62,12 @@ def sample(options: argparse.Namespace) -> None:
     else:
         shard = SHARD if options.shard is None else options.shard
         manifest = Manifest.of(model, {**configuration, "shard": shard})
-    sampling(_some(options))  # for its checks, before anything is loaded or the folder touched
-    if options.guidance_scale != 1 and model.config.classes and options.class_labels is None:
-        raise ValueError(
-            f"--guidance-scale {options.guidance_scale:g} without --class-labels doubles the work and changes nothing"
-        )
+    asked.check(networks)  # before anything is loaded or the folder touched
     decoded, texts = decoder(options, model), _texts(options, model)
+
+    def sampling(slots: Sequence[int], progress: bool = False) -> sampler.SamplerRun:
+        return asked.run(networks, slots, texts, progress)
+
     with only_launch(options.out, process.rank, process.world):
         if kind == "png":
             shape = model.backbone.sample_shape
@@ -129,12 +78,6 @@ def sample(options: argparse.Namespace) -> None:
         else:
             shards = _opened(options, lambda: ShardFolder(options.out, manifest, process))
             _fill_with_shards(shards, sampling, model.calibration)
-
-
-def _some(options: argparse.Namespace) -> list[int]:
-    """Slots that have all settings between them, and the largest seed."""
-    n, longest = options.n, max(len(values) for values in (options.class_labels or (), options.steps))
-    return sorted({*range(min(n, longest)), *range(max(0, n - 1), n)})
 
 
 def _picture_folder(out: Path, *settings: Any) -> PictureFolder:
@@ -162,46 +105,16 @@ def _opened(options: argparse.Namespace, folder: Callable[[], Folder]) -> Folder
     return folder()
 
 
-Texts = Callable[[Sequence[int]], dict[str, Tensor]]  # slots -> embeddings of the prompts of the samples there
-
-
-def _no_texts(options: argparse.Namespace, model: Model) -> Texts:
-    """Zeros where `_texts` has embeddings. ValueError for options that do not fit the model."""
+def _texts(options: argparse.Namespace, model: Model) -> Texts | None:
+    """Contexts of --prompt, and of the empty prompt."""
     network, prompts = model.config.network, options.prompt
     if not network.context_tokens:
-        if prompts is not None or options.text_encoder is not None:
-            raise ValueError("this model takes no text; leave --prompt and --text-encoder out")
-        return lambda slots: {}
-    if prompts is None:
-        raise ValueError("this model takes text; give --prompt")
-    if options.class_labels is not None:
-        raise ValueError("this model takes text; leave --class-labels out")
-    cycled("prompts", prompts, options.n, ())  # for its check
-    zeros = torch.zeros((), dtype=torch.float32, device="cpu").expand(network.context_tokens, network.context_dim)
-    return lambda slots: {"text_embeds": zeros.expand(len(slots), *zeros.shape), "null_text_embeds": zeros}
-
-
-def _texts(options: argparse.Namespace, model: Model) -> Texts:
-    """Embeddings of --prompt, cycled, and of the empty prompt."""
-    network, prompts = model.config.network, options.prompt
-    if not network.context_tokens:
-        return lambda slots: {}
+        return None
     *made, null = TextEncoder.load(options.text_encoder or CLIP)([*prompts, ""])
     wanted = (network.context_tokens, network.context_dim)
     if null.shape != wanted:
         raise ValueError(f"this model takes text {list(wanted)}, the text encoder makes {list(null.shape)}")
-
-    def of(slots: Sequence[int]) -> dict[str, Tensor]:
-        own = [made[slot % len(made)] for slot in slots]
-        return {"text_embeds": torch.stack(own) if own else null.new_zeros(0, *wanted), "null_text_embeds": null}
-
-    return of
-
-
-def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Those options that were given, as JSON keeps them."""
-    values = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    return {name: str(value) if isinstance(value, Path | tuple) else value for name, value in values.items()}
+    return Texts(torch.stack(made), null)
 
 
 def _fill_with_pictures(
