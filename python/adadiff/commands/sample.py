@@ -5,20 +5,22 @@ import dataclasses
 import os
 import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..model import Model
-from ..output.asked import Asked, Texts
+from ..output import parquet
+from ..output.asked import Asked, Networks
 from ..output.filling import Process, ShardFolder
 from ..output.locking import only_launch
 from ..output.pictures import ADVICE, CHANNELS, PictureFolder
 from ..output.shards import MANIFEST, MOST_SAMPLES, Manifest
-from ..pipelines.text import CLIP, TextEncoder
+from ..output.shards import PER_SHARD as SHARD
+from ..pipelines.contexts import contexts_of
 from ..policies.calibrated import Calibration
 from ..policies.step_selector import AUTO
 from ..sampling import sampler
@@ -31,7 +33,6 @@ PNG_MOST = 1000  # samples that become a picture each where nothing else is aske
 PNG_LIMIT = 10**6  # samples that can become a picture each
 OUTPUTS = re.compile(r"report\.json|manifest\.json|grid\.png|[0-9]{6,}\.png|shard-[0-9]{5,}\.npz")
 Folder = TypeVar("Folder", PictureFolder, ShardFolder)
-SHARD = 1000  # samples
 
 
 def sample(options: argparse.Namespace) -> None:
@@ -40,13 +41,16 @@ def sample(options: argparse.Namespace) -> None:
         raise ValueError(f"n must be an integer >= 0, got {n}")
     check_limits(options, MOST_SAMPLES)
     asked = Asked(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Asked)})
-    networks = asked.load()
+    networks = asked.load("cpu" if options.ray else None)  # with Ray, workers have the devices
     model = networks.model
     configuration = asked.configuration(model)
     if options.decoder is not None and options.format == "npz":
         raise ValueError("--format npz keeps latents; leave --decoder out")
     pictures = options.decoder is not None or model.backbone.sample_shape[0] in CHANNELS
-    kind = options.format or ("png" if pictures and n <= PNG_MOST else "npz")
+    kind = options.format or ("png" if pictures and n <= PNG_MOST and not options.ray else "npz")
+    _check_ray(options, kind)
+    if options.parquet is not None and kind == "png":
+        raise ValueError("--parquet is for --format npz, whose shards it converts")
     if kind == "png":
         if not pictures:
             channels = model.backbone.sample_shape[0]
@@ -62,8 +66,12 @@ def sample(options: argparse.Namespace) -> None:
     else:
         shard = SHARD if options.shard is None else options.shard
         manifest = Manifest.of(model, {**configuration, "shard": shard})
+        if options.parquet is not None:
+            parquet.check(manifest, options.parquet, options.force)
+    if options.ray:
+        return _sample_with_ray(options, asked, networks, manifest)
     asked.check(networks)  # before anything is loaded or the folder touched
-    decoded, texts = decoder(options, model), _texts(options, model)
+    decoded, texts = decoder(options, model), contexts_of(asked, model)
 
     def sampling(slots: Sequence[int], progress: bool = False) -> sampler.SamplerRun:
         return asked.run(networks, slots, texts, progress)
@@ -77,7 +85,37 @@ def sample(options: argparse.Namespace) -> None:
             _fill_with_pictures(pictures, configuration, sampling, decoded, model.calibration)
         else:
             shards = _opened(options, lambda: ShardFolder(options.out, manifest, process))
-            _fill_with_shards(shards, sampling, model.calibration)
+            draw = partial(shards.draw, sampling, progress=with_bars())
+            _fill_with_shards(options, shards, draw, model.calibration)
+
+
+def _check_ray(options: argparse.Namespace, kind: str) -> None:
+    """ValueError for options that make no sense with --ray, or without."""
+    if not options.ray:
+        for name in ("actors", "actor_cpus"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} is for --ray, which spreads the work over workers")
+    elif options.decoder is not None:
+        raise ValueError("--ray keeps latents, which `adadiff evaluate` decodes; leave --decoder out")
+    elif kind == "png":
+        raise ValueError("--ray writes arrays of many samples; leave --format png out")
+
+
+def _sample_with_ray(options: argparse.Namespace, asked: Asked, networks: Networks, manifest: Manifest) -> None:
+    from ..serving.ray.extra import check_extra
+
+    check_extra("ray.data")
+    from ..serving.ray import offline
+    from ..serving.ray.planning import Workers
+
+    workers = Workers.of(asked, options.actors, 1 if options.actor_cpus is None else options.actor_cpus)
+    job = offline.Job.of(asked, networks, manifest, workers)
+    with only_launch(options.out), offline.connected() if options.force else nullcontext():
+        if options.force:  # before anything is removed
+            job.check_cluster()
+        shards = _opened(options, lambda: ShardFolder(options.out, manifest, Process()))
+        draw = partial(job.draw, shards, progress=with_bars())
+        _fill_with_shards(options, shards, draw, networks.model.calibration)
 
 
 def _picture_folder(out: Path, *settings: Any) -> PictureFolder:
@@ -103,18 +141,6 @@ def _opened(options: argparse.Namespace, folder: Callable[[], Folder]) -> Folder
         if OUTPUTS.fullmatch(path.name):
             path.unlink()
     return folder()
-
-
-def _texts(options: argparse.Namespace, model: Model) -> Texts | None:
-    """Contexts of --prompt, and of the empty prompt."""
-    network, prompts = model.config.network, options.prompt
-    if not network.context_tokens:
-        return None
-    *made, null = TextEncoder.load(options.text_encoder or CLIP)([*prompts, ""])
-    wanted = (network.context_tokens, network.context_dim)
-    if null.shape != wanted:
-        raise ValueError(f"this model takes text {list(wanted)}, the text encoder makes {list(null.shape)}")
-    return Texts(torch.stack(made), null)
 
 
 def _fill_with_pictures(
@@ -153,9 +179,10 @@ def _fill_with_pictures(
 
 
 def _fill_with_shards(
-    folder: ShardFolder, sampling: Callable[..., sampler.SamplerRun], calibration: Calibration | None
+    options: argparse.Namespace, folder: ShardFolder, draw: Callable[[], int], calibration: Calibration | None
 ) -> None:
-    """Rank 0 speaks for all; others only of damage, and of the end where they are the last."""
+    """draw: what is missing; returns how many shards that was. Rank 0 speaks for all; others only of damage, and of the
+    end where they are the last."""
     out, n, first = folder.folder, folder.manifest.n, folder.process.rank == 0
     if first:
         _announce(folder.manifest.configuration, calibration)
@@ -165,7 +192,7 @@ def _fill_with_shards(
         before = folder.count
         if before and first:
             say(f"{before} of {n} samples are in {out} already")
-        drew = folder.draw(sampling, progress=with_bars())
+        drew = draw()
         totals = folder.finish()
     except (KeyboardInterrupt, OSError) as error:
         if isinstance(error, KeyboardInterrupt) and not first:
@@ -181,6 +208,9 @@ def _fill_with_shards(
         left_out = f", {_left_out(macs, macs_full, depth, layers, never=never)}"
         time = f" in {totals['seconds']:.1f} s of drawing" if n else ""
         say(f"wrote {out}: {n} samples{time}{left_out if n else ''}")
+        if options.parquet is not None:
+            written = parquet.export(out, options.parquet, options.force)
+            say(f"wrote {options.parquet}: {written} of {folder.manifest.shards} Parquet files")
 
 
 def _asks(policy: str) -> bool:

@@ -1,5 +1,6 @@
 """What a folder of samples is to hold, as plain values: any process, on any machine, draws the same from them."""
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from ..policies.parts import Parts
 from ..policies.spelling import DEFAULT, parts_from
 from ..policies.step_selector import AUTO
 from ..sampling.params import SamplingParams
+from ..sampling.sample_batch import whole
 from ..sampling.sampler import SamplerRun
 
 
@@ -41,20 +43,21 @@ class Texts:
 @dataclass(frozen=True, kw_only=True)
 class Asked:
     """model, shallow_model: names of models in the package, or files. n samples; sample i has the seed `seed` + i, and
-    of steps, class_labels and prompt those at i, each list repeated. The others are as in `SamplingParams`, `sample`
-    and `ExecutionOptions`; device: None: a GPU if there is one. Messages name the options of `adadiff sample`.
+    of steps, class_labels and prompt, one for all or lists, which repeat, those at i. The others are as in
+    `SamplingParams`, `sample` and `ExecutionOptions`; device: None: a GPU if there is one. Messages name the options of
+    `adadiff sample`.
     """
 
     model: str
     n: int
-    steps: Sequence[int] | Sequence[str] = (50,)  # or ["auto"]
+    steps: int | str | Sequence[int] | Sequence[str] = 50  # a string: "auto"
     solver: str = "ddim"
     policy: str = DEFAULT
     guidance_scale: float = 1.0
     guidance_interval: tuple[float, float] | None = None
     seed: int = 0
-    class_labels: Sequence[int] | None = None
-    prompt: Sequence[str] | None = None
+    class_labels: int | Sequence[int] | None = None
+    prompt: str | Sequence[str] | None = None
     text_encoder: Path | None = None
     decoder: Path | None = None
     tied: bool = False
@@ -67,9 +70,11 @@ class Asked:
     runner: Runner = "eager"
 
     def __post_init__(self) -> None:
+        whole("n", self.n, 0)
+        whole("seed", self.seed, 0)
         for name in ("steps", "class_labels", "prompt"):
-            if (values := getattr(self, name)) is not None:
-                object.__setattr__(self, name, list(values))  # as JSON gives them back
+            if (values := getattr(self, name)) is not None:  # one for all, or a list, as JSON gives it back
+                object.__setattr__(self, name, [values] if isinstance(values, int | str) else list(values))
         if self.guidance_interval is not None:
             low, high = self.guidance_interval
             object.__setattr__(self, "guidance_interval", (float(low), float(high)))
@@ -150,6 +155,11 @@ class Asked:
             raise ValueError(
                 f"--guidance-scale {self.guidance_scale:g} without --class-labels doubles the work and changes nothing"
             )
+
+    def check_anywhere(self, networks: Networks) -> None:
+        """As `check`, for networks on another device than samples are asked for on."""
+        own = networks.model.device.type == torch.device(device_of(self)).type
+        (self if own else dataclasses.replace(self, runner="eager")).check(networks)
 
     @property
     def some_slots(self) -> list[int]:

@@ -1,17 +1,20 @@
 """What the operator of a service decides, checked on construction. Imports nothing of the extra `serve`."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 
 from ..policies.spelling import parts_from
+from ..reading import read_text
 from ..sampling.sample_batch import whole
 
 MOST_STEPS = 1000  # that a noise schedule has
 MOST_NAME = 64  # characters
 DEFAULT_PRESET = "default"  # the preset that requests without a policy get, where the operator names one so
 LEAST_KEY = 8  # characters
+KEY_VARIABLE = "ADADIFF_API_KEY"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -71,3 +74,39 @@ def check_name(what: str, name: str) -> None:
     """ValueError for a name that does not fit in URLs, logs and metrics."""
     if not NAME.fullmatch(name):
         raise ValueError(f"{what} has letters, digits, '.', '_' and '-', at most {MOST_NAME}, got {name!r}")
+
+
+def presets_of(texts: Sequence[str], option: str = "--policy") -> dict[str, str]:
+    """Policies given as NAME=SPELLING. ValueError, which names the option, for anything else."""
+    policies: dict[str, str] = {}
+    for text in texts:
+        name, equals, spelling = text.partition("=")
+        if not (equals and spelling) or name in policies:
+            raise ValueError(f"{option} takes NAME=SPELLING, each name once, as in best=exit:0.135; got {text!r}")
+        policies[name] = spelling
+    return policies
+
+
+def names_of(models: Sequence[str]) -> dict[str, str]:
+    """Names and files of models given as NAME=FILE, as a file, or as one of the package. ValueError for two of one
+    name."""
+    named: dict[str, str] = {}
+    for text in models:
+        name, equals, file = text.partition("=")
+        if not equals:
+            name, file = Path(text).stem, text
+        if name in named:
+            raise ValueError(f"two models are called {name!r}; give one as NAME=FILE")
+        named[name] = file
+    return named
+
+
+def keys_of(file: Path | None, environment: Mapping[str, str]) -> tuple[str, ...]:
+    """API keys: that of the variable KEY_VARIABLE, and those in a file, one a line. ValueError for a file without."""
+    keys = [environment[KEY_VARIABLE]] if environment.get(KEY_VARIABLE) else []
+    if file is not None:
+        found = read_text(file).split()
+        if not found:
+            raise ValueError(f"{file} holds no key; one a line")
+        keys += found
+    return tuple(keys)
