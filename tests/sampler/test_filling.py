@@ -97,7 +97,7 @@ def test_a_kill_while_writing_loses_and_repeats_nothing(digits, tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ctrl_c_tells_what_is_on_disk(rank, tiny, whole, tmp_path, monkeypatch, capsys):
-    undo = interrupt_call(monkeypatch, ShardFolder, "_write", 2)
+    undo = interrupt_call(monkeypatch, ShardFolder, "write", 2)
     if rank:  # says nothing, for rank 0 does
         monkeypatch.setenv("RANK", "1")
         monkeypatch.setenv("WORLD_SIZE", "2")

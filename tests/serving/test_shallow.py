@@ -6,11 +6,12 @@ import numpy as np
 import torch
 
 import adadiff
-from adadiff.commands import serve
 from adadiff.model import Model
 from adadiff.sampling.sampler import sample
 from adadiff.serving.allowed import presets_for
+from adadiff.serving.opening import opened
 from adadiff.serving.served import ServedModel
+from adadiff.serving.settings import names_of, shallow_of
 from sampler.slim import slim_served
 from sampler.tiny import SERVED, scramble, served
 from serving.apps import EXACT, client_of, draw, expected, pixels, run
@@ -55,7 +56,9 @@ def test_policies_that_choose_networks_do_not_fit() -> None:
 def test_the_command_opens_both() -> None:
     line = "canvases digits --shallow-model canvases=canvases_shallow --t-switch 600 --capacity 1"
     options = shell_options(line)
-    models = serve.opened(options, serve.names_of(options.models))
+    named = names_of(options.models)
+    shallow = shallow_of(options.shallow_model, named, options.t_switch)
+    models = opened(named, capacity=1, shallow=shallow, t_switch=options.t_switch)
     try:
         found = [one.engine.shallow_model for one in models]
         weights = adadiff.load("canvases_shallow").state_dict()
@@ -65,4 +68,4 @@ def test_the_command_opens_both() -> None:
         for one in models:
             one.engine.close(drain=False)
     alone = shell_options("canvases --shallow-model canvases_shallow")
-    assert serve.shallow_of(alone, serve.names_of(alone.models)) == {"canvases": "canvases_shallow"}
+    assert shallow_of(alone.shallow_model, names_of(alone.models), None) == {"canvases": "canvases_shallow"}

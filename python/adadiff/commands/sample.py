@@ -1,49 +1,39 @@
 """adadiff sample."""
 
 import argparse
+import dataclasses
 import os
 import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..forward.two_stage import T_SWITCH
-from ..model import Model
+from ..output import parquet
+from ..output.asked import Asked, Networks
 from ..output.filling import Process, ShardFolder
 from ..output.locking import only_launch
 from ..output.pictures import ADVICE, CHANNELS, PictureFolder
 from ..output.shards import MANIFEST, MOST_SAMPLES, Manifest
-from ..pipelines.text import CLIP, TextEncoder
+from ..output.shards import PER_SHARD as SHARD
+from ..pipelines.contexts import contexts_of
 from ..policies.calibrated import Calibration
 from ..policies.joining import split_parts
 from ..policies.step_selector import AUTO
 from ..sampling import sampler
-from ..sampling.params import SamplingParams
 from ..sampling.reports import Report, never_acted_text
 from ..writing import check_replaceable
-from .shared import (
-    check_limits,
-    check_policy,
-    cycled,
-    decoder,
-    digest,
-    execution_of,
-    load_model,
-    resolved,
-    steps_of,
-    with_progress,
-)
+from .shared import check_limits, decoder, with_progress
 from .terminal import say, way_of_drawing, with_bars
 
 PNG_MOST = 1000  # samples that become a picture each where nothing else is asked for
 PNG_LIMIT = 10**6  # samples that can become a picture each
 OUTPUTS = re.compile(r"report\.json|manifest\.json|grid\.png|[0-9]{6,}\.png|shard-[0-9]{5,}\.npz")
 Folder = TypeVar("Folder", PictureFolder, ShardFolder)
-SHARD = 1000  # samples
 
 
 def sample(options: argparse.Namespace) -> None:
@@ -51,54 +41,17 @@ def sample(options: argparse.Namespace) -> None:
     if n < 0:
         raise ValueError(f"n must be an integer >= 0, got {n}")
     check_limits(options, MOST_SAMPLES)
-    model = load_model(options)
-    parts = check_policy(model, options.policy)
-    width = parts.width
-    if options.guidance_interval is not None and options.guidance_scale == 1:
-        raise ValueError("--guidance-interval says at which times there is guidance; give --guidance-scale, too")
-    configuration = {
-        **resolved(options),
-        "class_labels": options.class_labels,
-        "tied": options.tied,
-        **_given(options, "guidance_interval", "prompt", "text_encoder", "decoder"),
-    }
-    if width is not None:  # the file of a schedule may be another one when this is gone on with
-        configuration["widths"] = [list(pair) for pair in zip((0.0, *width.times), width.widths, strict=True)]
-    execution = execution_of(options)
-    texts = _no_texts(options, model)  # stands for what prompts become while all else is checked
-    shallow = None if options.shallow_model is None else load_model(options, options.shallow_model)
-    if parts.cascade is not None:
-        configuration["cascade_sha256"] = digest(parts.cascade.path)
-    if shallow is not None:
-        configuration |= {"shallow_model": options.shallow_model, "shallow_sha256": digest(options.shallow_model)}
-        configuration["t_switch"] = T_SWITCH if options.t_switch is None else options.t_switch
-
-    def sampling(slots: Sequence[int], progress: bool = False) -> sampler.SamplerRun:
-        labels = options.class_labels
-        params = SamplingParams(
-            seed=[options.seed + slot for slot in slots],
-            class_labels=None if labels is None else cycled("class labels", labels, n, slots),
-            steps=steps_of(options, n, slots),
-            solver=options.solver,
-            policy=options.policy,
-            guidance_scale=options.guidance_scale,
-            guidance_interval=options.guidance_interval,
-            tied=options.tied,
-            **texts(slots),
-        )
-        return sampler.SamplerRun(
-            *(model, len(slots), params),
-            batch=options.batch,
-            execution=execution,
-            shallow_model=shallow,
-            t_switch=options.t_switch,
-            progress=progress,
-        )
-
+    asked = Asked(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Asked)})
+    networks = asked.load("cpu" if options.ray else None)  # with Ray, workers have the devices
+    model = networks.model
+    configuration = asked.configuration(model)
     if options.decoder is not None and options.format == "npz":
         raise ValueError("--format npz keeps latents; leave --decoder out")
     pictures = options.decoder is not None or model.backbone.sample_shape[0] in CHANNELS
-    kind = options.format or ("png" if pictures and n <= PNG_MOST else "npz")
+    kind = options.format or ("png" if pictures and n <= PNG_MOST and not options.ray else "npz")
+    _check_ray(options, kind)
+    if options.parquet is not None and kind == "png":
+        raise ValueError("--parquet is for --format npz, whose shards it converts")
     if kind == "png":
         if not pictures:
             channels = model.backbone.sample_shape[0]
@@ -114,12 +67,16 @@ def sample(options: argparse.Namespace) -> None:
     else:
         shard = SHARD if options.shard is None else options.shard
         manifest = Manifest.of(model, {**configuration, "shard": shard})
-    sampling(_some(options))  # for its checks, before anything is loaded or the folder touched
-    if options.guidance_scale != 1 and model.config.classes and options.class_labels is None:
-        raise ValueError(
-            f"--guidance-scale {options.guidance_scale:g} without --class-labels doubles the work and changes nothing"
-        )
-    decoded, texts = decoder(options, model), _texts(options, model)
+        if options.parquet is not None:
+            parquet.check(manifest, options.parquet, options.force)
+    if options.ray:
+        return _sample_with_ray(options, asked, networks, manifest)
+    asked.check(networks)  # before anything is loaded or the folder touched
+    decoded, texts = decoder(options, model), contexts_of(asked, model)
+
+    def sampling(slots: Sequence[int], progress: bool = False) -> sampler.SamplerRun:
+        return asked.run(networks, slots, texts, progress)
+
     with only_launch(options.out, process.rank, process.world):
         if kind == "png":
             shape = model.backbone.sample_shape
@@ -129,13 +86,37 @@ def sample(options: argparse.Namespace) -> None:
             _fill_with_pictures(pictures, configuration, sampling, decoded, model.calibration)
         else:
             shards = _opened(options, lambda: ShardFolder(options.out, manifest, process))
-            _fill_with_shards(shards, sampling, model.calibration)
+            draw = partial(shards.draw, sampling, progress=with_bars())
+            _fill_with_shards(options, shards, draw, model.calibration)
 
 
-def _some(options: argparse.Namespace) -> list[int]:
-    """Slots that have all settings between them, and the largest seed."""
-    n, longest = options.n, max(len(values) for values in (options.class_labels or (), options.steps))
-    return sorted({*range(min(n, longest)), *range(max(0, n - 1), n)})
+def _check_ray(options: argparse.Namespace, kind: str) -> None:
+    """ValueError for options that make no sense with --ray, or without."""
+    if not options.ray:
+        for name in ("actors", "actor_cpus"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} is for --ray, which spreads the work over workers")
+    elif options.decoder is not None:
+        raise ValueError("--ray keeps latents, which `adadiff evaluate` decodes; leave --decoder out")
+    elif kind == "png":
+        raise ValueError("--ray writes arrays of many samples; leave --format png out")
+
+
+def _sample_with_ray(options: argparse.Namespace, asked: Asked, networks: Networks, manifest: Manifest) -> None:
+    from ..serving.ray.extra import check_extra
+
+    check_extra("ray.data")
+    from ..serving.ray import offline
+    from ..serving.ray.planning import Workers
+
+    workers = Workers.of(asked, options.actors, 1 if options.actor_cpus is None else options.actor_cpus)
+    job = offline.Job.of(asked, networks, manifest, workers)
+    with only_launch(options.out), offline.connected() if options.force else nullcontext():
+        if options.force:  # before anything is removed
+            job.check_cluster()
+        shards = _opened(options, lambda: ShardFolder(options.out, manifest, Process()))
+        draw = partial(job.draw, shards, progress=with_bars())
+        _fill_with_shards(options, shards, draw, networks.model.calibration)
 
 
 def _picture_folder(out: Path, configuration: dict[str, Any], *settings: Any) -> PictureFolder:
@@ -162,48 +143,6 @@ def _opened(options: argparse.Namespace, folder: Callable[[], Folder]) -> Folder
         if OUTPUTS.fullmatch(path.name):
             path.unlink()
     return folder()
-
-
-Texts = Callable[[Sequence[int]], dict[str, Tensor]]  # slots -> embeddings of the prompts of the samples there
-
-
-def _no_texts(options: argparse.Namespace, model: Model) -> Texts:
-    """Zeros where `_texts` has embeddings. ValueError for options that do not fit the model."""
-    network, prompts = model.config.network, options.prompt
-    if not network.context_tokens:
-        if prompts is not None or options.text_encoder is not None:
-            raise ValueError("this model takes no text; leave --prompt and --text-encoder out")
-        return lambda slots: {}
-    if prompts is None:
-        raise ValueError("this model takes text; give --prompt")
-    if options.class_labels is not None:
-        raise ValueError("this model takes text; leave --class-labels out")
-    cycled("prompts", prompts, options.n, ())  # for its check
-    zeros = torch.zeros((), dtype=torch.float32, device="cpu").expand(network.context_tokens, network.context_dim)
-    return lambda slots: {"text_embeds": zeros.expand(len(slots), *zeros.shape), "null_text_embeds": zeros}
-
-
-def _texts(options: argparse.Namespace, model: Model) -> Texts:
-    """Embeddings of --prompt, cycled, and of the empty prompt."""
-    network, prompts = model.config.network, options.prompt
-    if not network.context_tokens:
-        return lambda slots: {}
-    *made, null = TextEncoder.load(options.text_encoder or CLIP)([*prompts, ""])
-    wanted = (network.context_tokens, network.context_dim)
-    if null.shape != wanted:
-        raise ValueError(f"this model takes text {list(wanted)}, the text encoder makes {list(null.shape)}")
-
-    def of(slots: Sequence[int]) -> dict[str, Tensor]:
-        own = [made[slot % len(made)] for slot in slots]
-        return {"text_embeds": torch.stack(own) if own else null.new_zeros(0, *wanted), "null_text_embeds": null}
-
-    return of
-
-
-def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Those options that were given, as JSON keeps them."""
-    values = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    return {name: str(value) if isinstance(value, Path | tuple) else value for name, value in values.items()}
 
 
 def _fill_with_pictures(
@@ -243,9 +182,10 @@ def _fill_with_pictures(
 
 
 def _fill_with_shards(
-    folder: ShardFolder, sampling: Callable[..., sampler.SamplerRun], calibration: Calibration | None
+    options: argparse.Namespace, folder: ShardFolder, draw: Callable[[], int], calibration: Calibration | None
 ) -> None:
-    """Rank 0 speaks for all; others only of damage, and of the end where they are the last."""
+    """draw: what is missing; returns how many shards that was. Rank 0 speaks for all; others only of damage, and of the
+    end where they are the last."""
     out, n, first = folder.folder, folder.manifest.n, folder.process.rank == 0
     if first:
         _announce(folder.manifest.configuration, calibration)
@@ -255,7 +195,7 @@ def _fill_with_shards(
         before = folder.count
         if before and first:
             say(f"{before} of {n} samples are in {out} already")
-        drew = folder.draw(sampling, progress=with_bars())
+        drew = draw()
         totals = folder.finish()
     except (KeyboardInterrupt, OSError) as error:
         if isinstance(error, KeyboardInterrupt) and not first:
@@ -271,6 +211,9 @@ def _fill_with_shards(
         left_out = f", {_left_out(macs, macs_full, depth, layers, never=never)}"
         time = f" in {totals['seconds']:.1f} s of drawing" if n else ""
         say(f"wrote {out}: {n} samples{time}{left_out if n else ''}")
+        if options.parquet is not None:
+            written = parquet.export(out, options.parquet, options.force)
+            say(f"wrote {options.parquet}: {written} of {folder.manifest.shards} Parquet files")
 
 
 def _asks(policy: str) -> tuple[str, ...]:

@@ -105,8 +105,33 @@ def add_sample(commands: Commands) -> None:
         f"by any number of processes (default: png for up to {sample.PNG_MOST} images; npz for more, and for latents)",
     )
     output.add_argument("--shard", type=int, metavar="N", help=f"samples in each npz file (default: {sample.SHARD})")
+    output.add_argument(
+        "--parquet",
+        type=Path,
+        metavar="FOLDER",
+        help="also write the samples of npz files as Parquet files, one for each, a row for each sample; needs pyarrow "
+        "(default: none)",
+    )
     add_decoder(output)
     add_force(output, "replace samples of other settings, and files with the names of samples, that FOLDER holds")
+
+    machines = command.add_argument_group("many machines (extra `ray`)")
+    machines.add_argument(
+        "--ray",
+        action="store_true",
+        help="let workers of a Ray cluster draw the samples: of the one that RAY_ADDRESS names, or that runs on this "
+        "machine, or of a new one, on this machine alone; bits are those of a run without",
+    )
+    machines.add_argument(
+        "--actors",
+        type=int,
+        metavar="N",
+        help="workers, each with its own copy of the model and, for --device cuda, a GPU (default: as many as fit in "
+        "the cluster)",
+    )
+    machines.add_argument(
+        "--actor-cpus", type=int, metavar="N", help="processors of a worker, for as many threads (default: 1)"
+    )
 
     execution = command.add_argument_group("execution")
     add_batch(execution)

@@ -4,27 +4,12 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor
+from ..serving.settings import KEY_VARIABLE as KEY_VARIABLE
+from ..serving.settings import Settings, keys_of, names_of, presets_of, shallow_of
+from .shared import execution_of
 
-from ..checkpoint import find
-from ..config import ModelConfig
-from ..model import Model
-from ..pipelines import latents
-from ..pipelines.text import CLIP, TextEncoder
-from ..reading import read_text
-from ..serving.class_names import class_names
-from ..serving.settings import Settings
-from .shared import execution_of, load_model
-
-if TYPE_CHECKING:
-    from ..serving.served import ServedModel
-
-KEY_VARIABLE = "ADADIFF_API_KEY"
 EXTRA = ("fastapi", "uvicorn", "prometheus_client")
 
 
@@ -32,6 +17,7 @@ def serve(options: argparse.Namespace) -> None:
     _check_extra()
     from ..serving import lifecycle, logs
     from ..serving.app import create_app
+    from ..serving.opening import opened
 
     settings, named = settings_of(options, os.environ), names_of(options.models)
     if not 0 < options.drain_timeout <= 86400:
@@ -41,7 +27,19 @@ def serve(options: argparse.Namespace) -> None:
     logs.configure(options.log_format, sys.stderr)
     bound = lifecycle.bind(options.host, options.port)  # before anything is loaded, which takes long
     with bound:
-        app = create_app(opened(options, named), settings)
+        models = opened(
+            named,
+            device=options.device,
+            dtype=options.dtype,
+            capacity=options.capacity,
+            queue=options.queue,
+            execution=execution_of(options),
+            text_encoder=options.text_encoder,
+            decoder=options.decoder,
+            shallow=shallow_of(options.shallow_model or (), named, options.t_switch),
+            t_switch=options.t_switch,
+        )
+        app = create_app(models, settings)
         address = lifecycle.address_of(bound)
         if not settings.api_keys and options.host not in lifecycle.LOOPBACK:
             logs.log("anybody who reaches this address may draw; --api-key-file asks for a key", 30, address=address)
@@ -63,106 +61,11 @@ def _check_extra() -> None:
 
 def settings_of(options: argparse.Namespace, environment: Any) -> Settings:
     """ValueError for limits, policies and keys that cannot be."""
-    policies: dict[str, str] = {}
-    for text in options.policy or ():
-        name, equals, spelling = text.partition("=")
-        if not (equals and spelling) or name in policies:
-            raise ValueError(f"--policy takes NAME=SPELLING, each name once, as in best=exit:0.135; got {text!r}")
-        policies[name] = spelling
-    keys = [environment[KEY_VARIABLE]] if environment.get(KEY_VARIABLE) else []
-    if options.api_key_file is not None:
-        found = read_text(options.api_key_file).split()
-        if not found:
-            raise ValueError(f"{options.api_key_file} holds no key; one a line")
-        keys += found
     return Settings(
         max_images=options.max_images,
         max_steps=options.max_steps,
         max_body=options.max_body,
         steps=options.steps,
-        policies=policies,
-        api_keys=tuple(keys),
+        policies=presets_of(options.policy or ()),
+        api_keys=keys_of(options.api_key_file, environment),
     )
-
-
-def names_of(models: Sequence[str]) -> dict[str, str]:
-    """Names and files of models given as NAME=FILE, as a file, or as one of the package. ValueError for two of one
-    name."""
-    named: dict[str, str] = {}
-    for text in models:
-        name, equals, file = text.partition("=")
-        if not equals:
-            name, file = Path(text).stem, text
-        if name in named:
-            raise ValueError(f"two models are called {name!r}; give one as NAME=FILE")
-        named[name] = file
-    return named
-
-
-def shallow_of(options: argparse.Namespace, named: dict[str, str]) -> dict[str, str]:
-    """Files of shallow models by the name of the model that each is for. ValueError where there is no such model, or
-    two are for one."""
-    found: dict[str, str] = {}
-    for text in options.shallow_model or ():
-        name, equals, file = text.partition("=")
-        if not equals:
-            name, file = next(iter(named)), text
-        if name not in named or name in found or (not equals and len(named) > 1):
-            known = ", ".join(named)
-            raise ValueError(f"--shallow-model takes NAME=FILE, each of the models {known} once; got {text!r}")
-        found[name] = file
-    if options.t_switch is not None and not found:
-        raise ValueError("--t-switch is where a shallow model hands over; give --shallow-model, too")
-    return found
-
-
-def opened(options: argparse.Namespace, named: dict[str, str]) -> "list[ServedModel]":
-    """Each model with an engine of its own. ValueError for files that do not fit, before the first engine is made."""
-    from ..serving.served import ServedModel
-
-    models = {name: load_model(options, file) for name, file in named.items()}
-    shallow = shallow_of(options, named)
-    encode, decode = _encoder(options, models), _decoder(options)
-    served: list[ServedModel] = []
-    try:
-        for name, model in models.items():
-            config = model.config
-            more = {
-                "class_names": () if named[name] != name or find(name).stem != name else class_names(name),
-                "encode": encode if model.config.network.context_tokens else None,
-                "decode": None if config.latent_scale is None or decode is None else decode(config),
-            }
-            if name in shallow:
-                more |= {"shallow_model": load_model(options, shallow[name]), "t_switch": options.t_switch}
-            served.append(ServedModel.open(name, model, options.capacity, options.queue, execution_of(options), **more))
-    except BaseException:
-        for one in served:
-            one.engine.close(drain=False)
-        raise
-    return served
-
-
-def _encoder(options: argparse.Namespace, models: dict[str, Model]) -> TextEncoder | None:
-    """One for all models of text."""
-    text = [name for name, model in models.items() if model.config.network.context_tokens]
-    if not text:
-        if options.text_encoder is not None:
-            raise ValueError("none of the models takes text; leave --text-encoder out")
-        return None
-    encoder = TextEncoder.load(options.text_encoder or CLIP)
-    made = list(encoder([""]).shape[1:])
-    for name in text:
-        network = models[name].config.network
-        if made != [network.context_tokens, network.context_dim]:
-            wanted = [network.context_tokens, network.context_dim]
-            raise ValueError(f"{name} takes text {wanted}, the text encoder makes {made}")
-    return encoder
-
-
-def _decoder(options: argparse.Namespace) -> Callable[[ModelConfig], Callable[[Tensor], Tensor]] | None:
-    """From a model's configuration to what makes its images."""
-    if options.decoder is None:
-        return None
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    autoencoder = latents.load_autoencoder(options.decoder, device)
-    return lambda own: lambda samples: latents.decode(samples, autoencoder, own.latent_scale, own.latent_shift)

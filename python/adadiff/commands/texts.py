@@ -91,7 +91,10 @@ PAGES = {
 
   # 50,000 samples in array files, by two processes
   torchrun --nproc_per_node 2 -m adadiff sample digits \\
-      --out many -n 50000""",
+      --out many -n 50000
+
+  # the same by all machines of a Ray cluster
+  adadiff sample digits --out many -n 50000 --ray""",
         notes="If the run is interrupted, the same command draws only the samples that are missing.\n\n"
         "In Python, `adadiff.output.shards.read(FOLDER)` reads the array files. They are the same, bit for bit, for "
         "any number of processes, provided that each process has the same number of threads; torchrun gives each one "

@@ -61,7 +61,7 @@ class ShardFolder:
             for path in folder.iterdir():
                 if path.name in (MANIFEST, REPORT, GRID) or SHARD.fullmatch(path.name):
                     check_replaceable(path)
-            self._agree()
+            check_agrees(folder, manifest)
             for path in folder.iterdir():  # of a run that was killed
                 part = PART.fullmatch(path.name)
                 if part and int(part[1]) % process.world == process.rank:
@@ -69,25 +69,6 @@ class ShardFolder:
             write_json(folder / MANIFEST, dataclasses.asdict(manifest), process.rank)
         except OSError as error:
             raise ValueError(f"cannot write to {folder}: {error.strerror}") from error
-
-    def _agree(self) -> None:
-        # In this order: another process may write them all in the meantime, the manifest first.
-        drawn = any(SHARD.fullmatch(path.name) for path in self.folder.iterdir())
-        finished = any((self.folder / name).exists() for name in (REPORT, GRID))
-        if not (self.folder / MANIFEST).exists():
-            if drawn or finished:
-                raise ValueError(f"{self.folder} holds samples but no {MANIFEST}; {ADVICE}")
-            return
-        theirs = Manifest.read(self.folder)
-        if not (drawn or finished):
-            return  # of a run that has drawn nothing
-        differing = self.manifest.differing(theirs)
-        if differing == ["n"] and theirs.n < self.manifest.n:
-            if theirs.n % theirs.shard:
-                full = f"the last of its shards of {theirs.shard} is not full"
-                raise ValueError(f"{self.folder} holds n = {theirs.n} samples and cannot grow: {full}; {ADVICE}")
-        elif differing:
-            raise ValueError(f"{self.folder} holds samples drawn with another {', '.join(differing)}; {ADVICE}")
 
     @property
     def count(self) -> int:
@@ -114,55 +95,43 @@ class ShardFolder:
                 shard_path(self.folder, number).unlink()
         return damaged
 
+    @property
+    def missing(self) -> list[int]:
+        """The shards of this process that are not there."""
+        return [number for number in self.own if not shard_path(self.folder, number).exists()]
+
     def draw(self, sampling: Callable[[range], SamplerRun], progress: bool = True) -> int:
         """Draws the missing shards of this process, and returns how many; `sampling` makes the run of some slots.
 
         The bar, of rank 0 alone, counts the shards of others whenever one of its own is done.
         """
-        shown = {
-            "disable": self.process.rank > 0 or not progress,
-            "unit": "image",
-            "smoothing": 0,
-            "dynamic_ncols": True,
-        }
         drawn = blocks = passes = 0
-        with tqdm(total=self.manifest.n, initial=self.count, **shown) as bar:
-            for number in self.own:
-                if shard_path(self.folder, number).exists():
-                    continue
-                slots = self.manifest.slots(number)
-                run, values = sampling(slots), np.empty((len(slots), *self.manifest.shape), self.manifest.dtype)
-                for places, images in run:
-                    values[places.numpy()] = self._values(images, [slots[place] for place in places.tolist()])
-                    report = run.report
-                    depth = (blocks + report.blocks) / (passes + report.passes)
-                    bar.set_postfix(depth=f"{depth:.2f}/{report.num_layers}", refresh=False)
-                    bar.update(len(places))
-                self._write(number, run, values)
-                drawn, blocks, passes = drawn + 1, blocks + report.blocks, passes + report.passes
+        with self.bar(progress) as bar:
+            for number in self.missing:
+                run = sampling(self.manifest.slots(number))
+
+                def show(images: int, run: SamplerRun = run, blocks: int = blocks, passes: int = passes) -> None:
+                    show_depth(bar, blocks + run.report.blocks, passes + run.report.passes, self.manifest.num_layers)
+                    bar.update(images)
+
+                self.write(number, shard_arrays(self.manifest, number, run, show))
+                drawn, blocks, passes = drawn + 1, blocks + run.report.blocks, passes + run.report.passes
                 bar.update(self.count - bar.n)
         return drawn
 
-    def _values(self, images: Tensor, slots: list[int]) -> np.ndarray:
-        """images: float32 [k, C, H, W]. Returns them as they are stored."""
-        bad = [slot for slot, image in zip(slots, images, strict=True) if not bool(image.isfinite().all())]
-        if bad:
-            raise ValueError(f"sample {bad[0]} holds NaN or infinity; no sample of its shard is kept")
-        if self.manifest.array == "latents":
-            return images.cpu().numpy()
-        return np.stack([to_pixels(image) for image in images]).reshape(len(images), *self.manifest.shape)
+    def bar(self, progress: bool = True) -> tqdm:
+        """That counts the folder's samples; of rank 0 alone."""
+        return tqdm(
+            total=self.manifest.n,
+            initial=self.count,
+            disable=self.process.rank > 0 or not progress,
+            unit="image",
+            smoothing=0,
+            dynamic_ncols=True,
+        )
 
-    def _write(self, number: int, run: SamplerRun, values: np.ndarray) -> None:
-        report, slots = run.report, self.manifest.slots(number)
-        arrays = {
-            self.manifest.array: values,
-            "slots": np.arange(slots.start, slots.stop),
-            "seeds": run.samples.seeds.numpy(),
-            "exit_layer": report.exit_layer.numpy(),
-            **{name: np.array(getattr(report, name)) for name in COUNTS},
-        }
-        if self.manifest.configuration.get("class_labels") is not None:
-            arrays["labels"] = run.samples.context.numpy()
+    def write(self, number: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """arrays: of `shard_arrays`."""
 
         def save(temporary: Path) -> None:
             with temporary.open("wb") as file:
@@ -195,3 +164,61 @@ class ShardFolder:
         first = itertools.islice((image for images in shards for image in images), GRID_MOST)
         pixels = [image[..., 0] if image.shape[-1] == 1 else image for image in first]
         write_png(self.folder / GRID, make_grid(pixels), self.process.rank)
+
+
+def check_agrees(folder: Path, manifest: Manifest) -> None:
+    """ValueError for a folder that holds anything but samples of this manifest, or of a smaller n. Writes nothing."""
+    # In this order: another process may write them all in the meantime, the manifest first.
+    drawn = any(SHARD.fullmatch(path.name) for path in folder.iterdir())
+    finished = any((folder / name).exists() for name in (REPORT, GRID))
+    if not (folder / MANIFEST).exists():
+        if drawn or finished:
+            raise ValueError(f"{folder} holds samples but no {MANIFEST}; {ADVICE}")
+        return
+    theirs = Manifest.read(folder)
+    if not (drawn or finished):
+        return  # of a run that has drawn nothing
+    differing = manifest.differing(theirs)
+    if differing == ["n"] and theirs.n < manifest.n:
+        if theirs.n % theirs.shard:
+            full = f"the last of its shards of {theirs.shard} is not full"
+            raise ValueError(f"{folder} holds n = {theirs.n} samples and cannot grow: {full}; {ADVICE}")
+    elif differing:
+        raise ValueError(f"{folder} holds samples drawn with another {', '.join(differing)}; {ADVICE}")
+
+
+def shard_arrays(
+    manifest: Manifest, number: int, run: SamplerRun, each: Callable[[int], object] = lambda images: None
+) -> dict[str, np.ndarray]:
+    """Draws a shard: what `read_shard` reads. run: of its slots. each: called with the number of images that have just
+    been finished. Raises ValueError where a sample holds NaN or infinity."""
+    slots = manifest.slots(number)
+    values = np.empty((len(slots), *manifest.shape), manifest.dtype)
+    for places, images in run:
+        values[places.numpy()] = _values(manifest, images, [slots[place] for place in places.tolist()])
+        each(len(places))
+    report = run.report
+    arrays = {
+        manifest.array: values,
+        "slots": np.arange(slots.start, slots.stop),
+        "seeds": run.samples.seeds.numpy(),
+        "exit_layer": report.exit_layer.numpy(),
+        **{name: np.array(getattr(report, name)) for name in COUNTS},
+    }
+    if manifest.configuration.get("class_labels") is not None:
+        arrays["labels"] = run.samples.context.numpy()
+    return arrays
+
+
+def _values(manifest: Manifest, images: Tensor, slots: list[int]) -> np.ndarray:
+    """images: float32 [k, C, H, W]. Returns them as they are stored."""
+    bad = [slot for slot, image in zip(slots, images, strict=True) if not bool(image.isfinite().all())]
+    if bad:
+        raise ValueError(f"sample {bad[0]} holds NaN or infinity; no sample of its shard is kept")
+    if manifest.array == "latents":
+        return images.cpu().numpy()
+    return np.stack([to_pixels(image) for image in images]).reshape(len(images), *manifest.shape)
+
+
+def show_depth(bar: tqdm, blocks: int, passes: int, num_layers: int) -> None:
+    bar.set_postfix(depth=f"{blocks / passes:.2f}/{num_layers}", refresh=False)

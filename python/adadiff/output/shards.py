@@ -27,6 +27,7 @@ COUNTS = ("macs", "macs_full", "rows_moved", "seconds")  # of a Report, kept wit
 SHARD = re.compile(r"shard-(\d{5,})\.npz")
 DTYPES = {"images": "uint8", "latents": "float32"}
 MOST_SAMPLES = 10**7
+PER_SHARD = 1000  # samples, where nothing else is asked for
 
 
 @dataclass(frozen=True)

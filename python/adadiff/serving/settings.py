@@ -1,17 +1,20 @@
 """What the operator of a service decides, checked on construction. Imports nothing of the extra `serve`."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 
 from ..policies.spelling import parts_from
+from ..reading import read_text
 from ..sampling.sample_batch import whole
 
 MOST_STEPS = 1000  # that a noise schedule has
 MOST_NAME = 64  # characters
 DEFAULT_PRESET = "default"  # the preset that requests without a policy get, where the operator names one so
 LEAST_KEY = 8  # characters
+KEY_VARIABLE = "ADADIFF_API_KEY"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -73,3 +76,56 @@ def check_name(what: str, name: str) -> None:
     """ValueError for a name that does not fit in URLs, logs and metrics."""
     if not NAME.fullmatch(name):
         raise ValueError(f"{what} has letters, digits, '.', '_' and '-', at most {MOST_NAME}, got {name!r}")
+
+
+def presets_of(texts: Sequence[str], option: str = "--policy") -> dict[str, str]:
+    """Policies given as NAME=SPELLING. ValueError, which names the option, for anything else."""
+    policies: dict[str, str] = {}
+    for text in texts:
+        name, equals, spelling = text.partition("=")
+        if not (equals and spelling) or name in policies:
+            raise ValueError(f"{option} takes NAME=SPELLING, each name once, as in best=exit:0.135; got {text!r}")
+        policies[name] = spelling
+    return policies
+
+
+def names_of(models: Sequence[str]) -> dict[str, str]:
+    """Names and files of models given as NAME=FILE, as a file, or as one of the package. ValueError for two of one
+    name."""
+    named: dict[str, str] = {}
+    for text in models:
+        name, equals, file = text.partition("=")
+        if not equals:
+            name, file = Path(text).stem, text
+        if name in named:
+            raise ValueError(f"two models are called {name!r}; give one as NAME=FILE")
+        named[name] = file
+    return named
+
+
+def shallow_of(texts: Sequence[str], named: Mapping[str, str], t_switch: float | None) -> dict[str, str]:
+    """Files of shallow models by the name of the model that each is for, given as NAME=FILE, or as a file where there
+    is one model. ValueError where there is no such model, or two are for one."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, file = text.partition("=")
+        if not equals:
+            name, file = next(iter(named)), text
+        if name not in named or name in found or (not equals and len(named) > 1):
+            known = ", ".join(named)
+            raise ValueError(f"--shallow-model takes NAME=FILE, each of the models {known} once; got {text!r}")
+        found[name] = file
+    if t_switch is not None and not found:
+        raise ValueError("--t-switch is where a shallow model hands over; give --shallow-model, too")
+    return found
+
+
+def keys_of(file: Path | None, environment: Mapping[str, str]) -> tuple[str, ...]:
+    """API keys: that of the variable KEY_VARIABLE, and those in a file, one a line. ValueError for a file without."""
+    keys = [environment[KEY_VARIABLE]] if environment.get(KEY_VARIABLE) else []
+    if file is not None:
+        found = read_text(file).split()
+        if not found:
+            raise ValueError(f"{file} holds no key; one a line")
+        keys += found
+    return tuple(keys)

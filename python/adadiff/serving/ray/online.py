@@ -1,0 +1,67 @@
+"""The service on a Ray cluster: replicas of the application that `adadiff serve` runs, behind Ray Serve's proxy."""
+
+import os
+import sys
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+
+from .. import logs
+from ..app import create_app
+from ..opening import opened
+from ..service import Service
+from ..settings import keys_of, names_of
+from .arguments import Arguments
+
+
+@serve.ingress()
+class Replica:
+    """A process with an engine for each model. Ray sends it requests once it has drawn an image with each.
+
+    When it ends, Ray sends it no more, waits for those in flight, and then for the application's lifespan, which ends
+    the engines.
+    """
+
+    def __init__(self, arguments: Arguments, api_keys: tuple[str, ...]):
+        self._arguments, self._keys = arguments, api_keys
+        self._service: Service | None = None
+
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Ray where the replica lives. Raises ValueError for models that cannot be opened there."""
+        arguments = self._arguments
+        logs.configure(arguments.log_format, sys.stderr)
+        models = opened(
+            names_of(arguments.models),
+            device=arguments.device,
+            dtype=arguments.dtype,
+            capacity=arguments.capacity,
+            queue=arguments.queue,
+            execution=arguments.execution,
+            text_encoder=arguments.text_encoder,
+            decoder=arguments.decoder,
+        )
+        app = create_app(models, arguments.settings(self._keys))
+        self._service = app.state.service
+        await self._service.warm_up()
+        self.check_health()
+        return app
+
+    def check_health(self) -> None:
+        """Called by Ray now and then. Raises RuntimeError where an engine has died: then another replica takes the
+        place of this one."""
+        service = self._service
+        if service is None or service.draining:
+            return
+        for name, state in service.states.items():
+            if state != "ready":
+                raise RuntimeError(f"the engine of {name} is {state}")
+
+
+def app(arguments: Arguments) -> Application:
+    """For `serve run adadiff.serving.ray:app`, with arguments or without, and `import_path` of a config file.
+
+    API keys are those of `adadiff serve`, read here and handed to the replicas, wherever they run.
+    """
+    keys = keys_of(arguments.api_key_file, os.environ)
+    return serve.deployment(**arguments.deployment())(Replica).bind(arguments, keys)
