@@ -7,6 +7,7 @@ the standard library, so that it starts at once.
 
 import asyncio
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -58,7 +59,7 @@ class Run:
 def clients(host: str, port: int, asks: Sequence[Ask], timeout: float = LIMIT) -> Run:
     """Runs them in another process. Raises RuntimeError with what it wrote where it fails."""
     done = subprocess.run(
-        [sys.executable, "-m", __spec__.name if __spec__ else "benchmarks.baselines.http_client", host, str(port)],
+        [sys.executable, "-m", __name__, host, str(port)],
         input=json.dumps([asdict(ask) for ask in asks]),
         cwd=ROOT,
         capture_output=True,
@@ -82,8 +83,6 @@ class Connection:
         limit = SMALL_BUFFER if slow else 2**16
         connection = Connection(*await asyncio.open_connection(host, port, limit=limit))
         if slow:
-            import socket
-
             own = connection.writer.get_extra_info("socket")
             own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BUFFER)
             connection.writer.transport.pause_reading()
@@ -158,7 +157,7 @@ class Clients:
                 await asyncio.sleep(ask.after)
                 connection.writer.transport.resume_reading()
             status, body, stays = await connection.read()
-            return status, whole(ask, body)
+            return status, complete(ask, body)
         except TimeoutError:
             return 0, False
         finally:
@@ -168,7 +167,7 @@ class Clients:
                 connection.close()
 
 
-def whole(ask: Ask, body: bytes) -> bool:
+def complete(ask: Ask, body: bytes) -> bool:
     """Whether an answer holds as many images as were asked for; an error has its message."""
     if ask.kind == MALFORMED:
         return "message" in json.loads(body)["error"]

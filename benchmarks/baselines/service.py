@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -29,20 +30,26 @@ GAUGES = {  # name in /metrics -> attribute of Facts
 }
 
 
-class Facts(dict):
-    """Of /metrics, sums over models: processor seconds, bytes in memory, open files, images that run, wait, were
+@dataclass(frozen=True)
+class Facts:
+    """Of /metrics, sums over models: processor seconds, bytes in memory, open files; images that run, wait, were
     drawn."""
 
-    __getattr__ = dict.__getitem__
+    cpu: float
+    memory: float
+    files: float
+    running: float
+    waiting: float
+    images: float
 
     @staticmethod
     def of(page: str) -> "Facts":
-        found = Facts(dict.fromkeys(GAUGES.values(), 0.0))
+        found = dict.fromkeys(GAUGES.values(), 0.0)
         for line in page.splitlines():
             name, _, value = line.rpartition(" ")
             if (name := name.partition("{")[0]) in GAUGES:
                 found[GAUGES[name]] += float(value)
-        return found
+        return Facts(**found)
 
 
 class ServiceProcess:

@@ -96,7 +96,7 @@ def test_by_arrival_work_does_not_count() -> None:
             stepped(1, admission=wrong)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_nobody_is_overtaken_by_what_comes_much_later(data: st.DataObject) -> None:
     """Whatever comes, and whatever is learnt meanwhile: whoever goes before another was submitted less than (p + 1) x
@@ -104,7 +104,7 @@ def test_nobody_is_overtaken_by_what_comes_much_later(data: st.DataObject) -> No
     max_wait = 4.0
     engine = by_work(max_wait=max_wait)
     clock, handles, admitted = engine._clock, [], []
-    for _ in range(30):
+    for _ in range(12):
         for _ in range(data.draw(st.integers(0, 3))):
             asked = {"steps": data.draw(st.sampled_from([1, 2, 3])), "priority": data.draw(st.sampled_from([0, 0, 1]))}
             policy = data.draw(st.sampled_from(["full", "exit:depth=1"]))

@@ -113,7 +113,8 @@ def opened(options: argparse.Namespace, named: dict[str, str]) -> "list[ServedMo
                 "encode": encode if model.config.network.context_tokens else None,
                 "decode": None if scale is None or decode is None else decode(scale),
             }
-            served.append(ServedModel.open(name, model, options.capacity, options.queue, execution_of(options), **more))
+            of_engine = (options.capacity, options.queue, execution_of(options), options.admission)
+            served.append(ServedModel.open(name, model, *of_engine, **more))
     except BaseException:
         for one in served:
             one.engine.close(drain=False)

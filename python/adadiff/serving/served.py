@@ -61,10 +61,11 @@ class ServedModel:
         capacity: int | str = 64,
         queue: int = 256,
         execution: ExecutionOptions | None = None,
+        admission: str = "arrival",
         **more: Any,
     ) -> "ServedModel":
-        """With an engine of its own; `more` as in `ServedModel`. Raises ValueError."""
-        engine = Engine(model, capacity, queue=queue, execution=execution, warm=True)
+        """With an engine of its own, which takes all but `more`, as in `ServedModel`. Raises ValueError."""
+        engine = Engine(model, capacity, queue=queue, execution=execution, admission=admission, warm=True)
         try:
             return ServedModel(name, engine, **more)
         except BaseException:
