@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import adadiff
 from benchmarks import __main__ as run
 from benchmarks import rows
 from benchmarks.baselines.http_client import GOOD, LEAVES, MALFORMED, SLOW, Answer, Ask, Clients, Run
@@ -16,6 +17,7 @@ from benchmarks.baselines.service import Facts
 from benchmarks.baselines.simulation import workload
 from benchmarks.report import http_section, tables
 from benchmarks.suites import http
+from sampler import shell
 
 PAGE = """# HELP process_cpu_seconds_total Total user and system CPU time spent in seconds.
 process_cpu_seconds_total 12.5
@@ -230,9 +232,7 @@ SIZES = http.Sizes((2, 2, 2, 1), (4, 2, 4, 2), 40, (0.8,), 3, (5, 4))
 
 
 def test_rows_tables_and_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from test_serving_benchmark import tiny
-
-    file, process, model = rows.Rows(tmp_path), Pretended(), tiny()
+    file, process, model = rows.Rows(tmp_path), Pretended(), adadiff.Model(shell.config()).eval()
     settings = [{"seed": i, "class_labels": 1, "steps": 2} for i in range(4)]
     measured = http.throughput(file, "digits", model, process, settings, 4, rounds=3)
     monkeypatch.setattr(http, "POLICY", "full")
@@ -291,10 +291,6 @@ def test_the_suite_is_chosen_by_its_name(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_service_is_measured_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of it, on a real process: a tiny model in place of the digits."""
     pytest.importorskip("uvicorn")
-    from sampler import shell
-
-    import adadiff
-
     path = shell.saved(tmp_path / "digits.safetensors", shell.config())
     real = http.service
     monkeypatch.setattr(http, "service", lambda name, *limits: real(f"digits={path}", *limits))
