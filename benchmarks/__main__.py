@@ -46,7 +46,18 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    suites = ("default", "admission", "diffusers", "digits", "headline", "http", "models", "network", "quality", "serving")
+    suites = (
+        "default",
+        "admission",
+        "diffusers",
+        "digits",
+        "headline",
+        "http",
+        "models",
+        "network",
+        "quality",
+        "serving",
+    )
     parser.add_argument("--suite", choices=suites, default="default")
     parser.add_argument("--quick", action="store_true", help="few repeats, few samples: shows that it works")
     parser.add_argument("--out", type=Path, help="folder for everything written (default: benchmarks/out/DATE)")

@@ -236,6 +236,7 @@ def test_rows_tables_and_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     settings = [{"seed": i, "class_labels": 1, "steps": 2} for i in range(4)]
     measured = http.throughput(file, "digits", model, process, settings, 4, rounds=3)
     monkeypatch.setattr(http, "POLICY", "full")
+    monkeypatch.setattr("benchmarks.baselines.simulation.STEPS", (1, 3))
     http.latency(file, model, process, SIZES, 4, rate=1000.0)
     http.behaviour(file, process, SIZES, 4, rate=100.0)
     http.memory(file, process, SIZES, 4)
@@ -259,7 +260,11 @@ def test_rows_tables_and_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert mixed["asked"][LEAVES] > mixed["whole"][LEAVES] == 0
     assert mixed["seconds"]["n"] == calm["seconds"]["n"] == mixed["asked"][GOOD]  # the same requests
     (memory,) = (row for row in file.rows if row["kind"] == "memory")
-    assert (memory["parameters"]["requests"], memory["slope"], memory["first"]) == (15, pytest.approx(64), memory["points"][1])
+    assert (memory["parameters"]["requests"], memory["slope"], memory["first"]) == (
+        15,
+        pytest.approx(64),
+        memory["points"][1],
+    )
     shown = tables.all_tables(file.rows)
     assert [table.header[0].split(" ")[0] for table in shown] == ["bursts", "requests", "clients", "memory"]
     assert all(len(line) == len(table.header) for table in shown for line in table.body)

@@ -7,11 +7,11 @@ the standard library, so that it starts at once.
 
 import asyncio
 import json
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,7 +19,6 @@ ROOT = Path(__file__).resolve().parents[2]
 PATH = "/v1/images/generations"
 GOOD, LEAVES, MALFORMED, SLOW = "good", "leaves", "malformed", "slow"
 LEAD = 0.2  # seconds from the start to the arrival at 0, for connections to be made
-SMALL_BUFFER = 4096  # bytes that the system takes for a slow reader before it reads
 LIMIT = 600.0  # seconds after which the run is given up
 
 
@@ -80,17 +79,16 @@ class Connection:
 
     @staticmethod
     async def open(host: str, port: int, slow: bool = False) -> "Connection":
-        limit = SMALL_BUFFER if slow else 2**16
-        connection = Connection(*await asyncio.open_connection(host, port, limit=limit))
-        if slow:
-            own = connection.writer.get_extra_info("socket")
-            own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BUFFER)
+        connection = Connection(*await asyncio.open_connection(host, port))
+        if slow:  # what is sent to it stays in the buffers of the system
             connection.writer.transport.pause_reading()
         return connection
 
     def send(self, body: str) -> None:
         data = body.encode()
-        head = f"POST {PATH} HTTP/1.1\r\nHost: benchmark\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+        head = (
+            f"POST {PATH} HTTP/1.1\r\nHost: benchmark\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+        )
         self.writer.write(f"{head}\r\n\r\n".encode() + data)
 
     async def read(self) -> tuple[int, bytes, bool]:
@@ -137,16 +135,16 @@ class Clients:
     async def _one(self, ask: Ask) -> Answer:
         await asyncio.sleep(ask.arrival - self._now)
         status, whole = 0, False
-        try:
+        with suppress(OSError, asyncio.IncompleteReadError):  # status and whole say so
             status, whole = await self._exchange(ask)
-        except (OSError, asyncio.IncompleteReadError):
-            pass  # status and whole say so
         end = self._now
         return Answer(ask.kind, status, end - ask.arrival, whole, end)
 
     async def _exchange(self, ask: Ask) -> tuple[int, bool]:
         slow = ask.kind == SLOW
-        connection = self._idle.pop() if self._idle and not slow else await Connection.open(self._host, self._port, slow)
+        connection = (
+            self._idle.pop() if self._idle and not slow else await Connection.open(self._host, self._port, slow)
+        )
         stays = False
         try:
             connection.send(ask.body)

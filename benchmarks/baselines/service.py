@@ -79,8 +79,8 @@ class ServiceProcess:
 
 @contextmanager
 def service(*arguments: str) -> Iterator[ServiceProcess]:
-    """`adadiff serve` with as many threads as here, on a free port of the loopback, warm. RuntimeError where it does not
-    start, or does not end with 0."""
+    """`adadiff serve` with as many threads as here, on a free port of the loopback, warm. RuntimeError where it does
+    not start, or does not end with 0."""
     path = [str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
         **os.environ,

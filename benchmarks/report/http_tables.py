@@ -75,8 +75,8 @@ def behaviour(rows: Sequence[Row]) -> list[Table]:
             for row in group
         ]
         note = (
-            f"The same {given['requests']} requests at the same times, load {given['load']:.0%}. How many got what they "
-            "waited for: images; why a body was refused; all of a stream, read at the end; of those that leave, none "
+            f"The same {given['requests']} requests at the same times, load {given['load']:.0%}. How many got what "
+            "they waited for: images; why a body was refused; all of a stream, read at the end; of those that leave, none "
             "waits. Latencies: of the requests whose clients behave both times. Left running, open files: when all "
             "was over, files against before. "
         )

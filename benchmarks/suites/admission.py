@@ -5,12 +5,10 @@ Nine of ten requests are shallow (3 of 13 blocks, 10 to 30 steps), one is deep (
 arrive one by one (Poisson) at parts of what the engine makes of a burst, in groups, or all at once.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from adadiff import Engine
 from adadiff.engine.admission import ADMISSIONS
@@ -97,7 +95,9 @@ def mixed(n: int, load: str | float, rate: float | None, seed: int) -> list[Requ
     """rate: requests a second of a burst. jitter: blocks beyond the first."""
     random = np.random.default_rng(seed)
     deep = random.permutation(np.arange(n) < round(DEEP_SHARE * n))
-    steps = np.where(deep, random.integers(*DEEP_STEPS, n, endpoint=True), random.integers(*SHALLOW_STEPS, n, endpoint=True))
+    steps = np.where(
+        deep, random.integers(*DEEP_STEPS, n, endpoint=True), random.integers(*SHALLOW_STEPS, n, endpoint=True)
+    )
     gaps = random.exponential(size=n)
     if load == BURST:
         arrivals = np.zeros(n)
@@ -114,9 +114,7 @@ def costs(machine: str, capacity: int) -> Costs:
     return Costs(np.tile(BLOCK * (n if machine == "linear" else n.clip(max=1)), (LAYERS, 1)), ends=0.0)
 
 
-def simulate(
-    admission: str, machine: str, requests: Sequence[Request], capacity: int, **options: object
-) -> Outcome:
+def simulate(admission: str, machine: str, requests: Sequence[Request], capacity: int, **options: object) -> Outcome:
     """options: of the engine."""
     clock = VirtualClock()
     network = Recorder(SimulatedNetwork(costs(machine, capacity), clock))

@@ -155,7 +155,9 @@ class Burst:
 def answered(run: Run) -> Run:
     """RuntimeError unless every request that waits for its answer has got it."""
     if lost := [answer for answer in run.answers if answer.kind == GOOD and not is_whole(answer)]:
-        raise RuntimeError(f"{len(lost)} of {len(run.answers)} requests got no image, the first status {lost[0].status}")
+        raise RuntimeError(
+            f"{len(lost)} of {len(run.answers)} requests got no image, the first status {lost[0].status}"
+        )
     return run
 
 
@@ -175,9 +177,7 @@ def throughput(
 ) -> Comparison:
     with Engine(model, capacity, queue=len(asked)) as engine:
         every = {ENGINE: Burst.of_engine(engine, asked), SERVICE: Burst.of_service(process, asked)}
-        measured = interleave(
-            every, rounds, pairs={SERVICE: ENGINE}, label=f"http, {name}", timer=lambda call: call()
-        )
+        measured = interleave(every, rounds, pairs={SERVICE: ENGINE}, label=f"http, {name}", timer=lambda call: call())
     busy = {variant: Times(tuple(burst.busy[-rounds:])).median for variant, burst in every.items()}
     parameters = {"model": name, "capacity": capacity, "requests": len(asked), "steps": asked[0]["steps"]}
     for variant in every:

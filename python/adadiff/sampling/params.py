@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -108,7 +108,7 @@ class SamplingParams:
         return dataclasses.replace(params, **settings) if settings else params
 
 
-def is_plain(value: object) -> bool:
+def is_plain(value: object) -> TypeGuard[int | float]:
     """A finite number of Python. Most requests bring no others, and each call of PyTorch hands the interpreter to the
     engine's thread, which a server feels."""
     return (type(value) is int and -(2**63) <= value < 2**63) or (type(value) is float and math.isfinite(value))
@@ -137,7 +137,7 @@ def per_sample(name: str, value: object, n: int, dtype: torch.dtype) -> Tensor:
 
 def _check_numbers(name: str, value: object, whole: bool = False, least: float = -math.inf) -> None:
     """ValueError unless `value` is None, a finite number, or a sequence or tensor [n] of them."""
-    if value is None or (is_plain(value) and not (whole and isinstance(value, float)) and value >= least):
+    if value is None or (is_plain(value) and not (whole and isinstance(value, float)) and float(value) >= least):
         return
     try:
         given = as_tensor(value)
