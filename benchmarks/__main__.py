@@ -5,6 +5,8 @@ Prints a summary of a few lines; the folder --out holds the rest: report.html, t
 python benchmarks/run.py [--quick]            both suites, short: under 8 minutes (90 s) on 2 cores
 python benchmarks/run.py --suite network      U-ViT-S/2 at batch 8 and 64, both dtypes, compiled baseline
 python benchmarks/run.py --suite serving      throughput and latency of continuous batching: 50 minutes (--quick: 1)
+python benchmarks/run.py --suite admission    who begins first of those that wait, on a virtual clock: 5 minutes
+python benchmarks/run.py --suite http         the HTTP service beside the engine inside it: 20 minutes (--quick: 1)
 python benchmarks/run.py --suite quality --data canvases     every method over its range, at equal seconds: 50 minutes
 python benchmarks/run.py --suite quality --data letters --screen 256 --samples 2048     five hours
 python benchmarks/run.py --suite diffusers    caches in transformers, sample by sample: 8 minutes (--quick: 1)
@@ -31,7 +33,7 @@ from benchmarks.report import html, plots
 from benchmarks.report.summary import REPORT, TABLES, summary
 from benchmarks.report.tables import all_tables, plain
 from benchmarks.rows import ROOT, Rows, cores, machine, say
-from benchmarks.suites import digits, headline, network, pipelines, quality, serving
+from benchmarks.suites import admission, digits, headline, http, network, pipelines, quality, serving
 from benchmarks.suites import models as presets
 from benchmarks.suites.equal_seconds import Comparison
 from benchmarks.suites.judging import DATA
@@ -44,7 +46,18 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    suites = ("default", "diffusers", "digits", "headline", "models", "network", "quality", "serving")
+    suites = (
+        "default",
+        "admission",
+        "diffusers",
+        "digits",
+        "headline",
+        "http",
+        "models",
+        "network",
+        "quality",
+        "serving",
+    )
     parser.add_argument("--suite", choices=suites, default="default")
     parser.add_argument("--quick", action="store_true", help="few repeats, few samples: shows that it works")
     parser.add_argument("--out", type=Path, help="folder for everything written (default: benchmarks/out/DATE)")
@@ -80,8 +93,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=whole_numbers, help="suite quality: numbers of solver steps, as in 6,10,20")
     parser.add_argument("--budgets", type=shares, help="suite quality: shares of the work, as in 0.4,0.55")
     chosen = parser.parse_args(argv)
-    if chosen.quality_only and chosen.suite in ("diffusers", "headline", "network", "serving", "models"):
+    if chosen.quality_only and chosen.suite not in ("default", "digits", "quality"):
         parser.error(f"the suite {chosen.suite} measures no quality; use --suite digits")
+    if chosen.suite == "http" and find_spec("uvicorn") is None:
+        parser.error("the suite http takes the service: pip install 'adadiff_kernels[serve]'")
     if chosen.suite == "diffusers" and find_spec("diffusers") is None:
         parser.error("the suite diffusers takes diffusers: pip install 'adadiff_kernels[diffusers]'")
     if chosen.presets is not None and chosen.suite != "models":
@@ -128,6 +143,10 @@ def main() -> None:
 
 
 def measure(rows: Rows, comparison: Comparison | None, chosen: argparse.Namespace) -> None:
+    if chosen.suite == "admission":
+        admission.run(rows, admission.QUICK if chosen.quick else admission.FULL)
+    if chosen.suite == "http":
+        http.run(rows, http.QUICK if chosen.quick else http.FULL)
     if chosen.suite == "serving":
         serving.run(rows, serving.QUICK if chosen.quick else serving.FULL)
     if chosen.suite == "headline":

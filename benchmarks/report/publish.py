@@ -22,10 +22,12 @@ from PIL import Image
 from adadiff.writing import replace_file
 from benchmarks.gpu import tables as gpu_tables
 from benchmarks.report import (
+    admission_tables,
     equal_seconds_table,
     front_plots,
     fronts,
     headline,
+    http_tables,
     pipelines_tables,
     plots,
     serving_tables,
@@ -59,7 +61,8 @@ PAGES: dict[Path, tuple[Tables, ...]] = {
     RESULTS / "equal-seconds.md": (fronts.tables,),
     RESULTS / "digits.md": (digits, overhead),
     RESULTS / "network.md": (network, models),
-    RESULTS / "serving.md": serving_tables.ALL,
+    RESULTS / "serving.md": (*serving_tables.ALL, admission_tables.tables),
+    RESULTS / "http.md": http_tables.ALL,
     RESULTS / "diffusers.md": (pipelines_tables.tables,),
     RESULTS / "gpu.md": (*gpu_tables.ALL, gpu_tables.network_side_by_side),
 }

@@ -6,6 +6,7 @@ from pathlib import Path
 from benchmarks.report import (
     digits_section,
     headline_section,
+    http_section,
     models_section,
     network_section,
     pipelines_section,
@@ -22,6 +23,7 @@ MAKERS: dict[str, Callable[[Sequence[Row]], Section | None]] = {
     "digits": digits_section.section,
     "network": network_section.section,
     "serving": serving_section.section,
+    "http": http_section.section,
     "models": models_section.section,
     "diffusers": pipelines_section.section,
 }

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from adadiff.metrics.intervals import Interval, seed_interval
 from benchmarks.gpu import tables as gpu_tables
-from benchmarks.report import fronts, pipelines_tables, serving_tables
+from benchmarks.report import admission_tables, fronts, http_tables, pipelines_tables, serving_tables
 from benchmarks.report.cells import Table, number, select, warning, where
 from benchmarks.report.model_tables import models
 from benchmarks.rows import Row, key
@@ -46,6 +46,8 @@ def all_tables(rows: Iterable[Row]) -> list[Table]:
         fronts.tables,
         network,
         *serving_tables.ALL,
+        admission_tables.tables,
+        *http_tables.ALL,
         models,
         pipelines_tables.tables,
         *gpu_tables.ALL,

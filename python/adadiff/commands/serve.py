@@ -34,6 +34,7 @@ def serve(options: argparse.Namespace) -> None:
             capacity=options.capacity,
             queue=options.queue,
             execution=execution_of(options),
+            admission=options.admission,
             text_encoder=options.text_encoder,
             decoder=options.decoder,
             shallow=shallow_of(options.shallow_model or (), named, options.t_switch),

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..engine.admission import ADMISSIONS
 from ..forward.two_stage import T_SWITCH
 from ..pipelines.text import CLIP
 from . import serve
@@ -105,6 +106,13 @@ def add_serve(commands: Commands) -> None:
         metavar="LANES",
         help="lanes of one forward pass of each model, a guided image takes two; or the memory they may take, as in "
         "2GiB (default: 64)",
+    )
+    execution.add_argument(
+        "--admission",
+        choices=ADMISSIONS,
+        default="arrival",
+        help="which of the requests that wait is drawn first: by arrival, or by the least work expected of it, which "
+        "answers most of them sooner and long ones later (default: arrival)",
     )
     add_device(execution)
     add_execution(execution)

@@ -7,7 +7,6 @@ import time
 import weakref
 from collections.abc import Callable
 from functools import partial
-from numbers import Real
 from queue import SimpleQueue
 
 from ..forward.options import ExecutionOptions
@@ -19,6 +18,8 @@ from ..sampling.batch import Batch
 from ..sampling.capacity import Rooms, capacity_of
 from ..sampling.params import SamplingParams
 from ..sampling.sample_batch import SampleBatch, whole
+from .admission import expected_work
+from .checks import seconds
 from .handles import EngineClosed, EngineFull, EngineReport, Handle
 from .process import end_with_process
 from .request_queue import RequestQueue
@@ -35,7 +36,8 @@ class Engine:
     capacity: lanes in one forward pass (a guided request takes two), or the bytes they may take as "512MiB" or "2GiB"
     (a request that reuses earlier steps then takes the room of more lanes, for what is kept of it).
     queue: requests that may wait. max_wait: seconds after which a request goes before later ones of a higher priority,
-    see request_queue.py. execution: how forward passes are run.
+    see request_queue.py. admission: "arrival", first come, first served, or "work", those of whom the least work is
+    expected first, see admission.py. execution: how forward passes are run.
     shallow_model, t_switch: another network at the noisy timesteps of all requests, see `sample`.
     threaded=False: no thread of its own, `step` makes each tick. warm: what execution's runner="captured" captures is
     captured before the first tick, which takes seconds; `ready` says when that is done.
@@ -56,6 +58,7 @@ class Engine:
         *,
         queue: int = 1024,
         max_wait: float = 60.0,
+        admission: str = "arrival",
         execution: ExecutionOptions | None = None,
         shallow_model: Model | None = None,
         t_switch: float | None = None,
@@ -65,7 +68,7 @@ class Engine:
         forward: Callable[..., ForwardOutput] | None = None,
     ):
         whole("queue", queue, 1)
-        max_wait = _seconds("max_wait", max_wait)
+        max_wait = seconds("max_wait", max_wait)
         switch = two_stage(model, shallow_model, t_switch)
         self.model, self.shallow_model, self.queue = model, shallow_model, queue
         self.capacity = min(capacity_of(one, capacity) for one in (model, shallow_model) if one is not None)
@@ -73,7 +76,7 @@ class Engine:
         make_batch = partial(
             Batch, model, self.capacity, execution=execution, choice=switch, forward=forward, late=True
         )
-        self._waiting = RequestQueue(max_wait)
+        self._waiting = RequestQueue(max_wait, expected_work(admission, model))
         self._running = Running(make_batch, self._waiting, clock)
         self._handles: weakref.WeakSet[Handle] = weakref.WeakSet()  # of all requests, for a forked process
         self._closing = self._aborting = self._over = False
@@ -124,10 +127,10 @@ class Engine:
         if priority > MOST_PRIORITY:
             raise ValueError(f"priority must be at most {MOST_PRIORITY}, got {priority}")
         if deadline is not None:
-            deadline = _seconds("deadline", deadline)
+            deadline = seconds("deadline", deadline)
         if on_step is not None and not callable(on_step):
             raise ValueError(f"on_step must be callable with a handle, got {on_step!r}")
-        wait = _seconds("wait", wait, least=0.0)
+        wait = seconds("wait", wait, least=0.0)
         params = SamplingParams.of(params, settings)
         if params.seed is None:
             raise ValueError("a request needs a seed; its image belongs to it")
@@ -142,7 +145,7 @@ class Engine:
                 f"this engine was made for a model on {self._batch.device}, which is on {self.model.device} now; make "
                 "another engine"
             )
-        until, bell = time.monotonic() + wait, None
+        kind, until, bell = self._waiting.kind_of(samples), time.monotonic() + wait, None
         while True:
             with self._lock:
                 if self._closing:
@@ -150,9 +153,9 @@ class Engine:
                 if not self._waiting.full(self.queue):
                     now = self._clock()
                     end = math.inf if deadline is None else now + deadline
-                    handle = Handle(samples, self, now, end, priority, on_step, lanes)
+                    handle = Handle(samples, self, now, end, priority, on_step, lanes, kind)
                     self._handles.add(handle)
-                    self._waiting.add(handle, priority)
+                    self._waiting.add(handle)
                     break
             left = until - time.monotonic()
             if left <= 0 or self._is_above():  # who would make room?
@@ -225,7 +228,7 @@ class Engine:
         Waits until that is done. Raises TimeoutError after `timeout` seconds; then call it again.
         """
         if timeout is not None:
-            timeout = _seconds("timeout", timeout, least=0.0)
+            timeout = seconds("timeout", timeout, least=0.0)
         if not drain:
             self._aborting = True
         self._closing = True
@@ -322,6 +325,8 @@ class Engine:
             if not handle._counted:  # no call in between, hence no signal
                 self._ended[kind] += 1
                 handle._counted = True
+                if kind == "finished":
+                    self._waiting.learn(handle)
             if handle._admitted is None:
                 self._waiting.left()
         self._bells.ring()
@@ -362,16 +367,3 @@ def _serve(calls: "SimpleQueue[Engine | None]") -> None:
     """What the thread of an engine does. It holds the engine while there is work: one that all have forgotten ends."""
     while (engine := calls.get()) is not None and engine._work():
         del engine
-
-
-def _seconds(name: str, value: float, least: float | None = None) -> float:
-    """A finite number above 0; where `least` is given, any of at least that."""
-    try:
-        seconds = float(value) if isinstance(value, Real) else math.nan
-    except OverflowError:
-        seconds = math.inf
-    if least is not None and not seconds >= least:
-        raise ValueError(f"{name} must be a number of seconds >= {least:g}, got {value!r}")
-    if least is None and not 0 < seconds < math.inf:
-        raise ValueError(f"{name} must be a positive number of seconds, got {value!r}")
-    return seconds

@@ -17,6 +17,7 @@ from ..sampling.arriving import Arriving
 from ..sampling.records import Learnt
 from ..sampling.reports import RequestReport, Totals
 from ..sampling.sample_batch import SampleBatch
+from .admission import Kind
 from .waking import SignalSafeCondition
 
 if TYPE_CHECKING:
@@ -65,13 +66,14 @@ class Handle(Future):
         priority: int,
         on_step: Callable | None,
         lanes: float,
+        kind: Kind | None = None,
     ):
         super().__init__()
         self._condition = SignalSafeCondition()  # the engine's thread takes it, too
         self._done_callbacks = _Callbacks()
         self.samples, self.submitted, self.deadline, self.priority = samples, submitted, deadline, priority
         self._engine, self._on_step, self._lanes = weakref.ref(engine), on_step, lanes
-        self._num_layers = engine.model.num_layers
+        self.kind, self._num_layers = kind, engine.model.num_layers
         self._steps: list[tuple[np.ndarray, np.ndarray | None, np.ndarray]] = []  # made, by lane, as far as known
         self._made = 0  # steps
         self._judged: tuple[float, bool] | None = None  # by a cascade's oracle

@@ -1,14 +1,19 @@
 """Requests that wait for a slot.
 
-Every request has a due time, its deadline or `max_wait` seconds after it was submitted; each level of priority moves it
-`max_wait` seconds earlier. The earliest due comes first. Due times do not change, so whoever waits is overtaken only by
-requests submitted within the next (priority + 1) x max_wait seconds: nobody starves.
+Every request has a due time, its deadline or `max_wait` seconds after it was submitted, by work a share of them (see
+admission.py); each level of priority moves it `max_wait` seconds earlier. The earliest due comes first. Whoever waits
+is overtaken only by requests submitted within the next (p + 1) x max_wait seconds, p being how many levels of priority
+they are above it: nobody starves.
 """
 
 import heapq
 import itertools
 import math
 
+import numpy as np
+
+from ..sampling.sample_batch import SampleBatch
+from .admission import ExpectedWork, Kind
 from .handles import Handle
 
 SLACK = 64  # ended requests that may stay besides as many as wait
@@ -16,10 +21,10 @@ SLACK = 64  # ended requests that may stay besides as many as wait
 
 class RequestQueue:
     """Locks nothing: who uses it does. Who waits is read from the handles and counted nowhere, and `add` is one call
-    that a signal cannot cut in two, so that no interrupt leaves a wrong count behind."""
+    that a signal cannot cut in two, so that no interrupt leaves a wrong count behind. work: None by arrival."""
 
-    def __init__(self, max_wait: float):
-        self.max_wait = max_wait
+    def __init__(self, max_wait: float, work: ExpectedWork | None = None):
+        self.max_wait, self._work = max_wait, work
         self._heap: list[tuple[float, int, Handle]] = []  # due, number, handle; ended ones are skipped later
         self._number = itertools.count()
         self._soonest = math.inf  # no deadline of those who wait is earlier
@@ -30,15 +35,18 @@ class RequestQueue:
         """Requests that wait."""
         return sum(not handle.over for handle in self.all())
 
-    def add(self, handle: Handle, priority: int) -> None:
-        due = min(handle.deadline, handle.submitted + self.max_wait) - priority * self.max_wait
+    def kind_of(self, samples: SampleBatch) -> Kind | None:
+        """What a handle brings along. Needs no lock."""
+        return None if self._work is None else self._work.kind_of(samples)
+
+    def add(self, handle: Handle) -> None:
         self._soonest = min(self._soonest, handle.deadline)
-        heapq.heappush(self._heap, (due, next(self._number), handle))
+        heapq.heappush(self._heap, (self._due(handle), next(self._number), handle))
 
     def full(self, most: int) -> bool:
         """Whether `most` requests wait."""
         if len(self._heap) >= most:
-            self._drop_ended()
+            self._renew()
         return len(self._heap) >= most
 
     def first(self) -> Handle | None:
@@ -57,7 +65,15 @@ class RequestQueue:
         """One of those that wait has ended. They are taken out once they are many."""
         self._ended += 1
         if self._ended > SLACK and 2 * self._ended > len(self._heap):
-            self._drop_ended()
+            self._renew()
+
+    def learn(self, handle: Handle) -> None:
+        """It has been drawn. What is learnt of the first of a kind holds for those that wait, too."""
+        if self._work is None or handle.kind is None:
+            return
+        new = self._work.learn(handle.kind, np.array([layers for layers, _, _ in handle._steps]))
+        if new and any(name in new for other in self.all() for name in other.kind.names):
+            self._renew()
 
     def late(self, now: float) -> list[Handle]:
         """Those past their deadlines, wherever they stand. They stay until they have ended."""
@@ -74,7 +90,13 @@ class RequestQueue:
     def clear(self) -> None:
         self._heap.clear()
 
-    def _drop_ended(self) -> None:
-        kept = [entry for entry in self._heap if not entry[2].over]
+    def _due(self, handle: Handle) -> float:
+        share = 1.0 if self._work is None or handle.kind is None else self._work.share(handle.kind)
+        due = min(handle.deadline, handle.submitted + share * self.max_wait)
+        return due - handle.priority * self.max_wait
+
+    def _renew(self) -> None:
+        """Without those that have ended, by what is known now."""
+        kept = [(self._due(handle), number, handle) for _, number, handle in self._heap if not handle.over]
         heapq.heapify(kept)
         self._heap, self._ended = kept, 0

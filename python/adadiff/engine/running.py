@@ -106,7 +106,7 @@ class Running:
         if not handle.over:
             handle._begin_again()
             if handle not in self._waiting.all():
-                self._waiting.add(handle, handle.priority)
+                self._waiting.add(handle)
 
     def drop_ended(self) -> None:
         """Frees the slots of requests that were cancelled or are too late."""

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -108,6 +108,12 @@ class SamplingParams:
         return dataclasses.replace(params, **settings) if settings else params
 
 
+def is_plain(value: object) -> TypeGuard[int | float]:
+    """A finite number of Python. Most requests bring no others, and each call of PyTorch hands the interpreter to the
+    engine's thread, which a server feels."""
+    return (type(value) is int and -(2**63) <= value < 2**63) or (type(value) is float and math.isfinite(value))
+
+
 def as_tensor(value: object) -> Tensor:
     """`torch.as_tensor` on the CPU, numbers of Python in int64 and float32, whatever PyTorch's defaults are."""
     given = torch.as_tensor(value, device="cpu")
@@ -118,6 +124,9 @@ def as_tensor(value: object) -> Tensor:
 
 def per_sample(name: str, value: object, n: int, dtype: torch.dtype) -> Tensor:
     """A number for all, or one for each, as a tensor [n] of its own. ValueError for another length."""
+    if is_plain(value):
+        kept = torch.float32 if isinstance(value, float) else torch.int64
+        return torch.full((n,), value, dtype=kept, device="cpu").to(dtype)  # type: ignore[call-overload]
     given = as_tensor(value).detach()
     if given.ndim == 0:
         given = given.expand(n)
@@ -128,7 +137,7 @@ def per_sample(name: str, value: object, n: int, dtype: torch.dtype) -> Tensor:
 
 def _check_numbers(name: str, value: object, whole: bool = False, least: float = -math.inf) -> None:
     """ValueError unless `value` is None, a finite number, or a sequence or tensor [n] of them."""
-    if value is None:
+    if value is None or (is_plain(value) and not (whole and isinstance(value, float)) and float(value) >= least):
         return
     try:
         given = as_tensor(value)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from ..policies.parts import Parts
 from ..policies.spelling import parts_from
 from .auto_steps import steps_of
 from .cascades import Draft, draft_of
-from .params import SamplingParams, as_tensor, per_sample
+from .params import Numbers, SamplingParams, as_tensor, is_plain, per_sample
 from .reuse_checks import check_reuse_of, warn_calibrated_whole
 
 
@@ -49,7 +49,7 @@ class SampleBatch:
         """By which lanes exit."""
         return self.parts.exit
 
-    @property
+    @cached_property
     def lanes(self) -> int:
         """Sequences that the network sees, at most: two for a guided sample."""
         return self.n + int(self.guidance.count_nonzero())
@@ -75,10 +75,7 @@ class SampleBatch:
         asked = exit_layers_of(policy, model.num_layers)
         if model.exits is None and asked:
             raise ValueError("this model has no exits; sample it with policy='full'")
-        guidance = (per_sample("guidance_scale", params.guidance_scale, n, torch.float64) - 1).float()
-        if not bool(guidance.isfinite().all()):
-            raise ValueError(f"guidance_scale must fit into float32, got {params.guidance_scale}")
-        guided = bool(guidance.ne(0).any())
+        guidance, guided = _guidance(params.guidance_scale, n)
         if model.config.network.context_tokens:
             if params.class_labels is not None:
                 raise ValueError("this model takes text; leave class_labels out")
@@ -151,6 +148,16 @@ def _seeds(given: int | Sequence[int] | Tensor | None, n: int) -> Tensor:
     return given.long() + torch.arange(n, device="cpu")
 
 
+def _guidance(scale: float | Numbers, n: int) -> tuple[Tensor, bool]:
+    """float32 [n], scale - 1, and whether there is any."""
+    if is_plain(scale) and scale == 1:
+        return torch.zeros(n, dtype=torch.float32, device="cpu"), False
+    guidance = (per_sample("guidance_scale", scale, n, torch.float64) - 1).float()
+    if not bool(guidance.isfinite().all()):
+        raise ValueError(f"guidance_scale must fit into float32, got {scale}")
+    return guidance, bool(guidance.ne(0).any())
+
+
 def _thresholds(policy: ExitPolicy, given: object, n: int) -> Tensor:
     own = torch.nan if policy.threshold is None else float(policy.threshold)
     threshold = per_sample("thresholds", own if given is None else given, n, torch.float32)
@@ -159,9 +166,12 @@ def _thresholds(policy: ExitPolicy, given: object, n: int) -> Tensor:
     return threshold
 
 
+_ALWAYS = torch.tensor([-torch.inf, torch.inf], dtype=torch.float32, device="cpu")
+
+
 def _interval(given: Sequence[float] | Tensor | None, n: int, schedule: NoiseSchedule) -> Tensor:
     if given is None:
-        return torch.tensor([-torch.inf, torch.inf], dtype=torch.float32, device="cpu").repeat(n, 1)
+        return _ALWAYS.repeat(n, 1)
     try:
         interval = torch.as_tensor(given, dtype=torch.float32, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:

@@ -25,13 +25,14 @@ def opened(
     capacity: int | str = 64,
     queue: int = 256,
     execution: ExecutionOptions | None = None,
+    admission: str = "arrival",
     text_encoder: str | Path | None = None,
     decoder: str | Path | None = None,
     shallow: Mapping[str, str] | None = None,
     t_switch: float | None = None,
 ) -> list[ServedModel]:
     """Each model with an engine of its own. device: None: a GPU if there is one. text_encoder, decoder: folders.
-    shallow: by the name of a model, the file of the shallower one that serves times of t_switch and above.
+    admission: as in `Engine`. shallow: by the name of a model, the file of the shallower one that serves times of t_switch and above.
 
     ValueError for files that do not fit, before the first engine is made."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,7 +50,7 @@ def opened(
             }
             if name in shallower:
                 more |= {"shallow_model": shallower[name], "t_switch": t_switch}
-            served.append(ServedModel.open(name, model, capacity, queue, execution, **more))
+            served.append(ServedModel.open(name, model, capacity, queue, execution, admission=admission, **more))
     except BaseException:
         for one in served:
             one.engine.close(drain=False)

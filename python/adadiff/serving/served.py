@@ -64,12 +64,13 @@ class ServedModel:
         *,
         shallow_model: Model | None = None,
         t_switch: float | None = None,
+        admission: str = "arrival",
         **more: Any,
     ) -> "ServedModel":
-        """With an engine of its own; shallow_model, t_switch: as in `Engine`, `more` as in `ServedModel`. Raises
-        ValueError."""
-        two = {"shallow_model": shallow_model, "t_switch": t_switch}
-        engine = Engine(model, capacity, queue=queue, execution=execution, warm=True, **two)
+        """With an engine of its own; shallow_model, t_switch, admission: as in `Engine`, `more` as in `ServedModel`.
+        Raises ValueError."""
+        own = {"shallow_model": shallow_model, "t_switch": t_switch, "admission": admission}
+        engine = Engine(model, capacity, queue=queue, execution=execution, warm=True, **own)
         try:
             return ServedModel(name, engine, **more)
         except BaseException:
