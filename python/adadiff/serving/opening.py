@@ -32,7 +32,8 @@ def opened(
     t_switch: float | None = None,
 ) -> list[ServedModel]:
     """Each model with an engine of its own. device: None: a GPU if there is one. text_encoder, decoder: folders.
-    admission: as in `Engine`. shallow: by the name of a model, the file of the shallower one that serves times of t_switch and above.
+    admission: as in `Engine`. shallow: by the name of a model, the file of the shallower one that serves times of
+    t_switch and above.
 
     ValueError for files that do not fit, before the first engine is made."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
