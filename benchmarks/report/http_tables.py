@@ -77,8 +77,8 @@ def behaviour(rows: Sequence[Row]) -> list[Table]:
         note = (
             f"The same {given['requests']} requests at the same times, load {given['load']:.0%}. How many got what "
             "they waited for: images; why a body was refused; all of a stream, read at the end; of those that leave, "
-            "none waits. Latencies: of the requests whose clients behave both times. Left running, open files: when all "
-            "was over, files against before. "
+            "none waits. Latencies: of the requests whose clients behave both times. Left running, open files: when "
+            "all was over, files against before. "
         )
         title = f"{_name(given)}, capacity {given['capacity']}, {where(group)}"
         tables.append(Table(title, header, body, note + warning(group)))
