@@ -17,6 +17,7 @@ from .commands import info
 from .commands.formatting import HelpFormatter
 from .commands.model_options import add_calibrate, add_convert, add_data, add_inspect
 from .commands.options import add_command
+from .commands.reproduce_options import add_reproduce
 from .commands.sample_options import add_diff, add_evaluate, add_sample
 from .commands.serve_options import add_serve
 from .commands.terminal import print_error
@@ -50,6 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _refused("not enough memory; a smaller --batch or --n takes less")
     return 0
+
+
+def _run_line(line: Sequence[str]) -> None:
+    options = parser().parse_args(line)
+    options.run(options)
 
 
 def _refused(reason: str) -> int:
@@ -109,4 +115,5 @@ def parser() -> argparse.ArgumentParser:
         add(commands)
     for add in (add_train, add_distill, add_convert, add_data):
         add(commands)
+    add_reproduce(commands, _run_line)
     return top

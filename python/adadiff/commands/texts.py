@@ -320,6 +320,25 @@ PAGES = {
         "Fonts are found by their paths and SHA-256. With the releases of Pillow and FreeType that the list of "
         "families names, the images are the same, bit for bit.",
     ),
+    "reproduce": Page(
+        summary="draw and evaluate as the authors published",
+        usage="[PRESET] [options]",
+        description="Convert released weights, draw as many samples as their authors evaluated, with their solver, "
+        "steps and guidance, and print the Fréchet distance beside the published one. Every part is a command of "
+        "adadiff, which is shown, and the folder --out holds what it leaves; the same command goes on where it was "
+        "interrupted. Several processes (torchrun) share the samples; one more call evaluates them. Without a preset, "
+        "the table of what is known is shown.",
+        examples="""\
+  adadiff reproduce
+
+  adadiff reproduce imagenet256_uvit_huge \\
+      --weights imagenet256_uvit_huge.pth --decoder vae \\
+      --reference stats.npz --features inception:FILE \\
+      --out runs/reproduced""",
+        notes="Labels are dealt out evenly, 50 of each class of ImageNet, where the authors draw them at random. "
+        "Distances of other tools, or of fewer samples, are other numbers. --policy draws with exits, from weights "
+        "that have some.",
+    ),
 }
 EXAMPLES = {name: page.examples for name, page in PAGES.items()}
 
