@@ -22,7 +22,6 @@ import httpx
 import ray
 from ray import serve
 
-from adadiff.output import shards
 from adadiff.serving.ray import sample
 from sampler import shell
 from sampler.sharded import assert_equal, times
@@ -32,7 +31,7 @@ from serving.apps import tiny as served_tiny
 
 tiny = shell.tiny
 pytestmark = pytest.mark.slow
-SECONDS = 120.0  # after which a test gives up
+SECONDS = 300.0  # after which a test gives up
 MARK = "ADADIFF_TEST_CLUSTER"
 # Six shards of four, the last of two, each long enough to be killed in.
 DRAWN = {"steps": 200, "class_labels": [3, 1, 4], "policy": "exit:0.4", "batch": 3, "seed": 5}
@@ -109,7 +108,7 @@ def test_a_killed_worker_costs_nothing(cluster: str, tiny: str, whole: Path, tmp
     assert_equal(tmp_path, whole)
 
 
-def test_a_killed_run_goes_on(cluster: str, tiny: str, whole: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_killed_run_goes_on(cluster: str, tiny: str, tmp_path: Path, capsys: Any) -> None:
     """The command, killed; what it drew is kept. In batch-invariant mode, so with another number of workers."""
     out, plain = tmp_path / "out", tmp_path / "plain"
     line = f"sample {tiny} {LINE} --batch-invariant"
@@ -120,15 +119,13 @@ def test_a_killed_run_goes_on(cluster: str, tiny: str, whole: Path, tmp_path: Pa
             until(lambda: len(times(out)) >= 2 if out.exists() else process.poll() is not None)
         finally:
             process.kill()
-    there = times(out)
+    there = {name: time for name, time in times(out).items() if name.endswith(".npz")}
     assert 2 <= len(there) < 6
     capsys.readouterr()
     assert run(f"{line} --out {out} --ray --actors 1") == 0
     assert "samples are in" in capsys.readouterr().out
     assert there.items() <= times(out).items()
     assert_equal(out, plain)
-    images = [np.concatenate([shard["images"] for shard in shards.read(folder)]) for folder in (out, whole)]
-    assert np.abs(images[0].astype(int) - images[1]).max() <= 1  # other batch-mates round differently
 
 
 def test_too_many_workers_and_files_that_workers_lack_are_refused(
@@ -206,7 +203,7 @@ def test_images_are_those_of_the_application_alone(service: httpx.Client, tiny: 
     import adadiff
 
     body = {"class_label": 2, "seed": 4, "n": 2, "policy": "exit:0.4"}
-    streamed = {"class_label": 2, "seed": 9, "stream": True, "partial_images": 2}
+    streamed = {"class_label": 2, "seed": 9, "stream": True, "partial_images": 2, "num_inference_steps": 200}
 
     async def alone() -> tuple[Any, Any]:
         async with client_of(served_tiny(model=adadiff.load(tiny)), steps=3) as client:
@@ -220,8 +217,11 @@ def test_images_are_those_of_the_application_alone(service: httpx.Client, tiny: 
         assert ours["adadiff"]["exit_layers"] == theirs["adadiff"]["exit_layers"]
     found = events(service.post("/v1/images/generations", json=streamed).text)
     expected = events(stream.text)
-    assert [name for name, _ in found] == [name for name, _ in expected]
-    assert [data["b64_json"] for _, data in found] == [data["b64_json"] for _, data in expected]
+    assert {name for name, _ in found[:-1]} == {"image_generation.partial_image"}
+    assert found[-1][0] == "image_generation.completed"
+    assert found[-1][1]["b64_json"] == expected[-1][1]["b64_json"]
+    previews = [{data["adadiff"]["step"]: data["b64_json"] for _, data in own[:-1]} for own in (found, expected)]
+    assert all(previews[1].get(step, picture) == picture for step, picture in previews[0].items())
     refused = service.post("/v1/images/generations", json={"n": 0})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
 

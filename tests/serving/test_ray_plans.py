@@ -180,7 +180,7 @@ def test_nothing_of_ray_is_imported_unasked() -> None:
         "        raise AssertionError(name)\n"
         "sys.exit(adadiff.cli.main(['sample', 'digits', '-n', '2', '--ray', '--out', 'nowhere']))"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert ended.returncode == 2, ended.stderr
     assert error_line(ended.stderr).endswith("this takes ray.data: pip install 'adadiff_kernels[ray]'")
 
@@ -233,3 +233,47 @@ def test_arguments_are_texts_or_values() -> None:
 def test_arguments_that_cannot_be_are_refused(given: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
         arguments(**given)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_replica_tells_ray_when_its_engine_has_died(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class as it is without Ray around it. It is the whole application, keys included."""
+    online = pytest.importorskip("adadiff.serving.ray.online", exc_type=ImportError)
+    from serving.apps import draw, httpx
+    from serving.apps import run as run_async
+
+    monkeypatch.setattr("adadiff.serving.logs.configure", lambda *_: None)
+    plain = online.Replica.__mro__[1]
+    key = "a-key-of-tests"
+
+    async def work() -> None:
+        replica = plain(arguments(models=f"tiny={tiny}", capacity=2, steps=2), (key,))
+        replica.check_health()  # it is being made
+        app = await replica.__serve_build_asgi_app__()
+        async with app.router.lifespan_context(app):
+            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
+                assert (await client.get("/ready")).status_code == 200
+                assert (await draw(client)).status_code == 401
+                client.headers["Authorization"] = f"Bearer {key}"
+                assert (await draw(client)).status_code == 200
+                replica.check_health()
+                engine = app.state.service.models["tiny"].engine
+                monkeypatch.setattr(engine, "_admit", lambda: 1 / 0)
+                assert (await draw(client)).status_code == 500
+                engine._thread.join(60)
+                with pytest.raises(RuntimeError, match="the engine of tiny is dead"):
+                    replica.check_health()
+        replica.check_health()  # it is ending
+
+    run_async(work())
+
+
+def test_a_replica_without_its_model_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    online = pytest.importorskip("adadiff.serving.ray.online", exc_type=ImportError)
+    from serving.apps import run as run_async
+
+    monkeypatch.setattr("adadiff.serving.logs.configure", lambda *_: None)
+    replica = online.Replica.__mro__[1](arguments(models="/models/none.safetensors"), ())
+    with pytest.raises(ValueError, match=r"no model '/models/none\.safetensors'"):
+        run_async(replica.__serve_build_asgi_app__())

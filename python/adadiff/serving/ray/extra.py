@@ -9,5 +9,6 @@ def check_extra(*modules: str) -> None:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            missing = f"{name} ({error})" if error.name and error.name != name.partition(".")[0] else name
-            raise ImportError(f"this takes {missing}: pip install 'adadiff_kernels[ray]'") from error
+            missing, package = error.name or name, name.partition(".")[0]
+            what = name if missing.partition(".")[0] == package else f"{name}, and that takes {missing}"
+            raise ImportError(f"this takes {what}: pip install 'adadiff_kernels[ray]'") from error

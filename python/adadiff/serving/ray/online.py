@@ -44,7 +44,8 @@ class Replica:
         app = create_app(models, arguments.settings(self._keys))
         self._service = app.state.service
         await self._service.warm_up()
-        self.check_health()
+        if cold := [name for name, state in self._service.states.items() if state != "ready"]:
+            raise RuntimeError(f"{cold[0]} could not draw its first image; the log says why")
         return app
 
     def check_health(self) -> None:
@@ -54,8 +55,8 @@ class Replica:
         if service is None or service.draining:
             return
         for name, state in service.states.items():
-            if state != "ready":
-                raise RuntimeError(f"the engine of {name} is {state}")
+            if state == "dead":
+                raise RuntimeError(f"the engine of {name} is dead")
 
 
 def app(arguments: Arguments) -> Application:
