@@ -225,3 +225,13 @@ def test_usual_steps_are_those_of_sampling_params() -> None:
     work = ExpectedWork(served())
     assert work.share(work.kind_of(samples())) == 0.5
     assert admission.USUAL_STEPS == 50
+
+
+def test_of_a_cascade_the_mean_of_all_steps_is_learnt() -> None:
+    """Whether its teacher goes on is not known beforehand: 2 of 6 steps were made."""
+    work, kind = ExpectedWork(served()), admission.Kind(("cascade",), np.zeros(6, dtype=np.int64), LAYERS, True)
+    assert work.blocks(kind) == 6 * LAYERS
+    work.learn(kind, np.array([[4, 0], [2, 0]], dtype=np.uint8))
+    assert work.blocks(kind) == pytest.approx(6)
+    work.learn(kind, np.array([[5, 0]] * 6, dtype=np.uint8))
+    assert work.blocks(kind) == pytest.approx(6 + RATE * (30 - 6))

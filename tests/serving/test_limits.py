@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from adadiff.cli import parser
 from adadiff.serving.app import create_app
 from adadiff.serving.logs import LOG, JsonFormatter, TextFormatter, configure
+from adadiff.serving.opening import opened
 from adadiff.serving.served import ServedModel
 from adadiff.serving.settings import Settings
 from sampler.tiny import stepped
@@ -213,3 +215,13 @@ def test_refusals_draw_nothing_and_count() -> None:
         assert 'adadiff_image_count_total{model="tiny"} 0.0' in page
 
     run(work())
+
+
+def test_engines_of_a_service_admit_as_the_operator_says() -> None:
+    for line, admission in (("serve digits", "arrival"), ("serve digits --admission work", "work")):
+        options = parser().parse_args(line.split())
+        (served,) = opened({"digits": "digits"}, capacity=1, admission=options.admission)
+        with served.engine as engine:
+            assert (engine._waiting._work is not None) == (admission == "work")
+    with pytest.raises(SystemExit):
+        parser().parse_args(["serve", "digits", "--admission", "least"])
