@@ -6,7 +6,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -274,13 +274,17 @@ def test_the_picture_forms_step_by_step_and_escape_frees_the_lanes(
         wait_until_freed(service, engine, before + 4)
 
 
+def wait_until(condition: Callable[[], object], otherwise: str) -> None:
+    until = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < until, otherwise
+        time.sleep(0.01)
+
+
 def wait_until_freed(service: Service, engine: Engine, cancelled: int) -> None:
     """Lanes are free at the next step, once the service has heard that their client is gone. cancelled: images since
     the engine began."""
-    until = time.monotonic() + SECONDS
-    while service.app.state.service._drawings:
-        assert time.monotonic() < until, "the service still draws"
-        time.sleep(0.01)
+    wait_until(lambda: not service.app.state.service._drawings, "the service still draws")
     engine.step()
     assert (engine.report.running, engine.report.cancelled) == (0, cancelled)
 
@@ -363,9 +367,7 @@ def test_all_of_it_works_by_keyboard(browser: Tab, service: Service, engine: Eng
         assert focused() == "draw", "not lost with the button"
         wait_until_freed(service, engine, before + 1)
         tab.press("Enter")
-        tab.wait_for(
-            "document.querySelectorAll('#sets figure').length === 1 && !document.querySelector('#stop').hidden"
-        )
+        wait_until(lambda: service.app.state.service._drawings, "the service draws nothing")
         for _ in range(6):
             engine.step()
         tab.wait_for(DONE)
