@@ -61,11 +61,11 @@ def interrupt_call(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, call
     """Ctrl-C just before the given call (from 1) of a method. Returns what undoes it."""
     original, calls = getattr(owner, name), []
 
-    def method(*arguments: object) -> object:
+    def method(*arguments: object, **options: object) -> object:
         calls.append(arguments)
         if len(calls) == call:
             signal.raise_signal(signal.SIGINT)
-        return original(*arguments)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(owner, name, method)
     return lambda: monkeypatch.setattr(owner, name, original)

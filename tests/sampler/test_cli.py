@@ -25,6 +25,7 @@ from adadiff.commands import (
     evaluate,
     info,
     inspect,
+    reproduce,
     sample,
     search,
     serve,
@@ -55,6 +56,7 @@ COMMANDS = {
     "info": info.info,
     "search": search.search,
     "data": data.data,
+    "reproduce": reproduce.reproduce,
 }
 
 
@@ -145,6 +147,8 @@ OTHER = {
     "init": "digits",
     "start": "linear",
     "loss": "official",
+    "schedule": "cosine",
+    "prediction_type": "sample",
 }
 
 
@@ -243,7 +247,7 @@ def test_help_explains_every_option_and_its_examples_parse(command):
     assert lines
     for line in lines:
         options = cli.parser().parse_args(shlex.split(line))
-        assert options.run is COMMANDS[command]
+        assert getattr(options.run, "func", options.run) is COMMANDS[command]
 
 
 def test_unknown_options_are_errors(tiny, tmp_path, capsys):

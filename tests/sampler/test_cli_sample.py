@@ -209,7 +209,7 @@ def test_no_samples_is_no_error(tiny, tmp_path, capsys):
         ("--steps 1001", "1000"),
         ("--n -1", "n must be an integer >= 0"),
         ("--batch 0", "batch must be an integer >= 1"),
-        ("--seed -1", "seed must be at least 0"),
+        ("--seed -1", "seed must be an integer >= 0"),
         ("--guidance-scale 2", "without --class-labels doubles the work and changes nothing"),
         ("--guidance-scale nan", "guidance_scale must be finite"),
         ("--device toaster", "cannot use device 'toaster'"),
@@ -340,12 +340,12 @@ from adadiff.output.pictures import PictureFolder
 
 add, calls = PictureFolder.add, []
 
-def killed(self, slot, image):
+def killed(self, slot, image, **more):
     calls.append(slot)
     if len(calls) == 7:
         (self.folder / f"{slot:06d}.png.0.part").write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
-    add(self, slot, image)
+    add(self, slot, image, **more)
 
 PictureFolder.add = killed
 cli.main(sys.argv[1:])

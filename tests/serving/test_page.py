@@ -72,7 +72,7 @@ def test_limits_are_those_of_the_settings_and_options() -> None:
 
 def test_commands_of_the_page_parse() -> None:
     calls = [line for text in blocks("bash") for line in text.splitlines() if line.startswith("adadiff ")]
-    assert len(calls) == 1
+    assert len(calls) == 2
     for call in calls:
         cli.parser().parse_args(shlex.split(call)[1:])
 
