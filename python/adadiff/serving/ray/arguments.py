@@ -8,14 +8,14 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from ...checkpoint import DTYPES
 from ...forward.options import ExecutionOptions, Runner
 from ..logs import Format
-from ..settings import Settings, names_of, presets_of
+from ..settings import Settings, names_of, presets_of, shallow_of
 
 
 class Arguments(BaseModel):
     """models: as for `adadiff serve`, a list, or separated by commas; found by the replicas, so paths should be
     absolute. policies: by name, a mapping, or NAME=SPELLING separated by semicolons. max_images, max_steps, max_body,
-    steps, queue, capacity (lanes of a replica), text_encoder, decoder, api_key_file, log_format: as the options of
-    `adadiff serve`.
+    steps, queue, capacity (lanes of a replica), admission, shallow_model (as models), t_switch, text_encoder, decoder,
+    api_key_file, log_format: as the options of `adadiff serve`.
 
     num_replicas: a fixed number; or from min_replicas to max_replicas, as many as keep target_ongoing_requests in each
     (None: capacity). max_ongoing_requests: that a replica has at once, others wait where they came in, queue of them at
@@ -37,6 +37,9 @@ class Arguments(BaseModel):
     dtype: str | None = None
     runner: Runner = "eager"
     batch_invariant: bool = False
+    admission: Literal["arrival", "work"] = "arrival"
+    shallow_model: list[str] = []
+    t_switch: float | None = None
     text_encoder: str | None = None
     decoder: str | None = None
     api_key_file: Path | None = None
@@ -53,7 +56,7 @@ class Arguments(BaseModel):
     health_check_period: float = Field(10, gt=0)
     health_check_timeout: float = Field(30, gt=0)
 
-    @field_validator("models", mode="before")
+    @field_validator("models", "shallow_model", mode="before")
     @classmethod
     def _models(cls, given: Any) -> Any:
         return given.split(",") if isinstance(given, str) else given
@@ -65,7 +68,7 @@ class Arguments(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> "Arguments":
-        names_of(self.models)
+        _ = self.shallow
         self.settings()
         _ = self.execution
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -98,6 +101,15 @@ class Arguments(BaseModel):
     @property
     def execution(self) -> ExecutionOptions:
         return ExecutionOptions(batch_invariant=self.batch_invariant, runner=self.runner)
+
+    @property
+    def named(self) -> dict[str, str]:
+        """Files of models by name."""
+        return names_of(self.models)
+
+    @property
+    def shallow(self) -> dict[str, str]:
+        return shallow_of(self.shallow_model, self.named, self.t_switch)
 
     @property
     def device(self) -> Literal["cpu", "cuda"]:

@@ -11,7 +11,7 @@ from .. import logs
 from ..app import create_app
 from ..opening import opened
 from ..service import Service
-from ..settings import keys_of, names_of
+from ..settings import keys_of
 from .arguments import Arguments
 
 
@@ -32,14 +32,17 @@ class Replica:
         arguments = self._arguments
         logs.configure(arguments.log_format, sys.stderr)
         models = opened(
-            names_of(arguments.models),
+            arguments.named,
             device=arguments.device,
             dtype=arguments.dtype,
             capacity=arguments.capacity,
             queue=arguments.queue,
             execution=arguments.execution,
+            admission=arguments.admission,
             text_encoder=arguments.text_encoder,
             decoder=arguments.decoder,
+            shallow=arguments.shallow,
+            t_switch=arguments.t_switch,
         )
         app = create_app(models, arguments.settings(self._keys))
         self._service = app.state.service
