@@ -33,7 +33,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def cascades(file: str, n: int) -> list[dict]:
     """Of all kinds: refined and drawn anew, with exits, guided."""
-    made = requests(n, seed=4)
+    made = requests(n, seed=7)
     for i, request in enumerate(made):
         request.pop("init_image", None), request.pop("strength", None)
         kind = ("share=0.5,sigma=0.7", "share=0.6,mode=regenerate", "share=1", "share=0")[i % 4]

@@ -157,7 +157,7 @@ BAD = {
     "an unknown key": (rewritten(lambda t, c: c.update(height=3)), "unknown key height"),
     "steps": (rewritten(lambda t, c: c.update(steps=0)), "integer from 1 to 1000, got 0"),
     "a noisy solver": (rewritten(lambda t, c: c.update(solver="ddim:1")), "adds noise"),
-    "an unknown solver": (rewritten(lambda t, c: c.update(solver="heun")), "no solver 'heun'"),
+    "an unknown solver": (rewritten(lambda t, c: c.update(solver="euler")), "no solver 'euler'"),
     "few quantiles": (rewritten(lambda t, c: c["quantiles"].pop()), "99 quantiles"),
     "quantiles that fall": (rewritten(lambda t, c: c["quantiles"].reverse()), "ascend"),
     "quantiles of text": (rewritten(lambda t, c: c.update(quantiles=["a"] * 99)), "are numbers"),
