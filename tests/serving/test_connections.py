@@ -107,7 +107,7 @@ def test_bytes_after_a_reply_are_not_a_request() -> None:
 
 
 def test_whole_requests_are_served_for_as_long_as_they_take() -> None:
-    """One is under way while the time of heads, measured by another connection, runs out; a connection serves several."""
+    """One is under way while the time of heads runs out, as another connection shows; a connection serves several."""
 
     async def work() -> None:
         async with web() as service:
