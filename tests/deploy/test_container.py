@@ -91,7 +91,7 @@ def test_extras_are_those_of_the_project() -> None:
     asked = re.findall(r"EXTRAS=([\w,]+)", DOCKERFILE.read_text())
     assert "serve" in asked
     for names in asked:
-        assert set(names.split(",")) - {"ray"} <= set(PROJECT["optional-dependencies"])
+        assert set(names.split(",")) <= set(PROJECT["optional-dependencies"])
 
 
 def test_the_context_is_what_is_copied() -> None:

@@ -72,7 +72,7 @@ def test_a_step_selector_is_kept_and_chooses(tmp_path: Path) -> None:
     made = AdaDiffPipeline(model)
     made.save_pretrained(tmp_path)
     loaded = AdaDiffPipeline.from_pretrained(tmp_path)
-    half = AdaDiffPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    half = AdaDiffPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
     seeds = torch.randint(2**63 - 1, (4,), generator=seeded())
     images, report = sample(model, 4, seed=seeds, steps="auto", class_labels=labels)
     given = {"class_labels": labels, "num_inference_steps": "auto", "output_type": "latent"}
