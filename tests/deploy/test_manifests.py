@@ -147,5 +147,9 @@ def test_ray_accepts_the_configuration() -> None:
     schema = pytest.importorskip("ray.serve.schema", reason="Ray Serve is not installed")
     config = yaml.safe_load(RAY["spec"]["serveConfigV2"])
     assert schema.ServeDeploySchema.model_validate(config).applications[0].route_prefix == "/"
-    if (ROOT / "python" / "adadiff" / "serving" / "ray.py").exists():
-        assert hasattr(importlib.import_module("adadiff.serving.ray"), "app")
+    module, _, name = config["applications"][0]["import_path"].partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+    arguments = importlib.import_module(f"{module}.arguments").Arguments(**config["applications"][0]["args"])
+    (group,) = RAY["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    (worker,) = group["template"]["spec"]["containers"]
+    assert (arguments.num_cpus, arguments.max_replicas) == (int(worker["resources"]["limits"]["cpu"]), 4)
