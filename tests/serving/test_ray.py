@@ -181,8 +181,8 @@ def service(cluster: str, tiny: str) -> Iterator[httpx.Client]:
                 assert process.poll() is None
                 yield client
         finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(SECONDS)
+            process.kill()  # a background job's children are deaf to Ctrl-C, and the service is gone already
+            serve.shutdown()
 
 
 def answers(client: httpx.Client) -> bool:
