@@ -34,8 +34,8 @@ pytestmark = pytest.mark.slow
 SECONDS = 300.0  # after which a test gives up
 MARK = "ADADIFF_TEST_CLUSTER"
 # Six shards of four, the last of two, each long enough to be killed in.
-DRAWN = {"steps": 200, "class_labels": [3, 1, 4], "policy": "exit:0.4", "batch": 3, "seed": 5}
-LINE = "-n 22 --shard 4 --format npz --steps 200 --class-labels 3,1,4 --policy exit:0.4 --batch 3 --seed 5"
+DRAWN = {"steps": 120, "class_labels": [3, 1, 4], "policy": "exit:0.4", "batch": 3, "seed": 5}
+LINE = "-n 22 --shard 4 --format npz --steps 120 --class-labels 3,1,4 --policy exit:0.4 --batch 3 --seed 5"
 
 
 def until(found: Callable[[], Any]) -> Any:
@@ -159,6 +159,14 @@ def test_a_sample_that_is_not_finite_ends_the_run(cluster: str, tiny: str, tmp_p
     assert times(tmp_path) == {}
 
 
+def test_a_shard_that_kills_its_workers_ends_the_run(cluster: str, tiny: str, tmp_path: Path, capsys: Any) -> None:
+    """And is not tried for ever. What other shards there are stays."""
+    assert run(f"sample {tiny} -n 3 --steps 3 --policy serving.killing:Deadly --out {tmp_path} --ray") == 2
+    said = error_line(capsys.readouterr().err)
+    assert "workers died over a shard again and again" in said
+    assert said.endswith(f"0 of 3 samples are in {tmp_path}; the same command goes on")
+
+
 @pytest.fixture(scope="module")
 def service(cluster: str, tiny: str) -> Iterator[httpx.Client]:
     """`serve run` as people type it; its HTTP proxy listens on a free port."""
@@ -231,7 +239,8 @@ def test_a_client_that_goes_away_frees_its_lanes(service: httpx.Client) -> None:
     with service.stream(
         "POST", "/v1/images/generations", json={**long, "stream": True, "partial_images": 60}
     ) as stream:
-        assert next(stream.iter_lines()) == "event: image_generation.partial_image"
+        lines = stream.iter_lines()  # which closes the connection when it is dropped
+        assert next(lines) == "event: image_generation.partial_image"
         assert running(service) == 3
     until(lambda: running(service) == 0)
     with pytest.raises(httpx.ReadTimeout):

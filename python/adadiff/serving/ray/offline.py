@@ -7,6 +7,7 @@ keeps all that are there. Only this process writes, so workers need no file syst
 
 import dataclasses
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from typing import Any
 
 import ray
 import ray.data
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.util.annotations import RayDeprecationWarning
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ...output.asked import Asked, Networks, Texts, device_of
@@ -117,7 +119,7 @@ class Job:
         blocks = passes = 0
         with connected():
             count = self.workers.count(self.check_cluster(), len(missing))
-            with folder.bar(progress) as bar:
+            with folder.bar(progress) as bar, lost_workers():
                 for row in self._rows(missing, count):
                     if row["error"]:
                         raise failure(row["kind"], row["error"])
@@ -130,20 +132,34 @@ class Job:
     def _rows(self, missing: list[int], actors: int) -> Iterator[dict[str, Any]]:
         """What a `Drawer` returns for each, as soon as it does, in any order."""
         shards = ray.data.from_items([{"shard": number} for number in missing], override_num_blocks=len(missing))
-        drawn = shards.map_batches(
-            Drawer,
-            fn_constructor_args=(self.asked, self.manifest, self.texts, self.files),
-            batch_size=1,
-            # none is promised to a worker that is busy while another has nothing to do
-            compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
-            num_cpus=self.workers.cpus,
-            num_gpus=self.workers.gpus or None,
-            max_task_retries=RETRIES,  # Ray Data's own is for ever
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RayDeprecationWarning)  # of max_task_retries, which has no successor yet
+            drawn = shards.map_batches(
+                Drawer,
+                fn_constructor_args=(self.asked, self.manifest, self.texts, self.files),
+                batch_size=1,
+                # none is promised to a worker that is busy while another has nothing to do
+                compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
+                num_cpus=self.workers.cpus,
+                num_gpus=self.workers.gpus or None,
+                max_task_retries=RETRIES,  # Ray Data's own is for ever
+            )
         drawn.context.enable_progress_bars = False
         # without prefetching, a shard is on the disk before the next one is waited for
         for batch in drawn.iter_batches(batch_size=1, prefetch_batches=0, batch_format="numpy"):
             yield {name: values[0] for name, values in batch.items()}
+
+
+@contextmanager
+def lost_workers() -> Iterator[None]:
+    """OSError for a shard that costs worker after worker, as where their machine kills them for its memory. A defect of
+    ours, raised in a worker, stays what it is."""
+    try:
+        yield
+    except RayTaskError:
+        raise
+    except RayError as error:
+        raise OSError(f"workers died over a shard again and again: {reason(error)}") from error
 
 
 @contextmanager
