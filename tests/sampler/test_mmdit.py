@@ -14,6 +14,7 @@ from adadiff.conversion.convert import convert, translate
 from adadiff.conversion.layouts import layout_of
 from adadiff.diffusion.flow import FlowEuler
 from adadiff.diffusion.noise import initial_noise
+from adadiff.models.dit import position_embedding
 from adadiff.models.mmdit import MMDiT, MMDiTConfig
 from adadiff_kernels import COLUMNS
 from sampler.tiny import MMDIT, inputs, scramble
@@ -137,6 +138,19 @@ def test_a_pipelines_folder_becomes_a_model_that_draws(preset: str, tmp_path: Pa
         for t, step in zip(table.t, table.coefficients[:, COLUMNS.index("cur")], strict=True):
             x = x + step * network(x, t.expand(2), text.double())
     torch.testing.assert_close(images.double(), x, rtol=1e-3, atol=1e-4)
+
+
+def test_the_authors_own_names(preset: str, tmp_path: Path) -> None:
+    """Ours, with a larger grid of positions, from whose middle ours are cut."""
+    network = MMDiT(SERVED)
+    scramble(network, 0.1)
+    grid = position_embedding(36, 5, 5 / 3)[None]
+    torch.save({**network.state_dict(), "pos_embed": grid}, tmp_path / "sd3.pth")
+    found = convert(tmp_path / "sd3.pth", tmp_path / "out.safetensors")
+    assert (found.layout, found.preset) == ("mmdit", preset)
+    again = adadiff.load(tmp_path / "out.safetensors").backbone
+    assert torch.equal(again.pos_embed, grid.view(1, 5, 5, 36)[:, 1:4, 1:4].reshape(1, 9, 36))
+    assert torch.equal(again.final_layer.linear.weight, network.final_layer.linear.weight)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 from typing import cast as typed
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from ..checkpoint import Keys, built, described, dtype_from, matched, write_tensors
 from ..config import PRESETS, ModelConfig
@@ -236,14 +236,25 @@ def _fitting(layout: str, tensors: Mapping[str, Tensor]) -> list[str]:
         for key, value in tensors.items()
         if key.startswith(prefix) and not key.startswith("lte_classifer.") and key != NO_CAPTION
     }
-    position, blocks = theirs.get(f"{BACKBONE}pos_embed"), sum(key.endswith(".attn.qkv.weight") for key in theirs)
+    queries = [key for key in theirs if key.endswith(".attn.qkv.weight") and "context_block" not in key]
+    position, blocks = theirs.get(POSITION), len(queries)
+    larger = (POSITION,) if layout == "mmdit" else ()  # whose grid of positions is not that of the patches
     return [
         name
         for name, config in PRESETS.items()
         # cheap to know of each; to build them all, only to compare, would take seconds
-        if ((1, config.network.tokens, config.network.dim), config.network.blocks) == (position, blocks)
-        and shapes(replace(config, exits=None)) == theirs
+        if (larger or (1, _positions(config), config.network.dim) == position)
+        and config.network.blocks == blocks
+        and _without(larger, shapes(replace(config, exits=None))) == _without(larger, theirs)
     ]
+
+
+def _positions(config: ModelConfig) -> int:
+    return getattr(config.network, "positions", config.network.tokens)
+
+
+def _without(names: tuple[str, ...], given: Mapping[str, Size]) -> dict[str, Size]:
+    return {name: shape for name, shape in given.items() if name not in names}
 
 
 def _layout(found: Source) -> str:

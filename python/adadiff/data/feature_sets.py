@@ -63,7 +63,7 @@ class CaptionedMoments:
         """caption: float [k] in [0, 1), which of each one's captions, from the first to the last; None: drawn from
         PyTorch's global generator."""
         x, contexts = [], []
-        places = torch.rand(len(index), device="cpu") if caption is None else caption
+        places = torch.rand(len(index), dtype=torch.float32, device="cpu") if caption is None else caption
         for i, place in zip(index.tolist(), places.tolist(), strict=True):
             path = self.folder / f"{i}.npy"
             x.append(_moments(load_npy(path), self.shape, path))

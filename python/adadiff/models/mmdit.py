@@ -66,6 +66,11 @@ class MMDiTConfig:
         return self.text + self.side**2
 
     @property
+    def positions(self) -> int:
+        """Rows that have a position: the patches."""
+        return self.side**2
+
+    @property
     def blocks(self) -> int:
         return self.depth
 

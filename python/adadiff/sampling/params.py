@@ -108,6 +108,9 @@ class SamplingParams:
         return dataclasses.replace(params, **settings) if settings else params
 
 
+FLOAT32_MAX: float = torch.finfo(torch.float32).max
+
+
 def is_plain(value: object) -> TypeGuard[int | float]:
     """A finite number of Python. Most requests bring no others, and each call of PyTorch hands the interpreter to the
     engine's thread, which a server feels."""
@@ -124,7 +127,7 @@ def as_tensor(value: object) -> Tensor:
 
 def per_sample(name: str, value: object, n: int, dtype: torch.dtype) -> Tensor:
     """A number for all, or one for each, as a tensor [n] of its own. ValueError for another length."""
-    if is_plain(value):
+    if is_plain(value) and abs(value) <= FLOAT32_MAX:
         kept = torch.float32 if isinstance(value, float) else torch.int64
         return torch.full((n,), value, dtype=kept, device="cpu").to(dtype)  # type: ignore[call-overload]
     given = as_tensor(value).detach()
