@@ -79,7 +79,7 @@ def test_the_table_compares_within_the_same_time() -> None:
     assert len(table.body) == 6
     limit = float(full["ms/image"]) / equal_seconds_table.PART
     assert all(float(line["ms/image"]) <= limit + 0.005 for line in others)
-    timed = equal_seconds_table.points(ROWS, equal_seconds_table.DATA)
+    timed = [p for p in equal_seconds_table.points(ROWS, equal_seconds_table.DATA) if p.seconds is not None]
     for line, methods in zip(others, equal_seconds_table.KINDS.values(), strict=True):
         errors = [p.measures["error"].value for p in timed if p.method in methods and p.seconds * 1e3 <= limit]
         assert f"{min(errors) * 1e3:.1f}" == line["error x 1000"].split()[0]
