@@ -235,12 +235,12 @@ def test_reports_become_one_even_if_one_is_broken(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_late_stage_reports_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = tmp_path / "test_slow.py"
-    slow.write_text("import time\ndef test_quick(): pass\ndef test_slow(): time.sleep(90)\n")
+    slow.write_text("import time\ndef test_quick(): pass\ndef test_slow(): time.sleep(60)\n")
     monkeypatch.setattr(gpu_testing, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_testing, "find_spec", lambda name: None)
     monkeypatch.setenv("PYTHONPATH", ENVIRONMENT["PYTHONPATH"])
     stage = gpu_testing.Stage("slow", [str(slow)], "not gpu")
-    fine, reports = gpu_testing.run(stage, tmp_path, 1, 45.0)
+    fine, reports = gpu_testing.run(stage, tmp_path, 1, 20.0)
     assert not fine
     counts = gpu_testing.merge(reports, tmp_path / "junit.xml")
     assert counts["tests"] >= 1 <= counts["passed"]

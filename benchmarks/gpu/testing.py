@@ -67,6 +67,8 @@ def commands(stage: Stage, folder: Path, workers: int) -> list[tuple[list[str], 
 
 def run(stage: Stage, folder: Path, workers: int, seconds: float) -> tuple[bool, list[Path]]:
     """Whether all passed in time, and the reports that were written."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell, and inherited
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     until = time.monotonic() + seconds
     made = commands(stage, folder, workers)
     processes = [subprocess.Popen(command, cwd=ROOT, start_new_session=True) for command, _ in made]

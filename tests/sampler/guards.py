@@ -1,5 +1,6 @@
 """Fixtures for what could hang or take all memory."""
 
+import gc
 import resource
 import signal
 import tracemalloc
@@ -40,6 +41,7 @@ def little_memory() -> Iterator[None]:
 def memory_below(most: int) -> Iterator[None]:
     """Fails where the process takes `most` bytes more than before, at any moment. Nobody gets four times as many: what
     asks for them ends in a MemoryError, instead of ending the machine."""
+    gc.collect()  # else what earlier tests left may be freed meanwhile, and hide what is taken
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak, begins anew
     before = _status("VmHWM")
