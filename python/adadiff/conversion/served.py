@@ -1,7 +1,7 @@
 """What the configurations in a folder of diffusers say of a DiT: its network, its noise schedule, its latents."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from reprlib import repr as shortly
 from typing import Any
@@ -98,6 +98,17 @@ def served_scale(autoencoder: Mapping[str, Any]) -> float | None:
     if scale is not None and type(scale) not in (int, float):
         raise ValueError(f"scaling_factor of the autoencoder must be a number, got {shortly(scale)}")
     return scale
+
+
+def one_preset(fitting: Sequence[str], preset: str | None, file: Path, compared: str) -> str:
+    """The preset of a folder that several may fit: the one named, or else the only one that fits. ValueError where
+    there is none; `compared` says what was compared."""
+    if preset is None and len(fitting) == 1:
+        return fitting[0]
+    if preset is None or preset not in fitting:
+        named = "" if preset is None else f"{file} is not of preset {preset}: "
+        raise ValueError(f"{named}presets of its {compared}: {', '.join(fitting) or 'none'}; name one of them")
+    return preset
 
 
 def _check_settings(given: Mapping[str, Any], wanted: Mapping[str, tuple[Any, ...]], what: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..config import PRESETS, ModelConfig
 from ..models.mmdit import MMDiTConfig
+from .served import one_preset
 
 CLASS = "SD3Transformer2DModel"
 SIZES = (
@@ -62,10 +63,5 @@ def mmdit_config(
         and latents.get("scaling_factor") in (None, config.latent_scale)
         and latents.get("shift_factor", config.latent_shift) == config.latent_shift
     ]
-    if preset is None and len(fitting) == 1:
-        (preset,) = fitting
-    if preset is None or preset not in fitting:
-        named = "" if preset is None else f"{file} is not of preset {preset}: "
-        others = ", ".join(fitting) or "none"
-        raise ValueError(f"{named}presets of its network and autoencoder: {others}; name one of them")
+    preset = one_preset(fitting, preset, file, "network and autoencoder")
     return PRESETS[preset], preset

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..config import PRESETS, ModelConfig
 from ..models.pixart import EPS, PixArtConfig
-from .served import SIZES, WITHOUT_EFFECT, served_scale, served_schedule
+from .served import SIZES, WITHOUT_EFFECT, one_preset, served_scale, served_schedule
 
 CLASS = "PixArtTransformer2DModel"
 REQUIRED = {
@@ -61,7 +61,7 @@ def pixart_config(
     preset: str | None,
     scheduler: Mapping[str, Any] | None,
     autoencoder: Mapping[str, Any] | None,
-) -> tuple[ModelConfig, str | None]:
+) -> tuple[ModelConfig, str]:
     """The configuration of a folder, and the preset that tells how many tokens its text has. ValueError where the
     folder and the preset do not agree, and where several presets, or none, fit it."""
     scale = None if autoencoder is None else served_scale(autoencoder)
@@ -74,10 +74,5 @@ def pixart_config(
         and scale in (None, config.latent_scale)
         and schedule in (None, config.schedule)
     ]
-    if preset is None and len(fitting) == 1:
-        (preset,) = fitting
-    if preset is None or preset not in fitting:
-        named = "" if preset is None else f"{file} is not of preset {preset}: "
-        others = ", ".join(fitting) or "none"
-        raise ValueError(f"{named}presets of its network, schedule and autoencoder: {others}; name one of them")
+    preset = one_preset(fitting, preset, file, "network, schedule and autoencoder")
     return PRESETS[preset], preset

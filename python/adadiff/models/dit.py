@@ -225,7 +225,7 @@ class DiT(nn.Module):
         position = position_embedding(D, config.side)[None].to(torch.get_default_dtype())  # as all other weights
         self.pos_embed = nn.Parameter(position, requires_grad=False)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
-        self.apply(_initialise)
+        self.apply(initialise)
         for linear in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.y_embedder.embedding_table):
             nn.init.normal_(linear.weight, std=0.02)
         self.modulation = Modulation(config.depth, D)
@@ -293,11 +293,17 @@ class DiT(nn.Module):
         return stem, T * D * self.config.outputs + 2 * D * D
 
 
-def _initialise(module: nn.Module) -> None:
+def initialise(module: nn.Module) -> None:
     """Section 3.2 of the paper and its appendix: Xavier for linear maps (patches are one), no biases."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.xavier_uniform_(module.weight.detach().flatten(1))
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """The norm of DiT's blocks, without weights, scaled by 1 + `scale`, then shifted. All [n, T, D], or broadcast."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale)
 
 
 def _keys(prefix: str, blocks: int, name: str) -> list[str]:

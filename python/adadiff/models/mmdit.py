@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .dit import EPS, SINUSOID, TimestepEmbedder, position_embedding
+from .dit import SINUSOID, TimestepEmbedder, initialise, modulated, position_embedding
 from .interface import Family, Preset
 from .layers import Mlp, PatchEmbed, check_images, check_integers, patchify, timestep_embedding, unpatchify
 
@@ -142,7 +142,7 @@ class Block(nn.Module):
         rows = [x[:, :N], x[:, N:]]
         heads = self._config.heads
         qkv = [
-            stream.attn.qkv(_modulated(part, *values[:2])).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+            stream.attn.qkv(modulated(part, *values[:2])).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
             for stream, part, values in zip(streams, rows, own, strict=True)
         ]
         q, k, v = torch.cat(qkv, 3)  # [n, H, N + T, D/H] each
@@ -154,7 +154,7 @@ class Block(nn.Module):
                 target.copy_(part)
                 continue
             part = torch.addcmul(part, values[2], stream.attn.proj(seen))
-            target.copy_(torch.addcmul(part, values[5], stream.mlp(_modulated(part, *values[3:5]))))
+            target.copy_(torch.addcmul(part, values[5], stream.mlp(modulated(part, *values[3:5]))))
         return out
 
     def macs(self, tokens: int) -> int:
@@ -162,10 +162,6 @@ class Block(nn.Module):
         patches, last = tokens - N, self.context_block.last
         each = 4 * D * D + 2 * self._config.mlp_ratio * D * D
         return patches * each + N * (3 * D * D if last else each) + 2 * tokens * tokens * D
-
-
-def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale)
 
 
 class Head(nn.Module):
@@ -182,7 +178,7 @@ class Head(nn.Module):
 
     def forward(self, patches: Tensor, cond: MMDiTConditioning, lanes: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(cond.sum.index_select(0, lanes))[:, None].chunk(2, dim=2)
-        return unpatchify(self.linear(_modulated(patches, shift, scale)), self._patch)
+        return unpatchify(self.linear(modulated(patches, shift, scale)), self._patch)
 
 
 class VectorEmbedder(nn.Module):
@@ -209,7 +205,7 @@ class MMDiT(nn.Module):
         grid = position_embedding(D, config.side, config.position_side / config.position_base, first)
         self.pos_embed = nn.Parameter(grid[None].to(torch.get_default_dtype()), requires_grad=False)
         self.joint_blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
-        self.apply(_initialise)
+        self.apply(initialise)
         for linear in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(linear.weight, std=0.02)
         for block in self.joint_blocks:
@@ -288,14 +284,6 @@ class MMDiT(nn.Module):
         modulation = (12 * config.depth - 4) * D * D
         stem = patches * self.patch_dim * D + (SINUSOID + D) * D + (config.pooled_dim + D) * D
         return stem + config.text * config.context_dim * D + modulation, patches * D * config.outputs + 2 * D * D
-
-
-def _initialise(module: nn.Module) -> None:
-    """Xavier for linear maps (patches are one), no biases, as DiT's."""
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        nn.init.xavier_uniform_(module.weight.detach().flatten(1))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def _presets() -> dict[str, Preset]:

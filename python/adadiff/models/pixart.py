@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .dit import EPS, SINUSOID, GatedBranch, TimestepEmbedder, position_embedding
+from .dit import EPS, SINUSOID, GatedBranch, TimestepEmbedder, initialise, modulated, position_embedding
 from .interface import Family, Preset
 from .layers import (
     Attention,
@@ -172,16 +172,12 @@ class Block(nn.Module):
         if row_to_lane is not None:
             modulation = modulation.index_select(0, row_to_lane)
         first, last = ([part[:, None] for part in own.unbind(1)] for own in modulation.unbind(1))  # [n, 1, D] each
-        x = torch.addcmul(x, first[2], self.attn(_modulated(x, *first[:2])))
+        x = torch.addcmul(x, first[2], self.attn(modulated(x, *first[:2])))
         x = x + self.branches[1](x, cond, row_to_lane)
-        return torch.addcmul(x, last[2], self.mlp(_modulated(x, *last[:2])), out=out)
+        return torch.addcmul(x, last[2], self.mlp(modulated(x, *last[:2])), out=out)
 
     def macs(self, tokens: int) -> int:
         return sum(branch.macs(tokens) for branch in self.branches)
-
-
-def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale)
 
 
 class Head(nn.Module):
@@ -198,7 +194,7 @@ class Head(nn.Module):
     def forward(self, patches: Tensor, cond: PixArtConditioning, lanes: Tensor) -> Tensor:
         time = cond.time.index_select(0, lanes)
         shift, scale = (self.scale_shift_table + time[:, None])[:, :, None].unbind(1)
-        return unpatchify(self.linear(_modulated(patches, shift, scale)), self._patch)
+        return unpatchify(self.linear(modulated(patches, shift, scale)), self._patch)
 
 
 class Projection(nn.Module):
@@ -239,7 +235,7 @@ class PixArt(nn.Module):
         self.pos_embed = nn.Parameter(position, requires_grad=False)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
         self.final_layer = Head(config)
-        self.apply(_initialise)
+        self.apply(initialise)
         for linear in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.t_block[1]):
             nn.init.normal_(linear.weight, std=0.02)
         for block in self.blocks:  # cross attention begins with nothing, and so does the head
@@ -311,14 +307,6 @@ class PixArt(nn.Module):
         D, T, config = self.config.dim, self.tokens, self.config
         text = config.context_tokens * (config.context_dim + D) * D
         return T * self.patch_dim * D + (SINUSOID + 7 * D) * D + text, T * D * config.outputs
-
-
-def _initialise(module: nn.Module) -> None:
-    """Xavier for linear maps (patches are one), no biases, as the authors' initialize_weights."""
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        nn.init.xavier_uniform_(module.weight.detach().flatten(1))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def _presets() -> dict[str, Preset]:
