@@ -275,7 +275,7 @@ def test_samples_are_those_of_a_plain_loop() -> None:
     ("change", "message"),
     [
         ({"patch": 4}, "multiple of patch"),
-        ({"heads": 5}, "multiple of 4 and of heads"),
+        ({"heads": 5}, "multiple of heads 5 and of 4"),
         ({"dim": 18, "heads": 3}, "multiple of 4"),
         ({"depth": 0}, "depth must be a positive integer"),
         ({"num_classes": 0}, "num_classes must be a positive integer"),

@@ -207,7 +207,7 @@ def test_macs_are_those_of_the_products_that_run() -> None:
     [
         ({"patch": 3}, "multiple of patch"),
         ({"heads": 5}, "multiple of heads"),
-        ({"dim": 27, "heads": 3}, "even"),
+        ({"dim": 27, "heads": 3}, "of heads 3 and of 2"),
         ({"depth": 5}, "depth must be even"),
         ({"depth": 0}, "depth must be a positive integer"),
         ({"channels": 2.0}, "channels must be a positive integer"),
@@ -232,7 +232,7 @@ X, TIME = torch.zeros(2, 3, 8, 8), torch.zeros(2)
         ("classes", (X, TIME, torch.zeros(2)), "int64"),
         ("classes", (X, TIME, torch.tensor([0, 5])), r"0\.\.4"),
         ("classes", (X, TIME, torch.tensor([-1, 0])), r"0\.\.4"),
-        ("text", (X, TIME, torch.zeros(2, 7, 12)), "text context"),
+        ("text", (X, TIME, torch.zeros(2, 7, 12)), "embeddings of text"),
         ("unconditional", (X, TIME, torch.zeros(2).long()), "no labels"),
     ],
 )

@@ -24,26 +24,20 @@ from .layers import (
     check_integers,
     check_labels,
     check_width,
-    patchify,
     share_of,
     timestep_embedding,
     unpatchify,
 )
+from .patches import ModulatedNetwork, PatchConfig
 
 SINUSOID = 256  # channels of the sinusoid before its MLP
 EPS = 1e-6  # of the released norms
 
 
 @dataclass(frozen=True)
-class DiTConfig:
+class DiTConfig(PatchConfig):
     """Shift and epsilon differ where diffusers serves a DiT: 1 and 1e-5 (embeddings.py, attention.py)."""
 
-    image_size: int  # of the latents
-    channels: int
-    patch: int
-    dim: int
-    depth: int  # blocks
-    heads: int
     num_classes: int  # rows of the label table, null class included
     mlp_ratio: int = 4
     learned_variance: bool = True
@@ -56,36 +50,19 @@ class DiTConfig:
     context_dim: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        check_integers(self, 1, "image_size", "dim", "heads")
-        check_integers(self, 1, "channels", "patch", "depth", "mlp_ratio", most=1024)
+        super().__post_init__()
+        check_integers(self, 1, "mlp_ratio", most=1024)
         check_integers(self, 1, "num_classes", most=2**24)
         check_booleans(self, "learned_variance", "sit_time")
         check_width(self)
-        if self.image_size % self.patch:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch {self.patch}")
-        if self.dim % self.heads or self.dim % 4:
-            raise ValueError(f"dim {self.dim} must be a multiple of 4 and of heads {self.heads}")
         if type(self.frequency_shift) is not int or self.frequency_shift not in (0, 1):
             raise ValueError(f"frequency_shift must be 0 (as released) or 1 (diffusers), got {self.frequency_shift!r}")
         if not isinstance(self.mlp_norm_eps, float) or not 0 < self.mlp_norm_eps < 1:
             raise ValueError(f"mlp_norm_eps must be a number in (0, 1), got {self.mlp_norm_eps!r}")
 
     @property
-    def side(self) -> int:
-        return self.image_size // self.patch
-
-    @property
-    def tokens(self) -> int:
-        return self.side**2
-
-    @property
-    def blocks(self) -> int:
-        return self.depth
-
-    @property
     def outputs(self) -> int:
-        """Numbers the head predicts per patch."""
-        return self.patch**2 * self.channels * (2 if self.learned_variance else 1)
+        return self.patch_dim * (2 if self.learned_variance else 1)
 
 
 def position_embedding(dim: int, side: int, divisor: float = 1.0, first: int = 0) -> Tensor:
@@ -167,6 +144,11 @@ class Block(nn.Module):
         return self.attn.macs(tokens) + self.mlp.macs(tokens)
 
 
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """The norm of DiT's blocks, without weights, scaled by 1 + `scale`, then shifted. All [n, T, D], or broadcast."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale)
+
+
 class Modulation(nn.Module):
     """c [B, D] -> [B, L, 2, 3, D]. One product for all blocks; see `DiT` for its keys."""
 
@@ -183,7 +165,7 @@ class Modulation(nn.Module):
 class Head(nn.Module):
     """Modulated LayerNorm and a linear map to a patch's numbers: [n, N, D] -> [n, C or 2 C, H, W]."""
 
-    def __init__(self, config: DiTConfig):
+    def __init__(self, config: PatchConfig):
         super().__init__()
         self.linear = nn.Linear(config.dim, config.outputs)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 2 * config.dim))
@@ -194,8 +176,7 @@ class Head(nn.Module):
 
     def forward(self, patches: Tensor, cond: DiTConditioning, lanes: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(cond.sum.index_select(0, lanes))[:, None].chunk(2, dim=2)
-        h = F.layer_norm(patches, patches.shape[-1:], eps=EPS)
-        return unpatchify(self.linear(h * (1 + scale) + shift), self._patch)
+        return unpatchify(self.linear(modulated(patches, shift, scale)), self._patch)
 
 
 class TimestepEmbedder(nn.Module):
@@ -210,15 +191,13 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(classes, dim)
 
 
-class DiT(nn.Module):
+class DiT(ModulatedNetwork):
     """State dicts are as released: every block's share of `modulation` as `blocks.{i}.adaLN_modulation.1.*`."""
 
-    num_prefix_tokens = 0
-
     def __init__(self, config: DiTConfig):
-        super().__init__()
+        super().__init__(config)
         D = config.dim
-        self.config = config
+        self.learned_variance = config.learned_variance
         self.x_embedder = PatchEmbed(config.channels, D, config.patch)
         self.t_embedder = TimestepEmbedder(D)
         self.y_embedder = LabelEmbedder(config.num_classes, D)
@@ -233,30 +212,6 @@ class DiT(nn.Module):
         self.register_state_dict_post_hook(_split_modulation)
         self.register_load_state_dict_pre_hook(_join_modulation)
 
-    @property
-    def dim(self) -> int:
-        return self.config.dim
-
-    @property
-    def time_dim(self) -> int:
-        return self.config.dim
-
-    @property
-    def tokens(self) -> int:
-        return self.config.tokens
-
-    @property
-    def patch_dim(self) -> int:
-        return self.config.patch**2 * self.config.channels
-
-    @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        return self.config.channels, self.config.image_size, self.config.image_size
-
-    @property
-    def learned_variance(self) -> bool:
-        return self.config.learned_variance
-
     def embed(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> tuple[Tensor, DiTConditioning]:
         check_images(x, t, self.sample_shape)
         check_labels(context, len(x), self.config.num_classes)
@@ -266,26 +221,6 @@ class DiT(nn.Module):
         c = time + self.y_embedder.embedding_table(upload(context, x.device))
         rows = (self.x_embedder(x.to(dtype)) + self.pos_embed).contiguous()  # else channels first, as convolved
         return rows, DiTConditioning(time, c, self.modulation(c))
-
-    @property
-    def head(self) -> Head:
-        return self.final_layer
-
-    def new_head(self) -> Head:
-        return Head(self.config)
-
-    def unpatchify(self, values: Tensor) -> Tensor:
-        return unpatchify(values, self.config.patch)
-
-    def patchify(self, images: Tensor) -> Tensor:
-        return patchify(images, self.config.patch)
-
-    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """The plain network at full depth: x [B, C, H, W], t float [B], labels int64 [B] -> [B, C or 2 C, H, W]."""
-        rows, cond = self.embed(x, t, context)
-        for block in self.blocks:
-            rows = block(rows, cond)
-        return self.head(rows, cond, torch.arange(len(x), device=x.device))
 
     def stem_and_head_macs(self) -> tuple[int, int]:
         D, T = self.config.dim, self.tokens
@@ -299,11 +234,6 @@ def initialise(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.weight.detach().flatten(1))
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """The norm of DiT's blocks, without weights, scaled by 1 + `scale`, then shifted. All [n, T, D], or broadcast."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale)
 
 
 def _keys(prefix: str, blocks: int, name: str) -> list[str]:

@@ -204,3 +204,11 @@ def check_labels(labels: Tensor | None, n: int, classes: int) -> None:
         return
     if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(f"labels must be in 0..{classes - 1}, got {labels.tolist()[:8]}")
+
+
+def check_text(context: Tensor | None, n: int, tokens: int, dim: int) -> None:
+    """ValueError unless the context is float [n, tokens, dim], embeddings of text."""
+    wanted = [n, tokens, dim]
+    if context is None or list(context.shape) != wanted or not context.is_floating_point():
+        given = "none" if context is None else f"{context.dtype} {list(context.shape)}"
+        raise ValueError(f"this network needs embeddings of text, float {wanted}, got {given}")

@@ -14,21 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .dit import SINUSOID, TimestepEmbedder, initialise, modulated, position_embedding
+from .dit import SINUSOID, Head, TimestepEmbedder, initialise, modulated, position_embedding
 from .interface import Family, Preset
-from .layers import Mlp, PatchEmbed, check_images, check_integers, patchify, timestep_embedding, unpatchify
+from .layers import Mlp, PatchEmbed, check_images, check_integers, check_text, timestep_embedding
+from .patches import ModulatedNetwork, PatchConfig
 
 
 @dataclass(frozen=True)
-class MMDiTConfig:
+class MMDiTConfig(PatchConfig):
     """The context is [B, 1 + N, E]: first the pooled embedding of the text, filled up with zeros, then its tokens."""
 
-    image_size: int  # of the latents
-    channels: int
-    patch: int
-    dim: int
-    depth: int  # blocks
-    heads: int
     context_tokens: int = 334  # 1 + N
     context_dim: int = 4096  # E
     pooled_dim: int = 2048
@@ -40,21 +35,14 @@ class MMDiTConfig:
     learned_variance: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_integers(self, 1, "image_size", "dim", "heads", "context_dim", "pooled_dim")
+        super().__post_init__()
+        check_integers(self, 1, "context_dim", "pooled_dim")
         check_integers(self, 2, "context_tokens")
-        check_integers(self, 1, "channels", "patch", "depth", "mlp_ratio", "position_side", "position_base", most=1024)
-        if self.image_size % self.patch:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch {self.patch}")
-        if self.dim % self.heads or self.dim % 4:
-            raise ValueError(f"dim {self.dim} must be a multiple of 4 and of heads {self.heads}")
+        check_integers(self, 1, "mlp_ratio", "position_side", "position_base", most=1024)
         if self.side > self.position_side:
             raise ValueError(f"{self.side} patches in a row are more than the {self.position_side} positions")
         if self.pooled_dim > self.context_dim:
             raise ValueError(f"pooled_dim {self.pooled_dim} is more than the context's {self.context_dim} channels")
-
-    @property
-    def side(self) -> int:
-        return self.image_size // self.patch
 
     @property
     def text(self) -> int:
@@ -63,21 +51,12 @@ class MMDiTConfig:
 
     @property
     def tokens(self) -> int:
-        return self.text + self.side**2
+        return self.text + self.patches
 
     @property
     def positions(self) -> int:
         """Rows that have a position: the patches."""
-        return self.side**2
-
-    @property
-    def blocks(self) -> int:
-        return self.depth
-
-    @property
-    def outputs(self) -> int:
-        """Numbers the head predicts per patch."""
-        return self.patch**2 * self.channels
+        return self.patches
 
 
 @dataclass(frozen=True)
@@ -147,38 +126,19 @@ class Block(nn.Module):
         ]
         q, k, v = torch.cat(qkv, 3)  # [n, H, N + T, D/H] each
         read = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        out = torch.empty_like(x) if out is None else out
-        parts = zip(streams, rows, own, (read[:, :N], read[:, N:]), (out[:, :N], out[:, N:]), strict=True)
-        for stream, part, values, seen, target in parts:
-            if stream.last:
-                target.copy_(part)
-                continue
-            part = torch.addcmul(part, values[2], stream.attn.proj(seen))
-            target.copy_(torch.addcmul(part, values[5], stream.mlp(modulated(part, *values[3:5]))))
-        return out
+        made = []
+        for stream, part, values, seen in zip(streams, rows, own, (read[:, :N], read[:, N:]), strict=True):
+            if not stream.last:
+                part = torch.addcmul(part, values[2], stream.attn.proj(seen))
+                part = torch.addcmul(part, values[5], stream.mlp(modulated(part, *values[3:5])))
+            made.append(part)
+        return torch.cat(made, 1, out=out)
 
     def macs(self, tokens: int) -> int:
         D, N = self._config.dim, self._config.text
         patches, last = tokens - N, self.context_block.last
         each = 4 * D * D + 2 * self._config.mlp_ratio * D * D
         return patches * each + N * (3 * D * D if last else each) + 2 * tokens * tokens * D
-
-
-class Head(nn.Module):
-    """Modulated LayerNorm and a linear map to a patch's numbers: [n, T, D] -> [n, C, H, W]."""
-
-    def __init__(self, config: MMDiTConfig):
-        super().__init__()
-        self.linear = nn.Linear(config.dim, config.outputs)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 2 * config.dim))
-        self._patch = config.patch
-        for linear in (self.linear, self.adaLN_modulation[1]):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
-
-    def forward(self, patches: Tensor, cond: MMDiTConditioning, lanes: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(cond.sum.index_select(0, lanes))[:, None].chunk(2, dim=2)
-        return unpatchify(self.linear(modulated(patches, shift, scale)), self._patch)
 
 
 class VectorEmbedder(nn.Module):
@@ -189,13 +149,12 @@ class VectorEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, dim))
 
 
-class MMDiT(nn.Module):
+class MMDiT(ModulatedNetwork):
     """State dicts are as released, but for the positions, of which there are those of the patches alone."""
 
     def __init__(self, config: MMDiTConfig):
-        super().__init__()
+        super().__init__(config)
         D = config.dim
-        self.config = config
         self.num_prefix_tokens = config.text
         self.x_embedder = PatchEmbed(config.channels, D, config.patch)
         self.t_embedder = TimestepEmbedder(D)
@@ -217,37 +176,10 @@ class MMDiT(nn.Module):
     def blocks(self) -> nn.ModuleList:
         return self.joint_blocks
 
-    @property
-    def dim(self) -> int:
-        return self.config.dim
-
-    @property
-    def time_dim(self) -> int:
-        return self.config.dim
-
-    @property
-    def tokens(self) -> int:
-        return self.config.tokens
-
-    @property
-    def patch_dim(self) -> int:
-        return self.config.outputs
-
-    @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        return self.config.channels, self.config.image_size, self.config.image_size
-
-    @property
-    def learned_variance(self) -> bool:
-        return False
-
     def embed(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> tuple[Tensor, MMDiTConditioning]:
         """context: float [B, 1 + N, E], see `MMDiTConfig`."""
         check_images(x, t, self.sample_shape)
-        wanted = len(x), self.config.context_tokens, self.config.context_dim
-        if context is None or tuple(context.shape) != wanted or not context.is_floating_point():
-            given = "none" if context is None else f"{context.dtype} {list(context.shape)}"
-            raise ValueError(f"this network needs embeddings of text, float {list(wanted)}, got {given}")
+        check_text(context, len(x), self.config.context_tokens, self.config.context_dim)
         dtype = self.pos_embed.dtype
         context = context.to(x.device, dtype)
         time = self.t_embedder.mlp(timestep_embedding(t, SINUSOID).to(dtype))  # [B, D]
@@ -258,32 +190,11 @@ class MMDiT(nn.Module):
         rows = torch.cat([self.context_embedder(context[:, 1:]), patches], 1)
         return rows, MMDiTConditioning(time, c, torch.stack(modulation, 1))
 
-    @property
-    def head(self) -> Head:
-        return self.final_layer
-
-    def new_head(self) -> Head:
-        return Head(self.config)
-
-    def unpatchify(self, values: Tensor) -> Tensor:
-        return unpatchify(values, self.config.patch)
-
-    def patchify(self, images: Tensor) -> Tensor:
-        return patchify(images, self.config.patch)
-
-    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """The plain network at full depth: x [B, C, H, W], t float [B], context float [B, 1 + N, E] -> [B, C, H, W]."""
-        rows, cond = self.embed(x, t, context)
-        for block in self.joint_blocks:
-            rows = block(rows, cond)
-        return self.head(rows[:, self.num_prefix_tokens :], cond, torch.arange(len(x), device=x.device))
-
     def stem_and_head_macs(self) -> tuple[int, int]:
         D, config = self.config.dim, self.config
-        patches = config.side**2
         modulation = (12 * config.depth - 4) * D * D
-        stem = patches * self.patch_dim * D + (SINUSOID + D) * D + (config.pooled_dim + D) * D
-        return stem + config.text * config.context_dim * D + modulation, patches * D * config.outputs + 2 * D * D
+        stem = config.patches * self.patch_dim * D + (SINUSOID + D) * D + (config.pooled_dim + D) * D
+        return stem + config.text * config.context_dim * D + modulation, config.patches * D * config.outputs + 2 * D * D
 
 
 def _presets() -> dict[str, Preset]:

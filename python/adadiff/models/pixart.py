@@ -22,23 +22,18 @@ from .layers import (
     check_booleans,
     check_images,
     check_integers,
-    patchify,
+    check_text,
     product,
     timestep_embedding,
     unpatchify,
 )
+from .patches import ModulatedNetwork, PatchConfig
 
 MASKED = -10000.0  # added to the scores of tokens that are no text, as the authors and diffusers do
 
 
 @dataclass(frozen=True)
-class PixArtConfig:
-    image_size: int  # of the latents
-    channels: int
-    patch: int
-    dim: int
-    depth: int  # blocks
-    heads: int
+class PixArtConfig(PatchConfig):
     context_tokens: int = 120  # of text; 300 in PixArt-Sigma
     context_dim: int = 4096  # of the T5 encoder
     mlp_ratio: int = 4
@@ -48,32 +43,16 @@ class PixArtConfig:
     num_classes: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        check_integers(self, 1, "image_size", "dim", "heads", "context_tokens", "context_dim")
-        check_integers(self, 1, "channels", "patch", "depth", "mlp_ratio", most=1024)
+        super().__post_init__()
+        check_integers(self, 1, "context_tokens", "context_dim")
+        check_integers(self, 1, "mlp_ratio", most=1024)
         check_booleans(self, "learned_variance")
-        if self.image_size % self.patch:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch {self.patch}")
-        if self.dim % self.heads or self.dim % 4:
-            raise ValueError(f"dim {self.dim} must be a multiple of 4 and of heads {self.heads}")
         if type(self.interpolation) not in (int, float) or not 0 < self.interpolation <= 64:
             raise ValueError(f"interpolation must be a number in (0, 64], got {self.interpolation!r}")
 
     @property
-    def side(self) -> int:
-        return self.image_size // self.patch
-
-    @property
-    def tokens(self) -> int:
-        return self.side**2
-
-    @property
-    def blocks(self) -> int:
-        return self.depth
-
-    @property
     def outputs(self) -> int:
-        """Numbers the head predicts per patch."""
-        return self.patch**2 * self.channels * (2 if self.learned_variance else 1)
+        return self.patch_dim * (2 if self.learned_variance else 1)
 
 
 @dataclass(frozen=True)
@@ -218,15 +197,13 @@ class CaptionEmbedder(nn.Module):
         return self.y_proj(context)
 
 
-class PixArt(nn.Module):
+class PixArt(ModulatedNetwork):
     """State dicts are as released, but for the caption that stands for none (`y_embedder.y_embedding`)."""
 
-    num_prefix_tokens = 0
-
     def __init__(self, config: PixArtConfig):
-        super().__init__()
+        super().__init__(config)
         D = config.dim
-        self.config = config
+        self.learned_variance = config.learned_variance
         self.x_embedder = PatchEmbed(config.channels, D, config.patch)
         self.t_embedder = TimestepEmbedder(D)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
@@ -242,37 +219,10 @@ class PixArt(nn.Module):
             nn.init.zeros_(block.cross_attn.proj.weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
-    @property
-    def dim(self) -> int:
-        return self.config.dim
-
-    @property
-    def time_dim(self) -> int:
-        return self.config.dim
-
-    @property
-    def tokens(self) -> int:
-        return self.config.tokens
-
-    @property
-    def patch_dim(self) -> int:
-        return self.config.patch**2 * self.config.channels
-
-    @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        return self.config.channels, self.config.image_size, self.config.image_size
-
-    @property
-    def learned_variance(self) -> bool:
-        return self.config.learned_variance
-
     def embed(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> tuple[Tensor, PixArtConditioning]:
         """context: float [B, N, E]. Tokens that are all zeros are no text: nobody attends to them."""
         check_images(x, t, self.sample_shape)
-        wanted = len(x), self.config.context_tokens, self.config.context_dim
-        if context is None or tuple(context.shape) != wanted or not context.is_floating_point():
-            given = "none" if context is None else f"{context.dtype} {list(context.shape)}"
-            raise ValueError(f"this network needs embeddings of text, float {list(wanted)}, got {given}")
+        check_text(context, len(x), self.config.context_tokens, self.config.context_dim)
         dtype = self.pos_embed.dtype
         context = context.to(x.device)
         mask = MASKED * (context == 0).all(2).to(dtype)
@@ -282,26 +232,6 @@ class PixArt(nn.Module):
         rows = (self.x_embedder(x.to(dtype)) + self.pos_embed).contiguous()  # else channels first, as convolved
         shape = len(x), len(self.blocks), 2, 3, self.config.dim
         return rows, PixArtConditioning(time, modulation.view(shape), self.y_embedder(context.to(dtype)), mask)
-
-    @property
-    def head(self) -> Head:
-        return self.final_layer
-
-    def new_head(self) -> Head:
-        return Head(self.config)
-
-    def unpatchify(self, values: Tensor) -> Tensor:
-        return unpatchify(values, self.config.patch)
-
-    def patchify(self, images: Tensor) -> Tensor:
-        return patchify(images, self.config.patch)
-
-    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """The plain network at full depth: x [B, C, H, W], t [B], context float [B, N, E] -> [B, C or 2 C, H, W]."""
-        rows, cond = self.embed(x, t, context)
-        for block in self.blocks:
-            rows = block(rows, cond)
-        return self.head(rows, cond, torch.arange(len(x), device=x.device))
 
     def stem_and_head_macs(self) -> tuple[int, int]:
         D, T, config = self.config.dim, self.tokens, self.config

@@ -4,6 +4,7 @@ B lanes, T tokens (prefix tokens first: [time, text, patches] or [label, time, p
 """
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,24 +20,19 @@ from .layers import (
     check_images,
     check_integers,
     check_labels,
+    check_text,
     check_width,
-    patchify,
     share_of,
     timestep_embedding,
     unpatchify,
 )
+from .patches import PatchConfig, PatchNetwork
 
 
 @dataclass(frozen=True)
-class UViTConfig:
+class UViTConfig(PatchConfig):
     """`depth` counts the in- and out-blocks, so the network has depth + 1 blocks."""
 
-    image_size: int
-    channels: int
-    patch: int
-    dim: int
-    depth: int
-    heads: int
     num_classes: int = 0  # rows of the label table, null class included; 0 = no labels
     context_tokens: int = 0  # 77 for text; 0 = none
     context_dim: int = 768
@@ -47,17 +43,16 @@ class UViTConfig:
     time_divisor: int = 1  # the sinusoid is of t / time_divisor; DuoDiff's pixel models read t / 1000
     width: float = 1.0  # share of `heads` and of MLP channels that there are, see forward/narrow.py
 
+    DIM_STEP: ClassVar[int] = 2  # time is sines and cosines
+
     def __post_init__(self) -> None:
-        check_integers(self, 1, "image_size", "dim", "heads", "context_dim", "time_divisor")
-        check_integers(self, 1, "channels", "patch", "depth", "mlp_ratio", most=1024)
+        super().__post_init__()
+        check_integers(self, 1, "context_dim", "time_divisor")
+        check_integers(self, 1, "mlp_ratio", most=1024)
         check_integers(self, 0, "context_tokens")
         check_integers(self, 0, "num_classes", most=2**24)
         check_booleans(self, "conv", "qkv_bias", "mlp_time_embed")
         check_width(self)
-        if self.image_size % self.patch:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch {self.patch}")
-        if self.dim % self.heads or self.dim % 2:
-            raise ValueError(f"dim {self.dim} must be even and a multiple of heads {self.heads}")
         if self.depth % 2:
             raise ValueError(f"depth must be even (half in-blocks, half out-blocks), got {self.depth}")
         if self.num_classes and self.context_tokens:
@@ -66,10 +61,6 @@ class UViTConfig:
     @property
     def num_prefix_tokens(self) -> int:
         return 1 + self.context_tokens + bool(self.num_classes)
-
-    @property
-    def patches(self) -> int:
-        return (self.image_size // self.patch) ** 2
 
     @property
     def tokens(self) -> int:
@@ -153,20 +144,18 @@ class Head(nn.Module):
         super().__init__()
         self._config = config
         self.norm = nn.LayerNorm(config.dim)
-        self.decoder_pred = nn.Linear(config.dim, config.patch**2 * config.channels)
+        self.decoder_pred = nn.Linear(config.dim, config.outputs)
         self.final_layer = nn.Conv2d(config.channels, config.channels, 3, padding=1) if config.conv else nn.Identity()
 
     def forward(self, patches: Tensor, cond: object = None, lanes: Tensor | None = None) -> Tensor:
         return self.final_layer(unpatchify(self.decoder_pred(self.norm(patches)), self._config.patch))
 
 
-class UViT(nn.Module):
-    learned_variance = False
-
+class UViT(PatchNetwork):
     def __init__(self, config: UViTConfig):
-        super().__init__()
+        super().__init__(config)
         D, half = config.dim, config.depth // 2
-        self.config = config
+        self.num_prefix_tokens = config.num_prefix_tokens
         self.patch_embed = PatchEmbed(config.channels, D, config.patch)
         self.time_embed = (
             nn.Sequential(nn.Linear(D, 4 * D), nn.SiLU(), nn.Linear(4 * D, D))
@@ -186,31 +175,6 @@ class UViT(nn.Module):
         self.norm, self.decoder_pred, self.final_layer = head.norm, head.decoder_pred, head.final_layer
         self.apply(_initialise)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-
-    @property
-    def dim(self) -> int:
-        return self.config.dim
-
-    @property
-    def time_dim(self) -> int:
-        return self.config.dim
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        return self.config.num_prefix_tokens
-
-    @property
-    def tokens(self) -> int:
-        return self.config.tokens
-
-    @property
-    def patch_dim(self) -> int:
-        return self.config.patch**2 * self.config.channels
-
-    @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        c = self.config
-        return c.channels, c.image_size, c.image_size
 
     def embed(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> tuple[Tensor, UViTConditioning]:
         self._check(x, t, context)
@@ -234,12 +198,6 @@ class UViT(nn.Module):
         head.apply(_initialise)
         return head
 
-    def unpatchify(self, values: Tensor) -> Tensor:
-        return unpatchify(values, self.config.patch)
-
-    def patchify(self, images: Tensor) -> Tensor:
-        return patchify(images, self.config.patch)
-
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
         """The plain network at full depth: x [B, C, H, W], t float [B], context -> predicted noise [B, C, H, W]."""
         x, _ = self.embed(x, t, context)
@@ -254,9 +212,9 @@ class UViT(nn.Module):
 
     def stem_and_head_macs(self) -> tuple[int, int]:
         c = self.config
-        stem = c.patches * c.patch**2 * c.channels * c.dim + c.context_tokens * c.context_dim * c.dim
+        stem = c.patches * c.patch_dim * c.dim + c.context_tokens * c.context_dim * c.dim
         stem += 8 * c.dim * c.dim if c.mlp_time_embed else 0
-        head = c.patches * c.dim * c.patch**2 * c.channels
+        head = c.patches * c.dim * c.outputs
         head += 9 * c.channels**2 * c.image_size**2 if c.conv else 0
         return stem, head
 
@@ -266,9 +224,7 @@ class UViT(nn.Module):
         if c.num_classes:
             check_labels(context, len(x), c.num_classes)
         elif c.context_tokens:
-            shape = (len(x), c.context_tokens, c.context_dim)
-            if context is None or tuple(context.shape) != shape:
-                raise ValueError(f"this network needs text context {shape}")
+            check_text(context, len(x), c.context_tokens, c.context_dim)
         elif context is not None:
             raise ValueError("this network takes no labels and no context")
 
