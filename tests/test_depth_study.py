@@ -63,3 +63,6 @@ def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     adadiff.save(adadiff.build("digits"), plain)
     with pytest.raises(ValueError, match="no calibration"):
         depth.main([str(plain), "--out", str(tmp_path)])
+    depth.main(["canvases", "-n", "40", "--out", str(tmp_path)])
+    assert capsys.readouterr().out == shown
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == len(rows)  # nothing was measured again

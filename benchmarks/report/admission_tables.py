@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from benchmarks.report.cells import Table, number, select
+from benchmarks.report.cells import Table, by_load, load, number, select
 from benchmarks.rows import Row
 
 SUITE = "admission"
@@ -31,19 +31,14 @@ def _table(machine: str, rows: Sequence[Row]) -> Table:
     body = [
         (
             {"arrival": "who came first", "work": "the least work"}[row["variant"]],
-            _load(row),
+            load(row),
             *(number(row[name], 2) for name in names),
             number(row["fairness"], 2),
         )
-        for row in sorted(rows, key=lambda row: (isinstance(_of(row, "load"), str), _load(row)))
+        for row in sorted(rows, key=by_load)
     ]
     return Table(f"admission, {MACHINES[machine]}", header, body, NOTE.format(**rows[0]["parameters"]))
 
 
 def _of(row: Row, name: str) -> object:
     return row["parameters"][name]
-
-
-def _load(row: Row) -> str:
-    load = _of(row, "load")
-    return load if isinstance(load, str) else f"{load:.0%}"

@@ -6,6 +6,12 @@ from dataclasses import dataclass
 
 from benchmarks.rows import Row
 
+NAMES = {
+    "cifar10_uvit_small": "U-ViT-S/2",
+    "imagenet256_uvit_large": "U-ViT-L/2",
+    "imagenet256_uvit_huge": "U-ViT-H/2",
+}
+
 
 @dataclass(frozen=True)
 class Table:
@@ -19,6 +25,19 @@ class Table:
 
 def select(rows: Iterable[Row], suite: str, kind: str) -> list[Row]:
     return [row for row in rows if row["suite"] == suite and row["kind"] == kind]
+
+
+def grouped(rows: Iterable[Row], *parameters: str) -> dict[tuple[object, ...], list[Row]]:
+    """Rows by the values of those parameters, and by threads, which come last."""
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((*(row["parameters"][name] for name in parameters), row["threads"]), []).append(row)
+    return groups
+
+
+def name_of(model: str) -> str:
+    """As the paper calls a preset."""
+    return NAMES.get(model, model)
 
 
 def where(rows: Sequence[Row]) -> str:
@@ -46,3 +65,18 @@ def number(value: float | None, digits: int, percent: bool = False) -> str:
     if value is None:
         return ""
     return f"{value:.{digits}%}" if percent else f"{value:.{digits}f}"
+
+
+def mark(row: Row) -> str:
+    """Behind a number of a row that is not usable; `warning` says why."""
+    return "" if row["usable"] else " (!)"
+
+
+def load(row: Row) -> str:
+    value = row["parameters"]["load"]
+    return value if isinstance(value, str) else f"{value:.0%}"
+
+
+def by_load(row: Row) -> tuple[bool, str]:
+    """Sorts rows: shares of the capacity first, then bursts."""
+    return isinstance(row["parameters"]["load"], str), load(row)

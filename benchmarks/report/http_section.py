@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-from benchmarks.report.cells import number, select
+from benchmarks.report.cells import name_of, number, select
 from benchmarks.report.http_tables import MIB, SUITE
 from benchmarks.report.sections import Section, busy, columns, on_most_threads, percent, sentence
-from benchmarks.report.serving_tables import NAMES
 from benchmarks.rows import Row
 
 
@@ -16,7 +15,7 @@ def section(rows: Sequence[Row]) -> Section | None:
         return Section(sentence(" ".join(said)), said[0]) if said else None
     body = [
         (
-            NAMES.get(row["parameters"]["model"], row["parameters"]["model"]),
+            name_of(row["parameters"]["model"]),
             percent(row["throughput_over_engine"], 1),
             number(row["busy_added"] * 1e3, 2),
             busy(row),

@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from benchmarks.report.cells import Table, number, select, warning, where
-from benchmarks.report.serving_tables import NAMES
+from benchmarks.report.cells import Table, by_load, grouped, load, mark, name_of, number, select, warning, where
 from benchmarks.rows import Row
 
 SUITE = "http"
@@ -15,12 +14,12 @@ KINDS = {"good": "waits", "malformed": "nonsense", "slow": "slow reader", "leave
 def throughput(rows: Sequence[Row]) -> list[Table]:
     header = ("bursts", "images/s", "of the engine", "processor ms a request", "added")
     tables = []
-    for group in _groups(select(rows, SUITE, "throughput"), "model", "capacity"):
+    for group in _groups(rows, "throughput"):
         given = group[0]["parameters"]
         body = [
             (
                 row["variant"],
-                number(row["images_per_second"], 3) + _mark(row),
+                number(row["images_per_second"], 3) + mark(row),
                 number(row["throughput_over_engine"], 3),
                 number(row["busy_per_request"] * 1e3, 2),
                 number(row["busy_added"] * 1e3, 2),
@@ -32,7 +31,7 @@ def throughput(rows: Sequence[Row]) -> list[Table]:
             "another process. Of the engine: images a second over those of the engine in the same round, median. "
             "Processor time: of the process that draws; added: over the engine's. "
         )
-        title = f"{_name(given)}, capacity {given['capacity']}, {where(group)}"
+        title = f"{name_of(given['model'])}, capacity {given['capacity']}, {where(group)}"
         tables.append(Table(title, header, body, note + warning(group)))
     return tables
 
@@ -40,18 +39,18 @@ def throughput(rows: Sequence[Row]) -> list[Table]:
 def latency(rows: Sequence[Row]) -> list[Table]:
     header = ("requests of 10 to 30 steps", "load", "p50, s", "p95, s", "p99, s", f"within {SLO} times alone")
     tables = []
-    for group in _groups(select(rows, SUITE, "latency"), "model", "capacity"):
+    for group in _groups(rows, "latency"):
         given = group[0]["parameters"]
         body = [
-            (row["variant"], _load(row), *_latencies(row), number(row["attained"][SLO], 1, percent=True))
-            for row in sorted(group, key=lambda row: (row["parameters"]["load"] == "burst", _load(row)))
+            (row["variant"], load(row), *_latencies(row), number(row["attained"][SLO], 1, percent=True))
+            for row in sorted(group, key=by_load)
         ]
         alone = number(1e3 * group[0]["seconds_alone_per_step"], 1)
         note = (
             f"{given['requests']} requests, Poisson; load: of the images a second that the engine makes of a burst. "
             f"Alone a request takes {alone} ms a step, over HTTP. "
         )
-        title = f"{_name(given)}, capacity {given['capacity']}, {where(group)}"
+        title = f"{name_of(given['model'])}, capacity {given['capacity']}, {where(group)}"
         tables.append(Table(title, header, body, note + warning(group)))
     return tables
 
@@ -61,7 +60,7 @@ def behaviour(rows: Sequence[Row]) -> list[Table]:
         "clients", *KINDS.values(), "p50, s", "p95, s", "p99, s", "longest, s", "left running", "open files",
     )  # fmt: skip
     tables = []
-    for group in _groups(select(rows, SUITE, "behaviour"), "model", "capacity"):
+    for group in _groups(rows, "behaviour"):
         given = group[0]["parameters"]
         body = [
             (
@@ -80,7 +79,7 @@ def behaviour(rows: Sequence[Row]) -> list[Table]:
             "none waits. Latencies: of the requests whose clients behave both times. Left running, open files: when "
             "all was over, files against before. "
         )
-        title = f"{_name(given)}, capacity {given['capacity']}, {where(group)}"
+        title = f"{name_of(given['model'])}, capacity {given['capacity']}, {where(group)}"
         tables.append(Table(title, header, body, note + warning(group)))
     return tables
 
@@ -89,7 +88,7 @@ def memory(rows: Sequence[Row]) -> list[Table]:
     found = select(rows, SUITE, "memory")
     body = [
         (
-            _name(row["parameters"]),
+            name_of(row["parameters"]["model"]),
             f"{row['parameters']['requests']:,}",
             *(number(row[name] / MIB, 1) for name in ("first", "last", "most")),
             number(row["slope"], 0),
@@ -104,27 +103,10 @@ def memory(rows: Sequence[Row]) -> list[Table]:
 ALL = (throughput, latency, behaviour, memory)
 
 
-def _groups(rows: Sequence[Row], *parameters: str) -> list[list[Row]]:
-    groups: dict[tuple[object, ...], list[Row]] = {}
-    for row in rows:
-        key = (*(row["parameters"][name] for name in parameters), row["parameters"]["requests"], row["threads"])
-        groups.setdefault(key, []).append(row)
-    return list(groups.values())
+def _groups(rows: Sequence[Row], kind: str) -> list[list[Row]]:
+    return list(grouped(select(rows, SUITE, kind), "model", "capacity", "requests").values())
 
 
 def _latencies(row: Row) -> list[str]:
     p50, p95, p99 = (number(value, 3) for value in (row["seconds"]["median"], row["p95"], row["p99"]))
-    return [p50 + _mark(row), p95, p99]
-
-
-def _name(parameters: Row) -> str:
-    return NAMES.get(parameters["model"], parameters["model"])
-
-
-def _load(row: Row) -> str:
-    load = row["parameters"]["load"]
-    return load if isinstance(load, str) else f"{load:.0%}"
-
-
-def _mark(row: Row) -> str:
-    return "" if row["usable"] else " (!)"
+    return [p50 + mark(row), p95, p99]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from benchmarks.baselines.servers import AGREE, LOCK_STEP, MEAN, OURS, PLAIN, STATIC
 from benchmarks.report import front_plots
-from benchmarks.report.serving_tables import NAMES
+from benchmarks.report.cells import name_of
 from benchmarks.report.tables import latest, qualities, select, title
 from benchmarks.rows import Row
 
@@ -179,7 +179,7 @@ def serving(rows: Sequence[Row]) -> Figure | None:
     for axis, model in zip(axes[0, bool(throughput) :], models, strict=True):
         _curves(axis, [row for row in latency if row["parameters"]["model"] == model])
         axis.set(xlabel="load, of what lock-step batches bear", ylabel="latency (s)", yscale="log")
-        axis.set_title(f"{NAMES[model]}, p50 and p95 (dashed)", fontsize=9)
+        axis.set_title(f"{name_of(model)}, p50 and p95 (dashed)", fontsize=9)
     if models:
         figure.legend(*axes[0, -1].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
     if throughput:

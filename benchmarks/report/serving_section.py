@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from benchmarks.baselines.servers import LOCK_STEP, MEAN, NO_EXITS, OURS, PLAIN, STATIC
-from benchmarks.report.cells import number, select
+from benchmarks.report.cells import name_of, number, select
 from benchmarks.report.sections import (
     Section,
     busy,
@@ -14,7 +14,7 @@ from benchmarks.report.sections import (
     sentence,
     times_as_fast,
 )
-from benchmarks.report.serving_tables import COMPACT_LOAD, NAMES
+from benchmarks.report.serving_tables import COMPACT_LOAD
 from benchmarks.rows import Row
 
 SUITE = "serving"
@@ -51,7 +51,7 @@ def throughput(servers: dict[str, Row], capacity: int) -> list[str]:
     plain = servers.get(PLAIN)
     preset = found[0]["parameters"]["preset"]
     header = (
-        f"{NAMES.get(preset, preset)}, random weights, {capacity} at once",
+        f"{name_of(preset)}, random weights, {capacity} at once",
         *("images/s", "speed-up", "", "blocks run", "of attainable"),
     )
     body = [
@@ -77,7 +77,7 @@ def latencies(rows: Sequence[Row]) -> list[str]:
     }
     if not cells:
         return []
-    header = (f"95 % of requests end within, load {percent(COMPACT_LOAD)}", *(NAMES.get(m, m) for m in models))
+    header = (f"95 % of requests end within, load {percent(COMPACT_LOAD)}", *(name_of(m) for m in models))
     body = [
         (WORDS[name], *(cells.get((name, model), "") for model in models))
         for name in LATENCY

@@ -2,18 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 
-from benchmarks.report.cells import Table, number, select, warning, where
+from benchmarks.report.cells import Table, by_load, grouped, load, mark, name_of, number, select, warning, where
 from benchmarks.rows import Row
 
 SUITE = "serving"
-NAMES = {
-    "digits": "digits",
-    "cifar10_uvit_small": "U-ViT-S/2",
-    "imagenet256_uvit_large": "U-ViT-L/2",
-    "imagenet256_uvit_huge": "U-ViT-H/2",
-}
 COMPACT_LOAD = 0.8
-Key = tuple[object, ...]
 
 
 def throughput(rows: Sequence[Row]) -> list[Table]:
@@ -26,7 +19,7 @@ def throughput(rows: Sequence[Row]) -> list[Table]:
         body = [
             (
                 row["variant"],
-                number(row["images_per_second"], 3) + _mark(row),
+                number(row["images_per_second"], 3) + mark(row),
                 number(row["speedup"], 3),
                 number(row["seconds"]["median"], 3),
                 str(row["seconds"]["n"]),
@@ -47,7 +40,7 @@ def throughput(rows: Sequence[Row]) -> list[Table]:
             "or hardly ever lets them leave (all). Unordered: rows that the same exits move where lanes lie at random. "
             "Outside network: share of the tick, solver step included. "
         )
-        title = f"{NAMES.get(preset, preset)}, capacity {capacity}, {where(group)}"
+        title = f"{name_of(preset)}, capacity {capacity}, {where(group)}"
         tables.append(Table(title, header, body, note + warning(group)))
     return tables
 
@@ -58,7 +51,7 @@ def overhead(rows: Sequence[Row]) -> list[Table]:
         body = [
             (
                 row["variant"],
-                f"{row['seconds']['median'] * 1e3:.2f}" + _mark(row),
+                f"{row['seconds']['median'] * 1e3:.2f}" + mark(row),
                 _percent(row["seconds_over_plain"]),
                 number(row["mean_exit_layer"], 2),
                 number(row["outside_network"], 1, percent=True),
@@ -67,7 +60,7 @@ def overhead(rows: Sequence[Row]) -> list[Table]:
         ]
         note = "Over plain: against the plain network, solver step and nothing else. Outside network: solver included. "
         header = ("one tick, saturated", "ms", "over plain", "exit layer", "outside network")
-        title = f"{NAMES.get(model, model)}, capacity {capacity}, {where(group)}"
+        title = f"{name_of(model)}, capacity {capacity}, {where(group)}"
         tables.append(Table(title, header, body, note + warning(group)))
     return tables
 
@@ -84,15 +77,15 @@ def latency(rows: Sequence[Row]) -> list[Table]:
         body = [
             (
                 row["variant"],
-                _load(row),
-                number(row["images_per_second"], 3) + _mark(row),
+                load(row),
+                number(row["images_per_second"], 3) + mark(row),
                 *(number(value, 3) for value in (row["seconds"]["median"], row["p95"], row["p99"])),
                 number(row["mean_exit_layer"], 2),
                 number(row["rows_per_layer"][0], 1),
                 number(sum(row["rows_per_layer"]) / len(row["rows_per_layer"]), 1),
                 number(row.get("holding_bound"), 1, percent=True),
             )
-            for row in sorted(group, key=lambda row: (row["parameters"]["load"] == "burst", _load(row)))
+            for row in sorted(group, key=by_load)
         ]
         note = f"{n} requests; load: of the images a second that lock step makes of a burst; rows: mean over ticks. "
         if clock == "virtual":
@@ -100,7 +93,7 @@ def latency(rows: Sequence[Row]) -> list[Table]:
                 "Virtual clock, fed with the measured times of single blocks; the scheduler is the real one. Holding "
                 "could save: the most network time that any regrouping of rows between ticks could. "
             )
-        title = f"{NAMES.get(model, model)}, {clock} clock, capacity {capacity}, {where(group)}"
+        title = f"{name_of(model)}, {clock} clock, capacity {capacity}, {where(group)}"
         tables.append(Table(title, header, body, note + warning(group)))
     return tables
 
@@ -113,36 +106,22 @@ def blocks(rows: Sequence[Row]) -> list[Table]:
         body = [
             [kind]
             + [
-                f"{cells[kind, n]['seconds']['median'] * 1e3:.1f}" + _mark(cells[kind, n]) if (kind, n) in cells else ""
+                f"{cells[kind, n]['seconds']['median'] * 1e3:.1f}" + mark(cells[kind, n]) if (kind, n) in cells else ""
                 for n in sizes
             ]
             for kind in dict.fromkeys(row["variant"] for row in group)
         ]
         header = ["ms on so many rows", *map(str, sizes)]
         note = "One call, eager; in: in-blocks and the middle, out: those with the long skip. "
-        tables.append(Table(f"{NAMES.get(preset, preset)}, {where(group)}", header, body, note + warning(group)))
+        tables.append(Table(f"{name_of(preset)}, {where(group)}", header, body, note + warning(group)))
     return tables
 
 
 ALL = (throughput, overhead, latency, blocks)
 
 
-def _groups(rows: Iterable[Row], kind: str, *parameters: str) -> dict[Key, list[Row]]:
-    """Rows of a kind by those parameters and by threads."""
-    groups: dict[Key, list[Row]] = {}
-    for row in select(rows, SUITE, kind):
-        key = (*(row["parameters"][name] for name in parameters), row["threads"])
-        groups.setdefault(key, []).append(row)
-    return groups
-
-
-def _load(row: Row) -> str:
-    load = row["parameters"]["load"]
-    return load if isinstance(load, str) else f"{load:.0%}"
-
-
-def _mark(row: Row) -> str:
-    return "" if row["usable"] else " (!)"
+def _groups(rows: Iterable[Row], kind: str, *parameters: str) -> dict[tuple[object, ...], list[Row]]:
+    return grouped(select(rows, SUITE, kind), *parameters)
 
 
 def _percent(ratio: float | None) -> str:

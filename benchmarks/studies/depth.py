@@ -33,6 +33,7 @@ SUITE = "depth"
 STEPS = 20  # of DDIM
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the work, of the bounds
 BATCH = 64
+SHOWN = 128  # images, at least two of every class
 REAL = 4  # real letters for each sample drawn
 NOISE_SEED = 7  # of the noise added to them
 
@@ -163,14 +164,15 @@ def table(rows: Mapping[str, Row]) -> str:
 
 
 def measure(rows: Rows, name: str, budget: float, n: int, letters: Path | None) -> tuple[dict[str, Row], Tensor]:
-    """The rows by kind, those that the file has not measured again; and the images of the first."""
+    """The rows by kind, those of the file not measured again; and images of the first samples, for the picture."""
     model = adadiff.load(name)
     if model.calibration is None:
         raise ValueError(f"{name} has no calibration; `adadiff calibrate` makes one")
-    say(f"{n} samples drawn")
-    images, labels, depth = drawn(model, budget, n)
     parameters = {"checkpoint": fingerprint(name), "budget": budget, "n": n, "steps": STEPS}
-    found: dict[str, Row] = {}
+    kinds = ["drawn", "bounds"] if letters is None else ["drawn", "real", "bounds"]
+    found = {kind: row for kind in kinds if (row := rows.find(SUITE, kind, name, parameters))}
+    say(f"{n} samples" if "drawn" not in found else f"{SHOWN} samples, for the picture")
+    images, labels, depth = drawn(model, budget, n if "drawn" not in found else min(n, SHOWN))
 
     def keep(kind: str, layers: Tensor, groups: Mapping[str, Tensor]) -> None:
         own = variance(layers, groups)
@@ -182,15 +184,15 @@ def measure(rows: Rows, name: str, budget: float, n: int, letters: Path | None) 
             by_group=by_group,
         )  # fmt: skip
 
-    keep("drawn", depth.long(), {"class": labels})
-    if letters is not None:
+    if "drawn" not in found:
+        keep("drawn", depth.long(), {"class": labels})
+    if letters is not None and "real" not in found:
         say("real letters of held-out typefaces")
         data, family = load_letters(letters, "test"), family_of(letters, "test")
         some = torch.linspace(0, len(data) - 1, min(REAL * n, len(data))).long()  # of all typefaces
         glyphs, own = data.batch(some)
         keep("real", real(model, budget, glyphs, own), {"class": own, "typeface": family[some]})
-    found["bounds"] = rows.find(SUITE, "bounds", name, parameters) or {}
-    if not found["bounds"]:
+    if "bounds" not in found:
         say(f"bounds, 2 x {n} samples recorded")
         curves = bounds(model, n)
         found["bounds"] = rows.write(SUITE, "bounds", name, parameters, dtype="float32", curves=curves)
