@@ -12,7 +12,7 @@ pytest.importorskip("uvicorn")
 from adadiff.engine.engine import Engine
 from adadiff.serving import lifecycle
 from adadiff.serving.app import GENERATIONS, create_app
-from adadiff.serving.connection import REASON
+from adadiff.serving.connection import HEAD_BYTES, REASON, TOO_LONG
 from adadiff.serving.served import ServedModel
 from adadiff.serving.settings import Settings
 from sampler.tiny import stepped
@@ -35,10 +35,13 @@ class Web:
     async def open(self) -> Ends:
         return await asyncio.open_connection("127.0.0.1", self._port)
 
+    def closed(self, reason: str) -> int:
+        """Connections that were."""
+        return int(self._metrics.registry.get_sample_value("adadiff_requests_failed_total", {"reason": reason}) or 0)
+
     @property
     def too_slow(self) -> int:
-        """Connections that were closed for it."""
-        return int(self._metrics.registry.get_sample_value("adadiff_requests_failed_total", {"reason": REASON}) or 0)
+        return self.closed(REASON)
 
 
 @asynccontextmanager
@@ -86,6 +89,28 @@ def test_a_head_that_does_not_come_is_not_waited_for() -> None:
             endless = b"GET /health HTTP/1.1\r\nX: " + b"a" * MANY
             assert await trickle(slow, endless) < MANY
             assert service.too_slow == 2
+
+    run(work())
+
+
+def test_a_head_that_does_not_end_is_refused() -> None:
+    """As fast as it comes; the rest of a refused body, which is longer, is no head, and the next request is served."""
+    long = b"a" * 2 * HEAD_BYTES
+    refused = b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(long)
+
+    async def work() -> None:
+        async with web() as service:
+            ends = await service.open()
+            ends[1].write((b"GET /health HTTP/1.1\r\nX: " + long)[: HEAD_BYTES + 1])
+            assert b"400" in await reply(ends)
+            assert await ends[0].read() == b""
+            assert service.closed(TOO_LONG) == 1
+            ends = await service.open()
+            ends[1].write(refused)
+            assert b"404" in await reply(ends)
+            ends[1].write(long + HEALTH)
+            assert b"200" in await reply(ends)
+            assert service.closed(TOO_LONG) == 1
 
     run(work())
 

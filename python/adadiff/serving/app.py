@@ -1,11 +1,12 @@
 """The application: routes over the models of a service. Served by uvicorn here, and by Ray the same."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -59,8 +60,14 @@ def create_app(models: Sequence[ServedModel], settings: Settings | None = None) 
     return app
 
 
+class _RequestRoute(APIRoute):
+    """Its endpoint takes the request and nothing else, so that there are no parameters to be looked for."""
+
+    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:
+        return self.endpoint
+
+
 def _add_images(app: FastAPI, service: Service) -> None:
-    @app.post(GENERATIONS, response_model=ImagesReply, openapi_extra={"requestBody": _BODY})
     async def generate(request: Request) -> Response:
         own = passing(request.scope)
         try:
@@ -81,26 +88,34 @@ def _add_images(app: FastAPI, service: Service) -> None:
 
         return EventStream(drawing, service.settings.write_seconds, ended)
 
+    app.router.add_api_route(
+        GENERATIONS,
+        generate,
+        methods=["POST"],
+        response_model=ImagesReply,
+        openapi_extra={"requestBody": _BODY},
+        route_class_override=_RequestRoute,
+    )
+
 
 async def _whole(service: Service, drawing: Drawing, request: Request, own: Passing) -> Response:
     """Waits for the images, or for the client to go away."""
-    away, done = asyncio.create_task(gone(request.receive)), asyncio.create_task(drawing.done())
+    away = asyncio.create_task(gone(request.receive))
+    away.add_done_callback(drawing.mailbox.ring)
     error: BaseException | None = None
     try:
-        await asyncio.wait((away, done), return_when=asyncio.FIRST_COMPLETED)
-        if not done.done():
-            error = ClientGone()
-            return _nobody(own)
-        done.result()
+        await drawing.done(away)
         return await reply(drawing, own.id)
+    except ClientGone as left:
+        error = left
+        return _nobody(own)
     except BaseException as other:
         error = other
         raise
     finally:
         away.cancel()
-        done.cancel()
         _finish(service, drawing, own, error)
-        await asyncio.gather(away, done, return_exceptions=True)
+        await asyncio.wait((away,))
 
 
 def _finish(service: Service, drawing: Drawing, own: Passing, error: BaseException | None) -> None:

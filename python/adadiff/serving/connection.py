@@ -1,24 +1,29 @@
-"""uvicorn's HTTP/1.1 protocol with a limit on the time that a request may take to begin.
+"""uvicorn's HTTP/1.1 protocol with limits on the time and the bytes that a request may take to begin.
 
 uvicorn closes connections on which nothing at all comes after a reply, and no others. One that has sent nothing yet, or
-sends a byte now and then, would keep its socket for good (an attack known as slowloris).
+sends a byte now and then, would keep its socket for good (an attack known as slowloris). httptools, the
+faster of its parsers, takes headers of any length.
 """
 
 import asyncio
 
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .logs import log
 from .service import Service
 
-REASON = "head_too_slow"
+REASON, TOO_LONG = "head_too_slow", "head_too_long"
+HEAD_BYTES = 2**16
 
 
-class Connection(H11Protocol):
+class Connection(HttpToolsProtocol):
     """Closed where request line and headers are not complete `head_seconds` after it was opened, or after the first
-    byte that follows a reply: more bytes give no more time. Its application is one of `create_app`."""
+    byte that follows a reply: more bytes give no more time. A head of more than HEAD_BYTES gets a 400. Its application
+    is one of `create_app`."""
 
     _deadline: asyncio.TimerHandle | None = None
+    _head = 0  # bytes of a head that is not complete
+    _in_body = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -26,10 +31,24 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self._between_requests():
-            self._begin()
-        else:
+        if not self._between_requests():
+            self._head = 0
             self._end()
+            return
+        self._begin()
+        if self._in_body:  # the rest of one that was refused
+            return
+        self._head += len(data)
+        if self._head > HEAD_BYTES and not self.transport.is_closing():
+            self._close(TOO_LONG)
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        self._in_body = True
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._head, self._in_body = 0, False
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end()
@@ -50,8 +69,14 @@ class Connection(H11Protocol):
     def _give_up(self) -> None:
         self._deadline = None
         if self._between_requests() and not self.transport.is_closing():
-            self._service.metrics.failed(REASON)
-            log("connection closed", reason=REASON, client=self.client[0] if self.client else None)
+            self._close(REASON)
+
+    def _close(self, reason: str) -> None:
+        self._service.metrics.failed(reason)
+        log("connection closed", reason=reason, client=self.client[0] if self.client else None)
+        if reason == TOO_LONG:
+            self.send_400_response("Request line and headers are too long.")  # closes, too
+        else:
             self.transport.close()
 
     @property

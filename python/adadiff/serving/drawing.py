@@ -12,6 +12,7 @@ from ..sampling.arriving import Arriving
 from .drawn import Drawn
 from .errors import ServiceError
 from .orders import Order
+from .reading import ClientGone
 
 
 @dataclass(frozen=True)
@@ -133,12 +134,15 @@ class Drawing:
             if handle.over:
                 check_done(handle, self.order)
 
-    async def done(self) -> None:
-        """Waits for all images. Raises ServiceError as soon as one has failed; the others are cancelled then."""
+    async def done(self, away: asyncio.Future[None] | None = None) -> None:
+        """Waits for all images. Raises ServiceError as soon as one has failed, and ClientGone once `away`, which rings
+        the mailbox, has ended; the other images are cancelled then."""
         try:
             while not self.over:
                 await self.mailbox.changed()
                 self.check()
+                if away is not None and away.done() and not self.over:
+                    raise ClientGone
             self.check()
         finally:
             self.cancel()
