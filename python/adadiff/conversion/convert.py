@@ -102,7 +102,7 @@ def _convert(
         raise ValueError(f"served_by is for folders of diffusers; {found.file} is not from there")
     else:
         config, preset = _configured(found, layout, preset)
-        layout = "sit" if getattr(config.network, "sit_time", False) else layout
+        layout = "sit" if isinstance(config.network, DiTConfig) and config.network.sit_time else layout
     try:
         tensors = translate(layout, found.tensors, config, str(found.file))
     except ValueError as error:
@@ -243,14 +243,10 @@ def _fitting(layout: str, tensors: Mapping[str, Tensor]) -> list[str]:
         name
         for name, config in PRESETS.items()
         # cheap to know of each; to build them all, only to compare, would take seconds
-        if (larger or (1, _positions(config), config.network.dim) == position)
+        if (larger or (1, config.network.positions, config.network.dim) == position)
         and config.network.blocks == blocks
         and _without(larger, shapes(replace(config, exits=None))) == _without(larger, theirs)
     ]
-
-
-def _positions(config: ModelConfig) -> int:
-    return getattr(config.network, "positions", config.network.tokens)
 
 
 def _without(names: tuple[str, ...], given: Mapping[str, Size]) -> dict[str, Size]:

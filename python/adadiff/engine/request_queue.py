@@ -54,12 +54,16 @@ class RequestQueue:
         while self._heap:
             if not (handle := self._heap[0][2]).over:
                 return handle
-            heapq.heappop(self._heap)
+            self.take(handle)
         return None
 
-    def pop(self) -> None:
-        """Takes out what `first` gave."""
-        heapq.heappop(self._heap)
+    def take(self, handle: Handle) -> None:
+        """Removes the one that was first, even if a signal handler has added an earlier one since."""
+        entry = heapq.heappop(self._heap)
+        if entry[2] is not handle:
+            heapq.heappush(self._heap, entry)
+            self._heap.remove(next(entry for entry in self._heap if entry[2] is handle))
+            heapq.heapify(self._heap)
 
     def left(self) -> None:
         """One of those that wait has ended. They are taken out once they are many."""
@@ -97,6 +101,12 @@ class RequestQueue:
 
     def _renew(self) -> None:
         """Without those that have ended, by what is known now."""
-        kept = [(self._due(handle), number, handle) for _, number, handle in self._heap if not handle.over]
+        seen = self._heap.copy()
+        kept = [(self._due(handle), number, handle) for _, number, handle in seen if not handle.over]
         heapq.heapify(kept)
-        self._heap, self._ended = kept, 0
+        replaced, self._heap, self._ended = self._heap, kept, 0  # no call in between, hence no signal
+        if len(replaced) > len(seen):  # what a signal handler has added meanwhile
+            numbers = {number for _, number, _ in seen}
+            for entry in replaced:
+                if entry[1] not in numbers:
+                    heapq.heappush(self._heap, entry)

@@ -73,7 +73,7 @@ class Running:
             return error
         self._at[slot], handle._admitted = handle, now
         handle._slot = slot, self.batch.tenancy(slot)
-        self._waiting.pop()
+        self._waiting.take(handle)
         return None
 
     def tick(self) -> bool:

@@ -55,7 +55,7 @@ class MMDiTConfig(PatchConfig):
 
     @property
     def positions(self) -> int:
-        """Rows that have a position: the patches."""
+        """The text has none."""
         return self.patches
 
 

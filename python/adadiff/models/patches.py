@@ -45,6 +45,11 @@ class PatchConfig:
         return self.patches
 
     @property
+    def positions(self) -> int:
+        """Rows that have a position of their own."""
+        return self.tokens
+
+    @property
     def blocks(self) -> int:
         return self.depth
 
