@@ -17,6 +17,7 @@ from ..checkpoint import Keys, built, described, dtype_from, matched, write_tens
 from ..config import PRESETS, ModelConfig
 from ..model import Model, shapes
 from ..models.dit import EPS, DiT, DiTConfig, position_embedding
+from ..models.patches import PatchConfig
 from ..models.pixart import PixArtConfig
 from ..uem import DUODIFF, OFFICIAL, ExitConfig
 from ..weights import cast, check_weights, total_bytes
@@ -243,7 +244,7 @@ def _fitting(layout: str, tensors: Mapping[str, Tensor]) -> list[str]:
         name
         for name, config in PRESETS.items()
         # cheap to know of each; to build them all, only to compare, would take seconds
-        if (larger or (1, config.network.positions, config.network.dim) == position)
+        if (larger or (1, typed(PatchConfig, config.network).positions, config.network.dim) == position)
         and config.network.blocks == blocks
         and _without(larger, shapes(replace(config, exits=None))) == _without(larger, theirs)
     ]
