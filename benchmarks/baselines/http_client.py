@@ -140,11 +140,20 @@ class Clients:
         end = self._now
         return Answer(ask.kind, status, end - ask.arrival, whole, end)
 
+    def _idle_one(self) -> Connection | None:
+        """One that the service has not closed meanwhile, as it does with those that are idle for long."""
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.reader.at_eof():
+                return connection
+            connection.close()
+        return None
+
     async def _exchange(self, ask: Ask) -> tuple[int, bool]:
         slow = ask.kind == SLOW
-        connection = (
-            self._idle.pop() if self._idle and not slow else await Connection.open(self._host, self._port, slow)
-        )
+        connection = None if slow else self._idle_one()
+        if connection is None:
+            connection = await Connection.open(self._host, self._port, slow)
         stays = False
         try:
             connection.send(ask.body)

@@ -16,6 +16,7 @@ from .connection import Connection
 from .logs import log
 from .service import Service
 
+KEEP_ALIVE = 65  # seconds; load balancers keep idle connections for 60, and must not send on one that closes
 ABORT_SECONDS = 10.0  # that clients have to take what they are told after an abort
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -63,6 +64,7 @@ def _config(app: FastAPI, drain_timeout: float) -> uvicorn.Config:
         http=Connection,
         lifespan="on",
         ws="none",
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=int(drain_timeout + ABORT_SECONDS) + 1,
     )
 
