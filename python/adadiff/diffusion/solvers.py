@@ -6,6 +6,7 @@ float64.
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -171,6 +172,7 @@ SOLVERS: Registry[Solver] = Registry(
 )
 
 
+@lru_cache(maxsize=256)
 def solver_from(text: str) -> Solver:
     """As SOLVERS spells it: "ddim:0.5" (its eta), "ddim:spacing=trailing", "unipc:order=3,variant=bh1". ValueError for
     anything else."""
