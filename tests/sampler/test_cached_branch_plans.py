@@ -59,5 +59,5 @@ def test_blocks_that_show_no_branches_are_refused() -> None:
 
     model = Model(SERVED).requires_grad_(False).eval()
     model.backbone.blocks[1].__class__ = Hidden
-    with pytest.raises(ValueError, match="block 2 of this network shows no branches"):
+    with pytest.raises(ValueError, match="block 2 of this network exposes no branches"):
         adadiff.sample(model, 1, steps=1, policy="reuse:every=2,level=layer")

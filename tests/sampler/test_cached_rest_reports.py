@@ -61,7 +61,7 @@ def test_what_cannot_work_is_refused_before_any_work(policy: object, steps: int,
 
 def test_a_forward_pass_alone_has_no_earlier_steps() -> None:
     x, t = torch.zeros(1, 1, 4, 4), torch.zeros(1)
-    with pytest.raises(ValueError, match=r"here only exits can be decided; policy 'cache:threshold=0\.1' is for"):
+    with pytest.raises(ValueError, match=r"only exit policies can be used here; policy 'cache:threshold=0\.1' is for"):
         adadiff.forward(served(), x, t, torch.zeros(1, dtype=torch.int64), policy="cache:threshold=0.1")
 
 

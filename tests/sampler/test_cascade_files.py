@@ -45,7 +45,7 @@ def test_spelling(text: str, wanted: Cascade) -> None:
     assert parts_from(str(parts)) == parts
     both = parts_from(f"{text}+exit:0.3")
     assert (both.cascade, both.exit) == (wanted, Threshold(0.3))
-    with pytest.raises(ValueError, match="only exits can be"):
+    with pytest.raises(ValueError, match="only exit policies can be"):
         policy_from(text)
 
 

@@ -293,5 +293,5 @@ def test_a_policy_that_asks_after_layers_that_are_none_is_refused(layers: list) 
         def exit_layers(self, num_layers: int) -> list:
             return layers
 
-    with pytest.raises(ValueError, match=rf"asks after layers .* are 1\.\.{L - 1}"):
+    with pytest.raises(ValueError, match=rf"exits after layers .* are 1\.\.{L - 1}"):
         exit_layers_of(Elsewhere(), L)
