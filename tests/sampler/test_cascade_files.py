@@ -153,7 +153,7 @@ BAD = {
     "a tensor missing": (rewritten(lambda t, c: t.pop("oracle.score.bias")), "missing score.bias"),
     "a tensor too many": (rewritten(lambda t, c: t.update({"critic.x": torch.zeros(1)})), "unexpected critic.x"),
     "no oracle": (rewritten(lambda t, c: c.pop("oracle")), "it lacks oracle"),
-    "another oracle": (rewritten(lambda t, c: c["oracle"].update(image_size=8)), "does not look at what"),
+    "another oracle": (rewritten(lambda t, c: c["oracle"].update(image_size=8)), "is for other image shapes"),
     "an unknown key": (rewritten(lambda t, c: c.update(height=3)), "unknown key height"),
     "steps": (rewritten(lambda t, c: c.update(steps=0)), "integer from 1 to 1000, got 0"),
     "a noisy solver": (rewritten(lambda t, c: c.update(solver="ddim:1")), "adds noise"),
