@@ -183,7 +183,7 @@ def test_refused_files(tmp_path: Path, name: str) -> None:
     ("given", "match"),
     [
         ({"init_image": torch.zeros(1, 4, 4)}, "leave init_image out"),
-        ({"solver": "ddim:spacing=trailing-diffusers"}, "land beside its list"),
+        ({"solver": "ddim:spacing=trailing-diffusers"}, "do not land on its timesteps"),
         ({"options": ",mode=refine,sigma=0.9999999"}, "no noise level of sigma = 1"),
         ({"options": ",sigma=0.4", "file_mode": "regenerate"}, "give mode=refine"),
     ],
