@@ -190,7 +190,7 @@ def test_interrupted_it_leaves_everything_as_it_was(tmp_path: Path, monkeypatch:
         ({"budget": 1.0}, "budget must be a share"),
         ({"budget": "half"}, "budget must be a share"),
         ({"budget": 0.1}, "always run"),
-        ({"budget": 0.36, "num_inference_steps": 3}, "the least that 3 steps"),
+        ({"budget": 0.36, "num_inference_steps": 3}, "3 steps, the first in full, run at least"),
         ({"prompts": []}, "prompts must be a list"),
         ({"prompts": "a dog"}, "prompts must be a list"),
         ({"prompts": [{}, {}, {}]}, "at least 4 of them, got 3"),
