@@ -266,7 +266,7 @@ class BlockCall:
         call, given = self.call, {name: kept.get(name, value) for name, value in self.given.items()}
         R = self._rows_of(outputs, kept)
         first = torch.zeros(1, dtype=torch.int64, device="cpu")
-        Gather(Rows(first, call.B), call.family).arguments(given, R)  # raises for arguments that cannot be split by lane
+        Gather(Rows(first, call.B), call.family).arguments(given, R)  # raises if they cannot be split by lane
 
         def run(rows: Rows) -> list[Any]:
             return outputs.parts(self._called(Gather(rows, call.family).arguments(given, R), len(rows.lanes)))
