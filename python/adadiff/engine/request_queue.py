@@ -21,7 +21,7 @@ SLACK = 64  # ended requests that may stay in the heap, beside as many as are wa
 
 class RequestQueue:
     """Not thread-safe: callers hold the engine's lock. The number of waiting requests is derived from the handles
-    rather than counted, and `add` is one C call, so that a signal cannot leave a wrong count. work: None for admission
+    rather than counted, and adding is one C call, so that a signal cannot leave a wrong count. work: None for admission
     "arrival"."""
 
     def __init__(self, max_wait: float, work: ExpectedWork | None = None):

@@ -47,7 +47,7 @@ class MMDiTConfig(PatchConfig):
 
     @property
     def text(self) -> int:
-        """N."""
+        """N, the number of text tokens."""
         return self.context_tokens - 1
 
     @property
