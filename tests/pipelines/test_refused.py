@@ -73,7 +73,7 @@ def test_transformers_that_cannot_be() -> None:
     refused(nn.Linear(2, 2).eval(), "Linear keeps no blocks in lists; name its lists with blocks=")
     layers = nn.Module()
     layers.layers = nn.ModuleList([nn.Linear(2, 2)] * 3)
-    refused(layers.eval(), "takes none of timestep, timesteps, t, so the begin of a run cannot be detected")
+    refused(layers.eval(), "takes none of timestep, timesteps, t, so the start of a run cannot be detected")
 
 
 def test_bad_input() -> None:

@@ -197,9 +197,7 @@ def check_execution(execution: ExecutionOptions, policies: Sequence[ExitPolicy],
     if execution.runner == "captured" and device.type == "cpu":
         raise ValueError("runner='captured' captures the work of a GPU; on the CPU take 'eager' or 'compiled'")
     if execution.runner == "captured" and torch.is_autocast_enabled(device.type):
-        raise ValueError(
-            "runner='captured' does not support autocast; convert the model to that dtype instead"
-        )
+        raise ValueError("runner='captured' does not support autocast; convert the model to that dtype instead")
     if execution.group_size is not None and device.type != "cpu":
         raise ValueError(f"groups are for the CPU; leave group_size out on {device}")
 

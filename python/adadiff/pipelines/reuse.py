@@ -70,7 +70,7 @@ class ReusedTransformer:
         names = self.family.blocks if blocks is None else [blocks] if isinstance(blocks, str) else blocks
         self._lists = find_lists(transformer, names, given=blocks is not None)
         if not has_time(transformer):
-            raise ValueError(f"{kind} takes none of {', '.join(TIME)}, so the begin of a run cannot be detected")
+            raise ValueError(f"{kind} takes none of {', '.join(TIME)}, so the start of a run cannot be detected")
         count = sum(map(len, self._lists.values()))
         if policy.first + policy.last >= count:
             raise ValueError(f"'{policy}' leaves nothing out: {name} has {count} blocks")
@@ -306,7 +306,7 @@ def _attention(block: nn.Module) -> nn.Module | None:
 def _times(value: Any, B: int) -> Tensor:
     """The time of each lane, float64 [B] on the CPU."""
     if value is None:
-        raise ValueError("a call without a time: the begin of a run cannot be detected")
+        raise ValueError("a call without a time: the start of a run cannot be detected")
     times = (
         (value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")).cpu().double()
     )
