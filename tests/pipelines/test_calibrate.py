@@ -193,7 +193,7 @@ def test_interrupted_it_leaves_everything_as_it_was(tmp_path: Path, monkeypatch:
         ({"budget": 0.36, "num_inference_steps": 3}, "3 steps, the first in full, run at least"),
         ({"prompts": []}, "prompts must be a list"),
         ({"prompts": "a dog"}, "prompts must be a list"),
-        ({"prompts": [{}, {}, {}]}, "at least 4 of them, got 3"),
+        ({"prompts": [{}, {}, {}]}, "give at least 4, got 3"),
         ({"prompts": [1, "a", 2, "b"]}, "all texts, all class labels"),
         ({"prompts": [True] * 4}, "all texts, all class labels"),
         ({"prompts": [1, 2, 3, 4]}, "FluxPipeline takes no 'class_labels'"),

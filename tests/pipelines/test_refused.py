@@ -97,7 +97,7 @@ def test_bad_input() -> None:
     }.items():
         with pytest.raises(ValueError, match=message):
             adadiff.enable(flux, policy)
-    with pytest.raises(ValueError, match="takes a pipeline with its scheduler"):
+    with pytest.raises(ValueError, match="needs a pipeline with its scheduler"):
         adadiff.enable(flux.transformer, "reuse:every=2,dense_late=1")
     with pytest.raises(ValueError, match=r"has no list of blocks 'blocks'; it has transformer_blocks, single_tr"):
         adadiff.enable(flux, blocks=["blocks"])

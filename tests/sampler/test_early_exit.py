@@ -332,7 +332,7 @@ def test_bad_input(pipe: DiTPipeline) -> None:
     theirs = DiffusersDiT(pipe.transformer)
     theirs.new_head = torch.nn.Identity
     own_heads = Exits(theirs, ExitConfig())
-    with pytest.raises(ValueError, match="have heads of their own"):
+    with pytest.raises(ValueError, match="have their own heads"):
         adadiff.enable(pipe, "exit:0.5", exits=own_heads)
     theirs.blocks = theirs.blocks[:4]
     shallow = Exits(theirs, SHARED)

@@ -81,7 +81,7 @@ def test_where_only_exits_are_decided_other_parts_are_refused() -> None:
     assert isinstance(policy_from("exit:0.2"), ExitPolicy)
     model = served()
     x, t = torch.zeros(1, *model.backbone.sample_shape), torch.zeros(1)
-    with pytest.raises(ValueError, match="only exits"):
+    with pytest.raises(ValueError, match="only exit policies"):
         adadiff.forward(model, x, t, torch.tensor([0]), policy="exit:0.2+cache:threshold=0.1")
 
 
