@@ -1,11 +1,11 @@
-"""The C++ core (csrc/). Pointers are integers from Tensor.data_ptr(), sizes in elements; bad input raises
-ValueError."""
+"""The C++ core (csrc/). Pointers are integers from Tensor.data_ptr() (0: absent), sizes are in elements; bad input
+raises ValueError."""
 
 cuda_built: bool
-"""Whether the CUDA kernels are in it. If not, compact, start and MappedWord are missing."""
+"""Whether the CUDA parts were built: compact, start and MappedWord exist only then."""
 
 max_lanes: int
-"""How many lanes an exit takes at most."""
+"""The largest num_lanes of an exit."""
 
 def exit_rows(
     u: int,
@@ -20,7 +20,7 @@ def exit_rows(
     num_lanes: int,
     layer: int,
 ) -> int:
-    """The rows that still run; 0 for a pointer that is not given. Writes `moves`, int32[n, 3], if somebody exits."""
+    """Returns the number of rows still running. Writes `moves`, int32[n, 3], if any row exits."""
 
 def settle_rows(
     moves: int,
@@ -33,10 +33,10 @@ def settle_rows(
     saved_stride: int,
     row_bytes: int,
 ) -> None:
-    """Saves exiting rows and moves those that take their places; strides in bytes."""
+    """Saves exiting rows and moves remaining rows into their places; strides in bytes."""
 
 def philox(seeds: int, steps: int, n: int, stream: int, blocks: int, words: int) -> None:
-    """int64[n, blocks, 4] words of counters (block, step, stream, 0) with the seeds, int64[n], as keys."""
+    """Writes words, int64[n, blocks, 4], of counters (block, step, stream, 0) with the seeds, int64[n], as keys."""
 
 def uem_score(
     y: int,
@@ -53,8 +53,8 @@ def uem_score(
     u: int,
     limit: int = 0,
 ) -> bool:
-    """u, float32[n], of rows y, float32 or bfloat16 [n, tokens, channels]; whether some u lies below its lane's limit,
-    float[num_lanes], or that is infinite (True without limits)."""
+    """Writes u, float32[n], for rows y, float32 or bfloat16 [n, tokens, channels]. Returns whether any u is below its
+    lane's limit, float32[num_lanes], or any limit is +inf (True without limits)."""
 
 def compact(
     row_to_lane: int,
@@ -74,7 +74,7 @@ def compact(
     device: int,
     stream: int,
 ) -> None:
-    """Queues one exit of a DeviceSet on a CUDA stream; 0 for a pointer that is not given. RuntimeError from CUDA."""
+    """Queues one exit of a DeviceSet on a CUDA stream. CUDA errors raise RuntimeError."""
 
 def start(
     row_to_lane: int,
@@ -87,13 +87,13 @@ def start(
     device: int,
     stream: int,
 ) -> None:
-    """Queues the identity, the first `count` lanes running, and the next tick."""
+    """Queues the next tick: rows as the identity, the first `count` lanes running."""
 
 class MappedWord:
-    """A word of pinned host memory that a CUDA device writes: tick, layer, count; see DeviceSet."""
+    """A word of pinned host memory, (tick, layer, count), that a CUDA device writes; see DeviceSet."""
 
     device_address: int
     def __init__(self, device: int) -> None: ...
     def read(self) -> int: ...
     def poll(self, tick: int, layer: int, seconds: float) -> bool:
-        """Reads until the word is of this tick and of `layer` or later; False if that took too long."""
+        """Reads until the word is of `tick` and of `layer` or later; False after `seconds`."""

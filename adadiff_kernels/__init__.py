@@ -1,5 +1,5 @@
-"""Operators on rows, for early exit at batch > 1. One folder each; nothing here knows of diffusion networks or
-policies."""
+"""Operators on the rows of a batch, for early exit at batch > 1; one folder per operator. They know nothing of
+diffusion networks or policies."""
 
 from adadiff_kernels.backends import OPERATORS, backends
 from adadiff_kernels.compaction import ActiveSet, CountSnapshot, DeviceSet, exit_rows_reference, take_rows

@@ -1,4 +1,4 @@
-"""What serves each operator, for people who want to know."""
+"""Which implementation serves each operator on a kind of device."""
 
 import torch
 
@@ -7,12 +7,14 @@ from adadiff_kernels.compaction.device_set import kernel_missing
 from adadiff_kernels.launch import triton_missing
 
 OPERATORS = ("residual_uem", "compaction", "settle_rows", "join_skip", "solver_step", "philox")
-_IN_CORE = ("residual_uem", "compaction", "settle_rows")  # operators that the C++ core has
+_IN_CORE = ("residual_uem", "compaction", "settle_rows")  # operators in the C++ core
 
 
 def backends(device: torch.device | str) -> dict[str, str]:
-    """By operator: "C++", "CUDA", "Triton", or "PyTorch" and why, for tensors on a device of this kind ("cpu" or
-    "cuda"). Needs no such device."""
+    """Implementation by operator name: "C++", "CUDA", "Triton" or "PyTorch", with the reason where a kernel is missing.
+
+    device: "cpu" or "cuda"; need not be present.
+    """
     if torch.device(device).type == "cpu":
         core = "C++" if extension.core is not None else "PyTorch: the extension is not built"
         return {name: core if name in _IN_CORE else "PyTorch" for name in OPERATORS}

@@ -17,9 +17,10 @@ Backend = Literal["reference", "cpu", "triton"]
 
 
 def choose(backend: Backend | None, x: Tensor, core: bool = True, needs_grad: bool = False) -> Backend | None:
-    """What serves tensors on x's device; None: PyTorch, with C++ where it can.
+    """The backend for tensors on x's device; None: PyTorch, with C++ for the parts that the core can do.
 
-    core: the C++ core has this operator. needs_grad: gradients are to flow through it.
+    core: the C++ core has this operator. needs_grad: gradients have to flow through it.
+    Raises RuntimeError for a backend that cannot serve, ValueError for an unknown one.
     """
     if backend is None:
         return "triton" if x.is_cuda and not needs_grad and triton_missing() is None else None
@@ -43,11 +44,10 @@ def choose(backend: Backend | None, x: Tensor, core: bool = True, needs_grad: bo
 
 
 def is_opaque(backend: Backend | None, x: Tensor) -> bool:
-    """Whether a compiler is to see one operator, because a kernel or the core serves, instead of PyTorch's
-    operators."""
+    """Whether a compiler should see the call as one opaque operator: true where a kernel or the core serves it."""
     return backend in ("cpu", "triton") or (backend is None and x.is_cuda)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether gradients are to flow through a call with these arguments."""
+    """Whether gradients have to flow through a call with these arguments."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

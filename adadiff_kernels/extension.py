@@ -1,6 +1,6 @@
-"""The compiled core: `core` is adadiff_kernels._C, or None where PyTorch has to serve.
+"""The C++ extension: `core` is adadiff_kernels._C, or None where it is missing and PyTorch serves instead.
 
-It is given raw pointers, so it must not see a tensor that is only traced.
+The extension takes raw pointers, so it must not be called with traced tensors, which have no memory.
 """
 
 import importlib
@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 def load() -> ModuleType | None:
-    """adadiff_kernels._C, or None with one warning that says why. A core that is there but broken raises.
+    """Imports adadiff_kernels._C. Returns None, with one RuntimeWarning that says why, if it was not built.
 
-    ADADIFF_NO_EXTENSION=1 in the environment leaves it aside.
+    ADADIFF_NO_EXTENSION=1 in the environment disables it. An extension that was built but fails to import raises.
     """
     if os.environ.get("ADADIFF_NO_EXTENSION") == "1":
         reason = "ADADIFF_NO_EXTENSION=1 is set"
@@ -40,8 +40,7 @@ core = load()
 
 
 def traced(tensor: Tensor) -> bool:
-    """Whether what is done with `tensor` is recorded instead of done, or done to be recorded: by torch.compile, export,
-    make_fx or FakeTensor."""
+    """Whether operations on `tensor` are being traced: by torch.compile, export, make_fx or FakeTensor."""
     return (
         torch.compiler.is_compiling()
         or type(tensor) in (FakeTensor, FunctionalTensor)

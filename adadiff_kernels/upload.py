@@ -1,4 +1,4 @@
-"""Values of the host on their way to a device."""
+"""Copies from the host to a device, without host synchronisation."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,10 @@ from adadiff_kernels.extension import traced
 
 
 def upload(value: Tensor, device: torch.device) -> Tensor:
-    """`value` on `device`. From the CPU to a GPU it goes through pinned memory, and the host waits for nothing.
+    """Copies `value` to `device`; from the CPU to a GPU through pinned memory, without host synchronisation.
 
-    Returns `value` itself where it lies there already. RuntimeError while a CUDA graph is captured: replays would read
-    memory of the host that is no longer the value's.
+    Returns `value` itself if it is there already. RuntimeError during CUDA-graph capture: replays would read host
+    memory that has been reused.
     """
     if value.device == device:
         return value
@@ -25,28 +25,28 @@ def upload(value: Tensor, device: torch.device) -> Tensor:
 
 
 def upload_together(values: Sequence[np.ndarray | Tensor | None], device: torch.device) -> list[Tensor | None]:
-    """Several arrays or tensors of the CPU, on `device`, in one transfer that the host does not wait for. On the CPU
-    they share memory.
+    """Copies CPU arrays and tensors to `device` in one transfer, without host synchronisation.
 
-    RuntimeError while a CUDA graph is captured, see `upload`.
+    Returns tensors in the order of `values`, None for None. With device "cpu" they share memory with the values.
+    RuntimeError during CUDA-graph capture, see `upload`.
     """
-    given = [torch.from_numpy(value) if isinstance(value, np.ndarray) else value for value in values]
+    tensors = [torch.from_numpy(value) if isinstance(value, np.ndarray) else value for value in values]
     if device.type == "cpu":
-        return given
-    places, size = [], 0
-    for value in given:
-        places.append(size)
+        return tensors
+    starts, size = [], 0
+    for value in tensors:
+        starts.append(size)
         size += 0 if value is None else -(-value.nbytes // ALIGNED) * ALIGNED
-    # fresh memory for every transfer: PyTorch gives it to nobody else before the transfer is done
+    # a new buffer for every transfer: PyTorch does not reuse it before the transfer is done
     host = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
-    own = host.numpy()
-    for place, value in zip(places, given, strict=True):
+    staging = host.numpy()
+    for start, value in zip(starts, tensors, strict=True):
         if value is not None and value.nbytes:
-            own[place : place + value.nbytes] = value.contiguous().flatten().view(torch.uint8).numpy()
-    there = upload(host, device)
+            staging[start : start + value.nbytes] = value.contiguous().flatten().view(torch.uint8).numpy()
+    uploaded = upload(host, device)
     return [
-        None if value is None else there[place : place + value.nbytes].view(value.dtype).view(value.shape)
-        for place, value in zip(places, given, strict=True)
+        None if value is None else uploaded[start : start + value.nbytes].view(value.dtype).view(value.shape)
+        for start, value in zip(starts, tensors, strict=True)
     ]
 
 
@@ -54,5 +54,5 @@ ALIGNED = 16  # bytes
 
 
 def captures(device: torch.device) -> bool:
-    """Whether what is done on `device` now is recorded in a CUDA graph instead."""
+    """Whether work queued on `device` now is captured in a CUDA graph instead of run."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -47,7 +47,7 @@ std::int32_t exit_rows(const ExitTest& test, std::int32_t* row_to_lane, std::int
     require(lane_to_row[partner] >= 0, "exit_rows: row_to_lane and lane_to_row are not each other's inverse");
   }
 
-  // The threads of a block, one after another.
+  // Runs the threads of a block one after another.
   compaction::State state{n, 0, 0};
   std::uint64_t word = 0;
   compaction::Arguments a{};

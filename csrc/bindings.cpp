@@ -1,4 +1,4 @@
-// The only file that knows Python. Pointers arrive as integers (Tensor.data_ptr()), sizes in elements
+// The only file that includes Python headers. Pointers arrive as integers (Tensor.data_ptr()), sizes in elements
 // unless named bytes; std::invalid_argument becomes ValueError.
 #include <pybind11/pybind11.h>
 
@@ -49,7 +49,7 @@ void philox(std::uintptr_t seeds, std::uintptr_t steps, std::int64_t n, std::int
                   pointer<std::int64_t>(words));
 }
 
-// Whether somebody may exit by the limits, float[num_lanes]; true where there are none (a null pointer).
+// Returns whether any row may exit by its limit, float[num_lanes]; true without limits (a null pointer).
 bool uem_score(std::uintptr_t y, bool is_bfloat16, std::int64_t n, std::int64_t tokens, std::int64_t channels,
                std::int64_t num_prefix_tokens, std::uintptr_t weight, std::uintptr_t offset,
                std::int64_t offset_stride, std::int32_t num_lanes, std::uintptr_t row_to_lane, std::uintptr_t u,

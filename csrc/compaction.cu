@@ -49,7 +49,7 @@ void check(cudaError_t error, const char* call) {
   throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(error));
 }
 
-// Makes a device current for as long as it lives.
+// Makes a device current for the lifetime of the object.
 class Current {
  public:
   explicit Current(int device) {
@@ -105,7 +105,7 @@ void start(int32_t* row_to_lane, int32_t* lane_to_row, int32_t* exit_layer, Stat
 
 MappedWord::MappedWord(int device) {
   const Current current(device);
-  // Loads the kernels: loading is not allowed on a stream that is being captured.
+  // Loads the kernels now: loading is not allowed while a stream is being captured.
   cudaFuncAttributes loaded;
   check(cudaFuncGetAttributes(&loaded, compact_kernel), "cudaFuncGetAttributes");
   check(cudaFuncGetAttributes(&loaded, start_kernel), "cudaFuncGetAttributes");

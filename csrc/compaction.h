@@ -1,9 +1,9 @@
 // The partition of the rows after an exit, as the steps between the barriers of one block of threads. A GPU runs them
 // in a kernel (compaction.cu); the CPU runs them for one thread after another (active_set.cpp), and so do the tests, in
-// any order. Nothing of CUDA is in here.
+// any order. Needs no CUDA headers.
 //
-// Rows [0, count) run. Every row decides whether it exits; the k-th exiting row below the new count then changes places
-// with the k-th remaining row at or above it, both counted upwards.
+// Rows [0, count) run. Each row is tested for exit; the k-th exiting row below the new count then changes places with
+// the k-th remaining row at or above it, both counted upwards.
 #pragma once
 
 #include <cstdint>
@@ -19,8 +19,8 @@ namespace adadiff::compaction {
 
 using std::int32_t;
 
-constexpr int32_t kThreads = 1024;  // of the block, at most
-constexpr int32_t kGroup = 32;      // threads whose counts one thread adds up; also rows of one thread, at most
+constexpr int32_t kThreads = 1024;  // most threads of the block
+constexpr int32_t kGroup = 32;      // threads whose counts one thread adds up; also the most rows of one thread
 constexpr int32_t kMaxLanes = kThreads * kGroup;
 constexpr int32_t kFault = -1;      // count after a call whose bound was below it
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -31,8 +31,8 @@ struct State {
   int32_t tick;   // starts so far, modulo 2^16
 };
 
-// A row exits if its mask is true and its u is below the threshold of its lane. An infinite threshold needs no u, and
-// NaN is below nothing. What is null is not asked; if both are, everybody exits.
+// A row exits if its mask is true and its u is below the threshold of its lane. A threshold of +inf needs no u; NaN is
+// never below. A null criterion is skipped; without mask and threshold every running row exits.
 struct Arguments {
   int32_t* row_to_lane;         // [num_lanes]
   int32_t* lane_to_row;         // [num_lanes]
@@ -43,7 +43,7 @@ struct Arguments {
   const std::uint8_t* mask;     // [bound] by row, or null
   const int32_t* partner;       // [num_lanes] the lane with which a lane exits or stays, itself if none; or null
   int32_t* moves;               // [bound][3] out: exiting row, its lane, the row that takes its place (-1: none);
-                                // in the order of the rows, then rows of -1
+                                // in row order, then rows of -1
   int32_t* snapshot;            // [num_lanes] out: lane_to_row afterwards; or null
   volatile std::uint64_t* word; // out: pack(tick, layer, count)
   int32_t bound;                // at least the rows that run, at most num_lanes
@@ -51,7 +51,7 @@ struct Arguments {
   int32_t layer;                // 1 or more
 };
 
-// Memory that the threads of the block share.
+// Shared memory of the block.
 struct Shared {
   int32_t kept[kThreads + kThreads / kGroup];  // one unused word after each group: no bank conflicts in add_up
   int32_t group[kThreads / kGroup];            // remaining rows of each group
@@ -174,7 +174,7 @@ ADADIFF_BOTH void list(const Arguments& a, const Shared& shared, const Thread& t
     }
   }
 }
-// barrier: the moves are written, and nobody reads row_to_lane by the old rows any more
+// barrier: the moves are written, and no thread reads row_to_lane by the old rows any more
 
 ADADIFF_BOTH void exchange(const Arguments& a, const Shared& shared, const Thread& t, int32_t threads) {
   const int32_t exiting = t.running - t.after;
@@ -202,7 +202,7 @@ ADADIFF_BOTH void record(const Arguments& a, const Thread& t, int32_t threads) {
   for (int32_t lane = t.index; lane < a.num_lanes; lane += threads) a.snapshot[lane] = a.lane_to_row[lane];
 }
 
-// The first `count` lanes run again, in their order; those beyond take no part. The word says so with layer 0.
+// The first `count` lanes run again, in order; lanes beyond take no part. The word is written with layer 0.
 ADADIFF_BOTH void start(int32_t* row_to_lane, int32_t* lane_to_row, int32_t* exit_layer, State* state,
                         int32_t num_lanes, int32_t count, volatile std::uint64_t* word, int32_t index,
                         int32_t threads) {

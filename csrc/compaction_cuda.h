@@ -1,6 +1,6 @@
-// The partition of compaction.h on a GPU. `device` is an ordinal, `stream` a cudaStream_t as an integer, pointers are
-// device memory. Calls only queue work. Bad sizes and missing pointers throw std::invalid_argument before anything is
-// launched; errors of CUDA throw std::runtime_error with its message.
+// The partition of compaction.h on a GPU. `device` is an ordinal, `stream` a cudaStream_t as an integer, pointers point
+// to device memory. Calls only queue work. Bad sizes and null pointers throw std::invalid_argument before anything is
+// launched; CUDA errors throw std::runtime_error with CUDA's message.
 #pragma once
 
 #include <cstdint>
@@ -9,10 +9,10 @@
 
 namespace adadiff::cuda {
 
-// One exit, by one block of threads.
+// Queues one exit, run by one block of threads.
 void compact(const compaction::Arguments& arguments, int device, std::uintptr_t stream);
 
-// The first `count` lanes run again; the tick counts up.
+// Queues the next tick: the first `count` lanes run again, and the tick number grows by one.
 void start(std::int32_t* row_to_lane, std::int32_t* lane_to_row, std::int32_t* exit_layer, compaction::State* state,
            std::int32_t num_lanes, std::int32_t count, volatile std::uint64_t* word, int device, std::uintptr_t stream);
 
@@ -28,7 +28,7 @@ class MappedWord {
   std::uint64_t read() const { return *host_; }
   std::uintptr_t device_address() const { return device_; }
 
-  // Reads until the word is of `tick` and of `layer` or a later one; false after `seconds`.
+  // Reads until the word is of `tick` and of `layer` or later; false after `seconds`.
   bool poll(std::int32_t tick, std::int32_t layer, double seconds) const;
 
  private:

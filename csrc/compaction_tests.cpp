@@ -1,5 +1,5 @@
-// The steps of compaction.h run by threads one after another, in an order drawn anew between barriers, against plain
-// loops. A step that needed what another thread does in the same step would differ.
+// Runs the steps of compaction.h for one thread after another, in a new random order after each barrier, and compares
+// with plain loops. A step that depended on another thread's work in the same step would differ.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -53,7 +53,7 @@ struct Set {
     });
   }
 
-  // Exactly as many moves as promised, so that one too many is seen by AddressSanitizer.
+  // Allocates exactly the documented number of moves, so that AddressSanitizer reports one too many.
   Ints exit(compaction::Arguments a) {
     Ints moves(3 * a.bound, -7), snapshot(lanes, -7);
     a.row_to_lane = row_to_lane.data();
@@ -77,13 +77,13 @@ struct Set {
   volatile std::uint64_t word = 0;
 };
 
-// The same set by lists, one row at a time.
+// The same set kept in lists, one row at a time.
 struct Lists {
   explicit Lists(std::int32_t lanes) : row_to_lane(lanes), exit_layer(lanes, 0), n(lanes) {
     std::iota(row_to_lane.begin(), row_to_lane.end(), 0);
   }
 
-  // mask: by row, of those that run. Returns the moves, followed by rows of -1 up to bound.
+  // mask: by running row. Returns the moves, followed by rows of -1 up to bound.
   Ints exit(const Mask& mask, std::int32_t bound, std::int32_t layer) {
     Ints moves(3 * bound, -1), from_above;
     const auto after = static_cast<std::int32_t>(std::count(mask.begin(), mask.end(), 0));
@@ -129,7 +129,7 @@ compaction::Arguments at(std::int32_t layer, std::int32_t bound) {
   return a;
 }
 
-// One run: a few exits, each decided at random and by another of the ways to decide.
+// One run: a few random exits, each with randomly chosen criteria (u, threshold, mask, partner).
 void check_run(std::int32_t lanes, std::int32_t threads, std::mt19937& random) {
   Block block(threads, random());
   Set set(lanes, block);
@@ -145,12 +145,12 @@ void check_run(std::int32_t lanes, std::int32_t threads, std::mt19937& random) {
   }
   for (std::int32_t layer = 1; layer <= 6; ++layer) {
     const std::int32_t n = lists.n, bound = n + static_cast<std::int32_t>(random() % (lanes - n + 1));
-    const unsigned share = random() % 5;  // of 4 that exit
+    const unsigned share = random() % 5;  // of 4 rows, how many exit on average
     std::vector<float> u(bound);
     Mask mask(bound);
     for (float& value : u) value = random() % 8 == 0 ? NAN : random() % 4 < share ? 0.25f : 0.75f;
     for (auto& value : mask) value = random() % 4 < share ? 1 + random() % 255 : 0;
-    // 0.25 is not below itself; infinity lets exit whatever u is, and minus infinity nobody
+    // 0.25 is not below itself; +inf lets a lane exit whatever u is, -inf never does
     for (float& value : threshold) value = random() % 4 ? 0.5f : random() % 4 ? 0.25f : INFINITY;
     for (float& value : threshold) value = random() % 8 ? value : -INFINITY;
 
@@ -160,7 +160,7 @@ void check_run(std::int32_t lanes, std::int32_t threads, std::mt19937& random) {
     if (way % 4 >= 2) a.threshold = threshold.data();
     if (way % 4 == 2) a.u = u.data();
     if (way & 4) a.partner = partner.data();
-    if (way % 4 == 0 && layer < 5) continue;  // everybody
+    if (way % 4 == 0 && layer < 5) continue;  // every row exits
     const auto alone = [&](std::int32_t r) {
       if (a.mask) return mask[r] != 0;
       if (!a.threshold) return true;
@@ -202,7 +202,7 @@ void test_patterns_of_a_block() {
   }
 }
 
-// By hand: of rows 0 to 6 three exit; then one pair of partners does, and another, of which one may not, stays.
+// By hand: three of rows 0 to 6 exit; then one pair of partners exits, and a pair of which one may not exit stays.
 void test_moves_by_hand() {
   Block block(64, 5);
   Set set(7, block);
@@ -224,8 +224,7 @@ void test_moves_by_hand() {
   CHECK(set.state.count == 2 && (set.row_to_lane == Ints{2, 3, 5, 1, 4, 0, 6}));
 }
 
-// A bound below the count: nothing moves, and the count says so until the next start.
-// Lanes beyond the count of a start take no part: nobody asks them, and they stay where they are.
+// Lanes beyond the count of a start take no part: they are not tested for exit, and they stay where they are.
 void test_fewer_lanes() {
   Block block(64, 5);
   for (const std::int32_t count : {0, 1, 3, 6}) {
@@ -247,6 +246,7 @@ void test_fewer_lanes() {
   }
 }
 
+// With a bound below the count nothing moves, and the count is kFault until the next start.
 void test_faults() {
   Block block(32, 9);
   Set set(4, block);

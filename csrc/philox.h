@@ -1,4 +1,5 @@
-// Philox4x32-10; formula and source in adadiff_kernels/philox.py. Throws std::invalid_argument before it writes.
+// Philox4x32-10; formula and source in adadiff_kernels/philox/reference.py. Bad arguments throw std::invalid_argument
+// before anything is written.
 #pragma once
 
 #include <cstdint>

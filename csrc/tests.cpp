@@ -1,4 +1,4 @@
-// Tests of the core against loops that are too simple to be wrong. Run under the sanitizers by `make sanitize`.
+// Tests of the core against simple loops. `make sanitize` runs them under the sanitizers.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -34,13 +34,13 @@ struct State {
     lane_to_row = row_to_lane;
   }
 
-  // Exactly as many moves as promised, so that one too many is seen by AddressSanitizer. Returns those that are used.
+  // Allocates exactly the documented number of moves, so that AddressSanitizer reports one too many. Returns used moves.
   Ints exit(const Mask& mask, std::int32_t layer) {
     Ints moves(3 * n, -7);
     const std::int32_t before = n;
     n = adadiff::exit_rows({nullptr, nullptr, mask.data(), nullptr}, row_to_lane.data(), lane_to_row.data(),
                            exit_layer.data(), moves.data(), n, static_cast<std::int32_t>(row_to_lane.size()), layer);
-    const std::int32_t rest = n == before ? -7 : -1;  // not written if nobody exits
+    const std::int32_t rest = n == before ? -7 : -1;  // not written if no row exits
     CHECK(std::all_of(moves.begin() + 3 * (before - n), moves.end(), [rest](std::int32_t value) { return value == rest; }));
     moves.resize(3 * (before - n));
     return moves;
@@ -55,7 +55,7 @@ struct State {
   std::int32_t n;
 };
 
-// One exit from the identity, with the pairing done by two lists.
+// One exit from the identity, compared with a pairing computed by two lists.
 void check_pairing(const Mask& mask) {
   const auto n = static_cast<std::int32_t>(mask.size());
   const auto after = static_cast<std::int32_t>(std::count(mask.begin(), mask.end(), 0));
@@ -95,8 +95,8 @@ void test_patterns() {
   CHECK(empty == State(0));
 }
 
-// Repeated exits with padded rows that travel along: every running lane's bytes stay with it, those of the others are
-// saved by lane, and lanes that exited lie by exit layer in the permutation, the earliest last.
+// Repeated exits with padded rows that are moved along: every running lane keeps its bytes, those of exited lanes are
+// saved by lane, and exited lanes are ordered by exit layer in the permutation, the earliest last.
 void test_random_runs() {
   std::mt19937 random(7);
   for (int run = 0; run < 300; ++run) {
@@ -122,7 +122,7 @@ void test_random_runs() {
         if (mask[r]) exited[state.row_to_lane[r]] = layer;
       }
       Ints moves = state.exit(mask, layer);
-      if (run % 2) moves.insert(moves.end(), {-1, -1, -1});  // as a device has them
+      if (run % 2) moves.insert(moves.end(), {-1, -1, -1});  // as from a device
       adadiff::settle_rows(moves.data(), moves.size() / 3, rows.data(), lanes, rows_stride, saved.data(), lanes,
                            saved_stride, row_bytes);
       CHECK(state.exit_layer == exited);
@@ -199,7 +199,7 @@ void test_exit_errors() {
   CHECK(null == State(4) && moves == Ints(12, -7));
 }
 
-// By thresholds of the lanes, which lie in other rows after the first exit; by depth alone; with partners; everybody.
+// Thresholds by lane (in other rows after the first exit), thresholds without u, masks, partners, and no criterion.
 void test_exit_tests() {
   const float nan = NAN, inf = INFINITY;
   const std::vector<float> u{0.25f, 0.5f, nan, 0.75f, nan, inf}, threshold{0.5f, 0.5f, inf, -inf, 0.5f, inf};
@@ -272,7 +272,7 @@ void test_settle_errors() {
   CHECK(rows == before && saved == before);
 }
 
-// The score against its formula in double; channels around every width that the dot product steps by.
+// The score against its formula in double, with channel counts around every step width of the dot product.
 template <typename Element>
 void test_scores() {
   std::mt19937 random(11);
@@ -309,7 +309,7 @@ void test_scores() {
           mean += 1 / (1 + std::exp(-score)) / (tokens - num_prefix_tokens);
         }
         CHECK(std::abs(u[r] - mean) < 1e-6);
-        float alone = NAN;  // bit for bit: a row does not see its neighbours
+        float alone = NAN;  // bit for bit: a row does not depend on its neighbours
         adadiff::uem_score(y.data() + r * tokens * channels, 1, tokens, channels, num_prefix_tokens, weight.data(),
                            offset.data(), stride, B, lanes.data() + r, &alone);
         CHECK(std::memcmp(&alone, &u[r], sizeof alone) == 0);
@@ -350,15 +350,15 @@ void test_any_below() {
   const auto any = [](std::vector<float> u, std::vector<float> limit, Ints lanes) {
     return adadiff::any_below(u.data(), static_cast<std::int64_t>(u.size()), limit.data(), lanes.data());
   };
-  CHECK(!any({0.5f, 0.25f}, {0.25f, 0.1f, 0.5f}, {2, 0}));  // below is less than, of a row's own lane
+  CHECK(!any({0.5f, 0.25f}, {0.25f, 0.1f, 0.5f}, {2, 0}));  // strictly below the limit of the row's own lane
   CHECK(any({0.5f, 0.2f}, {0.25f, 0.1f, 0.5f}, {2, 0}));
-  CHECK(!any({NAN, 0.5f}, {0.9f, kNever}, {0, 1}));  // NaN is below nothing
-  CHECK(any({0.5f, NAN}, {kNever, kAlways}, {0, 1}));  // but an infinite limit asks for no u
+  CHECK(!any({NAN, 0.5f}, {0.9f, kNever}, {0, 1}));  // NaN is never below
+  CHECK(any({0.5f, NAN}, {kNever, kAlways}, {0, 1}));  // but a limit of +inf needs no u
   CHECK(!any({}, {}, {}));
 }
 
-// Random123's known answers have counters of four free words; those here end in 0, so all zeros is the one of them.
-// The others are in tests/kernels/test_philox.py, against the same formula in Python.
+// The last word of our counters is 0, so only the all-zero one of Random123's known answers applies. The others are in
+// tests/kernels/test_philox.py, against the same formula in Python.
 void test_philox() {
   const std::int64_t zero = 0;
   std::vector<std::int64_t> words(4, -1);

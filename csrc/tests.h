@@ -1,4 +1,4 @@
-// What the test files share. No framework: the first failure prints its line and ends the program.
+// Shared by the test files. No framework: the first failure prints its line and ends the program.
 #pragma once
 
 #include <cstdint>

@@ -6,8 +6,8 @@
 #include <stdexcept>
 #include <vector>
 
-// One binary for every x86-64: the loader picks the widest version that the CPU runs. Left out under
-// the sanitizers, which are not yet set up when the loader asks.
+// One binary for every x86-64: the loader picks the version with the widest vectors that the CPU supports. Not under
+// the sanitizers, which are not yet initialised when the loader runs the resolver.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__)
 #define ADADIFF_WIDEST __attribute__((target_clones("avx512f", "avx2", "default")))
@@ -19,12 +19,12 @@
 namespace adadiff {
 namespace {
 
-// Eight numbers side by side; where a register holds fewer, the compiler takes two.
+// Vectors of eight numbers; where a register holds fewer, the compiler uses two.
 constexpr std::int64_t kWide = 8;
 using Floats = float __attribute__((vector_size(4 * kWide)));
 using Words = std::uint32_t __attribute__((vector_size(4 * kWide)));
 using Halves = std::uint16_t __attribute__((vector_size(2 * kWide)));
-constexpr std::int64_t kStep = 4 * kWide;  // four running sums: an addition need not wait for the last
+constexpr std::int64_t kStep = 4 * kWide;  // four running sums, so that additions do not wait for each other
 
 void require(bool holds, const char* message) {
   if (!holds) throw std::invalid_argument(message);

@@ -1,5 +1,5 @@
-"""Which lanes still run, and in which rows: formula in reference.py; kept by the host (active_set.py) or by a GPU
-(device_set.py)."""
+"""Compaction: which lanes still run, and in which rows. Formula in reference.py; the state is kept on the host
+(active_set.py) or on a GPU (device_set.py)."""
 
 from adadiff_kernels.compaction.active_set import ActiveSet, take_rows
 from adadiff_kernels.compaction.device_set import CountSnapshot, DeviceSet, PinnedCount

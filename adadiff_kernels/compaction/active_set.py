@@ -1,4 +1,4 @@
-"""The lanes that still run, kept by the host. Formula and reference: reference.py."""
+"""The running lanes, tracked on the host. Formula and reference: reference.py."""
 
 import torch
 from torch import Tensor
@@ -8,13 +8,13 @@ from adadiff_kernels.compaction.reference import MAX_LANES, exit_rows_reference
 
 
 class ActiveSet:
-    """The lanes that still run, and the row of every lane. It starts as the identity, everybody running.
+    """The running lanes, and the row of every lane. Starts as the identity, with all lanes running.
 
     row_to_lane: int32 [B].      lane_to_row: int32 [B], its inverse.
     exit_layer: int32 [B] by lane, 0 while the lane runs.
-    num_lanes: B.      count: n, the running rows.      moved: rows that changed places so far, two a pair.
+    num_lanes: B.      count: n, the running rows.      moved: rows swapped so far, two per swap.
 
-    The tensors lie on the CPU and belong to the set: read them, and leave writing to its methods.
+    The tensors are on the CPU. Only the methods write to them.
     """
 
     __slots__ = (
@@ -50,12 +50,12 @@ class ActiveSet:
     def exit_rows(self, u: Tensor | None, threshold: Tensor, layer: int, *, partner: Tensor | None = None) -> Tensor:
         """Lets the running rows with u < threshold exit after `layer`. NaN never exits.
 
-        u: float32 [n] by row, or None. threshold: float32 [B] by lane; where it is infinite, the lane exits whatever
-        its u, even NaN or None. partner: int32 [B], the lane that a lane is tied to, itself if none: tied lanes exit
-        where both may. layer: 1 or more, and no earlier than the last after which a lane exited.
+        u: float32 [n] by row, or None. threshold: float32 [B] by lane; +inf lets the lane exit whatever its u, even NaN
+        or None. partner: int32 [B], the partner of each lane (itself if none): partners exit only if both may.
+        layer: 1 or more, and no earlier than the last after which a lane exited.
         Returns the moves for `settle_rows`, int32 [k, 3], one for each of k exiting rows: the row, its lane, and the
         row that takes its place (-1: none).
-        Raises ValueError, with nothing changed, for arguments of other kinds.
+        Raises ValueError, with nothing changed, for arguments of another dtype, shape or device.
         """
         if u is not None and not (_is(u, torch.float32, self.count) and u.is_contiguous()):
             raise ValueError(f"u must be float32 [{self.count}], contiguous, on the CPU, got {_describe(u)}")
@@ -66,13 +66,13 @@ class ActiveSet:
         return self._exit(layer, u, threshold, None, partner)
 
     def exit_rows_where(self, mask: Tensor, layer: int, *, partner: Tensor | None = None) -> Tensor:
-        """`exit_rows` for the running rows with a true mask, bool [n] by row."""
+        """As `exit_rows`, for the running rows whose mask is true. mask: bool [n] by row."""
         if not _is(mask, torch.bool, self.count):
             raise ValueError(f"mask must be bool [{self.count}] on the CPU, got {_describe(mask)}")
         return self._exit(layer, None, None, mask.contiguous(), partner)
 
     def finish(self, layer: int) -> None:
-        """Everybody still running exits after `layer`, the last; no row moves."""
+        """All lanes still running exit after `layer`, the last; no row moves."""
         _check_layer(layer, self.row_to_lane, self.exit_layer, self.count)
         if self.count == self.num_lanes:
             self.exit_layer.fill_(layer)
@@ -108,19 +108,17 @@ class ActiveSet:
         return moves
 
     def snapshot(self) -> Tensor:
-        """int32 [B]: the row of each lane now, to be kept with a long skip that is written now.
+        """int32 [B]: the present row of each lane, to be kept with a long skip that is written now.
 
-        Snapshots between which no row moved are one tensor: read it only.
+        Read-only: calls between which no row moved return the same tensor.
         """
         if self._snapshot is None:
             self._snapshot = self.lane_to_row.clone()
         return self._snapshot
 
     def locate(self, snapshot: Tensor) -> Tensor | None:
-        """int64 [n]: the row in which each running row lay at the time of `snapshot`.
-
-        None if that is exactly 0..n-1: there is nothing to gather.
-        """
+        """int64 [n]: the row that each running row had at the time of `snapshot`; None if that is 0..n-1, so that no
+        gather is needed. Raises ValueError for a snapshot of another size or device."""
         if snapshot is self._snapshot:
             return None
         like = self.lane_to_row
@@ -131,9 +129,9 @@ class ActiveSet:
 
 
 def take_rows(rows: Tensor, index: Tensor | None, n: int) -> Tensor:
-    """[n, ...]: the rows that `ActiveSet.locate` names, or a view of the first n where it names none.
+    """[n, ...]: the rows at `index`, as returned by `ActiveSet.locate`, or a view of the first n where that is None.
 
-    index: int64 [n] or None. Raises ValueError for an index of another kind or too few rows.
+    index: int64 [n] or None. Raises ValueError for another dtype, shape or device, or for fewer than n rows.
     """
     if index is None:
         if not 0 <= n <= len(rows):
@@ -145,7 +143,7 @@ def take_rows(rows: Tensor, index: Tensor | None, n: int) -> Tensor:
 
 
 def _check_state(row_to_lane: Tensor, lane_to_row: Tensor, exit_layer: Tensor, n: int, layer: int) -> None:
-    """What the core checks."""
+    """The checks that the C++ core makes."""
     _check_layer(layer, row_to_lane, exit_layer, n)
     running = row_to_lane[:n].long()
     if not torch.equal(lane_to_row[running], torch.arange(n, dtype=torch.int32, device=running.device)):

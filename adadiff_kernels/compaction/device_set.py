@@ -1,8 +1,8 @@
-"""The lanes that still run, kept by a device. Formula and reference: reference.py; GPU kernel: csrc/compaction.cu.
+"""The running lanes, tracked on a device. Formula and reference: reference.py; GPU kernel: csrc/compaction.cu.
 
-The device decides who exits and holds the count. The host knows a bound: a number that is never too small, such as the
-last count it has seen, since counts only fall. Nothing here waits for the device except `wait`, so a whole forward pass
-can be queued ahead or captured in a CUDA graph.
+The device decides which lanes exit and holds the count of running rows. The host knows only an upper bound, such as the
+last count it has read, since counts only fall. Only `wait` synchronises, so a whole forward pass can be queued ahead or
+captured in a CUDA graph.
 """
 
 from typing import Literal, NamedTuple
@@ -17,18 +17,18 @@ from adadiff_kernels.launch import need
 from adadiff_kernels.library import register
 from adadiff_kernels.upload import captures
 
-TICKS = 1 << 16  # as many ticks can be told apart, and as many layers
+TICKS = 1 << 16  # tick numbers wrap here; layer numbers are smaller
 
 
 class CountSnapshot(NamedTuple):
-    """What the host has seen: `count` rows run after `layer`; layer 0 if it has seen no exit yet."""
+    """The last count that the host has read: `count` rows run after `layer`; layer 0 before the first exit."""
 
     layer: int
     count: int
 
 
 class PinnedCount:
-    """One number in host memory that the device writes in stream order, and the host reads without waiting."""
+    """One integer in pinned host memory: the device writes it in stream order, the host reads it without waiting."""
 
     def __init__(self, device: torch.device) -> None:
         self._word = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
@@ -42,20 +42,22 @@ class PinnedCount:
 
 
 class DeviceSet:
-    """The lanes that still run, and the row of every lane, on a device. It starts as the identity, everybody running.
+    """The running lanes, and the row of every lane, on a device. Starts as the identity, with all lanes running.
 
     row_to_lane: int32 [B].      lane_to_row: int32 [B], its inverse.
     exit_layer: int32 [B] by lane, 0 while the lane runs.
-    count: int32 [1], n, the running rows.      moved: int32 [1], rows that changed places so far, two a pair.
+    count: int32 [1], n, the running rows.      moved: int32 [1], rows swapped so far, two per swap.
     tickets: int32 [B], zeros for the fused pass (`Score`).
-    num_lanes: B.      recorded: whether the last start went into a CUDA graph.
+    num_lanes: B.      recorded: whether the last start was captured in a CUDA graph.
 
-    The tensors belong to the set and keep their addresses, so captured graphs may hold them while the set lives. A set
-    that a graph holds is made before the capture and serves nothing else afterwards.
-    A bound below the count is an error of the caller that the host cannot see at once: nobody exits then, nothing
-    moves, `count` stays -1 until the next start, and `seen` and `wait` raise RuntimeError.
+    The tensors keep their addresses, so captured graphs may use them while the set lives. Create a set that a graph
+    uses before the capture, and do not use it eagerly afterwards.
+    A bound below the count is a caller's error that the host cannot see at once: then no lane exits, no row moves,
+    `count` stays -1 until the next start, and `seen` and `wait` raise RuntimeError.
     backend: "cuda", the kernel; "reference", PyTorch; None: the kernel on a CUDA device, if it was built.
-    word: replaces the host's word of the reference, to emulate a host that sees counts late.
+    word: replaces the counter of the reference on the host, to emulate a host that reads counts late.
+    Raises ValueError for num_lanes outside [0, MAX_LANES] or an unknown backend; RuntimeError where backend "cuda"
+    cannot serve, and during CUDA-graph capture.
     """
 
     def __init__(
@@ -96,10 +98,10 @@ class DeviceSet:
         self._started = num_lanes
 
     def start(self, count: int | None = None) -> None:
-        """The first `count` lanes (None: all) run again, in their order: the next tick. Those beyond take no part:
+        """Starts the next tick: the first `count` lanes (None: all) run again, in order. Lanes beyond take no part:
         their rows lie beyond the count, and they never exit.
 
-        ValueError for a count that is no int from 0 to num_lanes.
+        Raises ValueError for a count that is not an int from 0 to num_lanes.
         """
         count = self._bound(self.num_lanes if count is None else count)
         self._layer, self._started = 0, count
@@ -114,7 +116,7 @@ class DeviceSet:
             self.recorded = True
 
     def replayed(self) -> None:
-        """To be called whenever a CUDA graph that holds a `start` is replayed: the host cannot see that."""
+        """Call it whenever a CUDA graph that holds a `start` is replayed: the host cannot see replays."""
         self._tick, self.recorded = (self._tick + 1) % TICKS, False
 
     def exit_rows(
@@ -129,14 +131,14 @@ class DeviceSet:
     ) -> Tensor:
         """Lets the running rows with u < threshold exit after `layer`, and posts the new count. NaN never exits.
 
-        u: float32 [bound] by row, or None; values from the count on do not matter. threshold: float32 [B] by lane;
-        where it is infinite, the lane exits whatever its u, even NaN or None.
-        partner: int32 [B], the lane that a lane is tied to, itself if none: tied lanes exit where both may.
-        layer: 1 or more, later than the last. bound: at least the running rows, at most B.
-        snapshot: int32 [B], receives `lane_to_row` as it is afterwards, to be kept with a long skip written now.
+        u: float32 [bound] by row, or None; values at or beyond the count are ignored. threshold: float32 [B] by lane;
+        +inf lets the lane exit whatever its u, even NaN or None.
+        partner: int32 [B], the partner of each lane (itself if none): partners exit only if both may.
+        layer: 1 or more, later than that of the last exit. bound: at least the running rows, at most B.
+        snapshot: int32 [B], receives `lane_to_row` after the exit, to be kept with a long skip written now.
         Returns the moves for `settle_rows`, int32 [bound, 3]: an exiting row, its lane, and the row that takes its
-        place (-1: none), in the order of the rows, then rows of -1.
-        Raises ValueError, with nothing queued, for arguments of other kinds.
+        place (-1: none), in row order, then rows of -1.
+        Raises ValueError, with nothing queued, for arguments of another dtype, shape or device.
         """
         need("u", u, (bound,), self.row_to_lane, (torch.float32,))
         need("threshold", threshold, (self.num_lanes,), self.row_to_lane, (torch.float32,))
@@ -145,26 +147,26 @@ class DeviceSet:
     def exit_rows_where(
         self, mask: Tensor, layer: int, *, bound: int, partner: Tensor | None = None, snapshot: Tensor | None = None
     ) -> Tensor:
-        """`exit_rows` for the running rows with a true mask, bool [bound] by row."""
+        """As `exit_rows`, for the running rows whose mask is true. mask: bool [bound] by row."""
         need("mask", mask, (bound,), self.row_to_lane, (torch.bool,))
         return self._exit(layer, bound, mask=mask, partner=partner, snapshot=snapshot)
 
     def finish(self, layer: int, *, bound: int | None = None) -> Tensor:
-        """Everybody still running exits after `layer`, the last. bound (None: B) and moves as for `exit_rows`; no row
-        takes another's place."""
+        """All lanes still running exit after `layer`, the last. bound (None: B) and the returned moves are as for
+        `exit_rows`; no row takes another's place."""
         return self._exit(layer, self.num_lanes if bound is None else bound)
 
     def seen(self) -> CountSnapshot:
-        """The last count of this tick that the host can see, without waiting: an upper bound of the running rows."""
+        """The last count of this tick that reached the host, without waiting: an upper bound on the running rows."""
         tick, layer, count = unpacked(self._word.read())
         if self.recorded or tick != self._tick or layer == 0:
             return CountSnapshot(0, self._started)
         return CountSnapshot(layer, _checked(count, layer))
 
     def wait(self, layer: int) -> int:
-        """The running rows after `layer`, for which an exit has been queued. Waits for the device, by polling.
+        """The number of running rows after `layer`, whose exit has been queued. Waits for the device, by polling.
 
-        RuntimeError if none has been queued, or if it is recorded in a graph that has not been replayed since.
+        Raises RuntimeError if no exit at `layer` has been queued, or if its CUDA graph has not been replayed since.
         """
         if self.recorded:
             raise RuntimeError(f"the exit at layer {layer} is recorded in a CUDA graph, which has not been replayed")
@@ -177,13 +179,14 @@ class DeviceSet:
         return self.seen().count
 
     def snapshot(self) -> Tensor:
-        """int32 [B]: the row of each lane now, to be kept with a long skip that is written now."""
+        """int32 [B]: the present row of each lane, to be kept with a long skip that is written now."""
         return self.lane_to_row.clone()
 
     def locate(self, snapshot: Tensor, bound: int) -> Tensor:
-        """int32 [bound]: the row in which each row lay at the time of `snapshot`.
+        """int32 [bound]: the row that each row had at the time of `snapshot`.
 
-        Rows beyond the count have one too, and it is below the bound of that time: the bounds of a tick never grow.
+        Also valid for rows beyond the count: the result is below the bound at that time, since bounds never grow within
+        a tick.
         """
         need("snapshot", snapshot, (self.num_lanes,), self.row_to_lane, (torch.int32,))
         return snapshot.index_select(0, self.row_to_lane[: self._bound(bound)])
@@ -217,8 +220,8 @@ class DeviceSet:
         return bound
 
 
-# What a compiler sees as one operator each. word: the address to which the kernel posts; None: PyTorch, which posts
-# nothing.
+# Each of these is one operator for a compiler. word: the address to which the kernel writes the count; None: PyTorch,
+# which does not write it.
 
 
 def _start(
@@ -279,13 +282,13 @@ def kernel_missing(device: torch.device) -> str | None:
 
 
 def unpacked(word: int) -> tuple[int, int, int]:
-    """(tick, layer, count) of the host's word: 16, 16 and 32 bits, from the highest."""
+    """(tick, layer, count) from the word on the host: 16, 16 and 32 bits, highest bits first."""
     count = word & 0xFFFFFFFF
     return word >> 48 & 0xFFFF, word >> 32 & 0xFFFF, count - (count >> 31 << 32)
 
 
 def _packed(state: Tensor, layer: int) -> Tensor:
-    """int64 [1]: the word for a state as of `layer`, computed on the device."""
+    """int64 [1]: the word for a state after `layer`, computed on the device."""
     count, _, tick = state.long().split(1)
     return (tick % TICKS << 48) | layer << 32 | count & 0xFFFFFFFF
 

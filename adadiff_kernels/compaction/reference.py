@@ -5,8 +5,8 @@ exit layer, the earliest last. An exit decides for every running row whether it 
 
     the k-th exiting row below the new n and the k-th remaining row at or above it change places, for every k,
 
-both counted upwards. These pairs are disjoint, and no smaller set of swaps keeps the running rows together. Which row a
-lane gets is no promise. csrc/compaction.h is the same algorithm for a CPU and for a GPU.
+both counted upwards. These pairs are disjoint, and no smaller set of swaps keeps the running rows contiguous. Row order
+of remaining lanes is unspecified; `row_to_lane` gives it. csrc/compaction.h is the same algorithm for CPU and GPU.
 """
 
 import torch
@@ -31,13 +31,13 @@ def exit_rows_reference(
     """One exit, on any device and without host synchronisation.
 
     Changed in place: row_to_lane, lane_to_row, exit_layer: int32 [B]; state: int32 [3], the running rows, the rows
-    moved so far and a tick that stays as it is; snapshot: int32 [B] or None, receives lane_to_row afterwards.
-    Read: u: float32 [bound] by row and threshold: float32 [B] by lane, where u < threshold exits and an infinite
-    threshold needs no u; mask: bool [bound] by row; partner: int32 [B], the lane with which each lane exits or stays.
-    What is None is not asked; if all are, everybody exits. bound is at least the running rows; if not, nobody exits and
-    state[0] becomes -1.
-    Returns the moves, int32 [bound, 3]: an exiting row, its lane, and the row that takes its place (-1: none), in the
-    order of the rows, then rows of -1.
+    moved so far and the tick (unchanged); snapshot: int32 [B] or None, receives lane_to_row after the exit.
+    Read: u: float32 [bound] by row and threshold: float32 [B] by lane: u < threshold exits, and a threshold of +inf
+    needs no u; mask: bool [bound] by row; partner: int32 [B], the lane with which each lane exits or stays.
+    Criteria that are None are skipped; if all are, every running row exits. bound must be at least the running rows; if
+    it is not, no row exits and state[0] becomes -1.
+    Returns the moves, int32 [bound, 3]: an exiting row, its lane, and the row that takes its place (-1: none), in row
+    order, then rows of -1.
     """
     r = torch.arange(bound, dtype=torch.int32, device=row_to_lane.device)
     n = state[:1]
@@ -46,8 +46,8 @@ def exit_rows_reference(
     lanes = row_to_lane[:bound].long()
     exits = running
     if threshold is not None:
-        own = threshold[lanes]
-        exits = exits & (own.isposinf() if u is None else (u < own) | own.isposinf())
+        limit = threshold[lanes]
+        exits = exits & (limit.isposinf() if u is None else (u < limit) | limit.isposinf())
     if mask is not None:
         exits = exits & mask
     if partner is not None and bound:
@@ -56,7 +56,7 @@ def exit_rows_reference(
     kept = running & ~exits
     after = kept.sum(dtype=torch.int32)
 
-    # Move k takes the k-th exiting row and the k-th remaining one from `after` on; all others write to a spare element.
+    # Move k has the k-th exiting row and the k-th remaining row at or above `after`; others write to a spare element.
     moves = torch.full((bound + 1, 3), -1, dtype=torch.int32, device=row_to_lane.device)
     for column, rows, value in ((0, exits, r), (1, exits, row_to_lane[:bound]), (2, kept & (r >= after), r)):
         moves[:, column].scatter_(0, torch.where(rows, rows.cumsum(0) - 1, bound), value)

@@ -1,4 +1,4 @@
-"""A long skip beside the rows that still run: formula in reference.py, GPU kernel in kernel.py."""
+"""Concatenates a long skip with the running rows: formula in reference.py, GPU kernel in kernel.py."""
 
 from functools import wraps
 
@@ -20,11 +20,12 @@ def _run(
     *,
     backend: Backend | None = None,
 ) -> Tensor:
-    """[n, T, 2 D]: each row of x beside its row of skip, along the channels.
+    """Concatenates each row of x with its row of skip, along the channels: [n, T, 2 D].
 
-    x: [n, T, D]; skip: [rows, T, D], of one dtype. row_to_lane, index: int32 or int64. With row_to_lane [n], the row of
-    lane b is index[b], as `ActiveSet.snapshot` gave it; without, index [n] names the rows (`ActiveSet.locate`); with
-    neither, the first n rows are taken in order. Raises ValueError for shapes or dtypes that do not fit.
+    x: [n, T, D]; skip: [rows, T, D], of the same dtype. row_to_lane, index: int32 or int64. With row_to_lane [n], the
+    row of lane b in skip is index[b], see `ActiveSet.snapshot`; without it, index [n] gives the row of skip for each
+    row (`ActiveSet.locate`); with neither, row r of x takes row r of skip.
+    Raises ValueError for shapes or dtypes that do not fit.
     """
     check_join(x, skip, row_to_lane, index)
     if dispatch.choose(backend, x, core=False, needs_grad=needs_grad(x, skip)) == "triton":

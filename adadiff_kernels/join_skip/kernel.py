@@ -1,4 +1,4 @@
-"""A long skip joins its rows on a GPU, bit for bit. Formula and reference: reference.py."""
+"""Concatenates a long skip with the running rows on a GPU, bit for bit. Formula and reference: reference.py."""
 
 import torch
 import triton
@@ -41,8 +41,8 @@ def _join_skip_kernel(
 
 
 def launch_join_skip(x: Tensor, skip: Tensor, row_to_lane: Tensor | None, index: Tensor | None) -> Tensor:
-    """As `join_skip`. x, skip, row_to_lane and index contiguous and on one device; rows are not checked against
-    skip's."""
+    """As `join_skip`. x, skip, row_to_lane and index must be contiguous and on one device; indices are not checked
+    against the rows of skip."""
     n, T, D = x.shape
     need("x", x, (n, T, D), x, (x.dtype,))
     need("skip", skip, ("rows", T, D), x, (x.dtype,))

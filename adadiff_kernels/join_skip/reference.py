@@ -1,9 +1,9 @@
-"""A long skip joins the rows that still run, from wherever they were when it was written. Formula and reference.
+"""Concatenates a long skip with the running rows, which may have moved since it was written. Formula and reference.
 
     joined[r] = [x[r], skip[index[row_to_lane[r]]]]   along the channels
 
-x holds the n running rows; skip is as its block wrote it. index is `lane_to_row` at that time, see
-`ActiveSet.snapshot`, composed here with the present lane of each row.
+x holds the n running rows; skip lies as its block wrote it. index is `lane_to_row` at that time, see
+`ActiveSet.snapshot`; row_to_lane is the present lane of each row.
 """
 
 import torch
@@ -19,7 +19,7 @@ def join_skip_reference(
 
 
 def skip_rows(row_to_lane: Tensor | None, index: Tensor | None) -> Tensor | None:
-    """The row of skip for each row of x, or None for the first n in order."""
+    """The row of skip for each row of x, or None if these are the first n in order."""
     return index if row_to_lane is None else index.index_select(0, row_to_lane)
 
 
@@ -37,7 +37,7 @@ def check_join(x: Tensor, skip: Tensor, row_to_lane: Tensor | None, index: Tenso
         if value is None:
             continue
         if value.dtype not in (torch.int32, torch.int64) or value.dim() != 1 or length not in (None, value.shape[0]):
-            wanted = "[B]" if length is None else f"[{length}]"  # made earlier, it would fix n where this is compiled
+            wanted = "[B]" if length is None else f"[{length}]"  # not earlier: it would fix n in a compiled graph
             raise ValueError(f"{name} must be int32 or int64 {wanted}, got {value.dtype} {list(value.shape)}")
     if index is None and skip.shape[0] < n:
         raise ValueError(f"skip must have a row for each of {n} rows of x, got {skip.shape[0]}")

@@ -1,4 +1,4 @@
-"""Counter-based random numbers: formula in reference.py, in C++ csrc/philox.h; on a GPU part of
+"""Counter-based random numbers: formula in reference.py, C++ in csrc/philox.h; the GPU version is part of
 solver_step/kernel.py."""
 
 from adadiff_kernels.philox.reference import philox4x32, philox_normal

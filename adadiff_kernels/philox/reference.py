@@ -1,4 +1,4 @@
-"""Philox4x32-10: random integers as a pure function of (counter, key), and normal values made of them.
+"""Philox4x32-10: random integers as a pure function of (counter, key), and normal values computed from them.
 
     ten rounds of (c0, c1, c2, c3) <- (hi(M1 c2) ^ c1 ^ k0, lo(M1 c2), hi(M0 c0) ^ c3 ^ k1, lo(M0 c0)),
     (k0, k1) <- (k0 + W0, k1 + W1) mod 2^32 between rounds
@@ -49,11 +49,11 @@ def _rounds(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tens
 def philox_normal(
     seeds: Tensor, step: Tensor, stream: int, count: int, device: torch.device | str | None = None
 ) -> Tensor:
-    """Standard normal values that belong to (seed, step, stream, element) and to nothing else.
+    """Standard normal values, a pure function of (seed, step, stream, element).
 
-    seeds: int64[n] in [0, 2^63); step: int64[n] in [0, 2^32); stream in [0, 2^32); count: values per sample.
-    Returns float32[n, count] on `device` (default: that of seeds). Seeds and steps are read to be checked, so
-    keep them on the CPU and name the device where no synchronisation is wanted. ValueError outside those.
+    seeds: int64[n] in [0, 2^63); step: int64[n] in [0, 2^32); stream in [0, 2^32); count: values per sample, at most
+    2^34. Returns float32[n, count] on `device` (default: that of seeds). ValueError outside these ranges. Checking them
+    reads seeds and steps: to avoid host synchronisation, keep both on the CPU and pass `device`.
 
     Element e takes word e % 4 of counter (e // 4, step, stream, 0) under the key (seed mod 2^32, seed >> 32).
     Words (w0, w1) become u1 = (w0 + 1) / 2^32 in (0, 1] and u2 = w1 / 2^32 in [0, 1), then by Box and Muller

@@ -30,12 +30,12 @@ from adadiff_kernels.residual_uem.reference import (
 )
 
 MAX_CHANNELS = 1536  # a warp of the GPU kernel holds a token in registers
-MAX_OUTPUTS = 64  # of a score per token
+MAX_OUTPUTS = 64  # outputs of a score per token
 
 
 def is_fused(x: Tensor, outputs: int = 1) -> bool:
-    """Whether `residual_uem` is one kernel for x: [n, T, D], without gradients, with so many outputs of the score.
-    Where it is not, asking for its parts together gains nothing."""
+    """Whether `residual_uem` runs as one kernel for x: [n, T, D], without gradients, with `outputs` score outputs per
+    token. Where it does not, combining sum, score and norm in one call gains nothing."""
     return dispatch.choose(None, x, core=False) == "triton" and _fits(x.shape[-1], outputs)
 
 
@@ -69,16 +69,16 @@ def _run(
     """One pass over the residual stream: y = x + gate * (branch + bias), its score and its norm.
 
     x, branch, out, norm_out: [n, T, D]; row_to_lane: int32 [n]; gate: [B, D] by lane; bias: [D]. out receives y and may
-    be x or branch; norm_out, given only beside `norm` and `out`, receives the normalised rows and may be neither. x may
-    be float32 with a branch of 16 bits, as under autocast.
-    cached: rows whose branch is one of an earlier step, and rows whose branch is kept for later ones, see `Cached`;
-    branch is then [m, T, D], the fresh rows alone, and out may be x, but neither branch nor cached rows.
+    be x or branch; norm_out receives the normalised rows, needs `norm` and `out`, and may be neither x nor branch. x
+    may be float32 and branch 16-bit, as under autocast.
+    cached: which rows take a cached branch of an earlier step, and which branches to cache, see `Cached`; branch is
+    then [m, T, D], the fresh rows only, and out may be x, but neither branch nor cached.rows.
     Returns y in x's dtype, the normalised rows in branch's dtype (None without `norm`), and u, float32 [n] (None
     without `score`). Raises ValueError for shapes or dtypes that do not fit.
     """
     check_sum(x, branch, row_to_lane, gate, bias, out, cached)
     check_norm_out(x, branch, norm, out, norm_out)
-    if cached is not None and not traced(x):  # which has no addresses yet
+    if cached is not None and not traced(x):  # traced tensors have no addresses
         check_apart(branch, cached, out=out, norm_out=norm_out)
     if score is not None:
         check_score(x, score, row_to_lane)
@@ -101,8 +101,9 @@ def _run(
     return residual_uem_reference(x, branch, **given, scorer=scorer)
 
 
-# Two operators, since one may not return what it was given. Absent results are empty. Tickets are as before when a call
-# ends and count as read only: compilers make no CUDA graph of a function that mutates its inputs.
+# Two operators, without and with `out`, since an operator may not return one of its inputs. Absent results are empty.
+# Tickets are declared read-only, since a call leaves them as they were: compilers capture no function in a CUDA graph
+# that mutates its inputs.
 _ARGUMENTS = (
     "Tensor row_to_lane, Tensor? gate, Tensor? bias, Tensor? score_weight, Tensor? score_offset, "
     "SymInt num_prefix_tokens, Tensor? tickets, float? eps, Tensor? norm_weight, Tensor? norm_bias, "
@@ -217,7 +218,7 @@ def residual_uem(
 
 
 def _core_is_faster(x: Tensor, branch: Tensor, score: Score | None) -> bool:
-    """Than what a compiler makes of the score."""
+    """Whether the C++ core scores faster than what a compiler makes of the PyTorch score."""
     return score is not None and not needs_grad(x, branch) and core_scores(x, score)
 
 

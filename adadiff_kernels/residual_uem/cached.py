@@ -1,12 +1,11 @@
-"""Branches of an earlier step in place of fresh ones, by an index per row, for the fused pass.
+"""Cached branches for the fused pass: an index per row selects a branch of an earlier step or a fresh one.
 
     b[r] = rows[source[r]]                where source[r] >= 0
     b[r] = branch[-1 - source[r]]         elsewhere
     rows[keep[r]] = b[r]                  where keep[r] >= 0
 
-What is kept is the branch before its bias and gate, as it is stored, so that a row that reads it later gets what a
-fresh branch of these values would give it. Products need run over the computing rows only, compactly: `branch` may
-have fewer rows than x.
+Branches are cached before bias and gate, in the dtype in which they are stored, so that a cached branch gives the same
+result as a fresh one of the same values. `branch` holds only the rows that compute and may have fewer rows than x.
 """
 
 from dataclasses import dataclass
@@ -17,16 +16,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Cached:
-    """rows: [E, T, D] in the dtype of the fresh branch. source: int32 [n], for each row the index of a cached row, or
-    -1 - i for row i of the fresh branch. keep: int32 [n], where in `rows` a row's branch is stored, -1: nowhere; None:
-    nothing is kept. Indices are not checked on a GPU. No row may be kept where another one reads or is kept, too."""
+    """Which rows take a cached branch, and which branches are cached.
+
+    rows: [E, T, D], the cache, in the dtype of the fresh branch. source: int32 [n], for each row an index into `rows`,
+    or -1 - i for row i of the fresh branch. keep: int32 [n], the index in `rows` where a row's branch is stored (-1:
+    not stored); None: no branch is stored. Indices are not checked on a GPU. An index in `keep` may neither occur twice
+    nor be read by another row.
+    """
 
     rows: Tensor
     source: Tensor
     keep: Tensor | None = None
 
     def read(self, branch: Tensor) -> Tensor:
-        """b: [n, T, D]. branch: fresh rows [m, T, D], m >= 0."""
+        """Returns b: [n, T, D], the branch of each row. branch: fresh rows [m, T, D], m >= 0."""
         rows, source = self.rows, self.source
         if not len(branch):
             return rows.index_select(0, source)
@@ -36,7 +39,7 @@ class Cached:
         return torch.where((source >= 0)[:, None, None], rows.index_select(0, source.clamp(min=0)), fresh)
 
     def write(self, b: Tensor) -> None:
-        """Keeps what is to be kept of b: [n, T, D]."""
+        """Stores the rows of b: [n, T, D] that `keep` selects."""
         if self.keep is not None:
             kept = (self.keep >= 0).nonzero().squeeze(1)
             self.rows.index_copy_(0, self.keep[kept].long(), b[kept])
@@ -58,11 +61,11 @@ def check_cached(x: Tensor, branch: Tensor, cached: Cached) -> None:
 
 
 def check_apart(branch: Tensor, cached: Cached, **written: Tensor | None) -> None:
-    """ValueError where a result would be written over rows that are read by an index."""
+    """ValueError where an output shares memory with rows that are read by index."""
     for name, value in written.items():
         for other, read in (("branch", branch), ("cached.rows", cached.rows)):
             if value is not None and _overlap(value, read):
-                raise ValueError(f"{name} must not be the memory of {other}, whose rows are read in another order")
+                raise ValueError(f"{name} must not share memory with {other}, whose rows are read in another order")
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

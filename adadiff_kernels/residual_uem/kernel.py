@@ -2,9 +2,9 @@
 
 One program takes a tile of BLOCK_M tokens of one row, BLOCK_T at a time, a token or two to a warp. D channels come in
 CHUNKS of BLOCK_D, 16 bytes a thread, which all stay in registers, so D need be no power of two. x and branch are read
-once; y, the normalised rows and one partial sum of the score are written. A map (P > 1) is a matrix product of the
-tile, for which y comes back from cache in slices. A second kernel adds the partial sums of a row in a fixed order. No
-program sees two rows and no size depends on n, so what a row gets is the same in any batch.
+once; y, the normalised rows and one partial sum of the score are written. With P > 1 the score is a matrix product of
+the tile, which reads y back from cache in slices. The last program of a row adds its partial sums in a fixed order. No
+program reads two rows and no block size depends on n, so a row's result is the same in any batch.
 """
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from adadiff_kernels.launch import FLOATS, cdiv, interpreted, need, next_power_of_2
 from adadiff_kernels.residual_uem import MAX_CHANNELS, MAX_OUTPUTS, Cached, Norm, Score
 
-MAP_TILE = 32  # tokens of a program where a score is a map: enough to repay reading its weights
+MAP_TILE = 32  # tokens of a program where P > 1: enough to repay reading the weights of the score
 INTERPRETED = tl.constexpr(interpreted())
 
 
@@ -31,7 +31,7 @@ def _dot(a, b, acc):
 def _vector(pointer, channel, BLOCK_T: tl.constexpr, D: tl.constexpr):
     """f32 [BLOCK_T, BLOCK_D]: a parameter at channel [1, BLOCK_D].
 
-    Each warp loads it in the layout of its tokens: one load for all would pass through shared memory and barriers.
+    Each warp loads it in the layout of its tokens: one load for all warps would need shared memory and barriers.
     """
     at = tl.broadcast_to(channel, [BLOCK_T, channel.shape[1]])
     return tl.load(pointer + at, mask=at < D, other=0.0).to(tl.float32)
@@ -106,13 +106,13 @@ def _residual_uem_kernel(
         at = token[:, None] * D
         live = (token < T)[:, None]
 
-        # Every load comes before the first store: y may lie over x, and no load is moved above a store.
+        # Every load comes before the first store: y may be x, and the compiler moves no load above a store.
         ys = ()
         kept = ()
         for c in tl.static_range(CHUNKS):
             channel = c * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
             inside = live & (channel < D)
-            # Read once, so kept out of the L1 cache, which is for the parameters.
+            # Read once, so it bypasses the L1 cache, which serves the parameters.
             branch = tl.load(branch_ptr + at + channel, mask=inside, other=0.0, cache_modifier=".cg")
             if keep_ptr is not None:
                 kept += (branch,)
@@ -129,7 +129,7 @@ def _residual_uem_kernel(
         for c in tl.static_range(CHUNKS):
             channel = c * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
             tl.store(y_ptr + at + channel, ys[c], mask=live & (channel < D))
-            if keep_ptr is not None:  # noqa: SIM102  decided when it is compiled, and then for each row
+            if keep_ptr is not None:  # noqa: SIM102  one test at compile time, one for each row
                 if keep >= 0:
                     tl.store(rows_ptr + at + channel, kept[c], mask=live & (channel < D))
             total += ys[c].to(tl.float32)
@@ -158,7 +158,7 @@ def _residual_uem_kernel(
 
     if score_ptr is not None:
         if P > 1:
-            tl.debug_barrier()  # threads read what others of their program have stored
+            tl.debug_barrier()  # threads read y stored by other threads of the program
             tokens = first + tl.arange(0, BLOCK_M)[:, None]
             output = tl.arange(0, BLOCK_P)[:, None]
             logits = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
@@ -168,19 +168,19 @@ def _residual_uem_kernel(
                 w = tl.load(score_ptr + output * D + column, mask=(output < P) & (column < D), other=0.0)
                 near = w.to(part.dtype)
                 logits = _dot(part, near, logits)
-                if w.dtype != part.dtype:  # what the rounding of w left over
+                if w.dtype != part.dtype:  # add the rounding error of w
                     logits = _dot(part, (w.to(tl.float32) - near.to(tl.float32)).to(part.dtype), logits)
             outputs = tl.arange(0, BLOCK_P)[None, :]
             logits += tl.load(offset_ptr + outputs, mask=outputs < P, other=0.0)
             patch = (tokens >= num_prefix_tokens) & (tokens < T) & (outputs < P)
             partial = tl.sum(tl.sum(tl.where(patch, tl.sigmoid(logits), 0.0), 1), 0)
         tl.store(partial_ptr + tl.program_id(0), partial)
-        tl.debug_barrier()  # the sum is there before its ticket is taken
+        tl.debug_barrier()  # the partial sum is stored before the ticket is taken
         ticket = tl.atomic_add(ticket_ptr + row, 1, sem="acq_rel", scope="gpu")
         if ticket == tiles - 1:
             tile = tl.arange(0, TILES)
             at = partial_ptr + row * tiles + tile
-            partials = tl.load(at, mask=tile < tiles, other=0.0, cache_modifier=".cg")  # others wrote them
+            partials = tl.load(at, mask=tile < tiles, other=0.0, cache_modifier=".cg")  # by other programs
             tl.store(u_ptr + row, tl.sum(partials, 0) / count)
             tl.store(ticket_ptr + row, 0)
 
@@ -198,15 +198,15 @@ def launch_residual_uem(
     norm_out: Tensor | None = None,
     cached: Cached | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As `residual_uem`. x, branch, out, norm_out, row_to_lane, bias, cached rows and their indices, the score's weight
-    and tickets contiguous; tensors by lane with contiguous rows; all on one device; D up to 1536, P up to 64. Lanes are
-    not checked against B, cached indices against E, nor tickets for being zero."""
+    """As `residual_uem`. x, branch, out, norm_out, row_to_lane, bias, cached.rows and its indices, the score's weight
+    and tickets must be contiguous; tensors by lane need contiguous rows; all are on one device; D is at most 1536, P at
+    most 64. Not checked: lanes below B, cached indices below E, tickets zero."""
     n, T, D = x.shape
     P = 1 if score is None else len(score.weight)
     _check(x, branch, row_to_lane, gate, bias, score, norm, out, norm_out, cached)
     y = torch.empty_like(x) if out is None else out
     h = None if norm is None else x.new_empty(x.shape, dtype=branch.dtype) if norm_out is None else norm_out
-    BLOCK_T = 8 if D <= 512 else 4  # two tokens a warp where their share fits in few registers
+    BLOCK_T = 8 if D <= 512 else 4  # two tokens a warp where they need few registers
     BLOCK_M = BLOCK_T if P == 1 else MAP_TILE
     BLOCK_D = min(512 // x.element_size(), max(16, next_power_of_2(D)))
     tiles = cdiv(T, BLOCK_M)

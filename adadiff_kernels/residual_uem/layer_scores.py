@@ -10,11 +10,12 @@ from adadiff_kernels.residual_uem.reference import Score, uem_score
 
 
 class LayerScores:
-    """weight: [L, P, D]; offset: float32 [L, B, P] by lane. Checked once, since a score of few rows takes microseconds.
-    limits: float32 [L - 1, B] or None, below which u a lane may exit, see `ActiveSet.exit_rows`.
+    """Scores of all layers. Arguments are checked once, since scoring a few rows takes microseconds.
 
-    In C++ where one output per token is scored on the CPU, without gradients; else as `uem_score` does it.
-    anybody: whether somebody may exit by the limits after the layer scored last; True where nobody has looked.
+    weight: [L, P, D]; offset: float32 [L, B, P] by lane; limits: float32 [L - 1, B] or None, the u below which a lane
+    may exit, see `ActiveSet.exit_rows`. Raises ValueError for shapes or dtypes that do not fit.
+    Runs in C++ for one output per token on the CPU without gradients, else as `uem_score`.
+    anybody: whether any row may exit by the limits after the layer scored last; True where that was not tested.
     """
 
     def __init__(self, weight: Tensor, offset: Tensor, num_prefix_tokens: int, limits: Tensor | None = None) -> None:
@@ -34,18 +35,19 @@ class LayerScores:
             self._limits, self._last = limits, 0 if limits is None else len(limits)
             if limits is not None and (limits.shape[1:] != (lanes,) or not limits.is_contiguous()):
                 raise ValueError(f"limits must be float32 [L - 1, {lanes}], contiguous, got {list(limits.shape)}")
-            # addresses of floats, of the first layer
+            # addresses of the first layer's floats
             self._first = [0 if v is None else v.data_ptr() for v in (self._single, offset, limits)]
             self._u = torch.empty(lanes, dtype=torch.float32, device="cpu")
 
     def of(self, layer: int, tickets: Tensor | None = None) -> Score:
-        """That of one layer, 1..L, for the fused pass. tickets: see `Score`."""
+        """The score of one layer, 1..L, for the fused pass. tickets: see `Score`."""
         return Score(self._weight[layer - 1], self._offset[layer - 1], self._num_prefix_tokens, tickets)
 
     def __call__(self, y: Tensor, layer: int, row_to_lane: Tensor) -> Tensor:
-        """y: [n, T, D], a block's output, n at most B; layer: 1..L; row_to_lane: int32 [n].
+        """Returns u, float32 [n], whose memory the next call may overwrite.
 
-        Returns u, float32 [n], good until the next call.
+        y: [n, T, D], a block's output, n at most B; layer: 1..L; row_to_lane: int32 [n]. Raises ValueError for shapes
+        or dtypes that do not fit.
         """
         core, kind = self._core, y.dtype
         if core is None or kind not in _CORE_DTYPES or not y.is_contiguous() or needs_grad(y):

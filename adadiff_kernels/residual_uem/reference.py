@@ -3,14 +3,14 @@
     y = x + gate[lane] * (branch + bias)                           (gate = 1, bias = 0 where there is none)
     s = W y_token + offset[lane]                                   for every patch token
     u = mean over patch tokens and outputs of sigmoid(s)
-    h = LayerNorm(y)                                               affine, or (1 + scale[lane]) * it + shift[lane]
+    h = LayerNorm(y)                                               affine, or times (1 + scale[lane]), plus shift[lane]
 
-A row's branch may be one of an earlier step, see cached.py.
+A row's branch may be cached from an earlier step, see cached.py.
 
-n rows, T tokens, D channels, P outputs, B lanes; row_to_lane (int32 [n]) tells which lane a row carries. The score is
-the UEM of AdaDiff (Tang et al., ECCV 2024, Eq. 8); its time part is one number per lane and output and belongs to
-`offset`. Score and norm read y as it is stored and accumulate in float32. `bias` is that of the branch's last product,
-which then need not add it.
+n rows, T tokens, D channels, P outputs, B lanes; row_to_lane (int32 [n]) is the lane of each row. The score is the UEM
+of AdaDiff (Tang et al., ECCV 2024, Eq. 8); its time term, one number per lane and output, is part of `offset`. Score
+and norm read y as it is stored and accumulate in float32. `bias` is the bias of the branch's last linear layer, which
+then does not add it.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ PARAMETERS = ("weight", "bias", "scale", "shift")
 class Norm:
     """LayerNorm over D: affine with `weight` and `bias` [D], or modulated with `scale` and `shift` [B, D], by lane.
 
-    Raises ValueError for a weight without bias, or a scale without shift, and the other way round.
+    Raises ValueError for weight or bias, or scale or shift, without the other.
     """
 
     eps: float
@@ -56,8 +56,8 @@ class Score:
     """One layer's UEM: weight [P, D], offset float32 [B, P] by lane. Prefix tokens are excluded from the mean.
 
     tickets: int32, n elements or more, all zero: the programs of the GPU kernel count themselves here to find the last
-    one of each row. They are zero again afterwards, so that the next call can use them, but not one at the same time.
-    None: allocated for each call.
+    one of each row. They are zero again afterwards: later calls may share them, concurrent calls may not. None:
+    allocated for each call.
     """
 
     weight: Tensor
@@ -67,7 +67,7 @@ class Score:
 
 
 def _by_row(values: Tensor, row_to_lane: Tensor) -> Tensor:
-    """values: [B, D] by lane. Returns [n, 1, D], to combine with rows [n, T, D]."""
+    """values: [B, D] by lane. Returns [n, 1, D], which broadcasts over rows [n, T, D]."""
     return values.index_select(0, row_to_lane)[:, None]
 
 
@@ -97,7 +97,7 @@ def uem_score(y: Tensor, score: Score, row_to_lane: Tensor) -> Tensor:
 
 
 def score_rows(y: Tensor, score: Score, row_to_lane: Tensor) -> Tensor:
-    """`uem_score` without its checks, in C++ where that can."""
+    """`uem_score` without its checks, in C++ where `core_scores` allows it."""
     core = core_scores(y, score) and not traced(y) and not needs_grad(y, score.weight, score.offset)
     return uem_score_core(y, score, row_to_lane) if core else uem_score_reference(y, score, row_to_lane)
 
@@ -125,7 +125,7 @@ def uem_score_reference(y: Tensor, score: Score, row_to_lane: Tensor) -> Tensor:
 
 
 def core_scores(y: Tensor, score: Score) -> bool:
-    """Whether the C++ core can score y: one output per token. A map is a matrix product, which PyTorch does well."""
+    """Whether the C++ core can score y. With P > 1 the score is a matrix product, which is left to PyTorch."""
     return (
         extension.core is not None
         and len(score.weight) == 1
@@ -149,12 +149,12 @@ def residual_uem_reference(
     cached: Cached | None = None,
     scorer: Callable[[Tensor, Score, Tensor], Tensor] = uem_score_reference,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`residual_uem` in PyTorch, for any device, dtype, D and P. With `cached.keep` it waits for the device."""
+    """`residual_uem` in PyTorch, for any device, dtype, D and P. `cached.keep` makes it wait for the device."""
     if cached is not None:
         branch = cached.read(branch)
         cached.write(branch)
     mixed = any(part is not None and part.dtype != x.dtype for part in (branch, gate, bias))
-    rounds = bias is not None and x.dtype.itemsize == 2  # branch + bias would be rounded on the way
+    rounds = bias is not None and x.dtype.itemsize == 2  # else branch + bias would be rounded before the sum
     work = torch.promote_types(x.dtype, torch.float32) if mixed or rounds else x.dtype
     added = branch.to(work) if bias is None else branch.to(work) + bias.to(work)
     target = out if work == x.dtype else None
@@ -197,7 +197,7 @@ def check_sum(
 
 
 def check_norm_out(x: Tensor, branch: Tensor, norm: Norm | None, out: Tensor | None, norm_out: Tensor | None) -> None:
-    """ValueError where `norm_out` has nothing to receive, or another shape or dtype than what it would."""
+    """ValueError for norm_out without `norm` and `out`, or of another shape or dtype than the normalised rows."""
     if norm_out is None:
         return
     if norm is None or out is None:

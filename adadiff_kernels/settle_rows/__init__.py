@@ -1,4 +1,4 @@
-"""Rows that exit and rows that take their places: formula in reference.py, GPU kernel in kernel.py."""
+"""Row copies after an exit: formula in reference.py, GPU kernel in kernel.py."""
 
 from functools import wraps
 
@@ -15,13 +15,13 @@ from adadiff_kernels.settle_rows.reference import check_settle, settle_rows_core
 def _run(
     moves: Tensor, rows: Tensor, saved: Tensor, beside: Tensor | None = None, *, backend: Backend | None = None
 ) -> None:
-    """Saves the rows that exit and moves remaining ones to their places.
+    """Saves exiting rows by lane and moves remaining rows into their places, in place.
 
-    moves: int32 [k, 3] of `ActiveSet.exit_rows` or `DeviceSet.exit_rows`; rows: any dtype, [k or more, ...]; saved:
-    [B, ...] by lane, of the same dtype. beside: of the shape of rows and any dtype, held by row, too: its remaining
-    rows move likewise, and none is saved. Rows of all are contiguous, any distance apart.
-    Raises ValueError, with nothing moved, for shapes or dtypes that do not fit; on the CPU also for moves that name a
-    row or lane twice. Elsewhere moves are not checked, since that would wait for the device.
+    moves: int32 [k, 3] from `ActiveSet.exit_rows` or `DeviceSet.exit_rows`; rows: any dtype, [k or more, ...]; saved:
+    [B, ...] by lane, of the same dtype. beside: a second tensor by row, of the shape of rows and any dtype: its
+    remaining rows move likewise, and none is saved. Each row must be contiguous; row strides are free.
+    Raises ValueError, with nothing moved, for shapes or dtypes that do not fit; the C++ core raises it also for moves
+    that name a row or lane twice. On a GPU moves are not checked, since that would wait for the device.
     """
     check_settle(moves, rows, saved, beside)
     chosen = dispatch.choose(backend, rows)

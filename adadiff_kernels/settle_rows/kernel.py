@@ -1,7 +1,7 @@
-"""Exiting rows and those that take their places, on a GPU and bit for bit. Formula and reference: reference.py.
+"""Row copies after an exit, on a GPU and bit for bit. Formula and reference: reference.py.
 
-Only the device knows how many rows exit; most often it is none. So the grid is as large as keeps a GPU busy, and no
-larger: the programs take the pieces of the exiting rows in turn, and end when there are no more.
+Only the device knows how many rows exit; most often it is none. So the grid is just large enough to keep a GPU busy:
+its programs take blocks of the exiting rows in turn, until none is left.
 """
 
 import triton
@@ -48,8 +48,8 @@ def _settle_rows_kernel(
 
 
 def launch_settle_rows(moves: Tensor, rows: Tensor, saved: Tensor, beside: Tensor | None = None) -> None:
-    """As `settle_rows`. Every row contiguous, of 1, 2, 4 or 8 bytes an element; all on one device. Rows and lanes are
-    not checked against their ranges."""
+    """As `settle_rows`. Each row must be contiguous, with elements of 1, 2, 4 or 8 bytes; all on one device. The ranges
+    of rows and lanes are not checked."""
     for name, tensor in (("rows", rows), ("beside", beside)):
         if tensor is not None and tensor.element_size() not in WORDS:
             raise ValueError(f"{name} must have elements of 1, 2, 4 or 8 bytes, got {tensor.dtype}")

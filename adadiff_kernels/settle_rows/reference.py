@@ -1,4 +1,4 @@
-"""What an exit does with rows in memory: exiting rows are saved by lane, and remaining ones take their places.
+"""Row copies after an exit: exiting rows are saved by lane, and remaining rows take their places.
 
     for every move (row, lane, source) with row >= 0, in any order:
         saved[lane] <- rows[row]
@@ -6,8 +6,8 @@
         beside[row] <- beside[source]  likewise, where there is such a tensor
 
 rows: [bound or more, ...], a block's output; saved: [B, ...] by lane, which no later block writes; moves: int32
-[bound, 3] of `ActiveSet.exit_rows` or `DeviceSet.exit_rows`. All rows and sources differ; unused moves come last. Rows
-at or above the new count keep what they held, and nobody reads them any more.
+[bound, 3] from `ActiveSet.exit_rows` or `DeviceSet.exit_rows`. No row occurs twice among rows and sources; unused moves
+come last. Rows at or above the new count keep stale values, which are not read again.
 """
 
 import math
@@ -60,8 +60,8 @@ def check_settle(moves: Tensor, rows: Tensor, saved: Tensor, beside: Tensor | No
 
 
 def settle_rows_core(moves: Tensor, rows: Tensor, saved: Tensor, beside: Tensor | None = None) -> None:
-    """`settle_rows` in C++, for tensors on the CPU. Raises ValueError for moves that name a row or lane twice, or one
-    that does not exist."""
+    """`settle_rows` in C++, for tensors on the CPU. Raises ValueError for moves that name a row or lane twice or out of
+    range."""
     size = rows.element_size()
     moves = moves.contiguous()
     extension.core.settle_rows(

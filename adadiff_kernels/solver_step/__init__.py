@@ -1,4 +1,4 @@
-"""One step of the solver, guidance and noise included: formula in reference.py, GPU kernel in kernel.py."""
+"""One solver step with guidance and noise: formula in reference.py, GPU kernel in kernel.py."""
 
 from functools import wraps
 
@@ -35,11 +35,11 @@ def _run(
     noise: Noise | None = None,
     backend: Backend | None = None,
 ) -> None:
-    """Advances samples in place: all of the state, or those at slots: int64 [n], all different.
+    """Advances samples by one solver step, in place: all of the state, or those at slots: int64 [n], all different.
 
-    eps, z, variance: [n, ...] in the order of slots; eps and variance of any floating dtype. z: float32 noise, needed
-    where rows.noise unless `noise` says how to draw it; a sample whose noise coefficient is 0 takes zeros. With
-    `guidance` eps is combined with the unconditional prediction first.
+    eps (the network's prediction), z, variance: [n, ...] in the order of slots; eps and variance of any floating dtype.
+    z: float32 noise, needed where rows.noise is true unless `noise` says how to draw it; zeros for samples whose noise
+    coefficient is 0. With `guidance`, eps is first combined with the unconditional prediction.
     Raises ValueError for a state that is not float32, shapes that do not fit, missing noise, or a state without the
     base or history that the rows need.
     """
@@ -57,7 +57,7 @@ def _run(
 def _unflatten(
     x: Tensor, base: Tensor | None, history: Tensor | None, eps: Tensor, *flat: Tensor | bool | int | str | None
 ) -> tuple:
-    """The arguments of `solver_step` in order, the backend last."""
+    """The arguments of `solver_step` in order, with the backend last."""
     rows, (slots, z, variance), guidance, noise, backend = flat[:7], flat[7:10], flat[10:14], flat[14:17], flat[17]
     return (
         *(SolverState(x, base, history), eps, StepRows(*rows), slots, z, variance),

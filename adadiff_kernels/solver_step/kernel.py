@@ -1,7 +1,7 @@
-"""One solver step on a GPU, guidance and noise included. Formula and reference: reference.py, ../philox/reference.py.
+"""One solver step with guidance and noise on a GPU. Formula and reference: reference.py, ../philox/reference.py.
 
-One program takes BLOCK consecutive elements of one sample. Noise is drawn where it is used: the Philox integers are the
-CPU's, bit for bit, and so are the normal values, but for float64 functions that differ in the last bit.
+One program takes BLOCK consecutive elements of one sample. Noise is drawn inside the kernel: the Philox integers equal
+those of the CPU bit for bit, and so do the normal values, except where float64 functions differ in the last bit.
 """
 
 import math
@@ -17,7 +17,7 @@ from adadiff_kernels.solver_step.reference import COLUMNS, Guidance, Noise, Solv
 
 @triton.jit
 def _normal_pair(first, second):
-    """Two normal values, float64, of two random words (Box and Muller)."""
+    """Two normal values, float64, from two random words (Box and Muller)."""
     u1 = (first.to(tl.float64) + 1) * 2.3283064365386963e-10  # 2^-32
     radius = tl.sqrt(tl.log(u1) * -2)
     angle = second.to(tl.float64) * 1.4629180792671596e-09  # 2 pi / 2^32
@@ -37,9 +37,9 @@ def _normal(seed, step, stream, start, BLOCK: tl.constexpr):
 
 @triton.jit
 def _solver_step_kernel(
-    x_ptr,  # f32 [places, E]
-    base_ptr,  # f32 [places, E] or None
-    history_ptr,  # f32 [places, HELD, E] or None
+    x_ptr,  # f32 [slots, E]
+    base_ptr,  # f32 [slots, E] or None
+    history_ptr,  # f32 [slots, HELD, E] or None
     eps_ptr,  # [n, E]
     uncond_ptr,  # [g, E] or None
     uncond_row_ptr,  # i64 [n]
@@ -48,7 +48,7 @@ def _solver_step_kernel(
     coefficients_ptr,  # f32 [n, 9]
     push_ptr,  # bool [n]
     end_ptr,  # bool [n]
-    places_ptr,  # i64 [n] or None
+    places_ptr,  # i64 [n], slots, or None
     z_ptr,  # f32 [n, E] or None
     seeds_ptr,  # i64 [n] or None
     step_ptr,  # i64 [n]
@@ -58,7 +58,7 @@ def _solver_step_kernel(
     per_channel,  # elements of a channel
     DATA: tl.constexpr,
     HELD: tl.constexpr,
-    REACH: tl.constexpr,  # of HELD, those in use
+    REACH: tl.constexpr,  # entries of HELD in use
     BLOCK: tl.constexpr,
 ):
     blocks = tl.cdiv(E, BLOCK)
@@ -105,7 +105,7 @@ def _solver_step_kernel(
             new += spread * _normal(tl.load(seeds_ptr + i), tl.load(step_ptr + i), stream, start, BLOCK)
     if history_ptr is not None:
         older = history_ptr + place * HELD * E + element
-        pushed = element < tl.load(push_ptr + i).to(tl.int32) * E  # all of it or nothing
+        pushed = element < tl.load(push_ptr + i).to(tl.int32) * E  # all elements or none
         newer = m
         for k in tl.static_range(REACH):
             h = tl.load(older + k * E, mask=inside, other=0.0)
@@ -128,8 +128,8 @@ def launch_solver_step(
     guidance: Guidance | None = None,
     noise: Noise | None = None,
 ) -> None:
-    """As `solver_step`, in place. Everything contiguous and on the state's device; places and steps are not checked
-    against their ranges."""
+    """As `solver_step`, in place. All tensors must be contiguous and on the state's device; the ranges of slots and
+    steps are not checked."""
     x, n = state.x, len(eps)
     shape = tuple(eps.shape)
     need("eps", eps, shape, x)
@@ -167,5 +167,5 @@ def launch_solver_step(
 
 
 def _signed(word: int) -> int:
-    """The int32 of the same bits."""
+    """The int32 with the same bits."""
     return word - 2**32 if word >= 2**31 else word

@@ -1,13 +1,13 @@
-"""One step of any linear solver: a row of coefficients for each sample, gathered by its own step index.
+"""One step of any linear solver, with one row of coefficients per sample, looked up by the sample's own step index.
 
     m    = px x + pe eps
     next = base b + cur m + m0 h[0] + m1 h[1] + m2 h[2] + noise exp(spread (v + 1) / 2) z
     h <- (m, h[0], h[1]) where `push`,  x <- next,  b <- next where `end`
 
-x is what the network saw, eps its prediction, b the state at the start of the (macro-)step, h the last m that were
-pushed, the newest first: a shift register.
-With px = 0, pe = 1 m is eps (DDIM, DDPM); with px = 1/alpha, pe = -sigma/alpha it is the predicted x0
-(DPM-Solver++). v in [-1, 1] is a learned variance (DDPM, learned range), -1 where there is none.
+x is the input of the network, eps its prediction, b the state at the start of the (macro-)step, h the last m that were
+pushed, newest first (a shift register).
+With px = 0, pe = 1, m is eps (DDIM, DDPM); with px = 1/alpha, pe = -sigma/alpha, m is the predicted x0 (DPM-Solver++).
+v in [-1, 1] is a learned variance (DDPM, learned range), -1 where there is none.
 All in float32.
 """
 
@@ -25,12 +25,13 @@ COLUMNS = ("px", "pe", "base", "cur", "noise", "spread", *HISTORY)
 
 @dataclass(frozen=True)
 class SolverState:
-    """x: [n, ...]; base: [n, ...], or None where every row ends its step (b is x); history: [n, H, ...], H from 1 to 3
-    as many as the rows reach back, or None where no row reads or stores h. Contiguous, of one dtype (float32 for
-    solver_step) and device.
+    """What a solver keeps of each sample between network evaluations.
 
-    A coefficient of 0 still multiplies, so h starts as zeros and is zeroed when a sample takes over a place:
-    `start` and `restart` do so.
+    x: [n, ...]; base: [n, ...], or None where every row ends its macro-step (b is x); history: [n, H, ...], H from 1 to
+    3, as far as the rows reach back, or None where no row reads or stores h. Contiguous, of one dtype (float32 for
+    solver_step) and device; otherwise ValueError.
+
+    A coefficient of 0 still multiplies h, which therefore must be finite: `start` and `restart` set it to zeros.
     """
 
     x: Tensor
@@ -51,7 +52,7 @@ class SolverState:
 
     @property
     def held(self) -> int:
-        """H, how many m of a sample are kept, at most 3; 0 without history."""
+        """H, the number of earlier m kept per sample, at most 3; 0 without history."""
         return 0 if self.history is None else min(max(*self.history.shape[1:2], 1), len(HISTORY))
 
     def _all(self) -> tuple[Tensor | None, ...]:
@@ -63,7 +64,7 @@ class SolverState:
 
     @staticmethod
     def start(x: Tensor, base: bool = True, history: int = len(HISTORY)) -> "SolverState":
-        """A state of its own memory that starts at x: [n, ...], with or without base, with `history` places of h."""
+        """A new state that starts at a copy of x: [n, ...], with or without base, with `history` entries of h."""
         x = x.clone(memory_format=torch.contiguous_format)
         zeros = x.new_zeros(len(x), history, *x.shape[1:]) if history else None
         return SolverState(x, x.clone() if base else None, zeros)
@@ -73,13 +74,13 @@ class SolverState:
         return SolverState(*(value if value is None else value.index_select(0, slots) for value in self._all()))
 
     def put(self, slots: Tensor, part: "SolverState") -> None:
-        """Writes back what `take` gave, after it has been advanced."""
-        for whole, own in zip(self._all(), part._all(), strict=True):
+        """Writes back a `part` returned by `take`, after it has been advanced."""
+        for whole, value in zip(self._all(), part._all(), strict=True):
             if whole is not None:
-                whole.index_copy_(0, slots, own)
+                whole.index_copy_(0, slots, value)
 
     def restart(self, slots: Tensor, x: Tensor) -> None:
-        """New samples x: [k, ...] begin in places slots: int64[k]."""
+        """Starts new samples x: [k, ...] at slots: int64[k]."""
         self.x[slots] = x
         if self.base is not None:
             self.base[slots] = x
@@ -91,8 +92,8 @@ class SolverState:
 class Guidance:
     """Classifier-free guidance for some samples: eps + weight (eps - uncond[row]); row -1 leaves eps as it is.
 
-    uncond: [g, C, ...]; row: int64 [n] in [-1, g); weight: float32 [n], `guidance_scale` - 1; channels: int64 [n], how
-    many of the C are guided, from the first on (None: all).
+    uncond: [g, C, ...]; row: int64 [n] in [-1, g); weight: float32 [n], `guidance_scale` - 1; channels: int64 [n], the
+    number of leading channels that are guided (None: all). Raises ValueError for other shapes or dtypes.
     """
 
     uncond: Tensor
@@ -113,12 +114,12 @@ class Guidance:
         _check_channels(self.channels, self.row)
 
     def take(self, samples: Tensor) -> "Guidance":
-        """That of samples: int64 [k]."""
+        """The guidance of samples: int64 [k]."""
         channels = None if self.channels is None else self.channels[samples]
         return Guidance(self.uncond, self.row[samples], self.weight[samples], channels)
 
     def apply(self, eps: Tensor) -> Tensor:
-        """eps: [n, ...]. Returns float32 [n, ...]."""
+        """eps: [n, ...]. Returns the guided prediction, float32 [n, ...]."""
         eps, uncond = eps.float(), self.uncond.index_select(0, self.row.clamp(min=0))
         guided = (self.row >= 0).view(-1, *[1] * (eps.dim() - 1))
         return torch.where(guided, guide(eps, uncond, self.weight, self.channels), eps)
@@ -126,7 +127,7 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Noise:
-    """z of each sample as `philox_normal` makes it: seeds, step: int64 [n]; stream: in [0, 2^32)."""
+    """How `philox_normal` draws z for each sample. seeds, step: int64 [n]; stream: in [0, 2^32)."""
 
     seeds: Tensor
     step: Tensor
@@ -140,21 +141,23 @@ class Noise:
             raise ValueError(f"stream must lie in [0, 2^32), got {self.stream}")
 
     def take(self, samples: Tensor) -> "Noise":
-        """That of samples: int64 [k]."""
+        """The noise of samples: int64 [k]."""
         return Noise(self.seeds[samples], self.step[samples], self.stream)
 
     def draw(self, count: int, device: torch.device) -> Tensor:
-        """float32 [n, count]."""
+        """z: float32 [n, count], on `device`."""
         return philox_normal(self.seeds, self.step, self.stream, count, device)
 
 
 @dataclass(frozen=True)
 class StepRows:
-    """coefficients: [n, 9] in the order of COLUMNS; push: bool[n], m is stored; end: bool[n].
+    """One row of solver coefficients per sample.
 
-    What the host knows about them (the defaults are always right, less saves work and changes no value):
-    data: some m is not eps. history: places of h, from the newest on, that these samples ever read; 0 where no row
-    reads or stores. inner: some row does not end its step. noise: some row adds noise.
+    coefficients: [n, 9] in the order of COLUMNS; push: bool[n], m is pushed to h; end: bool[n], the macro-step ends.
+    Facts known on the host that save work (the defaults are always correct; others change no result):
+    data: some m is not eps. history: the number of newest entries of h that these samples ever read; 0 where no row
+    reads or stores h. inner: some row does not end its macro-step. noise: some row adds noise.
+    Raises ValueError for other shapes or dtypes.
     """
 
     coefficients: Tensor
@@ -177,14 +180,14 @@ class StepRows:
 
     def take(self, samples: Tensor) -> "StepRows":
         """The rows of samples: int64[k]."""
-        own = (v[samples] for v in (self.coefficients, self.push, self.end))
-        return replace(self, **dict(zip(("coefficients", "push", "end"), own, strict=True)))
+        taken = (v[samples] for v in (self.coefficients, self.push, self.end))
+        return replace(self, **dict(zip(("coefficients", "push", "end"), taken, strict=True)))
 
 
 def solver_step_reference(
     state: SolverState, eps: Tensor, rows: StepRows, z: Tensor | None = None, variance: Tensor | None = None
 ) -> SolverState:
-    """The formula above in the dtype of the state, whole and out of place: the new state."""
+    """The formula above, for all samples, out of place and in the state's dtype. Returns the new state."""
     x, one = state.x, (-1, *[1] * (state.x.dim() - 1))
     px, pe, base, cur, noise, spread, *older = (c.view(one) for c in rows.coefficients.to(x.dtype).unbind(1))
     b = x if state.base is None else state.base
@@ -261,7 +264,7 @@ def check_step(
     guidance: Guidance | None,
     noise: Noise | None,
 ) -> None:
-    """ValueError where shapes or dtypes do not fit, or where the rows need what is not given."""
+    """ValueError where shapes or dtypes do not fit, or where the rows need noise, base or history that is missing."""
     n = state.x.shape[0] if slots is None else slots.shape[0]
     if state.x.dtype != torch.float32 or rows.coefficients.dtype != torch.float32:
         raise ValueError(f"state and coefficients must be float32, got {state.x.dtype} and {rows.coefficients.dtype}")
@@ -297,11 +300,11 @@ def check_step(
 
 
 def guide(cond: Tensor, uncond: Tensor, weight: Tensor, channels: Tensor | None = None) -> Tensor:
-    """Classifier-free guidance, cond + weight (cond - uncond), weight 0 being none: w in equation 6 of Ho and Salimans,
+    """Classifier-free guidance, cond + weight (cond - uncond); weight 0 means none: w in equation 6 of Ho and Salimans,
     arXiv 2207.12598.
 
-    cond, uncond: [n, C, ...], weight: [n]; channels: int64 [n], how many of the C are guided, from the first on; the
-    others are cond's (DiT, models.py, guides three). Returns float32 [n, C, ...].
+    cond, uncond: [n, C, ...], weight: [n]; channels: int64 [n], the number of leading channels that are guided; the
+    others stay cond's (DiT, models.py, guides three). Returns float32 [n, C, ...]. Raises ValueError for other shapes.
     """
     if cond.shape != uncond.shape or weight.shape != cond.shape[:1]:
         raise ValueError(

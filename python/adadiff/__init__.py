@@ -1,4 +1,4 @@
-"""Diffusion transformers whose samples exit early, the sampler around them, and an engine that serves them."""
+"""Diffusion transformers with adaptive computation per sample: networks with exits, samplers, and an engine."""
 
 import importlib
 
@@ -58,7 +58,7 @@ _DIFFUSERS = {
 
 
 def __getattr__(name: str) -> object:
-    """What needs diffusers, an extra, is imported when it is asked for."""
+    """Imports names that need diffusers, an extra, on first use. Raises ImportError without diffusers."""
     if name not in _DIFFUSERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

@@ -1,4 +1,4 @@
-"""Models on disk: one safetensors file, weights with the whole configuration in its header."""
+"""Models on disk: one safetensors file, with the whole configuration in its header."""
 
 import errno
 import json
@@ -27,27 +27,27 @@ from .writing import replace_file
 M = TypeVar("M", bound=nn.Module)
 
 FORMAT_VERSION = 2
-MOST_TENSORS = 2**16  # of a file; a network has some hundreds
-HINT = "truncated, or of others: adadiff convert reads those"
-SELECTOR = "step_selector."  # what the names of its tensors begin with
+MOST_TENSORS = 2**16  # tensors in a file; a network has some hundreds
+HINT = "truncated, or not written by adadiff: adadiff convert reads other formats"
+SELECTOR = "step_selector."  # prefix of the names of a step selector's tensors
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
-    """Writes the file whole or leaves it as it was, see writing.py. Values of metadata become JSON. Raises OSError
-    where it cannot be written."""
+    """Writes the file atomically, see writing.py. Values of metadata are written as JSON. Raises OSError if it cannot
+    be written, ValueError for tensors without values."""
     header = {key: json.dumps(value) for key, value in {"format_version": FORMAT_VERSION, **metadata}.items()}
     for key, value in tensors.items():
         if value.is_meta:
-            raise ValueError(f"cannot write {path}: {key} has no values, it lies on the device 'meta'")
+            raise ValueError(f"cannot write {path}: {key} has no values, it is on the device 'meta'")
     tensors = apart(tensors)
 
     def write(temporary: Path) -> None:
         temporary.touch()
-        mode = temporary.stat().st_mode  # what the umask asks for; save_file writes for the owner alone
+        mode = temporary.stat().st_mode  # by the umask; save_file makes files readable by the owner only
         try:
             save_file(tensors, temporary, metadata=header)
-        except SafetensorError as error:  # a full disk, for one
+        except SafetensorError as error:  # such as a full disk
             code = re.search(r"(?:os error |code: )(\d+)", str(error))
             number = int(code[1]) if code else errno.EIO
             raise OSError(number, os.strerror(number) if code else str(error)) from error
@@ -59,11 +59,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 @contextmanager
 def opened(path: Path, hint: str = "truncated, or damaged") -> Iterator[Any]:
-    """A safetensors file, whose tensors come to the CPU. Raises ValueError, which names it, where there is no such file
-    and for a damaged one."""
+    """Opens a safetensors file, with tensors on the CPU. Raises ValueError, naming the file, if it does not exist or is
+    damaged."""
     if not path.is_file():
         raise ValueError(f"no such file: {path}")
-    path.open("rb").close()  # of a file without read permission, safe_open says that there is none
+    path.open("rb").close()  # raises PermissionError, where safe_open would report a missing file
     try:
         with torch.device("cpu"), safe_open(path, framework="pt") as file:
             if (count := len(file.keys())) > MOST_TENSORS:
@@ -74,7 +74,7 @@ def opened(path: Path, hint: str = "truncated, or damaged") -> Iterator[Any]:
 
 
 def read_header(file: Any, path: Path) -> dict[str, Any]:
-    """Metadata of an opened file, whose values are JSON. Raises ValueError for others."""
+    """The metadata of an opened file, parsed from JSON. Raises ValueError if it is not JSON."""
     try:
         return {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
     except (ValueError, RecursionError) as error:
@@ -82,32 +82,33 @@ def read_header(file: Any, path: Path) -> dict[str, Any]:
 
 
 def read_all(file: Any) -> dict[str, Tensor]:
-    """Tensors of an opened file."""
+    """All tensors of an opened file."""
     return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Raises ValueError for a file that is truncated, not safetensors, or of another format version."""
+    """Tensors and metadata of a file. Raises ValueError for a file that is truncated, not safetensors, or of another
+    format version."""
     with opened(path, HINT) as file:
         metadata = _current(read_header(file, path), path)
         return read_all(file), metadata
 
 
 def _current(metadata: dict[str, Any], path: Path) -> dict[str, Any]:
-    """metadata without its format version. ValueError for another one."""
+    """metadata without its format version. Raises ValueError for another version."""
     version = metadata.pop("format_version", None)
     if version != FORMAT_VERSION:
         advice = ""
         if version is None:
-            advice = "; adadiff convert reads files of others"
-        elif version == 1 and "config" in metadata:  # of a model
+            advice = "; adadiff convert reads other formats"
+        elif version == 1 and "config" in metadata:  # a model
             advice = f"; adadiff convert {path} NEW.safetensors"
         raise ValueError(f"{path} has format version {version!r}, this release reads {FORMAT_VERSION}{advice}")
     return metadata
 
 
 class Keys:
-    """A state dict whose tensors are taken one by one. What is wrong is collected, and told at once by `finish`."""
+    """A state dict whose tensors are taken one by one. Problems are collected, and reported together by `finish`."""
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         self._tensors = dict(tensors)
@@ -117,7 +118,7 @@ class Keys:
         return key in self._tensors
 
     def take(self, key: str, shape: Sequence[int]) -> Tensor:
-        """The tensor, or, where there is no such one, zeros of that shape."""
+        """The tensor; if it is missing or has another shape, zeros of `shape` and a problem."""
         value = self._tensors.pop(key, None)
         if value is None:
             self.problems.append(f"missing {key}")
@@ -128,17 +129,17 @@ class Keys:
         return torch.zeros((), device="cpu").expand(tuple(shape))
 
     def take_any(self, key: str) -> Tensor | None:
-        """The tensor, of whatever shape; None, and a problem, where there is none."""
+        """The tensor, of any shape; None and a problem if it is missing."""
         if key not in self._tensors:
             self.problems.append(f"missing {key}")
         return self._tensors.pop(key, None)
 
     def ignore(self, key: str) -> None:
-        """A key that may be there and is not read."""
+        """Drops a key that may exist and is not used."""
         self._tensors.pop(key, None)
 
     def finish(self, source: str) -> None:
-        """Raises ValueError that names every missing, mis-shaped and, of what was not taken, unexpected key."""
+        """Raises ValueError for missing, mis-shaped and (not taken) unexpected keys; names the first eight problems."""
         problems = self.problems + [f"unexpected {key}" for key in self._tensors]
         if problems:
             more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
@@ -146,7 +147,7 @@ class Keys:
 
 
 def matched(shapes: Mapping[str, Size], tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The tensors of these names and shapes. Raises ValueError, which names all that is wrong, for any others."""
+    """The tensors of these names and shapes. Raises ValueError as `Keys.finish` does if `tensors` has any others."""
     keys = Keys(tensors)
     taken = {key: keys.take(key, shape) for key, shape in shapes.items()}
     keys.finish(source)
@@ -154,17 +155,17 @@ def matched(shapes: Mapping[str, Size], tensors: Mapping[str, Tensor], source: s
 
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str, assign: bool = False) -> None:
-    """load_state_dict that names every missing, unexpected or mis-shaped key, and changes nothing where it raises.
+    """load_state_dict that raises ValueError for missing, unexpected and mis-shaped keys, and then changes nothing.
 
-    Keys are those of a module of which nothing is compiled.
+    Keys are those of the uncompiled module.
     """
-    own = module.state_dict()
-    plain = plain_names(own, "the module")
+    state = module.state_dict()
+    plain = plain_names(state, "the module")
     taken = matched({key: value.shape for key, value in plain.items()}, tensors, source)
-    module.load_state_dict(dict(zip(own, taken.values(), strict=True)), assign=assign)
+    module.load_state_dict(dict(zip(state, taken.values(), strict=True)), assign=assign)
 
 
-@torch.inference_mode(False)  # whatever mode the caller is in, the weights are for any
+@torch.inference_mode(False)  # callers in any mode use the weights
 def built(
     make: Callable[[], M],
     tensors: Mapping[str, Tensor],
@@ -172,8 +173,9 @@ def built(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> M:
-    """What `make` makes, with a copy of these tensors for weights, on their device and of their dtype unless others are
-    given. Nothing is initialised, so that no random number is drawn, and default device and dtype have no effect."""
+    """The module of `make` with copies of these tensors as weights, on their device and in their dtype unless others
+    are given. Skips initialisation: no random numbers are drawn, and default device and dtype have no effect. Raises
+    ValueError for tensors that do not fit."""
     with torch.device("meta"):
         module = make()
     copies = {key: value.detach().to(device=device, dtype=dtype, copy=True) for key, value in tensors.items()}
@@ -182,10 +184,11 @@ def built(
 
 
 def save(model: Model, path: str | Path, notes: Mapping[str, object] | None = None) -> None:
-    """Writes weights, configuration, calibration and step selector. `notes` (how it was trained) is kept in the header.
+    """Writes weights, configuration, calibration and step selector, atomically. notes: stored in the header, such as
+    how the model was trained.
 
-    model: it or its backbone may be compiled, and wrapped by DistributedDataParallel. Raises ValueError for one that
-    `load` would refuse.
+    model: it or its backbone may be compiled, and wrapped by DistributedDataParallel. Raises ValueError for a model
+    that `load` would refuse, OSError if the file cannot be written.
     """
     model, what = unwrapped(model), "the model to save"
     tensors = matched(shapes(model.config), plain_names(model.state_dict(), what), what)
@@ -201,7 +204,7 @@ def save(model: Model, path: str | Path, notes: Mapping[str, object] | None = No
 
 
 def unwrapped(model: Any) -> Model:
-    """The model inside what torch.compile or DistributedDataParallel makes of it. ValueError where there is none."""
+    """The model without wrappers of torch.compile and DistributedDataParallel. Raises ValueError for other objects."""
     while not isinstance(model, Model):
         inner = getattr(model, "_orig_mod", getattr(model, "module", None))
         if inner is None:
@@ -211,12 +214,11 @@ def unwrapped(model: Any) -> Model:
 
 
 def load(name_or_file: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None) -> Model:
-    """Opens a model with its exits: a name that ships with the package ("digits"), or a file that `save` wrote.
+    """Opens a model with its exits, in eval mode: by the name of a shipped one ("digits"), or from a file of `save`.
 
     dtype: float32, bfloat16 or float16, or its name; None: as the weights are stored.
-    Raises ValueError where there is no such file, device or dtype, where the file does not fit the configuration it
-    carries, and for weights that are not finite floating-point numbers. Sizes are compared before anything is
-    allocated.
+    Raises ValueError if there is no such file, device or dtype, if the weights do not fit the configuration in the
+    file, and for weights that are not finite floating-point numbers. Sizes are compared before allocating anything.
     """
     device, dtype = device_from(device), dtype_from(dtype)
     path = find(name_or_file)
@@ -238,8 +240,8 @@ def load(name_or_file: str | Path, device: torch.device | str = "cpu", dtype: to
 
 
 def described(metadata: Mapping[str, Any], path: Path) -> tuple[ModelConfig, Calibration | None]:
-    """Configuration and calibration in a file's metadata. Raises ValueError, which names the file, for anything else
-    and where there is no configuration."""
+    """Configuration and calibration in a file's metadata. Raises ValueError, naming the file, for invalid values and
+    without a configuration."""
     if "cascade" in metadata:
         raise ValueError(f"{path} holds a cascade, not a model; draw samples of one with the policy 'cascade:{path}'")
     if "config" not in metadata:
@@ -261,7 +263,8 @@ def described(metadata: Mapping[str, Any], path: Path) -> tuple[ModelConfig, Cal
 
 
 def _selector_config(metadata: Mapping[str, Any], config: ModelConfig, path: Path) -> SelectorConfig | None:
-    """Of the step selector in a file's metadata. ValueError for a damaged one, and for one of another network."""
+    """The configuration of the step selector in a file's metadata, or None. Raises ValueError for an invalid one, and
+    for one of another network."""
     if "step_selector" not in metadata:
         return None
     try:
@@ -277,7 +280,7 @@ def _selector_config(metadata: Mapping[str, Any], config: ModelConfig, path: Pat
 
 
 def _selector_shapes(selector: SelectorConfig | None) -> dict[str, Size]:
-    """Of its tensors in a file, by name."""
+    """The shapes of a step selector's tensors in a file, by name."""
     if selector is None:
         return {}
     with torch.device("meta"):
@@ -285,12 +288,12 @@ def _selector_shapes(selector: SelectorConfig | None) -> dict[str, Size]:
 
 
 def _stored(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """The one dtype that holds them all."""
+    """The common dtype of all tensors, by promotion."""
     return reduce(torch.promote_types, {value.dtype for value in tensors.values()})
 
 
 def device_from(name: torch.device | str) -> torch.device:
-    """ValueError for a device that this machine or this PyTorch does not have."""
+    """The device of this name. Raises ValueError for one that this machine or this PyTorch does not have."""
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, TypeError) as error:
@@ -298,7 +301,7 @@ def device_from(name: torch.device | str) -> torch.device:
 
 
 def dtype_from(name: torch.dtype | str | None) -> torch.dtype | None:
-    """ValueError for a dtype that models are not run in."""
+    """The dtype of this name, None for None. Raises ValueError for a dtype that models do not run in."""
     if name is None or name in DTYPES.values():
         return name
     if not isinstance(name, str) or name not in DTYPES:
@@ -307,7 +310,7 @@ def dtype_from(name: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def find(name_or_file: str | Path) -> Path:
-    """The file behind a shipped name or a path."""
+    """The file of a shipped model's name or of a path. Raises ValueError if there is none."""
     folder = resources.files("adadiff").joinpath("checkpoints")
     shipped = {Path(file.name).stem: file for file in folder.iterdir() if file.name.endswith(".safetensors")}
     if str(name_or_file) in shipped:

@@ -1,7 +1,7 @@
 """The command line.
 
-Exit codes: 0; 2 for unusable input, with a line saying why; 130 after Ctrl-C, with one on what is on disk; 141 where
-nobody reads the output any more, as after `| head`.
+Exit codes: 0: success; 2: unusable input, with a line that says why; 130: Ctrl-C, with a line about results on disk;
+141: the reader of the output has closed it, as `| head` does.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from .sampling.faults import is_memory_error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command, that of sys.argv by default. Returns the exit code (argparse may raise SystemExit)."""
+    """Runs a command, by default from sys.argv. Returns the exit code (argparse may raise SystemExit)."""
     _usable_streams()
     commands, arguments = parser(), sys.argv[1:] if arguments is None else arguments
     if not arguments:
@@ -62,18 +62,18 @@ def _refused(reason: str) -> int:
     print_error("error", reason)
     try:
         sys.stdout.flush()
-    except OSError:  # it was the output that could not be written
+    except OSError:  # the output cannot be written
         _drop_output()
     return 2
 
 
 def _drop_output() -> None:
-    """What is left in stdout's buffer is flushed at the end, and must not fail there."""
+    """Redirects stdout to the null device, so that flushing its buffer at exit does not fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _usable_streams() -> None:
-    """Closed streams, as after `>&-`, take everything; what an encoding lacks, as ASCII lacks é, is escaped."""
+    """Redirects closed streams (as after `>&-`) to the null device, and escapes characters that the encoding lacks."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -83,7 +83,7 @@ def _usable_streams() -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Of all commands, too. What somebody typed is printed as it is, without escape sequences."""
+    """The parser of the program and of its commands. Prints the user's text without escape sequences."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         found, unknown = super().parse_known_args(args, namespace)
@@ -100,7 +100,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """Commands are listed in the order in which a newcomer needs them."""
+    """The parser of all commands, listed in the order in which a newcomer needs them."""
     top = _Parser(
         prog="adadiff",
         usage="%(prog)s COMMAND [options]",

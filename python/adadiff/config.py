@@ -1,4 +1,4 @@
-"""What a model is, as frozen dataclasses, and the table of presets. Unknown keys are errors."""
+"""Configurations of models as frozen dataclasses, and the table of presets. Unknown keys are errors."""
 
 import dataclasses
 import sys
@@ -21,11 +21,11 @@ MOST_WIDTHS = 16
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """`exits` is None for a plain network; `null_label` is the class that stands for "no class" in guidance, which
-    touches the first `guided_channels` only (None: all); `latent_scale`: latents are the autoencoder's, less
-    `latent_shift`, times this (None: samples are images); `widths`: ascending, those that the network was trained at, 1
-    the last (None: a network of one width), see forward/narrow.py. `prediction_type`: what the network predicts,
-    epsilon, v_prediction, flow or sample, see diffusion/prediction.py."""
+    """Configuration of a model. exits: None for a plain network; null_label: the "no class" label of guidance;
+    guided_channels: guidance applies to the first so many channels (None: all); latent_scale: latents are
+    (autoencoder's - latent_shift) * latent_scale (None: samples are images); widths: ascending, widths that the network
+    was trained at, the last one 1 (None: a network of one width), see forward/narrow.py. prediction_type: epsilon,
+    v_prediction, flow or sample, see diffusion/prediction.py. Raises ValueError for fields that do not fit."""
 
     network: NetworkConfig
     schedule: str
@@ -42,8 +42,8 @@ class ModelConfig:
         check_prediction_type(self.prediction_type)
         if not NoiseSchedule(self.schedule).has_alpha_bar and self.prediction_type == "epsilon":
             raise ValueError(
-                f"schedule {self.schedule!r} begins at pure noise, of which an epsilon says no image; prediction_type "
-                "must be flow, v_prediction or sample"
+                f"schedule {self.schedule!r} begins at pure noise, where epsilon does not determine the image; "
+                "prediction_type must be flow, v_prediction or sample"
             )
         if not isinstance(self.exits, ExitConfig | None):
             raise ValueError(f"exits must be an ExitConfig or None, got {shortly(self.exits)}")
@@ -64,7 +64,7 @@ class ModelConfig:
         if type(shift) not in (int, float) or not abs(shift) <= sys.float_info.max:
             raise ValueError(f"latent_shift must be a number, got {shortly(shift)}")
         if shift and self.latent_scale is None:
-            raise ValueError("latent_shift is of latents, and this model draws images; give latent_scale, too")
+            raise ValueError("latent_shift is for latents, but without latent_scale the model draws images")
         if self.widths is not None:
             object.__setattr__(self, "widths", _widths(self.widths, self.network))
 
@@ -74,11 +74,12 @@ class ModelConfig:
 
     @property
     def classes(self) -> int:
-        """Classes that can be asked for; the null class, always the last, is not one of them."""
+        """The number of classes, without the null class, which is always the last."""
         return self.network.num_classes - (self.null_label is not None)
 
     def to_dict(self) -> dict[str, Any]:
-        """What says nothing is left out, so that releases which do not know it read models that have none."""
+        """The configuration as JSON values. Newer fields at their defaults are left out, so that older releases can
+        read the file."""
         values = {"family": self.family, **dataclasses.asdict(self)}
         for name, default in (("width", 1), ("sit_time", False)):
             if values["network"].get(name) == default:
@@ -110,7 +111,7 @@ def _widths(widths: Any, network: NetworkConfig) -> tuple[float, ...]:
     if not (widths[0] > 0 and widths[-1] == 1):
         raise ValueError(f"widths must lie in (0, 1] and end with 1, got {shortly(widths)}")
     if getattr(network, "width", None) != 1:
-        raise ValueError("a network with several widths is one that can be narrow, and has itself the width 1")
+        raise ValueError("widths need a network that has a width, which must be 1")
     return tuple(map(float, widths))
 
 
@@ -122,7 +123,7 @@ def _family(network: NetworkConfig) -> str:
 
 
 def from_dict(kind: type[T], values: Any, what: str) -> T:
-    """Builds a dataclass from a mapping; a key it does not have, or one it lacks, is a ValueError that names it."""
+    """Builds a dataclass from a mapping. Raises ValueError, naming the keys, for unknown or missing ones."""
     _table(values, what)
     fields = {field.name: field for field in dataclasses.fields(kind)}
     unknown = sorted(map(str, set(values) - set(fields)))

@@ -1,4 +1,4 @@
-"""Heads of their own for exits: the network's own kind behind an MLP or a transformer block."""
+"""Deeper heads for exits: an MLP or a transformer block before a head of the network's kind."""
 
 import math
 from collections.abc import Mapping
@@ -11,9 +11,9 @@ from .models.layers import Attention, Mlp
 
 
 class MlpHead(nn.Module):
-    """A head behind a residual MLP: out(x + fc2(gelu(fc1(norm(x))))), hidden width D; called like the network's own.
+    """A head after a residual MLP: out(x + fc2(gelu(fc1(norm(x))))), hidden width D; called like the network's head.
 
-    fc2 starts at zero, so that it begins as the head without the MLP.
+    fc2 starts at zero, so that initially it equals the head without the MLP.
     """
 
     def __init__(self, backbone: Backbone):
@@ -33,10 +33,10 @@ class MlpHead(nn.Module):
 
 
 class BlockHead(nn.Module):
-    """A head behind a transformer block of its own: y = x + attn(norm1(x)), out(y + mlp(norm2(y))), over the patches;
-    hidden width 4 D, 64 channels an attention head but four at least (where D allows). EE-Tuning's "layer" exit.
+    """A head after its own transformer block: y = x + attn(norm1(x)), out(y + mlp(norm2(y))), over the patches; hidden
+    width 4 D, attention heads of 64 channels, but at least four heads (where D allows). EE-Tuning's "layer" exit.
 
-    Both branches start at zero, so that it begins as the head without the block.
+    Both branches start at zero, so that initially it equals the head without the block.
     """
 
     def __init__(self, backbone: Backbone):

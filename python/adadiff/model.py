@@ -1,4 +1,4 @@
-"""A network together with its exits and its configuration: what is built, trained, saved and sampled from."""
+"""The model: a network with its exits and configuration, which is built, trained, saved and sampled from."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,10 +16,10 @@ from .uem import ExitConfig, Exits
 
 
 class Model(nn.Module):
-    """`backbone` keeps the published state-dict keys; `exits` is None for a plain network, `calibration` and
-    `step_selector` where nobody has made one (see `adadiff calibrate` and `adadiff train-steps`)."""
+    """A network with exits. backbone: has the published state-dict keys; exits: None for a plain network; calibration,
+    step_selector: None until created by `adadiff calibrate` and `adadiff train-steps`."""
 
-    @torch.inference_mode(False)  # whatever mode the caller is in, the weights are for any
+    @torch.inference_mode(False)  # callers in any mode use the weights
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -42,7 +42,8 @@ class Model(nn.Module):
 
 
 def build(name: str, exits: ExitConfig | None = None) -> Model:
-    """A freshly initialised model of a preset. `exits` adds UEMs and heads to a preset that has none, or replaces them.
+    """A newly initialised model of a preset, in eval mode. exits: adds UEMs and heads to a preset without, or replaces
+    its own.
 
     Raises ValueError for a name that is not a preset.
     """
@@ -56,6 +57,6 @@ def build(name: str, exits: ExitConfig | None = None) -> Model:
 
 @lru_cache(maxsize=256)
 def shapes(config: ModelConfig) -> Mapping[str, Size]:
-    """Of the tensors in a `Model(config)`, by name."""
+    """The shapes of the tensors in a `Model(config)`, by name."""
     with torch.device("meta"):
         return {key: value.shape for key, value in Model(config).state_dict().items()}

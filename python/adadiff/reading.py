@@ -1,4 +1,4 @@
-"""Reading files that somebody else made."""
+"""Reading of untrusted files."""
 
 import errno
 import json
@@ -6,20 +6,20 @@ import os
 import stat
 from pathlib import Path
 
-MOST_TEXT = 2**24  # bytes; the longest list of labels that a report can hold takes less
+MOST_TEXT = 2**24  # bytes; more than the longest list of labels in a report
 
 
 def check_regular(path: Path) -> None:
-    """ValueError for a pipe, a device, a socket or a folder, reading which may never end; links are followed.
+    """Raises ValueError for a pipe, a device, a socket or a folder, whose reading may never end; follows links.
 
-    FileNotFoundError and PermissionError as the operating system raises them.
+    Raises FileNotFoundError and PermissionError as the operating system does.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError(f"{path} is no regular file")
 
 
 def read_text(path: Path) -> str:
-    """ValueError for anything but UTF-8 in a regular file of at most MOST_TEXT bytes."""
+    """The text of a file. Raises ValueError for anything but UTF-8 in a regular file of at most MOST_TEXT bytes."""
     check_regular(path)
     with path.open("rb") as file:
         data = file.read(MOST_TEXT + 1)
@@ -29,7 +29,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> object:
-    """ValueError for anything that is not JSON in a regular file of at most MOST_TEXT bytes."""
+    """The values in a file. Raises ValueError for anything but JSON in a regular file of at most MOST_TEXT bytes."""
     try:
         return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
@@ -37,11 +37,11 @@ def read_json(path: Path) -> object:
 
 
 def reason(error: Exception) -> str:
-    """What a library says of a bad file, in one line; some errors have no text of their own."""
+    """The message of an error in one line, or its class if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def of_system(error: Exception) -> bool:
-    """Whether the operating system is the reason, such as a missing permission, rather than the content of a file."""
-    # Libraries raise OSError without a number; EINVAL is a seek to nowhere, which a damaged file asks for.
+    """Whether the operating system caused the error (such as a missing permission), not the content of a file."""
+    # Libraries raise OSError without a number; EINVAL is an invalid seek, as a damaged file can cause.
     return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)

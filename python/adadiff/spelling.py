@@ -1,8 +1,8 @@
-"""Things that are named in text: NAME, NAME:VALUE, NAME:SETTING=VALUE,..., or a class of one's own, module:Class.
+"""Objects spelled as text: NAME, NAME:VALUE, NAME:SETTING=VALUE,..., or a user's class, module:Class.
 
-A registry knows what can be named where a policy, a solver, data and the like is asked for. It makes frozen dataclasses
-of the text. The text is the same in Python, on the command line and in configuration files; help and errors say what is
-registered. A further one is one `Entry`.
+A registry lists the spellings of policies, solvers, data and the like, and builds frozen dataclasses from text. The
+same text is used in Python, on the command line and in configuration files; help and errors list the registered
+spellings. To add one, add an `Entry`.
 """
 
 import importlib
@@ -18,18 +18,17 @@ Reader = Callable[[str], Any]
 WORDS = {int: "a whole number", float: "a number", bool: "true or false"}
 OPTIONAL = re.compile(r"\[[^]]*\]")
 EMPTY = inspect.Parameter.empty
-PLACES = {int: "N", float: "NUMBER", bool: "true|false"}  # in forms, where a setting's word is not given
+PLACES = {int: "N", float: "NUMBER", bool: "true|false"}  # placeholders in forms, unless `words` has one
 
 
 @dataclass(frozen=True)
 class Entry(Generic[T]):
-    """Text that begins with `name`. make: a dataclass or function, whose parameters are the settings.
+    """A spelling that begins with `name`. make: a dataclass or function, whose parameters are the settings.
 
-    leading: the parameter that stands first, and has to be given unless it has a default. key: how it is spelled, where
-    that is not its name; of several entries of one name, the one whose key is given counts. bare: its value may stand
-    first without key. path: its value is the name of a file, stands without key, and may hold commas; the other
-    settings follow it.
-    readers: of parameters, where their type does not tell how text is read; words: what stands for values in forms.
+    leading: the parameter that comes first; required unless it has a default. key: its spelling, if not its name; among
+    entries of one name, the one whose key is given is chosen. bare: its value may come first without key. path: its
+    value is a file name, without key, which may contain commas; other settings follow it.
+    readers: parsers of parameters whose type is not enough; words: placeholders of values in forms.
     """
 
     name: str
@@ -47,7 +46,7 @@ class Entry(Generic[T]):
 
     @property
     def needs_leading(self) -> bool:
-        """The leading setting has no default."""
+        """Whether the leading setting has no default."""
         return self.leading is not None and inspect.signature(self.make).parameters[self.leading].default is EMPTY
 
     @property
@@ -59,7 +58,7 @@ class Entry(Generic[T]):
 
     @property
     def form(self) -> str:
-        """As in "cache:threshold=CHANGE[,first=N]"."""
+        """The form for help and errors, such as "cache:threshold=CHANGE[,first=N]"."""
         parts = []
         for spelled, parameter in self.settings.items():
             word = self.words.get(parameter) or _place(self._type(parameter))
@@ -76,7 +75,8 @@ class Entry(Generic[T]):
         return f"{self.name} needs {self.words.get(self.leading or '', '') if self.bare or self.path else self.spelled}"
 
     def read(self, text: str) -> T:
-        """text: what follows the colon. Raises ValueError."""
+        """The object for text, which follows the colon. Raises ValueError for unknown, repeated, missing and invalid
+        settings."""
         settings, given = self.settings, dict[str, Any]()
         for spelled, value in self._pairs(text):
             if spelled not in settings:
@@ -92,9 +92,9 @@ class Entry(Generic[T]):
         if self.path and self.spelled:
             return self._after_path(text)
         pairs = []
-        for place, part in enumerate(text.split(",")):
+        for position, part in enumerate(text.split(",")):
             spelled, equals, value = part.partition("=")
-            if not equals and place == 0 and self.bare and self.spelled:
+            if not equals and position == 0 and self.bare and self.spelled:
                 spelled, value = self.spelled, part
             elif not equals:
                 raise ValueError(f"{self.name} takes no {part!r}")
@@ -127,8 +127,8 @@ class Entry(Generic[T]):
 
 
 class Registry(Generic[T]):
-    """what: in errors, as in "policy". kind: of what is made, for classes of one's own; None: they cannot be named.
-    also: what else is taken, for help and errors."""
+    """The spellings of one sort of object. what: its name in errors, such as "policy". kind: the type that users'
+    classes must have; None: they cannot be named. also: further accepted text, for help and errors."""
 
     def __init__(self, what: str, entries: Sequence[Entry[T]], kind: type | UnionType | None = None, also: str = ""):
         self.what, self.entries, self.kind, self.also = what, tuple(entries), kind, also
@@ -138,14 +138,14 @@ class Registry(Generic[T]):
         return tuple(dict.fromkeys(entry.name for entry in self.entries))
 
     def forms(self, *names: str, short: bool = False) -> str:
-        """Of the entries of these names, or of all, for help and errors; short: without optional settings."""
+        """The forms of the entries of these names, or of all, for help and errors; short: without optional settings."""
         known = [entry.form for entry in self.entries if not names or entry.name in names]
         known = [OPTIONAL.sub("", form) if short else form for form in known]
-        own = ["module:Class[:SETTING=VALUE,...] of your own"] if self.kind and not names else []
-        return ", ".join([*known, *own, *([self.also] if self.also and not names else [])])
+        users = ["module:Class[:SETTING=VALUE,...] of your own"] if self.kind and not names else []
+        return ", ".join([*known, *users, *([self.also] if self.also and not names else [])])
 
     def read(self, text: str) -> T:
-        """Raises ValueError, with what there is, for text that names nothing or has wrong settings."""
+        """The object for `text`. Raises ValueError, listing the known forms, for an unknown name or wrong settings."""
         name, colon, rest = text.partition(":")
         entries = [entry for entry in self.entries if entry.name == name]
         if not entries:
@@ -163,7 +163,7 @@ class Registry(Generic[T]):
             made_by = getattr(importlib.import_module(module), name)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-                raise  # something that the module itself imports
+                raise  # a module that this module imports is missing
             raise ValueError(
                 f"no {self.what} {text!r}: there is no module {module!r}; there are {self.forms()}"
             ) from None
@@ -180,7 +180,7 @@ class Registry(Generic[T]):
 
 
 def guessed(text: str) -> int | float | bool | str:
-    """A number, true or false, else the text itself."""
+    """`text` as a number or truth value if it is one, else the text itself."""
     if text in ("true", "false"):
         return text == "true"
     for kind in (int, float):
@@ -192,7 +192,7 @@ def guessed(text: str) -> int | float | bool | str:
 
 
 def _chosen(entries: Sequence[Entry[T]], rest: str) -> Entry[T]:
-    """The entry whose key is given, else the one whose value stands without."""
+    """The entry whose key is given, else the one that needs no key."""
     given = {part.partition("=")[0] for part in rest.split(",") if "=" in part}
     by_key = [entry for entry in entries if entry.spelled in given and not entry.path]
     alone = [entry for entry in entries if entry.bare or entry.path or entry.leading is None]
@@ -210,7 +210,7 @@ def _names_a_class(module: str, text: str) -> bool:
 
 
 def _kind(hint: Any) -> Any:
-    """int, float, bool or str of a parameter's type, X of X | None; None where it is another or there is none."""
+    """The type to parse: int, float, bool or str, also of X | None and Literal; None for another type or none."""
     if get_origin(hint) in (Union, UnionType):
         others = [one for one in get_args(hint) if one is not NoneType]
         hint = others[0] if len(others) == 1 else None

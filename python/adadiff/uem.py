@@ -1,17 +1,17 @@
-"""Exits: the uncertainty estimation module (UEM) of every block, and the heads that turn a block's output into noise.
+"""Exits: the uncertainty estimation module (UEM) of every block, and the heads that turn its output into a prediction.
 
-Two published readings of AdaDiff (Tang et al., ECCV 2024):
-- paper, Eq. 8: u = sigmoid(w . [L, tau(t)] + b) per patch token, tau being the network's own time embedding. The time
-  part is one number per lane, layer and output; `Exits.offsets` computes it for all layers at once.
-- official code (libs/uvit.py, class LTE): a linear map to p*p*C *certainties*, blind to time, with one shared head.
-  sigma(-s) = 1 - sigma(s), so negated weights give exactly the uncertainties (layouts.py reads them so).
-And a third, DuoDiff's (razvanmatisan/duodiff models/early_exit.py, MLPProbe): as the paper's, blind to time, and the
-mean runs over the extra tokens, too.
-Ours, "bias": a bias for every layer and stretch of time, whose ends the network's times interpolate. What is to be
-learnt of time is then a curve for each layer, and not what a linear map of tau(t) can say.
+Two published forms of AdaDiff (Tang et al., ECCV 2024):
+- paper, Eq. 8: u = sigmoid(w . [L, tau(t)] + b) per patch token, where tau is the network's time embedding. The time
+  term is one number per lane, layer and output; `Exits.offsets` computes it for all layers at once.
+- official code (libs/uvit.py, class LTE): a linear map to p*p*C *certainties*, independent of time, with one shared
+  head. sigma(-s) = 1 - sigma(s), so negated weights give exactly the uncertainties (layouts.py converts them).
+DuoDiff's (razvanmatisan/duodiff models/early_exit.py, MLPProbe): as the paper's, but independent of time, and the mean
+includes prefix tokens.
+Ours, "bias": the bias of every layer is a piecewise linear function of time, learnt at equally spaced times. So each
+layer learns a curve over time, rather than a linear map of tau(t).
 
-Heads may be added to a finished network: `Exits.copy_heads` starts each as a copy of the network's own, as EE-Tuning
-does for language models (Pan et al. 2024, arXiv 2402.00518). A copy has the variance channels of a DiT's head, too, and
+Heads may be added to a trained network: `Exits.copy_heads` starts each as a copy of the network's head, as EE-Tuning
+does for language models (Pan et al. 2024, arXiv 2402.00518). A copy includes the variance channels of a DiT's head, and
 is trained to keep the full network's variance (see training/losses.py).
 """
 
@@ -32,11 +32,11 @@ from .models.interface import Backbone
 
 @dataclass(frozen=True)
 class ExitConfig:
-    map: bool = False  # one uncertainty per patch (P = 1), or one per pixel and channel (P = p * p * C)
-    time: bool | str = True  # the UEM also reads tau(t); or not; or "bias": its bias is a function of t
-    shared_head: bool = False  # every layer uses the network's own head, or layers 1..L-1 have one each
-    every_token: bool = False  # u is the mean over all tokens, or over patches only
-    head: str = "linear"  # of layers 1..L-1: as the network's own (norm and linear map), or one behind what HEADS names
+    map: bool = False  # True: an uncertainty per pixel and channel (P = p * p * C); False: per patch (P = 1)
+    time: bool | str = True  # whether the UEM reads tau(t); "bias": its bias is a function of t
+    shared_head: bool = False  # True: all layers use the network's head; False: layers 1..L-1 have one each
+    every_token: bool = False  # u is the mean over all tokens (True), or over patches only
+    head: str = "linear"  # of layers 1..L-1: "linear" as the network's (norm and linear map), or a key of HEADS
 
     def __post_init__(self) -> None:
         if self.time != "bias" and not isinstance(self.time, bool):
@@ -50,7 +50,7 @@ class ExitConfig:
             raise ValueError(f"exits.head {self.head!r} needs a head for every layer; set shared_head to false")
 
 
-TIME_SPAN, STRETCHES = 1000.0, 25  # every schedule tells the network times in [0, 1000]
+TIME_SPAN, STRETCHES = 1000.0, 25  # range of the network's times in every schedule; intervals of "bias"
 
 PAPER = ExitConfig()
 OFFICIAL = ExitConfig(map=True, time=False, shared_head=True)
@@ -66,7 +66,7 @@ class Exits(nn.Module):
         self.config = config
         self.num_prefix_tokens = (
             0 if config.every_token else backbone.num_prefix_tokens
-        )  # leading tokens that have no say
+        )  # leading tokens excluded from the mean
         self.weight = nn.Parameter(torch.zeros(L, P, backbone.dim))
         self.bias = nn.Parameter(torch.zeros(L, P))
         self.time_weight = nn.Parameter(torch.zeros(L, P, backbone.time_dim)) if config.time is True else None
@@ -77,8 +77,8 @@ class Exits(nn.Module):
             self.heads = nn.ModuleList(kind(backbone) if kind else backbone.new_head() for _ in range(L - 1))
 
     def offsets(self, time: Tensor, t: Tensor) -> Tensor:
-        """time: [B, Dt], tau(t); t: float [B], the network's times. Returns what the score adds per lane, float32
-        [L, B, P]."""
+        """The per-lane term of the scores, float32 [L, B, P]. time: [B, Dt], tau(t); t: float [B], the network's
+        times."""
         if self.time_weight is not None:
             L, P, channels = self.time_weight.shape
             with no_autocast(time):
@@ -87,62 +87,62 @@ class Exits(nn.Module):
         bias = self.bias.float()[:, None]  # [L, 1, P]
         if self.time_bias is None:
             return bias.expand(-1, len(time), -1)
-        place = t.float().clamp(0, TIME_SPAN) * (STRETCHES / TIME_SPAN)
-        below = place.long().clamp(max=STRETCHES - 1)
-        share = (place - below)[:, None, None]
+        position = t.float().clamp(0, TIME_SPAN) * (STRETCHES / TIME_SPAN)
+        below = position.long().clamp(max=STRETCHES - 1)
+        share = (position - below)[:, None, None]
         ends = self.time_bias.float()
         return bias + (ends[below] * (1 - share) + ends[below + 1] * share).transpose(0, 1)
 
     @property
     def outputs(self) -> int:
-        """P, of the score per token."""
+        """P, the number of score outputs per token."""
         return self.weight.shape[1]
 
     def head(self, backbone: Backbone, layer: int) -> nn.Module:
-        """What a sample exiting after block `layer` takes, called like the network's own `head`."""
+        """The head of lanes that exit after block `layer`, 1..L; called like the network's `head`."""
         if self.heads is None or layer == len(self.weight):
             return backbone.head
         return self.heads[layer - 1]
 
     @torch.no_grad()
     def heads_by_lane(self, patches: Tensor, cond: object, lanes: Tensor, layer: Tensor) -> Tensor:
-        """Each lane through the head of its own layer, without the host knowing which: [B, C or 2 C, H, W].
+        """Each lane through the head of its layer, without host synchronisation: [B, C or 2 C, H, W].
 
-        patches: [B, N, D] of the lanes i32 [B]; layer: i32 [B]; what lanes at layer L get is of no use. Holds a copy of
-        its head for every lane, which for "block" are as many weights as B blocks have.
+        patches: [B, N, D] of lanes: int32 [B]; layer: int32 [B]; results of lanes at layer L are undefined. Copies the
+        head's weights for every lane; with head "block" these are as many as B blocks have.
         """
         index = (layer - 1).clamp(0, len(self.heads) - 1)
-        own = {name: values.index_select(0, index) for name, values in self._stacked_heads().items()}
+        by_lane = {name: values.index_select(0, index) for name, values in self._stacked_heads().items()}
         shape = _of_this_thread(self.heads[0])
 
         def head(parameters: dict[str, Tensor], rows: Tensor, lane: Tensor) -> Tensor:
             return torch.func.functional_call(shape, parameters, (rows[None], cond, lane[None]))[0]
 
-        return torch.vmap(head)(own, patches, lanes)
+        return torch.vmap(head)(by_lane, patches, lanes)
 
     def _stacked_heads(self) -> dict[str, Tensor]:
-        """Every parameter of the heads of layers 1..L-1, [L - 1, ...]. Nothing is kept: nobody can tell whether weights
-        were edited through `.data`, and `heads_by_lane` copies more than this for 64 lanes."""
+        """Parameters of the heads of layers 1..L-1, stacked to [L - 1, ...]. Not cached: edits through `.data` could
+        not be detected, and `heads_by_lane` copies more than this for 64 lanes."""
         named = [dict(head.named_parameters()) for head in self.heads]
         return {name: torch.stack([head[name] for head in named]) for name in named[0]}
 
     def macs(self, tokens: int) -> int:
-        """Multiply-adds of one layer's score for one lane, of which so many tokens have a say."""
+        """Multiply-adds of one layer's score for one lane. tokens: in the mean."""
         return self.weight.shape[1] * self.weight.shape[2] * tokens
 
     def head_macs(self, patches: int) -> int:
-        """Multiply-adds of the head of layers 1..L-1 beyond those of the network's own, for one lane."""
+        """Multiply-adds for one lane by which a head of layers 1..L-1 exceeds the network's head."""
         kind = HEADS.get(self.config.head)
         return kind.macs(self.weight.shape[2], patches) if kind else 0
 
     @torch.no_grad()
     def copy_heads(self, backbone: Backbone) -> None:
-        """Every head becomes a copy of the network's own; without effect where it is shared.
+        """Makes every head a copy of the network's head; no effect if the head is shared.
 
-        Raises ValueError, with nothing changed, where `new_head` names a parameter that the network's head has not.
+        Raises ValueError, with nothing changed, if `new_head` has a parameter that the network's head does not have.
         """
-        own = backbone.head if isinstance(backbone.head, nn.Module) else backbone
-        values = own.state_dict()
+        source = backbone.head if isinstance(backbone.head, nn.Module) else backbone
+        values = source.state_dict()
         heads = [head.out if isinstance(head, tuple(HEADS.values())) else head for head in self.heads or ()]
         for key, value in heads[0].state_dict().items() if heads else ():
             if key not in values or values[key].shape != value.shape:
@@ -155,8 +155,8 @@ _shapes = threading.local()
 
 
 def _of_this_thread(head: nn.Module) -> nn.Module:
-    """A copy without values: `functional_call` puts parameters into a module for a while, where others would see
-    them."""
+    """A copy of the module for this thread, without values: `functional_call` temporarily puts parameters into a
+    module, which other threads would see."""
     known: WeakKeyDictionary[nn.Module, nn.Module] = _shapes.__dict__.setdefault("of", WeakKeyDictionary())
     if head not in known:
         values = {id(value): torch.empty_like(value, device="meta") for value in (*head.parameters(), *head.buffers())}

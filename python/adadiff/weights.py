@@ -1,4 +1,4 @@
-"""What weights may be, on their way into a file or out of one."""
+"""Checks and conversions of weights when they are written or read."""
 
 from collections.abc import Mapping
 
@@ -6,20 +6,20 @@ import torch
 from torch import Tensor
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-COMPILED = "_orig_mod"  # what torch.compile adds to the names of a module's weights
+COMPILED = "_orig_mod"  # torch.compile adds it to the names of weights
 
 
 def check_dtype(key: str, value: Tensor, source: str) -> None:
-    """ValueError unless `value` is an ordinary tensor of floating-point numbers."""
+    """Raises ValueError unless `value` is a dense tensor of floating-point values."""
     if value.layout != torch.strided or value.is_nested or value.is_quantized or value.is_meta:
-        raise ValueError(f"{key} in {source} is not a dense tensor with values; weights are")
+        raise ValueError(f"{key} in {source} is not a dense tensor with values, as weights must be")
     if value.dtype not in WEIGHT_DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
         raise ValueError(f"{key} in {source} is {value.dtype}; weights are floating point ({names})")
 
 
 def check_weights(tensors: Mapping[str, Tensor], source: str) -> None:
-    """ValueError for weights that are not floating point, and for NaN or infinity among them."""
+    """Raises ValueError for weights that are not floating point, and for NaN or infinity in them."""
     for key, value in tensors.items():
         check_dtype(key, value, source)
         if not bool(value.isfinite().all()):
@@ -27,7 +27,7 @@ def check_weights(tensors: Mapping[str, Tensor], source: str) -> None:
 
 
 def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, source: str) -> dict[str, Tensor]:
-    """The same in `dtype`; None: as they are. ValueError for values that are beyond its range."""
+    """The tensors in `dtype` (None: unchanged). Raises ValueError for values beyond its range."""
     made = {key: value.to(dtype) for key, value in tensors.items()}
     for key, value in made.items():
         if value.dtype != tensors[key].dtype and not bool(value.isfinite().all()):
@@ -36,8 +36,8 @@ def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, source: str) 
 
 
 def plain_names(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The same under the names that they have where nothing is compiled. ValueError where two would have one name, and
-    for names that cannot be printed in a line."""
+    """The tensors under their names in the uncompiled module. Raises ValueError if two would get one name, and for
+    unprintable names."""
     if odd := [key for key in tensors if not key.isprintable()]:
         raise ValueError(f"{source} holds a tensor of the name {odd[0]!a}")
     made = {".".join(part for part in key.split(".") if part != COMPILED): value for key, value in tensors.items()}
@@ -47,7 +47,7 @@ def plain_names(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]
 
 
 def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same, contiguous, none in the memory of another: in a file, weights that are tied are there twice."""
+    """The tensors, contiguous and without shared memory: shared weights are written twice to a file."""
     made = {key: value.detach().contiguous() for key, value in tensors.items()}
     end = 0
     for key, value in sorted(made.items(), key=lambda pair: pair[1].data_ptr()):
@@ -58,6 +58,6 @@ def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def total_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Memory that they take, of what is expanded or shared once."""
+    """Bytes of memory of the tensors; shared and expanded memory counts once."""
     storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in tensors.values()}
     return sum(storages.values())

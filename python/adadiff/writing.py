@@ -1,8 +1,8 @@
-"""Files that are written: which ones may be replaced, and how each is written whole.
+"""Atomic writing of files, and which files may be replaced.
 
-A file is written under a temporary name beside its own, flushed to the disk and renamed. A reader, or a later run, sees
-the old file or the new one, never a part, also after a power failure (unless it is written with flush=False). Links,
-devices, pipes and folders are never replaced and never written through.
+A file is written under a temporary name in the same folder, flushed to disk and renamed. A reader, or a later run, sees
+the old file or the new one, never a part, even after a power failure (unless it is written with flush=False). Links,
+devices, pipes and folders are never replaced or written through.
 """
 
 import errno
@@ -19,15 +19,15 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-NAME_MARGIN = 2 * len(".0123456789abcdef.part")  # what temporary names add, one inside another
-UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}  # by this file system
+NAME_MARGIN = 2 * len(".0123456789abcdef.part")  # characters that nested temporary names add
+UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}  # the file system has no hard links
 
 
 def check_outputs(force: bool, *paths: Path | None, inputs: Sequence[str | Path | None] = ()) -> None:
-    """For a command, before its work: each of `paths`, None aside, can be written, and they are different files.
+    """Checks before a command's work that each of `paths` (except None) can be written, and that they differ.
 
-    Raises ValueError for a file that exists, unless `force`; for one that the command reads (`inputs`), for a link, a
-    device, a pipe or a folder, and where there is no folder that can be written in.
+    Raises ValueError for a file that exists, unless `force`; for one that the command reads (`inputs`); for a link, a
+    device, a pipe or a folder; and if the file's folder is missing or not writable.
     """
     outputs = [path for path in paths if path is not None]
     for number, path in enumerate(outputs):
@@ -48,7 +48,7 @@ def check_outputs(force: bool, *paths: Path | None, inputs: Sequence[str | Path 
 
 
 def check_replaceable(path: Path) -> None:
-    """ValueError for a link, a device, a pipe, a socket or a folder. A missing file is as good as a regular one."""
+    """Raises ValueError for a link, a device, a pipe, a socket or a folder; passes a regular or a missing file."""
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
@@ -61,13 +61,13 @@ def check_replaceable(path: Path) -> None:
 def replace_file(
     path: Path, write: Callable[[Path], T], rank: int | None = None, force: bool = True, flush: bool = True
 ) -> T:
-    """Calls `write` with a temporary path, at which it must make a file, and gives that file the name `path`. Returns
-    what `write` does.
+    """Calls `write` with a temporary path, at which it must create a file, and renames that file to `path`. Returns the
+    result of `write`.
 
-    The temporary name holds `rank`, or else a random number. Raises ValueError where `check_replaceable` does, and
-    OSError, which names `path`, where it cannot be written; with force=False also where it exists by now. The old
-    file, if any, is kept then. flush=False is for files that whoever reads them checks: it costs no wait for the disk,
-    and a power failure may leave a damaged file, but a killed process none.
+    The temporary name contains `rank`, or a random number. Raises ValueError as `check_replaceable` does, and OSError,
+    naming `path`, if it cannot be written; with force=False also if it exists by now. The old file is then kept.
+    flush=False does not wait for the disk: a power failure may leave a damaged file (a killed process does not), so it
+    is for files that are checked when read.
     """
     check_replaceable(path)
     temporary = path.with_name(f"{path.name}.{rank}.part")
@@ -90,7 +90,8 @@ def replace_file(
 
 
 def drop_parts(folder: Path, names: str) -> None:
-    """Removes what a killed process left of files whose names match the pattern `names`. Nobody may be writing them."""
+    """Removes temporary files that a killed process left, for files whose names match the regular expression `names`.
+    No process may be writing them."""
     part = re.compile(rf"(?:{names})\.[0-9a-f]+\.part")
     for path in folder.iterdir():
         if part.fullmatch(path.name):
@@ -98,7 +99,7 @@ def drop_parts(folder: Path, names: str) -> None:
 
 
 def check_space(path: Path, size: int) -> None:
-    """OSError where a file of `size` bytes does not fit at `path`: so that hours of work do not end at a full disk."""
+    """Raises OSError if a file of `size` bytes does not fit at `path`: so long work does not end at a full disk."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     for number, most in (
         (errno.ENOSPC, shutil.disk_usage(path.parent).free),
@@ -109,7 +110,7 @@ def check_space(path: Path, size: int) -> None:
 
 
 def same_file(path: Path, other: Path) -> bool:
-    """Whether both are one file, which need not exist."""
+    """Whether both paths are the same file, which need not exist."""
     with suppress(OSError):
         if path.samefile(other):
             return True
@@ -119,7 +120,7 @@ def same_file(path: Path, other: Path) -> bool:
 def _rename(temporary: Path, path: Path, force: bool) -> None:
     if not force:
         try:
-            os.link(temporary, path)  # unlike a rename, this fails where the file exists
+            os.link(temporary, path)  # unlike a rename, fails if the file exists
         except OSError as error:
             if error.errno not in UNSUPPORTED:
                 raise

@@ -143,9 +143,9 @@ def test_results_over_rows_that_are_read_in_another_order_are_refused(small: Mix
     taken = torch.zeros(4, 3, 8, device=DEVICE)
     small.fresh = taken[1:2]
     for out in (taken[:2], taken[1:3], small.rows[1:3]):
-        with pytest.raises(ValueError, match=r"out must not be the memory of (branch|cached.rows)"):
+        with pytest.raises(ValueError, match=r"out must not share memory with (branch|cached.rows)"):
             small.run_cached(None, serves(backend), out=out)
-    with pytest.raises(ValueError, match=r"norm_out must not be the memory of cached.rows"):
+    with pytest.raises(ValueError, match=r"norm_out must not share memory with cached.rows"):
         small.run_cached("plain", backend, out=small.x, norm_out=small.rows[:2])
     small.run_cached(None, backend, out=taken[2:])
 

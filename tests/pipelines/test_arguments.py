@@ -130,7 +130,7 @@ def test_an_object_that_nobody_knows_is_refused() -> None:
                 return original(self, *args, **kwargs)
 
         patch.setattr(type(module), "forward", calling)
-        with pytest.raises(ValueError, match="a block takes store: Store, of which nobody knows"):
+        with pytest.raises(ValueError, match="a block takes store: Store, which cannot be split"):
             call("Flux2Transformer2DModel", range(B), 0, module)
     adadiff.disable(module)
     assert difference([call("Flux2Transformer2DModel", range(B), 0, module)], [before]) == 0

@@ -195,5 +195,5 @@ def test_a_network_that_reads_what_inner_blocks_give_is_refused(full: tuple[int,
             policy.full = tuple(range(B))
             network(x, t)
             policy.full = full
-            with pytest.raises(ValueError, match=r"it reads what inner blocks give outside of the blocks$"):
+            with pytest.raises(ValueError, match=r"it reads outputs of inner blocks outside of the blocks$"):
                 network(x, t - 0.1)

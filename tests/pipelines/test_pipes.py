@@ -124,7 +124,7 @@ def test_tied_halves_decide_together() -> None:
     adadiff.disable(pipe)
     two_calls = pipeline("wan")
     adadiff.enable(two_calls, policy, tied=True)
-    with pytest.raises(ValueError, match="tied halves come in one call of twice the batch, this one has 3 lanes"):
+    with pytest.raises(ValueError, match="tied needs both halves in one call of twice the batch, this one has 3 lanes"):
         draw(two_calls, "wan", IMAGES)
 
 

@@ -69,11 +69,11 @@ def test_transformers_that_cannot_be() -> None:
     class MiniMaxH3Transformer3DModel(nn.Module):
         """The table goes by names of classes."""
 
-    refused(MiniMaxH3Transformer3DModel().eval(), "cannot leave blocks out by sample: its blocks look times up")
+    refused(MiniMaxH3Transformer3DModel().eval(), "cannot skip blocks by sample: its blocks look times up")
     refused(nn.Linear(2, 2).eval(), "Linear keeps no blocks in lists; name its lists with blocks=")
     layers = nn.Module()
     layers.layers = nn.ModuleList([nn.Linear(2, 2)] * 3)
-    refused(layers.eval(), "takes none of timestep, timesteps, t, so that nobody knows when a run begins")
+    refused(layers.eval(), "takes none of timestep, timesteps, t, so the start of a run cannot be detected")
 
 
 def test_bad_input() -> None:
@@ -91,13 +91,13 @@ def test_bad_input() -> None:
         "exit:budget=0.5": "not calibrated",
         "exit:depth=2.5": "takes a whole number of blocks",
         "exit:depth=6": "leaves nothing out: transformer has 6 blocks",
-        "reuse:every=2,level=layer": "level=block alone for now",
+        "reuse:every=2,level=layer": "pipelines support level=block only",
         "cache:threshold=0.1,first=4,last=2": "leaves nothing out",
         "cache": "cache needs threshold",
     }.items():
         with pytest.raises(ValueError, match=message):
             adadiff.enable(flux, policy)
-    with pytest.raises(ValueError, match="takes a pipeline with its scheduler"):
+    with pytest.raises(ValueError, match="needs a pipeline with its scheduler"):
         adadiff.enable(flux.transformer, "reuse:every=2,dense_late=1")
     with pytest.raises(ValueError, match=r"has no list of blocks 'blocks'; it has transformer_blocks, single_tr"):
         adadiff.enable(flux, blocks=["blocks"])
@@ -105,7 +105,7 @@ def test_bad_input() -> None:
         with pytest.raises(ValueError, match=r"keeps no blocks in lists|has no list of blocks 'blocks'"):
             adadiff.enable(flux, blocks=names)
     for settings in ({"fused": True}, {"exits": exits()}):
-        with pytest.raises(ValueError, match="takes no exits and no fused"):
+        with pytest.raises(ValueError, match="does not take exits or fused"):
             adadiff.enable(flux, "reuse:every=2", **settings)
     assert enabled(flux.transformer) is None
     assert not any(module._compiled_call_impl for module in flux.transformer.modules())
@@ -121,7 +121,7 @@ def test_bad_input() -> None:
 def test_tied_halves_need_an_even_batch() -> None:
     module = own("SD3Transformer2DModel")
     adadiff.enable(module, "cache:threshold=0.1", tied=True)
-    with pytest.raises(ValueError, match="tied halves come in one call of twice the batch, this one has 5 lanes"):
+    with pytest.raises(ValueError, match="tied needs both halves in one call of twice the batch, this one has 5 lanes"):
         call("SD3Transformer2DModel", range(B), 0, module)
 
 
@@ -154,7 +154,7 @@ def test_lists_may_be_named() -> None:
 def test_other_versions_of_diffusers_are_refused() -> None:
     private.check_version()
     for version in ("0.40.2", "0.43.0.dev0", "1.0"):
-        with pytest.raises(ImportError, match=rf"takes diffusers >= 0.41 and < 0.43, found {version}"):
+        with pytest.raises(ImportError, match=rf"needs diffusers >= 0.41 and < 0.43, found {version}"):
             private.check_version(version)
 
 
@@ -162,7 +162,7 @@ def test_nothing_is_hooked_when_one_of_two_transformers_is_refused() -> None:
     pipe = pipeline("wan")
     second = own("WanTransformer3DModel").train()
     pipe.register_modules(transformer_2=second)
-    with pytest.raises(ValueError, match="transformer_2 cannot leave blocks out: it is in training mode"):
+    with pytest.raises(ValueError, match="transformer_2 cannot skip blocks: it is in training mode"):
         adadiff.enable(pipe, "reuse:every=2")
     assert enabled(pipe.transformer) is None
     assert not any(m._compiled_call_impl for part in (pipe.transformer, second) for m in part.modules())

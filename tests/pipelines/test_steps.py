@@ -173,15 +173,15 @@ def test_steps_left_that_nobody_can_tell_are_refused() -> None:
                 scheduler.step(torch.zeros(1), time, torch.zeros(1))
 
     steps(6, stepped=True)
-    with pytest.raises(ValueError, match=r"The pipeline's scheduler has taken all 6$"):
+    with pytest.raises(ValueError, match=r"the scheduler has taken all 6$"):
         steps(1, stepped=False)
     scheduler.set_timesteps(6)
     scheduler._step_index = 2  # as a run leaves it that was broken off
-    with pytest.raises(ValueError, match=r"The scheduler of the pipeline that is enabled does not step$"):
+    with pytest.raises(ValueError, match=r"the scheduler of the enabled pipeline does not step$"):
         steps(2, stepped=False)
     del pipe
     gc.collect()
-    with pytest.raises(ValueError, match="the pipeline whose steps are counted is gone; call disable, and enable"):
+    with pytest.raises(ValueError, match="the enabled pipeline no longer exists; call disable, and enable"):
         steps(1, stepped=False)
 
 
@@ -241,4 +241,4 @@ def test_steps_that_are_taken_for_runs_are_told(caplog: pytest.LogCaptureFixture
     assert len(record.steps) == 1
     told = [entry.getMessage() for entry in caplog.records if entry.name == "adadiff"]
     assert len(told) == 1
-    assert "left nothing out in 4 calls: they were taken for 4 runs, the last of one step" in told[0]
+    assert "left nothing out in 4 calls: they were counted as 4 runs, the last of one step" in told[0]

@@ -51,7 +51,7 @@ def test_blocks_are_checked_again_after_an_exchange(exchange: str) -> None:
         module.set_attn_processor(ReadsAllLanes())
     else:
         leak(module.transformer_blocks[2])
-    with pytest.raises(ValueError, match=r"transformer_blocks\[\d\] of .* its rows come out otherwise without their"):
+    with pytest.raises(ValueError, match=r"transformer_blocks\[\d\] of .* its rows give other results without their"):
         call(SD3, range(B), 0, module)
 
 
@@ -60,7 +60,7 @@ def test_blocks_are_checked_again_after_a_batch_of_one_picture() -> None:
     leak(module.transformer_blocks[2])
     adadiff.enable(module, RANDOM)
     call(PIXART, [0] * B, 0, module)
-    with pytest.raises(ValueError, match="its rows come out otherwise without their neighbours"):
+    with pytest.raises(ValueError, match="its rows give other results without their neighbours"):
         call(PIXART, range(B), 0, module)
 
 
@@ -73,7 +73,7 @@ def test_a_hundredth_of_what_a_neighbour_adds_is_found_in_any_dtype(dtype: torch
     adadiff.disable(module)
     leak_of_what_is_added(module.transformer_blocks[2], 0.01)
     adadiff.enable(module, RANDOM)
-    with pytest.raises(ValueError, match=r"transformer_blocks\[2\] of .* its rows come out otherwise"):
+    with pytest.raises(ValueError, match=r"transformer_blocks\[2\] of .* its rows give other results"):
         call_in(dtype, PIXART, range(lanes), 0, module)
 
 
@@ -120,7 +120,7 @@ def test_tied_is_refused_where_the_halves_of_a_batch_are_not_of_the_same_samples
     assert all(step.full[:2].equal(step.full[2:]) for step in record.steps)
     calls = record.calls
     with pytest.raises(
-        ValueError, match=r"tied halves come in one call of twice the batch, .*; use tied=False$"
+        ValueError, match=r"tied needs both halves in one call of twice the batch, .*; use tied=False$"
     ) as told:
         draw(pipe, name, [1, 2, 3, 4], steps=3, guided=False)
     assert "other samples" in str(told.value) or name == "zimage"  # which says that there is no guidance

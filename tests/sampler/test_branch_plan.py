@@ -136,8 +136,8 @@ def test_lanes_without_such_a_policy_have_no_plan() -> None:
     ("policy", "message"),
     [
         (Reuse(2, "layer", layers=(2, 5)), r"names layer 5; this network has layers 1..4"),
-        (Reuse(2, "unit", unit="mlp"), "block 3 of this network shows no mlp branch"),
-        (Reuse(2, "layer"), "block 4 of this network shows no branches"),
+        (Reuse(2, "unit", unit="mlp"), "block 3 of this network exposes no mlp branch"),
+        (Reuse(2, "layer"), "block 4 of this network exposes no branches"),
     ],
 )
 def test_networks_that_lack_what_a_policy_reuses_are_refused(policy: Reuse, message: str) -> None:

@@ -41,7 +41,7 @@ def test_spellings(text: str, policy: Reuse) -> None:
         ("reuse:every=2,level=unit,unit=norm", "unit must be one of attention, cross, mlp, got 'norm'"),
         ("reuse:every=2,level=layer,unit=mlp", "unit=mlp is for level=unit, got level=layer"),
         ("reuse:every=2,layers=2-3", "layers are chosen at level=layer and level=unit, got level=block"),
-        ("reuse:every=2,level=layer,layers=0-3", r"layers must be the first and the last .* got \(0, 3\)"),
+        ("reuse:every=2,level=layer,layers=0-3", r"layers must be \(first, last\), .* got \(0, 3\)"),
         ("reuse:every=2,level=layer,layers=4-3", r"counted from 1, got \(4, 3\)"),
         ("reuse:every=2,level=layer,layers=two", "layers must be FIRST-LAST, got 'two'"),
         ("reuse:every=2,level=layer,last=2", "reuse takes no 'last=2'"),
@@ -59,5 +59,5 @@ def test_blocks_that_show_no_branches_are_refused() -> None:
 
     model = Model(SERVED).requires_grad_(False).eval()
     model.backbone.blocks[1].__class__ = Hidden
-    with pytest.raises(ValueError, match="block 2 of this network shows no branches"):
+    with pytest.raises(ValueError, match="block 2 of this network exposes no branches"):
         adadiff.sample(model, 1, steps=1, policy="reuse:every=2,level=layer")

@@ -40,8 +40,8 @@ class Unknown(ReusePolicy):
     [
         ("cache:threshold=0.1,first=5", 4, "leaves nothing out: this network has 5 blocks.* take first of 4 or less"),
         ("cache:threshold=0.1,last=1", 4, "last blocks that always run are for pipelines.*leave last out"),
-        ("reuse:every=2,dense_early=4", 4, "lets nobody reuse in 4 steps.* take smaller dense_early"),
-        ("reuse:every=2,dense_early=2,dense_late=2", 4, "lets nobody reuse in 4 steps"),
+        ("reuse:every=2,dense_early=4", 4, "lets no sample reuse in 4 steps.* take smaller dense_early"),
+        ("reuse:every=2,dense_early=2,dense_late=2", 4, "lets no sample reuse in 4 steps"),
         (Unknown(), 4, "must be None or one of residual, input, got 'output'"),
         ("cache:batch=-1", 4, "threshold must be finite and at least 0"),
         ("cache:batch=0.1,threshold=0.1", 4, "takes no 'threshold=0.1'"),
@@ -61,7 +61,7 @@ def test_what_cannot_work_is_refused_before_any_work(policy: object, steps: int,
 
 def test_a_forward_pass_alone_has_no_earlier_steps() -> None:
     x, t = torch.zeros(1, 1, 4, 4), torch.zeros(1)
-    with pytest.raises(ValueError, match=r"here only exits can be decided; policy 'cache:threshold=0\.1' is for"):
+    with pytest.raises(ValueError, match=r"only exit policies can be used here; policy 'cache:threshold=0\.1' is for"):
         adadiff.forward(served(), x, t, torch.zeros(1, dtype=torch.int64), policy="cache:threshold=0.1")
 
 

@@ -45,7 +45,7 @@ def test_spelling(text: str, wanted: Cascade) -> None:
     assert parts_from(str(parts)) == parts
     both = parts_from(f"{text}+exit:0.3")
     assert (both.cascade, both.exit) == (wanted, Threshold(0.3))
-    with pytest.raises(ValueError, match="only exits can be"):
+    with pytest.raises(ValueError, match="only exit policies can be"):
         policy_from(text)
 
 
@@ -153,7 +153,7 @@ BAD = {
     "a tensor missing": (rewritten(lambda t, c: t.pop("oracle.score.bias")), "missing score.bias"),
     "a tensor too many": (rewritten(lambda t, c: t.update({"critic.x": torch.zeros(1)})), "unexpected critic.x"),
     "no oracle": (rewritten(lambda t, c: c.pop("oracle")), "it lacks oracle"),
-    "another oracle": (rewritten(lambda t, c: c["oracle"].update(image_size=8)), "does not look at what"),
+    "another oracle": (rewritten(lambda t, c: c["oracle"].update(image_size=8)), "is for other image shapes"),
     "an unknown key": (rewritten(lambda t, c: c.update(height=3)), "unknown key height"),
     "steps": (rewritten(lambda t, c: c.update(steps=0)), "integer from 1 to 1000, got 0"),
     "a noisy solver": (rewritten(lambda t, c: c.update(solver="ddim:1")), "adds noise"),
@@ -183,7 +183,7 @@ def test_refused_files(tmp_path: Path, name: str) -> None:
     ("given", "match"),
     [
         ({"init_image": torch.zeros(1, 4, 4)}, "leave init_image out"),
-        ({"solver": "ddim:spacing=trailing-diffusers"}, "land beside its list"),
+        ({"solver": "ddim:spacing=trailing-diffusers"}, "do not land on its timesteps"),
         ({"options": ",mode=refine,sigma=0.9999999"}, "no noise level of sigma = 1"),
         ({"options": ",sigma=0.4", "file_mode": "regenerate"}, "give mode=refine"),
     ],

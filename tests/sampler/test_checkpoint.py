@@ -120,7 +120,7 @@ QKV = "backbone.in_blocks.0.attn.qkv.weight"
         (lambda t, h: h.pop("config"), "no model configuration"),
         (lambda t, h: h.update(config="{"), "not a readable safetensors file"),
         (lambda t, h: h.update(format_version="3"), r"has format version 3, this release reads 2$"),
-        (lambda t, h: h.pop("format_version"), "format version None, .*; adadiff convert reads files of others$"),
+        (lambda t, h: h.pop("format_version"), "format version None, .*; adadiff convert reads other formats$"),
     ],
 )
 def test_what_does_not_fit_is_named(file: Path, change: Callable, message: str) -> None:

@@ -101,7 +101,7 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
         assert f"preset: {preset}\n" in printed
         assert f"convert it first: adadiff convert {file} model.safetensors{options}\n" in printed
     assert run(f"sample {source} --out {tmp_path}/o") == 2
-    assert "adadiff convert reads those" in error_line(capsys.readouterr().err)
+    assert "adadiff convert reads other formats" in error_line(capsys.readouterr().err)
 
 
 def test_thresholds_are_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -211,20 +211,20 @@ def test_what_flow_has_not_is_refused() -> None:
     for solver in ("ddpm", "dpm-fast", "dpm++fast"):
         with pytest.raises(ValueError, match="schedule 'flow' has no alpha_bar, and this needs one; its solvers are"):
             solver_from(solver).table(FLOW, 4)
-    with pytest.raises(ValueError, match="Euler-Maruyama integrates an SDE"):
+    with pytest.raises(ValueError, match="Euler-Maruyama integrates the SDE"):
         solver_from("euler-maruyama").table(FLOW, 4)
     for solver in ("ddim:0.5", "ddim:spacing=trailing"):
         with pytest.raises(ValueError, match="no eta, and no spacing but 'uniform'"):
             solver_from(solver).table(FLOW, 4)
-    with pytest.raises(ValueError, match="flow-euler is for models of schedule 'flow'; with 'linear' ddim is its like"):
+    with pytest.raises(ValueError, match="flow-euler is for models of schedule 'flow'; with 'linear' use ddim"):
         FlowEuler().table(NoiseSchedule("linear"), 4)
     for solver in (Heun(shift=3.0), UniPC(shift=3.0), DPMSolverPP2M(shift=3.0)):
-        with pytest.raises(ValueError, match="shift is one of schedule 'flow', and this is 'linear'"):
+        with pytest.raises(ValueError, match="shift is for schedule 'flow', got 'linear'"):
             solver.table(NoiseSchedule("linear"), 4)
     for text in ("flow-euler:shift=0", "heun:shift=-1", "unipc:shift=nan", "dpm++2m:shift=inf"):
         with pytest.raises(ValueError, match="shift must be a number above 0"):
             solver_from(text)
-    with pytest.raises(ValueError, match="refining adds noise by alpha_bar, which schedule 'flow' has not"):
+    with pytest.raises(ValueError, match="refining needs alpha_bar, which schedule 'flow' does not have"):
         Refining(FlowEuler(), 0.5).table(FLOW, 4)
     with pytest.raises(ValueError, match="has spacings"):
         Heun("trailing").table(FLOW, 5)

@@ -295,7 +295,7 @@ def test_initial_images_begin_with_a_whole_step(solver: str) -> None:
         (LATENT, {"guided_channels": [3, 5]}, r"guided_channels must lie in 1\.\.4"),
         (LATENT, {"guided_channels": 1.5}, "guided_channels must be whole numbers"),
         (SERVED, {"guided_channels": 3}, r"guided_channels must lie in 1\.\.1"),
-        (SERVED, {"solver": "euler-maruyama"}, "Euler-Maruyama integrates an SDE"),
+        (SERVED, {"solver": "euler-maruyama"}, "Euler-Maruyama integrates the SDE"),
         (SERVED, {"solver": "ddpm:variance=learned"}, "variance must be"),
     ],
     ids=str,

@@ -148,7 +148,7 @@ def test_models_that_are_not_slimmable_are_refused() -> None:
         narrow(fresh(), 0.3)
     changed = fresh()
     changed.backbone.blocks[0].mlp.fc1 = nn.Sequential(changed.backbone.blocks[0].mlp.fc1)
-    with pytest.raises(ValueError, match=r"weights of its configuration; others are .*mlp\.fc1"):
+    with pytest.raises(ValueError, match=r"weights differ from its configuration: .*mlp\.fc1"):
         narrow(changed, 0.5)
 
 
@@ -177,6 +177,6 @@ def test_a_width_is_a_share() -> None:
         for width in (0, -0.5, 1.5, float("nan"), "0.5", True):
             with pytest.raises(ValueError, match="width must be a share"):
                 kind(8, 3, 2, 48, 6, 3, num_classes=5, width=width)
-    with pytest.raises(ValueError, match="itself the width 1"):
+    with pytest.raises(ValueError, match="need a network that has a width, which must be 1"):
         ModelConfig(dataclasses.replace(UVIT, width=0.5), "linear", widths=WIDTHS)
     Model(ModelConfig(dataclasses.replace(UVIT, width=0.5), "linear"))  # a network of its own

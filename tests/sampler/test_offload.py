@@ -130,5 +130,5 @@ def test_every_component_with_weights_is_in_the_sequence() -> None:
 
 
 def test_modules_are_not_offloaded_one_by_one() -> None:
-    with pytest.raises(ValueError, match="takes weights past the modules' own calls; use enable_model_cpu_offload"):
+    with pytest.raises(ValueError, match="reads weights outside module calls; use enable_model_cpu_offload"):
         made("pixels").enable_sequential_cpu_offload(device=DEVICE)

@@ -81,7 +81,7 @@ def test_where_only_exits_are_decided_other_parts_are_refused() -> None:
     assert isinstance(policy_from("exit:0.2"), ExitPolicy)
     model = served()
     x, t = torch.zeros(1, *model.backbone.sample_shape), torch.zeros(1)
-    with pytest.raises(ValueError, match="only exits"):
+    with pytest.raises(ValueError, match="only exit policies"):
         adadiff.forward(model, x, t, torch.tensor([0]), policy="exit:0.2+cache:threshold=0.1")
 
 
@@ -98,8 +98,8 @@ def test_a_policy_of_ones_own_is_named_wherever_a_built_in_one_is() -> None:
 @pytest.mark.parametrize(
     ("times", "widths", "message"),
     [
-        ((), (), "0 times part 1 widths"),
-        ((10.0,), (1.0,), "1 times part 2 widths"),
+        ((), (), "0 times need 1 widths"),
+        ((10.0,), (1.0,), "1 times need 2 widths"),
         ((20.0, 10.0), (1.0, 0.5, 0.5), "ascend"),
         ((10.0, 10.0), (1.0, 0.5, 0.5), "ascend"),
         ((1000.5,), (1.0, 0.5), "within 0..1000"),

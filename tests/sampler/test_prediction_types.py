@@ -209,7 +209,7 @@ def test_a_model_says_what_it_predicts_unless_it_is_noise(tmp_path) -> None:
     for wrong in ("eps", "v", None, 1):
         with pytest.raises(ValueError, match="prediction_type must be one of epsilon, v_prediction, flow, sample"):
             dataclasses.replace(SERVED, prediction_type=wrong)
-    with pytest.raises(ValueError, match="an epsilon says no image; prediction_type must be flow"):
+    with pytest.raises(ValueError, match="epsilon does not determine the image; prediction_type must be flow"):
         dataclasses.replace(SERVED, schedule="flow")
     with pytest.raises(ValueError, match="prediction type v_prediction instead of epsilon"):
         sample(served(), 1, steps=2, policy="full", shallow_model=adadiff.Model(config))

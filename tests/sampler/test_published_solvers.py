@@ -213,7 +213,7 @@ def test_euler_maruyama_rows_state_the_sde(steps: int) -> None:
 
 def test_euler_maruyama_in_one_step_is_refused() -> None:
     """x + 10 x - 20 eps would be no image, and say nothing."""
-    with pytest.raises(ValueError, match="no image in 1 step; take 2 or more"):
+    with pytest.raises(ValueError, match="no image in 1 step; use 2 or more"):
         EulerMaruyama().table(NoiseSchedule("vp"), 1)
 
 

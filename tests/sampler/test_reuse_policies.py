@@ -104,6 +104,6 @@ def test_the_cached_rest_is_always_taken() -> None:
 
 @pytest.mark.parametrize("policy", ["cache:threshold=0.08", "reuse:every=2", Cache(0.1)], ids=str)
 def test_one_forward_pass_alone_refuses_them(policy: str | ReusePolicy) -> None:
-    with pytest.raises(ValueError, match="only exits can be") as refused:
+    with pytest.raises(ValueError, match="only exit policies can be") as refused:
         policy_from(policy)
     assert "\n" not in str(refused.value)

@@ -182,7 +182,7 @@ def test_params_that_cannot_be_are_refused_when_they_are_made(settings: dict, me
             {**PROMPTS, "guidance_scale": 2.0, "null_text_embeds": torch.zeros(2, 3, 5)},
             r"null_text_embeds must be float \[3, 5\], got \[2, 3, 5\]",
         ),
-        (SERVED, {"policy": "exit:0.5,min_layer=5"}, "asks after no block"),
+        (SERVED, {"policy": "exit:0.5,min_layer=5"}, "has no exit layer"),
         (SERVED, {"params": {"steps": 3}}, "params must be SamplingParams, got {'steps': 3}"),
     ],
     ids=named,

@@ -494,7 +494,7 @@ def test_bad_input() -> None:
         solver_from("unipc:variant=bh3")
     with pytest.raises(ValueError, match="variance must be 'small', 'large' or None, got 'learned'"):
         solver_from("ddpm:variance=learned")
-    with pytest.raises(ValueError, match="Euler-Maruyama integrates an SDE"):
+    with pytest.raises(ValueError, match="Euler-Maruyama integrates the SDE"):
         EulerMaruyama().table(NoiseSchedule("linear"), 10)
     with pytest.raises(ValueError, match="has spacings"):
         DDIM(spacing="trailing").table(NoiseSchedule("vp"), 10)

@@ -157,7 +157,7 @@ def test_none_are_chosen_for_no_samples() -> None:
         ({"solver": "ddim:spacing=leading"}, r"trained for solver 'ddim', got DDIM\(eta=0.0, spacing='leading'\)"),
         ({"guidance_scale": [1.0, 1.5]}, r"trained for guidance_scale 1, got \[1.0, 1.5\]"),
         ({"guidance_interval": (100, 800)}, "trained without guidance_interval; leave it out"),
-        ({"class_labels": None}, "steps='auto' goes by the class of a sample; give class_labels"),
+        ({"class_labels": None}, "steps='auto' chooses steps by class; give class_labels"),
         ({"class_labels": 3}, r"class_labels must be in 0..2"),
     ],
 )

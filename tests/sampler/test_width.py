@@ -197,7 +197,7 @@ def test_a_schedule_is_read_from_its_file(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"format_version": 2}, "format_version 2, this release reads 1"),
-        ({"widths": [0.5]}, "3 times part 4 widths, got 1"),
+        ({"widths": [0.5]}, "3 times need 4 widths, got 1"),
         ({"times": None}, "it lacks times"),
         ({"times": "500"}, "times must be a list"),
         ({"network": []}, "network must be a table"),

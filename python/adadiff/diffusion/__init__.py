@@ -1,1 +1,1 @@
-"""Noise schedules, solvers and noise: what diffusion is without the network."""
+"""Noise schedules, solvers and noise: diffusion without the network."""

@@ -1,4 +1,4 @@
-"""Euler's method for flow matching, x' = x + (sigma' - sigma) v, and that of Euler and Maruyama for its SDE."""
+"""Flow matching: Euler's method, x' = x + (sigma' - sigma) v, and Euler-Maruyama for its SDE."""
 
 import math
 from dataclasses import dataclass
@@ -11,8 +11,9 @@ from .tables import SolverTable, make_table
 
 @dataclass(frozen=True)
 class FlowEuler:
-    """Of models with schedule "flow": FlowMatchEulerDiscreteScheduler of diffusers. shift: above 0; more than 1 spends
-    more of the steps where there is much noise (SD3 is published with 3). ValueError for others."""
+    """Euler's method for models with schedule "flow", as FlowMatchEulerDiscreteScheduler of diffusers. shift: above 0;
+    above 1, more of the steps are at high noise (SD3 is published with 3). Raises ValueError for other values, and in
+    `table` for other schedules."""
 
     shift: float = 1.0
 
@@ -21,19 +22,19 @@ class FlowEuler:
 
     def table(self, schedule: NoiseSchedule, steps: int) -> SolverTable:
         if schedule.has_alpha_bar:
-            raise ValueError(f"flow-euler is for models of schedule 'flow'; with {schedule.name!r} ddim is its like")
+            raise ValueError(f"flow-euler is for models of schedule 'flow'; with {schedule.name!r} use ddim")
         at = levels(schedule, steps, None, "uniform", self.shift)
         return make_table(at.t, base=torch.ones_like(at.t), cur=at.sigma_after - at.sigma)
 
 
 @dataclass(frozen=True)
 class FlowSDE:
-    """The reverse SDE of flow matching with diffusion norm * sigma, a step of Euler and Maruyama at a time, as SiT is
-    published with (Ma et al., ECCV 2024; willisma/SiT transport/, diffusion_form "sigma", last_step "Mean").
+    """Euler-Maruyama for the reverse SDE of flow matching with diffusion norm * sigma, as SiT is published with (Ma et
+    al., ECCV 2024; willisma/SiT transport/, diffusion_form "sigma", last_step "Mean").
 
     With s = 1 - sigma from 0 to 1 - last and velocity v of x: dx = [-v - norm (s v + x)] ds + sqrt(2 norm sigma ds) z;
-    the last of the `steps` evaluations goes over the rest at once, without noise. SiT takes 250 steps. ValueError for
-    other schedules, and for one step.
+    the last of the `steps` evaluations covers the remaining interval `last` in one step, without noise. SiT uses 250
+    steps. Raises ValueError for norm below 0 or last outside (0, 1), and in `table` for other schedules and one step.
     """
 
     norm: float = 1.0
@@ -47,7 +48,7 @@ class FlowSDE:
 
     def table(self, schedule: NoiseSchedule, steps: int) -> SolverTable:
         if schedule.has_alpha_bar:
-            raise ValueError(f"flow-sde is for models of schedule 'flow', and this is {schedule.name!r}")
+            raise ValueError(f"flow-sde is for models of schedule 'flow', got {schedule.name!r}")
         if type(steps) is not int or not 2 <= steps <= 1000:
             raise ValueError(f"steps of flow-sde must be an int from 2 to 1000, got {steps!r}")
         s = torch.linspace(0, 1 - self.last, steps, dtype=torch.float64, device="cpu")
@@ -58,6 +59,6 @@ class FlowSDE:
 
 
 def check_shift(shift: float) -> None:
-    """ValueError unless it is a number above 0."""
+    """Raises ValueError unless shift is a finite number above 0."""
     if type(shift) not in (int, float) or not 0 < shift < math.inf:
         raise ValueError(f"shift must be a number above 0, got {shift!r}")

@@ -1,4 +1,4 @@
-"""The noise of a sample: a function of its seed, its own step index and the purpose, never of its batch."""
+"""The noise of a sample: a function of its seed, its step index and its purpose (the stream), not of the batch."""
 
 from collections.abc import Sequence
 from math import prod
@@ -8,9 +8,9 @@ from torch import Tensor
 
 from adadiff_kernels import philox_normal
 
-INITIAL = 0  # where sampling starts
-SOLVER_STEP = 1  # what a stochastic solver adds
-REFINEMENT = 2  # what a student's image gets before a teacher refines it
+INITIAL = 0  # initial noise
+SOLVER_STEP = 1  # noise added by a stochastic solver
+REFINEMENT = 2  # noise added to a student's image before a teacher refines it
 
 
 def initial_noise(seeds: Tensor, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
@@ -19,12 +19,13 @@ def initial_noise(seeds: Tensor, shape: Sequence[int], device: torch.device | st
 
 
 def refinement_noise(seeds: Tensor, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
-    """Arguments and result as `initial_noise`, other numbers."""
+    """As `initial_noise`, from another stream."""
     return _noise(seeds, torch.zeros_like(seeds), REFINEMENT, shape, device)
 
 
 def step_noise(seeds: Tensor, step: Tensor, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
-    """seeds, step: int64[n], step being each sample's own index. Returns N(0, 1), float32[n, *shape]."""
+    """seeds: int64[n] in [0, 2^63); step: int64[n], each sample's step index. Returns N(0, 1), float32[n, *shape], on
+    `device` (default: as seeds)."""
     return _noise(seeds, step, SOLVER_STEP, shape, device)
 
 

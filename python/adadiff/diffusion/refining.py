@@ -1,4 +1,4 @@
-"""The part of a solver's list below some noise level: what refines an image that has been noised up to there."""
+"""Denoising from an intermediate noise level, to refine an image to which noise has been added up to that level."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,12 @@ from .tables import Solver, SolverTable
 
 @dataclass(frozen=True)
 class Refining:
-    """A `Solver`: an evaluation at t*, where alpha_bar = 1 - sigma, then those of `solver`'s list that lie below t*.
+    """A `Solver`: an evaluation at t*, where alpha_bar = 1 - sigma, then those evaluations of `solver` that lie below
+    t*.
 
-    sigma: in (0, 1) (Starodubcev et al., CVPR 2024: x = sqrt(1 - sigma) x0 + sqrt(sigma) z). Its tables have as many
-    rows as there are such evaluations. `table` raises ValueError where the schedule has no such noise level, and for a
-    spacing whose steps land beside the list.
+    sigma: in (0, 1) (Starodubcev et al., CVPR 2024: x = sqrt(1 - sigma) x0 + sqrt(sigma) z). Tables have one row for
+    each of these evaluations. `table` raises ValueError if the schedule does not reach this noise level, and for a
+    spacing whose steps do not land on its timesteps.
     """
 
     solver: Solver
@@ -24,14 +25,18 @@ class Refining:
 
     @property
     def alpha_bar(self) -> float:
-        """Where it begins."""
+        """alpha_bar at t*."""
         return 1 - self.sigma
 
     def table(self, schedule: NoiseSchedule, steps: int) -> SolverTable:
         if getattr(self.solver, "spacing", None) == TRAILING_OF_DIFFUSERS:
-            raise ValueError(f"the steps of spacing {TRAILING_OF_DIFFUSERS!r} land beside its list; take 'trailing'")
+            raise ValueError(
+                f"the steps of spacing {TRAILING_OF_DIFFUSERS!r} do not land on its timesteps; use 'trailing'"
+            )
         if not schedule.has_alpha_bar:
-            raise ValueError(f"refining adds noise by alpha_bar, which schedule {schedule.name!r} has not; draw anew")
+            raise ValueError(
+                f"refining needs alpha_bar, which schedule {schedule.name!r} does not have; use mode=regenerate"
+            )
         try:
             begin = float(schedule.time(torch.tensor(self.alpha_bar, dtype=torch.float64, device="cpu").log()))
         except ValueError:
@@ -43,8 +48,8 @@ class Refining:
 
 @dataclass(frozen=True)
 class _Below(NoiseSchedule):
-    """A schedule whose grids begin at time `begin`, where alpha_bar is `at_begin`, and go on with what of the grid of
-    `points` times lies below."""
+    """A schedule whose grids begin at time `begin`, where alpha_bar is `at_begin`, and continue with those points of
+    the grid of `points` times that lie below."""
 
     points: int
     begin: float

@@ -1,5 +1,5 @@
-"""Noise schedules: x = alpha x0 + sigma eps, and the time that the network is told. All but "flow" have an alpha_bar
-with alpha = sqrt(alpha_bar) and sigma = sqrt(1 - alpha_bar).
+"""Noise schedules: x = alpha x0 + sigma eps, and the time input of the network. All but "flow" have an alpha_bar with
+alpha = sqrt(alpha_bar) and sigma = sqrt(1 - alpha_bar).
 
 name               alpha_bar                                                   t of the network
 linear             1000 betas from 1e-4 to 0.02 (DDPM)                         0..999
@@ -19,13 +19,13 @@ from torch import Tensor
 
 T = 1000
 VP_END = 1e-3  # the last evaluation; the step from there lands at t = 0, as in U-ViT's Euler-Maruyama
-BETA_0, BETA_1 = 0.1, 20.0  # of vp: beta(t) = BETA_0 + (BETA_1 - BETA_0) t
+BETA_0, BETA_1 = 0.1, 20.0  # for vp: beta(t) = BETA_0 + (BETA_1 - BETA_0) t
 NAMES = ("linear", "cosine", "stable_diffusion", "vp", "flow")
 
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """One of NAMES; all values are float64 on the CPU. ValueError for another name."""
+    """A noise schedule by name, one of NAMES; all values are float64 on the CPU. Raises ValueError for other names."""
 
     name: str
 
@@ -39,8 +39,8 @@ class NoiseSchedule:
 
     @property
     def tables_for(self) -> str:
-        """What the network predicts that tables of solvers are written for, see prediction.py: what tells all there is
-        at every time, the first included."""
+        """The prediction type that solver tables are written for, see prediction.py: one that determines x0 and eps at
+        every time, the first included."""
         return "epsilon" if self.has_alpha_bar else "flow"
 
     @property
@@ -51,7 +51,7 @@ class NoiseSchedule:
 
     @property
     def times(self) -> tuple[float, float]:
-        """Where U-ViT's DPM-Solvers begin and end, in the network's time: the noisiest and the last timestep."""
+        """The first (noisiest) and last timestep of U-ViT's DPM-Solvers, in the network's time."""
         if self.name == "vp":
             return 999.0, 999 * 1e-4
         if not self.has_alpha_bar:
@@ -59,9 +59,10 @@ class NoiseSchedule:
         return float(T - 1 + self._first), float(self._first)
 
     def training_times(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """u: float64 in [0, 1), any shape, drawn uniformly. Returns (t_net, alpha_bar), float64, shaped as u.
+        """Training times (t_net, alpha_bar), float64, shaped as u. u: float64 in [0, 1), any shape, drawn uniformly.
 
-        Discrete schedules take index floor(1000 u), vp takes t = u. ValueError for another dtype or range.
+        Discrete schedules use index floor(1000 u), vp uses t = u. Raises ValueError for another dtype or range, and for
+        flow.
         """
         self._check_alpha_bar()
         if u.dtype != torch.float64 or not bool(((u >= 0) & (u < 1)).all()):
@@ -71,7 +72,8 @@ class NoiseSchedule:
         return self._at((T * u).long())
 
     def training_levels(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """u as in `training_times`; flow takes t = u. Returns (t_net, alpha, sigma), float32, shaped as u."""
+        """Training times and levels (t_net, alpha, sigma), float32, shaped as u. u: see `training_times`; flow uses
+        t = u."""
         if self.has_alpha_bar:
             t, alpha_bar = (value.float() for value in self.training_times(u))
             return t, alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
@@ -79,7 +81,7 @@ class NoiseSchedule:
         return t.float(), alpha.float(), sigma.float()
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """At t: float64, any shape, the network's times. ValueError for other times."""
+        """alpha and sigma at t: float64, any shape, the network's times. Raises ValueError for other times."""
         if self.has_alpha_bar:
             alpha_bar = self.log_alpha_bar(t).exp()
             return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
@@ -97,8 +99,9 @@ class NoiseSchedule:
             linspace  round(linspace(0, 999, N + 1)) without its 0    (DPMSolverMultistepScheduler); N <= 999
         and that of improved diffusion, which DiT samples with:
             respaced  round(k * 999 / (N - 1)), k = N-1..0            (space_timesteps); N >= 2
-        vp knows "uniform" only: t = linspace(1, 1e-3, N), then 0.
-        ValueError for steps outside 1..1000, for a spacing the schedule does not have, and for flow (see `flow_grid`).
+        vp has only "uniform": t = linspace(1, 1e-3, N), then 0.
+        Raises ValueError for steps outside 1..1000, for a spacing that the schedule does not have, and for flow (see
+        `flow_grid`).
         """
         self._check_alpha_bar()
         self._check(steps, spacing)
@@ -109,13 +112,13 @@ class NoiseSchedule:
         elif spacing == "leading":
             t_net, alpha_bar = self._at((k * (T // steps)).long().flip(0))
         elif spacing == "trailing":
-            # as numpy.arange, which rounds its stride to the grid of its start: ties of round() depend on it
+            # as numpy.arange computes its stride, start - (start - step): ties of round() depend on the rounding
             stride = T - (T - T / steps)
             t_net, alpha_bar = self._at((T - k * stride).round().long() - 1)
         elif spacing == "respaced":
             if steps == 1:
                 raise ValueError("spacing 'respaced' begins at timestep 0 with 1 step; take 2 or more")
-            # summed up as its authors do: ties of round() depend on it
+            # accumulated as in the authors' code: ties of round() depend on the rounding
             index = list(itertools.accumulate(itertools.repeat((T - 1) / (steps - 1), steps - 1), initial=0.0))
             t_net, alpha_bar = self._at(torch.tensor([round(i) for i in index[::-1]], dtype=torch.int64, device="cpu"))
         else:
@@ -125,12 +128,12 @@ class NoiseSchedule:
         return t_net, torch.cat([alpha_bar, torch.ones(1, dtype=torch.float64, device="cpu")])
 
     def flow_grid(self, steps: int, spacing: str, shift: float = 1.0) -> Tensor:
-        """Of flow: sigma at the evaluations of a run, noisiest first, and the 0 where it lands, float64 [steps + 1].
+        """For flow: sigma at the evaluations of a run, noisiest first, then the final 0, float64 [steps + 1].
 
         With N steps and s(t) = shift t / (1 + (shift - 1) t), as diffusers:
             uniform   s(linspace(1, s(1e-3), N))             (FlowMatchEulerDiscreteScheduler, ...Heun...)
             linspace  s(linspace(1, 1e-3, N + 1)[:-1])       (UniPCMultistepScheduler with use_flow_sigmas)
-        ValueError as for `grid`, and for a schedule with alpha_bar.
+        Raises ValueError as `grid` does, and for a schedule with alpha_bar.
         """
         if self.has_alpha_bar:
             raise ValueError(f"schedule {self.name!r} is not flow matching; its times have no shift")
@@ -149,19 +152,21 @@ class NoiseSchedule:
     def log_alpha_bar(self, t: Tensor) -> Tensor:
         """ln(alpha_bar) at t: float64, any shape, the network's times: 0..999, or 1..1000 with stable_diffusion.
 
-        Between two timesteps of a discrete schedule it is linear in t (DPM-Solver). ValueError for other times.
+        Linear in t between the timesteps of a discrete schedule (DPM-Solver). Raises ValueError for other times, and
+        for flow.
         """
         self._check_alpha_bar()
-        place = t - self._first
-        if not bool(((place >= 0) & (place <= 999)).all()):
+        index = t - self._first
+        if not bool(((index >= 0) & (index <= 999)).all()):
             raise ValueError(f"times of schedule {self.name!r} are {self._first}..{self._first + 999}, got {t}")
         if self.name == "vp":
             return _vp_log_alpha_bar(t / 999)
-        logs, low = _alpha_bar(self.name).log(), place.floor().long()
-        return torch.lerp(logs[low], logs[(low + 1).clamp(max=T - 1)], place - low)
+        logs, low = _alpha_bar(self.name).log(), index.floor().long()
+        return torch.lerp(logs[low], logs[(low + 1).clamp(max=T - 1)], index - low)
 
     def time(self, log_alpha_bar: Tensor) -> Tensor:
-        """The inverse: the network's time at log_alpha_bar, float64, any shape. ValueError outside the schedule."""
+        """The inverse of `log_alpha_bar`: the network's time, float64, shaped as its argument. Raises ValueError
+        outside the schedule."""
         self._check_alpha_bar()
         if self.name == "vp":  # the positive root of (BETA_1 - BETA_0) t^2 / 2 + BETA_0 t + log_alpha_bar = 0
             rate = 2 * (BETA_1 - BETA_0) * -log_alpha_bar
@@ -201,8 +206,8 @@ class NoiseSchedule:
 def evaluations(
     schedule: NoiseSchedule, steps: int, spacing: str | None, default: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The grid of a solver by steps: net time, alpha_bar, and alpha_bar where the step lands, float64 [steps] each.
-    spacing: None for `default`, or "uniform" where the schedule has none of that name."""
+    """The grid of a solver by steps: the network's time, alpha_bar, and alpha_bar where the step lands, float64 [steps]
+    each. spacing: None: `default`, or "uniform" if the schedule does not have that."""
     if spacing is None:
         spacing = default if default in schedule.spacings else "uniform"
     t, alpha_bar = schedule.grid(steps, spacing)
@@ -211,7 +216,8 @@ def evaluations(
 
 @dataclass(frozen=True)
 class Levels:
-    """Of a run's evaluations: net time, alpha and sigma, and those where each step lands; float64 [steps]."""
+    """The network's time, alpha and sigma at the evaluations of a run, and alpha and sigma where each step lands; each
+    float64 [steps]."""
 
     t: Tensor
     alpha: Tensor
@@ -221,19 +227,19 @@ class Levels:
 
 
 def levels(schedule: NoiseSchedule, steps: int, spacing: str | None, default: str, shift: float = 1.0) -> Levels:
-    """As `evaluations`, of any schedule. shift: of flow; ValueError for one with another schedule."""
+    """As `evaluations`, for any schedule. shift: for flow; raises ValueError for a shift with another schedule."""
     if not schedule.has_alpha_bar:
         spacing = spacing or (default if default in schedule.spacings else "uniform")
         sigma = schedule.flow_grid(steps, spacing, shift)
         return Levels(1000 * sigma[:-1], 1 - sigma[:-1], sigma[:-1], 1 - sigma[1:], sigma[1:])
     if shift != 1:
-        raise ValueError(f"shift is one of schedule 'flow', and this is {schedule.name!r}; leave it out")
+        raise ValueError(f"shift is for schedule 'flow', got {schedule.name!r}; leave it out")
     t, a, after = evaluations(schedule, steps, spacing, default)
     return Levels(t, a.sqrt(), (1 - a).sqrt(), after.sqrt(), (1 - after).sqrt())
 
 
 def vp_beta(t: Tensor) -> Tensor:
-    """beta of the SDE dx = -beta x / 2 dt + sqrt(beta) dw that vp is. t: float64, any shape, the network's time."""
+    """beta in the SDE of vp, dx = -beta x / 2 dt + sqrt(beta) dw. t: float64, any shape, the network's time."""
     return BETA_0 + (BETA_1 - BETA_0) * t / 999
 
 

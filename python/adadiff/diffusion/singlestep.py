@@ -1,4 +1,4 @@
-"""U-ViT's DPM-Solver-fast and DPM-Solver++ fast: singlestep solvers of third order, from log-SNR steps or even times.
+"""U-ViT's DPM-Solver-fast and DPM-Solver++ fast: third-order singlestep solvers, uniform in log-SNR or in time.
 
 A step from s to u evaluates the network at s and at up to two points in between. Each evaluation is a row; with
 m = eps and A = alpha, C = sigma, z = lambda - lambda_s (DPM-Solver; Lu et al. 2022a), or with m = x0 and A = sigma,
@@ -26,10 +26,10 @@ from .tables import SolverTable, make_table
 
 @dataclass(frozen=True)
 class DPMSolverFast:
-    """Noise prediction, steps of equal log-SNR: what U-ViT's models with the vp schedule are sampled with.
+    """DPM-Solver-fast: noise prediction, uniform in log-SNR; the solver of U-ViT's models with the vp schedule.
 
-    As its authors do, it stops at t = 1e-4 (vp) or the last timestep: a little noise stays. `steps` are evaluations;
-    about a third as many steps are made.
+    As in the authors' code, it stops at t = 1e-4 (vp) or the last timestep, so a little noise remains. `steps` counts
+    evaluations; there are about a third as many solver steps.
     """
 
     def table(self, schedule: NoiseSchedule, steps: int) -> SolverTable:
@@ -45,9 +45,9 @@ class DPMSolverFast:
 
 @dataclass(frozen=True)
 class DPMSolverPPFast:
-    """Data prediction, evaluations at equal distances in time: what U-ViT's stable_diffusion models are sampled with.
+    """DPM-Solver++ fast: data prediction, uniform in time; the solver of U-ViT's stable_diffusion models.
 
-    Where it stops and what `steps` are: as `DPMSolverFast`.
+    The last time and the meaning of `steps` are as for `DPMSolverFast`.
     """
 
     def table(self, schedule: NoiseSchedule, steps: int) -> SolverTable:
@@ -58,7 +58,7 @@ class DPMSolverPPFast:
 
 
 def _orders(schedule: NoiseSchedule, steps: int) -> list[int]:
-    """The orders of the steps, evaluations each: threes, with a lower one or two at the end."""
+    """The order of each step, which is its number of evaluations: 3, with one or two lower orders at the end."""
     if type(steps) is not int or not 1 <= steps <= 1000:
         raise ValueError(f"steps must be an int from 1 to 1000, got {steps!r}")
     threes = steps // 3
@@ -71,7 +71,7 @@ def _half_log_snr(schedule: NoiseSchedule, t: Tensor) -> Tensor:
 
 
 def _table(schedule: NoiseSchedule, t: Tensor, orders: list[int], data: bool) -> SolverTable:
-    """t: float64[steps + 1], the times of all evaluations and of the end."""
+    """The table for t: float64[steps + 1], the times of all evaluations and the final time."""
     log_a, lam = schedule.log_alpha_bar(t), _half_log_snr(schedule, t).tolist()
     alpha, sigma = (log_a / 2).exp(), (-log_a.expm1()).sqrt()
     carried, other = (sigma.tolist(), alpha.tolist()) if data else (alpha.tolist(), sigma.tolist())

@@ -1,4 +1,4 @@
-"""Solvers as tables of coefficients: row i takes evaluation i of a run to evaluation i + 1 (see solver_step).
+"""Solvers as tables of coefficients: row i goes from evaluation i of a run to evaluation i + 1 (see solver_step).
 
 With a = alpha_bar at the evaluation and a' where its step lands: alpha = sqrt(a), sigma = sqrt(1 - a). All in
 float64.
@@ -28,8 +28,8 @@ class DDPM:
 
     Default spacing: "trailing", so that the first evaluation is at the noisiest timestep, where x_T is pure noise
     ("leading" would start up to 1000/steps below it); "uniform" for vp. DiT is published with "respaced".
-    variance: "small", that of the posterior, "large", beta, or None: what the network predicts between the two (a
-    learned range; Nichol and Dhariwal 2021, equation 15), and "small" where it predicts none. ValueError for another.
+    variance: "small" (of the posterior), "large" (beta), or None: the network's, between the two (a learned range;
+    Nichol and Dhariwal 2021, equation 15), or "small" if it predicts none. Raises ValueError for others.
     """
 
     spacing: str | None = None
@@ -43,7 +43,7 @@ class DDPM:
         t, a, after = evaluations(schedule, steps, self.spacing, "trailing")
         beta = 1 - a / after
         posterior = beta * (1 - after) / (1 - a)
-        spread = 0.5 * torch.log((1 - a) / (1 - after))  # ln of beta's deviation over the posterior's
+        spread = 0.5 * torch.log((1 - a) / (1 - after))  # ln of the ratio of standard deviations, beta over posterior
         noisy = after < 1
         return make_table(
             t,
@@ -59,14 +59,14 @@ TRAILING_OF_DIFFUSERS = "trailing-diffusers"
 
 @dataclass(frozen=True)
 class DDIM:
-    """Song et al. 2021, equations 12 and 16: eta = 0 is deterministic, eta = 1 has the variance of DDPM.
+    """DDIM (Song et al. 2021, equations 12 and 16): eta = 0 is deterministic, eta = 1 has the variance of DDPM.
 
     Default spacing: "trailing", for the reason given at DDPM; "uniform" for vp. With it every step lands where the next
     one begins. DDIMScheduler of diffusers evaluates at the same timesteps, but lands 1000 // steps timesteps lower,
-    which is where the next step begins only if `steps` divides 1000: at 16 of the 1000 step counts.
-    "trailing-diffusers", of this solver alone, is theirs (with set_alpha_to_one, its default); ValueError at the step
-    counts where a rounding of theirs adds timestep -1.
-    With schedule "flow" and eta = 0 it is `FlowEuler` without a shift: the same step. ValueError for another eta.
+    which is where the next step begins only if `steps` divides 1000: for 16 of the 1000 step counts.
+    "trailing-diffusers", which only this solver has, lands as diffusers does (with set_alpha_to_one, its default);
+    ValueError for step counts where rounding in diffusers adds timestep -1.
+    With schedule "flow" and eta = 0 it is the same as `FlowEuler` without a shift; ValueError for another eta.
     """
 
     eta: float = 0.0
@@ -85,7 +85,7 @@ class DDIM:
             t, a, after = _trailing_of_diffusers(schedule, steps)
         else:
             t, a, after = evaluations(schedule, steps, self.spacing, "trailing")
-        share = (1 - a / after) / (1 - a)  # of 1 - a', that eta = 1 replaces by fresh noise
+        share = (1 - a / after) / (1 - a)  # the share of 1 - a' that eta = 1 replaces by fresh noise
         direction = ((1 - after) * (1 - self.eta**2 * share)).sqrt()
         return make_table(
             t,
@@ -97,11 +97,11 @@ class DDIM:
 
 @dataclass(frozen=True)
 class DPMSolverPP2M:
-    """DPM-Solver++(2M), midpoint (Lu et al. 2022, algorithm 2); first and last row are first-order, as in
+    """DPM-Solver++(2M), midpoint (Lu et al. 2022, algorithm 2); the first and last row are first-order, as in
     diffusers' DPMSolverMultistepScheduler with a final sigma of zero.
 
-    Default spacing: "linspace", that scheduler's own, from the noisiest timestep too; "uniform" for vp. shift: of
-    schedule "flow", see `FlowEuler`; where alpha = 0, the limits.
+    Default spacing: "linspace", that scheduler's own, also from the noisiest timestep; "uniform" for vp. shift: for
+    schedule "flow", see `FlowEuler`; at alpha = 0, coefficients are limits.
     """
 
     spacing: str | None = None
@@ -113,7 +113,7 @@ class DPMSolverPP2M:
     def table(self, schedule: NoiseSchedule, steps: int) -> SolverTable:
         at = levels(schedule, steps, self.spacing, "linspace", self.shift)
         alpha, sigma, alpha_after, sigma_after = at.alpha, at.sigma, at.alpha_after, at.sigma_after
-        lam = torch.log(alpha / sigma)  # of flow first -infinity, so that the second step is of first order, too
+        lam = torch.log(alpha / sigma)  # for flow it begins at -inf: the second step is first-order, too
         h = lam[1:] - lam[:-1]
         # -alpha' (exp(-h) - 1), which is 1 on the last row, where sigma' is 0 and h infinite
         first = alpha_after - alpha * sigma_after / sigma
@@ -133,17 +133,17 @@ class DPMSolverPP2M:
 
 @dataclass(frozen=True)
 class EulerMaruyama:
-    """The reverse SDE of vp, a step of Euler and Maruyama at a time (Song et al. 2021; U-ViT, sde.py); the last one,
-    to t = 0, adds no noise. The published U-ViTs on pixels take 1000 steps. ValueError for other schedules, and for one
-    step, which would be from t = 1 to 0 at once: ten times the noise, and no image (U-ViT's own begins at t = 1e-3
-    then, where there is next to nothing to remove).
+    """Euler-Maruyama for the reverse SDE of vp (Song et al. 2021; U-ViT, sde.py); the last step, to t = 0, adds no
+    noise. The published U-ViTs on pixels use 1000 steps. `table` raises ValueError for other schedules, and for one
+    step, which would go from t = 1 to 0 at once and give no image (U-ViT's code then begins at t = 1e-3, where there is
+    almost no noise to remove).
     """
 
     def table(self, schedule: NoiseSchedule, steps: int) -> SolverTable:
         if schedule.name != "vp":
-            raise ValueError(f"Euler-Maruyama integrates an SDE, which schedule 'vp' is and {schedule.name!r} is not")
+            raise ValueError(f"Euler-Maruyama integrates the SDE of schedule 'vp', got {schedule.name!r}")
         if steps == 1:
-            raise ValueError("Euler-Maruyama makes no image in 1 step; take 2 or more, and hundreds for a good one")
+            raise ValueError("Euler-Maruyama gives no image in 1 step; use 2 or more, hundreds for good images")
         t, a, after = evaluations(schedule, steps, None, "uniform")
         change = vp_beta(t) * (torch.cat([t[1:], t.new_zeros(1)]) - t) / 999  # beta dt, below 0
         return make_table(
@@ -174,13 +174,13 @@ SOLVERS: Registry[Solver] = Registry(
 
 @lru_cache(maxsize=256)
 def solver_from(text: str) -> Solver:
-    """As SOLVERS spells it: "ddim:0.5" (its eta), "ddim:spacing=trailing", "unipc:order=3,variant=bh1". ValueError for
-    anything else."""
+    """The solver spelled as in SOLVERS: "ddim:0.5" (eta), "ddim:spacing=trailing", "unipc:order=3,variant=bh1". Raises
+    ValueError for anything else."""
     return SOLVERS.read(text)
 
 
 def _trailing_of_diffusers(schedule: NoiseSchedule, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As `evaluations`, with the landing places of diffusers' DDIMScheduler (scheduling_ddim.py, `step`)."""
+    """As `evaluations`, with steps that land as in diffusers' DDIMScheduler (scheduling_ddim.py, `step`)."""
     t, alpha_bar = schedule.grid(steps, "trailing")
     if math.ceil(TIMESTEPS / (TIMESTEPS / steps)) != steps:  # the length of numpy.arange(1000, 0, -1000 / steps)
         raise ValueError(

@@ -1,6 +1,6 @@
-"""Tables of solver coefficients: what a solver makes, and how samples with different tables share one gather.
+"""Tables of solver coefficients, packed so that samples with different solvers share one gather.
 
-Row i takes evaluation i of a run to evaluation i + 1 (see solver_step). All in float64, rounded once by `pack`.
+Row i goes from evaluation i of a run to evaluation i + 1 (see solver_step). All in float64, rounded once by `pack`.
 """
 
 from collections.abc import Sequence
@@ -17,15 +17,15 @@ from adadiff_kernels import COLUMNS, HISTORY, SolverState, StepRows, upload
 from .prediction import conversion
 from .schedules import NoiseSchedule
 
-OLDER = slice(COLUMNS.index(HISTORY[0]), len(COLUMNS))  # columns of the history, the newest first
+OLDER = slice(COLUMNS.index(HISTORY[0]), len(COLUMNS))  # columns of the history, newest first
 
 
 @dataclass(frozen=True)
 class SolverTable:
-    """t: float64[steps], the times the network sees; coefficients: float64[steps, 9] in the order of COLUMNS;
-    push: bool[steps], m is stored; end: bool[steps], the row completes its step.
+    """The coefficients of a run. t: float64[steps], the network's times; coefficients: float64[steps, 9] in the order
+    of COLUMNS; push: bool[steps], m is pushed to the history; end: bool[steps], the row completes its (macro-)step.
 
-    px and pe are for a network that predicts eps, and with schedule "flow" for one that predicts the velocity; see
+    px and pe are for a network that predicts eps, with schedule "flow" for one that predicts the velocity; see
     `converted` for others."""
 
     t: Tensor
@@ -39,12 +39,12 @@ class SolverTable:
 
     @property
     def starts(self) -> Tensor:
-        """bool[steps]: a step begins with the row, so that a sample may begin there, too."""
+        """bool[steps]: a (macro-)step begins with the row, so a sample may begin there."""
         return torch.cat([torch.ones(1, dtype=torch.bool, device="cpu"), self.end[:-1]])
 
     @property
     def reach(self) -> Tensor:
-        """int64[steps]: places of the history that a sample of this table uses, 0 at rows which use none."""
+        """int64[steps]: the number of history entries that samples of this table use; 0 at rows that use none."""
         read = self.coefficients[:, OLDER] != 0
         deepest = max([k + 1 for k in range(len(HISTORY)) if bool(read[:, k].any())], default=int(self.push.any()))
         return (read.any(1) | self.push).long() * deepest
@@ -52,22 +52,22 @@ class SolverTable:
 
 @runtime_checkable
 class Solver(Protocol):
-    """A frozen dataclass of settings. `table` raises ValueError for steps or a spacing it has not."""
+    """A frozen dataclass of settings. `table` raises ValueError for unsupported steps, spacings and schedules."""
 
     def table(self, schedule: NoiseSchedule, steps: int) -> SolverTable: ...
 
 
 @runtime_checkable
 class StartingSolver(Solver, Protocol):
-    """One whose rows depend on where a sample begins: its order rises from there."""
+    """A solver whose rows depend on where a sample begins, as its order rises from there."""
 
     def table_from(self, schedule: NoiseSchedule, steps: int, first: int) -> SolverTable:
-        """All rows; those from `first` on are for samples that begin there."""
+        """The table for samples that begin at row `first`; rows before it are not used."""
 
 
 def make_table(t: Tensor, push: Tensor | None = None, end: Tensor | None = None, **columns: Tensor) -> SolverTable:
-    """Columns not given are 0, px and pe together mean m = eps; no push means that nothing is stored, no end that
-    every row completes its step."""
+    """A table from its columns; missing ones are 0, except pe, which is 1 (m = eps). push: default no row; end: default
+    every row."""
     if "pe" not in columns:
         columns["pe"] = torch.ones_like(t)
     rows = torch.stack([columns.get(name, torch.zeros_like(t)) for name in COLUMNS], 1)
@@ -78,10 +78,10 @@ def make_table(t: Tensor, push: Tensor | None = None, end: Tensor | None = None,
 
 @dataclass(frozen=True)
 class PackedTables:
-    """Tables one below the other, on one device: coefficients float32 [rows, 9], push and end bool [rows].
+    """Concatenated tables on one device: coefficients float32 [rows, 9], push and end bool [rows].
 
-    On the host: t, float32 [rows]; first, steps: int64 [tables]; needs, int64 [rows, 4]: m is not eps, places of the
-    history in use, the row does not end its step, adds noise.
+    On the host: t, float32 [rows]; first, steps: int64 [tables]; needs, int64 [rows, 4]: whether m is not eps, history
+    entries in use, whether the row does not end its step, whether it adds noise.
     """
 
     coefficients: Tensor
@@ -94,16 +94,16 @@ class PackedTables:
 
     @cached_property
     def same_needs(self) -> tuple[bool, int, bool, bool] | None:
-        """Those of every row, where they do not differ."""
+        """The needs of every row if all are equal, else None."""
         return _needs(self.needs[:1]) if (self.needs == self.needs[0]).all() else None
 
     def start(self, x: Tensor) -> SolverState:
-        """A solver state that begins at x: [n, ...], with the memory that these tables need."""
+        """A solver state that begins at x: [n, ...], with the base and history that these tables need."""
         _, reach, inner, _ = _needs(self.needs)
         return SolverState.start(x, base=inner, history=reach)
 
     def widen(self, state: SolverState) -> SolverState:
-        """`state`, with base and places of history added where these tables need them and no earlier ones did."""
+        """`state`, with base and history entries added if these tables need more than it has."""
         _, reach, inner, _ = _needs(self.needs)
         if (state.base is not None or not inner) and state.held >= reach:
             return state
@@ -118,16 +118,16 @@ class PackedTables:
     def rows(self, table: np.ndarray, step: np.ndarray) -> tuple[np.ndarray, StepRows]:
         """Times float32 [n] and rows of n samples: row step[i] of table[i]. table, step: int64 [n].
 
-        ValueError where there is no such table or step.
+        Raises ValueError if there is no such table or step.
         """
         index = self.locate(table, step)
         return self.t[index], self.take(index, upload(torch.from_numpy(index), self.coefficients.device))
 
     def locate(self, table: np.ndarray, step: np.ndarray) -> np.ndarray:
-        """int64 [n]: where the row step[i] of table[i] lies. ValueError as for `rows`."""
+        """int64 [n]: the packed index of row step[i] of table[i]. Raises ValueError as `rows` does."""
         if table.shape != step.shape or table.ndim != 1:
             raise ValueError(f"table and step must be [n], got {list(table.shape)} and {list(step.shape)}")
-        # as unsigned numbers, those below zero are beyond every end
+        # as unsigned numbers, negative ones exceed every bound
         if (table.view(np.uint64) >= len(self.first)).any():
             raise ValueError(f"table must lie in [0, {len(self.first)}), got {table.tolist()}")
         if (step.view(np.uint64) >= self.steps[table].view(np.uint64)).any():
@@ -135,23 +135,23 @@ class PackedTables:
         return self.first[table] + step
 
     def needs_of(self, index: np.ndarray) -> tuple[bool, int, bool, bool]:
-        """Of rows at index: int64 [n], what some of them need, in the order of `needs`."""
+        """What any of the rows at index: int64 [n] needs, in the order of `needs`."""
         return self.same_needs or _needs(self.needs[index])
 
     def take(self, index: np.ndarray, there: Tensor) -> StepRows:
-        """The rows at index: int64 [n], and the same on the device."""
+        """The rows at index: int64 [n]; there: the same indices on the device."""
         coefficients, push, end = (value.index_select(0, there) for value in (self.coefficients, self.push, self.end))
         return StepRows(coefficients, push, end, *self.needs_of(index))
 
 
 def _needs(rows: np.ndarray) -> tuple[bool, int, bool, bool]:
-    """The most of rows: int64 [n, 4]."""
+    """The maximum of needs over rows: int64 [n, 4]."""
     data, reach, inner, noise = rows.max(0, initial=0).tolist()
     return bool(data), reach, bool(inner), bool(noise)
 
 
 def pack(tables: Sequence[SolverTable], device: torch.device | str = "cpu") -> PackedTables:
-    """Put tables together for gathering; table k of the result is tables[k]. ValueError if there is none."""
+    """Concatenates tables for gathering; table k of the result is tables[k]. Raises ValueError if there is none."""
     if not tables:
         raise ValueError("pack needs at least one table")
     coefficients = torch.cat([table.coefficients for table in tables])
@@ -172,7 +172,7 @@ def pack(tables: Sequence[SolverTable], device: torch.device | str = "cpu") -> P
 
 
 def converted(table: SolverTable, schedule: NoiseSchedule, prediction_type: str) -> SolverTable:
-    """`table` for a network that predicts something else, see prediction.py: other px and pe."""
+    """`table` for a network of another prediction type, see prediction.py: changes px and pe."""
     if prediction_type == schedule.tables_for:
         return table
     coefficients, px, pe = table.coefficients.clone(), COLUMNS.index("px"), COLUMNS.index("pe")
@@ -183,8 +183,8 @@ def converted(table: SolverTable, schedule: NoiseSchedule, prediction_type: str)
 
 
 class TableSet:
-    """The tables that samples in flight share, one for each solver, number of steps and step to begin at.
-    prediction_type: of the network; None: what tables are written for."""
+    """The tables shared by samples in flight, one for each solver, number of steps and first step. prediction_type: of
+    the network; None: `NoiseSchedule.tables_for`."""
 
     def __init__(self, schedule: NoiseSchedule, device: torch.device | str = "cpu", prediction_type: str | None = None):
         self._schedule, self._device = schedule, device
@@ -196,8 +196,8 @@ class TableSet:
         return len(self._tables)
 
     def add(self, solver: Solver, steps: np.ndarray, first: np.ndarray | None = None) -> np.ndarray:
-        """steps, first: int64 [n], of each sample how many there are and the one it begins at (default 0). Returns the
-        index of its table, int64 [n]; those that are new are made."""
+        """The index of each sample's table, int64 [n]; new tables are added. steps, first: int64 [n], number of steps
+        and first step (default 0)."""
         first = np.zeros_like(steps) if first is None else first
         keys = [(solver, *pair) for pair in zip(steps.tolist(), first.tolist(), strict=True)]
         missing = dict.fromkeys(key for key in keys if key not in self._tables)
@@ -209,28 +209,28 @@ class TableSet:
         return np.array([index[key] for key in keys], dtype=np.int64)
 
     def keep(self, used: np.ndarray) -> np.ndarray:
-        """Forgets all but the tables used: int64 [n]. Returns their new indices, int64 [n]."""
+        """Drops all tables but those in used: int64 [n]. Returns their new indices, int64 [n]."""
         kept, index = np.unique(used, return_inverse=True)
         items = list(self._tables.items())
         self._use(dict(items[i] for i in kept.tolist()))
         return index
 
     def alpha_sigma(self, table: np.ndarray, step: np.ndarray) -> tuple[Tensor, Tensor]:
-        """float64 [n] each: those of evaluation step[i] of table[i]. table, step: int64 [n]."""
+        """alpha and sigma, float64 [n], at evaluation step[i] of table[i]. table, step: int64 [n]."""
         tables = list(self._tables.values())
         t = torch.stack([tables[i].t[k] for i, k in zip(table.tolist(), step.tolist(), strict=True)])
         return self._schedule.alpha_sigma(t)
 
     def _use(self, tables: dict[tuple[Solver, int, int], SolverTable]) -> None:
-        """Changes nothing where memory runs out."""
+        """Replaces the tables; changes nothing if memory runs out."""
         packed = pack(list(tables.values()), self._device) if tables else None
         self._tables, self.packed = tables, packed
 
 
 def _table_from(solver: Solver, schedule: NoiseSchedule, steps: int, first: int) -> SolverTable:
-    """The table for samples that begin at row `first`. Where the solver says nothing of it, there is no history yet, so
-    m takes its place: the first step of a multistep solver is then of first order, as in diffusers. ValueError for a
-    row within a step."""
+    """The table for samples that begin at row `first`. Unless the solver has `table_from`, m replaces the history,
+    which is empty there: the first step of a multistep solver is then first-order, as in diffusers. Raises ValueError
+    for a row within a step."""
     if isinstance(solver, StartingSolver):
         return solver.table_from(schedule, steps, first)
     table = solver.table(schedule, steps)

@@ -1,1 +1,1 @@
-"""Requests that arrive at any time and share every forward pass."""
+"""The engine: requests arrive at any time and share forward passes (continuous batching)."""

@@ -1,17 +1,18 @@
-"""What callers of an engine may give."""
+"""Checks of the arguments of an engine."""
 
 import math
 from numbers import Real
 
 
 def seconds(name: str, value: float, least: float | None = None) -> float:
-    """A finite number above 0; where `least` is given, any of at least that. Raises ValueError."""
+    """`value` as a float. Raises ValueError unless it is finite and above 0 or, with `least`, at least that (infinity
+    included)."""
     try:
-        given = float(value) if isinstance(value, Real) else math.nan
+        number = float(value) if isinstance(value, Real) else math.nan
     except OverflowError:
-        given = math.inf
-    if least is not None and not given >= least:
+        number = math.inf
+    if least is not None and not number >= least:
         raise ValueError(f"{name} must be a number of seconds >= {least:g}, got {value!r}")
-    if least is None and not 0 < given < math.inf:
+    if least is None and not 0 < number < math.inf:
         raise ValueError(f"{name} must be a positive number of seconds, got {value!r}")
-    return given
+    return number

@@ -1,4 +1,4 @@
-"""Continuous batching: requests arrive at any time, share every forward pass, and end one by one."""
+"""Continuous batching: requests arrive at any time, share forward passes, and finish independently."""
 
 import dataclasses
 import math
@@ -27,28 +27,29 @@ from .running import Running
 from .waking import Bells
 
 MOST_PRIORITY = 100
-LOOK_AGAIN = 1.0  # seconds after which clients who wait look again, should a signal have cost them a ring
+LOOK_AGAIN = 1.0  # seconds after which waiting clients check again, in case a signal swallowed a wake-up
 
 
 class Engine:
-    """Draws samples for requests that come from any thread.
+    """Draws samples for requests from any thread.
 
-    capacity: lanes in one forward pass (a guided request takes two), or the bytes they may take as "512MiB" or "2GiB"
-    (a request that reuses earlier steps then takes the room of more lanes, for what is kept of it).
-    queue: requests that may wait. max_wait: seconds after which a request goes before later ones of a higher priority,
-    see request_queue.py. admission: "arrival", first come, first served, or "work", those of whom the least work is
-    expected first, see admission.py. execution: how forward passes are run.
+    capacity: lanes in one forward pass (a guided request takes two), or memory for them as "512MiB" or "2GiB" (a
+    request that reuses earlier steps then counts for more lanes, by the memory of its cached features).
+    queue: the most waiting requests. max_wait: seconds after which a request is served before later ones of a higher
+    priority, see request_queue.py. admission: "arrival", first come, first served, or "work", least expected work
+    first, see admission.py. execution: how forward passes are run.
     shallow_model, t_switch: another network at the noisy timesteps of all requests, see `sample`.
-    threaded=False: no thread of its own, `step` makes each tick. warm: what execution's runner="captured" captures is
-    captured before the first tick, which takes seconds; `ready` says when that is done.
-    clock: seconds, for tests and simulations; forward: see `Batch`.
-    As a context manager it drains at the end, and aborts after an exception.
+    threaded=False: no thread; call `step` for each tick. warm: capture the CUDA graphs of runner="captured" before the
+    first tick, which takes seconds; `ready` tells when that is done.
+    clock: returns seconds, for tests and simulations; forward: see `Batch`.
+    As a context manager it drains on exit, and aborts after an exception.
+    Raises ValueError for invalid arguments.
 
-    What code of a request raises (callbacks, policies), be it SystemExit, fails that request alone. A signal handler
-    that raises, such as Ctrl-C, leaves the engine in order at any place of any of its methods; what it raises in a
-    step of threaded=False may fail the request that it hits where it is an `Exception`. An engine that nobody holds
-    ends its thread once its requests have ended. It does not survive a fork: in the child, its requests have failed
-    and `submit` raises EngineClosed.
+    An exception in code of a request (callbacks, policies), even SystemExit, fails that request only. A signal handler
+    that raises, as for Ctrl-C, leaves the engine consistent wherever it interrupts; with threaded=False an `Exception`
+    raised by a handler during `step` may fail the request it interrupts. An engine without references ends its thread
+    once its requests have ended. It does not survive a fork: in the child, its requests have failed and `submit` raises
+    EngineClosed.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Engine:
         )
         self._waiting = RequestQueue(max_wait, expected_work(admission, model))
         self._running = Running(make_batch, self._waiting, clock)
-        self._handles: weakref.WeakSet[Handle] = weakref.WeakSet()  # of all requests, for a forked process
+        self._handles: weakref.WeakSet[Handle] = weakref.WeakSet()  # all requests, to fail them in a forked process
         self._closing = self._aborting = self._over = False
         self._closed = "this engine is closed"
         self._broken: BaseException | None = None  # what ended the thread
@@ -96,11 +97,11 @@ class Engine:
                 self._call()
 
     def _make_locks(self) -> None:
-        """Locks and a queue of C, and bells: a signal cannot leave any of them held, see waking.py."""
-        self._lock = threading.RLock()  # guards what clients and the engine change
+        """Locks and a queue implemented in C, and bells: a signal cannot leave any of them held, see waking.py."""
+        self._lock = threading.RLock()  # guards data that clients and the engine change
         self._stepping = threading.RLock()  # one step at a time
-        self._calls: SimpleQueue[Engine | None] = SimpleQueue()  # for the engine's thread
-        self._bells = Bells()  # for clients who wait for room, or for the end
+        self._calls: SimpleQueue[Engine | None] = SimpleQueue()  # wakes the engine's thread
+        self._bells = Bells()  # wakes clients that wait for room in the queue, or for the end
 
     @property
     def _batch(self) -> Batch:
@@ -116,12 +117,12 @@ class Engine:
         wait: float = 0.0,
         **settings: object,
     ) -> Handle:
-        """Asks for one sample. params: what it asks for, a seed at least; settings: the same by name.
+        """Submits a request for one sample. params: sampling parameters, with a seed; settings: the same by name.
 
-        priority: 0 to 100, the more the earlier. deadline: seconds from now, after which the request fails. on_step:
-        called with the handle after each of its steps, in the engine's thread; what it raises fails this request.
-        wait: seconds to wait for room in the queue.
-        Raises ValueError for what does not fit, EngineFull, EngineClosed.
+        priority: 0 to 100, higher is earlier. deadline: seconds from now after which the request fails with
+        DeadlineExceeded. on_step: called with the handle after each step, in the engine's thread; an exception in it
+        fails this request. wait: seconds to wait for room in the queue.
+        Raises ValueError for invalid arguments, EngineFull if the queue stays full, EngineClosed.
         """
         whole("priority", priority, 0)
         if priority > MOST_PRIORITY:
@@ -133,7 +134,7 @@ class Engine:
         wait = seconds("wait", wait, least=0.0)
         params = SamplingParams.of(params, settings)
         if params.seed is None:
-            raise ValueError("a request needs a seed; its image belongs to it")
+            raise ValueError("a request needs a seed, which determines its image")
         samples = SampleBatch.of(self.model, 1, params)
         lanes = self._rooms.of(samples)
         if lanes > self.capacity:
@@ -158,10 +159,10 @@ class Engine:
                     self._waiting.add(handle)
                     break
             left = until - time.monotonic()
-            if left <= 0 or self._is_above():  # who would make room?
+            if left <= 0 or self._is_above():  # in a callback: waiting would block the engine
                 raise EngineFull(f"{self.queue} requests wait already, the most this engine holds")
             if bell is None:
-                bell = self._bells.take()  # and look once more
+                bell = self._bells.take()  # then check once more before waiting
             else:
                 bell.wait(min(left, LOOK_AGAIN))
                 bell = None
@@ -169,12 +170,13 @@ class Engine:
         return handle
 
     def _call(self) -> None:
-        """There is something to do for the thread. One call is enough for all who come before it is heard."""
+        """Wakes the engine's thread. A pending call is not repeated."""
         if self._calls.empty():
             self._calls.put(self)
 
     def step(self) -> bool:
-        """One tick of an engine without a thread: admits who waits, makes a step for all. False if nobody is there."""
+        """One tick of an engine with threaded=False: admits waiting requests and advances all by a step. Returns False
+        if there are no requests. Raises RuntimeError in an engine with a thread, and within a callback."""
         if self._thread is not None and threading.current_thread() is not self._thread:
             raise RuntimeError("this engine has a thread of its own; `step` is for threaded=False")
         if self._stepping._is_owned():  # type: ignore[attr-defined]
@@ -187,7 +189,7 @@ class Engine:
                     self._abort()
 
     def _warm(self) -> None:
-        """In the thread that makes the ticks, since what is captured belongs to one."""
+        """Captures CUDA graphs, in the thread that makes the ticks: graphs belong to a thread."""
         if self._cold:
             self._running.batch.warm()
             self._cold = False
@@ -206,14 +208,13 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        """Whether the next tick is like all others: False while an engine that was asked to be `warm` is not, or is
-        closed."""
+        """Whether requests are accepted and the engine is warm (if asked for): False before that, and once closed."""
         return not self._cold and not self._closing
 
     @property
     def alive(self) -> bool:
-        """Whether requests can still be drawn: False once it is closed and done, once a defect or anything else has
-        ended its thread, and in a forked process. While it drains it is alive."""
+        """Whether requests can still finish: True also while it drains; False once it is closed and done, once its
+        thread has ended by an error, and in a forked process."""
         return not self._over and (self._thread is None or self._thread.is_alive())
 
     @property
@@ -223,9 +224,9 @@ class Engine:
             return EngineReport(self._waiting.count, len(self._running), **self._ended, batch=totals)
 
     def close(self, drain: bool = True, timeout: float | None = None) -> None:
-        """Takes no more requests; finishes those it has (drain), or cancels them after the tick that is under way.
+        """Accepts no more requests; finishes those in the engine (drain), or cancels them after the present tick.
 
-        Waits until that is done. Raises TimeoutError after `timeout` seconds; then call it again.
+        Waits until that is done. Raises TimeoutError after `timeout` seconds; it can then be called again.
         """
         if timeout is not None:
             timeout = seconds("timeout", timeout, least=0.0)
@@ -235,7 +236,7 @@ class Engine:
         self._call()
         self._bells.ring()
         if self._is_above():
-            return  # what is under way comes first
+            return  # in a callback: the tick has to finish first
         until = math.inf if timeout is None else time.monotonic() + timeout
         if self._thread is None:
             while not self._aborting and self.step():
@@ -256,9 +257,9 @@ class Engine:
         self._log_never_acted()
 
     def _is_above(self) -> bool:
-        """Whether a callback asks, or a signal handler within `submit`: nothing goes on until it returns."""
-        own = self._stepping._is_owned() or self._lock._is_owned()  # type: ignore[attr-defined]
-        return own or threading.current_thread() is self._thread
+        """Whether the caller is a callback, or a signal handler within `submit`: the engine waits until it returns."""
+        holds_lock = self._stepping._is_owned() or self._lock._is_owned()  # type: ignore[attr-defined]
+        return holds_lock or threading.current_thread() is self._thread
 
     def _log_never_acted(self) -> None:
         self.report.batch.log_idle("of all requests to an engine")
@@ -270,7 +271,7 @@ class Engine:
         self.close(drain=kind is None)
 
     def _work(self) -> bool:
-        """Makes steps until there is nothing to do. False at the end."""
+        """Makes steps until there is nothing to do. Returns False once the engine has ended."""
         end = False
         try:
             if not self._closing:
@@ -282,7 +283,7 @@ class Engine:
                 if end or not busy:
                     return not end
                 self.step()
-        except BaseException as error:  # a defect of ours; nobody must wait for ever
+        except BaseException as error:  # a bug of this package: fail all requests, so that no client waits forever
             end = True
             self._fail_all(error)
             raise
@@ -316,13 +317,13 @@ class Engine:
             return self._running.predicted_x0(handle)
 
     def _count(self, handle: Handle) -> None:
-        """One that has ended, in whatever thread."""
+        """Counts a request that has ended, in any thread."""
         if handle.cancelled():
             kind, handle._ended = "cancelled", self._clock()
         else:
             kind = "finished" if handle.exception() is None else "failed"
         with self._lock:
-            if not handle._counted:  # no call in between, hence no signal
+            if not handle._counted:  # no Python call in between, so no signal handler runs
                 self._ended[kind] += 1
                 handle._counted = True
                 if kind == "finished":
@@ -341,7 +342,7 @@ class Engine:
                 handle._end(self._clock(), error=error)
 
     def _abort(self) -> None:
-        """Cancels whatever is left."""
+        """Cancels all remaining requests."""
         with self._lock:
             self._closing = self._aborting = True
             handles = [*self._running.handles, *self._waiting.all()]
@@ -352,7 +353,7 @@ class Engine:
         self._running.give_up_all()
 
     def _end_in_child(self) -> None:
-        """In a forked process: the thread is not there, and may have held locks. Requests are the parent's."""
+        """Closes the engine in a forked process: its thread does not exist there, and may have held locks."""
         self._make_locks()
         self._closing = self._aborting = self._over = True
         self._closed = "this engine was made in the parent of this process, and does not survive a fork; make one here"
@@ -364,6 +365,7 @@ class Engine:
 
 
 def _serve(calls: "SimpleQueue[Engine | None]") -> None:
-    """What the thread of an engine does. It holds the engine while there is work: one that all have forgotten ends."""
+    """The loop of an engine's thread. It references the engine only while there is work, so that an unreferenced engine
+    can be freed."""
     while (engine := calls.get()) is not None and engine._work():
         del engine

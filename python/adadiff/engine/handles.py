@@ -1,4 +1,4 @@
-"""What an engine gives back: a handle for each request, a report, and its refusals."""
+"""Handles of requests, the report of an engine, and its exceptions."""
 
 import math
 import threading
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 Result = TypeVar("Result")
-LOCK_SECONDS = 0.1  # that the engine waits for the locks of a handle and of those who wait for it
+LOCK_SECONDS = 0.1  # the longest that the engine waits for locks shared with clients
 
 
 class EngineFull(RuntimeError):
-    """As many requests wait as the engine holds; try again later."""
+    """The engine's queue is full; try again later."""
 
 
 class EngineClosed(RuntimeError):
-    """The engine takes no more requests."""
+    """The engine accepts no more requests."""
 
 
 class DeadlineExceeded(TimeoutError):
@@ -40,8 +40,8 @@ class DeadlineExceeded(TimeoutError):
 
 
 class _Callbacks(list):
-    """Done callbacks. Iterated over again, it goes on where it was: each is called once, also where a signal has cut
-    the first round short."""
+    """Done callbacks. A second iteration continues the first, so that each is called once even if a signal interrupts
+    the first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,9 +52,9 @@ class _Callbacks(list):
 
 
 class Handle(Future):
-    """One request: a `concurrent.futures.Future` whose result is the image, float32 [C, H, W].
+    """One request: a `concurrent.futures.Future` whose result is the image, float32 [C, H, W], on the CPU.
 
-    `cancel` works until the image is there; a running request leaves its slot before the next tick.
+    `cancel` works until the image is done; a running request leaves its slot before the next tick.
     """
 
     def __init__(
@@ -69,28 +69,28 @@ class Handle(Future):
         kind: Kind | None = None,
     ):
         super().__init__()
-        self._condition = SignalSafeCondition()  # the engine's thread takes it, too
+        self._condition = SignalSafeCondition()  # shared with the engine's thread
         self._done_callbacks = _Callbacks()
         self.samples, self.submitted, self.deadline, self.priority = samples, submitted, deadline, priority
         self._engine, self._on_step, self._lanes = weakref.ref(engine), on_step, lanes
         self.kind, self._num_layers = kind, engine.model.num_layers
-        self._steps: list[tuple[np.ndarray, np.ndarray | None, np.ndarray]] = []  # made, by lane, as far as known
-        self._made = 0  # steps
-        self._judged: tuple[float, bool] | None = None  # by a cascade's oracle
-        self._slot: tuple[int, int] | None = None  # and which of its samples
+        self._steps: list[tuple[np.ndarray, np.ndarray | None, np.ndarray]] = []  # exit layers, scores, reused by lane
+        self._made = 0  # steps made
+        self._judged: tuple[float, bool] | None = None  # score by a cascade's oracle, and whether the teacher goes on
+        self._slot: tuple[int, int] | None = None  # slot and tenancy
         self._admitted: float | None = None
         self._ended: float | None = None
         self._counted = False  # in the engine's report
 
     @property
     def over(self) -> bool:
-        """As `done`, without its lock."""
+        """As `done`, without taking the lock."""
         return self._state not in ("PENDING", "RUNNING")
 
     @property
     def progress(self) -> tuple[int, int]:
-        """Steps made, and steps to make: of a cascade the most that there may be, until its oracle has let the image
-        go."""
+        """Steps made, and steps in total; for a cascade the most there can be, until the oracle has accepted the
+        image."""
         draft = self.samples.draft
         if draft is not None and self._judged is not None and not self._judged[1]:
             return self._made, draft.steps
@@ -98,7 +98,7 @@ class Handle(Future):
 
     @property
     def report(self) -> RequestReport:
-        """What has been done for this request so far. Exit layers of the last step come with the next one."""
+        """The report of this request so far. Exit layers of a step become known with the next step."""
         began = self._admitted if self._admitted is not None else math.nan
         ended = self._ended if self._ended is not None else math.nan
         steps, scores, reused = list(self._steps), None, None
@@ -130,15 +130,15 @@ class Handle(Future):
         }
 
     def predicted_x0(self) -> Tensor:
-        """The image that the request's last prediction would end in, float32 [C, H, W]; waits for the tick under way.
+        """x0 by the request's last prediction, float32 [C, H, W]; waits for the present tick.
 
         Raises ValueError before the first step and after the end.
         """
         return self.predicted_x0_later().read()
 
     def predicted_x0_later(self) -> Arriving:
-        """As `predicted_x0`, for `on_step`: the image is on its way to the host, and the tick does not wait for it.
-        `read()` of the result, in another thread, does."""
+        """As `predicted_x0`, for `on_step`: returns at once, with the copy to the host queued. Call `read()` of the
+        result in another thread, which waits for it."""
         if (engine := self._engine()) is None:
             raise ValueError("this request is not in flight: its engine is gone")
         return engine._predicted_x0(self)
@@ -147,13 +147,12 @@ class Handle(Future):
         return self._whole(super().cancel)
 
     def result(self, timeout: float | None = None) -> Tensor:
-        """As `Future.result`. Raises RuntimeError where it would wait for ever, as in a callback of the same
-        engine."""
+        """As `Future.result`. Raises RuntimeError where it would wait forever, as in a callback of the same engine."""
         self._check_wait(timeout)
         return super().result(timeout)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """As `Future.exception`, and as `result`."""
+        """As `Future.exception`. Raises RuntimeError as `result` does."""
         self._check_wait(timeout)
         return super().exception(timeout)
 
@@ -165,11 +164,11 @@ class Handle(Future):
             )
 
     def add_done_callback(self, fn: Callable[[Future], object]) -> None:
-        """As `Future.add_done_callback`. What `fn` raises is logged, whatever it is, and reaches nobody else."""
+        """As `Future.add_done_callback`. Any exception in `fn`, even SystemExit, is logged and not propagated."""
         super().add_done_callback(partial(_contained, fn))
 
     def _end(self, now: float, image: Tensor | None = None, error: BaseException | None = None) -> None:
-        """Each handle ends once; one that was cancelled in the meantime has ended already."""
+        """Ends the request with an image or an error; no effect if it has ended (was cancelled) in the meantime."""
         self._ended = now
         self._tell(partial(self.set_result, image) if error is None else partial(self.set_exception, error))
 
@@ -178,8 +177,8 @@ class Handle(Future):
         self._end(now, error=DeadlineExceeded(f"{made} of {steps} steps were made by the deadline"))
 
     def _tell(self, end: Callable[[], object]) -> None:
-        """Calls `end`, which ends the handle. Whoever waits through `concurrent.futures.wait` shares locks with it that
-        a signal can leave held. Then another thread waits for them, and the engine goes on."""
+        """Calls `end`, which ends the handle. Clients in `concurrent.futures.wait` share locks with the handle that a
+        signal can leave held; then another thread waits for them, and the engine goes on."""
 
         if not self._waiters and self._condition.acquire(timeout=LOCK_SECONDS):
             self._condition.release()
@@ -190,7 +189,7 @@ class Handle(Future):
             thread.join(LOCK_SECONDS)
 
     def _whole(self, end: Callable[[], Result]) -> Result | None:
-        """Calls `end`. Where a signal cuts it in two, those who wait are woken and callbacks called all the same."""
+        """Calls `end`. If a signal interrupts it, waiting threads are still woken and callbacks called."""
         try:
             return end()
         except InvalidStateError:  # cancelled in the meantime
@@ -203,8 +202,8 @@ class Handle(Future):
             raise
 
     def _invoke_callbacks(self) -> None:
-        """Those of the engine, of who waits through `concurrent.futures.wait`, and of clients. Called once more, it
-        does what is left."""
+        """Calls the callbacks of the engine, of `concurrent.futures.wait`, and of clients. A second call continues an
+        interrupted one."""
         if (engine := self._engine()) is not None:
             engine._count(self)
         if self._state == "CANCELLED":
@@ -212,14 +211,14 @@ class Handle(Future):
         super()._invoke_callbacks()  # type: ignore[misc]
 
     def _begin_again(self) -> None:
-        """The steps made are forgotten; the same image comes of it, since it belongs to its seed."""
+        """Resets the request to its start; the seed gives the same image again."""
         self._steps.clear()
         self._judged = None
         self._made, self._slot, self._admitted, self._ended = 0, None, None, None
 
     def _end_in_child(self, error: Exception) -> None:
-        """In a forked process, where a thread that is not there any more may hold the lock. Callbacks and who waits are
-        the parent's."""
+        """Fails the request in a forked process, where a thread that no longer exists may hold the lock. Callbacks and
+        waiting threads belong to the parent."""
         self._condition = SignalSafeCondition()
         self._waiters, self._done_callbacks = [], []  # type: ignore[var-annotated]
         if not self.done():
@@ -233,8 +232,8 @@ class Handle(Future):
 
 
 def _contained(fn: Callable[[Future], object], handle: Future) -> None:
-    """`Future` logs exceptions of callbacks. Others, such as SystemExit, it would let through, into the thread that
-    serves everybody."""
+    """Calls a done callback. `Future` logs each `Exception`; other exceptions, such as SystemExit, are converted, since
+    `Future` would let them through to the engine's thread."""
     try:
         fn(handle)
     except Exception:
@@ -245,7 +244,7 @@ def _contained(fn: Callable[[Future], object], handle: Future) -> None:
 
 @dataclass(frozen=True)
 class EngineReport:
-    """What an engine did so far. batch: forward passes, blocks, multiply-adds, rows moved."""
+    """Counters of an engine: requests by state. batch: forward passes, blocks, multiply-adds, rows moved."""
 
     waiting: int
     running: int
@@ -256,5 +255,5 @@ class EngineReport:
 
     @property
     def never_acted(self) -> bool:
-        """Policies that are there to let samples exit let none exit so far."""
+        """Whether policies that may skip work have skipped none so far."""
         return self.batch.never_acted

@@ -1,4 +1,4 @@
-"""The end of the interpreter ends its engines, and a forked child has none of its parent's."""
+"""Closes engines at interpreter exit and in forked processes."""
 
 import atexit
 import os
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .engine import Engine
 
-EXIT_SECONDS = 60.0  # that the end of the interpreter waits for the tick that is under way
+EXIT_SECONDS = 60.0  # the longest that interpreter exit waits for the present tick
 
 _engines: "weakref.WeakSet[Engine]" = weakref.WeakSet()
 
@@ -19,7 +19,7 @@ def end_with_process(engine: "Engine") -> None:
 
 @atexit.register
 def _stop() -> None:
-    """Requests that nobody waited for are cancelled."""
+    """Cancels all requests that have not finished."""
     for engine in list(_engines):
         try:
             if engine._thread is not None:

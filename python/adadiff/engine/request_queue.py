@@ -1,9 +1,9 @@
 """Requests that wait for a slot.
 
-Every request has a due time, its deadline or `max_wait` seconds after it was submitted, by work a share of them (see
-admission.py); each level of priority moves it `max_wait` seconds earlier. The earliest due comes first. Whoever waits
-is overtaken only by requests submitted within the next (p + 1) x max_wait seconds, p being how many levels of priority
-they are above it: nobody starves.
+Every request has a due time: its deadline, or `max_wait` seconds (with admission "work" a share of them, see
+admission.py) after it was submitted, whichever is earlier; each level of priority moves it `max_wait` seconds earlier.
+The earliest due time comes first. A request is overtaken only by requests submitted within the next (p + 1) x max_wait
+seconds, where p is the difference in priority, so no request starves.
 """
 
 import heapq
@@ -16,19 +16,20 @@ from ..sampling.sample_batch import SampleBatch
 from .admission import ExpectedWork, Kind
 from .handles import Handle
 
-SLACK = 64  # ended requests that may stay besides as many as wait
+SLACK = 64  # ended requests that may stay in the heap, beside as many as are waiting
 
 
 class RequestQueue:
-    """Locks nothing: who uses it does. Who waits is read from the handles and counted nowhere, and `add` is one call
-    that a signal cannot cut in two, so that no interrupt leaves a wrong count behind. work: None by arrival."""
+    """Not thread-safe: callers hold the engine's lock. The number of waiting requests is derived from the handles
+    rather than counted, and adding is one C call, so that a signal cannot leave a wrong count. work: None for admission
+    "arrival"."""
 
     def __init__(self, max_wait: float, work: ExpectedWork | None = None):
         self.max_wait, self._work = max_wait, work
-        self._heap: list[tuple[float, int, Handle]] = []  # due, number, handle; ended ones are skipped later
+        self._heap: list[tuple[float, int, Handle]] = []  # due, number, handle; ended handles are skipped later
         self._number = itertools.count()
-        self._soonest = math.inf  # no deadline of those who wait is earlier
-        self._ended = 0  # of those in the heap, about
+        self._soonest = math.inf  # a lower bound on the deadlines of waiting requests
+        self._ended = 0  # ended requests in the heap, approximately
 
     @property
     def count(self) -> int:
@@ -36,7 +37,7 @@ class RequestQueue:
         return sum(not handle.over for handle in self.all())
 
     def kind_of(self, samples: SampleBatch) -> Kind | None:
-        """What a handle brings along. Needs no lock."""
+        """The kind of a request, for `Handle.kind`. Needs no lock."""
         return None if self._work is None else self._work.kind_of(samples)
 
     def add(self, handle: Handle) -> None:
@@ -50,7 +51,7 @@ class RequestQueue:
         return len(self._heap) >= most
 
     def first(self) -> Handle | None:
-        """The earliest due of those that have not ended."""
+        """The waiting request with the earliest due time."""
         while self._heap:
             if not (handle := self._heap[0][2]).over:
                 return handle
@@ -58,7 +59,7 @@ class RequestQueue:
         return None
 
     def take(self, handle: Handle) -> None:
-        """Removes the one that was first, even if a signal handler has added an earlier one since."""
+        """Removes `handle`, which `first` returned, even if a signal handler has since added an earlier request."""
         entry = heapq.heappop(self._heap)
         if entry[2] is not handle:
             heapq.heappush(self._heap, entry)
@@ -66,13 +67,13 @@ class RequestQueue:
             heapq.heapify(self._heap)
 
     def left(self) -> None:
-        """One of those that wait has ended. They are taken out once they are many."""
+        """Notes that a waiting request has ended. Ended requests are removed once there are many."""
         self._ended += 1
         if self._ended > SLACK and 2 * self._ended > len(self._heap):
             self._renew()
 
     def learn(self, handle: Handle) -> None:
-        """It has been drawn. What is learnt of the first of a kind holds for those that wait, too."""
+        """Learns from a finished request. The first one of a kind also updates waiting requests of that kind."""
         if self._work is None or handle.kind is None:
             return
         new = self._work.learn(handle.kind, np.array([layers for layers, _, _ in handle._steps]))
@@ -80,7 +81,7 @@ class RequestQueue:
             self._renew()
 
     def late(self, now: float) -> list[Handle]:
-        """Those past their deadlines, wherever they stand. They stay until they have ended."""
+        """Waiting requests past their deadlines. They stay in the queue until they have ended."""
         if now < self._soonest:
             return []
         waiting = [handle for handle in self.all() if not handle.over]
@@ -88,7 +89,7 @@ class RequestQueue:
         return [handle for handle in waiting if now >= handle.deadline]
 
     def all(self) -> list[Handle]:
-        """In no order; some of them may have ended."""
+        """All requests in the heap, in no order; some may have ended."""
         return [handle for _, _, handle in self._heap]
 
     def clear(self) -> None:
@@ -100,12 +101,12 @@ class RequestQueue:
         return due - handle.priority * self.max_wait
 
     def _renew(self) -> None:
-        """Without those that have ended, by what is known now."""
+        """Rebuilds the heap without ended requests, with present estimates of work."""
         seen = self._heap.copy()
         kept = [(self._due(handle), number, handle) for _, number, handle in seen if not handle.over]
         heapq.heapify(kept)
-        replaced, self._heap, self._ended = self._heap, kept, 0  # no call in between, hence no signal
-        if len(replaced) > len(seen):  # what a signal handler has added meanwhile
+        replaced, self._heap, self._ended = self._heap, kept, 0  # no call in between, so no signal handler runs
+        if len(replaced) > len(seen):  # requests that a signal handler added meanwhile
             numbers = {number for _, number, _ in seen}
             for entry in replaced:
                 if entry[1] not in numbers:

@@ -1,4 +1,4 @@
-"""Requests in flight: who has which slot of the batch, and what comes of a tick for each of them."""
+"""Requests in flight: their slots in the batch, and the results of each tick."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ _ONLY = np.zeros(1, dtype=np.int64)
 
 @dataclass(frozen=True)
 class Leaving:
-    """A request whose sample is done, and given up its slot, while its image is on its way to the host. slot: and
-    tenancy, by which records of its last step are told."""
+    """A request whose sample is done and has left its slot, while its image is copied to the host. slot: slot and
+    tenancy, to find the records of its last step."""
 
     handle: Handle
     slot: tuple[int, int]
-    images: Arriving  # of all that were done in this tick
+    images: Arriving  # all images that were done in this tick
     index: int
 
     def end(self, now: float) -> None:
@@ -32,16 +32,17 @@ class Leaving:
         try:
             image = self.images.read()[self.index].clone()
             error = None if bool(image.isfinite().all()) else FloatingPointError("the image holds NaN or infinity")
-        except Exception as failure:  # of the device
+        except Exception as failure:  # a device error
             image, error = None, failure
         self.handle._end(now, **({"image": image} if error is None else {"error": error}))
 
 
 class Running:
-    """Locks nothing: the engine's step does, and the lock of the queue is held by who calls `begin` or `start_over`.
+    """Requests by slot. Not thread-safe: the engine's step holds a lock, and callers of `begin` and `start_over` hold
+    that of the queue.
 
-    A signal may cut a method in two at any place. `batch.whole` is False wherever that could leave wrong books behind;
-    `start_over` makes them anew.
+    A signal may interrupt a method anywhere. `batch.whole` is False wherever that could leave inconsistent state, which
+    `start_over` then resets.
     """
 
     def __init__(self, make_batch: Callable[[], Batch], waiting: RequestQueue, clock: Callable[[], float]):
@@ -59,16 +60,16 @@ class Running:
 
     @property
     def lanes(self) -> float:
-        """In one forward pass, at most; more for those of whom something is kept, see `Rooms`."""
+        """The most lanes of a forward pass; requests that cache features count for more, see `Rooms`."""
         return sum(handle._lanes for handle in self._at.values())
 
     def begin(self, handle: Handle, now: float) -> BaseException | None:
-        """The first of those that wait gets its slot, unless it cannot begin, for the reason returned."""
+        """Gives the first waiting request, `handle`, a slot. Returns the error if it cannot begin."""
         free = self.batch.free
         try:
             slot = int(self.batch.admit(handle.samples, _ONLY)[0])
         except BaseException as error:
-            if is_interrupt(error) or self.batch.free != free:  # of a signal, whatever its type
+            if is_interrupt(error) or self.batch.free != free:  # raised by a signal handler
                 raise
             return error
         self._at[slot], handle._admitted = handle, now
@@ -77,11 +78,11 @@ class Running:
         return None
 
     def tick(self) -> bool:
-        """One step for all. False if nobody is there."""
+        """Advances all requests by one step. Returns False if there are none."""
         if not len(self):
             return False
         if self.batch.count:
-            self._deliver(self.batch.tick())  # not whole from the moment on that it writes
+            self._deliver(self.batch.tick())  # sets batch.whole to False when it begins to write
         else:
             self.batch.whole = False
             self._end_leaving(self.batch.flush())
@@ -89,8 +90,8 @@ class Running:
         return True
 
     def start_over(self) -> None:
-        """A signal came in the middle of the books, so nobody knows what was written. All that are in flight begin
-        again, each from its seed."""
+        """Restarts all requests in flight from their seeds, after a signal interrupted writing and left the state
+        unknown."""
         fresh = self._make_batch()
         fresh.totals, fresh.whole = self.batch.totals, False
         self.batch = fresh
@@ -109,7 +110,7 @@ class Running:
                 self._waiting.add(handle)
 
     def drop_ended(self) -> None:
-        """Frees the slots of requests that were cancelled or are too late."""
+        """Frees the slots of requests that were cancelled or are past their deadline."""
         now = self._clock()
         for slot, handle in list(self._at.items()):
             if not handle.over and now < handle.deadline:
@@ -124,7 +125,7 @@ class Running:
         self._leaving = []
 
     def forget(self) -> None:
-        """In a forked process, to whom they do not belong."""
+        """Drops all requests without ending them, in a forked process."""
         self._at.clear()
         self._leaving = []
 
@@ -161,13 +162,13 @@ class Running:
             self._end_leaving(())
 
     def _end_leaving(self, records: Sequence[PassRecord]) -> None:
-        """Hands out what is known of the steps before, and ends those whose last step that was."""
+        """Gives records of the previous tick to their requests, and ends the requests whose last step that was."""
         slots = {one.slot: one.handle for one in self._leaving}
         for record in records:
             known, keys = record.read(), zip(record.slots.tolist(), record.tenancy.tolist(), strict=True)
             for i, key in enumerate(keys):
                 handle = self._at.get(key[0])
-                if handle is None or handle._slot != key:  # it was given up in the meantime
+                if handle is None or handle._slot != key:  # the request has left the slot
                     handle = slots.get(key)
                 if handle is not None:
                     handle._learn(known, i)
@@ -176,13 +177,13 @@ class Running:
         self._leaving = []
 
     def _images(self, done: np.ndarray) -> dict[int, tuple[Arriving, int] | Exception]:
-        """By slot, on their way to the CPU and at which index there, or why they do not get there."""
+        """By slot: the copy of the images to the CPU and the index in it, or the error."""
         if not len(done):
             return {}
         try:
             images = Arriving(self.batch.peek(done))
             return {slot: (images, i) for i, slot in enumerate(done.tolist())}
-        except Exception as error:  # memory, most likely
+        except Exception as error:  # out of memory, most likely
             if len(done) == 1:
                 return {int(done[0]): error}
             half = len(done) // 2
@@ -190,7 +191,7 @@ class Running:
 
 
 def _call_back(handle: Handle) -> BaseException | None:
-    """After a step of its own. Returns what the callback raised."""
+    """Calls the request's `on_step`. Returns its exception."""
     try:
         if handle._on_step is not None and not handle.over:
             handle._on_step(handle)

@@ -1,8 +1,8 @@
-"""Waiting and waking in such a way that a signal leaves no lock held.
+"""Waiting and waking of threads such that a signal leaves no lock held.
 
 Python runs signal handlers in the main thread, between two bytecodes, and a handler may raise, as Ctrl-C does. `with`
-on a lock of C cannot be cut in two there. A method written in Python can: an exception in the first line of
-`Condition.__exit__` leaves the lock held, and all other threads wait for ever.
+on a lock implemented in C cannot be interrupted there. A method written in Python can: an exception in the first line
+of `Condition.__exit__` leaves the lock held, and all other threads wait forever.
 """
 
 import math
@@ -11,7 +11,7 @@ from collections import deque
 
 
 class Bell:
-    """Wakes the one thread that waits. A ring while nobody waits is kept for the next who does."""
+    """Wakes one waiting thread. A ring while no thread waits is kept for the next one."""
 
     def __init__(self) -> None:
         self._silence = threading.Lock()
@@ -20,7 +20,7 @@ class Bell:
     def ring(self) -> None:
         try:
             self._silence.release()
-        except RuntimeError:  # it rings already
+        except RuntimeError:  # a ring is pending already
             return
 
     def wait(self, seconds: float = math.inf) -> None:
@@ -29,8 +29,7 @@ class Bell:
 
 
 class Bells:
-    """Wakes every thread that has taken a bell. Take one, look whether what you wait for is there, and wait: then no
-    ring is missed in between."""
+    """Wakes every thread that has taken a bell. To miss no ring, take a bell, check the condition, and then wait."""
 
     def __init__(self) -> None:
         self._taken: deque[Bell] = deque()
@@ -44,14 +43,14 @@ class Bells:
         while self._taken:
             try:
                 self._taken.popleft().ring()
-            except IndexError:  # another thread was quicker
+            except IndexError:  # another thread took the last one
                 return
 
 
 class SignalSafeCondition(threading.Condition):
-    """A condition that `with` acquires and releases by the C functions of its lock."""
+    """A condition whose `with` calls the C functions of its lock directly."""
 
-    # looked up before the lock is acquired, so that nothing of Python runs between there and the release
+    # looked up before the lock is acquired, so that no Python code runs between `with` and the release
     __enter__ = property(lambda self: self._lock.__enter__)  # type: ignore[assignment]
     __exit__ = property(lambda self: self._lock.__exit__)  # type: ignore[assignment]
 
@@ -59,6 +58,6 @@ class SignalSafeCondition(threading.Condition):
         try:
             return super().wait(timeout)
         except BaseException:
-            if not self._is_owned():  # type: ignore[attr-defined]  # the signal came just after it had been let go
+            if not self._is_owned():  # type: ignore[attr-defined]  # interrupted after the release
                 self.acquire()
             raise

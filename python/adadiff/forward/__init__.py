@@ -1,1 +1,1 @@
-"""One forward pass of a network whose lanes may exit early, on a CPU and on a GPU."""
+"""One forward pass of a network whose lanes may exit early, on a CPU or a GPU."""

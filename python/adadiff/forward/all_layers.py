@@ -1,4 +1,4 @@
-"""What every layer of a network with exits says: predictions and uncertainties, with gradients."""
+"""Predictions and uncertainties of every layer of a network with exits, with gradients."""
 
 from typing import NamedTuple
 
@@ -11,23 +11,23 @@ from ..uem import Exits
 
 
 class Layers(NamedTuple):
-    """Of every layer."""
+    """Outputs of all layers, one list entry per layer."""
 
-    predictions: list[Tensor]  # the noise [B, C, H, W]
+    predictions: list[Tensor]  # [B, C, H, W], of the network's prediction type
     scores: list[Tensor]  # uncertainties [B, T - num_prefix_tokens, P]
-    variances: list[Tensor]  # [B, C, H, W]; none where the network learns none
-    rows: list[Tensor]  # [B, T, D]
+    variances: list[Tensor]  # [B, C, H, W]; empty without a learned variance
+    rows: list[Tensor]  # hidden states [B, T, D]
 
 
 def all_layers(backbone: Backbone, exits: Exits, x: Tensor, t: Tensor, context: Tensor | None) -> Layers:
-    """The plain network, every layer's head and UEM beside it, with gradients: for training and calibration.
+    """Runs all blocks with every layer's head and UEM, with gradients: for training and calibration.
 
-    The UEMs read detached rows, as in the authors' code, so that their loss does not change the network; under autocast
-    they and their sigmoid stay in float32. Raises ValueError for exits that score every token: they come trained, and
-    there is no target for a token that is not a patch.
+    x: [B, C, H, W]; t: float [B]; context: see `Backbone.embed`. UEMs read detached hidden states, as in the authors'
+    code, so that their loss does not change the network; under autocast the UEMs and their sigmoid stay in float32.
+    Raises ValueError for exits that score every token: prefix tokens have no training target.
     """
     if exits.config.every_token:
-        raise ValueError("exits that score every token (DuoDiff's) are for inference; train others")
+        raise ValueError("exits that score every token (DuoDiff's) are for inference only; they cannot be trained")
     rows, cond = backbone.embed(x, t, context)
     lanes = torch.arange(len(x), dtype=torch.int32, device=x.device)
     with torch.autocast(x.device.type, enabled=False):

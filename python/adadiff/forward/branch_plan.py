@@ -1,12 +1,12 @@
-"""Which branches of a forward pass lanes compute, keep, or take from an earlier step of theirs: known to the host.
+"""Plans, on the host, which branches of a forward pass each lane computes, caches, or reuses from an earlier step.
 
-An entry of the store is one lane's, see feature_store.py; of each branch it holds the rows, and `BranchBook` the step
-that wrote them. A branch is taken where the lane's policy reuses in this step, its entry was written by the same
-network, and that was fewer than `every` steps ago; otherwise it is computed. So the branches behind an early exit,
-which stay older, are computed when the lane comes by again.
+Each entry of the store belongs to one lane, see feature_store.py. It holds the branch outputs; `BranchBook` holds the
+step that wrote each of them. A branch is reused if the lane's policy reuses in this step and the same network wrote the
+branch fewer than `every` steps ago; otherwise it is computed. So branches beyond an early exit, which are older, are
+computed when the lane next reaches them.
 
-A pass writes rows where they stay, before anybody knows whether its tick succeeds. The book is only told at the end of
-the tick: a pass that is made again decides the same, and computes and writes the same rows again.
+A pass writes branch outputs to the store before it is known whether its tick succeeds; the book is updated only at the
+end of the tick. A repeated pass therefore takes the same decisions and writes the same values again.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,8 +30,9 @@ NEVER = -1
 
 @dataclass(frozen=True)
 class Branches:
-    """Of a network: which unit each branch is, by block, and its multiply-adds for one lane; a block that does not show
-    its branches has none. J: most branches of a block."""
+    """The branches of a network. units: the unit of each branch ("attention", "cross", "mlp"), by block; a block that
+    does not expose its branches has none. macs: multiply-adds of each branch for one lane. J: most branches of a
+    block."""
 
     units: tuple[tuple[str, ...], ...]
     macs: np.ndarray  # int64 [L, J]
@@ -40,22 +41,23 @@ class Branches:
     def of(blocks: Sequence[object], tokens: int) -> "Branches":
         shown = [getattr(block, "branches", ()) for block in blocks]
         macs = np.zeros((len(shown), max(map(len, shown), default=0)), dtype=np.int64)
-        for own, branches in zip(macs, shown, strict=True):
-            own[: len(branches)] = [branch.macs(tokens) for branch in branches]
+        for row, branches in zip(macs, shown, strict=True):
+            row[: len(branches)] = [branch.macs(tokens) for branch in branches]
         return Branches(tuple(tuple(branch.unit for branch in branches) for branches in shown), macs)
 
     def of_policy(self, policy: Reuse, lacking: bool = False) -> np.ndarray:
-        """bool [L, J]: those that the policy reuses. ValueError where the network lacks them, unless it may."""
+        """bool [L, J]: the branches that the policy reuses. Raises ValueError where the network lacks some of them,
+        unless `lacking` allows it."""
         first, last = (1, len(self.units)) if policy.layers is None else policy.layers
         if last > len(self.units) and not lacking:
             raise ValueError(f"policy '{policy}' names layer {last}; this network has layers 1..{len(self.units)}")
         chosen = np.zeros(self.macs.shape, dtype=bool)
         for layer, units in enumerate(self.units[first - 1 : last], start=first):
-            own = [policy.unit in (None, unit) for unit in units]
-            if not any(own) and not lacking:
+            reused = [policy.unit in (None, unit) for unit in units]
+            if not any(reused) and not lacking:
                 what = "branches" if policy.unit is None else f"{policy.unit} branch"
-                raise ValueError(f"policy '{policy}' reuses branches; block {layer} of this network shows no {what}")
-            chosen[layer - 1, : len(units)] = own
+                raise ValueError(f"policy '{policy}' reuses branches; block {layer} of this network exposes no {what}")
+            chosen[layer - 1, : len(units)] = reused
         return chosen
 
 
@@ -65,12 +67,12 @@ def reuses_branches(policy: object) -> TypeGuard[Reuse]:
 
 @dataclass(frozen=True)
 class BranchPlan:
-    """Of one forward pass of B lanes. takes, keeps: bool [L, J, B], which branches a lane takes from the store, and
-    which it computes and stores. entry: int64 [B], 0 where a lane follows no such policy.
+    """Branch reuse in one forward pass of B lanes. takes: bool [L, J, B], branches a lane takes from the store; keeps:
+    bool [L, J, B], branches it computes and stores. entry: int64 [B], the lane's entry, 0 without branch reuse.
 
-    rows(layer, j): [entries, T, D], the stored rows of branch j of block 1..L. macs: int64 [L, J], of the branches.
-    lanes: int64 [k], those that follow such a policy, with k each of step, network, whether the step is full, and
-    tenancy of the entry.
+    rows(layer, j): [entries, T, D], the stored outputs of branch j of block 1..L. macs: int64 [L, J], see `Branches`.
+    lanes: int64 [k], the lanes whose policy reuses branches; for each of them step, network, full (whether this step
+    computes all branches) and tenancy (how often its entry has changed lanes).
     """
 
     takes: np.ndarray
@@ -89,37 +91,38 @@ class BranchPlan:
         return (self.takes | self.keeps).any(2).tolist()
 
     def touches(self, layer: int, j: int | None = None) -> bool:
-        """Some lane takes or stores branch j, or any branch, of block `layer`."""
-        own = self._touched[layer - 1]
-        return any(own) if j is None else own[j]
+        """Whether any lane takes or stores branch j (None: any branch) of block `layer`."""
+        touched = self._touched[layer - 1]
+        return any(touched) if j is None else touched[j]
 
     @cached_property
     def reused(self) -> np.ndarray:
-        """int64 [B, L + 1]: branches that a lane took which exits after so many blocks."""
+        """int64 [B, L + 1]: the number of branches a lane took, by the number of blocks it ran."""
         return _up_to_each_layer(self.takes.sum(1))
 
     @cached_property
     def saved(self) -> np.ndarray:
-        """int64 [B, L + 1]: their multiply-adds."""
+        """int64 [B, L + 1]: the multiply-adds of the branches a lane took, by the number of blocks it ran."""
         return _up_to_each_layer((self.takes * self.macs[:, :, None]).sum(1))
 
 
 def _up_to_each_layer(values: np.ndarray) -> np.ndarray:
-    """values: [L, B]. Returns int64 [B, L + 1], sums over the first so many layers."""
+    """values: [L, B]. Returns int64 [B, L + 1], sums over the first 0..L layers."""
     sums = np.zeros((values.shape[1], len(values) + 1), dtype=np.int64)
     sums[:, 1:] = values.T.cumsum(1)
     return sums
 
 
 def _by_lane(values: np.ndarray, lanes: np.ndarray, B: int) -> np.ndarray:
-    """values: bool [k, L, J], of lanes int64 [k]. Returns bool [L, J, B], false for all others."""
+    """values: bool [k, L, J], of lanes int64 [k]. Returns bool [L, J, B], false for the other lanes."""
     found = np.zeros((*values.shape[1:], B), dtype=bool)
     found[..., lanes] = values.transpose(1, 2, 0)
     return found
 
 
 class BranchBook:
-    """By entry of a store: the step that wrote each branch, the last full step, and the network that ran in both."""
+    """For each entry of a store: the step that wrote each branch, the last full step, and the network that ran in
+    them."""
 
     def __init__(self, num_layers: int, units: int) -> None:
         self._written = np.full((0, num_layers, units), NEVER, dtype=np.int32)
@@ -127,7 +130,7 @@ class BranchBook:
         self._pending: list[tuple[BranchPlan, Tensor]] = []
 
     def forget(self, entries: np.ndarray) -> None:
-        """entries: int64 [k], which other lanes take now."""
+        """Clears entries: int64 [k], which are given to other lanes."""
         self._grow(entries)
         self._written[entries], self._full[entries] = NEVER, NEVER
         self._tenancy[entries] += 1
@@ -135,11 +138,11 @@ class BranchBook:
     def plan(
         self, lanes: ReuseLanes, branches: Branches, t: Tensor, rows: Callable[[int, int], Tensor]
     ) -> BranchPlan | None:
-        """branches: of the network that the lanes run. t: float [B]. None where no lane reuses branches. Waits for the
-        device where it has not said yet how far lanes came in their last pass, and that may differ."""
-        own = {k: policy for k, policy in enumerate(lanes.policies) if reuses_branches(policy)}
+        """The plan of one pass; None if no lane reuses branches. branches: of the network that the lanes run; t: float
+        [B]. Waits for the device if exit layers of an earlier pass are still needed from it."""
+        reusing = {k: policy for k, policy in enumerate(lanes.policies) if reuses_branches(policy)}
         index = lanes.index.numpy()
-        follows = np.isin(index, list(own)).nonzero()[0]
+        follows = np.isin(index, list(reusing)).nonzero()[0]
         if not len(follows):
             return None
         self._settle()
@@ -152,12 +155,12 @@ class BranchBook:
         same = (last != NEVER) & (self._network[entry] == network)
         takes, keeps = np.zeros((2, len(follows), L, J), dtype=bool)
         full = np.ones(len(follows), dtype=bool)
-        for k, policy in own.items():
+        for k, policy in reusing.items():
             mine = (index[follows] == k).nonzero()[0]
             if not len(mine):
                 continue
             chosen, at = branches.of_policy(policy, lacking=True), torch.from_numpy(follows[mine])
-            chosen[most:], chosen[:, units:] = False, False  # of a larger network than the store is made for
+            chosen[most:], chosen[:, units:] = False, False  # a larger network than the store was made for
             context = ReuseContext(
                 step=lanes.step[at],
                 age=torch.from_numpy(step[mine] - last[mine]),
@@ -187,8 +190,8 @@ class BranchBook:
         )
 
     def commit(self, plan: BranchPlan, exit_layer: Tensor, may_exit: bool) -> None:
-        """The tick of a pass is complete. exit_layer: int32 [B], anywhere; may_exit: somebody may exit before the last
-        layer, else nobody waits for it."""
+        """Records a pass whose tick is complete. exit_layer: int32 [B], on any device; may_exit: whether lanes may exit
+        before the last layer; if not, exit_layer is not read."""
         if not may_exit:
             self._write(plan, np.full(plan.takes.shape[2], len(plan.takes)))
         elif exit_layer.is_cpu:
@@ -214,7 +217,7 @@ class BranchBook:
         self._full[entry[full]], self._network[entry[full]] = step[full], network[full]
 
     def _grow(self, entries: np.ndarray) -> None:
-        """Room for `entries`."""
+        """Makes room for `entries`."""
         missing = max(entries.tolist(), default=-1) + 1 - len(self._full)
         if missing <= 0:
             return
@@ -226,7 +229,7 @@ class BranchBook:
 
 
 def kinds_of_branches(chosen: np.ndarray, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Kind]:
-    """What a lane keeps that reuses the branches `chosen`: bool [L, J]; shape: T, D of their rows."""
+    """The store values of a lane that reuses the branches `chosen`: bool [L, J]; shape: (T, D) of a branch."""
     return {_name(int(layer) + 1, int(j)): Kind(shape, dtype) for layer, j in zip(*chosen.nonzero(), strict=True)}
 
 
@@ -235,7 +238,7 @@ def _name(layer: int, j: int) -> str:
 
 
 def plan_branches(lanes: ReuseLanes, branches: Branches, t: Tensor) -> BranchPlan | None:
-    """See `BranchBook.plan`; the rows are those of the lanes' store."""
+    """`BranchBook.plan` with the rows of the lanes' store; None if that holds no branches."""
     store = lanes.store
     if not isinstance(store.book, BranchBook):
         return None
@@ -243,6 +246,7 @@ def plan_branches(lanes: ReuseLanes, branches: Branches, t: Tensor) -> BranchPla
 
 
 def branch_update(store: FeatureStore, plan: BranchPlan, exit_layer: Tensor, may_exit: bool) -> StoreUpdate:
-    """What a pass by `plan` tells the store's book once its tick is complete; its rows are there already."""
+    """The update of the store's book after a pass by `plan`, to be applied once its tick is complete; the branches are
+    already stored."""
     none = torch.zeros(0, dtype=torch.int64, device=store.device)
     return StoreUpdate(none, {}, partial(cast(BranchBook, store.book).commit, plan, exit_layer, may_exit))

@@ -1,9 +1,8 @@
-"""Blocks branch by branch, for rows of which some compute a branch and others take that of an earlier step.
+"""Runs blocks branch by branch: some rows compute a branch, others reuse their branch of an earlier step.
 
-The gate and the norms of the present step are always computed afresh. On the CPU rows that do the same run together, a
-group of lanes at a time, by the operations of the plain block. On a device one fused pass reads every row's branch from
-where it lies; the products run over the computing rows alone, gathered by an index that the device computes where rows
-have moved.
+Gates and norms of the present step are always computed. On the CPU, rows with the same plan run together, a group of
+lanes at a time, with the operations of the plain block. On a device one fused pass reads each row's branch, cached or
+fresh; only the computing rows go through attention or MLP, gathered by an index that the device computes.
 """
 
 from typing import NamedTuple, cast
@@ -25,7 +24,7 @@ from .structure import Structure
 
 
 class BranchRunner(BlockRunner):
-    """As `BlockRunner`, by a plan."""
+    """As `BlockRunner`, with branch reuse by a `BranchPlan`."""
 
     def __init__(
         self,
@@ -63,12 +62,12 @@ class BranchRunner(BlockRunner):
         n, out = len(hidden), torch.empty_like(hidden)
         lanes = row_to_lane.numpy()
         takes, keeps = self._plan.takes[layer - 1][:, lanes], self._plan.keeps[layer - 1][:, lanes]
-        for taken, own in _kinds(takes):
-            for part in groups(n if own is None else len(own), self._group_size or n):
-                rows = part if own is None else own[part]
-                at = rows if own is None else torch.from_numpy(rows)
+        for taken, alike in _kinds(takes):
+            for part in groups(n if alike is None else len(alike), self._group_size or n):
+                rows = part if alike is None else alike[part]
+                at = rows if alike is None else torch.from_numpy(rows)
                 given = (hidden[at], _joined(skip, at, n), row_to_lane[at], taken, keeps[:, rows])
-                if own is None:
+                if alike is None:
                     self._alike(block, layer, *given, out[at])
                 else:
                     out.index_copy_(0, at, self._alike(block, layer, *given, None))
@@ -92,8 +91,8 @@ class BranchRunner(BlockRunner):
         keeps: np.ndarray,
         out: Tensor | None,
     ) -> Tensor:
-        """The block's output, in `out` if that is given, for rows x [n, T, D] of lanes int32 [n] that all take the same
-        branches. keeps: bool [J, n]."""
+        """The block's output (written to `out` if given) for rows x [n, T, D], of lanes int32 [n], that all reuse the
+        same branches. taken: by branch, whether it is reused; keeps: bool [J, n]."""
         entry, last = _together(self._entry[lanes]), len(block.branches) - 1
         if skip is not None:
             x = block.join(x, skip[0], None, skip[1]).to(x.dtype)
@@ -108,7 +107,7 @@ class BranchRunner(BlockRunner):
             ours = x if skip is not None or j > 0 else None
             target = out if j == last and out is not None else ours
             x = residual_uem(x, b, row_to_lane=lanes, gate=branch.gate(self._cond), out=target)[0]
-            del b  # its memory is for what comes next
+            del b  # frees its memory for the next branch
         return x
 
     def _on_a_device(
@@ -132,7 +131,7 @@ class BranchRunner(BlockRunner):
             b, cached = self._fresh(branch, hidden, h, lanes, work, adds_bias), None
             if work is not None:
                 rows = plan.rows(layer, j)
-                b = rows.new_empty(0, *rows.shape[1:]) if b is None else b.to(rows.dtype)  # another under autocast
+                b = rows.new_empty(0, *rows.shape[1:]) if b is None else b.to(rows.dtype)  # differs under autocast
                 cached = Cached(rows, work.source, work.keep)
             if j < last:
                 computes = not plan.takes[layer - 1, j + 1].all()
@@ -158,14 +157,14 @@ class BranchRunner(BlockRunner):
         return hidden, u
 
     def _nobody_computes(self, layer: int) -> bool:
-        """The first branch of block `layer`."""
+        """Whether all lanes reuse the first branch of block `layer`."""
         return layer <= len(self._plan.takes) and bool(self._plan.takes[layer - 1, 0].all())
 
     def _fresh(
         self, branch: Branch, hidden: Tensor, h: Tensor | None, lanes: Tensor, work: "Work | None", add_bias: bool
     ) -> Tensor | None:
-        """[work.fresh, T, D], the branch of the rows that compute it; None where none do. h: all rows after the norm,
-        if the pass before wrote that."""
+        """[work.fresh, T, D], the branch of the rows that compute it; None if none does. h: all rows after the norm, if
+        the previous pass wrote them."""
         if work is not None and not work.fresh:
             return None
         rows = None if work is None else work.rows
@@ -178,12 +177,12 @@ class BranchRunner(BlockRunner):
         return branch(h, self._cond, lanes, add_bias)
 
     def _work(self, layer: int, j: int, placement: DevicePlacement) -> "Work | None":
-        """The same for branches that the same lanes take and keep, as long as no row moves. None: all lanes compute,
-        and nobody keeps."""
+        """How to run branch j of block `layer`; cached for equal plans as long as no row moves. None: all lanes compute
+        and none stores."""
         if not self._plan.touches(layer, j):
             return None
         takes, keeps = self._plan.takes[layer - 1, j], self._plan.keeps[layer - 1, j]
-        moved = 0 if placement.saved is None else layer  # nothing is saved where nobody exits
+        moved = 0 if placement.saved is None else layer  # no row moves where no lane exits
         key = moved, takes.tobytes() + keeps.tobytes()
         if key not in self._known:
             self._known[key] = self._new_work(takes, keeps, placement)
@@ -203,13 +202,13 @@ class BranchRunner(BlockRunner):
             return Work(n, None, -1 - row, keep)
         rank = computes.cumsum(0, dtype=torch.int32) - 1
         fresh = min(n, computing)
-        # rows that compute, in order; what is left over, where fewer do, computes row 0 in vain
+        # the computing rows in order; if they are fewer, the rest of `rows` is row 0, whose result is not used
         place = torch.where(computes, rank, n).long()
         rows = torch.zeros(n + 1, dtype=torch.int32, device=entry.device).scatter_(0, place, row)[:fresh]
         return Work(fresh, rows, torch.where(computes, -1 - rank, entry), keep)
 
     def _on(self, placement: DevicePlacement, values: np.ndarray) -> Tensor:
-        """int32 values, on the device; the same ones are uploaded once."""
+        """int32 values on the device; equal values are uploaded once."""
         key = values.tobytes()
         if key not in self._uploaded:
             self._uploaded[key] = upload(torch.from_numpy(values), placement.row_to_lane.device)
@@ -217,8 +216,8 @@ class BranchRunner(BlockRunner):
 
 
 class Work(NamedTuple):
-    """One branch on a device. fresh: m rows to compute, no fewer than do. rows: int32 [m], which; None: all n. source
-    and keep: see `Cached`."""
+    """How one branch runs on a device. fresh: m, an upper bound on the rows that compute it. rows: int32 [m], these
+    rows; None: all n. source and keep: see `Cached`."""
 
     fresh: int
     rows: Tensor | None
@@ -227,7 +226,7 @@ class Work(NamedTuple):
 
 
 class BranchLaneRunner(LaneRunner):
-    """As `LaneRunner`, by a plan."""
+    """As `LaneRunner`, with branch reuse by a `BranchPlan`."""
 
     def __init__(
         self,
@@ -249,19 +248,19 @@ class BranchLaneRunner(LaneRunner):
         if skip is not None:
             x = block.join(x, skip).to(x.dtype)
         for j, branch in enumerate(block.branches):
-            own = slice(entry, entry + 1)
+            stored = slice(entry, entry + 1)
             if plan.takes[layer - 1, j, lane]:
-                b = plan.rows(layer, j)[own].clone()
+                b = plan.rows(layer, j)[stored].clone()
             else:
                 b = branch(read_by(branch, x, cond, self._only), cond, self._only)
                 if plan.keeps[layer - 1, j, lane]:
-                    plan.rows(layer, j)[own].copy_(b)
+                    plan.rows(layer, j)[stored].copy_(b)
             x = residual_uem(x, b, row_to_lane=self._only, gate=branch.gate(cond))[0]
         return x
 
 
 def _joined(skip: Skip | None, at: slice | Tensor, n: int) -> tuple[Tensor, Tensor | None] | None:
-    """The skip of rows `at`, of n: rows, and their index by row or None."""
+    """The long skip for rows `at` of n: its rows, and the index by row or None."""
     if skip is None:
         return None
     index = skip.row_index
@@ -271,16 +270,17 @@ def _joined(skip: Skip | None, at: slice | Tensor, n: int) -> tuple[Tensor, Tens
 
 
 def _kinds(takes: np.ndarray) -> list[tuple[list[bool], np.ndarray | None]]:
-    """takes: bool [J, n], by row. Which branches are taken, and by which rows, int64 [k]; None: by all."""
+    """Groups rows that reuse the same branches. takes: bool [J, n], by row. Returns for each group which branches are
+    taken and the rows, int64 [k] (None: all)."""
     if (takes == takes[:, :1]).all():
         return [(takes[:, 0].tolist(), None)]
     code = (takes << np.arange(len(takes))[:, None]).sum(0)
     rows = [(code == kind).nonzero()[0] for kind in np.unique(code)]
-    return [(takes[:, own[0]].tolist(), own) for own in rows]
+    return [(takes[:, alike[0]].tolist(), alike) for alike in rows]
 
 
 def _together(entry: Tensor) -> slice | Tensor:
-    """entry: int64 [n]; a slice where entries follow one another."""
+    """entry: int64 [n]. Returns a slice if the entries are consecutive."""
     first, n = int(entry[0]), len(entry)
     if int(entry[-1]) == first + n - 1 and bool((entry.diff() == 1).all()):
         return slice(first, first + n)
@@ -288,7 +288,7 @@ def _together(entry: Tensor) -> slice | Tensor:
 
 
 def _keep(rows: Tensor, b: Tensor, entry: slice | Tensor, keeps: np.ndarray) -> None:
-    """Branches b: [n, T, D] of rows with a true keeps, bool [n], at their entries."""
+    """Stores branches b: [n, T, D] at their entries, for rows where keeps, bool [n], is true."""
     if isinstance(entry, slice):
         if keeps.all():
             rows[entry].copy_(b)

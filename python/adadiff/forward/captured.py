@@ -1,4 +1,4 @@
-"""A forward pass of captured pieces: the same work as an eager pass on a device, over memory whose addresses stay."""
+"""A forward pass from captured CUDA graphs: the work of an eager pass on a device, over memory at fixed addresses."""
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ from .structure import Structure
 
 
 class CapturedPlacement(DevicePlacement):
-    """A `DevicePlacement` whose rows lie in a space's memory. Of every number of lanes up to the space's the same
-    pieces serve: rows are launched in round numbers, the first block's too."""
+    """A `DevicePlacement` whose rows lie in the memory of a `Space`. Passes of any number of lanes up to the space's
+    share the same graphs: every block, the first one included, is launched over a rounded number of rows."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class CapturedPlacement(DevicePlacement):
         partner = memory.partner if tied or by_limits else None
         super().__init__(space.active, memory.rows(0)[:lanes], decision, partner, count_sync, rounds=True)
         self._limits = memory.limits if by_limits else None
-        # policies that are asked know of their own lanes only
+        # policies called in Python hold data of this pass's lanes only
         self._most = space.lanes if by_limits or not decision.exit_layers else lanes
         self._launch_over(self._rounded(lanes))
 
@@ -46,7 +46,7 @@ class CapturedPlacement(DevicePlacement):
         return min(bucket(count, self._active.num_lanes), self._most) if self._rounds else count
 
     def begin_layer(self, layer: int, skip_from: int | None) -> None:
-        """What block `layer` reads, and the skip it joins, lie where the pieces before have left them."""
+        """Points at the input of block `layer` and the long skip it joins, where earlier pieces have written them."""
         memory, self._layer, self._snapshot = self._memory, layer, None
         self.hidden = memory.rows(layer - 1)[: self.bound]
         if skip_from is not None:
@@ -54,7 +54,7 @@ class CapturedPlacement(DevicePlacement):
             self.skips[skip_from] = memory.rows(skip_from + 1), snapshot
 
     def keep(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.saved is not None and self._snapshot is None:  # nobody could exit after this layer
+        if self.saved is not None and self._snapshot is None:  # no lane could exit after this layer
             self._memory.snapshots[self._layer - 1].copy_(self._active.lane_to_row)
         return hidden, None
 
@@ -70,7 +70,7 @@ class CapturedPlacement(DevicePlacement):
 
 
 class CapturedLayers(Layers):
-    """Each layer is one piece, with the exits where a kernel decides them; policies that are asked in Python are asked
+    """Each layer is one piece, including its exits if a kernel decides them; policies that decide in Python are called
     between two pieces."""
 
     runner: BlockRunner
@@ -109,12 +109,12 @@ class CapturedLayers(Layers):
     def exits(self, layer: int, hidden: Tensor, u: Tensor | None) -> None:
         if not self._asks:
             super().exits(layer, hidden, u)
-        elif u is not None:  # for those who are asked after this piece
+        elif u is not None:  # for the policies called after this piece
             self._memory.u[: hidden.shape[0]].copy_(u)
 
     def _stand_at(self, layer: int, n: int, skip_from: int | None, wrote: int) -> None:
-        """What the work of a layer reads that pieces before it have left in memory; a replay needs none of it. wrote:
-        the block that ran last."""
+        """Sets the Python state that the work of a layer reads, from what earlier pieces left in memory; a replay needs
+        none of it. wrote: the block that ran last."""
         runner = self.runner
         if not self._begun:
             runner.begin(self._embedded, None)
@@ -124,12 +124,12 @@ class CapturedLayers(Layers):
 
 
 def in_pieces(asked: Asked) -> Done:
-    """Stem, layers and head, each as a piece."""
+    """Runs stem, layers and head, each as a captured piece."""
     backbone, exits, structure, decision, execution, x, t, context, partner, record_scores, *_ = asked
     B, scored = len(x), bool(decision.scored)
     classes = getattr(getattr(backbone, "config", None), "num_classes", None)
     if context is not None and classes:
-        check_labels(context, B, classes)  # pieces see labels on the device only, where nobody checks them
+        check_labels(context, B, classes)  # before the upload: labels on the device are not checked
     context = None if context is None else upload(context, x.device)
     with space_of(backbone, exits, max(B, execution.max_lanes or 1), x, context) as space:
         run, n = space.pieces.run, bucket(B, space.lanes)
@@ -155,7 +155,7 @@ def in_pieces(asked: Asked) -> Done:
         placement.end(hidden, structure.num_layers)
         if exits is not None and exits.heads is not None and exits.config.head != "linear":
             runner.begin(embedded, None)
-            placement.saved = placement.saved[:B]  # heads so large that lanes of one exit are to share theirs
+            placement.saved = placement.saved[:B]  # large heads: one call for all lanes of an exit layer
             prediction = predictions(runner, placement, backbone, exits)
         else:
             saved = placement.saved

@@ -1,8 +1,8 @@
 """How the host learns how many rows still run on a device.
 
-The device decides who exits and holds the exact count; the host launches every block over a bound of the rows. Rows
-between the count and the bound are computed and never read. So all of these give the same images and exits, and differ
-in how long the host waits and in what is computed in vain.
+The device decides which lanes exit and holds the exact count; the host launches every block over an upper bound of it.
+Rows between the count and the bound are computed and never read. So all methods give the same images and exits; they
+differ in how long the host waits and in how many rows are computed needlessly.
 """
 
 import time
@@ -17,18 +17,18 @@ from ..spelling import Entry, Registry
 
 
 class CountSync(Protocol):
-    exact: bool  # the bound is the count, after every layer at which somebody may exit
+    exact: bool  # the bound equals the count after every exit layer
 
     def bound(self, active: DeviceSet, layers: Sequence[int], bound: int) -> int:
-        """Rows for the blocks after layers[-1], at most `bound`, those of the block before.
+        """The number of rows for the blocks after layers[-1], at most `bound`, the rows of the previous block.
 
-        layers: where somebody could exit in this pass; the last exit is queued, and perhaps not yet done.
+        layers: exit layers of this pass so far; the exit at the last one is queued and may not have run yet.
         """
 
 
 @dataclass(frozen=True)
 class Sync:
-    """The host waits for the count after every `every` layers at which somebody may exit."""
+    """The host waits for the count after each `every`-th exit layer. Raises ValueError for `every` below 1."""
 
     every: int = 1
 
@@ -45,8 +45,9 @@ class Sync:
 
 @dataclass(frozen=True)
 class Lagged:
-    """The host goes by the last count it has seen. It never waits, and may be many blocks ahead of the device; with
-    `most`, it waits until all but so many of the exits it has queued are done, which leaves the device enough to do.
+    """The host uses the last count that has reached it. It never waits, and may run many blocks ahead of the device.
+    With `most`, it waits until at most `most` of its queued exits are unfinished, which keeps the device busy. Raises
+    ValueError for `most` below 1.
     """
 
     most: int | None = None
@@ -62,17 +63,17 @@ class Lagged:
         return min(bound, active.seen().count)
 
 
-LONG = 300e-6  # seconds of a block, beyond which waiting for its count costs little
-SEEN = 5
+LONG = 300e-6  # seconds; for blocks that take longer, waiting for the count costs little
+SEEN = 5  # measurements needed, and kept, for each number of rows
 
 
 class Measured:
-    """Waits for the count where blocks take long, and goes by a count one exit late where they are short.
+    """Waits for the count where blocks are long, and uses a count that is one exit old where they are short.
 
-    How long a block over so many rows takes is the median of what the host saw last between two counts that it waited
-    for: the first passes also compile and plan, and a host that was late itself sees one interval too long and one too
-    short. So every number of rows is waited for at first, and those that turn out to be short no more. One serves the
-    passes of one network, one after the other. clock: in seconds.
+    The duration of a block over n rows is the median of the last intervals between two counts that the host waited for
+    (a median, since first passes include compilation, and a delay of the host lengthens one interval and shortens the
+    next). So the host waits at first for every n, and stops where blocks turn out to be short. Use one instance for the
+    consecutive passes of one network. long: seconds; clock: returns seconds.
     """
 
     exact = False
@@ -83,7 +84,7 @@ class Measured:
         self._since: tuple[int, float] | None = None  # number of the last exit that was waited for, and when
 
     def seconds(self, rows: int) -> float | None:
-        """Of a block over so many rows; None before it has been seen often enough."""
+        """Median duration of a block over `rows` rows; None before there are enough measurements."""
         seen = self._seen.get(rows, ())
         return None if len(seen) < SEEN else sorted(seen)[len(seen) // 2]
 
@@ -109,7 +110,8 @@ COUNT_SYNCS: Registry[CountSync] = Registry(
 
 
 def count_sync_from(given: CountSync | str | None) -> CountSync | None:
-    """A CountSync, or its spelling: "sync", "sync:4", "lagged", "lagged:2". None stays None."""
+    """A CountSync from itself or its spelling: "sync", "sync:4", "lagged", "lagged:2". None stays None. Raises
+    ValueError for anything else."""
     if isinstance(given, str):
         return COUNT_SYNCS.read(given)
     if given is not None and not hasattr(given, "bound"):
@@ -117,15 +119,16 @@ def count_sync_from(given: CountSync | str | None) -> CountSync | None:
     return given
 
 
-ALL_EXACT = 16  # up to so many rows every number is a bucket
-BUCKETS = 32  # of a batch, beyond
+ALL_EXACT = 16  # up to this many rows, every number is a bucket
+BUCKETS = 32  # number of buckets of a larger batch
 
 
 def bucket(n: int, B: int) -> int:
-    """Rows that blocks are launched over where n of B run: n itself up to 16, then the next multiple of B / 32.
+    """The number of rows that blocks are launched over when n of B run: n itself up to 16, then the next multiple of
+    B / 32.
 
-    Libraries choose and keep a plan for every number of rows they meet (cuDNN's attention takes long over one), so they
-    are to meet few.
+    Libraries build and cache a plan for every number of rows (slowly, for cuDNN's attention), so few numbers should
+    occur.
     """
     step = max(1, B // BUCKETS)
     return n if n <= ALL_EXACT else min(B, -(-n // step) * step)

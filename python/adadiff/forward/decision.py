@@ -1,4 +1,4 @@
-"""What the policies of all lanes decide in one forward pass."""
+"""The exit decisions of all lanes' policies in one forward pass."""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -14,7 +14,7 @@ from ..policies.reuse import ReusePolicy
 
 
 class PolicyFailure(Exception):
-    """A policy raised `error`. Known to this package only: whoever called it gets the error itself."""
+    """A policy raised `error`. Internal to this package: callers get the error itself."""
 
     def __init__(self, policy: ExitPolicy | ReusePolicy, error: BaseException):
         super().__init__(f"{policy} raised {error!r}")
@@ -22,14 +22,14 @@ class PolicyFailure(Exception):
 
 
 class ExitDecision:
-    """Asks every running lane's own policy after a block.
+    """Evaluates each running lane's own exit policy after a block.
 
-    policies: those in use; policy_index: int64 [B], each lane's index into them, None where there is but one.
-    t: float [B]; threshold: float [B], where lanes bring one, else NaN; None: nobody brings one. ids: of the lanes, for
+    policies: all policies of the pass; policy_index: int64 [B], each lane's index into them, None for a single policy.
+    t: float [B]; threshold: float [B], NaN for lanes that use their policy's; None: all do. ids: of the lanes, for
     policies that need them (None: lane i is sample i at step 0). Thresholds are not checked here.
-    `limits`: float32 [L - 1, B], contiguous, where all policies are `LimitPolicy`s; else None, and `mask` asks them.
-    Everything lies on `device`, and nothing waits for it; limits of values that all lie on the CPU do so, too, and
-    whoever uses the decision uploads them.
+    `limits`: float32 [L - 1, B], contiguous, if all policies are `LimitPolicy`s; else None, and `mask` calls them.
+    All tensors are on `device`, without host synchronisation; limits computed from CPU tensors alone stay on the CPU,
+    and the caller uploads them.
     Raises ValueError for a policy that does not fit the network, and PolicyFailure for one that raises.
     """
 
@@ -69,10 +69,10 @@ class ExitDecision:
             self.limits = self._all_limits(B).contiguous()
 
     def mask(self, u: Tensor | None, layer: int, row_to_lane: Tensor, running: Tensor | None) -> Tensor:
-        """bool [n]: who exits, for policies without limits. u: float32 [n]; row_to_lane: int32 [n].
+        """bool [n]: rows that exit, for policies without limits. u: float32 [n]; row_to_lane: int32 [n].
 
-        running: bool [n], rows that still run, where only the device knows it: then every policy is asked about every
-        row and heeded where it is that row's own. None: all run, and a policy is asked about its own rows.
+        running: bool [n], rows that still run, if only the device knows them: then every policy is called for all rows,
+        and its answer is used for its own rows. None: all rows run, and a policy is called for its own rows only.
         """
         n, lanes = len(row_to_lane), row_to_lane.long()
         mask = torch.zeros(n, dtype=torch.bool, device=row_to_lane.device)
@@ -81,12 +81,12 @@ class ExitDecision:
             if layer not in asked:
                 continue
             if index is None and (running is None or not policy.whole_batch):
-                own = self._ask(policy, u, layer, lanes)
-                mask = own if running is None else own & running
+                exits = self._ask(policy, u, layer, lanes)
+                mask = exits if running is None else exits & running
             elif running is not None and not policy.whole_batch:
                 chosen = running if index is None else running & (index == k)
                 mask |= chosen & self._ask(policy, u, layer, lanes, chosen)
-            else:  # its own rows alone; on a device the count is exact here, and looking is allowed
+            else:  # its own rows only; on a device the count is exact here, and synchronising is allowed
                 chosen = torch.ones_like(mask) if index is None else index == k
                 rows = (chosen if running is None else chosen & running).nonzero().squeeze(1)
                 if len(rows):
@@ -96,7 +96,7 @@ class ExitDecision:
     def _ask(
         self, policy: ExitPolicy, u: Tensor | None, layer: int, lanes: Tensor, heeded: Tensor | None = None
     ) -> Tensor:
-        """bool [n], of copies that the policy may spoil. Its state is kept where it is heeded."""
+        """bool [n]: calls the policy with copies, which it may overwrite. Stores its state for rows where `heeded`."""
         u = u if policy.needs_scores else None
         context = self._context(policy, lanes)
         before = None if heeded is None else context.state.clone()
@@ -105,11 +105,11 @@ class ExitDecision:
         state = context.state if heeded is None else torch.where(heeded, context.state, before)
         self._state.index_copy_(0, lanes, state)
         mask = mask.expand(len(lanes))
-        # a limit has decided about NaN already, whoever shares the pass
+        # NaN never exits, except by a limit of +inf, which a `LimitPolicy` handles itself
         return mask if u is None or isinstance(policy, LimitPolicy) else mask & (u == u)
 
     def _context(self, policy: ExitPolicy, lanes: Tensor | None) -> ExitContext:
-        """By row, or by lane where lanes is None; fresh tensors."""
+        """The context of rows with these lanes, or by lane if `lanes` is None; always copies."""
         take = Tensor.clone if lanes is None else lambda value: value.index_select(0, lanes)
         ids = self._ids.map(take) if policy.needs_ids else None
         return ExitContext(self._num_layers, take(self._t), take(self._threshold), take(self._state), ids)
@@ -130,16 +130,16 @@ class ExitDecision:
     def _thresholds(
         self, t: Tensor, policy_index: Tensor | None, threshold: Tensor | None, device: torch.device
     ) -> Tensor:
-        """float32 [B]: what lanes bring, else what their policies have. On the CPU where all that is given lies there;
-        else on the device, so that nothing waits for it, and a CUDA graph can hold it."""
-        own = [torch.nan if policy.threshold is None else float(policy.threshold) for policy in self._policies]
-        given = [value for value in (t, policy_index, threshold) if value is not None]
-        there = torch.device("cpu") if all(value.is_cpu for value in given) else device
-        found = torch.full((len(t),), own[0], dtype=torch.float32, device=there)
-        for k, value in enumerate(own[1:], start=1):
-            found.masked_fill_(upload(policy_index, there) == k, value)
+        """float32 [B]: the lanes' own thresholds, else those of their policies. Computed on the CPU if all inputs are
+        there, else on the device, without host synchronisation, so that a CUDA graph can hold it."""
+        defaults = [torch.nan if policy.threshold is None else float(policy.threshold) for policy in self._policies]
+        inputs = [value for value in (t, policy_index, threshold) if value is not None]
+        at = torch.device("cpu") if all(value.is_cpu for value in inputs) else device
+        found = torch.full((len(t),), defaults[0], dtype=torch.float32, device=at)
+        for k, value in enumerate(defaults[1:], start=1):
+            found.masked_fill_(upload(policy_index, at) == k, value)
         if threshold is not None:
-            threshold = upload(threshold, there)
+            threshold = upload(threshold, at)
             found = torch.where(threshold.isnan(), found, threshold.float())
         return upload(found, device)
 
@@ -153,10 +153,10 @@ def decide(
     ids: LaneIds | None,
     device: torch.device,
 ) -> ExitDecision:
-    """An `ExitDecision`, one of an earlier pass where it would be the same."""
+    """An `ExitDecision`; that of an earlier pass is returned again if it would be the same."""
     if policy_index is None and threshold is None and t.is_cpu:
         policy = policies[0]
-        if isinstance(policy, LimitPolicy) and vars(type(policy)).get("same_limits"):  # what inherits may not have them
+        if isinstance(policy, LimitPolicy) and vars(type(policy)).get("same_limits"):  # subclasses may differ
             return _of_all_passes(policy, num_layers, len(t), device)
     return ExitDecision(policies, policy_index, num_layers, t, threshold, ids, device)
 
@@ -172,12 +172,12 @@ def _of_all_passes(policy: LimitPolicy, num_layers: int, B: int, device: torch.d
 
 
 def call_policy(policy: ExitPolicy | ReusePolicy, function: Callable, *given: object) -> Any:
-    """function(*given), which is the policy's. Raises PolicyFailure for what it raises."""
+    """Calls function(*given) of a policy; an exception in it becomes PolicyFailure."""
     try:
         return function(*given)
     except BaseException as error:
         if not isinstance(error, Exception) and type(policy).__module__.startswith("adadiff."):
-            raise  # a signal's, such as Ctrl-C: policies of this package raise nothing of the kind
+            raise  # from a signal such as Ctrl-C: this package's own policies raise no BaseException
         raise PolicyFailure(policy, error) from error
 
 

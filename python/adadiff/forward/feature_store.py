@@ -1,7 +1,7 @@
-"""What lanes keep of the network from one of their steps to the next, for policies that reuse.
+"""The features that lanes cache from one step to the next, for reuse policies.
 
-An entry is one lane's: a sample's conditional half, or its unconditional one. Values are by entry and by name, such as
-"rest". Memory is made when the first sample needs it, and grows with the samples in flight.
+One entry belongs to one lane: a sample's conditional or unconditional half. Values are stored by name, such as "rest",
+and by entry. Memory is allocated when the first sample needs it, and grows with the samples in flight.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from adadiff_kernels import upload
 
-SPARE = 8  # one entry in so many is made beyond those that are needed, so that not every sample makes the store anew
-NEVER = -1  # of `made`: the entry has not been written since it was taken
+SPARE = 8  # the store grows by 1/8 at least, so that not every new sample reallocates it
+NEVER = -1  # value of `made`: the entry has not been written since it was taken
 
 
 class Kind(NamedTuple):
-    """Of one entry's value."""
+    """Shape and dtype of a value of one entry."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -28,19 +28,19 @@ class Kind(NamedTuple):
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
-# Every entry has these. made: the lane's step that wrote the entry last, NEVER before; network: which network that ran.
+# Every entry has these. made: the step that last wrote the entry, or NEVER; network: the network that ran in it.
 ALWAYS = {"made": Kind((), torch.int64), "network": Kind((), torch.int64)}
 
 
 def entry_bytes(kinds: Mapping[str, Kind]) -> int:
-    """Of one entry that holds `kinds`, and its part of those to spare."""
+    """Bytes of one entry that holds `kinds`, including its share of spare entries."""
     each = sum(kind.bytes for kind in {**ALWAYS, **kinds}.values())
     return each + -(-each // SPARE)
 
 
 class StoreUpdate(NamedTuple):
-    """What one forward pass writes, once the tick is complete. entries: int64 [k], on the device, none twice; values:
-    by name, [k, ...]. then: called once they are written."""
+    """What one forward pass writes to the store once its tick is complete. entries: int64 [k], on the device, all
+    different; values: by name, [k, ...]. then: called after the values are written."""
 
     entries: Tensor
     values: Mapping[str, Tensor]
@@ -48,18 +48,18 @@ class StoreUpdate(NamedTuple):
 
 
 class Book(Protocol):
-    """What the host knows of entries beside the store."""
+    """What the host records about entries."""
 
     def forget(self, entries: np.ndarray) -> None:
-        """entries: int64 [k], which other lanes take now."""
+        """Clears entries: int64 [k], which are given to other lanes."""
 
 
 class FeatureStore:
-    """values: by name, [entries, ...] on `device`. What an entry holds before it is written is undefined, but `made`.
-    book: told who takes entries; None: there is none.
+    """values: by name, [entries, ...] on `device`; undefined before the first write, except `made`. book: notified when
+    entries are given to lanes, or None.
 
-    A forward pass reads; it returns a `StoreUpdate`, which `write` applies, so that a pass that is made again finds
-    everything as it was. What a sample leaves behind in an entry is forgotten when another one takes it.
+    A forward pass only reads the store and returns a `StoreUpdate`, which `write` applies, so that a pass can be
+    repeated. Taking an entry clears what an earlier sample left in it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -82,11 +82,11 @@ class FeatureStore:
     def bytes(self) -> int:
         return sum(value.nbytes for value in self.values.values())
 
-    @torch.inference_mode(False)  # whatever mode the caller is in, another thread may write
+    @torch.inference_mode(False)  # a thread in another mode may write later
     def take(self, n: int, kinds: Mapping[str, Kind]) -> np.ndarray:
-        """Entries for n lanes that keep `kinds`, int64 [n]; nothing is written in them.
+        """Allocates entries, int64 [n], for n lanes that store `kinds`; they are unwritten.
 
-        Changes nothing where memory runs out. ValueError for a name that is known with another shape or dtype.
+        Changes nothing if memory runs out. Raises ValueError for a name already in use with another shape or dtype.
         """
         self._reserve(n, kinds)
         entries = np.array(self._free[len(self._free) - n :][::-1], dtype=np.int64)
@@ -97,7 +97,7 @@ class FeatureStore:
         return entries
 
     def give_back(self, entries: np.ndarray) -> None:
-        """Entries that no lane uses any more: int64 [k]."""
+        """Frees entries: int64 [k]."""
         self._free.extend(entries.tolist())
 
     def write(self, update: StoreUpdate) -> None:
@@ -106,7 +106,7 @@ class FeatureStore:
         update.then()
 
     def _reserve(self, n: int, kinds: Mapping[str, Kind]) -> None:
-        """Room for n more entries, and for `kinds` in all of them."""
+        """Makes room for n more entries, and for `kinds` in all entries."""
         for name, kind in kinds.items():
             if self._kinds.get(name, kind) != kind:
                 raise ValueError(f"{name!r} is kept as {self._kinds[name]} already, which is not {kind}")

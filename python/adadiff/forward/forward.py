@@ -1,4 +1,4 @@
-"""One forward pass of a network with exits: block, score, exit, next block; heads at the end."""
+"""One forward pass of a network with exits: for each block run, score and exit; heads at the end."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -34,7 +34,7 @@ from .structure import structure_of
 
 
 class HasExits(Protocol):
-    """An `adadiff.Model`, or another owner of a network and its exits."""
+    """An `adadiff.Model`, or any object with a network and its exits."""
 
     backbone: Backbone
     exits: Exits | None
@@ -53,16 +53,17 @@ def forward(
     execution: ExecutionOptions | None = None,
     record_scores: bool = False,
 ) -> ForwardOutput:
-    """The network's prediction for B lanes, each at its own timestep, each exiting where its policy says so.
+    """The network's prediction for B lanes, each at its own timestep and with its own exit policy.
 
     x: [B, C, H, W]; t: float [B], the network's time, 0..1000; context: class labels int64 [B], text [B, N, E] or None.
-    What is by lane may lie on the CPU or on x's device; results lie there. Values that lie on a GPU are not checked.
-    policy: one for all, or several with policy_index: int64 [B], the index of each lane's own.
-    threshold: float [B], instead of the policy's own (NaN: its own); cfg_partner: int64 [B], the other half of a guided
-    sample (the lane itself where there is none): partners exit together, by the larger uncertainty.
-    execution: how it is run (default: `ExecutionOptions()`). record_scores: `scores` of the result are kept.
-    Raises ValueError for inputs that require grad, thresholds that a policy refuses, partners that are none or whose
-    thresholds differ, and a policy that needs exits the model does not have; and whatever a policy raises.
+    Per-lane inputs may be on the CPU or on x's device; outputs are on x's device. Values on a GPU are not checked.
+    policy: one for all lanes, or several with policy_index: int64 [B], the index of each lane's policy.
+    threshold: float [B], replaces the policy's threshold (NaN: keeps it); cfg_partner: int64 [B], the other half of a
+    guided sample (the lane itself if none): partners exit together, by the larger uncertainty.
+    execution: `ExecutionOptions` (default: `ExecutionOptions()`). record_scores: fills `ForwardOutput.scores`.
+    Raises ValueError for inputs that require grad, thresholds that a policy refuses, an invalid cfg_partner, partners
+    with different thresholds or policies, and a policy that needs exits on a model without; and whatever a policy
+    raises.
     """
     policies = tuple(policy) if isinstance(policy, Sequence) and not isinstance(policy, str) else (policy,)
     calibration: Calibration | None = getattr(model, "calibration", None)
@@ -83,7 +84,7 @@ def forward(
         )
     except PolicyFailure as failure:
         error = failure.error
-    raise error  # as it was raised, its own traceback with it
+    raise error  # with its original traceback
 
 
 @torch.no_grad()
@@ -102,8 +103,8 @@ def run_forward(
     ids: LaneIds | None = None,
     reuse: ReuseLanes | None = None,
 ) -> ForwardOutput:
-    """`forward` for lanes that have been checked. ids: of the lanes, for policies that need them. reuse: what the lanes
-    may reuse of their earlier steps. A policy's error arrives as PolicyFailure."""
+    """`forward` without its checks. ids: of the lanes, for policies that need them. reuse: what lanes may reuse from
+    earlier steps. Raises PolicyFailure for an error in a policy."""
     backbone, exits, device = model.backbone, model.exits, x.device
     structure = structure_of(backbone)
     decision = decide(policies, policy_index, structure.num_layers, t, threshold, ids, device)
@@ -129,14 +130,14 @@ def run_forward(
         costs = replace(costs, saved=branches.saved, branches=branches.reused)
         update = branch_update(reuse.store, branches, placement.exit_layer, bool(decision.exit_layers))
         updates = (*updates, update)
-    own = {"scores": scores, "variance": variance, "head_layer": head_layer, "updates": updates}
-    return ForwardOutput(prediction, placement.exit_layer, costs, rows, placement.moved, **own)
+    optional = {"scores": scores, "variance": variance, "head_layer": head_layer, "updates": updates}
+    return ForwardOutput(prediction, placement.exit_layer, costs, rows, placement.moved, **optional)
 
 
 def _upload(
     t: Tensor, partner: Tensor | None, decision: ExitDecision, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
-    """t and partner, int32 [B], on the device, and the decision's limits, what lies on the CPU in one transfer."""
+    """t and partner, int32 [B], on the device; also uploads the decision's limits. CPU tensors go in one transfer."""
     if device.type == "cpu":
         return t, None if partner is None else partner.int()
     values = [t, None if partner is None else partner.int(), decision.limits]
@@ -149,7 +150,7 @@ def _upload(
 
 
 def directly(asked: Asked) -> Done:
-    """Everything is called, on a device queued, as the loop comes to it."""
+    """Runs the pass eagerly: each operation is called (on a device: queued) in turn."""
     backbone, exits, structure, decision, execution, x, t, context, partner, record_scores, reuse, _ = asked
     B, device, invariant = len(x), x.device, execution.batch_invariant
     host = device.type == "cpu" and execution.count_sync is None
@@ -187,7 +188,7 @@ def _runner(asked: Asked, host: bool) -> BlockRunner | LaneRunner:
 
 
 def check_execution(execution: ExecutionOptions, policies: Sequence[ExitPolicy], device: torch.device) -> None:
-    """ValueError where the options do not fit the policies or the device."""
+    """Raises ValueError for options that do not fit the policies or the device."""
     count_sync = execution.count_sync
     if count_sync is not None and not count_sync.exact and any(policy.whole_batch for policy in policies):
         raise ValueError(
@@ -196,9 +197,7 @@ def check_execution(execution: ExecutionOptions, policies: Sequence[ExitPolicy],
     if execution.runner == "captured" and device.type == "cpu":
         raise ValueError("runner='captured' captures the work of a GPU; on the CPU take 'eager' or 'compiled'")
     if execution.runner == "captured" and torch.is_autocast_enabled(device.type):
-        raise ValueError(
-            "runner='captured' keeps no weights that autocast has cast; move the model to that dtype instead"
-        )
+        raise ValueError("runner='captured' does not support autocast; convert the model to that dtype instead")
     if execution.group_size is not None and device.type != "cpu":
         raise ValueError(f"groups are for the CPU; leave group_size out on {device}")
 
@@ -211,7 +210,7 @@ def _check_lanes(
     threshold: Tensor | None,
     cfg_partner: Tensor | None,
 ) -> None:
-    """ValueError where what is by lane does not fit."""
+    """Raises ValueError for per-lane inputs that do not fit."""
     if x.requires_grad:
         raise ValueError("forward is for inference; x must not require grad")
     shape = t.shape
@@ -227,12 +226,12 @@ def _check_lanes(
     if threshold is not None and threshold.shape != shape:
         raise ValueError(f"threshold must be one number per lane, {list(shape)}, got {list(threshold.shape)}")
     for k, policy in enumerate(policies):
-        own = None if policy_index is None else policy_index == k
+        lanes = None if policy_index is None else policy_index == k
         if threshold is None:
-            if policy.threshold is None and policy.needs_threshold and len(t):  # its own it has checked itself
+            if policy.threshold is None and policy.needs_threshold and len(t):  # policies check their own thresholds
                 raise ValueError(f"{policy} needs a threshold for every lane")
-        elif threshold.is_cpu and (own is None or own.is_cpu):
-            values = threshold if own is None else threshold[own]
+        elif threshold.is_cpu and (lanes is None or lanes.is_cpu):
+            values = threshold if lanes is None else threshold[lanes]
             if len(values):
                 policy.check_thresholds(values)
     if cfg_partner is not None and cfg_partner.is_cpu:

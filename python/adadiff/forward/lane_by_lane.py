@@ -1,8 +1,8 @@
-"""Blocks lane by lane, so that a lane's bits are the same in any batch; on a CPU as many lanes at once as PyTorch has
-threads, each on one.
+"""Runs blocks lane by lane, so that a lane's result is bit-identical in any batch. On a CPU as many lanes run in
+parallel as PyTorch has threads, each lane on one thread.
 
-One thread for a lane makes its bits those of that thread's arithmetic alone, whatever else runs and however many
-threads there are; and lanes that run at the same time need not wait for each other inside every product.
+With one thread per lane the bits do not depend on the number of threads or on other lanes, and parallel lanes need not
+synchronise inside every matrix product.
 """
 
 import os
@@ -29,8 +29,8 @@ Result = TypeVar("Result")
 
 
 class LaneRunner:
-    """As `BlockRunner`. Everything is copied to memory of its own first: how a product rounds may depend on
-    alignment."""
+    """As `BlockRunner`, lane by lane. Inputs are first copied to new memory, since the rounding of a matrix product may
+    depend on alignment."""
 
     anybody, normed = True, None
 
@@ -72,8 +72,8 @@ class LaneRunner:
 
         def one(row: int) -> Tensor | None:
             lane, source = lanes[row], sources[row]
-            own = None if skip is None else skip.rows[source : source + 1].clone()
-            y = self._one(block, layer, lane, hidden[row : row + 1].clone(), own)
+            joined = None if skip is None else skip.rows[source : source + 1].clone()
+            y = self._one(block, layer, lane, hidden[row : row + 1].clone(), joined)
             out[row] = y[0]
             return self._scores[lane](y, layer, self._only) if scored else None
 
@@ -89,7 +89,7 @@ class LaneRunner:
         return torch.cat(lane_by_lane(one, len(hidden), hidden.device)) if len(hidden) else hidden
 
     def _one(self, block: Block, layer: int, lane: int, x: Tensor, skip: Tensor | None) -> Tensor:
-        """Block `layer` on one lane's rows x [1, T, D], which are its own."""
+        """Block `layer` for one lane, x: [1, T, D], a copy."""
         return block(x, self._conds[lane], skip)
 
     def head(self, head: nn.Module, patches: Tensor, lanes: Tensor) -> Tensor:
@@ -102,15 +102,15 @@ class LaneRunner:
 
 
 def lane_by_lane(work: Callable[[int], Result], n: int, device: torch.device) -> list[Result]:
-    """[work(0), ..., work(n - 1)], without gradients. On a CPU from several threads at once, one for each call.
+    """[work(0), ..., work(n - 1)], without gradients. On a CPU the calls run in parallel, each on one thread.
 
-    Where a call raises, its error is raised when every thread has stopped.
+    If a call raises, its error is raised once every thread has stopped.
     """
     threads = torch.get_num_threads()
     if device.type != "cpu":
         return [work(lane) for lane in range(n)]
-    todo, results = deque(range(n)), [None] * n  # every entry is written, or an error raised
-    inference = torch.is_inference_mode_enabled()  # a setting of a thread, as is no_grad
+    todo, results = deque(range(n)), [None] * n  # every entry is written unless an error is raised
+    inference = torch.is_inference_mode_enabled()  # set per thread, like no_grad
     ended: SimpleQueue[BaseException | None] = SimpleQueue()
 
     def some() -> None:
@@ -119,12 +119,12 @@ def lane_by_lane(work: Callable[[int], Result], n: int, device: torch.device) ->
                 while todo:
                     try:
                         lane = todo.popleft()
-                    except IndexError:  # another thread was quicker
+                    except IndexError:  # another thread took the last one
                         break
                     results[lane] = work(lane)
             ended.put(None)
         except BaseException as error:
-            todo.clear()  # nobody begins another
+            todo.clear()  # no thread begins another lane
             ended.put(error)
 
     workers = _workers(threads, os.getpid())  # threads do not survive a fork
@@ -143,8 +143,8 @@ def lane_by_lane(work: Callable[[int], Result], n: int, device: torch.device) ->
 
 
 class _Workers:
-    """Threads of one PyTorch thread each. Work comes through a queue of C: of a lock held in Python, as those of
-    `concurrent.futures` are, a signal handler that raises could leave one held, and all later passes would wait."""
+    """Worker threads, each with one PyTorch thread. Work comes through a queue implemented in C: with locks held in
+    Python, as in `concurrent.futures`, a signal handler that raises could leave a lock held and block later passes."""
 
     def __init__(self, threads: int):
         self._threads = threads
@@ -152,12 +152,12 @@ class _Workers:
         ready: SimpleQueue[None] = SimpleQueue()
         try:
             for _ in range(threads):
-                own = self._work, ready
-                threading.Thread(target=_serve, args=own, name="adadiff-lane", daemon=True).start()
+                queues = self._work, ready
+                threading.Thread(target=_serve, args=queues, name="adadiff-lane", daemon=True).start()
             for _ in range(threads):
                 ready.get()
         finally:
-            # a worker sets its own number and that of threads yet to come; here, theirs again
+            # a worker's set_num_threads also sets the default of new threads; restore it
             torch.set_num_threads(threads)
 
     def start(self, work: Callable[[], None]) -> None:
@@ -169,12 +169,12 @@ class _Workers:
 
 
 def _serve(todo: "SimpleQueue[Callable[[], None] | None]", ready: "SimpleQueue[None]") -> None:
-    torch.get_num_threads()  # a thread's first use of PyTorch resets its number, hence before
+    torch.get_num_threads()  # a thread's first use of PyTorch resets its number, so call it first
     torch.set_num_threads(1)
     ready.put(None)
     while (work := todo.get()) is not None:
         work()
-        del work  # and what it holds
+        del work  # frees what it holds
 
 
 @lru_cache(maxsize=1)

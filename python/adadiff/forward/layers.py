@@ -1,4 +1,4 @@
-"""The one loop of a forward pass: block, score, exit, next block."""
+"""The loop of a forward pass: block, score, exit, next block."""
 
 from typing import NamedTuple
 
@@ -19,8 +19,8 @@ from .structure import Structure
 
 
 class Asked(NamedTuple):
-    """One forward pass of B lanes, checked and decided about. x, t, partner, int32 [B] or None: on the network's
-    device."""
+    """The input of one forward pass of B lanes, checked, with its exit decision. x, t and partner (int32 [B] or None)
+    are on the network's device."""
 
     backbone: Backbone
     exits: Exits | None
@@ -37,8 +37,8 @@ class Asked(NamedTuple):
 
 
 class Done(NamedTuple):
-    """What came of it. prediction: of all lanes; scores: float32 [L, B] or None; rows: that each block ran over.
-    head_layer, updates: see `ForwardOutput`."""
+    """The result of one forward pass. prediction: [B, C or 2 C, H, W]; scores: float32 [L, B] or None; rows: the number
+    of rows that each block ran over. head_layer, updates: see `ForwardOutput`."""
 
     prediction: Tensor
     placement: HostPlacement | DevicePlacement
@@ -49,8 +49,8 @@ class Done(NamedTuple):
 
 
 class Layers:
-    """All blocks of one network, for the lanes that a placement holds. scores: float32 [L, lanes], filled with the
-    scores of those that run, or None. rest: of lanes that may reuse the rest of the network, or None."""
+    """Runs all blocks of one network for the lanes of a placement. scores: float32 [L, lanes], receives the scores of
+    running lanes, or None. rest: for lanes that may reuse the rest of the network, or None."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Layers:
         self._gates = frozenset[int]() if rest is None else rest.layers
 
     def run(self) -> tuple[int, ...]:
-        """Returns the rows that each block ran over."""
+        """Returns the number of rows that each block ran over."""
         placement, exit_layers, num_layers = self.placement, self.decision.exit_layers, self.structure.num_layers
         rows, learns, exit_layers = [0] * num_layers, placement.learns, exit_layers | self._gates
         for layer in range(1, num_layers + 1):
@@ -92,7 +92,7 @@ class Layers:
         self.exits(layer, hidden, u)
 
     def exits(self, layer: int, hidden: Tensor, u: Tensor | None) -> None:
-        """Who exits after block `layer` does so, and what it wrote, hidden [n, T, D], is handed on. u: float32 [n]."""
+        """Exits after block `layer`; its output, hidden [n, T, D], becomes the next block's input. u: float32 [n]."""
         placement, keeps = self.placement, layer - 1 in self.structure.skips
         exits = layer in self.decision.exit_layers and self.runner.anybody
         if layer in self._gates:

@@ -1,4 +1,4 @@
-"""Where a captured forward pass keeps what crosses from one piece of work to the next, at addresses that stay."""
+"""Memory at fixed addresses for what captured pieces of a forward pass hand on to each other."""
 
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -12,7 +12,7 @@ from .structure import Structure
 
 
 class Embedded(NamedTuple):
-    """B lanes before the first block. hidden: [B, T, D]. offsets: float32 [L, B, P], None where nothing is scored."""
+    """B lanes before the first block. hidden: [B, T, D]. offsets: float32 [L, B, P], None if no layer is scored."""
 
     hidden: Tensor
     cond: Conditioning
@@ -20,14 +20,14 @@ class Embedded(NamedTuple):
 
 
 class Memory:
-    """For up to `lanes` lanes, of which a pass uses the first ones.
+    """Memory for up to `lanes` lanes; a pass uses the first ones.
 
-    rows(layer): [lanes, T, D], what block `layer` writes, 0: the first block's input. A block writes over what it
-    reads, unless a later block joins that. normed: [lanes, T, D], rows for the first norm of the next block. saved:
-    [lanes, T, D] by lane, of those that exited. snapshots: int32 [lanes], of long skips, by the index of their block.
-    limits: float32 [L - 1, lanes]; partner: int32 [lanes], a lane itself where it has none; identity: int32 [lanes].
-    u: float32 [lanes] by row, of the last block. scores: float32 [L, lanes] by lane. prediction: of the head.
-    embedded: what the network made of the lanes, `store`d. like, prediction: of one lane, which shapes are taken from.
+    rows(layer): [lanes, T, D], the output of block `layer`; 0: the input of the first block. A block overwrites its
+    input unless a later block joins it as a long skip. normed: [lanes, T, D], hidden states after the next block's
+    first norm. saved: [lanes, T, D] by lane, of exited lanes. snapshots: int32 [lanes], of long skips, by block index.
+    limits: float32 [L - 1, lanes]; partner: int32 [lanes], the lane itself if none; identity: int32 [lanes].
+    u: float32 [lanes] by row, of the last block. scores: float32 [L, lanes] by lane. prediction: the head's output.
+    embedded: the output of the stem, set by `store`. Parameters like, prediction: of one lane, to take shapes from.
     """
 
     def __init__(self, lanes: int, like: Embedded, prediction: Tensor, structure: Structure) -> None:
@@ -51,17 +51,17 @@ class Memory:
         return self._joined.get(layer - 1, self._shared)
 
     def store(self, embedded: Embedded) -> None:
-        """Of the first lanes."""
-        n, own = len(embedded.hidden), self.embedded
-        own.hidden[:n].copy_(embedded.hidden)
+        """Copies the stem's output for the first lanes."""
+        n, target = len(embedded.hidden), self.embedded
+        target.hidden[:n].copy_(embedded.hidden)
         for name, value in _by_lane(embedded.cond):
-            getattr(own.cond, name)[:n].copy_(value)
+            getattr(target.cond, name)[:n].copy_(value)
         if embedded.offsets is not None:
-            own.offsets[:, :n].copy_(embedded.offsets)
+            target.offsets[:, :n].copy_(embedded.offsets)
 
 
 def _by_lane(cond: Any) -> Iterator[tuple[str, Tensor]]:
-    """What a conditioning holds: a dataclass, of which every tensor is by lane."""
+    """The tensor fields of a conditioning (a dataclass whose tensors are all by lane)."""
     for field in fields(cond):
         if isinstance(value := getattr(cond, field.name), Tensor):
             yield field.name, value

@@ -1,8 +1,8 @@
 """Narrow networks of a slimmable model (DDSM: Yang et al., ICLR 2024, arXiv 2310.03337).
 
-A block of width w has the first share w of the heads and of the MLP channels; the rows keep their D channels, so norms,
-long skips, exits and both ends are those of the whole network. A narrow network is an ordinary `Model`, whose weights
-are the model's own or views of them: nothing is copied, and what is edited in place is seen at once.
+A block of width w uses the first share w of the heads and of the MLP channels; hidden states keep their D channels, so
+norms, long skips, exits, stem and head are those of the whole network. A narrow network is an ordinary `Model` whose
+weights are the model's own or views of them: nothing is copied, and in-place edits take effect at once.
 """
 
 import dataclasses
@@ -24,19 +24,19 @@ from ..weights import plain_names
 from .networks import Network
 from .spaces import Parameters
 
-MOST_CHOICES = 64  # kept for each model
+MOST_CHOICES = 64  # `WidthChoice`s kept for each model
 
 
 def narrow_config(config: ModelConfig, width: float) -> ModelConfig:
-    """Of the network that a slimmable model is at `width`."""
+    """The configuration of a slimmable model's network at `width`."""
     return dataclasses.replace(config, network=dataclasses.replace(config.network, width=width), widths=None)
 
 
 def cut(weights: Mapping[str, Tensor], shapes: Mapping[str, Size]) -> dict[str, Tensor]:
-    """Which part of each weight a narrow network has: views, with gradients.
+    """The part of each weight that a narrow network uses: views, with gradients.
 
-    weights: of a backbone by name; shapes: of the narrow one, by the same names. Of every dimension the first entries;
-    of queries, keys and values (a weight of one dimension more, see `FirstHeads`) those of each third.
+    weights: of a backbone, by name; shapes: of the narrow one, by the same names. A part is the first entries along
+    every dimension; of queries, keys and values (one dimension more, see `FirstHeads`) the first of each third.
     """
     parts = {}
     for name, shape in shapes.items():
@@ -49,7 +49,7 @@ def cut(weights: Mapping[str, Tensor], shapes: Mapping[str, Size]) -> dict[str, 
 
 @lru_cache(maxsize=64)
 def narrow_shapes(config: ModelConfig, width: float) -> dict[str, Size]:
-    """Of the weights of the backbone at `width`."""
+    """The shapes of the backbone's weights at `width`, by name."""
     return {name: value.shape for name, value in _without_values(config, width).backbone.named_parameters()}
 
 
@@ -59,19 +59,19 @@ def _without_values(config: ModelConfig, width: float) -> Model:
 
 
 def weights_of(model: Model) -> dict[str, Tensor]:
-    """Of its backbone, by the names that they have where nothing is compiled. ValueError where somebody has put others
-    into their places, which nobody knows how to cut."""
+    """The weights of its backbone, by their names in the uncompiled network. Raises ValueError if parameters were
+    replaced by others (such as adapters), which cannot be cut."""
     found = plain_names(dict(model.backbone.named_parameters()), "the model")
     known = narrow_shapes(model.config, 1.0)
     odd = [name for name in known if name not in found or found[name].shape != known[name]]
     if odd := odd + sorted(set(found) - set(known)):
-        raise ValueError(f"a model is made narrow by the weights of its configuration; others are {', '.join(odd[:3])}")
+        raise ValueError(f"cannot narrow a model whose weights differ from its configuration: {', '.join(odd[:3])}")
     return found
 
 
 def narrow(model: Model, width: float) -> Model:
-    """The network that `model` is at `width`: the model itself at 1; else always the same object for one width, whose
-    weights are up to date when this returns.
+    """The network of a slimmable model at `width`: the model itself at 1; otherwise the same object on every call for
+    one width, with its weights brought up to date.
 
     Raises ValueError for a model that was not trained at `width`.
     """
@@ -81,7 +81,7 @@ def narrow(model: Model, width: float) -> Model:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class WidthChoice:
-    """A `NetworkChoice`: each lane's width follows its own time. Made by `width_choice`."""
+    """A `NetworkChoice`: each lane's width follows from its own time. Created by `width_choice`."""
 
     policy: Width
     networks: tuple[Network, ...]
@@ -97,8 +97,8 @@ class WidthChoice:
 
 
 def width_choice(model: Model, policy: Width) -> WidthChoice:
-    """The same object for equal policies. Raises ValueError for a model that was not trained at these widths, and for a
-    schedule that was found for another network."""
+    """The `WidthChoice` of a policy; the same object for equal policies. Raises ValueError for a model that was not
+    trained at these widths, and for a schedule that was searched for another network."""
     _check_widths(model, policy.widths, f"policy '{policy}'")
     if policy.network is not None and policy.network != network_of(model.config):
         raise ValueError(
@@ -109,7 +109,7 @@ def width_choice(model: Model, policy: Width) -> WidthChoice:
 
 
 def network_of(config: ModelConfig) -> str:
-    """What a schedule of widths belongs to, as text: the configuration without its exits."""
+    """Identifies the network that a width schedule belongs to: its configuration without exits, as JSON."""
     return json.dumps(dataclasses.replace(config, exits=None).to_dict(), sort_keys=True)
 
 
@@ -125,7 +125,7 @@ def _check_widths(model: Model, widths: tuple[float, ...], what: str) -> None:
 
 
 class _NarrowNetworks:
-    """Of one model, to which nothing here leads back, so that it goes when nobody else holds it."""
+    """The narrow networks of one model. Holds no reference to the model, so that it can be freed."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -157,7 +157,7 @@ class _NarrowNetworks:
             return self._choices[policy]
 
     def refresh(self, model: Model) -> None:
-        """Looks for weights that were replaced, or lie elsewhere now, as after `model.to(device)`."""
+        """Updates the networks if weights of the model were replaced or moved, as by `model.to(device)`."""
         with self._lock:
             if self._parameters is None or self._parameters.moved():
                 for width, network in self._networks.items():
@@ -165,15 +165,15 @@ class _NarrowNetworks:
                 self._parameters = Parameters(model)
 
 
-@torch.inference_mode(False)  # whatever mode the caller is in, another thread may continue
+@torch.inference_mode(False)  # a thread in another mode may use the network later
 def _fill(network: Model, width: float, model: Model) -> None:
     """Gives a narrow network the weights of `model`."""
     weights = weights_of(model)
     shapes = narrow_shapes(model.config, width)
     for name, value in cut({name: value.detach() for name, value in weights.items()}, shapes).items():
         path, _, leaf = name.rpartition(".")
-        own = weights[name] if value.shape == weights[name].shape else nn.Parameter(value, requires_grad=False)
-        network.backbone.get_submodule(path)._parameters[leaf] = own
+        parameter = weights[name] if value.shape == weights[name].shape else nn.Parameter(value, requires_grad=False)
+        network.backbone.get_submodule(path)._parameters[leaf] = parameter
     for name, value in model.backbone.named_buffers():
         path, _, leaf = name.rpartition(".")
         network.backbone.get_submodule(path)._buffers[leaf] = value

@@ -1,6 +1,6 @@
-"""One forward pass whose lanes run different networks: a shallow one at noisy times, a narrow one, a student.
+"""One forward pass whose lanes run different networks: a shallow one at noisy timesteps, a narrow one, a student.
 
-Lanes of one network run together, by their policies; what they return lies by lane, as of one pass.
+Lanes of the same network run together, by their policies; the results are merged by lane.
 """
 
 import math
@@ -24,14 +24,14 @@ from .structure import structure_of
 
 
 class Network(NamedTuple):
-    """asks: whether policies decide in it; else every lane runs all its blocks."""
+    """A model, and whether policies apply in it (`asks`); if not, every lane runs all its blocks."""
 
     model: Model
     asks: bool
 
 
 class NetworkChoice(Protocol):
-    """Which network a lane runs, by its time. networks: those it chooses from beside the model itself."""
+    """Which network a lane runs, by its time. networks: the alternatives to the model itself."""
 
     networks: Sequence[Network]
 
@@ -56,11 +56,11 @@ def run_networks(
     reuse: ReuseLanes | None = None,
     run: Callable[..., ForwardOutput] = run_forward,
 ) -> ForwardOutput:
-    """`run_forward`, each lane in a network of its own. network: int64 [B] on the CPU, an index into networks.
+    """`run_forward` with a network per lane. network: int64 [B] on the CPU, an index into networks.
 
-    networks[0] is what the others are compared with: its multiply-adds are the full ones, its rows are reported.
-    Scores are kept of the networks in which policies are asked, if they have as many layers; only there a lane reuses,
-    and only what the same network has made, see `ReuseLanes.network`.
+    networks[0] is the reference: its multiply-adds count as the full cost, and its rows are reported. Scores are
+    recorded for networks in which policies apply and that have as many layers as networks[0]. Lanes reuse features only
+    in networks in which policies apply, and only features of the same network, see `ReuseLanes.network`.
     Raises ValueError as `run_forward` does, and for partners that run different networks.
     """
     if cfg_partner is not None and not torch.equal(network[cfg_partner.cpu()], network):
@@ -90,7 +90,7 @@ def _take(lanes: Tensor, *values: Tensor | None) -> list[Tensor | None]:
 
 
 def _partners(partner: Tensor | None, own: Tensor, lanes: Tensor) -> Tensor | None:
-    """Partners among `lanes`, those that are `own`: bool [B], counted there."""
+    """The partners of `lanes` as indices among the lanes where own: bool [B] is true."""
     return None if partner is None else own.long().cumsum(0)[partner.cpu()[lanes]] - 1
 
 
@@ -102,15 +102,15 @@ def _merge(
     lanes: Tensor,
     record_scores: bool,
 ) -> ForwardOutput:
-    """lanes: int64 [B], those of the parts in turn; present: their networks."""
+    """Merges the results by lane. lanes: int64 [B], the lanes of all parts in turn; present: the parts' networks."""
     first, B, L = parts[0], len(lanes), len(networks[0].model.backbone.blocks)
-    device, there = first.prediction.device, upload(lanes, first.prediction.device)
+    device, lanes_there = first.prediction.device, upload(lanes, first.prediction.device)
 
     def by_lane(name: str) -> Tensor:
         return in_place(torch.cat([getattr(part, name) for part in parts]))
 
     def in_place(joined: Tensor) -> Tensor:
-        return torch.empty_like(joined).index_copy_(0, there, joined)
+        return torch.empty_like(joined).index_copy_(0, lanes_there, joined)
 
     head_layer = None
     if any(part.head_layer is not None for part in parts):
@@ -121,10 +121,10 @@ def _merge(
     if record_scores:
         scores = torch.full((L, B), math.nan, dtype=torch.float32, device=device)
         for part in parts:
-            own = there[begin : begin + len(part.prediction)]
+            at = lanes_there[begin : begin + len(part.prediction)]
             if part.scores is not None and len(part.scores) == L:
-                scores[:, own] = part.scores
-            begin += len(own)
+                scores[:, at] = part.scores
+            begin += len(at)
     full = first.costs if present[0] == 0 else structure_of(networks[0].model.backbone).costs(None, frozenset())
     rank = torch.searchsorted(torch.tensor(present, dtype=torch.int64, device="cpu"), network)
     costs = Costs(
@@ -149,7 +149,8 @@ def _merge(
 
 
 def _by_lane(parts: Sequence[ForwardOutput], lanes: Tensor, name: str) -> np.ndarray | None:
-    """int64 [B, L + 1], L of the deepest network, of `Costs` whose `name` is given for its own lanes and layers."""
+    """Merges the field `name` of the parts' costs: int64 [B, L + 1], L of the deepest network; None if no part has
+    it."""
     if all(getattr(part.costs, name) is None for part in parts):
         return None
     found = np.zeros((len(lanes), max(len(part.costs.by_exit_layer[0]) for part in parts)), dtype=np.int64)

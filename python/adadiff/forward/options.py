@@ -1,4 +1,4 @@
-"""How a forward pass is executed. No option changes what is computed, beyond rounding."""
+"""How a forward pass is executed. Options change results by rounding at most."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -12,19 +12,21 @@ Runner = Literal["eager", "compiled", "captured"]
 
 @dataclass(frozen=True)
 class ExecutionOptions:
-    """batch_invariant: every product is computed lane by lane, on the CPU each on one thread, so that a lane's
-    prediction, scores and exit are the same bits in any batch (on one machine).
-    runner: "eager", or "compiled": blocks go through torch.compile, for any number of rows; the first passes take
-    seconds to minutes; blocks of which some lane keeps or takes a branch are not compiled. "captured", on a GPU: the
-    work of every layer and number of rows is replayed as a CUDA graph, so that the host hardly has a part in it;
-    nothing of it may be patched or hooked afterwards.
-    max_lanes: of "captured": passes of any number of lanes up to it share their graphs and memory (None: those of
-    exactly as many).
+    """How a forward pass is executed.
+
+    batch_invariant: compute every lane separately, on the CPU each on one thread, so that a lane's prediction, scores
+    and exit are bit-identical in any batch (on one machine).
+    runner: "eager"; "compiled": blocks go through torch.compile, for any number of rows (the first passes take seconds
+    to minutes; blocks in which a lane caches or reuses a branch are not compiled); "captured", on a GPU: the work of
+    every layer and number of rows is replayed as a CUDA graph, which takes little time on the host. Do not patch or
+    hook the network after the first captured pass.
+    max_lanes: for "captured": passes of up to this many lanes share graphs and memory (None: only passes of equally
+    many lanes do).
     count_sync: how the host learns how many rows still run: "sync", "sync:4", "lagged", "lagged:2", or a `CountSync`.
-    None: "sync" on a GPU, "measured" where its work is captured; on the CPU the host decides itself.
+    None: "sync" on a GPU, `Measured` with runner "captured"; on the CPU the host decides itself.
     group_size: lanes per block call on the CPU (None: about 2048 tokens).
     nvtx: name the blocks for NVIDIA's profilers.
-    Raises ValueError for values of other kinds, and for options that exclude each other.
+    Raises ValueError for invalid values, and for options that exclude each other.
     """
 
     batch_invariant: bool = False

@@ -1,4 +1,4 @@
-"""What a forward pass returns, and what it cost."""
+"""The result of a forward pass, and its cost in multiply-adds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from .feature_store import StoreUpdate
 
 @dataclass(frozen=True)
 class Costs:
-    """Multiply-adds of a lane. plain: of the whole network without exits. by_exit_layer: [networks][L + 1], of one that
-    exits after so many blocks. network: by lane, which of the networks it ran; None: all ran the only one. asks: by
-    network, whether policies decide in it. own_head: by network, what heads of layers 1..L-1 take beyond the network's
-    own; by_exit_layer has it. saved, branches: int64 [B, L + 1], multiply-adds and number of the branches that a lane
-    took from an earlier step, if it exits after so many blocks; None: nobody did."""
+    """Multiply-adds per lane. plain: the whole network without exits. by_exit_layer: [networks][L + 1], of a lane that
+    exits after 0..L blocks. network: by lane, the index of the network it ran; None: there is only one. asks: by
+    network, whether policies apply in it. own_head: by network, the extra cost of the heads of layers 1..L-1 over the
+    network's own head; included in by_exit_layer. saved, branches: int64 [B, L + 1], multiply-adds and number of the
+    branches that a lane reused, by the number of blocks it ran; None: no lane reused any."""
 
     plain: int
     by_exit_layer: tuple[tuple[int, ...], ...]
@@ -27,8 +27,8 @@ class Costs:
     branches: np.ndarray | None = None
 
     def total(self, exit_layer: Sequence[int], head_layer: Sequence[int] | None = None) -> int:
-        """exit_layer: of every lane. head_layer: the layer whose head a lane took that reused the rest of the network,
-        0 for the others; None: nobody did."""
+        """Multiply-adds of all lanes. exit_layer: by lane. head_layer: by lane, the layer whose head it used if it
+        reused the rest of the network, else 0; None: no lane did."""
         if self.network is None:
             table = self.by_exit_layer[0]
             total = sum([table[layer] for layer in exit_layer])
@@ -43,7 +43,7 @@ class Costs:
         return total - sum([self.own_head[k] for k, head in zip(network, head_layer, strict=True) if head == last[k]])
 
     def branches_reused(self, exit_layer: Sequence[int]) -> np.ndarray:
-        """int64 [B]: how many branches each lane took from an earlier step."""
+        """int64 [B]: the number of branches each lane reused from an earlier step."""
         if self.branches is None:
             return np.zeros(len(exit_layer), dtype=np.int64)
         return self.branches[np.arange(len(exit_layer)), list(exit_layer)]
@@ -51,14 +51,14 @@ class Costs:
 
 @dataclass(frozen=True)
 class ForwardOutput:
-    """B lanes. On a GPU the tensors may not be written yet; what reads their values waits.
+    """The result for B lanes. On a GPU the tensors may still be computed; reading their values synchronises.
 
-    prediction: [B, C, H, W], of the network's prediction type and dtype. variance: likewise, v of a learned range (see
-    adadiff_kernels.solver_step), None where none was learned. exit_layer: int32 [B], blocks a lane ran, 1..L.
-    rows: rows that each block ran over, those in vain included. moved: int32 [1] or a number, see `rows_moved`.
-    scores: float32 [L, B], NaN where nobody was asked; None unless recorded.
-    head_layer: int32 [B], the layer whose head a lane took that reused the rest of the network, 0 for the others; None
-    where no lane's policy reuses. updates: what the lanes' store is to be told once the step is complete.
+    prediction: [B, C, H, W], of the network's prediction type and dtype. variance: [B, C, H, W], v of a learned range
+    (see adadiff_kernels.solver_step), None without one. exit_layer: int32 [B], the number of blocks a lane ran, 1..L.
+    rows: the number of rows each block ran over, including rows of exited lanes. moved: int32 [1] or int, see
+    `rows_moved`. scores: float32 [L, B], NaN where a lane was not scored; None unless recorded.
+    head_layer: int32 [B], the layer whose head a lane used if it reused the rest of the network, else 0; None if no
+    lane's policy reuses it. updates: to be applied to the lanes' store once the step is complete.
     """
 
     prediction: Tensor
@@ -73,15 +73,15 @@ class ForwardOutput:
 
     @cached_property
     def macs(self) -> int:
-        """Multiply-adds of all lanes, network and scores."""
+        """Multiply-adds of all lanes, including scores and heads."""
         return self.costs.total(self.exit_layer.tolist(), None if self.head_layer is None else self.head_layer.tolist())
 
     @property
     def macs_full(self) -> int:
-        """Those of the same lanes in the plain network."""
+        """Multiply-adds of the same lanes in the plain network."""
         return len(self.exit_layer) * self.costs.plain
 
     @property
     def rows_moved(self) -> int:
-        """Rows that changed places to keep the running ones together."""
+        """The number of rows moved to keep running rows contiguous."""
         return int(self.moved)

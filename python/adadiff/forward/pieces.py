@@ -1,8 +1,8 @@
-"""Pieces of a forward pass: device work over memory whose addresses stay, run as it is or as a captured CUDA graph.
+"""Pieces of a forward pass: device work over memory at fixed addresses, run eagerly or as a captured CUDA graph.
 
-A piece is what is queued for one layer and one number of rows. The host replays it with one call instead of queueing
-every kernel anew. Work and graph are one code: the first run of a piece calls it, on the stream that captures, which
-compiles its kernels and makes the plans of the libraries; the second run captures it, and later ones replay that.
+A piece is the work queued for one layer and one number of rows. The host replays it with one call instead of queueing
+every kernel again. Eager work and graph share the code: the first run of a piece calls it, on the capture stream, which
+compiles its kernels and lets libraries make their plans; the second run captures it, and later runs replay the graph.
 """
 
 import logging
@@ -14,22 +14,23 @@ from typing import Protocol
 import torch
 
 Work = Callable[[], None]
-LIMIT = 4096  # graphs; those of one network and capacity are some hundreds
+LIMIT = 4096  # graphs; one network at one capacity needs some hundreds
 
 
 class Graphs(Protocol):
     """How a device captures work."""
 
     def aside(self, work: Work) -> None:
-        """Does the work, where `capture` would capture it."""
+        """Runs the work uncaptured, on the stream of `capture`."""
 
     def capture(self, work: Work) -> Work:
-        """What replays the work. Raises what the work raises, or the device where it cannot be captured."""
+        """Returns a function that replays the work. Raises the errors of the work, and those of the device if it cannot
+        be captured."""
 
 
 class CudaGraphs:
-    """CUDA graphs that share one pool of memory, so that what a piece allocates on its way costs its memory once. They
-    are replayed one after the other, in any order: nothing that is in the pool is read by another piece."""
+    """CUDA graphs that share one memory pool, so that temporary memory is allocated once for all pieces. Graphs are
+    replayed one after the other, in any order: no piece reads pool memory of another."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
@@ -47,12 +48,12 @@ class CudaGraphs:
     def capture(self, work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
-            # other threads may go on allocating memory
+            # "thread_local": other threads may allocate memory meanwhile
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 work()
             except BaseException:
-                with suppress(RuntimeError):  # that the capture is void
+                with suppress(RuntimeError):  # ignore "the capture is invalid"
                     graph.capture_end()
                 raise
             graph.capture_end()
@@ -60,10 +61,10 @@ class CudaGraphs:
 
 
 class Pieces:
-    """limit: of graphs; the least recently used one is dropped beyond it.
+    """Pieces by key. limit: the number of graphs kept; beyond it the least recently used one is dropped.
 
-    A piece that the device cannot capture runs uncaptured from then on, which one log line says. What a piece raises is
-    raised, and nothing is kept of it.
+    A piece that the device cannot capture runs uncaptured from then on, and is logged once. If a piece raises, the
+    error propagates and the piece is not kept.
     """
 
     def __init__(self, graphs: Graphs, limit: int = LIMIT) -> None:
@@ -75,7 +76,7 @@ class Pieces:
         return sum(replay is not None for replay in self._known.values())
 
     def run(self, key: Hashable, work: Work) -> None:
-        """Queues the piece `key`, whose work is the same at every call."""
+        """Queues the piece `key`; its work must be the same at every call."""
         replay = self._known.get(key)
         if replay is None:
             replay = self._first_runs(key, work)
@@ -85,7 +86,7 @@ class Pieces:
             replay()
 
     def _first_runs(self, key: Hashable, work: Work) -> Work | None:
-        """None if the work is done."""
+        """Runs or captures the work; returns the replay function, or None if the work has been run."""
         if key in self._known and key not in self._uncaptured:
             try:
                 replay = self._graphs.capture(work)

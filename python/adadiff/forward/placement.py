@@ -1,9 +1,9 @@
-"""Where the rows lie and who still runs: known to the host, or to a device alone. Both exit by the same algorithm
-(adadiff_kernels/compaction/), and keep by lane what a lane had at its own layer.
+"""Which rows run and where they lie, tracked on the host or on a device. Both exit by the same algorithm
+(adadiff_kernels/compaction/), and save by lane the hidden states at the lane's exit layer.
 
-Blocks write fresh rows. Those of a lane that exits are saved before the next block runs, and the remaining ones move
-together. On a device the host launches every block over a bound of the rows; what is computed beyond the count is never
-read.
+Each block writes new rows. Rows of exiting lanes are saved before the next block runs, and the remaining rows are moved
+to be contiguous. On a device the host launches every block over an upper bound of the rows; results beyond the count
+are never read.
 """
 
 import threading
@@ -22,8 +22,8 @@ from .decision import ExitDecision
 
 
 class Skip(NamedTuple):
-    """A long skip as its block wrote it: row r joins rows[index[r]], or with row_to_lane, rows[index[row_to_lane[r]]];
-    without index the first n in order. See `join_skip`."""
+    """A long skip as its block wrote it: row r joins rows[index[r]] or, with row_to_lane, rows[index[row_to_lane[r]]];
+    without index, rows[r]. See `join_skip`."""
 
     rows: Tensor
     row_to_lane: Tensor | None
@@ -31,14 +31,14 @@ class Skip(NamedTuple):
 
     @property
     def row_index(self) -> Tensor | None:
-        """index by row, for blocks that do not look lanes up."""
+        """The index by row, for blocks that do not use row_to_lane."""
         by_row = self.row_to_lane is None or self.index is None
         return self.index if by_row else self.index.index_select(0, self.row_to_lane)
 
 
 class Placement:
-    """What blocks hand on. hidden: [bound or more, T, D]. skips: long skips that no block has joined yet, by the index
-    of their block. learns: only `advance` tells the host who exited."""
+    """The state between blocks. hidden: [bound or more, T, D]. skips: long skips not joined yet, by the index of their
+    block. learns: whether the host learns of exits only through `advance`."""
 
     learns = False
 
@@ -49,11 +49,11 @@ class Placement:
         self.skips: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     def running(self) -> Tensor | None:
-        """bool [n]: rows that run; None: all."""
+        """bool [n]: rows that still run; None: all do."""
         raise NotImplementedError
 
     def exit_mask(self, u: Tensor | None, layer: int) -> Tensor:
-        """bool [n]: rows that may exit after `layer` by their policies. u: float32 [n] or None."""
+        """bool [n]: rows that their policies let exit after `layer`. u: float32 [n] or None."""
         lanes, limits, running = self.row_to_lane, self._decision.limits, self.running()
         u = _larger_of_tied(u, lanes, self._partner)
         if limits is None:
@@ -62,7 +62,8 @@ class Placement:
         return mask if running is None else mask & running
 
     def both_tied(self, mask: Tensor) -> Tensor:
-        """mask: bool [n] by row, false for rows that do not run; of two tied lanes true only where both are."""
+        """The mask restricted to rows whose partner's is true, too. mask: bool [n] by row, false for rows that do not
+        run."""
         if self._partner is None:
             return mask
         lanes = self.row_to_lane.long()
@@ -71,9 +72,10 @@ class Placement:
 
 
 class HostPlacement(Placement):
-    """bound: rows to run, n. row_to_lane: int32 [n]. in_order: row i carries lane i, for all lanes. saved: [B, T, D] by
-    lane, what those that exited had; None as long as nobody has. exits: (layer, n before, n after) where somebody
-    exited. partner: int32 [B] or None, the lane that a lane is tied to."""
+    """Placement on the host. bound: n, the running rows. row_to_lane: int32 [n]. in_order: whether row i holds lane i,
+    for all lanes. saved: [B, T, D] by lane, hidden states of exited lanes; None before the first exit. exits: (layer, n
+    before, n after) for each layer with exits. partner: int32 [B] or None, the lane that has to exit together with each
+    lane."""
 
     tickets = None
 
@@ -83,12 +85,12 @@ class HostPlacement(Placement):
         self.bound, self.in_order = len(hidden), True
         self.saved: Tensor | None = None
         self.row_to_lane = self._identity = torch.arange(self.bound, dtype=torch.int32, device="cpu")
-        self._active: ActiveSet | None = None  # none is needed before somebody may exit
+        self._active: ActiveSet | None = None  # created when a lane may exit
         self.exits: list[tuple[int, int, int]] = []
 
     def exit(self, hidden: Tensor, u: Tensor | None, layer: int, keeps: bool, normed: Tensor | None = None) -> None:
-        """Those that exit after `layer` are saved out of hidden [n, T, D], and rows move there. u: float32 [n] or None.
-        keeps, normed: of the device."""
+        """Saves the rows of hidden [n, T, D] that exit after `layer`, and moves the others, in place. u: float32 [n] or
+        None. keeps, normed: used by `DevicePlacement` only."""
         limits = self._decision.limits
         if limits is None:
             self.exit_where(self.exit_mask(u, layer), hidden, layer, keeps, normed)
@@ -97,7 +99,7 @@ class HostPlacement(Placement):
         self._settle(moves, hidden, layer)
 
     def exit_where(self, mask: Tensor, hidden: Tensor, layer: int, keeps: bool, normed: Tensor | None = None) -> None:
-        """`exit` of the rows with a true mask, bool [n], of tied lanes where both have one."""
+        """As `exit`, for rows where mask, bool [n], is true; partners exit only if both masks are."""
         self._settle(self._set().exit_rows_where(mask, layer, partner=self._partner), hidden, layer)
 
     def running(self) -> None:
@@ -119,7 +121,7 @@ class HostPlacement(Placement):
         self.bound, self.row_to_lane, self.in_order = active.count, active.running, False
 
     def keep(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A long skip that is written now."""
+        """Remembers a long skip that is written now."""
         return hidden, self._identity if self.in_order else self._active.snapshot()
 
     def skip(self, kept: tuple[Tensor, Tensor | None]) -> Skip:
@@ -127,11 +129,11 @@ class HostPlacement(Placement):
         return Skip(rows, None, None if self.in_order else self._active.locate(snapshot))
 
     def record(self, scores: Tensor, u: Tensor) -> None:
-        """scores: float32 [B] by lane."""
+        """Writes u of the running rows to scores: float32 [B] by lane."""
         scores.index_copy_(0, self.row_to_lane.long(), u)
 
     def finish(self, hidden: Tensor, num_layers: int) -> None:
-        """Everybody exits after the last layer; `saved` then has all lanes."""
+        """All running lanes exit after the last layer; `saved` then holds all lanes."""
         n, active = self.bound, self._active
         if n:
             self.exits.append((num_layers, n, 0))
@@ -146,10 +148,10 @@ class HostPlacement(Placement):
 
 
 class DevicePlacement(Placement):
-    """As `HostPlacement`. bound: no fewer than the rows that run. A round number of rows is launched where `rounds`.
-    leave: somebody may leave before the last layer (None: where `decision` says so).
-    `advance` alone learns from the device; what else happens there is queued. At the end exits and order (int32 [B],
-    the lanes by row) are None unless the host has seen every count."""
+    """Placement on a device; see `HostPlacement`. bound: an upper bound on the running rows. rounds: launch a rounded
+    number of rows. leave: whether lanes may leave before the last layer (None: as `decision` says).
+    Only `advance` reads from the device; all else is queued. At the end exits and order (int32 [B], the lanes by row)
+    are None unless the host knows every count."""
 
     in_order, learns = False, True
     exits: list[tuple[int, int, int]] | None
@@ -185,11 +187,12 @@ class DevicePlacement(Placement):
         self.bound, self.row_to_lane = bound, self._active.row_to_lane[:bound]
 
     def outputs(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
-        """Where block `layer` is to write its output and its rows for the next norm, [bound, T, D]; None: anywhere."""
+        """Where block `layer` has to write its output and the next norm's output, [bound, T, D]; None: new memory."""
         return None, None
 
     def exit(self, hidden: Tensor, u: Tensor | None, layer: int, keeps: bool, normed: Tensor | None = None) -> None:
-        """keeps: a long skip is written at this layer. normed: [n, T, D], rows that move as hidden's do."""
+        """See `HostPlacement.exit`. keeps: whether a long skip is written at this layer. normed: [n, T, D], rows that
+        move along with those of hidden."""
         if self._limits is None:
             self.exit_where(self.exit_mask(u, layer), hidden, layer, keeps, normed)
             return
@@ -197,7 +200,7 @@ class DevicePlacement(Placement):
         settle_rows(moves, hidden, self.saved, normed)
 
     def exit_where(self, mask: Tensor, hidden: Tensor, layer: int, keeps: bool, normed: Tensor | None = None) -> None:
-        """`exit` of the rows with a true mask, bool [n], of tied lanes where both have one."""
+        """As `exit`, for rows where mask, bool [n], is true; partners exit only if both masks are."""
         moves = self._active.exit_rows_where(mask, layer, **self._given(layer, keeps))
         settle_rows(moves, hidden, self.saved, normed)
 
@@ -206,7 +209,7 @@ class DevicePlacement(Placement):
         return {"bound": self.bound, "partner": self._partner, "snapshot": self._snapshot}
 
     def advance(self, layer: int) -> None:
-        """What the host knows of the count once the exit of `layer` is queued."""
+        """Updates the bound from what the host knows of the count, after the exit of `layer` was queued."""
         self._asked.append(layer)
         before, self._count = self._count, self._count_sync.bound(self._active, self._asked, self._count)
         if self._count < before:
@@ -215,14 +218,14 @@ class DevicePlacement(Placement):
                 self._launch_over(bound)
 
     def _rounded(self, count: int) -> int:
-        """Rows to launch over where `count` may run."""
+        """The number of rows to launch over when up to `count` run."""
         return bucket(count, self._active.num_lanes) if self._rounds else count
 
     def _new_snapshot(self, layer: int) -> Tensor:
         return torch.empty_like(self._active.lane_to_row)
 
     def keep(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.saved is None:  # nobody exits, so no row moves
+        if self.saved is None:  # no lane exits, so no row moves
             return hidden, None
         if self._snapshot is None:
             self._snapshot = self._active.snapshot()
@@ -241,19 +244,19 @@ class DevicePlacement(Placement):
         self.end(hidden, num_layers)
 
     def settle_last(self, hidden: Tensor, num_layers: int) -> None:
-        """The device's part of `finish`."""
+        """The part of `finish` on the device."""
         moves = self._active.finish(num_layers, bound=self.bound)
         if self.saved is not None:
             settle_rows(moves, hidden[: self.bound], self.saved)
 
     def end(self, hidden: Tensor, num_layers: int) -> None:
-        """The host's part."""
+        """The part of `finish` on the host."""
         active = self._active
         if self.saved is None:
             self.saved = hidden
         if self._count:
             self.exits.append((num_layers, self._count, 0))
-        # the set serves the next pass
+        # copies: the next pass reuses the set
         self.exit_layer, self.moved = active.exit_layer[: self._lanes].clone(), active.moved.clone()
         exact = self._count_sync.exact
         self.order: Tensor | None
@@ -264,7 +267,7 @@ class DevicePlacement(Placement):
 
 
 def _larger_of_tied(u: Tensor | None, row_to_lane: Tensor, partner: Tensor | None) -> Tensor | None:
-    """u by row, of two tied lanes the larger."""
+    """u by row, the larger one for two partners."""
     if u is None or partner is None:
         return u
     lanes = row_to_lane.long()
@@ -273,16 +276,16 @@ def _larger_of_tied(u: Tensor | None, row_to_lane: Tensor, partner: Tensor | Non
 
 
 _idle = threading.local()
-_of_graphs: list[DeviceSet] = []  # a captured graph writes to the memory of its set for as long as it lives
+_of_graphs: list[DeviceSet] = []  # kept alive: a captured graph writes to the memory of its set
 
 
 @contextmanager
 def device_set(B: int, device: torch.device) -> Iterator[DeviceSet]:
-    """A set that nobody uses, started. Making one needs pinned memory and waits for the device, so they are kept, apart
-    for threads, streams and captured graphs, which must not share one."""
+    """A started set for exclusive use. Creating one needs pinned memory and waits for the device, so sets are kept and
+    reused; threads, streams and captured graphs do not share sets."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     kept = _idle.__dict__.setdefault((B, device, stream), [])
-    with torch.inference_mode(False):  # whatever mode the caller is in, the next one may be in another
+    with torch.inference_mode(False):  # a later caller may be in another mode
         active = kept.pop() if kept else DeviceSet(B, device)
     active.start()
     try:

@@ -1,4 +1,4 @@
-"""Each lane's prediction, by the head of the layer after which it exited."""
+"""Each lane's prediction, by the head of its exit layer."""
 
 import torch
 from torch import Tensor
@@ -18,14 +18,14 @@ def predictions(
     exits: Exits | None,
     rest: RestOfNetwork | None = None,
 ) -> Tensor:
-    """[B, C or 2 C, H, W]. One call where the head is shared or nobody exited early; else one for each layer at which
-    somebody exited, or, where only the device knows who that is, one for the last layer and one for all others. rest:
-    of lanes that may reuse it, by the head of the layer at which that ended."""
+    """[B, C or 2 C, H, W]. One head call if the head is shared or no lane exited early; else one for each layer with
+    exits or, if only the device knows the exits, one for the last layer and one for all others. rest: for lanes that
+    may reuse the rest of the network, which use the head of the layer at which that ended."""
     patches, last = placement.saved[:, backbone.num_prefix_tokens :], len(backbone.blocks)
     if not len(patches):
         C, H, W = backbone.sample_shape
         return patches.new_empty(0, 2 * C if backbone.learned_variance else C, H, W)
-    lanes = placement.row_to_lane  # where nobody exited early, that is all of them in order
+    lanes = placement.row_to_lane  # all lanes in order if none exited early
     if not placement.in_order:
         lanes = torch.arange(len(patches), dtype=torch.int32, device=patches.device)
     shared = exits is None or exits.heads is None
@@ -43,7 +43,7 @@ def predictions(
     if placement.exits is None or (by_lane and exits.config.head == "linear"):
         return without_the_host(runner, backbone, exits, patches, lanes, placement.exit_layer)
     parts = []
-    for layer, before, after in reversed(placement.exits):  # the last to exit lie first
+    for layer, before, after in reversed(placement.exits):  # lanes that exited last lie first
         lanes = placement.order[after:before]
         parts.append(runner.head(exits.head(backbone, layer), patches.index_select(0, lanes), lanes))
     prediction = torch.cat(parts)
@@ -53,12 +53,12 @@ def predictions(
 def _by_layer(
     runner: BlockRunner | LaneRunner, backbone: Backbone, exits: Exits, patches: Tensor, layers: Tensor
 ) -> Tensor:
-    """Lane i through the head of layers[i], int32 [B], which the host looks at."""
+    """Lane i through the head of layers[i]: int32 [B]. Synchronises with the device."""
     parts, order = [], []
     for layer in layers.unique().tolist():
         order.append((layers == layer).nonzero().squeeze(1))
-        own = patches.index_select(0, order[-1])
-        parts.append(runner.head(exits.head(backbone, layer), own, order[-1].int()))
+        selected = patches.index_select(0, order[-1])
+        parts.append(runner.head(exits.head(backbone, layer), selected, order[-1].int()))
     prediction = torch.cat(parts)
     return torch.empty_like(prediction).index_copy_(0, torch.cat(order), prediction)
 
@@ -66,8 +66,8 @@ def _by_layer(
 def without_the_host(
     runner: BlockRunner, backbone: Backbone, exits: Exits | None, patches: Tensor, lanes: Tensor, exit_layer: Tensor
 ) -> Tensor:
-    """[n, C or 2 C, H, W], where only the device knows who exited where. patches: [n, N, D] of the lanes, int32 [n];
-    exit_layer: int32 [n], theirs. exits: None where nobody exits early."""
+    """[n, C or 2 C, H, W], without host synchronisation. patches: [n, N, D] of lanes: int32 [n]; exit_layer: int32 [n].
+    exits: None if no lane exits early."""
     prediction = runner.head(backbone.head, patches, lanes)
     if exits is None or exits.heads is None:
         return prediction

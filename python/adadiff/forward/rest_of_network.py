@@ -1,9 +1,9 @@
-"""Lanes that take the rest of the network from one of their earlier steps: a first-block cache, lane by lane.
+"""First-block cache per lane: a lane may reuse the rest of the network from an earlier step.
 
-After F blocks a lane either goes on, which makes a *full* step of it, or leaves by the same compaction as an exit, and
-its prediction is head(h_F + rest), rest = h_k - h_F of its last full step, over the patches. k is the layer at which
-that step ended, the last one or an earlier exit, and the head is that layer's. A lane that exits by its exit policy at
-F or before makes no full step: what it keeps grows older.
+After F blocks a lane either continues (a *full* step) or leaves by the same compaction as an exit. If it leaves, its
+prediction is head(h_F + rest) over the patches, where rest = h_k - h_F of its last full step, k is the layer at which
+that step ended (the last layer or an exit), and the head is that of layer k. A lane whose exit policy lets it exit at
+layer F or earlier makes no full step; its cached rest is kept.
 """
 
 from collections.abc import Callable
@@ -25,9 +25,9 @@ from .runner import BlockRunner
 
 
 def kinds_of(policy: ReusePolicy, backbone: Backbone, dtype: torch.dtype) -> dict[str, Kind]:
-    """What a lane of `policy` keeps. rest: [N, D], over the patches; ended: k. reference: [T, D], what the gate
-    compares with. total: of the gate "input", the change that has summed up since the last full step. Of one that
-    reuses branches: those."""
+    """The store values of a lane of `policy`. rest: [N, D], over the patches; ended: k. reference: [T, D], which the
+    gate compares with. total, for the gate "input": the change accumulated since the last full step. For a policy that
+    reuses branches: the branches."""
     T, D = backbone.tokens, backbone.dim
     if reuses_branches(policy):
         return kinds_of_branches(Branches.of(backbone.blocks, T).of_policy(policy), (T, D), dtype)
@@ -40,9 +40,9 @@ def kinds_of(policy: ReusePolicy, backbone: Backbone, dtype: torch.dtype) -> dic
 
 
 def reuse_bytes(policy: ReusePolicy, backbone: Backbone, exits: bool, dtype: torch.dtype) -> int:
-    """Bytes that a lane of `policy` takes beside what lanes take that reuse nothing: its entry; in a pass, what that
-    returns for it, and hidden states before and after the first blocks; without exits, those with which it
-    leaves. Branches are written where they stay."""
+    """Additional bytes of a lane that follows `policy`: its store entry; during a pass the values to be written to it,
+    and hidden states before and after the first F blocks; without exits, also saved hidden states. Branches are written
+    to the store directly."""
     if reuses_branches(policy):
         return entry_bytes(kinds_of(policy, backbone, dtype))
     hidden = backbone.tokens * backbone.dim * dtype.itemsize
@@ -50,15 +50,15 @@ def reuse_bytes(policy: ReusePolicy, backbone: Backbone, exits: bool, dtype: tor
 
 
 def check_reuse(policy: ReusePolicy, backbone: Backbone) -> None:
-    """ValueError for a policy that this network cannot follow, or by which nobody could ever reuse."""
+    """Raises ValueError for a policy that this network cannot follow, or under which no lane could ever reuse."""
     num_layers = len(backbone.blocks)
     if reuses_branches(policy):
         Branches.of(backbone.blocks, backbone.tokens).of_policy(policy)
         return
     if policy.last:
         raise ValueError(
-            f"policy '{policy}': last blocks that always run are for pipelines; here the head follows what is reused, "
-            "so leave last out"
+            f"policy '{policy}': last blocks that always run are for pipelines; here the head reads the reused output "
+            "directly, so leave last out"
         )
     if policy.first >= num_layers:
         raise ValueError(
@@ -68,13 +68,17 @@ def check_reuse(policy: ReusePolicy, backbone: Backbone) -> None:
     if policy.gate not in (None, *GATES):
         raise ValueError(f"gate of '{policy}' must be None or one of {', '.join(GATES)}, got {policy.gate!r}")
     if policy.gate == "input" and not hasattr(backbone.blocks[0], "branches"):
-        raise ValueError(f"policy '{policy}': gate=input does not see into this network's blocks; use gate=residual")
+        raise ValueError(
+            f"policy '{policy}': gate=input needs blocks that expose their branches, which this network does not have; "
+            "use gate=residual"
+        )
 
 
 class RestOfNetwork:
-    """Of one forward pass of B lanes. layers: after which a gate is asked. hidden: [B, T, D], the first block's input.
+    """Reuse of the rest of the network in one forward pass of B lanes. layers: layers after which a policy decides.
+    hidden: [B, T, D], the first block's input.
 
-    reused, full: bool [B], lanes that reuse, and those whose step is a full one, as far as the pass has come.
+    reused, full: bool [B], lanes that reuse, and lanes whose step is a full one, as decided so far in this pass.
     """
 
     def __init__(
@@ -101,7 +105,7 @@ class RestOfNetwork:
         gates = {policy.gate for policy in self._policies.values()}
         self._input = hidden if "residual" in gates else None
         self._base: Tensor | None = None  # [B, T, D] by lane, after each lane's own first blocks
-        self._read: Tensor | None = None  # [B, T, D], what the first block's first branch reads
+        self._read: Tensor | None = None  # [B, T, D], the input of the first block's first branch
         if "input" in gates:
             self._read = runner.first_read(hidden)
             grown = self._by_lane(_growth, self._read, self._kept("reference"))
@@ -110,11 +114,11 @@ class RestOfNetwork:
     def leave(
         self, layer: int, hidden: Tensor, exits: Tensor | None, placement: HostPlacement | DevicePlacement
     ) -> Tensor:
-        """Rows that leave after `layer`, by their exit policy or because they reuse: bool [n]. hidden: [n, T, D];
-        exits: bool [n], rows that may exit; None: nobody."""
-        own, lanes, running = self._own, placement.row_to_lane.long(), placement.running()
+        """bool [n]: rows that leave after `layer`, by their exit policy or because they reuse. hidden: [n, T, D];
+        exits: bool [n], rows that may exit; None: none may."""
+        entries, lanes, running = self._own, placement.row_to_lane.long(), placement.running()
         asked = torch.zeros(len(lanes), dtype=torch.bool, device=hidden.device)
-        index, reuse = own.index.index_select(0, lanes), torch.zeros_like(asked)
+        index, reuse = entries.index.index_select(0, lanes), torch.zeros_like(asked)
         for k, policy in self._policies.items():
             if policy.first != layer:
                 continue
@@ -132,19 +136,19 @@ class RestOfNetwork:
         return left
 
     def _who_reuses(self, policy: ReusePolicy, hidden: Tensor, lanes: Tensor, chosen: Tensor, on_host: bool) -> Tensor:
-        """bool [n], of the rows that are `chosen`, bool [n]. Where only a device knows who runs, all rows are asked
-        about."""
-        own, found = self._own, torch.zeros_like(chosen)
+        """bool [n]: rows of chosen: bool [n] that reuse. If only the device knows the running rows, the policy is
+        called for all rows."""
+        entries, found = self._own, torch.zeros_like(chosen)
         rows = chosen.nonzero().squeeze(1) if on_host else torch.arange(len(chosen), device=chosen.device)
         if not len(rows):
             return found
         lanes, hidden = lanes[rows], hidden if len(rows) == len(chosen) else hidden[rows]
-        usable = own.valid.index_select(0, lanes) & chosen[rows]
+        usable = entries.valid.index_select(0, lanes) & chosen[rows]
         change = self._change(policy, hidden, lanes, usable)
         context = ReuseContext(
-            own.step.index_select(0, lanes),
-            own.age.index_select(0, lanes),
-            own.steps_left.index_select(0, lanes),
+            entries.step.index_select(0, lanes),
+            entries.age.index_select(0, lanes),
+            entries.steps_left.index_select(0, lanes),
             self._t.to(lanes.device).index_select(0, lanes),
         )
         mask = call_policy(policy, policy.reuse_mask, None if policy.gate is None else change.clone(), context)
@@ -153,8 +157,8 @@ class RestOfNetwork:
         return found
 
     def _change(self, policy: ReusePolicy, hidden: Tensor, lanes: Tensor, usable: Tensor) -> Tensor:
-        """float32 [n], by the policy's gate; NaN where the lane's values are. usable: bool [n], rows that have
-        something to reuse."""
+        """float32 [n]: the change measured by the policy's gate; NaN if the lane holds NaN. usable: bool [n], rows that
+        have something to reuse."""
         if policy.gate is None:
             return torch.where(hidden.isnan().flatten(1).any(1), torch.nan, 0.0).float()
         if policy.gate == "input":
@@ -165,7 +169,7 @@ class RestOfNetwork:
         return self._by_lane(_change, *given)
 
     def _by_lane(self, function: Callable[..., Tensor], *given: Tensor) -> Tensor:
-        """function(*given), float32 [n], of [n, T, D] each; lane by lane where the bits must not depend on n."""
+        """function(*given), float32 [n], for tensors [n, T, D]; lane by lane if results must not depend on n."""
         if not self._invariant:
             return function(*given)
         n, device = len(given[0]), given[0].device
@@ -178,80 +182,80 @@ class RestOfNetwork:
         return torch.cat(lane_by_lane(one, n, device))
 
     def _kept(self, name: str, lanes: Tensor | None = None) -> Tensor:
-        """What the store has of all lanes, or of some: int64 [k]."""
+        """The stored values of all lanes, or of lanes: int64 [k]."""
         entry = self._own.entry if lanes is None else self._own.entry.index_select(0, lanes)
         return self._store[name].index_select(0, entry)
 
     def _keep_base(self, hidden: Tensor, lanes: Tensor, asked: Tensor) -> None:
         if self._base is None:
             self._base = hidden.new_empty(len(self.reused), *hidden.shape[1:])
-        if len(self.layers) > 1:  # others have left theirs there, at another layer
+        if len(self.layers) > 1:  # keeps the rows of lanes with another F
             hidden = torch.where(asked[:, None, None], hidden, self._base.index_select(0, lanes))
         self._base.index_copy_(0, lanes, hidden)
 
     # ---- at the end of the pass ----
 
     def head_layer(self) -> Tensor:
-        """int32 [B]: the layer whose head a lane takes that reuses, 0 for the others."""
+        """int32 [B]: for lanes that reuse, the layer whose head they use; 0 for the others."""
         if not self.layers:
             return torch.zeros(len(self.reused), dtype=torch.int32, device=self.reused.device)
         return self._kept("ended").where(self.reused, 0)
 
     def completed(self, patches: Tensor) -> Tensor:
-        """patches: [B, N, D], what lanes had when they left; with the rest added to those that reuse."""
+        """patches: [B, N, D], of lanes when they left. Returns them with the cached rest added for lanes that reuse."""
         if not self.layers or (patches.is_cpu and not bool(self.reused.any())):
             return patches
         return torch.where(self.reused[:, None, None], patches + self._kept("rest"), patches)
 
     def updates(self, placement: HostPlacement | DevicePlacement) -> tuple[StoreUpdate, ...]:
-        """What the store is to be told, for the entries of lanes that follow a policy."""
+        """The updates of the store, for the entries of lanes that follow a policy."""
         index = self._lanes.index
         lanes = {k: upload((index == k).nonzero().squeeze(1), self.reused.device) for k in self._policies}
         return tuple(self._update(policy, lanes[k], placement) for k, policy in self._policies.items())
 
     def _update(self, policy: ReusePolicy, lanes: Tensor, placement: HostPlacement | DevicePlacement) -> StoreUpdate:
-        """Of all that `policy` has, int64 [k]: what a full step leaves, and for other lanes what is there already."""
-        own, full = self._own, self.full.index_select(0, lanes)
+        """The update for lanes: int64 [k] of `policy`: new values after a full step, the old ones otherwise."""
+        entries, full = self._own, self.full.index_select(0, lanes)
         values: dict[str, Tensor] = {}
 
         def put(name: str, rows: Tensor, where: Tensor) -> None:
             old = self._kept(name, lanes)
             values[name] = torch.where(where.view(-1, *[1] * (old.ndim - 1)), rows.to(old.dtype), old)
 
-        if self._base is not None:  # else nobody came as far
+        if self._base is not None:  # else no lane came this far
             base = self._base.index_select(0, lanes)
-            put("made", own.step.index_select(0, lanes), full)
-            put("network", own.network.index_select(0, lanes), full)
+            put("made", entries.step.index_select(0, lanes), full)
+            put("network", entries.network.index_select(0, lanes), full)
             put("ended", placement.exit_layer.index_select(0, lanes), full)
             put("rest", (placement.saved.index_select(0, lanes) - base)[:, self._prefix :], full)
             if policy.gate == "residual":
                 put("reference", base - self._input.index_select(0, lanes), full)
-        if policy.gate == "input":  # its reference is the step before, full or not
-            seen = full | own.valid.index_select(0, lanes)
+        if policy.gate == "input":  # its reference is the previous step, full or not
+            seen = full | entries.valid.index_select(0, lanes)
             put("reference", self._read.index_select(0, lanes), seen)
             put("total", self._total.index_select(0, lanes).masked_fill(full, 0.0), seen)
-        return StoreUpdate(own.entry.index_select(0, lanes), values)
+        return StoreUpdate(entries.entry.index_select(0, lanes), values)
 
 
 def _growth(read: Tensor, before: Tensor) -> Tensor:
-    """float32 [n]: how much what is read has changed since the step before, relative to that. [n, T, D] each."""
+    """float32 [n]: relative change of the first branch's input since the previous step. Arguments: [n, T, D]."""
     return mean_abs(read - before) / mean_abs(before)
 
 
 def _change(hidden: Tensor, begun: Tensor, reference: Tensor) -> Tensor:
-    """float32 [n]: how much the residual hidden - begun has changed. [n, T, D] each."""
+    """float32 [n]: relative change of the residual hidden - begun since `reference`. Arguments: [n, T, D]."""
     return mean_abs(hidden - begun - reference) / mean_abs(reference)
 
 
 def _change_of_all(hidden: Tensor, begun: Tensor, reference: Tensor, usable: Tensor) -> Tensor:
-    """float32 [1], of all usable rows as one: sum |change| / sum |reference|."""
+    """float32 [1]: relative change over all usable rows together: sum |change| / sum |reference|."""
     none = torch.zeros((), dtype=torch.float32, device=hidden.device)
     changed = mean_abs(hidden - begun - reference).where(usable, none).sum()
     return (changed / mean_abs(reference).where(usable, none).sum())[None]
 
 
 def mean_abs(value: Tensor) -> Tensor:
-    """float32 [n], of each lane."""
+    """float32 [n]: the mean absolute value of each lane."""
     return value.flatten(1).abs().mean(1, dtype=torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""What a forward pass is told about lanes that may reuse what an earlier step of theirs has computed."""
+"""Input of a forward pass for lanes that may reuse features of their earlier steps."""
 
 import logging
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ from adadiff_kernels import upload
 from ..policies.reuse import ReusePolicy
 from .feature_store import NEVER, FeatureStore
 
-NONE = -1  # of `index`: a lane that follows no policy of reuse
+NONE = -1  # value of `index` for a lane without a reuse policy
 
 
 @dataclass(frozen=True)
 class ReuseLanes:
-    """B lanes; int64 [B] each, on the CPU. index: of each lane's policy among `policies`, NONE where it has none.
+    """B lanes; all tensors int64 [B], on the CPU. index: each lane's policy in `policies`, or NONE.
 
-    entry: of the store, where index is not NONE. step: of the sample, from 0; steps_left: how many follow this one.
-    network: by a number that stays, which network the lane runs now.
+    entry: the lane's entry in `store`, where index is not NONE. step: the sample's step, from 0; steps_left: the number
+    of steps after this one. network: a fixed number for the network that the lane runs now.
     """
 
     policies: Sequence[ReusePolicy]
@@ -34,16 +34,16 @@ class ReuseLanes:
 
     @cached_property
     def any(self) -> bool:
-        """Some lane follows a policy."""
+        """Whether any lane follows a reuse policy."""
         return bool((self.index != NONE).any())
 
     def take(self, lanes: Tensor) -> "ReuseLanes":
-        """Those at lanes: int64 [k], on the CPU."""
+        """The lanes at `lanes`: int64 [k], on the CPU."""
         names = ("index", "entry", "step", "steps_left", "network")
         return replace(self, **{name: getattr(self, name)[lanes] for name in names})
 
     def without(self, refused: Sequence[bool]) -> "ReuseLanes":
-        """Lanes of policies k with refused[k] reuse nothing."""
+        """A copy in which lanes of policy k reuse nothing if refused[k]."""
         if not any(refused):
             return self
         of_none = torch.tensor([*refused, True], dtype=torch.bool, device="cpu")[self.index]  # NONE is the last
@@ -51,9 +51,9 @@ class ReuseLanes:
 
 
 class LaneEntries:
-    """`ReuseLanes` on the device, with what the store knows of each lane. int64 [B]: index, entry (0 where a lane has
-    none), step, steps_left, network, age (steps since the entry was written, at least 1). bool [B]: valid, there is
-    something to reuse, which the same network has made."""
+    """`ReuseLanes` on the device, with data of the store. int64 [B]: index, entry (0 if none), step, steps_left,
+    network, age (steps since the entry was written, at least 1). bool [B]: valid, whether there is something to reuse,
+    written by the same network."""
 
     def __init__(self, lanes: ReuseLanes, device: torch.device) -> None:
         given = (lanes.index, lanes.entry, lanes.step, lanes.steps_left, lanes.network)
@@ -67,7 +67,7 @@ class LaneEntries:
 
 @cache
 def log_not_captured() -> None:
-    """Once for a process."""
+    """Logs a warning, once per process."""
     logging.getLogger("adadiff").warning(
         "runner='captured': forward passes in which a sample reuses earlier steps are run eagerly"
     )

@@ -1,4 +1,4 @@
-"""How blocks are run: plainly, fused with the passes that follow, or compiled."""
+"""Runs blocks: plainly, fused with score and norm, or compiled."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -32,12 +32,12 @@ def plain_block(
     row_to_lane: Tensor | None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """hidden, out: [n, T, D]; skip and index: see `Block`; row_to_lane: int32 [n], None where row i carries lane i."""
+    """hidden, out: [n, T, D]; skip and index: see `Block`; row_to_lane: int32 [n], None if row i holds lane i."""
     return block(hidden, cond, skip, index, row_to_lane, out)
 
 
 def read_by(branch: Branch, hidden: Tensor, cond: Conditioning, row_to_lane: Tensor) -> Tensor:
-    """[n, T, D]: what a branch reads of hidden, [n, T, D]."""
+    """[n, T, D]: the input of a branch, hidden [n, T, D] after the branch's norm."""
     norm = branch.norm(cond)
     return hidden if norm is None else layer_norm(hidden, norm, row_to_lane)
 
@@ -54,10 +54,10 @@ def fused_block(
     out: Tensor | None = None,
     norm_out: Tensor | None = None,
 ) -> FusedRows:
-    """The passes after a branch are one: its bias and gate, the sum, the score, and the norm of the next branch.
+    """Runs a block with one fused pass after each branch: bias, gate, sum, score, and the norm of the next branch.
 
-    normed: hidden after the norm of the first branch, if the pass before wrote that. after: the norm that the next
-    block begins with, to be written by the last pass. out, norm_out: [n, T, D], receive what the last pass writes.
+    normed: hidden after the norm of the first branch, if the previous block wrote it. after: the first norm of the next
+    block, computed by the last pass. out, norm_out: [n, T, D], receive the outputs of the last pass.
     """
     if skip is not None:
         hidden = block.join(hidden, *skip).to(hidden.dtype)
@@ -68,7 +68,7 @@ def fused_block(
         last = following is None
         target = out if last else None
         if target is None and b.dtype == hidden.dtype:
-            target = b  # nobody needs the branch any more
+            target = b  # the branch is not needed any more
         hidden, h, u = residual_uem(
             hidden,
             b,
@@ -84,11 +84,11 @@ def fused_block(
 
 
 class BlockRunner:
-    """Blocks for all running rows at once, on a CPU a group of lanes at a time.
+    """Runs blocks for all running rows at once, on a CPU a group of lanes at a time.
 
-    anybody: whether somebody may exit after the block that ran last; True where only the placement can tell.
-    fuses: the passes after a branch are one, in blocks that show their branches. normed: [n, T, D], what the last block
-    wrote for the first norm of the next one; None where the next one begins otherwise.
+    anybody: whether any row may exit after the last block; True if only the placement can tell. fuses: whether blocks
+    that expose their branches run fused. normed: [n, T, D], the last block's output after the first norm of the next
+    block; None if that block does not begin with a norm or the last block did not compute it.
     """
 
     normed: Tensor | None = None
@@ -106,18 +106,18 @@ class BlockRunner:
         self.anybody = True
 
     def embed(self, x: Tensor, t: Tensor, context: Tensor | None, scored: bool, limits: Tensor | None) -> Tensor:
-        """[B, T, D]: the input of the first block. scored: some layer's score will be asked for; limits: float32
-        [L - 1, B] or None, below which score a lane may exit."""
+        """[B, T, D]: the input of the first block. scored: whether any layer will be scored; limits: float32 [L - 1, B]
+        or None, the score below which a lane may exit."""
         return self.begin(self.embedded(x, t, context, scored), limits)
 
     def embedded(self, x: Tensor, t: Tensor, context: Tensor | None, scored: bool) -> Embedded:
-        """scored: offsets are wanted, where the network has exits."""
+        """The stem's output. scored: whether to compute the offsets of scores, if the network has exits."""
         hidden, cond = self._backbone.embed(x, t, context)
         offsets = self._exits.offsets(cond.time, t) if scored and self._exits is not None else None
         return Embedded(hidden, cond, offsets)
 
     def begin(self, embedded: Embedded, limits: Tensor | None) -> Tensor:
-        """`embed`, with what the network has already made of the lanes."""
+        """As `embed`, for a stem output computed before."""
         hidden, self._cond, offsets = embedded
         if offsets is not None:
             exits = self._exits
@@ -127,20 +127,20 @@ class BlockRunner:
         return hidden
 
     def first_read(self, hidden: Tensor) -> Tensor:
-        """[B, T, D]: what the first branch of the first block reads of hidden, [B, T, D], the block's input by lane."""
+        """[B, T, D]: the input of the first block's first branch. hidden: [B, T, D], the block's input by lane."""
         lanes = torch.arange(len(hidden), dtype=torch.int32, device=hidden.device)
         return read_by(cast(FusableBlock, self._structure.blocks[0]).branches[0], hidden, self._cond, lanes)
 
     def norm_after(self, layer: int) -> Norm | None:
-        """The norm that the next block begins with, for the pass that ends block `layer` to write; None where that
-        block joins a long skip first, has no such norm, or is not fused."""
+        """The first norm of the next block, to be computed by the last pass of block `layer`; None if the next block
+        joins a long skip first, has no such norm, or does not expose its branches."""
         blocks = self._structure.blocks
         if layer == len(blocks) or blocks[layer].skip_from is not None or not hasattr(blocks[layer], "branches"):
             return None
         return cast(FusableBlock, blocks[layer]).branches[0].norm(self._cond)
 
     def writes_norm(self, layer: int) -> bool:
-        """Whether block `layer` writes rows for the norm of the next one; 0: before the first block."""
+        """Whether block `layer` computes the first norm of the next block; layer 0: before the first block."""
         fused = self.fuses and layer > 0 and hasattr(self._structure.blocks[layer - 1], "branches")
         return fused and self.norm_after(layer) is not None
 
@@ -153,7 +153,7 @@ class BlockRunner:
         placement: HostPlacement | DevicePlacement,
         scored: bool,
     ) -> Rows:
-        """hidden: [n, T, D]. Returns the block's output and u, float32 [n], None unless scored."""
+        """Runs one block on hidden: [n, T, D]. Returns its output and u, float32 [n], None unless scored."""
         if self._nvtx:
             with torch.cuda.nvtx.range(f"block {layer}"):
                 return self._block(block, layer, hidden, skip, placement, scored)
@@ -214,7 +214,7 @@ class BlockRunner:
             own_skip = skip if skip is None or index is not None else skip[part]
             own_index = None if index is None else index[part]
             lanes = row_to_lane[part]
-            # by slices row i carries lane i no more
+            # row i of a slice is not lane i, so lanes are always passed
             y = self._plain(block, hidden[part], self._cond, own_skip, own_index, lanes, out[part])
             if scores is not None:
                 u.append(scores(y, layer, lanes).clone())
@@ -222,21 +222,22 @@ class BlockRunner:
         return out, torch.cat(u) if u else None
 
     def head(self, head: nn.Module, patches: Tensor, lanes: Tensor) -> Tensor:
-        """patches: [n, N, D] of lanes: int32 [n]."""
+        """The head's output for patches: [n, N, D] of lanes: int32 [n]."""
         return head(patches, self._cond, lanes)
 
     def one_prediction(self, hidden: Tensor) -> Tensor:
-        """[1, C or 2 C, H, W] of hidden [1, T, D], as the network's own head makes it."""
+        """[1, C or 2 C, H, W]: the output of the network's own head for hidden: [1, T, D]."""
         lane = torch.zeros(1, dtype=torch.int32, device=hidden.device)
         return self.head(self._backbone.head, hidden[:, self._backbone.num_prefix_tokens :], lane)
 
     def heads_by_lane(self, patches: Tensor, lanes: Tensor, exit_layer: Tensor) -> Tensor:
-        """Each lane through the head of its own layer, of 1..L-1; see `Exits.heads_by_lane`."""
+        """Each lane through the head of its exit layer, 1..L-1; see `Exits.heads_by_lane`."""
         return self._exits.heads_by_lane(patches, self._cond, lanes, exit_layer)
 
 
 def groups(n: int, group: int) -> Iterator[slice]:
-    """n rows in as few groups as fit, of nearly equal size: a small last group would run at a worse rate."""
+    """Slices of n rows in as few groups as possible, of nearly equal size: a small last group would run less
+    efficiently."""
     parts = -(-n // group)
     bounds = [n * i // parts for i in range(parts + 1)]
     return (slice(a, b) for a, b in itertools.pairwise(bounds))
@@ -245,26 +246,26 @@ def groups(n: int, group: int) -> Iterator[slice]:
 def compile_each_kind(function: Blocks, **options: object) -> Blocks:
     """`function` through torch.compile(dynamic=True, **options), for any number of rows and blocks.
 
-    Dynamo counts graphs by function, and after eight of them (torch._dynamo.config.recompile_limit) runs it eagerly. A
+    Dynamo limits the graphs of a function (torch._dynamo.config.recompile_limit, eight) and then runs it eagerly. A
     network needs more: blocks with and without skip, with and without score, one row or several. So every kind of call
-    has a function of its own.
+    gets a copy of the function.
     """
     number = itertools.count()
 
     @cache
-    def own(*kind: object) -> Blocks:
+    def compiled(*kind: object) -> Blocks:
         code = function.__code__.replace(co_name=f"{function.__name__}_{next(number)}")
         renamed = FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
         return torch.compile(renamed, dynamic=True, **options)
 
     def call(block: Block, *given: object) -> Tensor | FusedRows:
-        return own(type(block), *map(_kind, given))(block, *given)
+        return compiled(type(block), *map(_kind, given))(block, *given)
 
     return call
 
 
 def _kind(value: object) -> object:
-    """Of an argument, by which one graph cannot serve for another."""
+    """The property of an argument that needs a graph of its own."""
     if isinstance(value, Tensor):
         return value.shape[0] == 1
     if isinstance(value, Score):
@@ -274,5 +275,5 @@ def _kind(value: object) -> object:
 
 @cache
 def compiled_function(function: Blocks) -> Blocks:
-    """`compile_each_kind`, one for all forward passes, so that nothing is compiled twice."""
+    """`compile_each_kind(function)`, shared by all forward passes, so that nothing is compiled twice."""
     return compile_each_kind(function)

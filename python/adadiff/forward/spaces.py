@@ -1,4 +1,4 @@
-"""What passes of one network keep on a device from one to the next: memory at addresses that stay, and pieces."""
+"""What captured passes of one network share on a device: memory at fixed addresses, and captured pieces."""
 
 import threading
 from collections.abc import Iterator
@@ -21,15 +21,15 @@ from .pieces import CudaGraphs, Graphs, Pieces
 from .runner import BlockRunner
 from .structure import Structure
 
-KEPT = 3  # spaces of a network, in one thread; those used least recently are dropped
+KEPT = 3  # spaces of a network, in one thread; the least recently used ones are dropped
 
 
 class Space:
-    """For up to `lanes` lanes of inputs such as x [B, C, H, W] and context [B, ...] or None. One pass uses it at a
-    time, of one thread.
+    """Memory and graphs for passes of up to `lanes` lanes with inputs of the shapes of x [B, C, H, W] and context
+    [B, ...] or None. Used by one pass of one thread at a time.
 
-    active, pieces, count_sync: of its passes. x, t, context: the lanes' own, loaded before each pass. memory: None
-    until the network has been called once.
+    active, pieces, count_sync: of its passes. x, t, context: inputs, loaded before each pass. memory: None until the
+    network has been called once.
     """
 
     def __init__(self, lanes: int, x: Tensor, context: Tensor | None, graphs: Graphs) -> None:
@@ -45,14 +45,14 @@ class Space:
         self._tied = False
 
     def begin(self, runner: BlockRunner, structure: Structure, x: Tensor, t: Tensor, context: Tensor | None) -> Memory:
-        """A pass over x [B, C, H, W], t [B] and context [B, ...] or None, on the device."""
+        """Begins a pass: loads x [B, C, H, W], t [B] and context [B, ...] or None, all on the device."""
         n = len(x)
         self.active.start(n)
         self.x[:n].copy_(x)
         self.t[:n].copy_(t)
         if context is not None:
             self.context[:n].copy_(context)
-        if self.memory is None:  # one lane through stem and head shows what they make
+        if self.memory is None:  # run one lane through stem and head to learn the shapes
             one = runner.embedded(*self.inputs(1), True)
             runner.begin(one, None)
             prediction = runner.one_prediction(one.hidden)
@@ -65,7 +65,7 @@ class Space:
         return self.x[:n], self.t[:n], None if self.context is None else self.context[:n]
 
     def load_decision(self, decision: ExitDecision, partner: Tensor | None) -> None:
-        """partner: int32 [B] on the device, or None."""
+        """Loads the decision's limits and partner: int32 [B] on the device, or None."""
         limits, memory = decision.limits, self.memory
         if limits is not None and limits is not self._limits:
             memory.limits[:, : limits.shape[1]].copy_(limits)
@@ -78,13 +78,13 @@ class Space:
 
 
 class Parameters:
-    """Where a network's parameters lie, since captured pieces hold their addresses."""
+    """The addresses of a network's parameters, which captured pieces hold."""
 
     def __init__(self, *owners: Any) -> None:
         modules = [module for owner in owners if isinstance(owner, nn.Module) for module in owner.modules()]
         groups = [group for module in modules for group in (module._parameters, module._buffers, module._modules)]
         self._groups = [group for group in groups if group]
-        self._members = list(self._now())  # kept alive, so that nothing else gets their identity
+        self._members = list(self._now())  # kept alive, so that no other object gets the same id
         self._ids = list(map(id, self._members))
         self._tensors = [value for value in self._members if isinstance(value, Tensor)]
         for owner in owners:
@@ -96,7 +96,7 @@ class Parameters:
         return chain.from_iterable(group.values() for group in self._groups)
 
     def moved(self) -> bool:
-        """Whether somebody has put other parameters or modules into their places. Values may change where they lie."""
+        """Whether parameters or modules were replaced or moved in memory. In-place changes of values do not count."""
         return list(map(id, self._now())) != self._ids or (list(map(Tensor.data_ptr, self._tensors)) != self._addresses)
 
 
@@ -105,8 +105,8 @@ _spaces = threading.local()
 
 @contextmanager
 def space_of(backbone: Backbone, exits: Exits | None, lanes: int, x: Tensor, context: Tensor | None) -> Iterator[Space]:
-    """One that no pass uses now. It is dropped where the pass fails, unless a policy did: nobody knows what it has left
-    undone. Where memory ran out, this thread gives up all others, too."""
+    """A space for exclusive use. If the pass fails, the space is dropped, since its state is unknown (except after an
+    error of a policy). If memory runs out, this thread drops all its spaces."""
     known = _spaces.__dict__.setdefault("of", WeakKeyDictionary())
     kept: dict[object, tuple[Space, Parameters]] = known.setdefault(backbone, {})
     kind = None if context is None else (context.shape[1:], context.dtype)
@@ -115,7 +115,7 @@ def space_of(backbone: Backbone, exits: Exits | None, lanes: int, x: Tensor, con
     if space is None or parameters.moved():
         while len(kept) >= KEPT:
             kept.pop(next(iter(kept)))
-        with torch.inference_mode(False):  # whatever mode the caller is in, the next one may be in another
+        with torch.inference_mode(False):  # a later caller may be in another mode
             space, parameters = Space(lanes, x, context, graphs_on(x.device)), Parameters(backbone, exits)
     try:
         yield space
@@ -123,7 +123,7 @@ def space_of(backbone: Backbone, exits: Exits | None, lanes: int, x: Tensor, con
         kept[key] = space, parameters
         raise
     except torch.OutOfMemoryError:
-        known.clear()  # others may have it
+        known.clear()  # frees their memory
         raise
     kept[key] = space, parameters
 

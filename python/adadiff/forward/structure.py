@@ -1,4 +1,4 @@
-"""What a forward pass needs to know of a network beforehand. Computed once for each network."""
+"""Facts about a network that forward passes need; computed once per network."""
 
 from functools import cached_property
 from itertools import accumulate
@@ -9,14 +9,14 @@ from ..uem import Exits
 from .branch_plan import Branches
 from .output import Costs
 
-# On a CPU a block runs over groups of lanes with about so many tokens: enough for products at their full rate, few
-# enough that what one writes is still in the cache when the next reads it. Rows do not see each other inside a block.
+# Tokens per group of lanes in a block call on the CPU: enough for matrix products at full rate, few enough that a
+# product's output is still in the cache when the next one reads it. Rows are independent inside a block.
 CPU_GROUP_TOKENS = 2048
 
 
 class Structure:
-    """blocks; num_layers: L; skips: indices of the blocks whose output a later one joins; group_size: lanes per block
-    call on a CPU."""
+    """Facts about a network. blocks; num_layers: L; skips: indices of the blocks whose output a later block joins;
+    group_size: lanes per block call on a CPU."""
 
     def __init__(self, backbone: Backbone):
         self.blocks = tuple(backbone.blocks)
@@ -33,7 +33,8 @@ class Structure:
         return Branches.of(self.blocks, self._tokens)
 
     def costs(self, exits: Exits | None, scored: frozenset[int]) -> Costs:
-        """scored: layers whose score is computed. Those asked for last are kept: one pass is mostly like the next."""
+        """Costs of a pass. scored: layers whose score is computed. The last result is cached: consecutive passes are
+        mostly alike."""
         if self._last is not None and self._last[0] is exits and self._last[1] == scored:
             return self._last[2]
         score = exits.macs(self._tokens - exits.num_prefix_tokens) if exits is not None and scored else 0
@@ -51,6 +52,6 @@ _structures: WeakKeyDictionary[Backbone, Structure] = WeakKeyDictionary()
 
 def structure_of(backbone: Backbone) -> Structure:
     found = _structures.get(backbone)
-    if found is None or found.blocks != tuple(backbone.blocks):  # somebody may have put others into their places
+    if found is None or found.blocks != tuple(backbone.blocks):  # blocks may have been replaced
         found = _structures[backbone] = Structure(backbone)
     return found

@@ -1,5 +1,5 @@
-"""Two networks on one way from noise to image: a shallow one of its own training for the noisy timesteps, the full one
-for the rest (DuoDiff, arXiv 2410.09633; razvanmatisan/duodiff, README and sampler.py, `--t_switch`)."""
+"""Sampling with two networks: a separately trained shallow one at noisy timesteps, the full one at the others (DuoDiff,
+arXiv 2410.09633; razvanmatisan/duodiff, README and sampler.py, `--t_switch`)."""
 
 from dataclasses import dataclass
 from numbers import Real
@@ -9,13 +9,13 @@ import numpy as np
 from ..model import Model
 from .networks import Network
 
-T_SWITCH = 700.0  # DuoDiff's README: the first 300 of 1000 steps are the shallow network's
+T_SWITCH = 700.0  # DuoDiff's README: the shallow network runs the first 300 of 1000 steps
 
 
 @dataclass(frozen=True, eq=False)
 class TwoStage:
-    """A `NetworkChoice`: lanes at `t_switch` and above run all of `shallow_model`, whatever their policies, the others
-    the model."""
+    """A `NetworkChoice`: lanes at times of `t_switch` and above run all blocks of `shallow_model`, whatever their
+    policies; the others run the model."""
 
     shallow_model: Model
     t_switch: float
@@ -29,10 +29,11 @@ class TwoStage:
 
 
 def two_stage(model: Model, shallow_model: Model | None, t_switch: float | None) -> TwoStage | None:
-    """What runs `shallow_model` in place of `model` at times of t_switch (default 700) and above; None without one.
+    """The choice that runs `shallow_model` in place of `model` at times of t_switch (default 700) and above; None
+    without a shallow model.
 
-    Raises ValueError for two models that do not draw the same samples in the same way, for an early one that is deeper,
-    and for a t_switch outside 0..1000 or without a shallow model.
+    Raises ValueError if the models differ in sample shape, schedule, prediction type and the like, if the shallow model
+    is the deeper one, and for a t_switch outside 0..1000 or without a shallow model.
     """
     if shallow_model is None:
         if t_switch is not None:
@@ -51,7 +52,7 @@ def two_stage(model: Model, shallow_model: Model | None, t_switch: float | None)
 
 
 def check_draws_the_same(name: str, other: Model, model: Model) -> None:
-    """ValueError where `other`, called `name`, cannot take the place of `model`."""
+    """Raises ValueError if `other`, called `name` in the message, cannot take the place of `model`."""
     ours, theirs = what_it_draws(model), what_it_draws(other)
     wrong = [f"{key} {theirs[key]} instead of {value}" for key, value in ours.items() if theirs[key] != value]
     if wrong:
@@ -59,7 +60,7 @@ def check_draws_the_same(name: str, other: Model, model: Model) -> None:
 
 
 def what_it_draws(model: Model) -> dict[str, object]:
-    """What models that take each other's place must have in common."""
+    """The properties that models need in common to take each other's place."""
     config, network = model.config, model.config.network
     parameter = next(model.parameters())
     return {

@@ -1,4 +1,4 @@
-"""Captures the pieces of forward passes before anybody waits for them."""
+"""Captures the CUDA graphs of forward passes ahead of the first request."""
 
 import torch
 from torch import Tensor
@@ -9,14 +9,14 @@ from .count_sync import Lagged, bucket
 from .forward import HasExits, run_forward
 from .options import ExecutionOptions
 
-NEVER = 1e-9  # no score lies below it
+NEVER = 1e-9  # a threshold below every score
 
 
 def warm(model: HasExits, execution: ExecutionOptions, context: Tensor | None, device: torch.device) -> None:
-    """All pieces of passes of up to execution.max_lanes lanes, whatever they are asked: for every layer and number of
-    rows, with and without score and exit. Without effect where nothing is captured.
+    """Captures all pieces of passes of up to execution.max_lanes lanes: for every layer and number of rows, with and
+    without score and exit. Does nothing unless runner is "captured" and max_lanes is set.
 
-    context: of one lane, int64 [1] or [1, N, E], on the network's device; None where it takes none.
+    context: of one lane, int64 [1] or [1, N, E], on the network's device; None if the network takes none.
     """
     if execution.runner != "captured" or execution.max_lanes is None:
         return
@@ -24,7 +24,7 @@ def warm(model: HasExits, execution: ExecutionOptions, context: Tensor | None, d
     policies: list[ExitPolicy] = [Full()]
     if model.exits is not None:
         policies += [Threshold(NEVER), Replay()]
-    own = ExecutionOptions(runner="captured", max_lanes=lanes, count_sync=Lagged(), nvtx=execution.nvtx)
+    lagged = ExecutionOptions(runner="captured", max_lanes=lanes, count_sync=Lagged(), nvtx=execution.nvtx)
     for n in sorted({bucket(n, lanes) for n in range(1, lanes + 1)}, reverse=True):
         x = torch.zeros(n, *backbone.sample_shape, dtype=torch.float32, device=device)
         t = torch.zeros(n, dtype=torch.float32, device="cpu")
@@ -38,5 +38,5 @@ def warm(model: HasExits, execution: ExecutionOptions, context: Tensor | None, d
                     policy_index=None,
                     threshold=stays,
                     cfg_partner=None,
-                    execution=own,
+                    execution=lagged,
                 )

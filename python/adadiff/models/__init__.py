@@ -1,4 +1,4 @@
-"""The networks. A further one is a file with its `Family`, and a line here."""
+"""The networks. To add one, write a file with a `Family` and list it here."""
 
 from . import dit, mmdit, pixart, uvit
 from .interface import Family

@@ -1,7 +1,7 @@
 """DiT (Peebles and Xie, ICCV 2023), written from the paper and the names and shapes in its released state dicts.
 
-All conditioning enters by lane: the sum c of time and label embedding gives every branch shift, scale and gate
-(adaLN-Zero), and the head shift and scale. Those of all blocks are one product, made once in a forward pass.
+The sum c of time and label embedding conditions every branch by shift, scale and gate (adaLN-Zero), and the head by
+shift and scale. One matrix product computes them for all blocks, once in a forward pass.
 B lanes, T tokens (patches only), D channels, L blocks.
 """
 
@@ -31,12 +31,13 @@ from .layers import (
 from .patches import ModulatedNetwork, PatchConfig
 
 SINUSOID = 256  # channels of the sinusoid before its MLP
-EPS = 1e-6  # of the released norms
+EPS = 1e-6  # of the norms in the released code
 
 
 @dataclass(frozen=True)
 class DiTConfig(PatchConfig):
-    """Shift and epsilon differ where diffusers serves a DiT: 1 and 1e-5 (embeddings.py, attention.py)."""
+    """Configuration of a DiT. diffusers uses a frequency_shift of 1 and an mlp_norm_eps of 1e-5 (embeddings.py,
+    attention.py). Raises ValueError for invalid values."""
 
     num_classes: int  # rows of the label table, null class included
     mlp_ratio: int = 4
@@ -44,7 +45,7 @@ class DiTConfig(PatchConfig):
     frequency_shift: int = 0  # frequencies of the sinusoid: 10000^(-i / (128 - shift))
     mlp_norm_eps: float = EPS  # of the norm before the MLP
     sit_time: bool = False  # the sinusoid reads 1 - t / 1000, the share of data in x, as SiT counts time
-    width: float = 1.0  # share of `heads` and of MLP channels that there are, see forward/narrow.py
+    width: float = 1.0  # the share of `heads` and MLP channels in use, see forward/narrow.py
 
     context_tokens: ClassVar[int] = 0
     context_dim: ClassVar[int] = 0
@@ -66,8 +67,9 @@ class DiTConfig(PatchConfig):
 
 
 def position_embedding(dim: int, side: int, divisor: float = 1.0, first: int = 0) -> Tensor:
-    """Float32 [side * side, dim], fixed: half the channels tell a patch's column, half its row, counted from `first`,
-    over the divisor, each as sines, then cosines, of frequencies 10000^(-4 i / dim). Computed in float64."""
+    """Fixed position embedding, float32 [side * side, dim]: half the channels encode a patch's column, half its row,
+    counted from `first` and divided by `divisor`, as sines, then cosines, of frequencies 10000^(-4 i / dim). Computed
+    in float64."""
     frequencies = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angles = torch.arange(first, first + side, dtype=torch.float64)[:, None] / divisor * frequencies
     line = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, dim / 2]
@@ -78,7 +80,7 @@ def position_embedding(dim: int, side: int, divisor: float = 1.0, first: int = 0
 @dataclass(frozen=True)
 class DiTConditioning:
     time: Tensor  # [B, D]
-    sum: Tensor  # [B, D], of time and label
+    sum: Tensor  # [B, D], time plus label embedding
     modulation: Tensor  # [B, L, 2 branches, (shift, scale, gate), D]
 
 
@@ -133,8 +135,8 @@ class Block(nn.Module):
         modulation = cond.modulation[:, self._index]  # [B, 2, 3, D]
         if row_to_lane is not None:
             modulation = modulation.index_select(0, row_to_lane)
-        for branch, own in zip(self.branches, modulation.unbind(1), strict=True):
-            shift, scale, gate = own[:, :, None].unbind(1)  # [n, 1, D] each
+        for branch, values in zip(self.branches, modulation.unbind(1), strict=True):
+            shift, scale, gate = values[:, :, None].unbind(1)  # [n, 1, D] each
             h = F.layer_norm(x, x.shape[-1:], eps=branch.eps)
             target = out if branch is self.branches[-1] else None
             x = torch.addcmul(x, gate, branch.body(torch.addcmul(shift, h, 1 + scale)), out=target)
@@ -145,12 +147,13 @@ class Block(nn.Module):
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """The norm of DiT's blocks, without weights, scaled by 1 + `scale`, then shifted. All [n, T, D], or broadcast."""
+    """DiT's norm: LayerNorm without weights, times 1 + scale, plus shift. All [n, T, D] or broadcastable to it."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale)
 
 
 class Modulation(nn.Module):
-    """c [B, D] -> [B, L, 2, 3, D]. One product for all blocks; see `DiT` for its keys."""
+    """c [B, D] -> [B, L, 2, 3, D]: shifts, scales and gates of all blocks by one product. `DiT` maps its state-dict
+    keys."""
 
     def __init__(self, blocks: int, dim: int):
         super().__init__()
@@ -163,7 +166,7 @@ class Modulation(nn.Module):
 
 
 class Head(nn.Module):
-    """Modulated LayerNorm and a linear map to a patch's numbers: [n, N, D] -> [n, C or 2 C, H, W]."""
+    """Modulated LayerNorm and a linear map to the values of a patch: [n, N, D] -> [n, C or 2 C, H, W]."""
 
     def __init__(self, config: PatchConfig):
         super().__init__()
@@ -192,7 +195,7 @@ class LabelEmbedder(nn.Module):
 
 
 class DiT(ModulatedNetwork):
-    """State dicts are as released: every block's share of `modulation` as `blocks.{i}.adaLN_modulation.1.*`."""
+    """DiT. State dicts have the released keys: a block's part of `modulation` is `blocks.{i}.adaLN_modulation.1.*`."""
 
     def __init__(self, config: DiTConfig):
         super().__init__(config)
@@ -201,7 +204,7 @@ class DiT(ModulatedNetwork):
         self.x_embedder = PatchEmbed(config.channels, D, config.patch)
         self.t_embedder = TimestepEmbedder(D)
         self.y_embedder = LabelEmbedder(config.num_classes, D)
-        position = position_embedding(D, config.side)[None].to(torch.get_default_dtype())  # as all other weights
+        position = position_embedding(D, config.side)[None].to(torch.get_default_dtype())  # like the other weights
         self.pos_embed = nn.Parameter(position, requires_grad=False)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
         self.apply(initialise)
@@ -219,7 +222,7 @@ class DiT(ModulatedNetwork):
         t = 1 - t / 1000 if self.config.sit_time else t
         time = self.t_embedder.mlp(timestep_embedding(t, SINUSOID, self.config.frequency_shift).to(dtype))  # [B, D]
         c = time + self.y_embedder.embedding_table(upload(context, x.device))
-        rows = (self.x_embedder(x.to(dtype)) + self.pos_embed).contiguous()  # else channels first, as convolved
+        rows = (self.x_embedder(x.to(dtype)) + self.pos_embed).contiguous()  # a convolution's output is channels-first
         return rows, DiTConditioning(time, c, self.modulation(c))
 
     def stem_and_head_macs(self) -> tuple[int, int]:
@@ -229,7 +232,7 @@ class DiT(ModulatedNetwork):
 
 
 def initialise(module: nn.Module) -> None:
-    """Section 3.2 of the paper and its appendix: Xavier for linear maps (patches are one), no biases."""
+    """Section 3.2 of the paper and its appendix: Xavier for linear maps (patch embedding included), biases zero."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.xavier_uniform_(module.weight.detach().flatten(1))
         if module.bias is not None:
@@ -254,9 +257,9 @@ def _join_modulation(network: DiT, state: dict[str, Any], prefix: str, *_: objec
 
 
 def _presets() -> dict[str, Preset]:
-    """The paper's table 1 and the two released networks, 256 and 512 pixels; sizes here are those of the latents. Three
-    of their four channels were guided. Those of SiT (Ma et al., ECCV 2024, arXiv 2401.08740) are the same networks, and
-    predict a velocity."""
+    """The paper's table 1 and the two released networks, for 256 and 512 pixels; sizes here are those of the latents.
+    Guidance applied to three of the four channels. SiT (Ma et al., ECCV 2024, arXiv 2401.08740) uses the same networks
+    to predict a velocity."""
     sizes = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
     configs = {
         f"dit_{name}_{patch}_256": DiTConfig(32, 4, patch, *size, num_classes=1001)

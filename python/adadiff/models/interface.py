@@ -1,7 +1,7 @@
-"""What a forward pass with exits needs of a network: blocks, and a way in and out.
+"""The interface between networks and forward passes with exits: blocks, stem and head.
 
-Everything about a lane (time, label, modulation) is computed once in a forward pass, by `embed`, and stays by lane; a
-block gathers it for its rows. Rows are hidden states [n, T, D] of the n lanes that still run, in any order.
+`embed` computes everything about a lane (time, label, modulation) once in a forward pass; it is stored by lane, and a
+block gathers it for its rows. Rows are hidden states [n, T, D] of the n running lanes, in any order.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,8 @@ from adadiff_kernels import Norm
 
 
 class Conditioning(Protocol):
-    """What `embed` knows about each lane: a dataclass whose tensors all are by lane, [B, ...]. `time` is the network's
-    own time embedding, float [B, Dt]."""
+    """The conditioning of each lane: a dataclass whose tensors are all by lane, [B, ...]. `time` is the network's time
+    embedding, float [B, Dt]."""
 
     time: Tensor
 
@@ -23,19 +23,19 @@ class Conditioning(Protocol):
 class Branch(Protocol):
     """One residual update, y = x + gate * (branch(norm(x)) + bias), in parts, for the fused pass."""
 
-    bias: Tensor | None  # [D], what the last product adds and could leave out
+    bias: Tensor | None  # [D], bias of the last linear layer, which can leave it out
     unit: str  # "attention", "cross" (attention to the context) or "mlp"
 
     def norm(self, cond: Any) -> Norm | None:
-        """None: the branch reads the rows as they are."""
+        """The norm before the branch; None: the branch reads the rows as they are."""
 
     def gate(self, cond: Any) -> Tensor | None:
-        """[B, D] by lane, or None for a plain residual."""
+        """The gate, [B, D] by lane; None for a plain residual."""
 
     def __call__(self, h: Tensor, cond: Any, row_to_lane: Tensor | None, add_bias: bool = True) -> Tensor:
-        """h: normalised rows [n, T, D] of the lanes row_to_lane, int32 [n]; None: row i carries lane i. Returns fresh
-        rows [n, T, D], over which the sum is written. Without add_bias, which only a branch that has a `bias` is asked
-        for, the fused pass adds it."""
+        """The branch's output in new memory, [n, T, D], which the fused pass may overwrite. h: normalised rows
+        [n, T, D]; row_to_lane: int32 [n], None: row i holds lane i. add_bias: False only for a branch with `bias`,
+        which the fused pass then adds."""
 
     def macs(self, tokens: int) -> int:
         """Multiply-adds for one lane."""
@@ -53,10 +53,10 @@ class Block(Protocol):
         row_to_lane: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """The plain block: x [n, T, D] -> fresh rows [n, T, D], in `out` if that is given.
+        """The plain block: x [n, T, D] -> [n, T, D] in new memory, or in `out` if given.
 
-        skip: [n or more, T, D], where `skip_from` is set: row r joins skip[index[r]], int64 or int32 [n], without index
-        skip[r]. row_to_lane: int32 [n]; None: row i carries lane i, and there are as many rows as lanes.
+        skip: [n or more, T, D], if `skip_from` is set: row r joins skip[index[r]] or, without index, skip[r]. index:
+        int64 or int32 [n]. row_to_lane: int32 [n]; None: row i holds lane i, and there are as many rows as lanes.
         """
 
     def macs(self, tokens: int) -> int:
@@ -64,13 +64,13 @@ class Block(Protocol):
 
 
 class FusableBlock(Block, Protocol):
-    """Its residual sums, scores and norms are one pass on a GPU."""
+    """A block that exposes its branches, so that a GPU runs residual sum, score and norm in one pass."""
 
     branches: Sequence[Branch]
 
     def join(self, x: Tensor, skip: Tensor, row_to_lane: Tensor | None = None, index: Tensor | None = None) -> Tensor:
-        """x: [n, T, D] -> [n, T, D], the block's input with its long skip, see `adadiff_kernels.join_skip`. Only asked
-        of blocks with `skip_from`."""
+        """x: [n, T, D] -> [n, T, D], the block's input joined with its long skip, see `adadiff_kernels.join_skip`. Only
+        called if `skip_from` is set."""
 
 
 class Backbone(Protocol):
@@ -79,19 +79,20 @@ class Backbone(Protocol):
     time_dim: int  # Dt, channels of Conditioning.time
     num_prefix_tokens: int  # leading tokens that are not patches
     tokens: int  # T, patches and num_prefix_tokens
-    patch_dim: int  # p * p * C, numbers predicted per patch
+    patch_dim: int  # p * p * C, values of a patch
     sample_shape: tuple[int, int, int]  # C, H, W
     learned_variance: bool  # heads return 2 C channels: the prediction, then v (see adadiff_kernels.solver_step)
 
     def embed(self, x: Tensor, t: Tensor, context: Tensor | None) -> tuple[Tensor, Conditioning]:
-        """x [B, C, H, W], t float [B], context (labels i64 [B], text [B, N, E] or None) -> rows [B, T, D], contiguous,
-        and cond. The context may lie on the CPU beside x on a GPU; only there are its values checked."""
+        """The stem: x [B, C, H, W], t float [B], context (labels int64 [B], text [B, N, E] or None) -> rows [B, T, D],
+        contiguous, and the conditioning. The context may be on the CPU while x is on a GPU; its values are checked only
+        on the CPU. Raises ValueError for other shapes or labels."""
 
     def head(self, patches: Tensor, cond: Any, lanes: Tensor) -> Tensor:
-        """patches [n, T - num_prefix_tokens, D] of the lanes i32 [n] -> prediction [n, C or 2 C, H, W]."""
+        """patches [n, T - num_prefix_tokens, D] of lanes int32 [n] -> prediction [n, C or 2 C, H, W]."""
 
     def new_head(self) -> nn.Module:
-        """A fresh module, called like `head`, for exits with a head of their own."""
+        """A new module, called like `head`, for exits with their own heads."""
 
     def unpatchify(self, values: Tensor) -> Tensor:
         """values [n, T - num_prefix_tokens, p * p * C] -> [n, C, H, W]."""
@@ -100,26 +101,26 @@ class Backbone(Protocol):
         """The inverse of `unpatchify`."""
 
     def stem_and_head_macs(self) -> tuple[int, int]:
-        """Multiply-adds for one lane before the blocks and in the head."""
+        """Multiply-adds for one lane in the stem and in the head."""
 
 
 class NetworkConfig(Protocol):
-    """A frozen dataclass that says all about a network but its weights. Networks that can be narrow have a `width`,
-    the share of heads and MLP channels that there are, default 1."""
+    """A frozen dataclass that describes a network without its weights. Networks that can be narrow have a `width`, the
+    share of heads and MLP channels in use, default 1."""
 
-    channels: int  # of what it denoises
+    channels: int  # of images or latents
     dim: int  # D, channels of a row
-    tokens: int  # T, rows of the position embedding
-    image_size: int  # height and width of what it denoises
+    tokens: int  # T, prefix tokens included
+    image_size: int  # height and width of images or latents
     blocks: int  # L
-    num_classes: int  # labels it takes, the null class included; 0 = none
-    context_tokens: int  # of text; 0 = none
-    context_dim: int  # of its embeddings, without meaning where there is none
+    num_classes: int  # number of labels, null class included; 0 = none
+    context_tokens: int  # text tokens; 0 = none
+    context_dim: int  # channels of text embeddings; unused without text
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A published network and what else its `ModelConfig` says, where the fields are explained."""
+    """A published network and the other fields of its `ModelConfig`, which explains them."""
 
     network: NetworkConfig
     schedule: str
@@ -132,7 +133,7 @@ class Preset:
 
 @dataclass(frozen=True)
 class Family:
-    """What a file in this folder adds to the package: a configuration, the network it builds, and published ones."""
+    """What a network file provides: the configuration class, the network class, and presets of published networks."""
 
     config: type
     network: type

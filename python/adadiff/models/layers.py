@@ -1,4 +1,4 @@
-"""What the networks are built of: patches, the sinusoid of time, attention, MLP; and the checks of their inputs.
+"""Building blocks of the networks: patches, time embedding, attention, MLP; and the checks of their inputs.
 
 B lanes, n rows, T tokens, N patches, D channels. Parameter names are those of the published checkpoints.
 """
@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 
 def timestep_embedding(t: Tensor, dim: int, shift: int = 0) -> Tensor:
-    """t: float [B], fractions allowed. Returns float32 [B, dim], cosines first, of the frequencies
-    10000^(-i / (dim / 2 - shift)), in the published order of operations (U-ViT libs/uvit.py, DiT models.py; diffusers
-    embeddings.py where shift is 1)."""
+    """Sinusoidal embedding, float32 [B, dim]: cosines, then sines, of frequencies 10000^(-i / (dim / 2 - shift)). t:
+    float [B], fractions allowed. Operations are in the published order (U-ViT libs/uvit.py, DiT models.py; diffusers
+    embeddings.py for shift 1)."""
     half = dim // 2
     exponent = -math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / (half - shift)
     angles = t.float()[:, None] * torch.exp(exponent)
@@ -32,20 +32,20 @@ class PatchEmbed(nn.Module):
 
 
 def product(linear: nn.Module, h: Tensor, add_bias: bool) -> Tensor:
-    """linear(h), or without its bias."""
+    """linear(h), without its bias unless add_bias."""
     return linear(h) if add_bias else F.linear(h, linear.weight)
 
 
 def share_of(count: int, width: float) -> int:
-    """How many of `count` heads or channels a network of this width has: its share, rounded up."""
+    """The number of heads or channels, of `count`, at this width: count * width, rounded up."""
     return math.ceil(round(count * width, 9))
 
 
 class FirstHeads(nn.Module):
-    """Queries, keys and values of some heads, [n, T, D] -> [3, n, T, inner].
+    """Queries, keys and values of the first heads, [n, T, D] -> [3, n, T, inner].
 
-    weight: [3, inner, D]; bias: [3, inner] or None. So the first heads of a wider network's `qkv`, whose rows are three
-    separate ranges, are views of it.
+    weight: [3, inner, D]; bias: [3, inner] or None. With this shape the weights can be views of a wider network's
+    `qkv`, in which the first heads are three separate ranges of rows.
     """
 
     def __init__(self, dim: int, inner: int, bias: bool):
@@ -63,7 +63,7 @@ class FirstHeads(nn.Module):
 
 
 class Attention(nn.Module):
-    """width: the share of the heads that there are; heads and dim are those of the whole network."""
+    """Multi-head self-attention. width: the share of the heads in use; heads and dim are those of the whole network."""
 
     def __init__(self, dim: int, heads: int, qkv_bias: bool, width: float = 1.0):
         super().__init__()
@@ -74,14 +74,14 @@ class Attention(nn.Module):
 
     @property
     def bias(self) -> Tensor:
-        """[D], of the last product."""
+        """[D], of the last linear layer."""
         return self.proj.bias
 
     def forward(self, h: Tensor, add_bias: bool = True) -> Tensor:
-        """h: [n, T, D]. Returns [n, T, D], without `bias` where it is not to be added."""
+        """h: [n, T, D]. Returns [n, T, D], without `bias` unless add_bias."""
         n, T, _ = h.shape
         qkv = self.qkv(h)
-        if qkv.ndim == 4:  # of FirstHeads
+        if qkv.ndim == 4:  # from FirstHeads
             q, k, v = qkv.view(3, n, T, self.heads, self._head_dim).transpose(2, 3)  # [n, H, T, D/H]
         else:
             q, k, v = qkv.view(n, T, 3, self.heads, self._head_dim).permute(2, 0, 3, 1, 4)
@@ -95,8 +95,8 @@ class Attention(nn.Module):
 
 
 def has_epilogue(linear: nn.Module, h: Tensor) -> bool:
-    """Whether cuBLAS can apply the tanh GELU to linear(h) as it writes it: a plain linear map of contiguous rows, on a
-    CUDA device, without gradients, autocast or a compiler, which fuses itself."""
+    """Whether cuBLAS can fuse the tanh GELU into linear(h): a plain linear layer on contiguous rows, on a CUDA device,
+    without gradients, autocast, hooks, or torch.compile (which fuses by itself)."""
     return (
         h.is_cuda
         and type(linear) is nn.Linear
@@ -112,7 +112,7 @@ def has_epilogue(linear: nn.Module, h: Tensor) -> bool:
 
 
 class Mlp(nn.Module):
-    """approximate: of the GELU, "none" (erf) or "tanh"."""
+    """Two linear layers with a GELU. approximate: form of the GELU, "none" (erf) or "tanh"."""
 
     def __init__(self, dim: int, hidden: int, approximate: str = "none"):
         super().__init__()
@@ -123,16 +123,16 @@ class Mlp(nn.Module):
 
     @property
     def bias(self) -> Tensor:
-        """[D], of the last product."""
+        """[D], of the last linear layer."""
         return self.fc2.bias
 
     def forward(self, h: Tensor, add_bias: bool = True) -> Tensor:
-        """h: [n, T, D]. Returns [n, T, D], without `bias` where it is not to be added."""
+        """h: [n, T, D]. Returns [n, T, D], without `bias` unless add_bias."""
         return product(self.fc2, self._gelu(h), add_bias)
 
     def _gelu(self, h: Tensor) -> Tensor:
-        """[n, T, hidden]. On a GPU the tanh GELU is the epilogue of the product, which saves a pass over it; it then
-        reads the product before that is rounded to 16 bits."""
+        """[n, T, hidden]. On a GPU the tanh GELU runs in the epilogue of the matrix product, which saves a pass over
+        memory; it then reads the product before it is rounded to 16 bits."""
         if self.approximate == "tanh" and has_epilogue(self.fc1, h):
             n, T, D = h.shape
             values = torch._addmm_activation(self.fc1.bias, h.view(n * T, D), self.fc1.weight.t(), use_gelu=True)
@@ -145,7 +145,8 @@ class Mlp(nn.Module):
 
 
 def unpatchify(values: Tensor, patch: int) -> Tensor:
-    """values: [n, N, p * p * C], rows of a square, channels last inside a patch. Returns [n, C, H, W]."""
+    """values: [n, N, p * p * C], patches of a square image in row-major order, channels last inside a patch. Returns
+    [n, C, H, W]."""
     n, N, outputs = values.shape
     side, channels = math.isqrt(N), outputs // patch**2
     images = values.view(n, side, side, patch, patch, channels).permute(0, 5, 1, 3, 2, 4)
@@ -159,11 +160,11 @@ def patchify(images: Tensor, patch: int) -> Tensor:
     return patches.reshape(n, -1, patch * patch * channels)
 
 
-LARGEST = 2**16  # size in a configuration; with it no number of elements overflows
+LARGEST = 2**16  # largest size in a configuration, so that no number of elements overflows
 
 
 def check_integers(config: Any, least: int, *names: str, most: int = LARGEST) -> None:
-    """ValueError for fields of a configuration that are no integers in [least, most]."""
+    """Raises ValueError for fields of a configuration that are not integers in [least, most]."""
     kind = "a positive integer" if least == 1 else f"an integer >= {least}"
     for name in names:
         value = getattr(config, name)
@@ -174,21 +175,21 @@ def check_integers(config: Any, least: int, *names: str, most: int = LARGEST) ->
 
 
 def check_booleans(config: Any, *names: str) -> None:
-    """ValueError for fields of a configuration that are not true or false."""
+    """Raises ValueError for fields of a configuration that are not true or false."""
     for name in names:
         if not isinstance(getattr(config, name), bool):
             raise ValueError(f"{name} must be true or false, got {shortly(getattr(config, name))}")
 
 
 def check_width(config: Any) -> None:
-    """ValueError unless config.width is a share, in (0, 1]."""
+    """Raises ValueError unless config.width is in (0, 1]."""
     width = config.width
     if type(width) not in (int, float) or not 0 < width <= 1:
         raise ValueError(f"width must be a share of heads and MLP channels in (0, 1], got {shortly(width)}")
 
 
 def check_images(x: Tensor, t: Tensor, shape: tuple[int, int, int]) -> None:
-    """ValueError unless x is [B, *shape] and t [B]."""
+    """Raises ValueError unless x is [B, *shape] and t [B]."""
     if x.ndim != 4 or tuple(x.shape[1:]) != shape:
         raise ValueError(f"x must be [B, {', '.join(map(str, shape))}], got {tuple(x.shape)}")
     if t.shape != (len(x),):
@@ -196,8 +197,8 @@ def check_images(x: Tensor, t: Tensor, shape: tuple[int, int, int]) -> None:
 
 
 def check_labels(labels: Tensor | None, n: int, classes: int) -> None:
-    """ValueError unless labels are int64 [n], rows of a table of `classes`, which is not checked on a GPU, nor in a
-    compiled graph, that reading values would split."""
+    """Raises ValueError unless labels are int64 [n] in [0, classes). Values are not checked on a GPU, nor in compiled
+    code, where reading them would break the graph."""
     if labels is None or labels.shape != (n,) or labels.dtype != torch.int64:
         raise ValueError(f"this network needs labels, int64 [{n}]")
     if torch.compiler.is_compiling() or not labels.is_cpu or not n:
@@ -207,7 +208,7 @@ def check_labels(labels: Tensor | None, n: int, classes: int) -> None:
 
 
 def check_text(context: Tensor | None, n: int, tokens: int, dim: int) -> None:
-    """ValueError unless the context is float [n, tokens, dim], embeddings of text."""
+    """Raises ValueError unless the context is float [n, tokens, dim], embeddings of text."""
     wanted = [n, tokens, dim]
     if context is None or list(context.shape) != wanted or not context.is_floating_point():
         given = "none" if context is None else f"{context.dtype} {list(context.shape)}"

@@ -1,9 +1,9 @@
 """MMDiT, the network of Stable Diffusion 3 (Esser et al., ICML 2024, arXiv 2403.03206), written from the paper and the
 names and shapes in its released state dicts.
 
-Text and patches are two streams with weights of their own, that attend to each other in every block. Both lie in one
-lane's rows, [N text tokens, then T patches], so that who leaves takes its text along. The sum of time and pooled text
-gives both streams shift, scale and gate. The last block leaves the text as it is.
+Text and patches are two streams with separate weights that attend to each other in every block. A lane's row holds
+both, [N text tokens, then T patches], so that an exiting lane keeps its text. The sum of time and pooled text embedding
+conditions both streams by shift, scale and gate. The last block does not change the text.
 B lanes, n rows, D channels, L blocks.
 """
 
@@ -22,14 +22,15 @@ from .patches import ModulatedNetwork, PatchConfig
 
 @dataclass(frozen=True)
 class MMDiTConfig(PatchConfig):
-    """The context is [B, 1 + N, E]: first the pooled embedding of the text, filled up with zeros, then its tokens."""
+    """Configuration of an MMDiT. Its context is [B, 1 + N, E]: first the pooled text embedding, padded with zeros, then
+    the text tokens. Raises ValueError for invalid values."""
 
     context_tokens: int = 334  # 1 + N
     context_dim: int = 4096  # E
     pooled_dim: int = 2048
     mlp_ratio: int = 4
-    position_side: int = 192  # of the grid of positions, from whose middle the patches' are cut
-    position_base: int = 64  # patches in a row that the grid was made for
+    position_side: int = 192  # side of the position grid, of which the patches use the middle
+    position_base: int = 64  # patches per row that the grid was made for
 
     num_classes: ClassVar[int] = 0
     learned_variance: ClassVar[bool] = False
@@ -46,7 +47,7 @@ class MMDiTConfig(PatchConfig):
 
     @property
     def text(self) -> int:
-        """N."""
+        """N, the number of text tokens."""
         return self.context_tokens - 1
 
     @property
@@ -55,19 +56,19 @@ class MMDiTConfig(PatchConfig):
 
     @property
     def positions(self) -> int:
-        """The text has none."""
+        """The patches only: text has no position embedding."""
         return self.patches
 
 
 @dataclass(frozen=True)
 class MMDiTConditioning:
     time: Tensor  # [B, D]
-    sum: Tensor  # [B, D], of time and pooled text
+    sum: Tensor  # [B, D], time plus pooled text embedding
     modulation: Tensor  # [B, L, 2 streams (text, patches), 6 (shift, scale, gate of attention and of MLP), D]
 
 
 class JointAttention(nn.Module):
-    """One stream's products of the joint attention."""
+    """The linear layers of one stream in the joint attention."""
 
     def __init__(self, dim: int, last: bool):
         super().__init__()
@@ -77,7 +78,7 @@ class JointAttention(nn.Module):
 
 
 class Stream(nn.Module):
-    """last: only read by the other stream's attention."""
+    """One stream of a block. last: the text of the last block, which only the other stream's attention reads."""
 
     def __init__(self, config: MMDiTConfig, last: bool = False):
         super().__init__()
@@ -89,8 +90,8 @@ class Stream(nn.Module):
             self.mlp = Mlp(D, config.mlp_ratio * D, approximate="tanh")
 
     def modulation(self, c: Tensor) -> Tensor:
-        """c: [B, D]. Returns [B, 6, D]: shift, scale, gate of the attention, then of the MLP; zeros where there is
-        none."""
+        """c: [B, D]. Returns [B, 6, D]: shift, scale, gate of the attention, then of the MLP; zeros for parts that the
+        stream does not have."""
         values = self.adaLN_modulation(c).view(len(c), -1, c.shape[1])
         return F.pad(values, (0, 0, 0, 6 - values.shape[1]))
 
@@ -117,17 +118,17 @@ class Block(nn.Module):
         if row_to_lane is not None:
             modulation = modulation.index_select(0, row_to_lane)
         streams, N = (self.context_block, self.x_block), self._config.text
-        own = [[part[:, None] for part in values.unbind(1)] for values in modulation.unbind(1)]  # [n, 1, D] each
+        by_stream = [[part[:, None] for part in values.unbind(1)] for values in modulation.unbind(1)]  # [n, 1, D] each
         rows = [x[:, :N], x[:, N:]]
         heads = self._config.heads
         qkv = [
             stream.attn.qkv(modulated(part, *values[:2])).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-            for stream, part, values in zip(streams, rows, own, strict=True)
+            for stream, part, values in zip(streams, rows, by_stream, strict=True)
         ]
         q, k, v = torch.cat(qkv, 3)  # [n, H, N + T, D/H] each
         read = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         made = []
-        for stream, part, values, seen in zip(streams, rows, own, (read[:, :N], read[:, N:]), strict=True):
+        for stream, part, values, seen in zip(streams, rows, by_stream, (read[:, :N], read[:, N:]), strict=True):
             if not stream.last:
                 part = torch.addcmul(part, values[2], stream.attn.proj(seen))
                 part = torch.addcmul(part, values[5], stream.mlp(modulated(part, *values[3:5])))
@@ -142,7 +143,7 @@ class Block(nn.Module):
 
 
 class VectorEmbedder(nn.Module):
-    """Of pooled text."""
+    """Embeds pooled text."""
 
     def __init__(self, width: int, dim: int):
         super().__init__()
@@ -150,7 +151,7 @@ class VectorEmbedder(nn.Module):
 
 
 class MMDiT(ModulatedNetwork):
-    """State dicts are as released, but for the positions, of which there are those of the patches alone."""
+    """MMDiT. State dicts have the released keys; the position embedding holds only the positions of the patches."""
 
     def __init__(self, config: MMDiTConfig):
         super().__init__(config)
@@ -177,7 +178,7 @@ class MMDiT(ModulatedNetwork):
         return self.joint_blocks
 
     def embed(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> tuple[Tensor, MMDiTConditioning]:
-        """context: float [B, 1 + N, E], see `MMDiTConfig`."""
+        """As `Backbone.embed`. context: float [B, 1 + N, E], see `MMDiTConfig`."""
         check_images(x, t, self.sample_shape)
         check_text(context, len(x), self.config.context_tokens, self.config.context_dim)
         dtype = self.pos_embed.dtype
@@ -198,7 +199,7 @@ class MMDiT(ModulatedNetwork):
 
 
 def _presets() -> dict[str, Preset]:
-    """Stable Diffusion 3 medium, 1024 pixels; the size here is that of the latents."""
+    """Stable Diffusion 3 medium, for 1024 pixels; the size here is that of the latents."""
     common = {"latent_scale": 1.5305, "latent_shift": 0.0609, "prediction_type": "flow"}
     return {"sd3_medium": Preset(MMDiTConfig(128, 16, 2, dim=1536, depth=24, heads=24), "flow", **common)}
 

@@ -1,4 +1,4 @@
-"""What all networks here have in common: square images, cut into square patches, which are rows of a transformer."""
+"""What all networks here share: square images are cut into square patches, which become tokens of a transformer."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,16 +11,17 @@ from .layers import check_integers, patchify, unpatchify
 
 @dataclass(frozen=True)
 class PatchConfig:
-    """Sizes that every network has. `depth` counts its blocks, but for U-ViT's middle one."""
+    """Sizes that every network has. `depth` is the number of blocks, without U-ViT's middle block. Raises ValueError
+    for invalid sizes."""
 
-    image_size: int  # height and width of what it denoises; of the latents, where there are any
+    image_size: int  # height and width of the images or, for a latent model, of the latents
     channels: int
     patch: int
     dim: int  # D, channels of a row
     depth: int
     heads: int
 
-    DIM_STEP: ClassVar[int] = 4  # dim is a multiple of it: positions are sines and cosines of columns and rows
+    DIM_STEP: ClassVar[int] = 4  # dim is a multiple of it: sines and cosines of columns and rows
 
     def __post_init__(self) -> None:
         check_integers(self, 1, "image_size", "dim", "heads")
@@ -32,7 +33,7 @@ class PatchConfig:
 
     @property
     def side(self) -> int:
-        """Patches in a row."""
+        """Patches per row."""
         return self.image_size // self.patch
 
     @property
@@ -41,12 +42,12 @@ class PatchConfig:
 
     @property
     def tokens(self) -> int:
-        """T: patches, and what stands before them."""
+        """T: prefix tokens and patches."""
         return self.patches
 
     @property
     def positions(self) -> int:
-        """Rows that have a position of their own."""
+        """The number of tokens with a position embedding."""
         return self.tokens
 
     @property
@@ -55,17 +56,17 @@ class PatchConfig:
 
     @property
     def patch_dim(self) -> int:
-        """Numbers of a patch."""
+        """Values of a patch."""
         return self.patch**2 * self.channels
 
     @property
     def outputs(self) -> int:
-        """Numbers the head predicts per patch."""
+        """Values that the head predicts per patch."""
         return self.patch_dim
 
 
 class PatchNetwork(nn.Module):
-    """The part of `Backbone` that follows from the sizes."""
+    """The members of `Backbone` that follow from the sizes."""
 
     num_prefix_tokens = 0
     learned_variance = False
@@ -102,7 +103,7 @@ class PatchNetwork(nn.Module):
 
 
 class ModulatedNetwork(PatchNetwork):
-    """One whose blocks and head are conditioned by lane: DiT and what came of it. Its head is `final_layer`."""
+    """A network whose blocks and head are modulated by lane: DiT and its successors. Its head is `final_layer`."""
 
     final_layer: nn.Module
     blocks: nn.ModuleList

@@ -1,9 +1,10 @@
 """PixArt-alpha and PixArt-Sigma (Chen et al., ICLR 2024, arXiv 2310.00426; ECCV 2024, arXiv 2403.04692), written from
 the papers and the names and shapes in their released state dicts.
 
-A DiT of text: between attention and MLP every block attends to the tokens of a text encoder, without norm or gate. Time
-gives shift, scale and gate to all blocks by one product, to which each block adds a table of its own (adaLN-single).
-B lanes, T patches, N tokens of text of E channels, D channels, L blocks.
+A text-conditional DiT: between attention and MLP every block attends to the tokens of a text encoder, without norm or
+gate. One matrix product of the time embedding gives shift, scale and gate for all blocks; each block adds its own table
+(adaLN-single).
+B lanes, T patches, N text tokens of E channels, D channels, L blocks.
 """
 
 from dataclasses import dataclass
@@ -29,13 +30,13 @@ from .layers import (
 )
 from .patches import ModulatedNetwork, PatchConfig
 
-MASKED = -10000.0  # added to the scores of tokens that are no text, as the authors and diffusers do
+MASKED = -10000.0  # added to attention scores of padding tokens, as in the authors' code and diffusers
 
 
 @dataclass(frozen=True)
 class PixArtConfig(PatchConfig):
-    context_tokens: int = 120  # of text; 300 in PixArt-Sigma
-    context_dim: int = 4096  # of the T5 encoder
+    context_tokens: int = 120  # text tokens; 300 in PixArt-Sigma
+    context_dim: int = 4096  # channels of the T5 encoder
     mlp_ratio: int = 4
     learned_variance: bool = True
     interpolation: float = 1.0  # positions are divided by it
@@ -78,7 +79,7 @@ class CrossAttention(nn.Module):
         return self.proj.bias
 
     def forward(self, x: Tensor, text: Tensor, mask: Tensor, add_bias: bool = True) -> Tensor:
-        """x: [n, T, D]; text: [n, N, D]; mask: [n, N]. Returns [n, T, D], without `bias` unless it is to be added."""
+        """x: [n, T, D]; text: [n, N, D]; mask: [n, N]. Returns [n, T, D], without `bias` unless add_bias."""
         n, T, D = x.shape
         split = self.heads, D // self.heads
         q = self.q_linear(x).view(n, T, *split).transpose(1, 2)  # [n, H, T, D/H]
@@ -93,7 +94,7 @@ class CrossAttention(nn.Module):
 
 @dataclass(frozen=True)
 class CrossBranch:
-    """Neither normed nor gated."""
+    """The cross-attention branch, without norm or gate."""
 
     body: CrossAttention
     context_tokens: int
@@ -150,7 +151,7 @@ class Block(nn.Module):
         modulation = cond.modulation[:, self._index]  # [B, 2, 3, D]
         if row_to_lane is not None:
             modulation = modulation.index_select(0, row_to_lane)
-        first, last = ([part[:, None] for part in own.unbind(1)] for own in modulation.unbind(1))  # [n, 1, D] each
+        first, last = ([part[:, None] for part in each.unbind(1)] for each in modulation.unbind(1))  # [n, 1, D] each
         x = torch.addcmul(x, first[2], self.attn(modulated(x, *first[:2])))
         x = x + self.branches[1](x, cond, row_to_lane)
         return torch.addcmul(x, last[2], self.mlp(modulated(x, *last[:2])), out=out)
@@ -160,7 +161,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Modulated LayerNorm and a linear map to a patch's numbers: [n, T, D] -> [n, C or 2 C, H, W]."""
+    """Modulated LayerNorm and a linear map to the values of a patch: [n, T, D] -> [n, C or 2 C, H, W]."""
 
     def __init__(self, config: PixArtConfig):
         super().__init__()
@@ -187,7 +188,7 @@ class Projection(nn.Module):
 
 
 class CaptionEmbedder(nn.Module):
-    """Tokens of the text encoder, [B, N, E] -> [B, N, D]."""
+    """Projects the text encoder's tokens, [B, N, E] -> [B, N, D]."""
 
     def __init__(self, config: PixArtConfig):
         super().__init__()
@@ -198,7 +199,7 @@ class CaptionEmbedder(nn.Module):
 
 
 class PixArt(ModulatedNetwork):
-    """State dicts are as released, but for the caption that stands for none (`y_embedder.y_embedding`)."""
+    """PixArt. State dicts have the released keys, without the unconditional caption (`y_embedder.y_embedding`)."""
 
     def __init__(self, config: PixArtConfig):
         super().__init__(config)
@@ -215,12 +216,12 @@ class PixArt(ModulatedNetwork):
         self.apply(initialise)
         for linear in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.t_block[1]):
             nn.init.normal_(linear.weight, std=0.02)
-        for block in self.blocks:  # cross attention begins with nothing, and so does the head
+        for block in self.blocks:  # cross-attention and head start at zero
             nn.init.zeros_(block.cross_attn.proj.weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def embed(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> tuple[Tensor, PixArtConditioning]:
-        """context: float [B, N, E]. Tokens that are all zeros are no text: nobody attends to them."""
+        """As `Backbone.embed`. context: float [B, N, E]; all-zero tokens are padding and masked out."""
         check_images(x, t, self.sample_shape)
         check_text(context, len(x), self.config.context_tokens, self.config.context_dim)
         dtype = self.pos_embed.dtype
@@ -229,7 +230,7 @@ class PixArt(ModulatedNetwork):
         time = self.t_embedder.mlp(timestep_embedding(t, SINUSOID).to(dtype))  # [B, D]
         tables = torch.stack([block.scale_shift_table for block in self.blocks])  # [L, 6, D]
         modulation = tables + self.t_block(time).view(len(x), 1, 6, -1)
-        rows = (self.x_embedder(x.to(dtype)) + self.pos_embed).contiguous()  # else channels first, as convolved
+        rows = (self.x_embedder(x.to(dtype)) + self.pos_embed).contiguous()  # a convolution's output is channels-first
         shape = len(x), len(self.blocks), 2, 3, self.config.dim
         return rows, PixArtConditioning(time, modulation.view(shape), self.y_embedder(context.to(dtype)), mask)
 
@@ -240,7 +241,7 @@ class PixArt(ModulatedNetwork):
 
 
 def _presets() -> dict[str, Preset]:
-    """The released networks of 256 and 512 pixels without conditions on size; sizes here are those of the latents."""
+    """The released networks for 256 and 512 pixels without size conditioning; sizes here are those of the latents."""
     xl = {"dim": 1152, "depth": 28, "heads": 16}
     made = {
         "pixart_xl_2_256": (PixArtConfig(32, 4, 2, **xl), 0.18215),

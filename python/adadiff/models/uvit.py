@@ -1,4 +1,4 @@
-"""U-ViT (Bao et al., CVPR 2023; baofff/U-ViT libs/uvit.py and libs/uvit_t2i.py), with its state-dict keys.
+"""U-ViT (Bao et al., CVPR 2023; baofff/U-ViT libs/uvit.py and libs/uvit_t2i.py), with the released state-dict keys.
 
 B lanes, T tokens (prefix tokens first: [time, text, patches] or [label, time, patches]), D channels.
 """
@@ -31,7 +31,8 @@ from .patches import PatchConfig, PatchNetwork
 
 @dataclass(frozen=True)
 class UViTConfig(PatchConfig):
-    """`depth` counts the in- and out-blocks, so the network has depth + 1 blocks."""
+    """Configuration of a U-ViT. `depth` counts the in- and out-blocks, so the network has depth + 1 blocks. Raises
+    ValueError for invalid values."""
 
     num_classes: int = 0  # rows of the label table, null class included; 0 = no labels
     context_tokens: int = 0  # 77 for text; 0 = none
@@ -40,10 +41,10 @@ class UViTConfig(PatchConfig):
     mlp_ratio: int = 4
     qkv_bias: bool = False
     mlp_time_embed: bool = False
-    time_divisor: int = 1  # the sinusoid is of t / time_divisor; DuoDiff's pixel models read t / 1000
-    width: float = 1.0  # share of `heads` and of MLP channels that there are, see forward/narrow.py
+    time_divisor: int = 1  # the time embedding is of t / time_divisor; DuoDiff's pixel models use 1000
+    width: float = 1.0  # the share of `heads` and MLP channels in use, see forward/narrow.py
 
-    DIM_STEP: ClassVar[int] = 2  # time is sines and cosines
+    DIM_STEP: ClassVar[int] = 2  # the time embedding is sines and cosines
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,7 +78,7 @@ class UViTConditioning:
 
 
 class AffineBranch:
-    """A pre-norm branch without gate. Not a module: the norm and the body keep their published names in the block."""
+    """A pre-norm branch without gate. Not a module, so that norm and body keep their published names in the block."""
 
     def __init__(self, norm: nn.LayerNorm, body: Attention | Mlp, unit: str):
         self._norm, self._body, self.unit = norm, body, unit
@@ -127,7 +128,7 @@ class Block(nn.Module):
         out: Tensor | None = None,
     ) -> Tensor:
         if self.skip_linear is not None:
-            x = self.join(x, skip, None, index).to(x.dtype)  # under autocast, too
+            x = self.join(x, skip, None, index).to(x.dtype)  # autocast may change the dtype
         x = x + self.attn(self.norm1(x))
         return torch.add(x, self.mlp(self.norm2(x)), out=out)
 
@@ -138,7 +139,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """LayerNorm, linear map to a patch's pixels, unpatchify, optional 3x3 convolution: [n, N, D] -> [n, C, H, W]."""
+    """LayerNorm, linear map to a patch's values, unpatchify, optional 3x3 convolution: [n, N, D] -> [n, C, H, W]."""
 
     def __init__(self, config: UViTConfig):
         super().__init__()
@@ -199,7 +200,8 @@ class UViT(PatchNetwork):
         return head
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
-        """The plain network at full depth: x [B, C, H, W], t float [B], context -> predicted noise [B, C, H, W]."""
+        """The plain network at full depth: x [B, C, H, W], t float [B], context as `embed` takes it -> prediction
+        [B, C, H, W]."""
         x, _ = self.embed(x, t, context)
         skips = []
         for block in self.in_blocks:
@@ -230,7 +232,7 @@ class UViT(PatchNetwork):
 
 
 def _initialise(module: nn.Module) -> None:
-    """libs/uvit.py, _init_weights: linear maps truncated normal, everything else as PyTorch makes it."""
+    """libs/uvit.py, _init_weights: truncated normal for linear layers, PyTorch's defaults for all others."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -239,11 +241,11 @@ def _initialise(module: nn.Module) -> None:
 
 @torch.no_grad()
 def start_as_linear(network: UViT) -> None:
-    """Makes a fresh network begin as the linear map from its patches to its predictions: branches add nothing yet, and
-    a block that joins a long skip passes the rows before it on.
+    """Initialises a network as a linear map from patches to predictions: branches add nothing, and a block that joins a
+    long skip passes its input on.
 
-    `_initialise` is made for a D of 512 and more. At D = 64 its joins shrink the rows at every block, so that a deep
-    network learns no sooner than one of three blocks.
+    `_initialise` is meant for D of 512 and more. At D = 64 its skip layers shrink the hidden states at every block, and
+    a deep network learns no faster than one of three blocks.
     """
     for block in network.blocks:
         inner = (block.attn.qkv, block.mlp.fc1)
@@ -271,13 +273,13 @@ def _text(depth: int) -> Preset:
 
 
 def _duodiff(like: Preset, depth: int | None = None, divisor: int = 1) -> Preset:
-    """Trained by DuoDiff: the same network, of another depth perhaps, told the index of 1000 linear betas, 0..999, or
-    that over 1000. None has seen a null class."""
-    own = {} if depth is None else {"depth": depth}
-    return Preset(replace(like.network, **own, time_divisor=divisor), "linear", latent_scale=like.latent_scale)
+    """A network trained by DuoDiff: as `like`, possibly of another depth, with schedule "linear", whose time input
+    0..999 is divided by `divisor`. None of them was trained with a null class."""
+    changed = {} if depth is None else {"depth": depth}
+    return Preset(replace(like.network, **changed, time_divisor=divisor), "linear", latent_scale=like.latent_scale)
 
 
-# baofff/U-ViT configs/*.py; sizes of the latents, not of the images, for the latent models
+# baofff/U-ViT configs/*.py; for latent models the sizes are those of the latents
 PRESETS: dict[str, Preset] = {
     "cifar10_uvit_small":      _pixels(32, 2, 512, 12, 8),
     "celeba64_uvit_small":     _pixels(64, 4, 512, 12, 8),
@@ -291,7 +293,7 @@ PRESETS: dict[str, Preset] = {
     "mscoco_uvit_small_deep":  _text(16),
 }  # fmt: skip
 
-# razvanmatisan/duodiff configs/*.yaml, whose depth counts the middle block; _N: its shallow networks of N blocks
+# razvanmatisan/duodiff configs/*.yaml, whose depth includes the middle block; _N: shallow networks of N blocks
 PRESETS |= {
     "duodiff_cifar10":         _duodiff(PRESETS["cifar10_uvit_small"], divisor=1000),
     "duodiff_cifar10_3":       _duodiff(PRESETS["cifar10_uvit_small"], 2, divisor=1000),

@@ -1,2 +1,2 @@
-"""Pipelines of diffusers: ours, and adaptive compute in those that exist (`enable`); what they take around a network,
-latents and prompts. Everything here is an extra."""
+"""Pipelines of diffusers: adaptive compute in existing ones (`enable`), our own `AdaDiffPipeline`, and the autoencoder
+and text encoder around a network. Needs the package's extras."""

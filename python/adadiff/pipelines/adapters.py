@@ -1,6 +1,6 @@
-"""Low-rank adapters of peft: which are on, and how strongly. What lanes have kept of earlier steps was made with them.
+"""Detects changes of peft's low-rank adapters, after which cached features of earlier steps are invalid.
 
-Layers of peft are known by the attributes that they have; peft itself need not be installed.
+peft's layers are recognised by their attributes; peft itself need not be installed.
 """
 
 from collections.abc import Mapping
@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-LAYER = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")  # what peft's layers have
+LAYER = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")  # attributes of peft's layers
 
 
 class AdapterWatch:
-    """Tells whether adapters are others than at the call before: switched on or off, added, merged, or scaled."""
+    """Detects whether adapters were switched on or off, added, merged or rescaled since the previous call."""
 
     def __init__(self) -> None:
         self._loaded: Any = None
@@ -20,8 +20,8 @@ class AdapterWatch:
         self._state: Any = None
 
     def changed(self, transformer: nn.Module, arguments: Mapping[str, Any]) -> bool:
-        """False at the first call. arguments: of the transformer's call, by name. Layers are looked for where the
-        transformer's list of adapters has changed; without any, this costs nothing."""
+        """Whether adapters have changed; False at the first call. arguments: of the transformer's call, by name. Layers
+        are searched only if the transformer's list of adapters has changed; without adapters this is cheap."""
         loaded = tuple(getattr(transformer, "peft_config", None) or ())
         if loaded != self._loaded:
             layers = [module for module in transformer.modules() if all(hasattr(module, name) for name in LAYER)]
@@ -36,6 +36,6 @@ def _of(layer: nn.Module) -> tuple[Any, ...]:
 
 
 def _scales(arguments: Mapping[str, Any]) -> list[Any]:
-    """Of this call alone: diffusers multiplies adapters by `attention_kwargs["scale"]`."""
-    given = [value for name, value in arguments.items() if name.endswith("attention_kwargs")]
-    return [one.get("scale") for one in given if isinstance(one, Mapping)]
+    """The adapter scales of this call, `attention_kwargs["scale"]` in diffusers."""
+    options = [value for name, value in arguments.items() if name.endswith("attention_kwargs")]
+    return [one.get("scale") for one in options if isinstance(one, Mapping)]

@@ -1,4 +1,4 @@
-"""One call of a transformer, and in it one call of each of its blocks: who runs it, and what the others get."""
+"""One call of a transformer and of each of its blocks: which lanes run a block, and what the other lanes get."""
 
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
@@ -22,12 +22,13 @@ from .self_check import check_lanes
 class Call:
     """One call of the transformer.
 
-    layout: None at the first call of a shape, in which everybody runs everything and the order of blocks is learned.
-    look: what such calls have in common for which blocks are checked once; check: it is this one.
-    sequence: of the blocks called so far; base: inputs of each segment's first block, by argument; late: of each
-    segment, what its last blocks gave, while the order is learned; entered: what went into each segment, and the
-    network's first block (""), with the versions these had; began: position of each segment's first block; head_output:
-    of the first blocks, by argument. probe: the first call in which anything is left out. compiled: any block is.
+    layout: None at the first call of a shape, in which all lanes run all blocks and the order of blocks is learned.
+    look: key of the calls for which blocks are checked once; check: whether this call checks them.
+    sequence: the blocks called so far; base: inputs of each segment's first block, by argument; late: outputs of each
+    segment's last blocks, while the order is learned; entered: inputs of each segment and of the network's first block
+    (""), with their versions; began: position of each segment's first block; head_output: output of the first blocks,
+    by argument. probe: whether this is the first call in which a block is skipped. compiled: whether any block is
+    compiled.
     """
 
     policy: ReusePolicy
@@ -65,27 +66,28 @@ class Call:
         self.step = self.cache.step
 
     def decide(self, gate: Tensor | None, output: Tensor) -> None:
-        """After the first blocks. gate, output: [B, ...]"""
+        """Decides after the first blocks which lanes reuse. gate, output: [B, ...]."""
         self.decision = self.cache.decide(
             self.policy, gate, output, self.conditioning, self.t, self.steps_left, self.tied
         )
         self.head = len(self.sequence)
         if bool(self.decision.reuse.any()):
-            # a compiled block would be compiled for views once more
+            # views would make compiled blocks recompile
             self.rows = Rows((~self.decision.reuse).nonzero().flatten(), self.B, views=not self.compiled)
             self.gather = Gather(self.rows, self.family)
 
     def finish(self) -> Layout | None:
-        """What is known of the sequence of blocks; None where it was another than before."""
+        """The layout after this call; None if blocks ran in another order than before. Raises ValueError for a policy
+        that does not fit the sequence of blocks."""
         if self.layout is not None:
             self.irregular |= len(self.sequence) != len(self.layout.calls)
             if self.irregular and self.rows is not None:
-                raise ValueError(f"{self.name} ran other blocks than at its first call, while some were left out")
+                raise ValueError(f"{self.name} ran other blocks than at its first call, while some were skipped")
             return None if self.irregular else self.layout
         if self.decision is None:
             name, *_ = self.counts
             raise ValueError(
-                f"'{self.policy}' asks after {self.policy.first} blocks, but {name}, the first list of {self.name}, "
+                f"'{self.policy}' decides after {self.policy.first} blocks, but {name}, the first list of {self.name}, "
                 f"has only {self.counts[name]}"
             )
         tail = len(self.sequence) - self.policy.last
@@ -106,7 +108,7 @@ class Call:
                 self.base[name] = self.head_output
             elif final[name] == tail - 1:
                 raise ValueError(
-                    f"'{self.policy}' does not fit {self.name}, whose lists of blocks take turns; use last=0"
+                    f"'{self.policy}' does not fit {self.name}, whose lists of blocks alternate; use last=0"
                 )
         for name, position in final.items():
             outputs, parts = next((o, parts) for p, o, parts in self.late[name] if p == position)
@@ -117,7 +119,7 @@ class Call:
         return Layout(tuple(self.sequence), self.head, tail, final, frozenset(stays), frozenset(inside))
 
     def blocks_run(self) -> Tensor:
-        """int64 [B]: how many blocks each lane ran."""
+        """int64 [B]: the number of blocks each lane ran."""
         total = torch.full((self.B,), len(self.sequence), dtype=torch.int64, device="cpu")
         if self.rows is None or self.layout is None or self.decision is None:
             return total
@@ -125,7 +127,7 @@ class Call:
 
 
 class BlockCall:
-    """One call of a block. given: its arguments by name, the first `by_position` of them by position."""
+    """One call of a block. given: its arguments by name; the first `by_position` of them were passed by position."""
 
     def __init__(self, call: Call, block: Interceptor, given: Mapping[str, Any], by_position: int):
         self.call, self.block, self.given, self.by_position = call, block, given, by_position
@@ -173,7 +175,7 @@ class BlockCall:
         self.call.counts[self.id.name] += 1
 
     def _called(self, given: Mapping[str, Any], lanes: int | None = None) -> Any:
-        """lanes: in `given`, None: all."""
+        """Calls the block. lanes: the number of lanes in `given`; None: all."""
         streams = [v for v in given.values() if isinstance(v, Tensor) and v.ndim > 2]
         if self.block.compiled is not None and streams:  # one graph for any number of rows
             lanes = self.call.B if lanes is None else lanes
@@ -183,7 +185,7 @@ class BlockCall:
         return self.block.call(*args, **kwargs)
 
     def _head(self, last: bool) -> Any:
-        """A block that runs for everybody before it is decided who reuses."""
+        """Runs one of the first blocks, for all lanes; after the last of them, decides which lanes reuse."""
         call, begins, known = self.call, not self.call.sequence, self._known()
         held: dict[str, Held] = {}
         if begins and call.policy.gate == "residual":
@@ -217,7 +219,7 @@ class BlockCall:
         return output
 
     def _known(self) -> Outputs | None:
-        """What this block gave at the first call, if it was in this place."""
+        """The outputs of this block at the first call, if it was at this position."""
         layout, position = self.call.layout, len(self.call.sequence)
         if layout is None or position >= layout.head or layout.calls[position].block != self.id:
             return None
@@ -230,7 +232,7 @@ class BlockCall:
         try:
             return outputs_of(output, self.given, self.call.family, self.call.B)
         except ValueError as error:
-            raise ValueError(f"{self.id} of {self.call.name} cannot be left out: {error}") from None
+            raise ValueError(f"{self.id} of {self.call.name} cannot be skipped: {error}") from None
 
     def _learn(self, position: int) -> Any:
         call = self.call
@@ -249,7 +251,7 @@ class BlockCall:
         return output
 
     def _segment(self, streams: Mapping[str, Tensor]) -> str:
-        """The list's segment that goes on, or a new one where other streams begin."""
+        """The segment of the block's list that continues, or a new one if the streams differ."""
         call, made = self.call, self.call.segments.setdefault(self.id.name, [])
         base = call.base[made[-1]] if made else {}
         if not made or any(name not in base or base[name].value.shape != one.shape for name, one in streams.items()):
@@ -259,12 +261,12 @@ class BlockCall:
         return made[-1]
 
     def _check(self, outputs: Outputs, parts: Sequence[Any], kept: Mapping[str, Tensor]) -> None:
-        """ValueError unless it may be run for some lanes alone. kept: its inputs, which it may have changed in place;
-        parts: its outputs."""
+        """Raises ValueError unless the block can be run for a subset of the lanes. kept: copies of its inputs, which it
+        may have changed in place; parts: its outputs."""
         call, given = self.call, {name: kept.get(name, value) for name, value in self.given.items()}
         R = self._rows_of(outputs, kept)
         first = torch.zeros(1, dtype=torch.int64, device="cpu")
-        Gather(Rows(first, call.B), call.family).arguments(given, R)  # raises for what cannot be taken apart
+        Gather(Rows(first, call.B), call.family).arguments(given, R)  # raises if they cannot be split by lane
 
         def run(rows: Rows) -> list[Any]:
             return outputs.parts(self._called(Gather(rows, call.family).arguments(given, R), len(rows.lanes)))
@@ -280,8 +282,8 @@ class BlockCall:
         return given[source].shape[self.call.family.batch_dim]
 
     def _compact(self, planned: Planned, final: bool, begins: bool) -> Any:
-        """Some lanes run, or none does; the others get what they reuse from the final block of the segment, and nothing
-        that means anything from those before it."""
+        """Runs the block for the computing lanes, if any. The other lanes get their reused output from the final block
+        of the segment, and undefined values from the blocks before it."""
         call, dim, outputs = self.call, self.call.family.batch_dim, planned.outputs
         self._note(planned)
         assert call.rows is not None
@@ -300,7 +302,7 @@ class BlockCall:
                     full = full if fresh[p] is None else full.to(fresh[p])
                 elif source is not None and fresh[p] is not None:
                     full = _unwritten(self.given[source].shape, fresh[p], call.probe)
-                elif source is not None:  # what comes in at first may be somebody's who keeps it
+                elif source is not None:  # a segment's first input may belong to the caller: do not overwrite it
                     full = self.given[source]
                     full = _unwritten(full.shape, full, call.probe) if begins else full
                 if full is not None and fresh[p] is not None:
@@ -313,13 +315,13 @@ class BlockCall:
 
 
 def _unwritten(shape: torch.Size, like: Tensor, probe: bool) -> Tensor:
-    """probe: of NaN, to see whether anybody reads it."""
+    """An output for lanes that skip the block; probe: filled with NaN, to detect whether it is read."""
     full = like.new_empty(shape)
     return full.fill_(torch.nan) if probe else full
 
 
 def store_rest(call: Call, segment: str, outputs: Outputs, parts: Sequence[Any], rows: Rows | None) -> None:
-    """What the left-out blocks of a segment have added. parts: of all lanes, or of those of `rows`."""
+    """Stores what the skippable blocks of a segment have added. parts: outputs of all lanes, or of those of `rows`."""
     dim, kept = call.family.batch_dim, call.cache.rest
     with counted():
         for p, source in enumerate(outputs.sources):

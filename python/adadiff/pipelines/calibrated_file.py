@@ -1,4 +1,4 @@
-"""Files of calibrated caches, and whether one fits a pipeline."""
+"""Files of calibrated caches, and checks that one fits a pipeline."""
 
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ ENDING = ".json"
 
 
 def save_cache(cache: CalibratedCache, path: Path, force: bool = False) -> None:
-    """Written whole, or not at all. FileExistsError where the file exists, unless `force`."""
+    """Writes the file atomically. Raises FileExistsError if it exists, unless `force`."""
     replace_file(path, lambda temporary: temporary.write_text(cache.to_json(), encoding="utf-8"), force=force)
 
 
 def load_cache(path: str | Path) -> CalibratedCache:
-    """Raises ValueError for what `save_cache` did not write; FileNotFoundError where there is nothing."""
+    """Reads a file of `save_cache`. Raises ValueError for other files, FileNotFoundError if there is none."""
     try:
         return CalibratedCache.from_json(read_text(Path(path)))
     except ValueError as error:
@@ -26,7 +26,7 @@ def load_cache(path: str | Path) -> CalibratedCache:
 
 
 def check_fits(cache: CalibratedCache, pipe: Any, transformer: nn.Module, blocks: int, tied: bool) -> None:
-    """ValueError unless the cache was calibrated for such a pipeline. blocks: of the transformer."""
+    """Raises ValueError unless the cache was calibrated for such a pipeline. blocks: number of the transformer's."""
     now = {
         "transformer": type(transformer).__name__,
         "blocks": blocks,

@@ -1,4 +1,4 @@
-"""`calibrate`: thresholds of a cache for a share of the work, one for each step, from a few runs of a pipeline."""
+"""`calibrate`: cache thresholds for a share of the work, one per step, from a few runs of a pipeline."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,16 +20,16 @@ from .enable import disable, enable, enabled, transformers_in
 from .record import StepRecord
 from .step_thresholds import Changes, between, interpolated, measured_growth, thresholds_for
 
-LEAST = 4  # prompts: half of them choose, half of them measure
-PLACES = 8  # steps at which it is measured what reuse costs
-ROUNDS, MODELLED = 5, 2  # of runs with thresholds, to meet the budget; the first ones are the model's
-CLOSE = 0.01  # shares that are the same
+LEAST = 4  # prompts: half of them choose thresholds, half of them measure these
+PLACES = 8  # steps at which the error of reuse is measured
+ROUNDS, MODELLED = 5, 2  # most runs to meet the budget; in the first two, thresholds come from the model of changes
+CLOSE = 0.01  # shares closer than this count as equal
 RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
 class Steps(ReusePolicy):
-    """Reuses at the named steps alone, and reads changes for its caller."""
+    """Reuses at the given steps only; the changes that the gate reads are recorded."""
 
     steps: tuple[int, ...]
     first: int = 1
@@ -45,8 +45,9 @@ class Steps(ReusePolicy):
 
 @dataclass(frozen=True)
 class Run:
-    """What a call of the pipeline showed. full: bool [S, n] and change: float64 [S, n], n lanes of all halves and
-    calls; t: float64 [S]; blocks, blocks_full: counted by lane. head: of a lane that reused, 0 where none did."""
+    """Measurements of one call of the pipeline. full: bool [S, n], whether a lane ran in full; change: float64 [S, n],
+    n lanes of all halves and calls; t: float64 [S]; blocks, blocks_full: blocks run and of the full network, summed
+    over lanes. head: blocks that a reusing lane ran, 0 if none reused."""
 
     full: Tensor
     change: Tensor
@@ -57,15 +58,15 @@ class Run:
 
     @staticmethod
     def of(steps: Sequence[StepRecord], num_blocks: int) -> "Run":
-        """ValueError where not all parts of the pipeline make all steps."""
+        """The run of all steps. Raises ValueError if some calls are not made at every step."""
         parts: dict[tuple[str, int], list[StepRecord]] = {}
         for step in steps:
             parts.setdefault((step.context, step.call), []).append(step)
         lengths = {len(part) for part in parts.values()}
         if len(lengths) != 1 or any([one.step for one in part] != list(range(len(part))) for part in parts.values()):
             raise ValueError(
-                f"calls of a step differ from step to step ({', '.join(map(str, sorted(lengths)))} steps), as where "
-                "guidance is for some steps alone; thresholds by step are not for such runs"
+                f"the calls of a step differ from step to step ({', '.join(map(str, sorted(lengths)))} steps), as with "
+                "guidance at some steps only; thresholds by step do not support this"
             )
         full = torch.cat([torch.stack([one.full for one in part]) for part in parts.values()], 1)
         change = torch.cat([torch.stack([one.change for one in part]) for part in parts.values()], 1).double()
@@ -77,23 +78,23 @@ class Run:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What `calibrate` found. cache: a policy for `enable`; share: of the blocks, of the prompts that chose; file:
-    where it was written. `print` it."""
+    """The result of `calibrate`. cache: a policy for `enable`; share: of the blocks, on the choosing prompts; file:
+    where it was written. Printable."""
 
     cache: CalibratedCache
     share: float
     file: Path | None
 
     def __str__(self) -> str:
-        cache, told = self.cache, self.cache.held_out
-        assert told is not None
+        cache, held_out = self.cache, self.cache.held_out
+        assert held_out is not None
         thresholds = ", ".join("never" if v < 0 else f"{v:.3g}" for v in cache.thresholds)
         lines = [
             f"{cache.transformer}, {cache.scheduler}, {len(cache.t)} steps: budget {cache.budget:.0%} of the blocks",
             f"thresholds by step: {thresholds}",
-            f"prompts that chose: {self.share:.1%} of the blocks; {told.prompts} others: {told.share:.1%}",
-            f"error of the others, relative to the full pipeline: {told.error:.3f} (95 % interval {told.low:.3f} to "
-            f"{told.high:.3f})",
+            f"choosing prompts: {self.share:.1%} of the blocks; {held_out.prompts} others: {held_out.share:.1%}",
+            f"error of the others, relative to the full pipeline: {held_out.error:.3f} (95 % interval "
+            f"{held_out.low:.3f} to {held_out.high:.3f})",
         ]
         return "\n".join([*lines, *([f"wrote {self.file}"] if self.file else [])])
 
@@ -115,20 +116,21 @@ def calibrate(
     progress: bool = True,
     **call: Any,
 ) -> Calibrated:
-    """Thresholds of a first-block cache for `pipe`, one for each step, with which `budget`, a share of the blocks, is
-    left to run on average.
+    """Finds thresholds of a first-block cache for `pipe`, one per step, with which a share `budget` of the blocks runs
+    on average.
 
     pipe: a pipeline of diffusers with one transformer, not enabled. prompts: at least 4 texts, class labels, or
-    mappings with the arguments of a call for one image each. Every other one chooses; the others measure what it
-    costs. The i-th image has the seed `seed` + i. batch: texts or labels a call. call: further arguments of every
-    call, such as num_inference_steps: thresholds are for these steps, this scheduler and this size. Results are
-    compared as latents (output_type="latent") unless `call` says otherwise or the pipeline has none. first, last,
-    gate, blocks, tied: as for `enable` and `adadiff.policies.reuse.Cache`. path: a .json file to write, which
-    `enable(pipe, policy=path)` reads; force: replace it where it exists.
+    mappings with the arguments of a call for one image each. Every other prompt is used to choose thresholds; the
+    others measure their error. The i-th image has the seed `seed` + i. batch: texts or labels per call. call: further
+    arguments of every call, such as num_inference_steps: thresholds are valid for these steps, this scheduler and this
+    size. Results are compared as latents (output_type="latent") unless `call` says otherwise or the pipeline has none.
+    first, last, gate, blocks, tied: as for `enable` and `adadiff.policies.reuse.Cache`. path: a .json file to write,
+    for `enable(pipe, policy=path)`; force: replace an existing file. progress: show a progress bar.
 
-    It draws each prompt in full once, and half of them again up to seven times: to see what reuse costs at which step,
-    to meet the budget, and to measure. Deterministic. `pipe` is as it was afterwards, also when interrupted.
-    Raises ValueError for what cannot be, before anything is drawn where that can be told.
+    Draws each prompt in full once, the choosing half again up to six times (error of reuse by step, then up to five
+    runs to meet the budget), and the other half once more. Deterministic. `pipe` is unchanged afterwards, also when
+    interrupted. Raises ValueError for invalid arguments, before drawing where possible, and FileExistsError for an
+    existing file without `force`.
     """
     transformer = _transformer(pipe)
     check_prompts(prompts, LEAST)
@@ -140,7 +142,7 @@ def calibrate(
     file = None if path is None else Path(path)
     if file is not None:
         if file.suffix != ".json":
-            raise ValueError(f"path must end in .json, by which `enable` knows it, got {file}")
+            raise ValueError(f"path must end in .json, by which `enable` recognises it, got {file}")
         check_outputs(force, file)
     observe = Steps((), first, last, gate)
     record = enable(pipe, observe, blocks=blocks, tied=tied)
@@ -165,7 +167,7 @@ def calibrate(
 
 
 class Runs:
-    """Draws prompts under policies. Each prompt has one seed, whoever it is drawn with."""
+    """Draws prompts under policies. A prompt's seed does not depend on its batch."""
 
     def __init__(self, pipe: Any, reused: Any, seed: int, batch: int, call: Mapping[str, Any], bar: tqdm):
         self.pipe, self._reused, self._seed, self._batch, self._call, self._bar = pipe, reused, seed, batch, call, bar
@@ -173,7 +175,7 @@ class Runs:
     def draw(
         self, numbered: Sequence[tuple[int, Prompt]], policy: ReusePolicy, batch: int | None = None
     ) -> Iterator[tuple[Tensor, Run]]:
-        """numbered: prompts with their places. Yields the results [n, F] of each call, and what it showed."""
+        """numbered: prompts with their indices. Yields the results [n, F] and the measurements of each call."""
         size = 1 if isinstance(numbered[0][1], Mapping) else batch or self._batch
         for i in range(0, len(numbered), size):
             part = numbered[i : i + size]
@@ -238,8 +240,8 @@ def _calibrated(
 def _weights(
     runs: Runs, chosen: Sequence[tuple[int, Prompt]], full: Tensor, observe: Steps, S: int
 ) -> tuple[Tensor, int]:
-    """By how much the end result is off for each unit of change at a step, where it alone is reused: float64 [S]; and
-    how many blocks ran there. Each prompt is drawn with another step, alone."""
+    """float64 [S]: the error of the final result per unit of change, when one step alone is reused; and the number of
+    blocks that ran in that step. Each prompt is drawn alone, reusing one of the steps."""
     most = min(PLACES, len(chosen), S - 1)
     places = [1 + round(i * (S - 2) / max(1, most - 1)) for i in range(most)]
     errors: dict[int, list[float]] = {}
@@ -268,12 +270,12 @@ def _measured(runs: Runs, others: Sequence[tuple[int, Prompt]], cache: Calibrate
 
 
 def relative_errors(images: Tensor, full: Tensor) -> Tensor:
-    """[n, F] each. Returns |images - full| / |full|, float64 [n]."""
+    """|images - full| / |full|, float64 [n]. images, full: float64 [n, F]."""
     return (images - full).norm(dim=1) / full.norm(dim=1).clamp_min(1e-30)
 
 
 def _joined(runs: Sequence[Run]) -> Run:
-    """The lanes of all."""
+    """All runs as one, with the lanes of all. Raises ValueError for different numbers of steps."""
     if len({len(run.t) for run in runs}) != 1:
         raise ValueError("prompts take different numbers of steps; give num_inference_steps")
     return Run(
@@ -289,7 +291,7 @@ def _joined(runs: Sequence[Run]) -> Run:
 def _check_budget(budget: float, observe: Steps, count: int, S: int) -> None:
     least = (1 + (S - 1) * (observe.first + observe.last) / count) / S
     if S < 2 or budget < least:
-        raise ValueError(f"the least that {S} steps, the first in full, can run is {least:.3f}, got budget {budget}")
+        raise ValueError(f"{S} steps, the first in full, run at least {least:.3f} of the blocks, got budget {budget}")
 
 
 def _transformer(pipe: Any) -> nn.Module:

@@ -1,6 +1,6 @@
-"""Compaction that is local to one block: its arguments without the rows that do not run, and its output back in place.
+"""Compaction around one block: gathers the rows of its arguments that run, and writes its output back in place.
 
-B lanes; a block's hidden states have R = B * r rows, lane by lane ([lane 0's r rows, lane 1's, ...]), r = 1 for most.
+B lanes; a block's hidden states have R = B * r rows, lane by lane ([lane 0's r rows, lane 1's, ...]); mostly r = 1.
 """
 
 import enum
@@ -15,44 +15,44 @@ from torch import Tensor
 
 from .families import Family
 
-# Tables of positions are often [S, D], shared by all lanes, and S may be the number of rows by accident.
+# Names of position tables: often [S, D], shared by all lanes, where S may equal the number of rows by chance.
 TABLE = re.compile(r"(?:^|[_.])(?:rotary|rope|freqs?|pos|positions?|positional|cos|sin)(?:$|[_.])")
 PLAIN = (type(None), bool, int, float, str, bytes, complex, torch.dtype, torch.device, torch.Size, enum.Enum)
 
 
 def version(value: Tensor) -> int | None:
-    """None where in-place changes are not counted."""
+    """PyTorch's count of in-place changes; None for inference tensors, which do not count them."""
     return None if value.is_inference() else value._version
 
 
 def counted() -> AbstractContextManager:
-    """Changes in place of tensors that are made in it are counted, in inference mode, too."""
+    """Tensors created in this context count in-place changes, even if the caller is in inference mode."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 @dataclass(frozen=True)
 class Held:
-    """A block's input that is read again after the block has run. version: that it had, None of a copy."""
+    """A block's input that is read again after the block has run. version: at the time; None for a copy."""
 
     value: Tensor
     version: int | None = None
 
     @staticmethod
     def of(value: Tensor, stays: bool) -> "Held":
-        """stays: nobody is expected to change it in place; where such changes are not counted, it is copied anyway."""
+        """Holds `value`. stays: no in-place change is expected, so no copy is needed if changes are counted."""
         now = version(value) if stays else None
         return Held(value if now is not None else value.clone(), now)
 
     def get(self) -> Tensor:
-        """ValueError where it was changed."""
+        """The value. Raises ValueError if it was changed in place."""
         if self.version is not None and self.version != version(self.value):
-            raise ValueError("what went into its blocks was changed in place, unlike at its first call")
+            raise ValueError("inputs of its blocks were changed in place, unlike at its first call")
         return self.value
 
 
 class Rows:
-    """The lanes that run, of B, and their rows in tensors of several layouts. lanes: int64 [n], on the CPU. views: rows
-    that lie together are not copied."""
+    """The running lanes, of B, and their rows in tensors of several layouts. lanes: int64 [n], on the CPU. views:
+    contiguous rows are taken as views, not copies."""
 
     def __init__(self, lanes: Tensor, B: int, views: bool = True):
         self.lanes, self.B, self._made = lanes, B, dict[tuple[int, bool, torch.device], Tensor]()
@@ -60,7 +60,8 @@ class Rows:
         self._start = int(lanes[0]) if views and together else None
 
     def index(self, repeat: int, paired: bool, device: torch.device) -> Tensor:
-        """int64 [n * repeat]. paired: [k * B] instead of lane by lane."""
+        """int64 [n * repeat]: the rows of the running lanes, with `repeat` rows per lane. paired: rows are ordered
+        [k * B] (all lanes k times) instead of lane by lane."""
         key = repeat, paired, device
         if key not in self._made:
             lanes, copies = self.lanes, torch.arange(repeat, device="cpu")
@@ -69,13 +70,13 @@ class Rows:
         return self._made[key]
 
     def take(self, value: Tensor, dim: int, repeat: int, paired: bool = False) -> Tensor:
-        """The rows that run: a view where they lie together in memory."""
+        """The running rows of `value`; a view if they are contiguous."""
         if self._start is not None and dim == 0 and not paired:
             return value.narrow(0, self._start * repeat, len(self.lanes) * repeat)
         return value.index_select(dim, self.index(repeat, paired, value.device))
 
     def put(self, full: Tensor, dim: int, compact: Tensor) -> None:
-        """compact: the rows that run, written into `full`."""
+        """Writes compact, the running rows, into `full`."""
         repeat = full.shape[dim] // self.B
         if self._start is not None and dim == 0:
             full.narrow(0, self._start * repeat, len(compact)).copy_(compact)
@@ -84,7 +85,7 @@ class Rows:
 
 
 class Gather:
-    """Takes rows out of arguments, each tensor once: what is shared by blocks is gathered for the first of them."""
+    """Gathers the running rows of arguments, once per tensor, even if several blocks take it."""
 
     def __init__(self, rows: Rows, family: Family):
         self._rows, self._family = rows, family
@@ -94,7 +95,7 @@ class Gather:
         return {name: self._take(value, name, R) for name, value in named.items()}
 
     def give(self, full: Tensor, compact: Tensor, dim: int) -> None:
-        """compact: the rows of `full` that run. Blocks that are handed `full` get it, unless somebody changed it."""
+        """Registers compact, the running rows of `full`: blocks called with `full` get them unless it was changed."""
         self._keep(full, dim, compact)
 
     def _take(self, value: Any, name: str, R: int) -> Any:
@@ -108,7 +109,7 @@ class Gather:
             return {key: self._take(one, f"{name}.{key}", R) for key, one in value.items()}
         if isinstance(value, PLAIN):
             return value
-        raise ValueError(f"a block takes {name}: {type(value).__name__}, of which nobody knows how it goes by sample")
+        raise ValueError(f"a block takes {name}: {type(value).__name__}, which cannot be split by sample")
 
     def _tensor(self, value: Tensor, name: str, R: int) -> Tensor:
         found = self.layout(value, name, R)
@@ -129,7 +130,7 @@ class Gather:
             self._made[id(value)] = value, now, dim, compact, version(compact)
 
     def layout(self, value: Tensor, name: str, R: int) -> tuple[int, int, bool] | None:
-        """(dimension, repeats, paired) of a tensor that is by lane, None of a shared one."""
+        """(dimension, repeats, paired) of a tensor by lane; None for one that all lanes share."""
         B, family, part = self._rows.B, self._family, name.partition(".")[0]
         if value.ndim == 0 or part in family.shared:
             return None
@@ -144,7 +145,7 @@ class Gather:
 
 
 def mark_dynamic(named: Mapping[str, Any], rows: Rows, family: Family, R: int) -> None:
-    """For a compiled block: tensors by lane may have another number of rows in the next call."""
+    """Marks the rows of tensors by lane as dynamic for a compiled block, since their number changes between calls."""
     gather = Gather(rows, family)
     for name, value in named.items():
         found = gather.layout(value, name, R) if isinstance(value, Tensor) else None

@@ -1,4 +1,4 @@
-"""What the arguments of a call say about its lanes, beyond the hidden states: texts, labels, control."""
+"""The conditioning of each lane in the arguments of a transformer's call: texts, labels, control."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,10 +19,10 @@ def by_lane(value: Any, B: int) -> bool:
 
 
 def conditioning(arguments: Mapping[str, Any], B: int) -> list[Kept]:
-    """What has to be the same for a lane to reuse: its texts and labels, and whether there is any control."""
+    """The values that must be unchanged for a lane to reuse: its texts and labels, and whether there is any control."""
     named = [*arguments.items()]
     for value in arguments.values():
-        if isinstance(value, Mapping):  # as of adapters for image prompts: of each a tensor by lane
+        if isinstance(value, Mapping):  # such as image-prompt adapters, with a tensor by lane each
             named += [(key, one) for key in value for one in _tensors(value[key])]
     found = [
         Kept.of(held(value))
@@ -37,17 +37,17 @@ def conditioning(arguments: Mapping[str, Any], B: int) -> list[Kept]:
 
 
 def _acts(tensors: list[Tensor], B: int) -> Tensor:
-    """bool [B], on the device of the first: whether any of a lane's numbers is not 0; of all, where shared."""
+    """bool [B], on the device of the first: whether any value of a lane (of a shared tensor: any value) is not 0."""
     device = tensors[0].device
     acts = torch.zeros(B, dtype=torch.bool, device=device)
     for one in tensors:
-        own = one.ndim > 0 and len(one) == B
-        acts = acts | ((one != 0).reshape(B, -1).any(1) if own else (one != 0).any()).to(device)
+        of_lanes = one.ndim > 0 and len(one) == B
+        acts = acts | ((one != 0).reshape(B, -1).any(1) if of_lanes else (one != 0).any()).to(device)
     return acts
 
 
 def alike(arguments: Mapping[str, Any], B: int) -> bool:
-    """Whether all lanes are given the same, so that one cannot be seen in another."""
+    """Whether all lanes have equal arguments, so that a leak between lanes could not be detected."""
     for value in arguments.values():
         if by_lane(value, B) and any(one.shape != value[0].shape for one in value):
             return False
@@ -57,12 +57,12 @@ def alike(arguments: Mapping[str, Any], B: int) -> bool:
 
 
 def tracked(arguments: Mapping[str, Any]) -> bool:
-    """Whether any tensor takes part in a gradient."""
+    """Whether any tensor requires a gradient."""
     return any(one.requires_grad for value in arguments.values() for one in _tensors(value))
 
 
 def broken_lanes(output: Any, B: int) -> Tensor:
-    """bool [B], on the CPU: which lanes of what a transformer returns hold NaN, where it is by lane."""
+    """bool [B], on the CPU: lanes with NaN in a transformer's output, as far as it is by lane."""
     broken = torch.zeros(B, dtype=torch.bool, device="cpu")
     parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else [output]
     for part in parts:

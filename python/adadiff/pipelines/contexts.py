@@ -1,4 +1,4 @@
-"""Contexts of the prompts that a folder of samples is asked for with."""
+"""Text contexts for the prompts of a folder of samples."""
 
 import torch
 
@@ -8,8 +8,8 @@ from .text import CLIP, TextEncoder
 
 
 def contexts_of(asked: Asked, model: Model) -> Texts | None:
-    """Of its prompts, and of the empty one; None for models that take no text. Raises ValueError for an encoder that
-    does not fit the model."""
+    """Contexts of the prompts and of the empty prompt; None for models without text. Raises ValueError for a text
+    encoder that does not fit the model."""
     network, prompts = model.config.network, asked.prompt
     if not network.context_tokens:
         return None

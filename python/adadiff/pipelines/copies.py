@@ -1,4 +1,4 @@
-"""Copies of weights that notice when the weights have changed."""
+"""Copies of weights that are renewed when the weights change."""
 
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -7,16 +7,16 @@ import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
-VALUES = 2**18  # compared in all
-LEAST = 64  # of a tensor
+VALUES = 2**18  # values compared in total, about
+LEAST = 64  # values compared per tensor, at least
 
 
 class Copy(Generic[T]):
-    """Call it for what `make` made of the weights of `module`, made anew where they have changed since.
+    """Calling it returns the result of `make`, recomputed if the weights of `module` have changed since.
 
-    Noticed are other tensors, another memory, dtype or device, and every edit that PyTorch counts. It does not count
-    edits through `.data`, by which averages are swapped in and adapters merged; so some values of each tensor, of a
-    small network all, are compared, too.
+    Detects replaced tensors, other memory, dtype or device, and every in-place edit that PyTorch counts. Edits through
+    `.data` (swapping in averages, merging adapters) are not counted, so some values of each tensor, in a small network
+    all, are compared, too.
     """
 
     def __init__(self, module: nn.Module, make: Callable[[], T]):
@@ -27,13 +27,13 @@ class Copy(Generic[T]):
         self._made: T | None = None
 
     def __call__(self) -> T:
-        own = [*self._module.parameters(), *self._module.buffers()]
-        tensors = [(id(v), v.data_ptr(), v.dtype, v.device, 0 if v.is_inference() else v._version) for v in own]
+        weights = [*self._module.parameters(), *self._module.buffers()]
+        tensors = [(id(v), v.data_ptr(), v.dtype, v.device, 0 if v.is_inference() else v._version) for v in weights]
         if self._made is not None and tensors == self._tensors and self._same_values():
             return self._made
-        with torch.inference_mode(False), torch.no_grad():  # whatever mode the caller is in, the next may be in another
+        with torch.inference_mode(False), torch.no_grad():  # a later caller may be in another mode
             self._made = self._make()
-        self._tensors, self._parts = tensors, _parts(own)
+        self._tensors, self._parts = tensors, _parts(weights)
         self._values = [_joined(part) for part in self._parts]
         return self._made
 
@@ -52,5 +52,5 @@ def _parts(tensors: list[Tensor]) -> list[list[Tensor]]:
 
 
 def _joined(part: list[Tensor]) -> Tensor:
-    """As bytes, by which NaN equals NaN."""
+    """The values as bytes, so that NaN equals NaN."""
     return torch.cat(part).view(torch.uint8)

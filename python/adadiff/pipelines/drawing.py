@@ -1,4 +1,4 @@
-"""Calls of a pipeline of diffusers, whatever it is asked with, and their results as rows of numbers."""
+"""Calls of a diffusers pipeline with any kind of prompt; results as rows of numbers."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -12,11 +12,11 @@ Prompt = str | int | Mapping[str, Any]
 
 
 def check_prompts(prompts: Sequence[Prompt], least: int) -> None:
-    """ValueError unless there are `least` of one kind."""
+    """Raises ValueError unless there are `least` prompts or more, all of one kind."""
     if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sequence) or not prompts:
         raise ValueError(f"prompts must be a list of texts, class labels or arguments of calls, got {prompts!r}")
     if len(prompts) < least:
-        raise ValueError(f"half of the prompts choose, half measure: at least {least} of them, got {len(prompts)}")
+        raise ValueError(f"half of the prompts choose, half measure: give at least {least}, got {len(prompts)}")
     for kind in (str, int, Mapping):
         if all(isinstance(prompt, kind) and not isinstance(prompt, bool) for prompt in prompts):
             return
@@ -24,7 +24,8 @@ def check_prompts(prompts: Sequence[Prompt], least: int) -> None:
 
 
 def draw(pipe: Any, prompts: Sequence[Prompt], seeds: Sequence[int], call: Mapping[str, Any]) -> Tensor:
-    """float64 [n, F] on the CPU: the latents or images of one call. Of arguments of calls there is one."""
+    """The latents or images of one call, float64 [n, F] on the CPU. prompts: texts, labels, or a single mapping of
+    arguments. Raises ValueError for arguments that the pipeline does not take."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     first = prompts[0]
     asked: dict[str, Any]
@@ -45,11 +46,11 @@ def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
 
 
 def _without_latents(pipe: Any) -> bool:
-    return type(pipe).__name__ == "DiTPipeline"  # it decodes whatever output_type says
+    return type(pipe).__name__ == "DiTPipeline"  # it ignores output_type="latent"
 
 
 def as_rows(output: Any) -> Tensor:
-    """float64 [n, F] of what a pipeline returns."""
+    """The output of a pipeline as float64 [n, F]."""
     for name in ("images", "frames", "sample"):
         if getattr(output, name, None) is not None:
             output = getattr(output, name)

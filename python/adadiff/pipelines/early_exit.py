@@ -1,7 +1,7 @@
-"""Early exit for a DiTPipeline as it is, through its own blocks or through ours: `enable` with an exit policy.
+"""Early exit in diffusers' DiTPipeline, through its own blocks or our DiT: `enable` with an exit policy.
 
-A hook takes the place of the transformer's `forward`: every lane of the call (a sample, or one half of a guided one)
-exits when its policy says so.
+A hook replaces the transformer's `forward`: every lane of the call (a sample, or one half of a guided one) exits by the
+policy.
 """
 
 import copy
@@ -32,7 +32,8 @@ WHOLE = 2**31  # lanes, more than any call has
 
 @dataclass
 class EarlyExit:
-    """What an enabled pipeline did so far. exit_layer: int32 [lanes], of the last forward pass."""
+    """Record of an enabled pipeline. totals: counters of all calls; exit_layer: int32 [lanes], of the last forward
+    pass."""
 
     totals: Totals = field(default_factory=Totals)
     exit_layer: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32, device="cpu"))
@@ -54,15 +55,15 @@ def enable_early_exit(
     *,
     fused: bool = False,
 ) -> EarlyExit:
-    """What `enable` does with exit policies: lanes of `pipe` exit by `policy`, scored by `exits`, which were trained
-    for its transformer.
+    """`enable` for exit policies: lanes of `pipe` exit by `policy`, scored by `exits`, which were trained for its
+    transformer.
 
-    exits: may be None with policies that read no score, such as "exit:depth=20" or "full"; with heads of their own they
-    need `fused`. fused: a copy of the weights runs through our DiT, whose residual sums, scores and norms are one pass
-    on a GPU and whose modulation is one product; otherwise the pipeline's own blocks run. Where nobody exits, images
-    are those of the untouched pipeline: the same bits through its own blocks, within rounding through ours.
-    The transformer may change afterwards: weights that are loaded or edited, `to` of another device or dtype. A copy is
-    made anew then, at the next call.
+    exits: may be None for policies without scores, such as "exit:depth=20" or "full"; exits with their own heads need
+    `fused`. fused: run a copy of the weights in our DiT, which fuses residual sums, scores and norms on a GPU and
+    computes all modulation in one matrix product; otherwise the pipeline's own blocks run. If no lane exits, images
+    equal those of the untouched pipeline: bit for bit through its own blocks, within rounding through ours.
+    The transformer may change afterwards (loaded or edited weights, `to` another device or dtype); the copy is renewed
+    at the next call.
     Returns a record that every call adds to. Raises ValueError for another pipeline and exits that do not fit.
     """
     transformer = pipe if isinstance(pipe, nn.Module) else getattr(pipe, "transformer", None)
@@ -82,18 +83,18 @@ def enable_early_exit(
             )
         if exits.heads is not None and not fused:
             raise ValueError(
-                "these exits have heads of their own, which a pipeline's blocks do not fit; take fused=True"
+                "these exits have their own heads, which do not work with a pipeline's blocks; use fused=True"
             )
     else:
         with torch.device("cpu"):
-            exits = Exits(backbone, ExitConfig(shared_head=True))  # nobody reads its scores
+            exits = Exits(backbone, ExitConfig(shared_head=True))  # its scores are not used
     hook = _Hook(transformer, backbone, exits, policy, fused)
     HookRegistry.check_if_exists_or_initialize(transformer).register_hook(hook, NAME)
     return hook.record
 
 
 def record_of(transformer: nn.Module) -> EarlyExit | None:
-    """None where early exit is not enabled."""
+    """The record of an enabled transformer; None if early exit is not enabled."""
     registry = getattr(transformer, "_diffusers_hook", None)
     hook = None if registry is None else registry.get_hook(NAME)
     return None if hook is None else hook.record
@@ -104,7 +105,7 @@ def disable_early_exit(transformer: DiTTransformer2DModel) -> None:
 
 
 class _Hook(ModelHook):
-    """backbone, exits: those of the call that is made, as `forward` wants them."""
+    """The hook of a transformer. backbone, exits: of the present call, for `forward`."""
 
     backbone: "DiffusersDiT | DiT"
     exits: Exits
@@ -123,10 +124,10 @@ class _Hook(ModelHook):
         self._copy = Copy(transformer, lambda: _through_our_blocks(transformer)) if fused else None
         self._place: tuple[torch.device, torch.dtype] | None = None
         if self._copy is not None:
-            self._copy()  # says now what is wrong with the weights
+            self._copy()  # raises now for weights that cannot be copied
 
     def _prepare(self, x: Tensor) -> ExecutionOptions:
-        """For one call, with what the transformer is now."""
+        """Sets backbone and exits for one call, from the present state of the transformer."""
         if len(self._transformer.transformer_blocks) != len(self._own.blocks):
             raise ValueError("the transformer has another number of blocks now; call disable, then enable")
         self.backbone, device = self._own if self._copy is None else self._copy(), x.device
@@ -134,7 +135,7 @@ class _Hook(ModelHook):
             self._place, dtype = (device, x.dtype), x.dtype
             self._moved = Copy(self._given, lambda: _placed(self._given, device, dtype))
         self.exits = self._moved()
-        # their blocks see the whole call at once, as ever: other shapes would round otherwise
+        # the pipeline's blocks run on the whole call, as without the hook: other shapes could round differently
         return ExecutionOptions(group_size=WHOLE if self._copy is None and device.type == "cpu" else None)
 
     def new_forward(
@@ -149,8 +150,8 @@ class _Hook(ModelHook):
         if timestep is None or class_labels is None or cross_attention_kwargs:
             raise ValueError("early exit takes timestep and class_labels, and no cross_attention_kwargs")
         execution = self._prepare(hidden_states)
-        own = {"policy": self.policy, "execution": execution}
-        output = forward(self, hidden_states, timestep.float(), class_labels, **own)
+        options = {"policy": self.policy, "execution": execution}
+        output = forward(self, hidden_states, timestep.float(), class_labels, **options)
         done = self.record.totals
         done.ticks += 1
         done.passes += len(timestep)
@@ -170,12 +171,12 @@ def _through_our_blocks(transformer: DiTTransformer2DModel) -> DiT:
         raise ValueError(
             "fused=True copies all weights, and some are offloaded; use enable_model_cpu_offload, or fused=False"
         )
-    own = from_transformer(transformer.state_dict(), transformer.config)
-    return own.to(transformer.device, transformer.dtype).requires_grad_(False)
+    network = from_transformer(transformer.state_dict(), transformer.config)
+    return network.to(transformer.device, transformer.dtype).requires_grad_(False)
 
 
 def _placed(exits: Exits, device: torch.device, dtype: torch.dtype) -> Exits:
-    """`exits` themselves where they lie on the device. Only heads have to have the dtype of what they read."""
+    """`exits` on `device`, a copy only if needed. Of its parts only heads must have the dtype of the hidden states."""
     heads = exits.heads is not None and any(value.dtype != dtype for value in exits.heads.parameters())
     if exits.weight.device == device and not heads:
         return exits
@@ -187,7 +188,8 @@ def _placed(exits: Exits, device: torch.device, dtype: torch.dtype) -> Exits:
 
 @dataclass(frozen=True)
 class DiffusersCond:
-    """By lane: time and labels as given, and what the first block's embedder makes of the time and of both."""
+    """Conditioning by lane: t, labels: as passed; time, both: the first block's embedding of the time, and of time and
+    label."""
 
     t: Tensor
     labels: Tensor
@@ -203,7 +205,7 @@ class DiffusersBlock:
 
     @property
     def _block(self) -> Any:
-        """The one that is there now; somebody may have put another into its place."""
+        """The present block at this index, which may have been replaced."""
         return self._transformer.transformer_blocks[self._index]
 
     def __call__(
@@ -222,16 +224,16 @@ class DiffusersBlock:
         return y if out is None else out.copy_(y)
 
     def macs(self, tokens: int) -> int:
-        """A block of DiT, with the embedder of time that each of them has."""
+        """Multiply-adds for one lane, including the time embedder that each block has."""
         D = self._block.attn1.to_q.in_features
         return 12 * D * D * tokens + 2 * tokens * tokens * D + 7 * D * D + 256 * D
 
 
 class DiffusersDiT:
-    """A `DiTTransformer2DModel` as the engine wants a network."""
+    """Adapts a `DiTTransformer2DModel` to the `Backbone` interface."""
 
     num_prefix_tokens = 0
-    learned_variance = False  # the pipeline takes all channels and splits them itself
+    learned_variance = False  # the pipeline splits the channels itself
 
     def __init__(self, transformer: DiTTransformer2DModel):
         config = transformer.config
@@ -252,13 +254,13 @@ class DiffusersDiT:
         return rows, DiffusersCond(t, context, time, embedder(t, context, hidden_dtype=rows.dtype))
 
     def head(self, patches: Tensor, cond: DiffusersCond, lanes: Tensor) -> Tensor:
-        own = self._transformer
-        shift, scale = own.proj_out_1(F.silu(cond.both[lanes.long()])).chunk(2, dim=1)
-        values = own.proj_out_2(own.norm_out(patches) * (1 + scale[:, None]) + shift[:, None])
+        network = self._transformer
+        shift, scale = network.proj_out_1(F.silu(cond.both[lanes.long()])).chunk(2, dim=1)
+        values = network.proj_out_2(network.norm_out(patches) * (1 + scale[:, None]) + shift[:, None])
         n, T, _ = values.shape
         side, p = round(T**0.5), self._patch
-        pixels = values.view(n, side, side, p, p, own.out_channels).permute(0, 5, 1, 3, 2, 4)
-        return pixels.reshape(n, own.out_channels, side * p, side * p)
+        pixels = values.view(n, side, side, p, p, network.out_channels).permute(0, 5, 1, 3, 2, 4)
+        return pixels.reshape(n, network.out_channels, side * p, side * p)
 
     def stem_and_head_macs(self) -> tuple[int, int]:
         D, T = self.dim, self.tokens

@@ -1,4 +1,4 @@
-"""`enable`, `disable` and `summary`: adaptive compute in a pipeline of diffusers, sample by sample, in one line."""
+"""`enable`, `disable` and `summary`: adaptive compute per sample in an existing diffusers pipeline, in one line."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,17 +29,19 @@ def enable(
     tied: bool = False,
     fused: bool = False,
 ) -> ReuseRecord | EarlyExit:
-    """From now on, each sample of `pipe` leaves out what `policy` says, and what it leaves out is not computed.
+    """Enables `policy` for each sample of `pipe` on its own; what it skips is not computed.
 
-    pipe: a pipeline of diffusers, whose every transformer is meant, or one transformer.
-    policy: "full", "cache:threshold=0.08" (first-block cache), "reuse:every=2", and "exit:depth=8" (what the blocks
-    after the eighth add is that of the sample's first step) need no training. Other "exit:" policies, and "exit:depth"
-    with `exits`, are for a DiTPipeline and take exits that were trained for its transformer. See `adadiff.policies`.
-    blocks: names of the transformer's lists of blocks, where they are not found. tied: halves of a guided batch [2B]
-    decide together. fused: a DiT runs through a copy of its weights in our DiT, see `early_exit`.
-    Returns a record that every call adds to; of a pipeline with several transformers, that of the first.
-    Raises ValueError before anything is changed: no transformer, unknown blocks, enabled already, another cache
-    enabled, a policy that does not fit. What only a call can show raises ValueError in that call.
+    pipe: a diffusers pipeline (all its transformers) or one transformer.
+    policy: "full", "cache:threshold=0.08" (first-block cache), "reuse:every=2", and "exit:depth=8" (blocks after the
+    eighth run in the sample's first step only; their contribution is reused) need no training; a path to a file of
+    `calibrate` (.json). Other "exit:" policies, and "exit:depth" with `exits`, are for a DiTPipeline and need exits
+    trained for its transformer. See `adadiff.policies`.
+    blocks: names of the transformer's block lists, if they are not found. tied: the halves of a guided batch [2B]
+    decide together. fused: run a copy of a DiT's weights in our DiT, see `early_exit`.
+    Returns a record that every call adds to; for several transformers, that of the first.
+    Raises ValueError before anything is changed: no transformer, unknown blocks, already enabled, another cache
+    enabled, a policy that does not fit. Problems that only a call can show raise ValueError in that call. Raises
+    ImportError for an unsupported version of diffusers.
     """
     check_version()
     if isinstance(policy, Path) or (isinstance(policy, str) and policy.endswith(ENDING)):
@@ -53,10 +55,10 @@ def enable(
             raise ValueError(f"{name} is enabled already; call disable first")
     if isinstance(policy, ExitPolicy) and (exits is not None or fused or not isinstance(policy, Depth | Full)):
         if blocks is not None or tied:
-            raise ValueError(f"policy '{policy}' takes no blocks and no tied")
+            raise ValueError(f"policy '{policy}' does not take blocks or tied")
         return early_exit.enable_early_exit(pipe, policy, exits, fused=fused)
     if exits is not None or fused:
-        raise ValueError(f"policy '{policy}' takes no exits and no fused")
+        raise ValueError(f"policy '{policy}' does not take exits or fused")
     spelled = str(policy)
     if isinstance(policy, Full):
         policy = Reuse(every=1)
@@ -65,9 +67,9 @@ def enable(
             raise ValueError(f"policy '{policy}' without exits takes a whole number of blocks")
         policy = CachedRest(int(policy.threshold))
     if isinstance(policy, Reuse) and policy.level != "block":
-        raise ValueError(f"policy '{policy}': pipelines reuse at level=block alone for now")
+        raise ValueError(f"policy '{policy}': pipelines support level=block only")
     if policy.needs_steps_left and getattr(pipe, "scheduler", None) is None:
-        raise ValueError(f"policy '{policy}' counts steps from the end, which takes a pipeline with its scheduler")
+        raise ValueError(f"policy '{policy}' counts steps from the end, which needs a pipeline with its scheduler")
     made: list[ReusedTransformer] = []
     owner = None if isinstance(pipe, nn.Module) else pipe
     try:
@@ -83,7 +85,7 @@ def enable(
 
 
 def disable(pipe: Any) -> None:
-    """Undoes `enable`. ValueError where it is not enabled."""
+    """Undoes `enable`. Raises ValueError if `pipe` is not enabled."""
     undone = False
     for transformer in _transformers(pipe).values():
         reused = enabled(transformer)
@@ -99,8 +101,8 @@ def disable(pipe: Any) -> None:
 
 
 def summary(pipe: Any) -> str:
-    """Of each enabled transformer: which lanes ran all blocks at which step of the latest run, what was left out in
-    all, seconds. ValueError where none is enabled."""
+    """A text about each enabled transformer: which lanes ran all blocks at which step of the latest run, the share of
+    blocks skipped in all calls, seconds. Raises ValueError if none is enabled."""
     texts = []
     for transformer in _transformers(pipe).values():
         reused = enabled(transformer)
@@ -118,20 +120,21 @@ def enabled(transformer: nn.Module) -> ReusedTransformer | None:
 
 
 def transformers_in(pipe: Any) -> dict[str, nn.Module]:
-    """Those of a pipeline, by name."""
+    """The transformers of a pipeline, by name."""
     parts = getattr(pipe, "components", None) or {}
     named = {name: part for name, part in parts.items() if "transformer" in name and isinstance(part, nn.Module)}
     first = [name for name in named if name.startswith("transformer")]
     others = [name for name in named if name not in first and can_reuse(named[name])]
     found: dict[str, nn.Module] = {}
     for name in first + others:
-        if not any(named[name] is module for module in found.values()):  # one may go by two names
+        if not any(named[name] is module for module in found.values()):  # one module may have two names
             found[name] = named[name]
     return found
 
 
 def _transformers(pipe: Any) -> dict[str, nn.Module]:
-    """By name: the transformer itself, or those of a pipeline."""
+    """By name: `pipe` itself if it is a transformer, else those of the pipeline. Raises ValueError if there is none, or
+    one is compiled as a whole."""
     found = {type(pipe).__name__: pipe} if isinstance(pipe, nn.Module) else transformers_in(pipe)
     if not found:
         raise ValueError(f"{type(pipe).__name__} has no transformer")

@@ -1,11 +1,11 @@
-"""Settings of transformer classes that differ from what is inferred, one line a class."""
+"""Settings of transformer classes where inference from their arguments fails, one line per class."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
-# Block lists that are the trunk of a network, under the names that most classes give them.
+# Usual names of the block lists that form the trunk of a network.
 TRUNK = (
     *("transformer_blocks", "single_transformer_blocks", "temporal_transformer_blocks", "visual_transformer_blocks"),
     *("joint_transformer_blocks", "blocks", "layers", "double_blocks", "double_stream_blocks", "single_stream_blocks"),
@@ -16,9 +16,9 @@ SAMPLE = ("hidden_states", "x", "sample")
 
 @dataclass(frozen=True)
 class Family:
-    """blocks: the lists. batch_dim: of the hidden states that blocks take. rising: pipelines count the time upwards.
-    paired: arguments whose rows are several times the batch, one after the other ([k * B], all lanes k times).
-    shared: arguments that are not by lane, whatever their shape. refused: why it cannot be done, if so."""
+    """Settings of one transformer class. blocks: names of block lists. batch_dim: batch dimension of hidden states.
+    rising: whether time rises during sampling. paired: arguments with the batch repeated k times, [k * B] (all lanes k
+    times). shared: arguments that are not by lane, whatever their shape. refused: the reason if it is not supported."""
 
     blocks: tuple[str, ...] = TRUNK
     batch_dim: int = 0

@@ -1,4 +1,4 @@
-"""What is kept of B lanes from step to step, and who of them reuses it."""
+"""The cached features of B lanes from step to step, and the decision which lanes reuse them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from .compaction import Rows, version
 
 @dataclass(frozen=True)
 class Decision:
-    """Of one call. reuse: bool [B]; change: float32 [B], None without a gate. Both on the CPU."""
+    """The decision in one call. reuse: bool [B]; change: float32 [B], None without a gate. Both on the CPU."""
 
     reuse: Tensor
     change: Tensor | None
@@ -22,12 +22,12 @@ class Decision:
 
 @dataclass
 class LaneCache:
-    """Of the lanes of one call site of a pipeline, in one run.
+    """The cache of the lanes of one call site of a pipeline, in one run.
 
-    age: int64 [B], on the CPU, steps since the last full one; written: bool [B]: there was one.
-    reference, norm: what the gate read at each lane's last full step (of the gate "input": at the last step), and its
-    mean absolute value; total: of that gate, float32 [B], what has summed up since the last full step.
-    rest: what the left-out blocks of a segment added to output p at each lane's last full step, by (segment, p).
+    age: int64 [B], on the CPU, steps since the last full step; written: bool [B], whether there was one.
+    reference, norm: the gate's input at each lane's last full step (with gate "input": at the previous step), and its
+    mean absolute value; total: float32 [B], for gate "input" the change summed up since the last full step.
+    rest: by (segment, p), what the skipped blocks of a segment added to output p at each lane's last full step.
     """
 
     B: int
@@ -43,7 +43,7 @@ class LaneCache:
         self.written = torch.zeros(self.B, dtype=torch.bool, device="cpu")
 
     def forget(self) -> None:
-        """All lanes run in full at their next step, whose number stays what it is."""
+        """Invalidates the cache: all lanes run in full at their next step. The step count continues."""
         self.written = torch.zeros_like(self.written)
 
     def bytes(self) -> int:
@@ -60,20 +60,21 @@ class LaneCache:
         steps_left: int | None,
         tied: bool,
     ) -> Decision:
-        """Who reuses in this step, and the notes for the next ones. gate: [B, ...], what the policy's gate reads;
+        """Decides which lanes reuse in this step, and updates the cache's state. gate: [B, ...], the gate's input;
         output: [B, ...], of the first blocks; t: float [B], on the CPU.
 
-        One transfer from the device. A lane runs in full where it has nothing to reuse, where its conditioning is
-        another than at its last full step, and where anything is NaN.
+        Makes one transfer from the device. A lane runs in full if it has nothing to reuse, if its conditioning has
+        changed since the previous step, and if its change is NaN. Raises ValueError if the policy returns anything but
+        bool [B].
         """
-        told = torch.stack([self._change(policy, gate, output), _same(conditioning, self.conditioning, output)]).cpu()
-        change, same = told[0], told[1] == 1
+        both = torch.stack([self._change(policy, gate, output), _same(conditioning, self.conditioning, output)]).cpu()
+        change, same = both[0], both[1] == 1
         left = None if steps_left is None else torch.full_like(self.age, steps_left)
         context = ReuseContext(torch.full_like(self.age, self.step), self.age.clone(), left, t.clone())
         mask = policy.reuse_mask(change.clone() if policy.gate else None, context)
         if not isinstance(mask, Tensor) or mask.shape != (self.B,) or mask.dtype != torch.bool:
             given = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
-            raise ValueError(f"{policy} must answer with a tensor bool [{self.B}], got {given}")
+            raise ValueError(f"{policy} must return a tensor bool [{self.B}], got {given}")
         reuse = mask.cpu() & self.written & same & ~change.isnan()
         if tied:
             first, second = reuse.view(2, -1)
@@ -83,7 +84,7 @@ class LaneCache:
         return Decision(reuse, change if policy.gate else None)
 
     def _change(self, policy: ReusePolicy, gate: Tensor | None, output: Tensor) -> Tensor:
-        """float32 [B], on the device: NaN where the lane's values are."""
+        """float32 [B], on the device: the change by the policy's gate; NaN for lanes with NaN."""
         if gate is None:
             return torch.where(output.flatten(1).isnan().any(1), torch.nan, 0.0).float()
         if policy.gate == "input":
@@ -100,7 +101,7 @@ class LaneCache:
     def _note(self, policy: ReusePolicy, gate: Tensor | None, reuse: Tensor) -> None:
         full = ~reuse
         self.age = torch.where(full, 1, self.age + 1)
-        self.written = self.written | full  # not in place: the tensor may be of inference mode
+        self.written = self.written | full  # not in place: it may be an inference tensor
         self.step += 1
         if gate is None or not bool(full.any()):
             return
@@ -121,14 +122,14 @@ class LaneCache:
 
 
 def _relative(policy: ReusePolicy, gate: Tensor, reference: Tensor, norm: Tensor) -> Tensor:
-    """float32 [B]: by how much the gate differs from the reference; of a policy that decides for the whole batch, one
-    number for all."""
+    """float32 [B]: relative change of the gate's input since `reference`; the same for all lanes if the policy decides
+    for the whole batch."""
     changed = (gate - reference).abs_().flatten(1).mean(1, dtype=torch.float32)  # no copy
     return (changed.sum() / norm.sum()).expand(len(norm)) if policy.whole_batch else changed / norm
 
 
 def _same(now: Sequence[Any], then: Sequence[Any], like: Tensor) -> Tensor:
-    """float32 [B], 1 where a lane's conditioning is what it was. The first time nothing is compared."""
+    """float32 [B]: 1 where a lane's conditioning is unchanged (or there is nothing to compare), else 0."""
     B, device = len(like), like.device
     same = torch.ones(B, dtype=torch.bool, device=device)
     if then:
@@ -139,7 +140,7 @@ def _same(now: Sequence[Any], then: Sequence[Any], like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Kept:
-    """A value with the version it has now."""
+    """A value and its present version (count of in-place changes)."""
 
     value: Any
     version: Any
@@ -150,7 +151,7 @@ class Kept:
 
 
 def _equal(now: Kept, then: Kept, B: int) -> Tensor:
-    """bool [B]"""
+    """bool [B]: lanes with equal values."""
     a, b = now.value, then.value
     if isinstance(a, list | tuple):  # a tensor for each lane
         pairs = zip(a, b, now.version, then.version, strict=True)

@@ -1,4 +1,4 @@
-"""Latents to images and back: the autoencoder that latent models were trained behind. Needs diffusers only here."""
+"""Latents to images and back, by the autoencoder of a latent model. Needs diffusers."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 def load_autoencoder(folder: str | Path, device: torch.device | str = "cpu") -> "AutoencoderKL":
-    """The `AutoencoderKL` that diffusers saved in `folder`, or under its name on the hub. Float32, ready to decode.
+    """Loads the `AutoencoderKL` saved by diffusers in `folder`, or by its name on the hub; float32.
 
-    ValueError where there is none, ImportError (with the remedy) without diffusers.
+    Raises ValueError if there is none, ImportError without diffusers.
     """
     try:
         from diffusers import AutoencoderKL
@@ -42,11 +42,12 @@ def decode(
     batch: int = 8,
     progress: bool = False,
 ) -> Tensor:
-    """Images of latents that are the autoencoder's, less `shift`, times `scale` (`ModelConfig.latent_shift` and
-    `latent_scale`), `batch` at a time.
+    """Decodes latents / scale + shift to images, `batch` at a time. scale, shift: `ModelConfig.latent_scale` and
+    `latent_shift`.
 
-    latents: float [n, C, h, w] on any device. autoencoder: C latent channels, of the same shift.
-    Returns float32 [n, 3, H, W] on the CPU, nominally in [-1, 1]. ValueError for anything that does not fit.
+    latents: float [n, C, h, w] on any device. autoencoder: with C latent channels and the same shift.
+    Returns float32 [n, 3, H, W] on the CPU, nominally in [-1, 1]. Raises ValueError for arguments that do not fit, and
+    for NaN or infinity.
     """
     config = autoencoder.config
     if latents.dim() != 4 or not latents.is_floating_point() or latents.shape[1] != config.latent_channels:
@@ -55,14 +56,14 @@ def decode(
             f"{list(latents.shape)}"
         )
     if not bool(latents.isfinite().all()):
-        raise ValueError("the latents hold NaN or infinity, so there is no picture of them")
+        raise ValueError("the latents hold NaN or infinity and cannot be decoded")
     if (config.shift_factor or 0.0) != shift or config.latents_mean is not None:
-        own = "a mean by channel" if config.latents_mean is not None else config.shift_factor or 0.0
-        raise ValueError(f"this autoencoder shifts its latents by {own}, and the model's are shifted by {shift}")
+        found = "a mean by channel" if config.latents_mean is not None else config.shift_factor or 0.0
+        raise ValueError(f"this autoencoder shifts its latents by {found}, the model by {shift}")
     if not 0 < scale < torch.inf or batch < 1:
         raise ValueError(f"scale must be a positive number and batch at least 1, got {scale} and {batch}")
     like, size, images = next(autoencoder.parameters()), latents.shape[2:], []
-    # of one that diffusers offloads, the weights are on the CPU until it is called
+    # with offloading in diffusers, weights are on the CPU until the module is called
     device = getattr(getattr(autoencoder, "_hf_hook", None), "execution_device", None) or like.device
     with tqdm(total=len(latents), disable=not progress, unit="image", desc="decoding", dynamic_ncols=True) as bar:
         for part in latents.split(batch) if len(latents) else ():
@@ -76,10 +77,10 @@ def decode(
 
 
 def draw_latents(moments: Tensor, noise: Tensor, scale: float, shift: float = 0.0) -> Tensor:
-    """scale (mean + deviation noise), the deviation from a logarithm of the variance clamped to [-30, 20].
+    """Draws latents: scale (mean - shift + deviation noise), with the log variance clamped to [-30, 20].
 
-    moments: float [n, 2C, h, w], mean and log variance as the encoder gives them and U-ViT's extracted features hold
-    them; noise: [n, C, h, w]. Returns float [n, C, h, w] (U-ViT, libs/autoencoder.py).
+    moments: float [n, 2C, h, w], mean and log variance from the encoder, as in U-ViT's extracted features; noise:
+    [n, C, h, w]. Returns float [n, C, h, w] (U-ViT, libs/autoencoder.py). Raises ValueError for other shapes.
     """
     n, channels, *size = moments.shape
     if moments.dim() != 4 or channels % 2 or noise.shape != (n, channels // 2, *size):

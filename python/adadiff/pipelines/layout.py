@@ -1,5 +1,4 @@
-"""What is known about a transformer's blocks: where they lie, what their arguments are called, and which output goes
-where."""
+"""The layout of a transformer's blocks: their lists, the names of their arguments, and the data flow between them."""
 
 import inspect
 import re
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from .families import SAMPLE, TIME, Family
 
-# Names of arguments that may have the shape of the hidden states, and of which no block gives the next value.
+# Names of arguments that may have the shape of the hidden states, but that no block updates.
 BESIDE = re.compile(r"(?:^|_)(?:skip|t?emb|embs?|embeds|rope|rotary|freqs?|pos|cos|sin|mask|shift|scale|gate)(?:$|_)")
 
 
@@ -30,8 +29,8 @@ class BlockId:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a block returns: `container` is tuple or list, None for a tensor alone; `sources`: for each output the
-    argument that it is the next value of, None where the output is None."""
+    """The outputs of a block. container: tuple or list, None for a single tensor; sources: for each output the argument
+    whose next value it is, None for an output of None."""
 
     container: type | None
     sources: tuple[str | None, ...]
@@ -45,7 +44,8 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Planned:
-    """A call of a block. segment: calls of one list through which the same streams pass; "" where none is left out."""
+    """A call of a block. segment: the consecutive calls of one list that pass on the same streams; "" if never
+    skipped."""
 
     block: BlockId
     outputs: Outputs
@@ -54,10 +54,10 @@ class Planned:
 
 @dataclass(frozen=True)
 class Layout:
-    """The calls of blocks in one forward pass, in their order. The first `head` and those from `tail` on always run;
-    `final`: of each segment, the position of its last call between them. `stays`: segments whose first inputs, and ""
-    where the first block's input, nobody has changed in place. `inside`: segments that begin inside of another one, of
-    which lanes that reuse hold nothing: what these add counts from the output of the first `head` calls on."""
+    """The calls of blocks in one forward pass, in order. The first `head` calls and those from `tail` on always run;
+    final: for each segment, the position of its last call between them. stays: segments whose first inputs are never
+    changed in place ("": the first block's input). inside: segments that begin within another one, where reusing lanes
+    hold undefined values: what these segments add is relative to the output of the first `head` calls."""
 
     calls: tuple[Planned, ...]
     head: int
@@ -68,9 +68,10 @@ class Layout:
 
 
 def find_lists(transformer: nn.Module, names: Sequence[str], given: bool) -> dict[str, nn.ModuleList]:
-    """Lists of blocks by name. given: the user named them, so each has to be there."""
+    """Lists of blocks by name. given: whether the user named them, so that each must exist. Raises ValueError if none
+    is found, or one that was named is missing."""
     found: dict[str, nn.ModuleList] = {}
-    if not given:  # in the order of the network's own
+    if not given:  # in the network's order
         names = [name for name, _ in transformer.named_children() if name in names]
     for name in names:
         value: Any = transformer
@@ -91,25 +92,25 @@ def find_lists(transformer: nn.Module, names: Sequence[str], given: bool) -> dic
 @cache
 def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
     forward = inspect.unwrap(kind.forward)
-    own = list(inspect.signature(forward).parameters.values())[1:]
-    return tuple(p.name for p in own if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+    without_self = list(inspect.signature(forward).parameters.values())[1:]
+    return tuple(p.name for p in without_self if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
 
 
 def named(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a call by name, those given by position first."""
+    """Arguments of a call by name, positional ones first."""
     names = _parameters(type(module))
     by_position = {names[i] if i < len(names) else f"*{i}": value for i, value in enumerate(args)}
     return {**by_position, **kwargs}
 
 
 def split(arguments: Mapping[str, Any], count: int) -> tuple[list[Any], dict[str, Any]]:
-    """The first `count` by position again, the others by name."""
+    """The inverse of `named`: the first `count` arguments by position, the others by name."""
     values = list(arguments.values())
     return values[:count], dict(list(arguments.items())[count:])
 
 
 def argument(arguments: Mapping[str, Any], names: Sequence[str]) -> Any:
-    """The first of `names` that is among the arguments, None where none is."""
+    """The value of the first of `names` that is given and not None; else None."""
     return next((arguments[name] for name in names if arguments.get(name) is not None), None)
 
 
@@ -118,11 +119,11 @@ def has_time(transformer: nn.Module) -> bool:
 
 
 def outputs_of(output: Any, arguments: Mapping[str, Any], family: Family, B: int) -> Outputs:
-    """Each output is the next value of an argument of its shape. ValueError for an output that is nothing's next value.
+    """Matches each output to the argument of the same shape whose next value it is. Raises ValueError if there is none.
 
-    Of several arguments, those that are no streams by their names, such as embeddings of time and place and long skips,
-    are left aside. A single output is then the first of them, hidden states before others; several outputs, which may
-    come in any order, go to the nearest.
+    Among several arguments, those whose names show that they are not streams (time and position embeddings, long skips)
+    are excluded. A single output then matches the first one, preferably the hidden states; several outputs, which may
+    come in any order, match the nearest by value.
     """
     container = type(output) if isinstance(output, tuple | list) else None
     streams = {name: value for name, value in arguments.items() if isinstance(value, Tensor) and value.ndim > 2}
@@ -136,7 +137,7 @@ def outputs_of(output: Any, arguments: Mapping[str, Any], family: Family, B: int
         rows = part.shape[family.batch_dim] if isinstance(part, Tensor) and part.ndim > 2 else 0
         likely = [name for name, value in streams.items() if rows and value.shape == part.shape and name not in sources]
         if not likely or rows % B:
-            raise ValueError(f"it returns {_described(part)}, the next value of none of its arguments")
+            raise ValueError(f"it returns {_described(part)}, which matches none of its arguments")
         likely = [name for name in likely if not BESIDE.search(name)] or likely
         if alone:
             sources.append(next((name for name in SAMPLE if name in likely), likely[0]))

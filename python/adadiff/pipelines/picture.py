@@ -1,4 +1,4 @@
-"""A record as a picture: which lane ran how much of the network at which step."""
+"""A record as a picture: the share of the network that each lane ran at each step."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,14 +11,14 @@ from ..writing import replace_file
 if TYPE_CHECKING:
     from .record import ReuseRecord, StepRecord
 
-MOST_LANES = 64  # a panel
+MOST_LANES = 64  # lanes per panel
 
 
 def save_picture(record: "ReuseRecord", path: str | Path) -> None:
-    """PNG of the latest run: a panel for each half of guidance (or call of a step), a line a lane, a column a step; the
-    darker, the more of the blocks ran. Panels show the first MOST_LANES lanes.
+    """Writes a PNG of the latest run: one panel for each guidance half (or call of a step), one row per lane, one
+    column per step; darker means more blocks ran. Panels show the first MOST_LANES lanes.
 
-    Raises ValueError where there was no call, ImportError, with the remedy, where matplotlib is missing.
+    Raises ValueError if there was no call, ImportError without matplotlib.
     """
     figure_kind = matplotlib_figure()
     panels: dict[tuple[str, int, int], list[StepRecord]] = {}

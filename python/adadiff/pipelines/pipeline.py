@@ -1,4 +1,4 @@
-"""A diffusers pipeline around a model with exits: saved, loaded and called as its users expect. Needs diffusers."""
+"""A diffusers pipeline for our models, with diffusers' ways of saving, loading and calling. Needs diffusers."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,9 +39,10 @@ Callback = Callable[["AdaDiffPipeline", int, float, dict[str, Any]], Mapping[str
 
 
 class AdaDiffTransformer(ModelMixin, ConfigMixin):
-    """A `Model` as a component of pipelines; model_config, calibration, step_selector: as `to_dict` of its own writes
-    them. The selector's few weights are in the configuration, since it keeps its device and dtype; pipelines give it
-    back to the model, because what is made here while weights are loaded has no values."""
+    """A `Model` as a pipeline component. model_config, calibration, step_selector: from their `to_dict`.
+
+    The step selector's few weights are stored in the configuration, since it keeps its own device and dtype.
+    `AdaDiffPipeline` attaches it to the model, since diffusers constructs this class without values while loading."""
 
     @register_to_config
     def __init__(
@@ -56,7 +57,7 @@ class AdaDiffTransformer(ModelMixin, ConfigMixin):
 
     @staticmethod
     def of(model: Model) -> "AdaDiffTransformer":
-        """It shares the weights of `model`."""
+        """A component that shares the weights of `model`."""
         calibration = None if model.calibration is None else model.calibration.to_dict()
         selector = None if model.step_selector is None else model.step_selector.to_dict()
         with torch.device("meta"):
@@ -65,11 +66,11 @@ class AdaDiffTransformer(ModelMixin, ConfigMixin):
         return made.eval()
 
     def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Tensor]:
-        """As `save_pretrained` needs it: under the names of a model that is not compiled, tied weights twice."""
+        """The state dict for `save_pretrained`: with names of an uncompiled model, and shared weights duplicated."""
         return apart(plain_names(super().state_dict(*arguments, **options), "the transformer"))
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, **options: Any) -> ForwardOutput:
-        """A pass of the sampler, see `adadiff.forward.forward.run_forward`."""
+        """One forward pass, see `adadiff.forward.forward.run_forward`."""
         return run_forward(self.model, x, t, context, **options)
 
 
@@ -80,8 +81,8 @@ class AdaDiffPipelineOutput(BaseOutput):
 
 
 class AdaDiffPipeline(DiffusionPipeline):
-    """Samples of a U-ViT or DiT whose samples exit early. transformer: may be a `Model`, as `adadiff.load` opens it;
-    vae: for latent models; tokenizer, text_encoder: for text models (CLIP ViT-L/14)."""
+    """A diffusers pipeline for our models, with policies per sample. transformer: also a `Model`, as from
+    `adadiff.load`; vae: for latent models; tokenizer, text_encoder: for text models (CLIP ViT-L/14)."""
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _optional_components = ["vae", "tokenizer", "text_encoder"]  # noqa: RUF012 (diffusers reads it from the class)
@@ -105,12 +106,12 @@ class AdaDiffPipeline(DiffusionPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """Set `_interrupt` in a callback to stop after that step; the images are what they are then."""
+        """Whether to stop; set `_interrupt` in a callback to stop after that step, with the images of that step."""
         return self._interrupt
 
     def enable_sequential_cpu_offload(self, *_: Any, **__: Any) -> None:
-        """ValueError: it would move each small module for its own call only, and the engine does not call all."""
-        raise ValueError("the engine takes weights past the modules' own calls; use enable_model_cpu_offload")
+        """Raises ValueError: it moves weights when a module is called, but the engine reads some without calling it."""
+        raise ValueError("the engine reads weights outside module calls; use enable_model_cpu_offload")
 
     @torch.no_grad()
     def __call__(
@@ -130,17 +131,17 @@ class AdaDiffPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **settings: Any,
     ) -> AdaDiffPipelineOutput | tuple[Any, Report]:
-        """One image for each label or prompt, or num_images where the model takes neither.
+        """Draws one image for each label or prompt, or num_images if the model takes neither.
 
-        num_inference_steps: evaluations of the network, "auto" where the model has a step selector; images then end at
-        different steps, so there is no callback. guidance_scale: 1 is none.
+        num_inference_steps: network evaluations, or "auto" for a model with a step selector (then without callback,
+        since images end at different steps). guidance_scale: 1 means none.
         solver, policy, and further settings (thresholds, tied, guidance_interval, ...): see `SamplingParams`.
-        generator: one for all or one per image; each image's seed is drawn from it, so equal seeds are equal images.
-        output_type: "pil", "np" (float32 [n, H, W, C] in [0, 1]), "pt" ([n, C, H, W]), "latent" (what the network
-        makes, in [-1, 1] or a latent). callback_on_step_end(pipe, step, t, {"latents": ...}) after each whole step of
-        the solver; it may return {"latents": ...} to go on from, put others into the mapping it is given, or edit them
-        in place. Returns images and our report.
-        Raises ValueError for anything that does not fit, before any work, and FloatingPointError as `sample` does.
+        generator: one for all or one per image; each image's seed is drawn from it, so equal generators give equal
+        images. output_type: "pil", "np" (float32 [n, H, W, C] in [0, 1]), "pt" ([n, C, H, W] in [0, 1]), "latent" (the
+        samples themselves, nominally in [-1, 1], or latents). callback_on_step_end(pipe, step, t, {"latents": ...}) is
+        called after each whole solver step; it may return {"latents": ...} to continue from, replace the mapping's
+        entry, or edit it in place. Returns images and a `Report`.
+        Raises ValueError for invalid arguments, before any work, and FloatingPointError as `sample` does.
         """
         model: Model = self.transformer.model
         if output_type not in OUTPUTS:
@@ -149,7 +150,7 @@ class AdaDiffPipeline(DiffusionPipeline):
             if self.vae is None:
                 raise ValueError("this model makes latents: give the pipeline a vae, or ask for output_type='latent'")
             nothing = torch.zeros(0, *model.backbone.sample_shape, dtype=torch.float32, device="cpu")
-            self._finish(nothing, "pt")  # for its checks
+            self._finish(nothing, "pt")  # only for its checks
         if model.config.network.context_tokens and prompt is None and "text_embeds" not in settings:
             raise ValueError("this model takes text: give prompt")
         if set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
@@ -183,7 +184,7 @@ class AdaDiffPipeline(DiffusionPipeline):
             if error is not None:
                 raise error
             images = self._finish(images, output_type)
-        finally:  # offloaded weights go back, whatever happened
+        finally:  # also after an error, move offloaded weights back
             self.maybe_free_model_hooks()
         return AdaDiffPipelineOutput(images, report) if return_dict else (images, report)
 
@@ -198,22 +199,22 @@ class AdaDiffPipeline(DiffusionPipeline):
     def _run(
         self, samples: SampleBatch, times: list[float], ends: list[bool], callback: Callback | None
     ) -> tuple[Tensor, Report]:
-        @torch.inference_mode(False)  # weights that hooks move are to stay what they are
+        @torch.inference_mode(False)  # else hooks would turn weights into inference tensors when they move them
         def forward(_: Model, *args: Any, **options: Any) -> ForwardOutput:
-            return self.transformer(*args, **options)  # through the module, whose hooks move it between devices
+            return self.transformer(*args, **options)  # as a module call, which runs the hooks that move weights
 
         model: Model = self.transformer.model
-        # offloaded weights come to that device when they are called, so nothing can tell it from theirs
+        # the device is given, since offloaded weights are moved to it only when they are called
         batch = Batch(model, samples.n, forward=forward, device=self._execution_device)
         slots = batch.admit(samples, np.arange(samples.n))
         sample = np.empty_like(slots)
         sample[slots] = np.arange(samples.n)
         reuses = samples.parts.reuse is not None
-        told = RunRecord(len(times), samples.n, model.num_layers, samples.record_scores, reuses)
+        results = RunRecord(len(times), samples.n, model.num_layers, samples.record_scores, reuses)
 
         def learn(records: Iterable[PassRecord]) -> None:
             for record in records:
-                told.add(record, sample[record.slots])
+                results.add(record, sample[record.slots])
 
         self._interrupt, started = False, time.perf_counter()
         with self.progress_bar(total=len(times)) as bar:
@@ -230,7 +231,7 @@ class AdaDiffPipeline(DiffusionPipeline):
                 if self._interrupt:
                     break
         learn(batch.flush())
-        report = told.report(batch.totals, time.perf_counter() - started)
+        report = results.report(batch.totals, time.perf_counter() - started)
         return batch.take(slots), report
 
     def _finish(self, images: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
@@ -246,7 +247,7 @@ class AdaDiffPipeline(DiffusionPipeline):
 
 
 def _latents(given: Mapping[str, Any], returned: object) -> Tensor:
-    """What a callback wants to go on from: what it returns, else what the mapping it was given holds now."""
+    """The latents to continue from after a callback: those it returned, else those in the mapping it was given."""
     if returned is not None and not isinstance(returned, Mapping):
         raise ValueError(f"callback_on_step_end returns None or a mapping such as {{'latents': ...}}, got {returned!r}")
     latents = (returned or {}).get("latents", given.get("latents"))
@@ -268,10 +269,10 @@ def _count(labels: Sequence[int] | None, prompts: Sequence[str] | None, num_imag
 
 
 def _seeds(generator: torch.Generator | Sequence[torch.Generator] | None, n: int) -> Tensor:
-    """int64 [n] in [0, 2^63)."""
+    """A seed for each image, int64 [n] in [0, 2^63)."""
     if generator is None or isinstance(generator, torch.Generator):
         device = "cpu" if generator is None else generator.device
         return torch.randint(2**63 - 1, (n,), generator=generator, device=device).cpu()
     if not isinstance(generator, Sequence) or len(generator) != n:
         raise ValueError(f"generator must be one or a list of {n}, one per image, got {generator!r}")
-    return torch.cat([_seeds(own, 1) for own in generator])
+    return torch.cat([_seeds(one, 1) for one in generator])

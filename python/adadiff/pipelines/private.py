@@ -1,5 +1,5 @@
-"""What this package takes from inside diffusers and PyTorch, and for which versions: the one file to read again when
-they change."""
+"""Internals of diffusers and PyTorch that this package uses, and the versions they are known for: the one file to
+review when these change."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -22,23 +22,23 @@ __all__ = [
     "transformer_refused",
 ]
 
-VERSIONS = (0, 41), (0, 43)  # from, and below; as in pyproject.toml
+VERSIONS = (0, 41), (0, 43)  # from (inclusive), to (exclusive); as in pyproject.toml
 
 
 def check_version(version: str = diffusers.__version__) -> None:
-    """ImportError for a diffusers whose insides nobody has looked at."""
+    """Raises ImportError for a version of diffusers that is not supported."""
     low, high = VERSIONS
     if not low <= tuple(int(part) for part in version.split(".")[:2]) < high:
         name = ".".join(map(str, low)), ".".join(map(str, high))
-        raise ImportError(f"adadiff.enable takes diffusers >= {name[0]} and < {name[1]}, found {version}")
+        raise ImportError(f"adadiff.enable needs diffusers >= {name[0]} and < {name[1]}, found {version}")
 
 
 def calling_pipeline(transformer: nn.Module) -> Any:
-    """The pipeline whose call calls `transformer` now, None outside of such a call.
+    """The pipeline whose call is calling `transformer`; None outside such a call.
 
-    Nothing that a transformer is given tells of several pipelines that share it which one calls, so this looks up the
-    stack for the innermost `__call__` of an object that has it as an attribute, and a scheduler. Before Python 3.13 the
-    frame that is found keeps its local variables of this moment until it is looked at again, or ends.
+    Several pipelines may share a transformer, and its arguments do not tell which one calls. So this searches the stack
+    for the innermost `__call__` of an object that has the transformer and a scheduler as attributes. Before Python 3.13
+    the frame found keeps its local variables alive until it is inspected again, or ends.
     """
     frame = sys._getframe(1)
     while frame is not None:
@@ -52,11 +52,11 @@ def calling_pipeline(transformer: nn.Module) -> Any:
 
 
 class Interceptor:
-    """Stands in front of a module's call: `run(interceptor, args, kwargs)` runs instead, and `call` is what was there.
+    """Replaces a module's call: `run(interceptor, args, kwargs)` runs instead; `call` is the original call.
 
-    It takes the place that `nn.Module.compile` fills, ahead of `forward` and of every hook: those that offload, cast or
-    adapt weights may come and go before or afterwards, and do their work where the module really runs. The module may
-    be compiled before, or afterwards (`intact` then takes what was compiled in).
+    It uses the attribute that `nn.Module.compile` sets, ahead of `forward` and of every hook. So hooks that offload,
+    cast or adapt weights may be added or removed at any time, and act when the module really runs. The module may be
+    compiled before, or afterwards (`intact` then wraps the compiled call).
     """
 
     def __init__(self, module: nn.Module, run: Callable[["Interceptor", tuple, dict], Any], label: Any = None):
@@ -71,7 +71,7 @@ class Interceptor:
         return (self.compiled or self.module._call_impl)(*args, **kwargs)
 
     def intact(self) -> None:
-        """Takes its place again where the module was compiled since."""
+        """Reinstalls itself if the module was compiled since."""
         if self.module._compiled_call_impl is not self:
             self.compiled = self.module._compiled_call_impl
             self.module._compiled_call_impl = self
@@ -85,7 +85,7 @@ class Interceptor:
 
 
 class ContextProbe:
-    """Notes the name of the cache context that a pipeline is in: of `transformer.cache_context(name)`."""
+    """Records the name of the cache context that a pipeline is in, by wrapping `transformer.cache_context(name)`."""
 
     def __init__(self, module: nn.Module):
         self._module, self.name = module, ""
@@ -105,15 +105,15 @@ class ContextProbe:
     def __call__(self, name: str, **settings: Any) -> Iterator[None]:
         before, self.name = self.name, name
         try:
-            own: Any = type(self._module)
-            with own.cache_context(self._module, name, **settings):
+            kind: Any = type(self._module)
+            with kind.cache_context(self._module, name, **settings):
                 yield
         finally:
             self.name = before
 
 
 class CompileGuard:
-    """Stands in front of `transformer.compile`, which would take the place of the transformer's interceptor."""
+    """Replaces `transformer.compile`, which would overwrite the transformer's interceptor; raises ValueError."""
 
     def __init__(self, module: nn.Module):
         self._module = module
@@ -128,7 +128,7 @@ class CompileGuard:
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         if isinstance(self._module._compiled_call_impl, Interceptor):
-            raise ValueError("who reuses is decided between blocks; compile those alone: compile_repeated_blocks()")
+            raise ValueError("reuse is decided between blocks; compile only the blocks: compile_repeated_blocks()")
         type(self._module).compile(self._module, *args, **kwargs)
 
 
@@ -138,22 +138,22 @@ def _hooks(module: nn.Module) -> dict[str, ModelHook]:
 
 
 def transformer_refused(transformer: nn.Module) -> str | None:
-    """Why no call of it may leave anything out, if so. Cheap: asked at every call."""
+    """The reason why this transformer cannot skip blocks, or None. Cheap: checked at every call."""
     if transformer.training:
         return "it is in training mode; call eval() first"
     config = getattr(transformer, "_cache_config", None)
     if config is not None:
         return f"diffusers' {type(config).__name__} is enabled; call disable_cache() first"
     if getattr(transformer, "_parallel_config", None) is not None:
-        return "its sequence is spread over several devices"
+        return "its sequence is split over several devices"
     return None
 
 
-CACHES = ("cache", "fbc_", "pyramid", "faster", "taylorseer")  # in names of hooks
+CACHES = ("cache", "fbc_", "pyramid", "faster", "taylorseer")  # parts of names of cache hooks
 
 
 def block_refused(blocks: Iterator[nn.Module]) -> str | None:
-    """Why blocks cannot be left out as they are set up now, if so. Walks over all modules: asked once a run."""
+    """The reason why these blocks cannot be skipped as set up now, or None. Walks over all modules: once per run."""
     for block in blocks:
         for module in block.modules():
             for name, hook in _hooks(module).items():

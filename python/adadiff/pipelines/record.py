@@ -1,4 +1,4 @@
-"""What an enabled transformer did: who ran which blocks at which step, and how to print it."""
+"""The record of an enabled transformer: which lanes ran which blocks at which step, and its printed form."""
 
 import logging
 from collections.abc import Sequence
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 log = logging.getLogger("adadiff")
-WIDTH = 100  # characters of a line of the picture
-SHORT_RUNS = 4  # of one step each, after which it is said that nothing was left out
+WIDTH = 100  # characters per line of the printed picture
+SHORT_RUNS = 4  # runs of one step each, after which a warning says that nothing was skipped
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One call of the transformer for B lanes. context: of diffusers, "" without; call: which of several at the same
-    time; step: from 0. t: float [B]; full: bool [B], who ran all blocks; change: float32 [B], what the gate read, NaN
-    or infinite where there was nothing to compare with, None without a gate. blocks: how many of the network's blocks
-    each lane ran, int64 [B]. seconds: on the host's clock."""
+    """One call of the transformer for B lanes. context: diffusers' cache context, "" without; call: its index among
+    several calls in one step; step: from 0. t: float [B]; full: bool [B], lanes that ran all blocks; change: float32
+    [B], by the gate, NaN or infinite if there was nothing to compare with, None without a gate. blocks: int64 [B], the
+    number of blocks each lane ran. seconds: on the host's clock."""
 
     context: str
     call: int
@@ -32,10 +32,11 @@ class StepRecord:
 
 @dataclass
 class ReuseRecord:
-    """What an enabled transformer did so far; every call adds to it. steps: of the latest run of the pipeline.
+    """Record of an enabled transformer; every call adds to it. steps: of the latest run of the pipeline.
 
-    calls, passes: of the transformer, and of lanes through it. blocks, blocks_full: run, and those of the full network,
-    counted by lane. cache_bytes: what is kept between steps. seconds: in the transformer, of all calls. runs: begun.
+    calls: of the transformer; passes: lanes, summed over calls. blocks, blocks_full: blocks run and of the full
+    network, summed over lanes. cache_bytes: memory kept between steps. seconds: in the transformer, all calls. runs:
+    number begun.
     """
 
     name: str
@@ -53,7 +54,7 @@ class ReuseRecord:
 
     @property
     def left_out(self) -> float:
-        """Share of the blocks that was left out, of all calls so far."""
+        """The share of blocks skipped in all calls so far."""
         return 1 - self.blocks / self.blocks_full if self.blocks_full else 0.0
 
     def add(self, step: StepRecord) -> None:
@@ -65,7 +66,7 @@ class ReuseRecord:
         self.seconds += step.seconds
 
     def new_run(self) -> None:
-        """Says once that nothing was left out, if a run of several steps or several runs of one have gone by."""
+        """Begins a run. Warns once if nothing was skipped in a run of several steps, or in several runs of one step."""
         self.check_acted()
         self.steps = []
         self.runs += 1
@@ -76,11 +77,11 @@ class ReuseRecord:
             return
         if repeated or self.runs >= SHORT_RUNS:
             self.warned = True
-            why = "" if repeated else f": they were taken for {self.runs} runs, the last of one step"
+            why = "" if repeated else f": they were counted as {self.runs} runs, the last of one step"
             log.warning("%s: policy '%s' left nothing out in %d calls%s", self.name, self.policy, self.calls, why)
 
     def summary(self) -> str:
-        """Of the latest run, lane by lane, a column a step: "#" ran all blocks, "." reused."""
+        """A text about the latest run: a row per lane, a column per step; "#" ran all blocks, "." reused."""
         lines = [f"{self.name}: policy '{self.policy}', {self.num_blocks} blocks"]
         if not self.calls:
             return "\n".join([*lines, "no calls yet"])
@@ -98,7 +99,7 @@ class ReuseRecord:
         return "\n".join(lines)
 
     def picture(self, path: str | Path) -> None:
-        """Writes a PNG of the latest run: lanes by steps, darker where more blocks ran. Takes matplotlib."""
+        """Writes a PNG of the latest run: lanes by steps, darker where more blocks ran. Needs matplotlib."""
         from .picture import save_picture
 
         save_picture(self, path)

@@ -1,9 +1,9 @@
-"""A transformer of diffusers, some lanes of which take the rest of the network from one of their earlier steps.
+"""Reuse in a diffusers transformer: lanes may take the rest of the network from an earlier step.
 
-One interceptor stands in front of the transformer, one in front of each of its blocks; the transformer's own `forward`
-runs between them. The first blocks run for everybody; then it is decided who reuses. The blocks that follow run on the
-others alone, and hand their rows back in place. Rows of those that reuse hold anything until the last of these blocks,
-which gives them its list's input plus what the list added at their last full step.
+One interceptor wraps the transformer, and one each of its blocks; the transformer's own `forward` runs in between. The
+first blocks run for all lanes; then the policy decides which lanes reuse. The following blocks run on the other lanes
+only, and write their rows back in place. Rows of reusing lanes are undefined until the last of these blocks, which
+gives them its list's input plus what the list added at the lane's last full step.
 """
 
 import threading
@@ -32,11 +32,11 @@ from .private import (
 from .record import ReuseRecord, StepRecord
 from .runs import RunWatch, Visit, identical_parts
 
-MOST = 32  # call sites and shapes that are remembered
+MOST = 32  # call sites and shapes that are kept
 
 
 class _Note:
-    """A hook that notes what the first attention of a list's first block reads, and nothing in a copy."""
+    """A hook that records the input of the first attention in a list's first block. Copies of it do nothing."""
 
     def __init__(self, reused: "ReusedTransformer | None"):
         self._reused = reused
@@ -49,7 +49,8 @@ class _Note:
 
 
 class ReusedTransformer:
-    """Made by `enable`; `remove` undoes it. name: in messages. blocks: names of the lists, None: of its family."""
+    """Enables reuse on a transformer; created by `enable`, undone by `remove`. name: for messages. blocks: names of
+    block lists; None: those of its family. Raises ValueError if the transformer or the policy does not fit."""
 
     def __init__(
         self,
@@ -64,12 +65,12 @@ class ReusedTransformer:
         self.family, self.policy, self.tied = family_of(transformer), policy, tied
         kind = type(transformer).__name__
         if self.family.refused:
-            raise ValueError(f"{kind} cannot leave blocks out by sample: {self.family.refused}")
+            raise ValueError(f"{kind} cannot skip blocks by sample: {self.family.refused}")
         _check_policy(policy)
         names = self.family.blocks if blocks is None else [blocks] if isinstance(blocks, str) else blocks
         self._lists = find_lists(transformer, names, given=blocks is not None)
         if not has_time(transformer):
-            raise ValueError(f"{kind} takes none of {', '.join(TIME)}, so that nobody knows when a run begins")
+            raise ValueError(f"{kind} takes none of {', '.join(TIME)}, so the start of a run cannot be detected")
         count = sum(map(len, self._lists.values()))
         if policy.first + policy.last >= count:
             raise ValueError(f"'{policy}' leaves nothing out: {name} has {count} blocks")
@@ -78,7 +79,7 @@ class ReusedTransformer:
         self._caches: dict[Any, LaneCache] = {}
         self._checked, self._probed = set[Any](), set[Any]()
         self._insides: list[Any] = []
-        self._tells = True  # whether this call's check would see lanes in each other
+        self._tells = True  # whether the check in this call can detect leaks between lanes
         self._watch, self._adapters = RunWatch(pipe, self.family.rising), AdapterWatch()
         self.running: Call | None = None
         self._lock = threading.Lock()  # held during a call
@@ -101,7 +102,7 @@ class ReusedTransformer:
         return _nothing, ()  # nor is one that is saved as a whole
 
     def _watch_attention(self) -> list[Any]:
-        """Hooks that note what the first attention of each list's first block reads."""
+        """Hooks that record the input of the first attention in each list's first block."""
 
         found = [_attention(blocks[0]) for blocks in self._lists.values()]
         if None in found:
@@ -121,7 +122,7 @@ class ReusedTransformer:
         self.record.check_acted()
 
     def reset(self) -> None:
-        """Forgets all that lanes could reuse: the next call begins a run."""
+        """Drops all cached features: the next call begins a run."""
         self._caches.clear()
         self._watch.reset()
 
@@ -158,7 +159,7 @@ class ReusedTransformer:
         if visit.new_run:
             self._caches.clear()
             self.record.new_run()
-        if self._adapters.changed(module, arguments):  # what is kept was made with others
+        if self._adapters.changed(module, arguments):  # cached features came from other adapters
             for kept in self._caches.values():
                 kept.forget()
         key = visit.key
@@ -174,7 +175,7 @@ class ReusedTransformer:
             self._caches.pop(next(iter(self._caches)))
         look = B, described(arguments, lengths=False)
         check = fresh and look not in self._checked
-        if check:  # of a batch of one picture, B times, the check cannot say much
+        if check:  # with B equal lanes the check could not detect a leak
             self._tells = B == 1 or not alike(arguments, B)
         return Call(
             policy=self.policy,
@@ -183,7 +184,7 @@ class ReusedTransformer:
             t=t,
             visit=visit,
             cache=cache,
-            layout=None if check else self._layouts.get(visit.shapes),  # blocks are checked where it is learned
+            layout=None if check else self._layouts.get(visit.shapes),  # blocks are checked when it is learned
             look=look,
             check=check,
             conditioning=conditioning(arguments, B),
@@ -195,8 +196,8 @@ class ReusedTransformer:
         )
 
     def _check_tied(self, B: int, visit: Visit, sample: Any) -> None:
-        """ValueError unless the call is of two halves. sample: by lane, None where it need not be looked at again: both
-        halves of guidance are of the same sample."""
+        """Raises ValueError unless the call holds both guidance halves of the same samples. sample: by lane; None: not
+        compared again."""
         wrong = None
         if B % 2 or visit.context not in ("", "cond_uncond"):
             wrong = f"this one has {B} lanes of {visit.context!r}"
@@ -207,7 +208,7 @@ class ReusedTransformer:
         elif sample is not None and not identical_parts(sample[: B // 2], sample[B // 2 :]):
             wrong = "lanes of the second half of this one have other samples than those of the first"
         if wrong is not None:
-            raise ValueError(f"tied halves come in one call of twice the batch, {wrong}; use tied=False")
+            raise ValueError(f"tied needs both halves in one call of twice the batch, {wrong}; use tied=False")
 
     def _check(self, module: nn.Module, new_run: bool) -> None:
         wrong = transformer_refused(module)
@@ -215,7 +216,7 @@ class ReusedTransformer:
         if wrong is None and new_run:
             wrong = block_refused(iter(blocks))
         if wrong is not None:
-            raise ValueError(f"{self.name} cannot leave blocks out: {wrong}")
+            raise ValueError(f"{self.name} cannot skip blocks: {wrong}")
         if not hasattr(self, "_blocks"):
             return
         now = find_lists(module, tuple(self._lists), given=True)
@@ -225,11 +226,11 @@ class ReusedTransformer:
         for block, interceptor in self._blocks.items():
             interceptor.intact()
             if self._watched and block.index == 0 and interceptor.compiled is not None:
-                raise ValueError("gate=input does not see into compiled blocks; use gate=residual")
+                raise ValueError("gate=input cannot read inside compiled blocks; use gate=residual")
 
     def _run_block(self, block: Interceptor, args: tuple, kwargs: dict) -> Any:
         call = self.running
-        if call is None:  # somebody else's call of the block alone
+        if call is None:  # the block is called outside the transformer
             return block.call(*args, **kwargs)
         return BlockCall(call, block, named(block.module, args, kwargs), len(args)).run()
 
@@ -238,10 +239,10 @@ class ReusedTransformer:
         if call.rows is not None and call.probe:
             if call.decision is not None and broken_lanes(output, call.B)[call.decision.reuse].any():
                 raise ValueError(
-                    f"{self.name} cannot leave blocks out: it reads what inner blocks give outside of the blocks"
+                    f"{self.name} cannot skip blocks: it reads outputs of inner blocks outside of the blocks"
                 )
             self._probed.add(call.visit.shapes)
-        if layout is None:  # blocks ran in another order than before, all lanes in full: nothing to reuse
+        if layout is None:  # blocks ran in another order than before (all lanes in full): drop the cache
             self._caches.pop(call.visit.key, None)
         elif call.layout is None:
             while len(self._layouts) >= MOST:
@@ -264,7 +265,7 @@ def _nothing() -> None:
 
 
 def can_reuse(module: nn.Module) -> bool:
-    """Whether it looks like a transformer that is called step by step, with blocks in lists."""
+    """Whether the module has a time argument and blocks in lists, as a diffusion transformer has."""
     family = family_of(module)
     if family.refused or not has_time(module):
         return False
@@ -275,7 +276,7 @@ def can_reuse(module: nn.Module) -> bool:
 
 
 def _check_policy(policy: ReusePolicy) -> None:
-    """ValueError for a policy of one's own that says what does not exist."""
+    """Raises ValueError for a user's policy with an unknown gate or invalid `first` or `last`."""
     if policy.gate not in (None, *GATES):
         raise ValueError(f"gate of '{policy}' must be None or one of {', '.join(GATES)}, got {policy.gate!r}")
     for name, value, least in (("first", policy.first, 1), ("last", policy.last, 0)):
@@ -284,7 +285,7 @@ def _check_policy(policy: ReusePolicy) -> None:
 
 
 def _insides(lists: Mapping[str, nn.ModuleList]) -> list[Any]:
-    """What of the blocks may be exchanged while they stay: forwards and attention processors."""
+    """The parts of blocks that may be replaced while the modules stay: forward methods and attention processors."""
     return [
         part
         for blocks in lists.values()
@@ -303,9 +304,9 @@ def _attention(block: nn.Module) -> nn.Module | None:
 
 
 def _times(value: Any, B: int) -> Tensor:
-    """float [B] on the CPU."""
+    """The time of each lane, float64 [B] on the CPU."""
     if value is None:
-        raise ValueError("a call without a time: nobody knows when a run begins")
+        raise ValueError("a call without a time: the start of a run cannot be detected")
     times = (
         (value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")).cpu().double()
     )
@@ -315,8 +316,8 @@ def _times(value: Any, B: int) -> Tensor:
 
 
 def described(value: Any, lengths: bool = True) -> Any:
-    """What tells call sites apart: dtypes, devices, settings that are not numbers, and shapes, without `lengths` only
-    how many dimensions there are."""
+    """A key that distinguishes call sites: dtypes, devices, settings that are not numbers, and shapes (without
+    `lengths`: only the number of dimensions)."""
     if isinstance(value, Tensor):
         return tuple(value.shape) if lengths else value.ndim, value.dtype, value.device
     if isinstance(value, Mapping):

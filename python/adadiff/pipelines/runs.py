@@ -1,4 +1,4 @@
-"""When a run begins: which call of a transformer belongs to which step of which run of a pipeline."""
+"""Assigns each call of a transformer to a run of the pipeline and to a step of it."""
 
 import threading
 import weakref
@@ -12,8 +12,8 @@ from .compaction import version
 
 @dataclass(frozen=True)
 class Visit:
-    """One call. context: of diffusers; shapes: what its arguments look like; call: which of several in the same step;
-    new_run: everything from before it belongs to another run."""
+    """One call. context: diffusers' cache context; shapes: key of its arguments' shapes; call: its index among several
+    calls in one step; new_run: whether it begins a run."""
 
     context: str
     shapes: Any
@@ -27,9 +27,9 @@ class Visit:
 
 @dataclass
 class _Site:
-    """Where calls of one context and shape stand. index: the scheduler's, None where it counts none. sample: of the
-    last call, by which calls for the same step, as for two halves of guidance, are told from those of another run that
-    begins at the same time; empty where a scheduler tells."""
+    """The state of calls of one context and shape. index: the scheduler's step index, None if it has none. sample: of
+    the last call, to distinguish calls of one step (such as two guidance halves) from another run that begins at the
+    same time; empty if a scheduler tells."""
 
     t: float
     index: int | None
@@ -38,15 +38,15 @@ class _Site:
 
 
 class RunWatch:
-    """Which calls make up a run.
+    """Detects which calls make up a run.
 
-    pipe: the pipeline that was enabled, whose scheduler is followed where no pipeline is seen calling. Another one that
-    calls the same transformer begins a run, in which its own scheduler is followed.
+    pipe: the pipeline that was enabled; its scheduler is followed unless another pipeline is found to be calling. A
+    call by another pipeline begins a run, in which that pipeline's scheduler is followed.
 
-    In a pipeline a run begins where its scheduler has new times, where the scheduler's count goes back, and where the
-    network's time turns round; two calls at one time are of one step unless the scheduler has stepped between them.
-    Without a scheduler that takes these steps, a run begins where time goes back, and where the time is the same but
-    the sample another. rising: the time then goes up during a run. A thread has runs of its own.
+    With a scheduler, a run begins when it has new timesteps, when its step index goes back, and when the network's time
+    reverses direction; two calls at the same time belong to one step unless the scheduler has stepped in between.
+    Without a scheduler that steps, a run begins when time goes back, and when time is the same but the sample differs.
+    rising: whether time rises during a run in that case. A call from another thread begins a run.
     """
 
     def __init__(self, pipe: Any, rising: bool):
@@ -56,10 +56,10 @@ class RunWatch:
         self._timesteps: Any = None
         self._thread: int | None = None
         self._followed = False
-        self._sign: float | None = None  # of the changes of time in this run, None before the first
+        self._sign: float | None = None  # sign of time changes in this run, None before the first
         self._first: tuple[float, int | None] = 0.0, None  # time and index of the run's first call
         self._now: tuple[float, int | None] = self._first
-        self._before: int | None = None  # index at the step before
+        self._before: int | None = None  # index at the previous step
         self._steps = 0
         self._sites: dict[Any, _Site] = {}
 
@@ -67,13 +67,13 @@ class RunWatch:
         self._sites.clear()
 
     def pipe(self) -> Any:
-        """That calls, else that was enabled; None without one, and where it is gone."""
+        """The calling pipeline, else the enabled one; None if there is none or it no longer exists."""
         known = self._caller if self._caller is not None else self._pipe
         return None if known is None else known()
 
     def visit(self, context: str, shapes: Any, t: Tensor, sample: Any, caller: Any = None) -> Visit:
-        """Notes a call. t: float [B]; sample: the hidden states it is for, or a list of them; caller: the pipeline that
-        makes it, None where none is seen."""
+        """Registers a call. t: float [B]; sample: its hidden states, or a list of them; caller: the calling pipeline,
+        None if not found."""
         if caller is not (None if self._caller is None else self._caller()):
             self.reset()
         self._caller = None if caller is None else weakref.ref(caller)
@@ -84,7 +84,7 @@ class RunWatch:
         new_run = not self._sites or (thread, followed) != (self._thread, self._followed)
         new_run |= timesteps is not self._timesteps  # schedulers make a new tensor for each run
         self._timesteps, self._thread, self._followed = timesteps, thread, followed
-        unstepped = index == -1 and self._steps > 0  # somebody's own loop
+        unstepped = index == -1 and self._steps > 0  # a user's own loop, without scheduler steps
         parts = _parts(sample) if not followed or index == -1 else []
         key = context, shapes
         site = self._sites.get(key)
@@ -113,36 +113,36 @@ class RunWatch:
         self._before, self._steps = None, 0
 
     def steps_left(self) -> int:
-        """How many steps follow that of the last call. ValueError where the pipeline's scheduler cannot tell."""
+        """The number of steps after that of the last call. Raises ValueError if the scheduler cannot tell."""
         if self._pipe is not None and self.pipe() is None:
-            raise ValueError("the pipeline whose steps are counted is gone; call disable, and enable the one in use")
+            raise ValueError("the enabled pipeline no longer exists; call disable, and enable the one in use")
         if self._timesteps is None:
-            raise ValueError("counting steps from the end takes a pipeline whose scheduler has timesteps")
+            raise ValueError("counting steps from the end needs a pipeline whose scheduler has timesteps")
         scheduler, index = getattr(self.pipe(), "scheduler", None), self._now[1]
         if hasattr(scheduler, "step_index") and index is not None and index >= 0:
             if index == self._before:
-                raise ValueError("how many steps are left? The scheduler of the pipeline that is enabled does not step")
-            place = index
-        else:  # nobody has stepped it, or it does not count
-            place = self._steps + self._first_place(scheduler)
-        left = len(self._timesteps) - 1 - place
+                raise ValueError("cannot count the steps left: the scheduler of the enabled pipeline does not step")
+            done = index
+        else:  # it has not been stepped, or has no step index
+            done = self._steps + self._first_place(scheduler)
+        left = len(self._timesteps) - 1 - done
         if left < 0:
-            raise ValueError(f"how many steps are left? The pipeline's scheduler has taken all {len(self._timesteps)}")
+            raise ValueError(f"cannot count the steps left: the scheduler has taken all {len(self._timesteps)}")
         return left
 
     def _first_place(self, scheduler: Any) -> int:
-        """Of the run's first time among the scheduler's, which is not 0 for a picture that is only changed."""
+        """The index of the run's first time among the scheduler's; above 0 for image-to-image."""
         if hasattr(scheduler, "step_index"):
             return getattr(scheduler, "begin_index", None) or 0
         time = self._first[0]
         times = [float(one) for one in self._timesteps]
-        return times.index(time) if time > 1 and time in times else 0  # up to 1 it may be in another unit
+        return times.index(time) if time > 1 and time in times else 0  # times up to 1 may be in another unit
 
 
 def _index(scheduler: Any) -> int | None:
-    """How many steps the scheduler says it has taken, -1 before the first, None where it does not count."""
+    """The scheduler's step index, -1 before the first step; None if it has none."""
     if not hasattr(scheduler, "step_index"):
-        return getattr(scheduler, "counter", None)  # of PNDM
+        return getattr(scheduler, "counter", None)  # PNDM's
     return -1 if scheduler.step_index is None else int(scheduler.step_index)
 
 
@@ -151,21 +151,21 @@ def _parts(sample: Any) -> list[tuple[Tensor, int | None]]:
 
 
 def held(value: Any) -> Any:
-    """Something to compare with later: a copy of tensors whose changes in place are not counted."""
+    """A value to compare with later; tensors that do not count in-place changes are copied."""
     if isinstance(value, list | tuple):
         return [held(one) for one in value]
     return value.clone() if isinstance(value, Tensor) and version(value) is None else value
 
 
 def identical_parts(a: Any, b: Any) -> bool:
-    """Of two tensors, or two lists of them: NaN equals NaN."""
+    """Whether two tensors, or two lists of them, are equal; NaN equals NaN."""
     if isinstance(a, Tensor):
         return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
     return all(identical_parts(one, two) for one, two in zip(a, b, strict=True))
 
 
 def _equal(a: list[tuple[Tensor, int | None]], b: list[tuple[Tensor, int | None]]) -> bool:
-    """NaN equals NaN."""
+    """Whether two lists are equal; NaN equals NaN."""
     for (now, new), (then, old) in zip(a, b, strict=True):
         if now is then:
             if new != old:

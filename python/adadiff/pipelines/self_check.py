@@ -1,8 +1,8 @@
-"""Whether a block may be run for some lanes alone: tried on a few of them before anything is left out.
+"""Checks that a block can be run for a subset of lanes, on a few lanes before any block is skipped.
 
-Two things have to hold. Some lanes without the others come to what they come to beside them; other numbers of rows may
-round otherwise, so this is up to rounding. And a lane comes to the same whoever is beside it; two calls of one shape
-round alike, so this is exact in any dtype, which shows what rounding of 16 bits would hide in the first comparison.
+Two properties are tested. First, lanes without the others give the same results as beside them, up to rounding, since
+other numbers of rows may round differently. Second, a lane's result does not depend on its neighbours: two calls of one
+shape round alike, so this comparison is exact in any dtype and shows leaks that 16-bit rounding hides in the first.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,16 +14,16 @@ from torch import Tensor
 from .compaction import Rows
 from .layout import Outputs
 
-# By dtype, how far rows may be off: as a share of what the block adds, and of its output.
-# Of rows alone and of the same rows beside others: a rounded product here and there.
+# Tolerances by dtype: shares of what the block adds, and of its output.
+# For rows alone versus beside others: a few products round differently.
 ALONE = {
     torch.float64: (1e-6, 1e-12),
     torch.float32: (1e-3, 1e-5),
     torch.float16: (1e-2, 2**-11),
     torch.bfloat16: (2e-2, 2**-8),
 }
-# Beside another neighbour, where the bits are not the same. No class that is tested needs it; it is for products of
-# experts, whose number of rows is for the router to say.
+# For other neighbours, if the bits differ. No tested class needs it; it is for mixtures of experts, where the router
+# decides the number of rows of a product.
 BESIDE = {
     torch.float64: (1e-8, 1e-14),
     torch.float32: (1e-5, 1e-7),
@@ -41,10 +41,10 @@ def check_lanes(
     B: int,
     dim: int,
 ) -> None:
-    """ValueError unless lanes may be run without the others.
+    """Raises ValueError unless lanes can be run without the others.
 
-    run: the block's outputs for some lanes, of the inputs `kept` by argument; parts: its outputs for all B. dim: of
-    the rows. The lanes are few: what a block makes of the whole batch then shows most.
+    run: returns the block's outputs for some lanes, from the inputs `kept` (by argument); parts: its outputs for all B
+    lanes. dim: of the rows. Few lanes are tried, where an effect of the whole batch shows most.
     """
     if B < 2:
         return
@@ -61,12 +61,12 @@ def check_lanes(
         index = rows.index(repeat, False, parts[p].device)
         wanted, came = parts[p].index_select(dim, index), kept[source].index_select(dim, index)
         if alone[p].shape != wanted.shape or not same(alone[p], wanted, came, ALONE):
-            raise ValueError("its rows come out otherwise without their neighbours")
-        for place, (lane, other) in enumerate(zip((first, second), others, strict=True)):
+            raise ValueError("its rows give other results without their neighbours")
+        for position, (lane, other) in enumerate(zip((first, second), others, strict=True)):
             came = kept[source].narrow(dim, lane * repeat, repeat)
-            a, b = (values[p].narrow(dim, place * repeat, repeat) for values in (other, beside))
+            a, b = (values[p].narrow(dim, position * repeat, repeat) for values in (other, beside))
             if not same(a, b, came, BESIDE):
-                raise ValueError("its rows come out otherwise beside other neighbours")
+                raise ValueError("its rows give other results beside other neighbours")
 
 
 def _rows(lanes: Sequence[int], B: int) -> Rows:
@@ -74,7 +74,8 @@ def _rows(lanes: Sequence[int], B: int) -> Rows:
 
 
 def same(a: Tensor, b: Tensor, came: Tensor, limits: Limits) -> bool:
-    """Whether a equals b up to a share of what the block has added to `came`; NaN equals NaN."""
+    """Whether a equals b within limits relative to what the block added to its input `came`, and to b; NaN equals
+    NaN."""
     limit, dtype = limits.get(came.dtype, limits[torch.bfloat16]), torch.promote_types(came.dtype, torch.float32)
     a, b, came = a.to(dtype), b.to(dtype), came.to(dtype)
     added = (b - came).abs()

@@ -1,12 +1,12 @@
-"""One threshold for each step, so that a given share of the work is left. Pure functions of what was recorded.
+"""One threshold per step, such that a given share of the work remains. Pure functions of recorded runs.
 
-A lane that reuses at step s with a change d since its last full step makes an error of weight[s] * d in the end result.
-For a given number of full steps the sum of squared errors is least where lanes reuse if weight[s] * d <= level, the
-same level at all steps; so thresholds are level / weight[s]. How d grows with the steps since the last full one is
-modelled by the sum of the changes from step to step, times `growth` for that number of steps.
+A lane that reuses at step s with a change d since its last full step makes an error of weight[s] * d in the final
+result. For a given number of full steps the sum of squared errors is least if lanes reuse where weight[s] * d <= level,
+with the same level at all steps; so thresholds are level / weight[s]. The growth of d with the steps since the last
+full one is modelled as the sum of the changes from step to step, times `growth` for that number of steps.
 
-Where lanes are alike, the share of the work falls at some levels in a cliff. Then the first steps take the level below
-it, and the rest the one above.
+If lanes are alike, the share of the work may jump at a level. Then the first steps use a level on one side of the jump,
+and the other steps a level on the other side.
 
 S steps, n lanes.
 """
@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 HALVINGS = 50
-FAR = 1e4  # levels lie within this factor of those that decide anything
+FAR = 1e4  # levels are searched within this factor of the weighted changes
 EDGE = 1e-12  # added to a threshold so that rounding does not undo an equality
 
 
 @dataclass(frozen=True)
 class Changes:
-    """What a run in full showed. steps: float64 [S, n], the change of each step against the one before; not finite
-    where there is nothing to compare, as at step 0. weights: float64 [S], positive. head: share of the blocks that a
-    lane runs that reuses. growth: by number of steps since the last full one; 1 where nothing is known."""
+    """Changes in a full run. steps: float64 [S, n], the change of each step from the previous one; not finite if there
+    is nothing to compare, as at step 0. weights: float64 [S], positive. head: the share of the blocks that a reusing
+    lane runs. growth: by number of steps since the last full step; 1 if unknown."""
 
     steps: Tensor
     weights: Tensor
@@ -34,7 +34,8 @@ class Changes:
     growth: Mapping[int, float] = field(default_factory=dict)
 
     def run(self, thresholds: Tensor) -> tuple[Tensor, Tensor]:
-        """thresholds: [S]. Returns who runs in full, bool [S, n], and the modelled changes, float64 [S, n]."""
+        """Simulates a run with thresholds [S]. Returns which lanes run in full, bool [S, n], and the modelled changes,
+        float64 [S, n]."""
         S, n = self.steps.shape
         total = torch.full((n,), torch.inf, dtype=torch.float64, device="cpu")  # nothing to reuse yet
         age = torch.zeros(n, dtype=torch.int64, device="cpu")
@@ -54,13 +55,13 @@ class Changes:
         return torch.stack(full), torch.stack(changes)
 
     def share(self, thresholds: Tensor) -> float:
-        """Of the blocks."""
+        """The modelled share of the blocks that run with thresholds [S]."""
         full = float(self.run(thresholds)[0].double().mean())
         return full + (1 - full) * self.head
 
 
 def thresholds_for(changes: Changes, share: float) -> Tensor:
-    """float64 [S] whose modelled share is `share`, or the nearest that there is."""
+    """Thresholds, float64 [S], whose modelled share of the blocks is nearest to `share`."""
     finite = (changes.steps * changes.weights[:, None])[changes.steps.isfinite()]
     finite = finite[finite > 0]
     if not len(finite):
@@ -82,8 +83,9 @@ def thresholds_for(changes: Changes, share: float) -> Tensor:
 
 
 def between(found: Mapping[float, Tensor], share: float) -> Tensor | None:
-    """Thresholds [S] between those of the two nearest shares found, on both sides of `share`: of the steps at which
-    these differ the first half is as where less ran. None where all lie on one side, or nothing lies between."""
+    """Thresholds [S] between those of the nearest measured shares below and above `share`: at the first half of the
+    steps where these differ, those of the lower share, else those of the higher. None if all measured shares are on one
+    side, or fewer than two steps differ."""
     less, more = [one for one in found if one < share], [one for one in found if one >= share]
     if not less or not more:
         return None
@@ -98,8 +100,9 @@ def between(found: Mapping[float, Tensor], share: float) -> Tensor | None:
 
 
 def measured_growth(seen: Sequence[tuple[Tensor, Tensor]], steps: Tensor) -> dict[int, float]:
-    """By number of steps since a lane's last full one: the change that runs showed over the sum of changes from step to
-    step, median over steps and lanes. seen: of each run who ran in full, bool [S, n], and the changes, float64 [S, n].
+    """By number of steps since a lane's last full step: the measured change over the sum of changes from step to step,
+    median over steps and lanes, relative to that at one step. seen: for each run, which lanes ran in full, bool [S, n],
+    and the changes, float64 [S, n]. steps: float64 [S, n], see `Changes`.
     """
     ratios: dict[int, list[float]] = {}
     for full, changes in seen:
@@ -120,7 +123,7 @@ def measured_growth(seen: Sequence[tuple[Tensor, Tensor]], steps: Tensor) -> dic
 
 
 def interpolated(places: Mapping[int, float], S: int) -> Tensor:
-    """Weights float64 [S], linear in their logarithms between the steps where they were measured; ones without any."""
+    """Weights, float64 [S], interpolated in their logarithms between measured steps; ones if there are none."""
     known = {step: weight for step, weight in sorted(places.items()) if weight > 0}
     if not known:
         return torch.ones(S, dtype=torch.float64, device="cpu")

@@ -1,4 +1,4 @@
-"""Prompts to contexts for text models: CLIP's text encoder, as U-ViT uses it. Needs transformers only here."""
+"""Prompts to contexts for text models: CLIP's text encoder, as U-ViT uses it. Needs transformers."""
 
 import warnings
 from collections.abc import Sequence
@@ -12,21 +12,21 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
-CLIP = "openai/clip-vit-large-patch14"  # what U-ViT's MS-COCO models were trained with: 77 tokens of 768 channels
+CLIP = "openai/clip-vit-large-patch14"  # of U-ViT's MS-COCO models: 77 tokens of 768 channels
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """Call it with prompts. Made by `load`."""
+    """Encodes prompts when called. Created by `load`."""
 
     tokenizer: "CLIPTokenizer"
     model: "CLIPTextModel"
 
     @staticmethod
     def load(folder: str | Path = CLIP, device: torch.device | str = "cpu") -> "TextEncoder":
-        """What transformers saved in `folder` (tokenizer and text model), or under its name on the hub.
+        """Loads tokenizer and text model saved by transformers in `folder`, or by their name on the hub.
 
-        ValueError where there is none, ImportError (with the remedy) without transformers.
+        Raises ValueError if there are none, ImportError without transformers.
         """
         try:
             from transformers import CLIPTextModel, CLIPTokenizer
@@ -40,10 +40,10 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], batch: int = 64) -> Tensor:
-        """Contexts of prompts, float32 [n, N, E] on the CPU: the last hidden states, normalised, of prompts padded to
-        N tokens. The context of no prompt, which guidance needs, is that of "".
+        """Contexts of prompts, float32 [n, N, E] on the CPU: the normalised last hidden states of prompts padded to N
+        tokens. The unconditional context for guidance is that of "".
 
-        Longer prompts are cut, with a warning. ValueError for anything but a list of strings.
+        Longer prompts are cut, with a warning. Raises ValueError for anything but a list of strings.
         """
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts) or batch < 1:
             raise ValueError(f"prompts must be a list of strings and batch at least 1, got {prompts!r} and {batch}")
@@ -60,7 +60,7 @@ class TextEncoder:
                 padding="max_length",
                 return_tensors="pt",
             )
-            # without the mask of the padding, as U-ViT's authors call it
+            # without a padding mask, as in U-ViT's code
             contexts.append(self.model(tokens.input_ids.to(self.model.device)).last_hidden_state.float().cpu())
         if not contexts:
             return torch.zeros(0, most, self.model.config.hidden_size, dtype=torch.float32, device="cpu")

@@ -1,1 +1,1 @@
-"""Who computes what, sample by sample: small policies without side effects."""
+"""Policies that decide, for each sample, what is computed: small, without side effects."""

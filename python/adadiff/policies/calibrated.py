@@ -1,4 +1,4 @@
-"""What a calibration found, kept with the model, and the policies that read it: "exit:budget=0.55",
+"""The result of a calibration, stored with the model, and the policies that use it: "exit:budget=0.55",
 "exit:table=0.55"."""
 
 import dataclasses
@@ -13,39 +13,40 @@ from torch import Tensor
 
 from .interface import ExitContext, LimitPolicy, limits_from_depth
 
-NEAR = 1e-5  # shares closer than this are the same
-LARGEST = 2**63  # of whole numbers
+NEAR = 1e-5  # shares closer than this count as equal
+LARGEST = 2**63  # largest whole number in a file
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A policy on samples it was not chosen on, every sample run with its own errors, against the full network's images
-    of the same noises."""
+    """A policy measured on held-out samples: its images against the full network's images from the same noise. Each
+    sample is run to the end with the policy, so errors accumulate over steps."""
 
     share: float  # of the full network's multiply-adds
     depth: float  # mean exit layer
     error: float  # mean squared difference of the images
     low: float  # ends of its 95 % interval
     high: float
-    psnr: float | None  # dB, median over samples; None where it is infinite, or where samples are no pictures
-    frechet: float | None  # distance between the two sets' features; None unless that was the aim
+    psnr: float | None  # dB, median over samples; None if infinite, or if samples are not images
+    frechet: float | None  # Fréchet distance between the features of both sets; None unless that was the aim
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Thresholds for one share of the work. Rows are those of `Calibration.t`."""
+    """Thresholds for one share of the work. S: the times of `Calibration.t`."""
 
-    share: float  # that was asked for
-    thresholds: tuple[tuple[float, ...], ...]  # [S][L - 1]; 0: nobody exits, 2: everybody
-    depths: tuple[int, ...]  # [S], the best table without looking at samples, out of the same recording
+    share: float  # the requested share
+    thresholds: tuple[tuple[float, ...], ...]  # [S][L - 1]; 0: no lane exits, 2: every lane
+    depths: tuple[int, ...]  # [S], the best exit layers by time alone, from the same recording
     adaptive: Measured
-    static: Measured  # of as much work: the table `depths` and the next one below it in work, mixed among samples
-    ratio: tuple[float, float, float] | None  # of the errors, adaptive over static, with the ends of its 95 % interval
+    static: Measured  # at equal work: `depths` and the next cheaper table, mixed among samples
+    ratio: tuple[float, float, float] | None  # error of adaptive over static, and the ends of its 95 % interval
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """t: the network's times at which thresholds were chosen, noisiest first; between them the nearest counts."""
+    """Thresholds of a model by time, for several budgets. t: the network's times at which thresholds were chosen,
+    noisiest first; other times use the nearest one. Raises ValueError for fields that do not fit each other."""
 
     aim: str
     solver: str
@@ -55,9 +56,9 @@ class Calibration:
     seed: int
     num_layers: int
     t: tuple[float, ...]
-    weights: tuple[float, ...]  # what a unit of error at t adds to the final error, measured
+    weights: tuple[float, ...]  # the final error that a unit of error at t causes, measured
     budgets: tuple[Budget, ...]
-    refit: bool = False  # whether the UEMs were fitted anew for it, or are as they were trained
+    refit: bool = False  # whether the UEMs were refitted for this calibration
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -71,7 +72,7 @@ class Calibration:
             raise ValueError("a calibration's thresholds lie in [0, 2] and its depths in 1..L")
 
     def _check_types(self) -> None:
-        """ValueError where a field is not of its kind, as a damaged file may have it."""
+        """Raises ValueError for a field of the wrong type, as in a damaged file."""
         chosen = [self.guidance_scale, *self.t, *self.weights, *(b.share for b in self.budgets)]
         found = [value for b in self.budgets for part in (b.adaptive, b.static) for value in vars(part).values()]
         found += [value for b in self.budgets for value in b.ratio or ()]
@@ -79,9 +80,9 @@ class Calibration:
         thresholds = [value for b in self.budgets for row in b.thresholds for value in row]
         numbers = [*chosen, *thresholds, *(value for value in found if value is not None)]
         if any(type(v) not in (int, float) or (type(v) is int and abs(v) > LARGEST) for v in numbers):
-            raise ValueError("a calibration has something else where it needs a number")
+            raise ValueError("a calibration has a value of another type where it needs a number")
         if any(type(v) is not int or abs(v) > LARGEST for v in whole):
-            raise ValueError("a calibration has something else where it needs a whole number")
+            raise ValueError("a calibration has a value of another type where it needs a whole number")
         if not all(math.isfinite(v) for v in chosen):
             raise ValueError("a calibration's times, weights and shares are finite")
         if not (isinstance(self.aim, str) and isinstance(self.solver, str) and isinstance(self.refit, bool)):
@@ -92,7 +93,7 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Calibration":
-        """Raises ValueError for anything but what `to_dict` makes, JSON in between or not."""
+        """The calibration of `to_dict`, also after a round trip through JSON. Raises ValueError for anything else."""
         try:
             budgets = [
                 Budget(
@@ -116,11 +117,12 @@ class Calibration:
     def _tables(self) -> "Tables":
         shares, thresholds, depths = zip(*((b.share, b.thresholds, b.depths) for b in self.budgets), strict=True)
         limits = torch.tensor(thresholds, dtype=torch.float32, device="cpu")
-        own = limits, torch.tensor(depths, dtype=torch.int64, device="cpu")
-        return Tables(self.num_layers, self.t, shares, *own)
+        tables = limits, torch.tensor(depths, dtype=torch.int64, device="cpu")
+        return Tables(self.num_layers, self.t, shares, *tables)
 
     def policy(self, kind: str, share: float) -> "CalibratedThresholds | CalibratedDepths":
-        """kind: "budget" (by uncertainty) or "table" (by time alone). Raises ValueError for a share it lacks."""
+        """The policy for a budget. kind: "budget" (by uncertainty) or "table" (by time alone). Raises ValueError for a
+        share without calibration."""
         policy = (CalibratedThresholds if kind == "budget" else CalibratedDepths)(share, self._tables)
         policy.check_thresholds(torch.tensor([share], dtype=torch.float32, device="cpu"))
         return policy
@@ -149,8 +151,8 @@ class Calibration:
 
 
 class Tables:
-    """Thresholds [G, S, L - 1] and depths int64 [G, S] for G budgets and S times, by the network's time and the budget
-    of a lane. Compared by identity, so that policies with the same one are asked together."""
+    """Thresholds [G, S, L - 1] and depths int64 [G, S] for G budgets and S times, looked up by a lane's time and
+    budget. Compared by identity, so that policies with the same tables are evaluated together."""
 
     def __init__(
         self, num_layers: int, t: Sequence[float], shares: Sequence[float], thresholds: Tensor, depths: Tensor
@@ -166,10 +168,10 @@ class Tables:
         self._places: dict[torch.device, tuple[Tensor, ...]] = {}
 
     def at(self, t: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-        """t, share: float [n]. The thresholds [n, L - 1] and depths [n] that apply, on t's device."""
+        """The thresholds [n, L - 1] and depths [n] for t, share: float [n], on t's device."""
         if t.device not in self._places:
-            own = (self.shares, self.edges, self.thresholds, self.depths)
-            self._places[t.device] = tuple(value.to(t.device) for value in own)
+            tables = (self.shares, self.edges, self.thresholds, self.depths)
+            self._places[t.device] = tuple(value.to(t.device) for value in tables)
         shares, edges, thresholds, depths = self._places[t.device]
         budget = (share[:, None] - shares).abs().argmin(1)
         time = torch.bucketize(t.float(), edges)
@@ -178,7 +180,7 @@ class Tables:
 
 @dataclass(frozen=True)
 class _Calibrated(LimitPolicy):
-    """`threshold` is the share asked for, by lane where samples ask for different ones."""
+    """`threshold` is the requested share; samples may replace it by their own."""
 
     threshold: float = field()  # required; ExitPolicy has a default
     tables: Tables
@@ -200,7 +202,7 @@ class _Calibrated(LimitPolicy):
 
 @dataclass(frozen=True)
 class CalibratedThresholds(_Calibrated):
-    """Exit after the first layer whose uncertainty is below the threshold of this timestep, layer and budget. Spelled
+    """Exits after the first layer whose uncertainty is below the threshold for this timestep, layer and budget. Spelled
     "exit:budget=0.55"."""
 
     @property
@@ -220,7 +222,7 @@ class CalibratedThresholds(_Calibrated):
 
 @dataclass(frozen=True)
 class CalibratedDepths(_Calibrated):
-    """Exit after the number of blocks that the table has for this timestep and budget; nothing is scored. Spelled
+    """Exits after the number of blocks in the table for this timestep and budget; no layer is scored. Spelled
     "exit:table=0.55"."""
 
     needs_scores = False

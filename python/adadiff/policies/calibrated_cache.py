@@ -1,4 +1,4 @@
-"""A cache whose thresholds were chosen for a budget, one for each step of a run: what `adadiff.calibrate` finds."""
+"""A first-block cache with one threshold per step, chosen for a budget by `adadiff.calibrate`."""
 
 import json
 import math
@@ -11,14 +11,14 @@ from torch import tensor as make_tensor
 from .reuse import GATES, ReuseContext, ReusePolicy
 
 FORMAT, FORMAT_VERSION = "adadiff cache thresholds", 1
-SAME_TIME = 0.01  # of the largest time: schedulers round, and one of another resolution is further off
+SAME_TIME = 0.01  # relative to the largest time: more than rounding, less than another resolution's shift
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What a calibrated cache does to prompts that it was not calibrated on. share: of the blocks that ran. error: mean
-    over prompts of |x - x_full| / |x_full|, x the final latents (or images); low, high: its 95 % interval. prompts: how
-    many there were, each drawn once."""
+    """A calibrated cache measured on held-out prompts. share: of the blocks that ran. error: mean over prompts of
+    |x - x_full| / |x_full|, x the final latents (or images); low, high: its 95 % interval. prompts: their number, each
+    drawn once."""
 
     share: float
     error: float
@@ -29,12 +29,12 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class CalibratedCache(ReusePolicy):
-    """A lane reuses at step s where the gate's change is at most `thresholds[s]`; a negative one means never.
+    """A lane reuses at step s where the gate's change is at most `thresholds[s]`; a negative threshold means never.
 
-    t: the network's time at each step, as the pipeline passes it. What thresholds are worth depends on the rest:
-    transformer, scheduler: names of their classes; blocks: of the transformer. tied: guided halves
-    decided together. budget: the share of the blocks that was aimed at.
-    Raises ValueError in a call of a run with other steps or times.
+    t: the network's time at each step, as the pipeline passes it. budget: the intended share of the blocks.
+    Thresholds are valid for one setting: transformer, scheduler: their class names; blocks: of the transformer; tied:
+    whether the halves of a guided sample decide together.
+    Raises ValueError for fields of the wrong kind, and when called in a run with other steps or times.
     """
 
     thresholds: tuple[float, ...]
@@ -91,7 +91,7 @@ class CalibratedCache(ReusePolicy):
 
     @staticmethod
     def from_json(text: str) -> "CalibratedCache":
-        """Raises ValueError for anything that `to_json` did not write."""
+        """Reads the text of `to_json`. Raises ValueError for anything else."""
         try:
             read = json.loads(text)
         except ValueError as error:

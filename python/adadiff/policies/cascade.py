@@ -1,5 +1,5 @@
-"""A few-step student draws first, a teacher where an oracle asks for better (Starodubcev et al., CVPR 2024, arXiv
-2312.10835)."""
+"""A few-step student draws every image; a teacher improves those that an oracle scores worst (Starodubcev et al., CVPR
+2024, arXiv 2312.10835)."""
 
 from dataclasses import dataclass
 from numbers import Real
@@ -7,17 +7,17 @@ from numbers import Real
 from .joining import quoted
 
 MODES = ("refine", "regenerate")
-LEAST_SHARE = 0.01  # quantiles of scores are kept for whole per cents
+LEAST_SHARE = 0.01  # quantiles of scores are stored for whole percentages
 
 
 @dataclass(frozen=True)
 class Cascade:
-    """path: a file of `adadiff distill`, with the student, the oracle and its quantiles, or the name of a shipped one.
+    """path: a file of `adadiff distill` (student, oracle and its quantiles), or the name of a shipped one.
 
-    share: which quantile of the student's images goes on to the teacher, those that the oracle finds worst: 0, 1, or
-    from 0.01 to 0.99. mode: "refine", they get noise up to alpha_bar = 1 - sigma, and the teacher makes its steps from
-    there; "regenerate", the teacher draws them anew from their own first noise. sigma: in (0, 1). None: as the file
-    says. Spelled "cascade:FILE,share=0.3,mode=refine,sigma=0.5". Raises ValueError for anything else.
+    share: the share of the student's images, those the oracle scores worst, that go on to the teacher: 0, 1, or from
+    0.01 to 0.99. mode: "refine" adds noise up to alpha_bar = 1 - sigma, and the teacher denoises from there;
+    "regenerate": the teacher starts over from the sample's initial noise. sigma: in (0, 1). None: as in the file.
+    Spelled "cascade:FILE,share=0.3,mode=refine,sigma=0.5". Raises ValueError for other values.
     """
 
     path: str

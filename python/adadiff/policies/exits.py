@@ -1,4 +1,4 @@
-"""Who exits when: the full network, thresholds, patience, a batch's mean, fixed depths, recorded runs."""
+"""Exit policies: the full network, thresholds, patience, a batch's mean, fixed depths, recorded runs."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 @dataclass(frozen=True)
 class Full(LimitPolicy):
-    """Nobody exits, and nothing is scored: the plain network. Spelled "full"."""
+    """The plain network: no lane exits early, and no layer is scored. Spelled "full"."""
 
     needs_scores = False
 
@@ -36,8 +36,8 @@ class Full(LimitPolicy):
 
 @dataclass(frozen=True)
 class _ByUncertainty(ExitPolicy):
-    """min_layer: the first layer after which anybody may exit. A UEM learns how far a layer is from the true noise, not
-    how far it is from the full network, and the shallowest heads are often the worst."""
+    """min_layer: the first layer after which lanes may exit. Useful because a UEM learns a layer's distance from the
+    true noise, not from the full network's prediction, and the shallowest heads are often the worst."""
 
     threshold: float = field()  # required; ExitPolicy has a default
     min_layer: int = 1
@@ -61,9 +61,9 @@ class _ByUncertainty(ExitPolicy):
 
 @dataclass(frozen=True)
 class Threshold(LimitPolicy, _ByUncertainty):
-    """AdaDiff: exit after the first layer with u < threshold, every lane on its own. Spelled "exit:0.135,min_layer=3".
+    """AdaDiff: each lane exits after its first layer with u < threshold. Spelled "exit:0.135,min_layer=3".
 
-    Tang et al., ECCV 2024, section 3.3."""
+    Tang et al., ECCV 2024, section 3.3. Raises ValueError for a threshold outside (0, 1) or a min_layer below 1."""
 
     same_limits = True
 
@@ -77,8 +77,8 @@ class Threshold(LimitPolicy, _ByUncertainty):
 
 @dataclass(frozen=True)
 class Patience(_ByUncertainty):
-    """The authors' code (libs/uvit.py, forward): among the in-blocks the first u < threshold is ignored. Spelled
-    "exit:patience=0.08"."""
+    """The rule of AdaDiff's code (libs/uvit.py, forward): as `Threshold`, but in the in-blocks the first u < threshold
+    is ignored. Spelled "exit:patience=0.08"."""
 
     name = "patience="
 
@@ -87,8 +87,8 @@ class Patience(_ByUncertainty):
 
 
 def second_trigger(triggered: Tensor, layer: int, context: ExitContext) -> Tensor:
-    """triggered: bool [n]. Among the in-blocks a row's first trigger is ignored, and it exits at its second; the mid
-    block and the out-blocks exit at once (libs/uvit.py of the authors' code)."""
+    """bool [n]: rows that exit. triggered: bool [n]. In the in-blocks a row's first trigger is ignored, and it exits at
+    its second; in the mid block and the out-blocks it exits at once (libs/uvit.py of AdaDiff's code)."""
     if layer > context.num_layers // 2:
         return triggered
     first = triggered & (context.state == 0)
@@ -98,10 +98,10 @@ def second_trigger(triggered: Tensor, layer: int, context: ExitContext) -> Tenso
 
 @dataclass(frozen=True)
 class BatchMean(_ByUncertainty):
-    """A baseline, not for use: one decision for the batch, by its mean uncertainty, as the authors' sampler decides.
-    The conditional and the unconditional lanes of guided samples are two batches, since that sampler runs them in two
-    passes. patience: as in `Patience`, libs/uvit.py; False: the first trigger counts, as in their text-to-image
-    network (libs/uvit_t2i.py). Spelled "exit:batch-mean=0.07" and "exit:batch-mean=0.07,patience=0"."""
+    """A baseline for comparisons: one decision for the whole batch by its mean uncertainty, as in AdaDiff's sampler.
+    Conditional and unconditional lanes count as two batches, since that sampler runs them in two passes. patience: as
+    in `Patience`, libs/uvit.py; False: exit at the first trigger, as in their text-to-image network
+    (libs/uvit_t2i.py). Spelled "exit:batch-mean=0.07" and "exit:batch-mean=0.07,patience=0"."""
 
     patience: bool = True
     whole_batch = True
@@ -124,16 +124,17 @@ class BatchMean(_ByUncertainty):
 
 
 def _mean(u: Tensor, rows: Tensor) -> Tensor:
-    """Of those rows; NaN where there are none. rows: bool [n]."""
+    """The mean of u over rows: bool [n]; NaN if there are none."""
     return torch.where(rows, u, 0).sum() / rows.sum()
 
 
 @dataclass(frozen=True)
 class Depth(LimitPolicy):
-    """Everybody exits after `threshold` blocks, unscored. Spelled "exit:depth=8".
+    """Every lane exits after `threshold` blocks; no layer is scored. Spelled "exit:depth=8".
 
-    A fraction is spread over timesteps: 7.3 means 7 blocks at about 70 % of them and 8 at the others, evenly (the
-    multiples of the golden ratio fill the unit interval evenly), so that fixed depth can meet any mean depth.
+    A fraction is spread evenly over timesteps, so that any mean depth can be set: 7.3 means 7 blocks at about 70 % of
+    them and 8 at the others (multiples of the golden ratio fill the unit interval evenly). Raises ValueError for a
+    depth below 1.
     """
 
     threshold: float = field()  # required; ExitPolicy has a default
@@ -157,11 +158,10 @@ class Depth(LimitPolicy):
 
 @dataclass(frozen=True, eq=False)
 class Replay(LimitPolicy):
-    """Lanes exit after known numbers of blocks: those given as thresholds, or those of a recorded run, see
-    `from_report`.
+    """Lanes exit after given numbers of blocks: their thresholds, or the exits of a recorded run, see `from_report`.
 
-    For measuring the cost of a known exit pattern, decisions included, and for looking at a run again. exit_layer:
-    uint8 [steps, samples, 2] or None. needs_scores: scores are computed as if they were read.
+    For measuring the cost of a known exit pattern, including that of deciding, and for repeating a run. exit_layer:
+    uint8 [steps, samples, 2] or None (by thresholds). needs_scores: whether to compute scores, which are not used.
     """
 
     exit_layer: Tensor | None = None
@@ -169,9 +169,10 @@ class Replay(LimitPolicy):
 
     @staticmethod
     def from_report(report: "RecordedExits", needs_scores: bool = False) -> "Replay":
-        """Every sample exits at every step where it did in the run reported. A run of as many samples and steps.
+        """Repeats the exits of a reported run, for a run of as many samples and steps.
 
-        ValueError for a run whose samples reused earlier steps, or changed networks: exits alone do not repeat it."""
+        Raises ValueError for a run whose samples reused earlier steps or changed networks: exits alone do not repeat
+        it."""
         for name, what in (("reused", "reused earlier steps"), ("went_on", "were drawn by a student first")):
             if getattr(report, name, None) is not None:
                 raise ValueError(f"samples of the run reported {what}, which exits alone do not repeat")
@@ -205,10 +206,10 @@ class Replay(LimitPolicy):
         if not bool(fits.all()):
             raise ValueError(f"the recorded run has {steps} steps of {samples} samples, this one has more")
         depth = self.exit_layer.to(ids.step.device)[ids.step, ids.sample, ids.half].float()
-        return depth.where(depth > 0, torch.inf)  # a lane that did not run then
+        return depth.where(depth > 0, torch.inf)  # 0: the lane did not run at this step
 
 
 class RecordedExits(Protocol):
-    """What a report has: exit_layer, uint8 [steps, samples, 2], 0 where a lane did not run."""
+    """A report with exit_layer: uint8 [steps, samples, 2], 0 where a lane did not run."""
 
     exit_layer: Tensor

@@ -1,13 +1,13 @@
-"""Parts of a policy in one text, joined by +. A file name that holds a + stands in quotes: "width:'a+b.json'"."""
+"""Policies of several parts as one text, joined by +. A file name with a + needs quotes: "width:'a+b.json'"."""
 
 QUOTES = "'\""
-FILES = ("width:", "cascade:")  # what names a file
+FILES = ("width:", "cascade:")  # parts that name a file
 
 
 def split_parts(policy: str) -> list[str]:
-    """The parts, without quotes. Only a quote that follows a colon opens a name: others are part of one.
+    """The parts, without quotes. Only a quote after a colon opens a quoted name; other quotes are ordinary letters.
 
-    Raises ValueError for a quote that is not closed, and for a part that looks like the rest of a file name.
+    Raises ValueError for an unclosed quote, and for a part that looks like the rest of a file name.
     """
     parts, quote = [""], ""
     for before, letter in zip(" " + policy, policy, strict=False):
@@ -35,7 +35,7 @@ def split_parts(policy: str) -> list[str]:
 
 
 def quoted(name: str) -> str:
-    """A file name as `split_parts` reads it."""
+    """A file name, quoted where `split_parts` needs it."""
     if "+" not in name and not name.startswith(tuple(QUOTES)):
         return name
     quote = QUOTES[1] if QUOTES[0] in name else QUOTES[0]

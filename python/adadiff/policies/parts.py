@@ -1,4 +1,4 @@
-"""What one sample follows: at most one part of each kind. In text they are joined by +, as in
+"""The policy of one sample: at most one part of each kind. In text, parts are joined by +, as in
 "cache:threshold=0.1+exit:budget=0.55"."""
 
 from dataclasses import dataclass, fields
@@ -15,8 +15,8 @@ Part = ExitPolicy | ReusePolicy | Width | Cascade
 
 @dataclass(frozen=True)
 class Parts:
-    """exit: who leaves after which block. reuse: who takes what an earlier step computed. width: which share of heads
-    and channels. cascade: a student that draws first."""
+    """exit: after which block a lane exits. reuse: when a lane reuses features of an earlier step. width: the share of
+    heads and MLP channels it runs. cascade: a student draws first, a teacher improves some images."""
 
     exit: ExitPolicy = FULL
     reuse: ReusePolicy | None = None
@@ -25,7 +25,7 @@ class Parts:
 
     @staticmethod
     def of(*parts: Part) -> "Parts":
-        """ValueError for two parts of one kind, and for what is no part."""
+        """Raises ValueError for two parts of one kind, and for anything that is not a part."""
         found: dict[str, Part] = {}
         for part in parts:
             kind = _kind(part)
@@ -40,7 +40,7 @@ class Parts:
 
     @property
     def asks(self) -> bool:
-        """It is there to leave work out while a sample is drawn."""
+        """Whether the policy may skip work within a step (by exits or reuse)."""
         return not isinstance(self.exit, Full) or self.reuse is not None
 
     def __str__(self) -> str:

@@ -11,8 +11,8 @@ from .reuse import ReusePolicy
 
 Kind = TypeVar("Kind", ExitPolicy, ReusePolicy)
 
-# They read thresholds from the context alone, so that those that differ in nothing else are asked together. A policy of
-# somebody else may read its own, so two of them are two, unless they are equal.
+# These read thresholds from the context only, so policies that differ in nothing else are evaluated together. A user's
+# policy may read `self.threshold`, so two of them are merged only if they are equal.
 _MERGED = {
     *(exits.Full, exits.Threshold, exits.Patience, exits.BatchMean, exits.Depth, exits.Replay),
     *(calibrated.CalibratedThresholds, calibrated.CalibratedDepths),
@@ -20,7 +20,7 @@ _MERGED = {
 
 
 class PolicySet(Generic[Kind]):
-    """Policies in use, each kind once."""
+    """The policies in use, without duplicates (policies of one `_kind`)."""
 
     def __init__(self) -> None:
         self._index: dict[object, int] = {}
@@ -30,7 +30,7 @@ class PolicySet(Generic[Kind]):
         return len(self.kinds)
 
     def add(self, policy: Kind) -> int:
-        """The index of its kind."""
+        """Adds a policy if its kind is new. Returns the index of its kind."""
         kind = _kind(policy)
         if kind not in self._index:
             self.kinds.append(policy)
@@ -38,7 +38,7 @@ class PolicySet(Generic[Kind]):
         return self._index[kind]
 
     def keep(self, used: np.ndarray) -> np.ndarray:
-        """Forgets all but the kinds used: int64 [n]. Returns their new indices, int64 [n]."""
+        """Drops all kinds but those in used: int64 [n]. Returns their new indices, int64 [n]."""
         kept, index = np.unique(used, return_inverse=True)
         self.kinds = [self.kinds[i] for i in kept]
         self._index = {_kind(policy): i for i, policy in enumerate(self.kinds)}
@@ -51,6 +51,6 @@ def _kind(policy: ExitPolicy | ReusePolicy) -> object:
         return type(policy), *settings
     try:
         hash(policy)
-    except TypeError:  # it compares by value, but has no hash
+    except TypeError:  # defines == but no hash
         return id(policy)
     return policy

@@ -1,7 +1,7 @@
-"""Policies that let a lane take the rest of the network from one of its earlier steps: pure, they see numbers alone.
+"""Policies that let a lane reuse features of an earlier step. They are pure functions of a few numbers per lane.
 
-The first blocks run in every step. Then a lane either runs the blocks that follow, its *full* step, or adds what they
-added at its last full step, and *reuses*. B lanes; the tensors of one call lie on one device, the CPU in pipelines.
+The first blocks run in every step. Then a lane either runs the following blocks (a *full* step) or *reuses*: it adds
+what they added in its last full step. B lanes; the tensors of one call are on one device, in pipelines on the CPU.
 """
 
 import math
@@ -18,9 +18,9 @@ UNITS = ("attention", "cross", "mlp")
 
 @dataclass(frozen=True)
 class ReuseContext:
-    """What a policy is told about B lanes. int64 [B] each: `step`, the lane's step, from 0; `age`, how many steps ago
-    its last full one was, at least 1; `steps_left`, how many follow this one, None where nobody knows. t: float [B],
-    the network's time."""
+    """What a policy knows about B lanes. int64 [B] each: `step`, the lane's step, from 0; `age`, the steps since its
+    last full step, at least 1; `steps_left`, the steps after this one, None if unknown. t: float [B], the network's
+    time."""
 
     step: Tensor
     age: Tensor
@@ -29,12 +29,13 @@ class ReuseContext:
 
 
 class ReusePolicy:
-    """To inherit from. `first` blocks run in every step, and so do the `last` ones.
+    """Base class of reuse policies. The `first` blocks run in every step, and so do the `last` ones.
 
-    gate: which change since the lane's last full step the policy reads. "residual": of what the first blocks add to
-    their input, relative to it, in mean absolute values. "input": of what the first block's attention reads, summed
-    up from step to step. None: it reads none. needs_steps_left: it reads `context.steps_left`. whole_batch: the change
-    it reads is one of all lanes together, so that they decide as one; a baseline, not for use.
+    gate: the change since the lane's last full step that the policy reads. "residual": the relative change (mean
+    absolute values) of what the first blocks add to their input. "input": the relative change of the first block's
+    attention input, summed up from step to step. None: no change. needs_steps_left: whether it reads
+    `context.steps_left`. whole_batch: whether the change is measured over all lanes together, so that they decide as
+    one; a baseline for comparisons.
     """
 
     first: int = 1
@@ -44,19 +45,20 @@ class ReusePolicy:
     whole_batch: ClassVar[bool] = False
 
     def reuse_mask(self, change: Tensor | None, context: ReuseContext) -> Tensor:
-        """Who reuses: bool [B]. change: float32 [B], NaN where it cannot be told, None without a gate.
+        """bool [B]: lanes that reuse. change: float32 [B], NaN if unknown; None without a gate.
 
-        The caller runs lanes in full that have nothing to reuse or whose values are NaN, whatever is returned.
+        Lanes that have nothing to reuse or hold NaN run in full, whatever is returned.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Cache(ReusePolicy):
-    """First-block cache, every lane on its own: it reuses where the change is at most `threshold`.
+    """First-block cache per lane: a lane reuses where its change is at most `threshold`.
 
     gate="residual" is the first-block cache of ParaAttention and diffusers; gate="input" follows TeaCache (Liu et al.,
-    CVPR 2025) without its polynomial. Spelled "cache:threshold=0.08,first=1,last=0,gate=residual".
+    CVPR 2025) without its polynomial. Spelled "cache:threshold=0.08,first=1,last=0,gate=residual". Raises ValueError
+    for a threshold below 0 and other invalid values.
     """
 
     threshold: float
@@ -86,9 +88,9 @@ class Cache(ReusePolicy):
 
 @dataclass(frozen=True)
 class BatchCache(ReusePolicy):
-    """A baseline, not for use: a first-block cache that decides for all lanes at once, as that of diffusers does, by
-    the sum of all changes over the sum of all references. So what a sample gets depends on its batch-mates. Lanes that
-    have nothing to reuse yet have no say. Spelled "cache:batch=0.08,first=1"."""
+    """A baseline for comparisons: a first-block cache that decides for all lanes at once, as that of diffusers, by the
+    sum of all changes over the sum of all references. So a sample's result depends on its batch-mates. Lanes with
+    nothing to reuse are excluded from the sums. Spelled "cache:batch=0.08,first=1"."""
 
     threshold: float
     first: int = 1
@@ -108,11 +110,12 @@ class BatchCache(ReusePolicy):
 
 @dataclass(frozen=True)
 class Reuse(ReusePolicy):
-    """A static plan, as FORA's and A-SDM's: a full step, then every - 1 steps that reuse.
+    """A static schedule, as in FORA and A-SDM: one full step, then every - 1 steps that reuse.
 
-    The first `dense_early` and the final `dense_late` steps are full. level: what is reused: whole blocks, layers
-    (attention and MLP of a block), or units (`unit`, one of them). layers: (first, last), the blocks whose layers or
-    units are reused; None: all. What is older than every - 1 steps, as behind an early exit, is computed in any step.
+    The first `dense_early` and the final `dense_late` steps are full. level: what is reused: "block" (the rest of the
+    network after the first blocks), "layer" (all branches of a block), or "unit" (the branches named by `unit`).
+    layers: (first, last), the blocks whose branches are reused; None: all. A branch older than every - 1 steps, such as
+    one beyond an early exit, is computed in any step. Raises ValueError for invalid values.
     Spelled "reuse:every=2,level=unit,dense_early=1,dense_late=0,unit=mlp,layers=2-12".
     """
 
@@ -159,7 +162,7 @@ class Reuse(ReusePolicy):
 
 @dataclass(frozen=True)
 class CachedRest(ReusePolicy):
-    """Every lane reuses after `first` blocks as soon as it has something to reuse: what "exit:depth=N" means for a
+    """Every lane reuses after `first` blocks whenever it has something to reuse: the meaning of "exit:depth=N" for a
     network without trained exits."""
 
     first: int = field()  # required; ReusePolicy has a default
@@ -182,7 +185,7 @@ def _whole(name: str, value: object, least: int) -> None:
 def _layers(layers: object) -> None:
     whole = isinstance(layers, tuple) and len(layers) == 2 and all(type(layer) is int for layer in layers)
     if not whole or not 1 <= layers[0] <= layers[1]:
-        raise ValueError(f"layers must be the first and the last of some, counted from 1, got {layers!r}")
+        raise ValueError(f"layers must be (first, last), counted from 1, got {layers!r}")
 
 
 def _one_of(name: str, value: object, names: tuple[str, ...]) -> None:

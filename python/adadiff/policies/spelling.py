@@ -1,4 +1,5 @@
-"""Policies as text: parts of different kinds, joined by + as joining.py says; POLICIES says how each is spelled."""
+"""Policies as text: POLICIES lists the spelling of each part; parts of different kinds are joined by +, see
+joining.py."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +16,13 @@ from .reuse import BatchCache, Cache, Reuse, ReusePolicy
 from .width_file import width_from
 
 Policy = str | Part | Parts | Sequence[str | Part]
-DEFAULT = "full"  # nothing is left out unless somebody asks for it
+DEFAULT = "full"  # no work is skipped unless a policy is given
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What a model's calibration is asked for: thresholds ("budget") or depths ("table") for a share of the work."""
+    """A policy that needs the model's calibration: thresholds (kind "budget") or depths ("table") for a share of the
+    work."""
 
     share: float
     kind: str
@@ -94,9 +96,10 @@ POLICIES: Registry[Part | Calibrated] = Registry(
 
 
 def parts_from(policy: Policy, calibration: Calibration | None = None) -> Parts:
-    """What a sample follows, or what is spelled so. calibration: of the model, for "exit:budget=" and "exit:table=".
+    """The `Parts` of a policy given as objects or text. calibration: of the model, for "exit:budget=" and
+    "exit:table=".
 
-    Raises ValueError for text that is no policy, for two parts of one kind, for a share that the model is not
+    Raises ValueError for text that is not a policy, for two parts of one kind, for a share that the model is not
     calibrated for, and for files and classes that cannot be read.
     """
     check_policy(policy)
@@ -107,7 +110,7 @@ def parts_from(policy: Policy, calibration: Calibration | None = None) -> Parts:
 
 
 def check_policy(policy: object) -> None:
-    """ValueError for what is neither a policy nor text, nor several of them."""
+    """Raises ValueError unless `policy` is a policy, text, or a list of these."""
     one = str | Part
     several = isinstance(policy, list | tuple) and policy and all(isinstance(part, one) for part in policy)
     if not (isinstance(policy, one | Parts) or several):
@@ -118,15 +121,15 @@ def check_policy(policy: object) -> None:
 
 
 def policy_from(policy: Policy, calibration: Calibration | None = None) -> ExitPolicy:
-    """As `parts_from`, of policies by which lanes exit alone; ValueError for others."""
+    """The exit policy of a policy without other parts; see `parts_from`. Raises ValueError for policies with others."""
     parts = parts_from(policy, calibration)
     if not parts.only_exits:
-        raise ValueError(f"here only exits can be decided; policy '{parts}' is for `sample` and `Engine`")
+        raise ValueError(f"only exit policies can be used here; policy '{parts}' is for `sample` and `Engine`")
     return parts.exit
 
 
 def reuse_or_exit_policy_from(policy: str | Part, calibration: Calibration | None = None) -> ExitPolicy | ReusePolicy:
-    """One part that leaves or reuses; ValueError for others."""
+    """A policy of one part, an exit or a reuse policy. Raises ValueError for others."""
     part = _part(policy, calibration)
     if not isinstance(part, ExitPolicy | ReusePolicy):
         known = POLICIES.forms("full", "exit", "cache", "reuse")
@@ -139,7 +142,7 @@ def _part(policy: str | Part, calibration: Calibration | None) -> Part:
         return policy
     if not isinstance(policy, str):
         raise ValueError(f"a policy is text such as 'exit:0.1' or an ExitPolicy, got {policy!r}")
-    if policy.startswith("width:"):  # a file, which may be another one tomorrow
+    if policy.startswith("width:"):  # may name a file, whose content may change: not cached
         return POLICIES.read(policy)
     found = _spelled(policy)
     if not isinstance(found, Calibrated):

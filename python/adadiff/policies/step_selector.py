@@ -1,8 +1,7 @@
-"""How many steps a sample takes, chosen once from its label or its prompt: steps="auto".
+"""Chooses the number of steps of a sample once, from its label or prompt: steps="auto".
 
 After AdaDiff, Adaptive Step Selection for Fast Diffusion (Zhang et al., AAAI 2025, arXiv 2311.14768): a small network
-reads the condition and scores a few numbers of steps; the best one is taken. How it learns is in
-calibration/step_policy.py.
+reads the condition and scores candidate numbers of steps; the best one is used. Training: calibration/step_policy.py.
 """
 
 import dataclasses
@@ -24,35 +23,35 @@ TEXT_CHANNELS = 64  # inside the network that reads prompts
 
 @dataclass(frozen=True)
 class Ratio:
-    """The selector's error over that of another way to spend as many steps, and its 95 % interval."""
+    """The selector's error relative to a baseline with as many steps on average, and its 95 % interval."""
 
-    error: float  # of the other way, root mean square
-    ratio: float | None  # None where the other way makes no error
+    error: float  # of the baseline, root mean square
+    ratio: float | None  # selector over baseline; None if the baseline's error is 0
     low: float | None
     high: float | None
 
 
 @dataclass(frozen=True)
 class MeasuredSteps:
-    """A selector on noises that it did not learn on, against the images of the largest number of steps."""
+    """A selector measured on held-out noise, against the images of the largest number of steps."""
 
     n: int
     mean_steps: float
     error: float  # root mean squared difference of the images
     low: float  # ends of its 95 % interval
     high: float
-    above_bar: float  # share of the samples whose error is above the bar
-    fixed_steps: int  # the mean, rounded up: the same for all samples
-    fixed: Ratio
-    random: Ratio  # the selector's own numbers of steps, dealt out among the samples at random
+    above_bar: float  # share of the samples whose error is above `SelectorConfig.bar`
+    fixed_steps: int  # the mean number of steps, rounded up
+    fixed: Ratio  # baseline: fixed_steps for all samples
+    random: Ratio  # baseline: the selector's numbers of steps, permuted among the samples
 
 
 @dataclass(frozen=True)
 class SelectorConfig:
-    """Of a selector: what it chooses among, for whom, and what it learnt on. candidates: rising.
+    """Configuration of a step selector. candidates: numbers of steps to choose from, ascending.
 
-    Reads labels (num_classes: those that can be asked for) or text (context_dim: channels of its tokens); the other one
-    is 0. bar, penalty: see `rewards`."""
+    Reads labels (num_classes: their number) or text (context_dim: channels of its tokens); the other one is 0. bar,
+    penalty: see `rewards`. Raises ValueError for invalid values."""
 
     candidates: tuple[int, ...]
     solver: str
@@ -88,7 +87,7 @@ class SelectorConfig:
 
     @classmethod
     def from_dict(cls, values: Any) -> "SelectorConfig":
-        """Raises ValueError for anything but what `to_dict` makes, JSON in between or not."""
+        """The configuration of `to_dict`, also after a round trip through JSON. Raises ValueError for anything else."""
         try:
             measured = values["measured"]
             if measured is not None:
@@ -110,8 +109,8 @@ class LabelScores(nn.Module):
 
 
 class TextScores(nn.Module):
-    """Attention with one learnt query pools the tokens, an MLP scores the candidates: text [n, N, E] -> [n, K]. (The
-    paper's has three layers of self-attention.) All candidates score 0 before training."""
+    """Attention with one learnt query pools the tokens, and an MLP scores the candidates: text [n, N, E] -> [n, K].
+    (The paper uses three self-attention layers.) All scores are 0 before training."""
 
     def __init__(self, context_dim: int, candidates: int):
         super().__init__()
@@ -132,9 +131,10 @@ class TextScores(nn.Module):
 
 
 class StepSelector:
-    """scores: `LabelScores` or `TextScores`. It belongs to a model and is none of its modules: it stays on the CPU, in
-    float64 whose values are those that a file holds in float32, whatever device and dtype the model is moved to. So the
-    steps of a sample depend on nothing but its condition."""
+    """Chooses numbers of steps. scores: `LabelScores` or `TextScores`.
+
+    Not a submodule of the model it belongs to: it stays on the CPU and computes in float64 from float32 weights,
+    whatever device and dtype the model has. So the number of steps depends on the condition alone."""
 
     def __init__(self, config: SelectorConfig, scores: nn.Module):
         self.config = config
@@ -142,15 +142,15 @@ class StepSelector:
 
     @property
     def steps_of_classes(self) -> list[int] | None:
-        """What it chooses for each label; None where it reads text."""
+        """The number of steps for each label; None if it reads text."""
         labels = torch.arange(self.config.num_classes, device="cpu")
         return self.choose(labels).tolist() if self.config.num_classes else None
 
     @torch.no_grad()
     def choose(self, context: Tensor) -> Tensor:
-        """context: labels int64 [n], or text [n, N, E]. Returns steps, int64 [n]: of equal scores the fewer steps.
+        """Returns numbers of steps, int64 [n]; fewer steps win ties. context: labels int64 [n], or text [n, N, E].
 
-        Each sample is scored by itself, so that rounding cannot depend on how many come together."""
+        Samples are scored one by one, so that rounding does not depend on n."""
         candidates = torch.tensor(self.config.candidates, dtype=torch.int64, device="cpu")
         context = context.detach().cpu()
         context = context.double() if context.is_floating_point() else context
@@ -158,16 +158,16 @@ class StepSelector:
         return candidates[torch.tensor(best, dtype=torch.int64, device="cpu")]
 
     def tensors(self) -> dict[str, Tensor]:
-        """For a file, float32."""
+        """The weights for a file, float32."""
         return {name: value.float() for name, value in self.scores.state_dict().items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, weights included, as JSON keeps it."""
+        """The selector with its weights, as JSON values."""
         return {"config": self.config.to_dict(), "weights": {name: v.tolist() for name, v in self.tensors().items()}}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "StepSelector":
-        """The same selector, bit for bit. Raises ValueError for anything but what `to_dict` makes."""
+        """The selector of `to_dict`, bit for bit. Raises ValueError for anything else."""
         try:
             config, given = SelectorConfig.from_dict(values["config"]), dict(values["weights"])
             weights = {name: torch.tensor(v, dtype=torch.float32, device="cpu") for name, v in given.items()}
@@ -180,14 +180,14 @@ class StepSelector:
 
 
 def new_scores(config: SelectorConfig) -> nn.Module:
-    """Untrained, on whatever device is the default; weights of `TextScores` are drawn."""
+    """Untrained scores on the default device; `TextScores` is initialised at random."""
     if config.num_classes:
         return LabelScores(config.num_classes, len(config.candidates))
     return TextScores(config.context_dim, len(config.candidates))
 
 
 def check_candidates(candidates: Sequence[int]) -> None:
-    """ValueError unless they are 2 or more rising numbers of steps."""
+    """Raises ValueError unless candidates are 2 to 64 ascending numbers of steps in 1..1000."""
     wrong = [c for c in candidates if type(c) is not int or not 1 <= c <= MOST_STEPS]
     if wrong or not 2 <= len(candidates) <= MOST_CANDIDATES or list(candidates) != sorted(set(candidates)):
         raise ValueError(
@@ -197,11 +197,11 @@ def check_candidates(candidates: Sequence[int]) -> None:
 
 
 def _check_measured(measured: MeasuredSteps) -> None:
-    """ValueError where a field is not of its kind, as a damaged file may have it."""
+    """Raises ValueError for a field of the wrong type, as in a damaged file."""
     needed = (measured.mean_steps, measured.error, measured.low, measured.high, measured.above_bar)
     needed += (measured.fixed.error, measured.random.error)
     ends = [end for one in (measured.fixed, measured.random) for end in (one.ratio, one.low, one.high)]
     if any(type(v) not in (int, float) for v in (*needed, *(end for end in ends if end is not None))):
-        raise ValueError("a step selector's measurement has something else where it needs a number")
+        raise ValueError("a step selector's measurement has a value of another type where it needs a number")
     if any(type(v) is not int or abs(v) >= 2**63 for v in (measured.n, measured.fixed_steps)):
-        raise ValueError("a step selector's measurement has something else where it needs a whole number")
+        raise ValueError("a step selector's measurement has a value of another type where it needs a whole number")

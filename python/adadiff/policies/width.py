@@ -1,4 +1,4 @@
-"""How wide the network is for a sample at a timestep (DDSM: Yang et al., ICLR 2024, arXiv 2310.03337)."""
+"""The width of the network by timestep (DDSM: Yang et al., ICLR 2024, arXiv 2310.03337)."""
 
 import math
 from collections.abc import Sequence
@@ -12,11 +12,12 @@ from .joining import quoted
 
 @dataclass(frozen=True)
 class Width:
-    """Lanes whose time lies below times[i], the first such i, run at width widths[i]; all others at widths[-1].
+    """A lane at time t runs at widths[i] for the first i with t < times[i], and at widths[-1] if there is none.
 
     times: ascending, in the network's time, 0..1000; widths: shares of heads and MLP channels in (0, 1], one more than
-    times. source: the file it was read from, for messages. network: what it was found for, as
-    `adadiff.forward.narrow.network_of` tells; None: for any. Spelled "width:FILE" and "width:0.5".
+    times. source: the file it was read from, for messages. network: the network it was searched for, see
+    `adadiff.forward.narrow.network_of`; None: any. Spelled "width:FILE" and "width:0.5". Raises ValueError for other
+    values.
     """
 
     times: tuple[float, ...]
@@ -29,7 +30,7 @@ class Width:
         if any(isinstance(v, bool) or not isinstance(v, Real) or not math.isfinite(v) for v in numbers):
             raise ValueError("times and widths of a width policy are finite numbers")
         if len(self.widths) != len(self.times) + 1:
-            raise ValueError(f"{len(self.times)} times part {len(self.times) + 1} widths, got {len(self.widths)}")
+            raise ValueError(f"{len(self.times)} times need {len(self.times) + 1} widths, got {len(self.widths)}")
         if list(self.times) != sorted(set(self.times)) or not all(0 <= t <= 1000 for t in self.times):
             raise ValueError(f"times must ascend within 0..1000, got {_few(self.times)}")
         if not all(0 < width <= 1 for width in self.widths):

@@ -1,4 +1,4 @@
-"""Schedules of widths as files of JSON, and "width:" as text."""
+"""Width schedules as JSON files, and the text after "width:"."""
 
 import json
 from collections.abc import Mapping
@@ -15,9 +15,10 @@ KEYS = ("format_version", "times", "widths", "network", "share", "quality", "set
 
 
 def width_from(text: str) -> Width:
-    """What follows "width:": one width for all times, as in "0.5", the name of a schedule in the package, or a file.
+    """The policy for the text after "width:": one width for all times, as in "0.5", the name of a shipped schedule, or
+    a file.
 
-    Raises ValueError for a file that cannot be read, and for one that `width_json` did not write.
+    Raises ValueError for a file that cannot be read or was not written by `width_json`.
     """
     try:
         value = float(text)
@@ -27,8 +28,8 @@ def width_from(text: str) -> Width:
 
 
 def width_json(width: Width, network: Mapping[str, Any], **notes: object) -> str:
-    """The content of a file. network: the configuration that the schedule is for. notes: share (of the multiply-adds of
-    the whole network), quality and settings, for readers."""
+    """The content of a schedule file. network: the configuration that the schedule is for. notes: share (of the whole
+    network's multiply-adds), quality and settings, for information. Raises ValueError for other notes."""
     if unknown := set(notes) - set(KEYS):
         raise ValueError(f"a schedule of widths has no {', '.join(sorted(unknown))}")
     values = {"format_version": FORMAT_VERSION, "times": width.times, "widths": width.widths}

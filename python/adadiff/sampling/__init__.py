@@ -1,1 +1,1 @@
-"""From seeds to images: samples in flight, each at its own step, one tick after the other."""
+"""Sampling: a batch of samples, each at its own step, advanced tick by tick (continuous batching)."""

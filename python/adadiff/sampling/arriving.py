@@ -1,4 +1,4 @@
-"""Values of a device on their way to the host, which does not wait for them."""
+"""Asynchronous copies from a device to the host."""
 
 import threading
 
@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 class Arriving:
-    """A copy of `value` that begins when it has been computed, on a stream beside the one that computes, so that what
-    is queued next need not wait for it. On a CPU it is there at once."""
+    """An asynchronous copy of `value` to the host, on a stream of its own, so that work queued next does not wait for
+    it. For a CPU tensor, the tensor itself."""
 
     def __init__(self, value: Tensor) -> None:
         self._event = None
@@ -25,10 +25,10 @@ class Arriving:
             self._host.copy_(value, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
-        value.record_stream(beside)  # its memory is not to be used again before
+        value.record_stream(beside)  # keeps its memory until the copy is done
 
     def read(self) -> Tensor:
-        """The values, on the CPU; waits until they are there."""
+        """The values on the CPU; waits for the copy."""
         if self._event is not None:
             self._event.synchronize()
         return self._host
@@ -38,7 +38,7 @@ _streams = threading.local()
 
 
 def _beside(device: torch.device) -> "torch.cuda.Stream":
-    """One for each thread and device."""
+    """The copy stream, one for each thread and device."""
     known: dict[torch.device, torch.cuda.Stream] = _streams.__dict__.setdefault("of", {})
     if device not in known:
         known[device] = torch.cuda.Stream(device)

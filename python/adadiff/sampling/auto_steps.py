@@ -1,4 +1,4 @@
-"""Steps of samples, those included that ask for as many as their label or text needs."""
+"""The number of steps of each sample, including steps="auto"."""
 
 import torch
 from torch import Tensor
@@ -10,9 +10,9 @@ from .params import SamplingParams, per_sample
 
 
 def steps_of(model: Model, params: SamplingParams, context: Tensor | None, guidance: Tensor) -> Tensor:
-    """context: labels int64 [n] or text [n, N, E], of the conditional lanes; guidance: float32 [n], guidance_scale - 1.
-    Returns int64 [n]. Raises ValueError where steps are "auto" and the model has no step selector, or one for another
-    way of drawing."""
+    """The number of steps of each sample, int64 [n]. context: labels int64 [n] or text [n, N, E], of the conditional
+    lanes; guidance: float32 [n], guidance_scale - 1. Raises ValueError if steps are "auto" and the model has no step
+    selector, or one trained for another solver or guidance."""
     if not isinstance(params.steps, str):
         return per_sample("steps", params.steps, len(guidance), torch.int64)
     selector = model.step_selector
@@ -29,5 +29,5 @@ def steps_of(model: Model, params: SamplingParams, context: Tensor | None, guida
     if params.guidance_interval is not None:
         raise ValueError(f"the step selector was trained without guidance_interval; leave it out, or steps={AUTO!r}")
     if config.num_classes and params.class_labels is None:
-        raise ValueError(f"steps={AUTO!r} goes by the class of a sample; give class_labels")
+        raise ValueError(f"steps={AUTO!r} chooses steps by class; give class_labels")
     return selector.choose(context)

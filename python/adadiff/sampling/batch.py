@@ -1,8 +1,8 @@
-"""The samples in flight, each at its own step, in a slot of its own. One tick is one forward pass and one solver step.
+"""The samples in flight, each at its own step and in its own slot. One tick is one forward pass and one solver step.
 
-A tick is transactional: what a sample has become is written only when its forward pass and solver step are complete. So
-one that fails for want of memory is made again in halves, and one that fails for any other reason is halved until the
-sample to blame is found.
+A tick is transactional: a sample's new state is written only when its forward pass and solver step are complete. So a
+tick that runs out of memory is repeated in halves, and one that fails for another reason is bisected until the failing
+sample is found.
 """
 
 import traceback
@@ -45,24 +45,25 @@ from .stages import INDICES
 from .tick import Step, Tick
 from .uploads import StepIndices, step_indices
 
-SPARE = 64  # tables and policies that nobody uses any more are dropped once there are so many
+SPARE = 64  # unused tables and policies are dropped when there are more
 
 
 class Batch:
-    """Up to `capacity` samples of one model. Slots of finished and failed samples are free again once `take`n or
-    `release`d; what becomes of a sample does not depend on its slot.
+    """Up to `capacity` samples of one model. Slots of finished and failed samples become free by `take` or `release`; a
+    sample's result does not depend on its slot.
 
-    What the host decides by lies on the CPU, what network and solver see on `device` (default: the model's). Exit
-    layers of a tick are read when the next one is queued, or samples are done; the order of lanes learns one tick late.
-    whole: False from the moment that a tick writes what samples have become; whoever keeps books of their own sets it
-    to True when those are written, too.
-    late: exit layers of a last step are read a tick late, too: with the next tick, or by `flush`. So nothing of a tick
-    waits for the device.
-    choice: of the network, for all samples, as `TwoStage`. forward: in place of `run_forward`, for experiments and
+    Data for decisions of the host is on the CPU, data of network and solver on `device` (default: the model's). Exit
+    layers of a tick are read after the next tick is queued, or when samples are done; the order of lanes adapts one
+    tick late.
+    whole: set to False when a tick begins to write new states; a caller with records of its own sets it to True once
+    these are written, too.
+    late: also read the exit layers of samples that are done a tick late: with the next tick, or by `flush`. Then no
+    tick waits for the device.
+    choice: network choice for all samples, such as `TwoStage`. forward: replaces `run_forward`, for experiments and
     tests.
     """
 
-    @torch.inference_mode(False)  # whatever mode the caller is in, another thread may continue
+    @torch.inference_mode(False)  # a thread in another mode may continue
     def __init__(
         self,
         model: Model,
@@ -85,7 +86,7 @@ class Batch:
         self._reuse = ReuseSlots(capacity, model, self.device)
         self._expected = ExpectedDepth(model.num_layers, capacity)
         self._steps: list[Step] = []  # of the last tick
-        self._reported = 0  # of their records
+        self._reported = 0  # how many of their records have been returned
         self._size = PassSize(capacity)
         self.late = late and self.device.type != "cpu"
         self._most_lanes, self._captured = 0, self.execution
@@ -101,23 +102,23 @@ class Batch:
         return self._slots.free
 
     def tenancy(self, slot: int) -> int:
-        """How many samples the slot has had: tells those of a record apart."""
+        """The number of samples that the slot has held; (slot, tenancy) identifies a sample in a record."""
         return int(self._slots.tenancy[slot])
 
     @torch.inference_mode(False)
     def admit(self, samples: SampleBatch, index: np.ndarray) -> np.ndarray:
-        """Samples index: int64 [k] of `samples` begin, k at most `free`. Returns their slots, int64 [k].
+        """Starts samples index: int64 [k] of `samples`, k at most `free`. Returns their slots, int64 [k].
 
-        Raises ValueError, with nothing changed, for more, and for a policy that the execution options exclude.
+        Raises ValueError, with nothing changed, for more samples, and for a policy that the execution options exclude.
         """
         if len(index) > self.free:
             raise ValueError(f"{len(index)} samples for {self.free} free slots")
         self.check(samples)
         self._drop_spare()
-        own = torch.from_numpy(index)
-        seeds, steps, first = samples.seeds[own], samples.steps[own].numpy(), samples.first[own].numpy()
+        chosen = torch.from_numpy(index)
+        seeds, steps, first = samples.seeds[chosen], samples.steps[chosen].numpy(), samples.first[chosen].numpy()
         table, policy = self._tables.add(samples.solver, steps, first), self._policies.add(samples.policy)
-        x = self._begin_at(samples, own, seeds, table, first)
+        x = self._begin_at(samples, chosen, seeds, table, first)
         choice = self._networks.add(samples.choice if self._choice is None else self._choice)
         then = np.array([table, np.full_like(table, policy), np.full_like(table, choice)])
         if (draft := samples.draft) is not None:  # the student's stage is the first
@@ -135,14 +136,14 @@ class Batch:
         return slots
 
     def check(self, samples: SampleBatch) -> None:
-        """ValueError for samples that this batch cannot draw."""
+        """Raises ValueError for samples that this batch cannot draw."""
         check_execution(self.execution, (samples.policy,), self.device)
         if self._choice is not None and samples.choice is not None:
-            raise ValueError(f"a shallow model takes no part in policy '{samples.parts}'; leave one of them out")
+            raise ValueError(f"shallow_model cannot be combined with policy '{samples.parts}'; leave one of them out")
 
     @torch.inference_mode(False)
     def tick(self) -> Tick:
-        """One step for every running sample."""
+        """Makes one step of every running sample."""
         state = self._slots
         running = state.running.nonzero()[0]
         waiting = self._size.parts(running)
@@ -153,10 +154,10 @@ class Batch:
             try:
                 step = self._advance(slots)
             except PolicyFailure as failure:
-                traceback.clear_frames(failure.__traceback__)  # down to the policy's own, which stay
+                traceback.clear_frames(failure.__traceback__)  # frees tensors; keeps the policy's frames
                 own = np.array([self._policies.kinds[i] is failure.policy for i in state.policy[slots]])
                 own |= self._reuse.owns(slots, failure.policy)
-                if not own.any():  # a defect of ours; another try would fail the same way
+                if not own.any():  # a bug of this package; a retry would fail the same way
                     raise RuntimeError(f"policy '{failure.policy}' failed, and no sample follows it") from failure
                 failed |= dict.fromkeys(slots[own].tolist(), failure.error)
                 waiting[:0] = [slots[~own]] if not own.all() else []
@@ -165,7 +166,7 @@ class Batch:
                     raise
                 if len(slots) == 1:
                     failed[int(slots[0])] = error
-                    traceback.clear_frames(error.__traceback__)  # who keeps the error keeps no tensors
+                    traceback.clear_frames(error.__traceback__)  # so that the error keeps no tensors alive
                     continue
                 half = (len(slots) + 1) // 2
                 if is_memory_error(error):
@@ -181,7 +182,7 @@ class Batch:
         return self._finish(steps, failed)
 
     def _finish(self, steps: list[Step], failed: dict[int, BaseException]) -> Tick:
-        """Writes what the samples have become, and learns from the tick before."""
+        """Writes the samples' new states, and learns from the exits of the previous tick."""
         state, self.whole = self._slots, False
         self.totals.ticks += 1
         if failed:
@@ -194,7 +195,7 @@ class Batch:
             if step.switch is not None:
                 state.switch(step.switch)
                 self._expected.forget(step.switch.slots)
-        records = self.flush()  # waits for the tick before, with this one queued
+        records = self.flush()  # waits for the previous tick, with this one queued
         for step in self._steps:
             self._learn(step.record)
         self._steps, self._reported = [step.without_solver() for step in steps], 0
@@ -206,14 +207,14 @@ class Batch:
         return Tick(slots, done, failed, tuple(records))
 
     def warm(self) -> None:
-        """Captures what forward passes of up to `capacity` lanes will replay, at every width that the model was trained
-        at, see `ExecutionOptions`. Belongs to the thread that calls it."""
+        """Captures the CUDA graphs of forward passes ahead of the first tick, at every width that the model was trained
+        at, see `ExecutionOptions.runner`. The graphs belong to the calling thread."""
         execution, context, widths = self._execution_for(1), one_context(self.model), self.model.config.widths
         for network in (self.model,) if widths is None else (narrow(self.model, width) for width in widths):
             warm(network, execution, context, self.device)
 
     def flush(self) -> list[PassRecord]:
-        """Records of the last tick that no tick has had, for those who stop here; waits for the device."""
+        """Records of the last tick that no `Tick` has returned yet; waits for the device."""
         records = [step.record for step in self._steps[self._reported :]]
         for record in records:
             self._count(record)
@@ -221,26 +222,27 @@ class Batch:
         return records
 
     def take(self, slots: np.ndarray) -> Tensor:
-        """The images at slots: int64 [k], float32 [k, C, H, W] on `device`; the slots are free again."""
+        """The images at slots: int64 [k], as float32 [k, C, H, W] on `device`; frees the slots."""
         images = self.peek(slots)
         self.release(slots)
         return images
 
     def peek(self, slots: np.ndarray) -> Tensor:
-        """What the samples at slots are now, float32 [k, C, H, W], a copy."""
+        """A copy of the present state x of the samples at slots: int64 [k], float32 [k, C, H, W]."""
         return self._slots.solver.x[self._slots.there(slots)]
 
     def predicted_x0(self, slot: int) -> Tensor:
-        """The image that the sample's last prediction would end in, of noise (x - sigma eps) / alpha at its time:
-        float32 [C, H, W]. Raises ValueError for a sample that has made no step since it began."""
+        """x0 by the sample's last prediction, for predicted noise (x - sigma eps) / alpha: float32 [C, H, W]. Raises
+        ValueError for a sample that has made no step yet."""
         for step in self._steps:
-            place = (step.slots == slot) & (step.record.tenancy == self._slots.tenancy[slot])
-            if place.any():
-                return step.predicted_x0(int(place.argmax()), self.model)
+            found = (step.slots == slot) & (step.record.tenancy == self._slots.tenancy[slot])
+            if found.any():
+                return step.predicted_x0(int(found.argmax()), self.model)
         raise ValueError(f"the sample in slot {slot} has made no step yet")
 
     def replace(self, slots: np.ndarray, x: Tensor) -> None:
-        """They go on from x: float [k, C, H, W] instead. Only between whole steps of their solvers."""
+        """Replaces the state of samples at slots: int64 [k] by x: float [k, C, H, W]. Only between whole (macro-)steps
+        of their solvers. Raises ValueError for another shape or dtype."""
         solver = self._slots.solver
         wanted = [len(slots), *solver.x.shape[1:]]
         if not isinstance(x, Tensor) or not x.is_floating_point() or list(x.shape) != wanted:
@@ -252,22 +254,22 @@ class Batch:
                 value[there] = x.to(value.dtype)
 
     def release(self, slots: np.ndarray) -> None:
-        """Their samples are given up, wherever they stand."""
+        """Frees slots: int64 [k]; their samples are dropped, finished or not."""
         self._slots.release(slots)
         self._reuse.release(slots)
 
     def _begin_at(
-        self, samples: SampleBatch, own: Tensor, seeds: Tensor, table: np.ndarray, first: np.ndarray
+        self, samples: SampleBatch, chosen: Tensor, seeds: Tensor, table: np.ndarray, first: np.ndarray
     ) -> Tensor:
-        """What the samples see first: noise, or their initial image with noise on it."""
-        # how a value rounds may depend on where in a vector it stands
+        """The initial x of the samples: noise, or their initial image with noise added."""
+        # one by one: rounding may depend on an element's position in a vector
         parts = seeds.split(1) if self.execution.batch_invariant and len(seeds) else (seeds,)
         x = torch.cat([initial_noise(part, self.model.backbone.sample_shape, self.device) for part in parts])
         if samples.init_image is None:
             return x
         level = (value.view(-1, 1, 1, 1) for value in self._tables.alpha_sigma(table, first))
         alpha, sigma = (upload(value, self.device) for value in level)
-        return (alpha * upload(samples.init_image[own], self.device) + sigma * x).float()
+        return (alpha * upload(samples.init_image[chosen], self.device) + sigma * x).float()
 
     @torch.inference_mode()
     def _advance(self, slots: np.ndarray) -> Step:
@@ -288,7 +290,7 @@ class Batch:
         if there.unconditional is not None:
             guidance = Guidance(output.prediction, there.unconditional, there.weight, there.channels)
         rows = tables.take(row, there.row)
-        solver = state.solver.take(there.slots)  # now that what the pass held is free
+        solver = state.solver.take(there.slots)  # only now: the pass's memory is free again
         noise = Noise(there.seed, there.step, SOLVER_STEP) if noisy else None
         eps, variance = output.prediction, output.variance
         if (own := there.conditional) is not None:
@@ -353,7 +355,7 @@ class Batch:
         )
 
     def _execution_for(self, lanes: int) -> ExecutionOptions:
-        """Captured passes of all sizes share their memory, which is made for as many lanes as there may be."""
+        """Sets max_lanes: captured passes of all sizes share memory, which is allocated for the most lanes seen."""
         if self.execution.runner != "captured" or self.execution.max_lanes is not None:
             return self.execution
         most = max(self._most_lanes, self._size.most, lanes)
@@ -362,7 +364,7 @@ class Batch:
         return self._captured
 
     def _thresholds(self, lanes: Lanes, slot: np.ndarray) -> Tensor | None:
-        """float32 [B], or None where nobody asks for another than the one policy's own."""
+        """float32 [B], or None if all lanes use the threshold of a single policy."""
         own, asked = lanes.policies[0].threshold, self._slots.threshold[slot]
         if not lanes.may_exit or (len(lanes.policies) == 1 and own is not None and (asked == np.float32(own)).all()):
             return None
@@ -393,7 +395,7 @@ class Batch:
             self._expected.learn(t, slots, lanes.half, record.by_lane, same)
 
     def _drop_spare(self) -> None:
-        """A server meets ever new settings; those that nobody uses are forgotten."""
+        """Drops unused tables, policies and choices, which would pile up in a server."""
         for name, kinds in zip(INDICES, (self._tables, self._policies, self._networks), strict=True):
             if len(kinds) > SPARE + self.count:
                 self._slots.keep(name, kinds)

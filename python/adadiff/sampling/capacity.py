@@ -1,4 +1,4 @@
-"""Bytes of tensors that a call takes above the weights, and how many lanes fit into a given number of them."""
+"""Memory of a forward pass beside the weights, and the number of lanes that fit into a given number of bytes."""
 
 import math
 import re
@@ -19,14 +19,15 @@ from ..policies.exits import Full, Replay
 from .sample_batch import SampleBatch, whole
 
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-STATES = 9  # of a sample, float32: x, base, three of history, and what one step and the next one keep
-CONTEXTS = 3  # of a sample: its own, that of no class or prompt, and the one gathered
+STATES = 9  # float32 states per sample: x, base, three of history, and those kept by this step and the next
+CONTEXTS = 3  # contexts per sample: its own, the unconditional one, and the gathered one
 
 
 def capacity_of(model: Model, capacity: int | str) -> int:
-    """Lanes: the number itself, or as many as fit into bytes spelt "512MiB" (a few forward passes are run to find out).
+    """The capacity in lanes: a number as it is; for bytes such as "512MiB", as many lanes as fit (a few forward passes
+    are run to measure).
 
-    Raises ValueError for another spelling, and where not one lane fits.
+    Raises ValueError for another spelling, and if not even one lane fits.
     """
     if not isinstance(capacity, str):
         whole("capacity", capacity, 1)
@@ -37,7 +38,7 @@ def capacity_of(model: Model, capacity: int | str) -> int:
     budget = float(spelling[1]) * UNITS[spelling[2]]
     each, shared, group = lane_bytes(model)
     lanes = int(budget // (each + shared))
-    if lanes > group:  # only one group of lanes is inside a block at a time
+    if lanes > group:  # blocks run one group of lanes at a time
         lanes = int((budget - shared * group) // each)
     if lanes < 1:
         raise ValueError(f"one lane of this model takes {(each + shared) / 2**20:.1f} MiB, more than {capacity}")
@@ -45,10 +46,11 @@ def capacity_of(model: Model, capacity: int | str) -> int:
 
 
 def lane_bytes(model: Model) -> tuple[int, int, int]:
-    """Bytes a lane takes all the time, bytes it takes while it is inside a block, and lanes inside at a time."""
+    """Bytes that a lane takes all the time, further bytes while a block runs it, and lanes that a block runs at a
+    time."""
     backbone = model.backbone
     parameter = next(backbone.parameters())
-    # on a device, the way that holds most: with a head for every lane
+    # on a device, measure the mode that needs most memory: a head for every lane
     on_cpu = parameter.device.type == "cpu"
     execution = ExecutionOptions(group_size=1) if on_cpu else ExecutionOptions(count_sync="lagged")
 
@@ -59,9 +61,10 @@ def lane_bytes(model: Model) -> tuple[int, int, int]:
         own = {"policy": Full()} if model.exits is None else {"policy": Replay(), "threshold": last}
         return peak_bytes(lambda: forward(model, x, t, context, execution=execution, **own))
 
-    peak(1)  # what is made once and kept is no lane's
+    peak(1)  # first allocate what is kept for all passes
     one, two = peak(1), peak(2)
-    # on a device all lanes are inside at once, and what does not grow with them, such as stacked heads, is taken once
+    # on a device a block runs all lanes at once, and memory independent of their number, such as stacked heads, counts
+    # once
     group = structure_of(backbone).group_size if on_cpu else 1
     context = one_context(model)
     kept = STATES * 4 * math.prod(backbone.sample_shape) + (CONTEXTS * context.nbytes if context is not None else 0)
@@ -69,8 +72,8 @@ def lane_bytes(model: Model) -> tuple[int, int, int]:
 
 
 class Rooms:
-    """How much of a capacity requests take, in lanes. Where that was given in bytes, one that reuses earlier steps
-    takes more than its lanes, for what is kept of them."""
+    """The share of a capacity that requests take, in lanes. If the capacity was given in bytes, a request that reuses
+    earlier steps counts for more than its lanes, by the memory of its cached features."""
 
     def __init__(self, model: Model, capacity: int | str) -> None:
         self._model, self._in_bytes = model, isinstance(capacity, str)
@@ -87,7 +90,7 @@ class Rooms:
 
 
 def one_context(model: Model) -> Tensor | None:
-    """What the model takes beside one lane's image and time: a label, int64 [1], text, [1, N, E], or None."""
+    """A context of one lane for the model: a label, int64 [1], text, [1, N, E], or None."""
     return _context(model, 1, next(model.backbone.parameters()))
 
 
@@ -99,14 +102,14 @@ def _context(model: Model, n: int, like: Tensor) -> Tensor | None:
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """The most bytes of tensors alive at once that operators returned during `call`."""
+    """The peak, in bytes, of live tensors that operators returned during `call`."""
     with torch.inference_mode(), _LiveBytes() as mode:
         call()
     return mode.peak
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Follows the storages that operators return until they are freed."""
+    """Counts the bytes of storages returned by operators, until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,7 +123,7 @@ class _LiveBytes(TorchDispatchMode):
         return out
 
     def _see(self, values: object, ours: bool) -> None:
-        """A storage that is taken before any operator returned it was there beforehand: weights, inputs."""
+        """Counts new storages if ours. Storages first seen as arguments existed before (weights, inputs): 0 bytes."""
         for value in tree_leaves(values):
             if isinstance(value, Tensor):
                 storage = value.untyped_storage()

@@ -1,4 +1,4 @@
-"""The file of a cascade: a student, an oracle, and how they are used. Written by `adadiff distill`."""
+"""The file of a cascade, written by `adadiff distill`: a student, an oracle, and default settings."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -28,8 +28,8 @@ QUANTILES = 99  # 1 % to 99 %
 
 @dataclass(frozen=True)
 class CascadeSettings:
-    """steps, solver: the student's. share, mode, sigma: as in `Cascade`, where a request says nothing else.
-    quantiles: of the oracle's scores of student images that it was not trained on, at 1 %, ..., 99 %."""
+    """steps, solver: the student's. share, mode, sigma: defaults of `Cascade`. quantiles: of the oracle's scores on
+    held-out images of the student, at 1 %, ..., 99 %. Raises ValueError for invalid values."""
 
     steps: int
     solver: str
@@ -58,7 +58,7 @@ class CascadeSettings:
         object.__setattr__(self, "quantiles", tuple(self.quantiles))
 
     def threshold(self, share: float) -> float:
-        """The score below which `share` of the student's images lie; between two quantiles it is interpolated."""
+        """The score below which a share of the student's images lies, interpolated between quantiles."""
         if share in (0, 1):
             return -np.inf if share == 0 else np.inf
         shares = np.linspace(LEAST_SHARE, 1 - LEAST_SHARE, QUANTILES)
@@ -67,7 +67,7 @@ class CascadeSettings:
 
 @dataclass(frozen=True, eq=False)
 class Student:
-    """A `NetworkChoice`: the student at all times. Policies decide nothing in it."""
+    """A `NetworkChoice`: the student at all times. Policies do not apply in it."""
 
     model: Model
 
@@ -81,7 +81,7 @@ class Student:
 
 @dataclass(frozen=True, eq=False)
 class CascadeFile:
-    """What a file holds. student: a network without exits, of its own dtype; oracle: float32."""
+    """The content of a cascade file. student: a network without exits; oracle: float32."""
 
     student: Model
     oracle: Oracle
@@ -95,7 +95,7 @@ class CascadeFile:
 def write_cascade(
     path: Path, student: Model, oracle: Oracle, settings: CascadeSettings, notes: Mapping[str, object] | None = None
 ) -> None:
-    """Writes the file whole or not at all. Raises ValueError for weights that are not finite."""
+    """Writes the file atomically. Raises ValueError for weights that are not finite."""
     tensors = {f"student.{key}": value for key, value in student.state_dict().items()}
     tensors |= {f"oracle.{key}": value for key, value in oracle.state_dict().items()}
     check_weights(tensors, str(path))
@@ -104,14 +104,14 @@ def write_cascade(
 
 
 def read_cascade(path: Path, device: torch.device, dtype: torch.dtype) -> CascadeFile:
-    """The student in `dtype`. A file that has not changed since is not read again. Raises ValueError for one that is
-    damaged, or no cascade."""
+    """Reads a cascade file, with the student in `dtype`. Unchanged files are cached. Raises ValueError for a damaged
+    file, or one without a cascade."""
     stat = os.stat(path)
     return _read(str(path), stat.st_mtime_ns, stat.st_size, device, dtype)
 
 
 @lru_cache(maxsize=4)
-@torch.inference_mode(False)  # whatever mode the caller is in, the weights are for any
+@torch.inference_mode(False)  # callers in any mode share the weights
 def _read(path: str, mtime: int, size: int, device: torch.device, dtype: torch.dtype) -> CascadeFile:
     tensors, metadata = read_tensors(Path(path))
     values = metadata.get("cascade")
@@ -145,8 +145,8 @@ def _described(values: dict[str, Any]) -> tuple[ModelConfig, OracleConfig, Casca
         raise ValueError("its student has exits; a student has none")
     shape, sees = (config.network.channels, config.network.image_size), (oracle.channels, oracle.image_size)
     if shape != sees or oracle.classes not in (0, config.classes):
-        raise ValueError("its oracle does not look at what its student draws")
+        raise ValueError("its oracle is for other image shapes or classes than its student draws")
     table = solver_from(settings.solver).table(NoiseSchedule(config.schedule), settings.steps)
     if bool(table.coefficients[:, COLUMNS.index("noise")].any()):
-        raise ValueError(f"its student's solver {settings.solver!r} adds noise, which is the teacher's; take ddim")
+        raise ValueError(f"its student's solver {settings.solver!r} adds noise; the student needs one without, as ddim")
     return config, oracle, settings

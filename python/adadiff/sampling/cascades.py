@@ -1,4 +1,4 @@
-"""A cascade at work: what a request's samples follow, and what becomes of those whose student is done."""
+"""Cascades in sampling: settings of a request's student and teacher stages, and the handover between them."""
 
 from dataclasses import dataclass
 
@@ -20,11 +20,11 @@ from .oracle import oracle_labels
 
 @dataclass(frozen=True, eq=False)
 class Draft:
-    """How samples of one request are drawn first, and what follows.
+    """The two stages of one request's samples.
 
-    solver, steps: the student's. threshold: the score below which an image goes on. teacher_solver: of the
-    second stage; teacher_steps: int64 [n], evaluations of it, those of its list; sigma: None where an image is drawn
-    anew.
+    solver, steps: the student's. threshold: images with a lower score go on to the teacher. teacher_solver,
+    teacher_steps: solver and network evaluations, int64 [n], of the second stage; sigma: None if the teacher starts
+    from noise ("regenerate").
     """
 
     file: CascadeFile
@@ -43,23 +43,23 @@ class Draft:
 
     @torch.no_grad()
     def scores(self, images: Tensor, labels: Tensor | None, one_by_one: bool) -> Tensor:
-        """images: float32 [k, C, H, W]; labels: int64 [k], as the network gets them, or None. Returns float32 [k].
-        one_by_one: what an image gets does not depend on the others, bit for bit."""
+        """The oracle's scores, float32 [k]. images: float32 [k, C, H, W]; labels: int64 [k], as the network gets them,
+        or None. one_by_one: score images separately, so that a score is bit-identical in any batch."""
         oracle = self.file.oracle
         labels = oracle_labels(oracle.config, labels, len(images), images.device)
         if not one_by_one:
             return oracle(images, labels)
-        own = (None if labels is None else labels[i : i + 1] for i in range(len(images)))
-        return torch.cat([oracle(image[None], label) for image, label in zip(images, own, strict=True)])
+        singles = (None if labels is None else labels[i : i + 1] for i in range(len(images)))
+        return torch.cat([oracle(image[None], label) for image, label in zip(images, singles, strict=True)])
 
     def asks_for_more(self, scores: np.ndarray) -> np.ndarray:
-        """bool [k]. A score that is not finite asks for more, except of a share of 0."""
+        """bool [k]: images that go on to the teacher. A NaN score goes on, unless the share is 0."""
         return ~(scores >= self.threshold) if self.threshold > -np.inf else np.zeros(len(scores), dtype=bool)
 
     def begin_again(self, images: Tensor, seeds: Tensor, one_by_one: bool) -> Tensor:
-        """Where the teacher begins: float32 [k, C, H, W]. images: those of the student; seeds: int64 [k], on the
-        CPU."""
-        # how a value rounds may depend on where in a vector it stands
+        """The teacher's initial x: float32 [k, C, H, W]. images: of the student; seeds: int64 [k], on the CPU.
+        one_by_one: see `scores`."""
+        # rounding may depend on an element's position in a vector
         parts = seeds.split(1) if one_by_one else (seeds,)
         draw = initial_noise if self.sigma is None else refinement_noise
         z = torch.cat([draw(part, images.shape[1:], images.device) for part in parts])
@@ -70,10 +70,10 @@ class Draft:
 
 
 def draft_of(model: Model, cascade: Cascade, solver: Solver, steps: Tensor) -> Draft:
-    """What samples of `model` follow whose own solver and steps, int64 [n], are these.
+    """The stages of samples with this cascade. model, solver, steps: int64 [n]: the teacher's.
 
     Raises ValueError for a file that cannot be read, a student that draws other samples or has more blocks than
-    `model`, and a sigma that the schedule has not.
+    `model`, and a sigma outside the schedule.
     """
     path = find(cascade.path)
     parameter = next(model.parameters())

@@ -1,4 +1,4 @@
-"""What an error that ends a forward pass is: for whoever runs the program, for want of memory, or of a sample."""
+"""Classifies errors of a forward pass: an interrupt, out of memory, or a sample's own."""
 
 import threading
 
@@ -6,11 +6,11 @@ import torch
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """Whether it is for whoever runs the program, as Ctrl-C is, and no fault of a sample's. Signal handlers run in the
-    main thread only."""
+    """Whether the error interrupts the program, as Ctrl-C does, rather than belonging to a sample. Signal handlers run
+    in the main thread only."""
     return not isinstance(error, Exception) and threading.current_thread() is threading.main_thread()
 
 
 def is_memory_error(error: BaseException) -> bool:
-    """Whether memory ran out; on a CPU PyTorch says so in words only."""
+    """Whether memory ran out; on a CPU PyTorch tells by the message only."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -1,4 +1,4 @@
-"""The lanes of one forward pass: which samples they belong to, and in which order they lie."""
+"""The lanes of one forward pass: the samples they belong to, and their order."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,13 +12,12 @@ from .slots import SlotState
 
 @dataclass(frozen=True)
 class Lanes:
-    """B lanes of k samples. sample: int64 [B], position among the samples; half: int64 [B], 1 for the unconditional
-    ones.
+    """B lanes of k samples. sample: int64 [B], index of the lane's sample; half: int64 [B], 1 for unconditional lanes.
 
-    conditional: int64 [k], the lane of each sample's conditional half, None where that is 0..k-1; unconditional: int64
-    [k], that of the other, -1 where there is none; None where there are none at all.
-    policies: those in use; policy_index: int64 [B] or None; partner: int64 [B] or None, see `forward`; may_exit:
-    somebody may exit before the last layer.
+    conditional: int64 [k], each sample's conditional lane, None if these are 0..k-1; unconditional: int64 [k], each
+    sample's unconditional lane or -1, None if no sample has one.
+    policies: in use; policy_index: int64 [B] or None; partner: int64 [B] or None, `cfg_partner` of `forward`; may_exit:
+    whether a lane may exit before the last layer.
     """
 
     sample: np.ndarray
@@ -32,7 +31,7 @@ class Lanes:
 
     @property
     def in_order(self) -> bool:
-        """Lane i is the conditional half of sample i, and there are no others."""
+        """Whether lane i is the conditional half of sample i, and there are no other lanes."""
         return self.conditional is None and self.unconditional is None
 
 
@@ -44,9 +43,9 @@ def lanes_of(
     num_layers: int,
     expected: ExpectedDepth,
 ) -> Lanes:
-    """The lanes that the samples at slots: int64 [k] need at times t: float32 [k], those expected to exit last first.
+    """The lanes of samples at slots: int64 [k] at times t: float32 [k], deepest expected exit first.
 
-    kinds: of the policies, by index.
+    kinds: all policies, by index.
     """
     k, guidance = len(slots), state.guidance[slots]
     sample, half, guided = np.arange(k), np.zeros(k, dtype=np.int64), None
@@ -67,11 +66,11 @@ def lanes_of(
     if may_exit and len(sample) > 1:
         order = expected.order(t, slots, half) if guided is None else expected.order(t[sample], slots[sample], half)
         if (order[1:] > order[:-1]).all():
-            order = None  # as they lie
+            order = None  # already in order
     if order is not None or guided is not None:
         lane = np.arange(len(sample))
     if order is not None:
-        lane[order] = lane.copy()  # where each lies
+        lane[order] = lane.copy()  # the new lane of each
     partner = None
     if guided is not None and state.tied[slots[guided]].any():
         partner = np.arange(len(sample))

@@ -1,4 +1,4 @@
-"""The networks that samples in flight may run, and which of them each runs now."""
+"""The networks that samples in flight may run, and the network that each sample runs now."""
 
 from collections.abc import Sequence
 
@@ -10,9 +10,9 @@ from ..model import Model
 
 
 class NetworkSet:
-    """networks[0] is the batch's own model. Choices are known by number, 0 for none: the model at all times.
+    """networks[0] is the batch's own model. Choices have numbers; 0: none, the model at all times.
 
-    keys: int64 [networks], numbers of networks that stay when others are forgotten, and are not given twice.
+    keys: int64 [networks], a unique, permanent number of each network (indices change when networks are dropped).
     """
 
     def __init__(self, model: Model) -> None:
@@ -24,7 +24,7 @@ class NetworkSet:
         return len(self._choices)
 
     def add(self, choice: NetworkChoice | None) -> int:
-        """The number of the choice, the same for the same one."""
+        """Adds a choice if it is new. Returns its number."""
         if choice is None:
             return 0
         for number, (known, _) in enumerate(self._choices, start=1):
@@ -35,7 +35,7 @@ class NetworkSet:
         return len(self._choices)
 
     def place(self, network: Network) -> int:
-        """Its index among `networks`."""
+        """The index of `network` in `networks`, which it is added to if new."""
         for place, known in enumerate(self.networks):
             if known.model is network.model and known.asks == network.asks:
                 return place
@@ -44,31 +44,31 @@ class NetworkSet:
         return len(self.networks) - 1
 
     def now(self, choice: np.ndarray, t: np.ndarray) -> np.ndarray | None:
-        """choice: int64 [k], numbers; t: float32 [k], the network's times. Returns int64 [k], indices of networks; None
-        where all run the model."""
+        """The index of the network that each sample runs, int64 [k]; None if all run the model. choice: int64 [k],
+        numbers of choices; t: float32 [k], the network's times."""
         present = set(choice.tolist()) - {0}
         if not present:
             return None
         found = np.zeros(len(t), dtype=np.int64)
         for number in present:
             chooser, index = self._choices[number - 1]
-            own = choice == number
-            found[own] = index[chooser.choose(t[own])]
+            chosen = choice == number
+            found[chosen] = index[chooser.choose(t[chosen])]
         return found if found.any() else None
 
     def narrowing(self, choice: np.ndarray, t: np.ndarray) -> np.ndarray | None:
-        """As `now`; returns bool [2, k]: whose choice is a policy of widths, and who runs at one below 1. None where
-        nobody's is."""
+        """bool [2, k]: samples with a width policy, and samples that run at a width below 1; None if no sample has such
+        a policy. Arguments as for `now`."""
         found = np.zeros((2, len(t)), dtype=bool)
         for number in set(choice.tolist()) - {0}:
             chooser, _ = self._choices[number - 1]
             if isinstance(chooser, WidthChoice):
-                own = choice == number
-                found[0, own], found[1, own] = True, chooser.policy.widths_at(t[own]) < 1
+                chosen = choice == number
+                found[0, chosen], found[1, chosen] = True, chooser.policy.widths_at(t[chosen]) < 1
         return found if found[0].any() else None
 
     def keep(self, used: np.ndarray) -> np.ndarray:
-        """Forgets choices that are not used: int64 [n], numbers. Returns their new numbers."""
+        """Drops all choices but those in used: int64 [n], numbers. Returns their new numbers, int64 [n]."""
         kept = sorted(set(used.tolist()) - {0})
         choices: Sequence[NetworkChoice] = [self._choices[number - 1][0] for number in kept]
         before = list(zip(self.networks, self.keys.tolist(), strict=True))

@@ -1,7 +1,7 @@
-"""The oracle of a cascade: a small discriminator of real images and a student's, which looks at one finished image.
+"""The oracle of a cascade: a small discriminator between real images and a student's, applied to one finished image.
 
-Not the metric by which samples are judged: another network, trained for another purpose. A score is a logit, the
-larger the more the image looks real (as DiffServe's, MLSys 2025; ImageReward in Starodubcev et al., CVPR 2024).
+It is not used as a metric of sample quality. Its score is a logit, larger for images that look more real (as in
+DiffServe, MLSys 2025; Starodubcev et al., CVPR 2024, use ImageReward).
 """
 
 from dataclasses import asdict, dataclass
@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class OracleConfig:
-    """Images [channels, image_size, image_size] of `classes` classes (0: none are told). width: channels of the first
-    convolution."""
+    """For images [channels, image_size, image_size] of `classes` classes (0: not class-conditional). width: channels of
+    the first convolution. Raises ValueError for numbers out of range."""
 
     channels: int
     image_size: int
@@ -33,8 +33,8 @@ class OracleConfig:
 
 
 class Oracle(nn.Module):
-    """Three convolutions, the second and third halving the image, and two linear layers; a class adds its own vector to
-    the hidden layer. No layer looks across the batch."""
+    """Three convolutions, the second and third with stride 2, and two linear layers; a class adds its embedding to the
+    hidden layer. No layer mixes images of the batch."""
 
     def __init__(self, config: OracleConfig):
         super().__init__()
@@ -54,8 +54,8 @@ class Oracle(nn.Module):
         self.score = nn.Linear(2 * w, 1)
 
     def forward(self, images: Tensor, labels: Tensor | None) -> Tensor:
-        """images: float32 [N, C, H, W]; labels: int64 [N], `classes` for none, or None where classes are not told.
-        Returns logits, float32 [N]."""
+        """Logits, float32 [N]. images: float32 [N, C, H, W]; labels: int64 [N], `classes` for no class; None if not
+        class-conditional."""
         hidden = self.hidden(self.convolutions(images).flatten(1))
         if self.label is not None:
             hidden = hidden + self.label(labels)
@@ -73,8 +73,8 @@ class Oracle(nn.Module):
 
 
 def oracle_labels(config: OracleConfig, labels: Tensor | None, n: int, device: torch.device) -> Tensor | None:
-    """What an oracle is told of n samples with these labels: int64 [n], None for no class. A null class of the model,
-    whose number is `classes`, is none, too."""
+    """The oracle's labels for n samples, int64 [n]; None if it is not class-conditional. labels: int64 [n], or None for
+    no class. The model's null class has the number `classes`, the oracle's "no class"."""
     if not config.classes:
         return None
     if labels is None:

@@ -1,6 +1,6 @@
-"""In which order lanes go through the network: those expected to exit last come first.
+"""The order of lanes in a forward pass: those expected to exit last come first.
 
-The rows that exit then lie at the end already, and few have to move. The order changes no result, only what it costs.
+Rows that exit are then mostly at the end, and few have to move. The order affects cost, not results.
 """
 
 import numpy as np
@@ -10,10 +10,10 @@ RATE = 0.3  # weight of the newest observation
 
 
 class ExpectedDepth:
-    """Exit layer by timestep, learnt while running, and by how much each slot's sample differs from it.
+    """Expected exit layer by timestep, a running mean, plus the deviation of each slot's sample from it.
 
-    Until a timestep has been seen, noisier samples are expected to exit earlier. Arrays are NumPy's: on a few numbers
-    its operations take a third of the time of PyTorch's.
+    Before a timestep is observed, noisier samples are expected to exit earlier. Uses NumPy arrays, which take a third
+    of the time of PyTorch tensors for a few numbers.
     """
 
     def __init__(self, num_layers: int, slots: int):
@@ -21,14 +21,15 @@ class ExpectedDepth:
         self._own = np.zeros(2 * slots)  # by slot and half (conditional, unconditional)
 
     def order(self, t: np.ndarray, slots: np.ndarray, half: np.ndarray) -> np.ndarray:
-        """int64 [n]: positions of the lanes, deepest first. t: float [n], in 0..1000; slots, half: int64 [n], half in
-        {0, 1}."""
+        """int64 [n]: the lanes sorted by expected depth, deepest first. t: float [n], in 0..1000; slots, half: int64
+        [n], half in {0, 1}."""
         return (-self._curve[_bin(t)] - self._own[2 * slots + half]).argsort(kind="stable")
 
     def learn(
         self, t: np.ndarray, slots: np.ndarray, half: np.ndarray, exit_layer: np.ndarray, same: np.ndarray
     ) -> None:
-        """exit_layer: [n], blocks that the lanes ran at t; same: bool [n], the slot still has that sample."""
+        """Learns from one pass. exit_layer: [n], blocks that the lanes ran at t; same: bool [n], whether the slot still
+        holds that sample."""
         index, key = _bin(t), 2 * slots + half
         off, own = exit_layer - self._curve[index], self._own[key]
         self._own[key] = own + (off - own) * (RATE * same)
@@ -36,7 +37,7 @@ class ExpectedDepth:
         self._curve += RATE * np.bincount(index, off, BINS) / np.maximum(count, 1)
 
     def forget(self, slots: np.ndarray) -> None:
-        """Other samples take these slots."""
+        """Resets the deviation of slots: int64 [k], which get other samples."""
         self._own[2 * slots] = self._own[2 * slots + 1] = 0
 
 

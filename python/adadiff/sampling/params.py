@@ -1,4 +1,4 @@
-"""What samples ask for."""
+"""The sampling parameters of a request."""
 
 import dataclasses
 import math
@@ -21,28 +21,28 @@ Numbers = Sequence[float] | Tensor
 
 @dataclass(frozen=True, eq=False)
 class SamplingParams:
-    """One value for all samples, or a sequence with one for each. Checked on construction as far as no model is needed,
-    and against the model before any work.
+    """Sampling parameters: for most of them one value for all samples, or a sequence with one for each. Checked on
+    construction as far as possible without a model, and against the model before any work.
 
-    seed: in [0, 2^63); a sample is a function of its seed, not of its batch. One number: sample i has seed + i; None:
-    0. class_labels: None: no class (the null class). text_embeds: float [N, E] for all, or [n, N, E], for models that
-    take text; null_text_embeds: [N, E], those of the empty prompt, which guidance needs.
-    steps: network evaluations, or "auto": as many as the model's step selector chooses for the label or the text (see
-    `adadiff train-steps`). solver: "ddim", "ddim:ETA", "ddpm", "dpm++2m", "unipc", "heun" (two evaluations a
-    step), "dpm-fast", "dpm++fast", "euler-maruyama", "flow-euler" (settings: see `solver_from`) or a Solver.
-    policy: "full", "exit:0.135,min_layer=3", "exit:patience=0.08", "exit:depth=8", "exit:batch-mean=0.07", of a
-    calibrated model "exit:budget=0.55" and "exit:table=0.55", an ExitPolicy; "cache:threshold=0.1", "reuse:every=2" or
-    a ReusePolicy, by which samples reuse their earlier steps; or several parts joined by +, see `parts_from`. Of
+    seed: in [0, 2^63); a sample depends on its seed, not on its batch. One number: sample i has seed + i; None: 0.
+    class_labels: None: no class (the null class). text_embeds: float [N, E] for all, or [n, N, E], for models that take
+    text; null_text_embeds: [N, E], of the empty prompt, needed for guidance.
+    steps: network evaluations, or "auto": chosen by the model's step selector from label or text (see
+    `adadiff train-steps`). solver: "ddim", "ddim:ETA", "ddpm", "dpm++2m", "unipc", "heun" (two evaluations a step),
+    "dpm-fast", "dpm++fast", "euler-maruyama", "flow-euler" (settings: see `solver_from`) or a Solver.
+    policy: "full", "exit:0.135,min_layer=3", "exit:patience=0.08", "exit:depth=8", "exit:batch-mean=0.07"; for a
+    calibrated model "exit:budget=0.55" and "exit:table=0.55"; an ExitPolicy; "cache:threshold=0.1", "reuse:every=2" or
+    a ReusePolicy, which reuse features of earlier steps; or several parts joined by +, see `parts_from`. With
     "cascade:FILE,share=0.3", steps, solver and guidance are the teacher's.
-    thresholds: instead of the exit policy's own. guidance_scale: uncond + guidance_scale (cond - uncond), as in
-    diffusers; 1 is none. guidance_interval: (low, high), or [n, 2], in the network's time 0..1000; at other times there
-    is no guidance, and no unconditional lane is run. guided_channels: how many channels are guided, from the first on
-    (None: what the model was published with).
-    tied: the two lanes of a guided sample exit together, by the larger uncertainty, and reuse where both would.
-    init_image: float [C, H, W] for all, or [n, C, H, W], images to begin from; strength: in (0, 1], the share of the
-    steps that is run from there (None: 0.8), as in diffusers' image-to-image (SDEdit). A singlestep solver begins with
-    a whole step, so it may run an evaluation or two more.
-    record_scores: the report has every uncertainty that was computed.
+    thresholds: replace the exit policy's. guidance_scale: uncond + guidance_scale (cond - uncond), as in diffusers; 1:
+    no guidance. guidance_interval: (low, high), or [n, 2], in the network's time 0..1000; outside it there is no
+    guidance, and no unconditional lane is run. guided_channels: the number of leading channels that are guided (None:
+    as the model was published).
+    tied: the two lanes of a guided sample exit together, by the larger uncertainty, and reuse only if both may.
+    init_image: float [C, H, W] for all, or [n, C, H, W], images to start from; strength: in (0, 1], the share of the
+    steps that is then run (None: 0.8), as in diffusers' image-to-image (SDEdit). A singlestep solver starts with a
+    whole step, so it may run an evaluation or two more.
+    record_scores: record every computed uncertainty in the report.
     Raises ValueError for anything else, naming what was given.
     """
 
@@ -87,17 +87,17 @@ class SamplingParams:
             if not bool(((strength > 0) & (strength <= 1)).all()):
                 raise ValueError(f"strength must lie in (0, 1], got {strength.tolist()[:8]}")
             if self.init_image is None:
-                raise ValueError("strength says how far to go back from init_image; give that, too")
+                raise ValueError("strength needs init_image; give that, too")
         for name in ("text_embeds", "null_text_embeds", "init_image"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, Tensor) and value.is_floating_point()):
                 raise ValueError(f"{name} must be a float tensor, got {_shown(value)}")
             if value is not None and value.is_meta:
-                raise ValueError(f"{name} must hold values, and those of device 'meta' hold none")
+                raise ValueError(f"{name} must hold values; tensors on device 'meta' hold none")
 
     @staticmethod
     def of(params: "SamplingParams | None", settings: dict[str, Any]) -> "SamplingParams":
-        """`params`, with `settings` by name in place of its own; both may be absent. ValueError for an unknown name."""
+        """`params` with `settings` replaced by name; both may be absent. Raises ValueError for an unknown name."""
         names = [field.name for field in dataclasses.fields(SamplingParams)]
         if unknown := [name for name in settings if name not in names]:
             raise ValueError(f"unknown setting {', '.join(unknown)}; there are {', '.join(names)}")
@@ -112,21 +112,21 @@ FLOAT32_MAX: float = torch.finfo(torch.float32).max
 
 
 def is_plain(value: object) -> TypeGuard[int | float]:
-    """A finite number of Python. Most requests bring no others, and each call of PyTorch hands the interpreter to the
-    engine's thread, which a server feels."""
+    """Whether `value` is a finite Python number. A shortcut for the usual request: each call of PyTorch may hand the
+    interpreter to the engine's thread, which slows a server down."""
     return (type(value) is int and -(2**63) <= value < 2**63) or (type(value) is float and math.isfinite(value))
 
 
 def as_tensor(value: object) -> Tensor:
-    """`torch.as_tensor` on the CPU, numbers of Python in int64 and float32, whatever PyTorch's defaults are."""
-    given = torch.as_tensor(value, device="cpu")
-    if given.is_floating_point() and not isinstance(value, Tensor | np.ndarray | np.generic):
+    """`torch.as_tensor` on the CPU, with Python numbers as int64 or float32, whatever PyTorch's defaults are."""
+    tensor = torch.as_tensor(value, device="cpu")
+    if tensor.is_floating_point() and not isinstance(value, Tensor | np.ndarray | np.generic):
         return torch.as_tensor(value, dtype=torch.float32, device="cpu")
-    return given
+    return tensor
 
 
 def per_sample(name: str, value: object, n: int, dtype: torch.dtype) -> Tensor:
-    """A number for all, or one for each, as a tensor [n] of its own. ValueError for another length."""
+    """A new tensor [n] from one number for all samples, or one for each. Raises ValueError for another length."""
     if is_plain(value) and abs(value) <= FLOAT32_MAX:
         kept = torch.float32 if isinstance(value, float) else torch.int64
         return torch.full((n,), value, dtype=kept, device="cpu").to(dtype)  # type: ignore[call-overload]
@@ -139,7 +139,7 @@ def per_sample(name: str, value: object, n: int, dtype: torch.dtype) -> Tensor:
 
 
 def _check_numbers(name: str, value: object, whole: bool = False, least: float = -math.inf) -> None:
-    """ValueError unless `value` is None, a finite number, or a sequence or tensor [n] of them."""
+    """Raises ValueError unless `value` is None, a finite number, or a sequence or tensor [n] of them."""
     if value is None or (is_plain(value) and not (whole and isinstance(value, float)) and float(value) >= least):
         return
     try:

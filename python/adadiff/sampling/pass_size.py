@@ -1,16 +1,16 @@
-"""How many samples share a forward pass: half as many after memory ran out, and carefully as many as before again."""
+"""The number of samples per forward pass: halved when memory runs out, and raised again step by step."""
 
 import numpy as np
 
-FIRST, LONGEST = 16, 1024  # ticks without an error until more samples are tried
+FIRST, LONGEST = 16, 1024  # ticks without an error before more samples are tried, at first and at most
 
 
 class PassSize:
     """most: samples in one forward pass, at most `capacity`.
 
-    Somebody else on the device may have taken the memory for a while only, so after some ticks without an error, in
-    each of which `most` held somebody back, it is doubled. An attempt that fails costs a forward pass; so each tick
-    that fails doubles the number of ticks until the next attempt.
+    Another process may have taken the memory for a while only, so `most` is doubled after some ticks without an error
+    in which it was the limit. A failed attempt costs a forward pass, so each tick that fails doubles the number of
+    ticks before the next attempt.
     """
 
     def __init__(self, capacity: int):
@@ -18,15 +18,15 @@ class PassSize:
         self._wait, self._calm, self._shrunk = FIRST // 2, 0, False
 
     def parts(self, slots: np.ndarray) -> list[np.ndarray]:
-        """slots: int64 [k], in as few forward passes as allowed."""
+        """Splits slots: int64 [k] into as few forward passes as possible."""
         return [slots[i : i + self.most] for i in range(0, len(slots), self.most)]
 
     def shrink(self, most: int) -> None:
-        """Memory ran out: no more than `most` from now on."""
+        """After running out of memory: at most `most` samples per pass from now on."""
         self.most, self._shrunk = most, True
 
     def tick_is_done(self, running: int) -> None:
-        """A tick of so many samples is complete, in however many attempts."""
+        """To be called after each complete tick. running: its samples."""
         if self._shrunk:
             self._shrunk, self._calm = False, 0
             self._wait = min(2 * self._wait, LONGEST)
@@ -35,5 +35,5 @@ class PassSize:
             if self._calm >= self._wait:
                 self._calm = 0
                 if self.most == self._capacity:
-                    self._wait = FIRST // 2  # what was short is there again
+                    self._wait = FIRST // 2  # back at full size: start over
                 self.most = min(2 * self.most, self._capacity)

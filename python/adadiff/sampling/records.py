@@ -1,4 +1,4 @@
-"""Exit layers and scores of one forward pass, on their way from the device to the host."""
+"""Exit layers and scores of forward passes, copied from the device to the host asynchronously."""
 
 from typing import NamedTuple
 
@@ -14,9 +14,10 @@ from .stages import Judged
 
 
 class Learnt(NamedTuple):
-    """exit_layer: uint8 [k, 2] by sample and half (conditional, unconditional), 0 where there is none; scores: float32
-    [k, 2, L] or None, NaN where a sample's own policy did not ask. reused: bool [k, 2], lanes that reused what an
-    earlier step computed. judged: what oracles said of some of the samples, if they were asked."""
+    """Results of one pass over k samples. exit_layer: uint8 [k, 2] by sample and half (conditional, unconditional), 0
+    where there is no lane; scores: float32 [k, 2, L] or None, NaN at layers that the sample's own policy does not
+    score. reused: bool [k, 2], lanes that reused features of an earlier step. judged: scores of cascade oracles, if
+    any."""
 
     exit_layer: np.ndarray
     scores: np.ndarray | None
@@ -25,12 +26,12 @@ class Learnt(NamedTuple):
 
 
 class PassRecord:
-    """slots, tenancy: int64 [k], of the k samples that made a step, see `SlotState`; step: int64 [k], its position in
-    their lists, those of two stages one after the other. t: float32 [k]. recorded: bool [k], whose scores were asked
-    for. reuses: bool [B], lanes whose policy reuses (None: no lane's). narrowing: bool [2, B], lanes whose policy has
-    widths, and those that run below 1 (None: no lane's has). judged: see `Learnt`.
+    """Record of one pass over k samples with B lanes. slots, tenancy: int64 [k], see `SlotState`; step: int64 [k], the
+    step's index, counted through both stages of a cascade. t: float32 [k]. recorded: bool [k], samples whose scores are
+    recorded. reuses: bool [B], lanes whose policy reuses (None: no lane). narrowing: bool [2, B], lanes with a width
+    policy, and lanes at a width below 1 (None: no lane). judged: see `Learnt`.
 
-    The copies to the host are queued at once; `read` waits for them.
+    The copies to the host are queued on construction; `read` waits for them.
     """
 
     def __init__(
@@ -60,9 +61,9 @@ class PassRecord:
         self._learnt: Learnt | None = None
 
     def read(self) -> Learnt:
-        """Waits for the device where that is needed. Sets by_lane, integers [B], the exit layers; reused, bool [B];
-        asks, bool [B]: lanes with a policy that may leave work out, of networks in which policies decide; parts: the
-        counts by part of `Totals`; macs, those of oracles included, macs_full and rows_moved."""
+        """Waits for the copies. Sets by_lane, int [B]: exit layers; reused, bool [B]; asks, bool [B]: lanes with a
+        policy that may skip work, in networks in which policies apply; parts: the counts by part of `Totals`; macs
+        (including oracles), macs_full and rows_moved."""
         if self._learnt is not None:
             return self._learnt
         lanes, k = self.lanes, len(self.slots)
@@ -96,7 +97,7 @@ class PassRecord:
         return self._learnt
 
     def _asks(self) -> tuple[np.ndarray, np.ndarray]:
-        """bool [B] each: whose policies may let them exit, and reuse."""
+        """bool [B] each: lanes whose policies may let them exit, and reuse."""
         lanes, costs = self.lanes, self._costs
         exits = np.array([asks_for_exits(policy) for policy in lanes.policies])
         exits = exits[np.zeros(len(self.by_lane), dtype=np.int64) if lanes.policy_index is None else lanes.policy_index]
@@ -108,16 +109,16 @@ class PassRecord:
 
 
 def _scored(lanes: Lanes, num_layers: int) -> np.ndarray:
-    """bool [1 or B, L]: where a lane's own policy asks for a score. Others are computed for its mates."""
+    """bool [1 or B, L]: layers that a lane's own policy scores. Other layers are scored for its batch-mates only."""
     asked = np.zeros((len(lanes.policies), num_layers), dtype=bool)
-    for own, policy in zip(asked, lanes.policies, strict=True):
+    for layers, policy in zip(asked, lanes.policies, strict=True):
         if policy.needs_scores:
-            own[[layer - 1 for layer in policy.exit_layers(num_layers)]] = True
+            layers[[layer - 1 for layer in policy.exit_layers(num_layers)]] = True
     return asked if lanes.policy_index is None else asked[lanes.policy_index]
 
 
 class RunRecord:
-    """What a run of n samples, of at most so many steps, has told so far. cascade: a student draws them first."""
+    """The results so far of a run of n samples with at most `steps` steps. cascade: whether a student draws first."""
 
     def __init__(
         self,
@@ -136,7 +137,7 @@ class RunRecord:
         self._reused = np.zeros((steps, n, 2), dtype=bool) if reuses else None
 
     def add(self, record: PassRecord, index: np.ndarray) -> None:
-        """index: int64 [k], which samples of the run those of the record are."""
+        """Adds a record. index: int64 [k], the run's samples that the record's samples are."""
         known = record.read()
         self._exit_layer[record.step, index] = known.exit_layer
         if known.scores is not None and self._scores is not None:
@@ -144,8 +145,8 @@ class RunRecord:
         if self._reused is not None:
             self._reused[record.step, index] = known.reused
         if (judged := known.judged) is not None and self._went_on is not None and self._oracle_scores is not None:
-            own = index[judged.index]
-            self._went_on[own], self._oracle_scores[own] = judged.went_on, judged.scores
+            scored = index[judged.index]
+            self._went_on[scored], self._oracle_scores[scored] = judged.went_on, judged.scores
 
     def report(self, done: Totals, seconds: float) -> Report:
         return Report(

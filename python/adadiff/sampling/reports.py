@@ -1,4 +1,4 @@
-"""What runs did: exit layers, blocks, multiply-adds, seconds."""
+"""Reports of runs: exit layers, blocks, multiply-adds, seconds."""
 
 import logging
 import math
@@ -11,11 +11,11 @@ from torch import Tensor
 from ..policies.exits import Full
 from ..policies.interface import ExitPolicy
 
-VERBS = {"exit": "exit", "reuse": "reuse", "width": "run narrow"}  # what parts of a policy let samples do
+VERBS = {"exit": "exit", "reuse": "reuse", "width": "run narrow"}  # by part of a policy, for messages
 
 
 def never_acted_text(parts: Sequence[str]) -> str:
-    """parts: one or more of VERBS, those that never acted."""
+    """A message about parts of a policy (keys of VERBS) that never acted."""
     return f"the policy never let a sample {_verbs(parts)}"
 
 
@@ -29,20 +29,20 @@ def asks_for_exits(policy: ExitPolicy) -> bool:
 
 @lru_cache(maxsize=256)
 def log_never_acted(policy: str, parts: tuple[str, ...], whole: bool) -> None:
-    """Once for each policy. parts: those that never acted. whole: every block was run."""
+    """Logs a warning, once per policy. parts: those that never acted. whole: whether every block was run."""
     message = "policy %s never let a sample %s" + (": every block was run" if whole else "")
     logging.getLogger("adadiff").warning(message, policy, _verbs(parts))
 
 
 @dataclass(frozen=True)
 class ExitRecord:
-    """exit_layer: uint8 [steps, n, 2], blocks that each sample's lanes (conditional, unconditional) ran at each step, 0
-    where there was none. num_layers: blocks of the network. scores: float32 [steps, n, 2, L], each layer's uncertainty,
-    NaN where its policy did not ask; None unless they were asked for. asks: its policy is there to let samples exit.
-    acted: it let some exit; None: as exit_layer tells, which cannot where a shallow network had a part. reused: bool
-    [steps, n, 2], lanes that took what an earlier step of theirs had computed; None where nobody's policy reuses.
-    Of samples of a cascade the student's steps come first, then the teacher's. went_on: bool [n], whom the oracle sent
-    on to the teacher; oracle_scores: float32 [n], NaN of those not judged yet; None of others."""
+    """Exits of n samples. exit_layer: uint8 [steps, n, 2], blocks that each sample's lanes (conditional, unconditional)
+    ran at each step, 0 where there was no lane. num_layers: blocks of the network. scores: float32 [steps, n, 2, L],
+    each layer's uncertainty, NaN where the sample's policy did not score it; None unless recorded. asks: whether the
+    policy may skip work. acted: whether it did; None: derived from exit_layer (not possible with a shallow network).
+    reused: bool [steps, n, 2], lanes that reused features of an earlier step; None without a reuse policy.
+    For a cascade the student's steps come first, then the teacher's. went_on: bool [n], samples that the oracle sent on
+    to the teacher; oracle_scores: float32 [n], NaN if not scored yet; both None without a cascade."""
 
     exit_layer: Tensor
     num_layers: int
@@ -55,23 +55,23 @@ class ExitRecord:
 
     @property
     def never_acted(self) -> bool:
-        """A policy that is there to leave work out left none out."""
+        """Whether a policy that may skip work has skipped none."""
         acted = self.blocks < self.blocks_full or self.reuses > 0 if self.acted is None else self.acted
         return self.asks and self.blocks > 0 and not acted
 
     @property
     def passes(self) -> int:
-        """Lanes that went through the network, each step counted."""
+        """The number of lanes that went through the network, summed over steps."""
         return int((self.exit_layer > 0).sum())
 
     @property
     def reuses(self) -> int:
-        """Of the `passes`, those in which a lane reused what an earlier step of its had computed."""
+        """The number of `passes` in which a lane reused features of an earlier step."""
         return 0 if self.reused is None else int(self.reused.sum())
 
     @property
     def steps(self) -> Tensor:
-        """int64 [n]: how many each sample has made, as far as is known."""
+        """int64 [n]: steps that each sample has made, as far as known."""
         return (self.exit_layer[:, :, 0] > 0).sum(0)
 
     @property
@@ -89,8 +89,9 @@ class ExitRecord:
 
 @dataclass(frozen=True)
 class Report(ExitRecord):
-    """A run of `adadiff.sample`. Multiply-adds count networks, scores and oracles, not the solver; macs_full are those
-    of as many passes of the full network. idle: parts of the policy that never acted, of "exit", "reuse", "width"."""
+    """Report of a run of `adadiff.sample`. macs: multiply-adds of networks, scores and oracles, without the solver;
+    macs_full: of as many passes of the full network. rows_moved: rows moved by compaction. idle: parts of the policy
+    ("exit", "reuse", "width") that never acted."""
 
     macs: int
     macs_full: int
@@ -114,8 +115,8 @@ class Report(ExitRecord):
 
 @dataclass(frozen=True)
 class RequestReport(ExitRecord):
-    """One request of an `adadiff.Engine`: exit_layer [steps, 1, 2], without the last step while the request runs;
-    seconds in the queue and from then on."""
+    """Report of one request of an `adadiff.Engine`: exit_layer [steps, 1, 2], without the last step while the request
+    runs; waited: seconds in the queue; seconds: from then on."""
 
     waited: float
     seconds: float
@@ -123,10 +124,10 @@ class RequestReport(ExitRecord):
 
 @dataclass
 class Totals:
-    """What a batch has done so far. passes: lanes that went through the network, each tick counted; asked: those of
-    them whose policy is there to leave work out, without those of a shallow network; exited: those of these that exited
-    early or reused an earlier step. reused: lanes that did. By part: asked_exit, asked_reuse, asked_width, lanes whose
-    policy has it; left, those that exited early; narrow, those that ran at a width below 1."""
+    """Counters of a batch. All lane counts are summed over ticks. passes: lanes that went through the network; asked:
+    lanes whose policy may skip work, without those of a shallow network; exited: lanes among `asked` that exited early
+    or reused. reused: lanes that reused an earlier step. asked_exit, asked_reuse, asked_width: lanes whose policy has
+    this part; left: lanes among asked_exit that exited early; narrow: lanes that ran at a width below 1."""
 
     ticks: int = 0
     passes: int = 0
@@ -134,7 +135,7 @@ class Totals:
     macs: int = 0
     macs_full: int = 0
     rows_moved: int = 0
-    halvings: int = 0  # ticks cut in two because memory ran out
+    halvings: int = 0  # forward passes that ran out of memory and were repeated in halves
     asked: int = 0
     exited: int = 0
     reused: int = 0
@@ -150,12 +151,12 @@ class Totals:
 
     @property
     def never_acted(self) -> bool:
-        """Policies that are there to leave work out left none out: no block, or no share of any."""
+        """Whether policies that may skip work have skipped none: no block, or no share of a block's width."""
         return (self.asked > 0 and not self.exited) or (self.asked_width > 0 and not self.narrow)
 
     @property
     def idle(self) -> tuple[str, ...]:
-        """Parts of policies that never acted, whatever others did."""
+        """Parts of policies that never acted."""
         parts = {
             "exit": (self.asked_exit, self.left),
             "reuse": (self.asked_reuse, self.reused),
@@ -164,6 +165,6 @@ class Totals:
         return tuple(name for name, (asked, acted) in parts.items() if asked and not acted)
 
     def log_idle(self, policy: str) -> None:
-        """Says so, once for each policy."""
+        """Logs parts that never acted, once per policy."""
         if self.idle:
             log_never_acted(policy, self.idle, self.asked > 0 and not self.exited)

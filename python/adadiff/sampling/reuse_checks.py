@@ -1,4 +1,4 @@
-"""What of a policy can be told to be of no use, or of less than it seems, before any work starts."""
+"""Checks, before any work, for reuse policies that cannot work or work less well than expected."""
 
 import logging
 from functools import cache
@@ -14,15 +14,15 @@ from ..policies.reuse import Reuse, ReusePolicy
 
 
 def check_reuse_of(model: Model, policy: ReusePolicy, solver: Solver, steps: Tensor) -> None:
-    """steps: int64 [n], that each sample makes. ValueError for a policy that this model cannot follow, and for a plan
-    by which no sample could ever reuse. A stochastic solver is allowed, with one warning."""
+    """Raises ValueError for a policy that this model cannot follow, and for a schedule by which no sample could ever
+    reuse. Logs a warning for a stochastic solver. steps: int64 [n], the steps of each sample."""
     check_reuse(policy, model.backbone)
     if not len(steps):
         return
     most = int(steps.max())
     if isinstance(policy, Reuse) and policy.dense_early + policy.dense_late >= most > 1:
         raise ValueError(
-            f"policy '{policy}' lets nobody reuse in {most} steps: the first {policy.dense_early} and the last "
+            f"policy '{policy}' lets no sample reuse in {most} steps: the first {policy.dense_early} and the last "
             f"{policy.dense_late} are full; take smaller dense_early and dense_late"
         )
     table = solver.table(model.schedule, most)
@@ -32,9 +32,9 @@ def check_reuse_of(model: Model, policy: ReusePolicy, solver: Solver, steps: Ten
 
 @cache
 def _warn_stochastic(policy: str, solver: str) -> None:
-    """Once for each pair of kinds."""
+    """Once per pair of classes."""
     logging.getLogger("adadiff").warning(
-        "a %s policy with the solver %s, which adds noise at every step: what a step computed fits the next one less",
+        "a %s policy with the solver %s, which adds noise at every step: reused features fit the next step less well",
         policy,
         solver,
     )
@@ -42,9 +42,9 @@ def _warn_stochastic(policy: str, solver: str) -> None:
 
 @cache
 def warn_calibrated_whole(policy: str) -> None:
-    """Once for each policy."""
+    """Once per policy."""
     logging.getLogger("adadiff").warning(
-        "policy %s: its thresholds were calibrated on the whole network, and narrow networks are certain at other "
-        "blocks, so the share of the work may be another; measure it with `adadiff evaluate`",
+        "policy %s: its thresholds were calibrated on the whole network; narrow networks have other uncertainties, so "
+        "the share of the work may differ; measure it with `adadiff evaluate`",
         policy,
     )

@@ -1,4 +1,4 @@
-"""What samples in flight reuse: by slot, which policy each follows and where its lanes keep what they computed."""
+"""Reuse state of samples in flight, by slot: the reuse policy of each, and the store entries of its lanes."""
 
 from dataclasses import dataclass
 
@@ -20,16 +20,16 @@ from .sample_batch import SampleBatch
 
 @dataclass(frozen=True)
 class Reserved:
-    """For k samples that are about to begin. policy: a number, NONE without one; entry: int64 [k, 2], by half, NONE
-    where a sample has no such lane."""
+    """Store entries reserved for k new samples. policy: its number; entry: int64 [k, 2], by half, NONE where a sample
+    has no such lane."""
 
     policy: int
     entry: np.ndarray
 
 
 class ReuseSlots:
-    """By slot, of `capacity`. policy: int64 [capacity], of `policies`, NONE where a sample reuses nothing. entry:
-    int64 [capacity, 2], of the store, by half. begun: int64 [capacity], the step that the sample began at."""
+    """Reuse state by slot. policy: int64 [capacity], number in `policies`, NONE without reuse. entry: int64
+    [capacity, 2], entry of the store, by half. begun: int64 [capacity], the step at which the sample began."""
 
     def __init__(self, capacity: int, model: Model, device: torch.device) -> None:
         self._model, self.store, self.policies = model, FeatureStore(device), PolicySet[ReusePolicy]()
@@ -41,7 +41,7 @@ class ReuseSlots:
         return len(self.policies)
 
     def reserve(self, samples: SampleBatch, index: np.ndarray) -> Reserved | None:
-        """For samples index: int64 [k] of `samples`; None where they reuse nothing. Memory may run out here; then
+        """Reserves entries for samples index: int64 [k] of `samples`; None if they reuse nothing. If memory runs out,
         nothing has changed."""
         policy = samples.parts.reuse
         if policy is None:
@@ -53,36 +53,36 @@ class ReuseSlots:
         return Reserved(self.policies.add(policy), entry)
 
     def _kinds(self, policy: ReusePolicy) -> dict[str, Kind]:
-        """What a lane of `policy` keeps."""
+        """The store values of a lane of `policy`."""
         backbone = self._model.backbone
         if reuses_branches(policy) and self.store.book is None:
             self.store.book = BranchBook(*structure_of(backbone).branches.macs.shape)
         return kinds_of(policy, backbone, next(self._model.parameters()).dtype)
 
     def give_back(self, reserved: Reserved | None) -> None:
-        """Of samples that could not begin."""
+        """Frees the entries of samples that could not begin."""
         if reserved is not None:
             self.store.give_back(reserved.entry[reserved.entry != NONE])
 
     def begin(self, slots: np.ndarray, reserved: Reserved | None, first: np.ndarray) -> None:
-        """They have these slots now: int64 [k]. first: int64 [k], the step that each begins at."""
+        """Assigns slots: int64 [k] to new samples. first: int64 [k], the step at which each begins."""
         self.begun[slots] = first
         if reserved is not None:
             self.policy[slots], self.entry[slots] = reserved.policy, reserved.entry
 
     def release(self, slots: np.ndarray) -> None:
-        """What they have kept is given up."""
+        """Frees the entries of slots: int64 [k]."""
         entry = self.entry[slots]
         self.policy[slots], self.entry[slots] = NONE, NONE
         self.store.give_back(entry[entry != NONE])
 
     def owns(self, slots: np.ndarray, policy: object) -> np.ndarray:
-        """bool [k]: who of slots: int64 [k] follows `policy`."""
-        wanted = [number for number, own in enumerate(self.policies.kinds) if own is policy]
+        """bool [k]: slots: int64 [k] whose reuse policy is `policy`."""
+        wanted = [number for number, known in enumerate(self.policies.kinds) if known is policy]
         return np.isin(self.policy[slots], wanted)
 
     def keep(self, used: np.ndarray) -> np.ndarray:
-        """Forgets all policies but those used: int64 [n]. Returns their new numbers, int64 [n]."""
+        """Drops all policies but those in used: int64 [n]. Returns their new numbers, int64 [n]."""
         now = used.copy()
         now[used != NONE] = self.policies.keep(used[used != NONE])
         return now
@@ -96,8 +96,8 @@ class ReuseSlots:
         network: np.ndarray | None,
         networks: NetworkSet,
     ) -> ReuseLanes | None:
-        """slot, step, steps: int64 [B], by lane: its slot, the step it is at, how many its sample makes. network: int64
-        [B] or None, of `networks`. None where nobody reuses."""
+        """The reuse input of a forward pass; None if no lane reuses. slot, step, steps: int64 [B], by lane: its slot,
+        present step, and number of steps. network: int64 [B], index into `networks`, or None."""
         index = self.policy[slot]
         if (index == NONE).all():
             return None
@@ -115,7 +115,7 @@ class ReuseSlots:
         )
 
     def _fits(self, model: Model) -> bool:
-        """Whether a network's hidden states have the shape of those that are kept."""
-        own, other = self._model.backbone, model.backbone
+        """Whether a network's hidden states have the shape of the cached ones."""
+        ours, other = self._model.backbone, model.backbone
         names = ("tokens", "dim", "num_prefix_tokens")
-        return all(getattr(own, name) == getattr(other, name) for name in names)
+        return all(getattr(ours, name) == getattr(other, name) for name in names)

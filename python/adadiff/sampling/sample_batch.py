@@ -1,4 +1,4 @@
-"""Samples whose parameters have been checked against a model."""
+"""Sampling parameters checked against a model, by sample."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,20 +24,21 @@ from .reuse_checks import check_reuse_of, warn_calibrated_whole
 
 @dataclass(frozen=True)
 class SampleBatch:
-    """n samples with one policy and one solver; everything else by sample. Made by `SampleBatch.of`, which checks."""
+    """n samples with one policy and one solver; everything else by sample. Create it by `SampleBatch.of`, which checks
+    the parameters."""
 
     n: int
     parts: Parts
-    choice: NetworkChoice | None  # of the network by a sample's time
-    draft: Draft | None  # what a student draws first
+    choice: NetworkChoice | None  # the network by time
+    draft: Draft | None  # the stages of a cascade
     solver: Solver
     seeds: Tensor  # int64 [n]
     steps: Tensor  # int64 [n]
-    first: Tensor  # int64 [n], the step each begins at; more than 0 where it starts from an image
-    threshold: Tensor  # float32 [n], NaN where there is none
+    first: Tensor  # int64 [n], the step at which each begins; above 0 if it starts from an image
+    threshold: Tensor  # float32 [n], NaN if none
     guidance: Tensor  # float32 [n], guidance_scale - 1
-    interval: Tensor  # float32 [n, 2], first and last of the network's times at which there is guidance
-    channels: Tensor  # int64 [n], how many are guided, from the first on
+    interval: Tensor  # float32 [n, 2], lowest and highest of the network's times with guidance
+    channels: Tensor  # int64 [n], the number of leading channels that are guided
     tied: bool
     context: Tensor | None  # labels int64 [n], text [n, N, E]
     null: Tensor | None  # context of the unconditional lanes, [n] or [n, N, E]; None without guidance
@@ -46,28 +47,28 @@ class SampleBatch:
 
     @property
     def policy(self) -> ExitPolicy:
-        """By which lanes exit."""
+        """The exit policy."""
         return self.parts.exit
 
     @cached_property
     def lanes(self) -> int:
-        """Sequences that the network sees, at most: two for a guided sample."""
+        """The most lanes that the samples need: two for a guided sample, one for others."""
         return self.n + int(self.guidance.count_nonzero())
 
     @property
     def rows(self) -> Tensor:
-        """int64 [n]: in a report of exit layers, at most."""
+        """int64 [n]: the most steps that a report can have for each sample."""
         return self.steps if self.draft is None else self.draft.steps + self.draft.teacher_steps
 
     @property
     def most_steps(self) -> Tensor:
-        """int64 [n]: that there are to make, at most: a teacher's are made if its oracle asks for them."""
+        """int64 [n]: the most steps to make; a teacher's steps are made only if the oracle sends the sample on."""
         return self.rows if self.draft is not None else self.steps - self.first
 
     @staticmethod
     def of(model: Model, n: int, params: SamplingParams | None = None, **settings: object) -> "SampleBatch":
-        """n samples of `model`; settings: `SamplingParams` by name. Raises ValueError for what does not fit the
-        model."""
+        """n samples of `model`; settings: `SamplingParams` by name. Raises ValueError for parameters that do not fit
+        the model."""
         whole("n", n, 0)
         params = SamplingParams.of(params, settings)
         parts = parts_from(params.policy, model.calibration)
@@ -117,7 +118,7 @@ class SampleBatch:
 
 
 def _choice(model: Model, parts: Parts) -> NetworkChoice | None:
-    """ValueError for parts that this model cannot follow."""
+    """The network choice of a width policy, or None. Raises ValueError for widths that this model does not have."""
     if parts.width is None:
         return None
     choice = width_choice(model, parts.width)
@@ -132,7 +133,7 @@ def _check_steps(solver: Solver, schedule: NoiseSchedule, steps: int) -> None:
 
 
 def whole(name: str, value: int, least: int, most: int | None = None) -> None:
-    """ValueError unless `value` is an int of at least `least` and, where that is given, at most `most`."""
+    """Raises ValueError unless `value` is an int of at least `least` and, if given, at most `most`."""
     if type(value) is not int or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
     if most is not None and value > most:
@@ -149,7 +150,7 @@ def _seeds(given: int | Sequence[int] | Tensor | None, n: int) -> Tensor:
 
 
 def _guidance(scale: float | Numbers, n: int) -> tuple[Tensor, bool]:
-    """float32 [n], scale - 1, and whether there is any."""
+    """scale - 1, float32 [n], and whether any sample is guided."""
     if is_plain(scale) and scale == 1:
         return torch.zeros(n, dtype=torch.float32, device="cpu"), False
     guidance = (per_sample("guidance_scale", scale, n, torch.float64) - 1).float()
@@ -159,8 +160,8 @@ def _guidance(scale: float | Numbers, n: int) -> tuple[Tensor, bool]:
 
 
 def _thresholds(policy: ExitPolicy, given: object, n: int) -> Tensor:
-    own = torch.nan if policy.threshold is None else float(policy.threshold)
-    threshold = per_sample("thresholds", own if given is None else given, n, torch.float32)
+    default = torch.nan if policy.threshold is None else float(policy.threshold)
+    threshold = per_sample("thresholds", default if given is None else given, n, torch.float32)
     if n:
         policy.check_thresholds(threshold)
     return threshold
@@ -183,7 +184,7 @@ def _interval(given: Sequence[float] | Tensor | None, n: int, schedule: NoiseSch
         raise ValueError(f"guidance_interval must have low <= high, got {given!r}")
     high, low = schedule.times
     if bool(((interval[:, 0] > high) | (interval[:, 1] < low)).any()):
-        raise ValueError(f"guidance_interval holds none of the network's times, {low:.3g}..{high:g}: {given!r}")
+        raise ValueError(f"guidance_interval contains none of the network's times, {low:.3g}..{high:g}: {given!r}")
     return interval
 
 
@@ -229,13 +230,13 @@ def _text(model: Model, params: SamplingParams, n: int, guided: bool) -> tuple[T
         raise ValueError("guidance needs null_text_embeds, those of the empty prompt")
     if null is not None and tuple(null.shape) != shape:
         raise ValueError(f"null_text_embeds must be float {list(shape)}, got {list(null.shape)}")
-    dtype = model.backbone.pos_embed.dtype  # what the network makes of it, so that mates may bring other dtypes
+    dtype = model.backbone.pos_embed.dtype  # the network's, so that samples of one batch may bring different dtypes
     null = None if null is None else null.detach().to(dtype, copy=True).expand(n, *shape)
     return text.detach().to(dtype, copy=True).expand(n, *shape), null
 
 
 def _init_image(model: Model, params: SamplingParams, steps: Tensor, n: int) -> tuple[Tensor | None, Tensor]:
-    """The images to begin from and the first step of each sample."""
+    """The images to start from, or None, and the first step of each sample, int64 [n]."""
     image, strength = params.init_image, params.strength
     if image is None:
         return None, torch.zeros_like(steps)
@@ -245,7 +246,7 @@ def _init_image(model: Model, params: SamplingParams, steps: Tensor, n: int) -> 
     if not bool(image.isfinite().all()):
         raise ValueError("init_image holds NaN or infinity")
     strength = per_sample("strength", 0.8 if strength is None else strength, n, torch.float32)
-    kept = (strength.double() * steps + 1e-6).long().clamp(min=1)  # steps that are run; float32 0.3 is above 0.3
+    kept = (strength.double() * steps + 1e-6).long().clamp(min=1)  # steps to run; float32 0.7 is below 0.7
     first = steps - kept
     for i in first.nonzero().squeeze(1).tolist():
         starts = params.solver.table(model.schedule, int(steps[i])).starts

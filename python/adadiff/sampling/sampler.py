@@ -1,4 +1,4 @@
-"""Sampling n images: `batch` of them at a time, each finished one making room for the next."""
+"""Samples n images, `batch` at a time; the next sample starts when one has finished."""
 
 import time
 from collections.abc import Iterator
@@ -34,18 +34,18 @@ def sample(
 ) -> tuple[Tensor, Report]:
     """Draws n samples, `batch` of them at a time.
 
-    params: what the samples ask for; settings: the same by name (`sample(model, 16, steps=20, policy="exit:0.1")`).
-    execution: how it is computed. shallow_model: a shallower model of the same samples that takes the place of `model`
-    at the noisy timesteps, those of t_switch (the network's time, 0..1000; default 700) and above, whatever the policy
-    (DuoDiff).
-    Returns float32 [n, C, H, W] on the CPU in the order of the samples (images nominally in [-1, 1], not clipped, or
-    latents), and the report. n = 0 returns empty ones.
-    Raises ValueError for anything that does not fit, before any work, and FloatingPointError where a sample comes out
-    as NaN or infinity (large guidance scales overflow), as `SamplerRun`, pipelines, the command line and, for that
-    request alone, `Engine` do. `trace` keeps such values, to be looked at.
+    params: sampling parameters; settings: the same by name (`sample(model, 16, steps=20, policy="exit:0.1")`).
+    execution: how forward passes are run. shallow_model: a shallower model of the same samples that replaces `model` at
+    noisy timesteps, t_switch (the network's time, 0..1000; default 700) and above, whatever the policy (DuoDiff).
+    progress: show a progress bar.
+    Returns float32 [n, C, H, W] on the CPU in sample order (images nominally in [-1, 1], not clipped, or latents), and
+    the report. n = 0 returns an empty tensor and report.
+    Raises ValueError for invalid arguments, before any work, and FloatingPointError for a sample with NaN or infinity
+    (large guidance scales overflow), as `SamplerRun`, pipelines, the command line and, for that request alone, `Engine`
+    do. `trace` returns such values for inspection.
     """
-    own = {"batch": batch, "execution": execution, "shallow_model": shallow_model, "t_switch": t_switch}
-    run = SamplerRun(model, n, params, **own, progress=progress, **settings)
+    options = {"batch": batch, "execution": execution, "shallow_model": shallow_model, "t_switch": t_switch}
+    run = SamplerRun(model, n, params, **options, progress=progress, **settings)
     images = torch.empty(n, *model.backbone.sample_shape, dtype=torch.float32, device="cpu")
     for index, finished in run:
         images[index] = finished.cpu()
@@ -55,8 +55,8 @@ def sample(
 def check_finite(
     index: Tensor, images: Tensor, seeds: Tensor
 ) -> tuple[tuple[Tensor, Tensor], FloatingPointError | None]:
-    """index: int64 [k]; images: float [k, ...] of the samples with those; seeds: of all samples. Returns those that are
-    finite, and an error that names the first of the others."""
+    """Splits off samples with NaN or infinity. index: int64 [k]; images: float [k, ...], of these samples; seeds: of
+    all samples. Returns index and images of the finite ones, and an error that names the first other one, or None."""
     finite = images.flatten(1).isfinite().all(1).cpu()
     if bool(finite.all()):
         return (index, images), None
@@ -69,8 +69,8 @@ def check_finite(
 
 class SamplerRun:
     """As `sample`, image by image: iterating yields (index int64 [k], images float32 [k, C, H, W]) as samples finish.
-    `report` tells what was done so far. Raises FloatingPointError for a sample that is not finite, after those that
-    were finished with it have been yielded."""
+    `report`: the report so far. Raises FloatingPointError for a sample with NaN or infinity, after yielding the samples
+    that finished with it."""
 
     def __init__(
         self,
@@ -95,8 +95,8 @@ class SamplerRun:
 
     def _clear(self) -> None:
         samples, most = self.samples, int(self.samples.rows.max()) if self.n else 0
-        own = {"reuses": samples.parts.reuse is not None, "cascade": samples.draft is not None}
-        self._record = RunRecord(most, self.n, self.model.num_layers, samples.record_scores, **own)
+        kinds = {"reuses": samples.parts.reuse is not None, "cascade": samples.draft is not None}
+        self._record = RunRecord(most, self.n, self.model.num_layers, samples.record_scores, **kinds)
         self._totals = Totals()
         self._seconds = 0.0
 
@@ -108,7 +108,7 @@ class SamplerRun:
         self._clear()
         batch = Batch(self.model, self.batch, execution=self.execution, choice=self._choice)
         begun, of = 0, dict[tuple[int, int], int]()  # (slot, tenancy) -> sample
-        # not even a disabled bar where none is wanted: tqdm holds a lock that a signal could leave held
+        # without progress not even a disabled bar: tqdm uses a lock that a signal could leave held
         with tqdm(total=self.n, unit="image", dynamic_ncols=True) if self.progress else nullcontext() as bar:
             while begun < self.n or batch.count:
                 started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Everything that is kept of the samples in flight, by slot."""
+"""The state of all samples in flight, by slot."""
 
 from typing import Protocol
 
@@ -14,21 +14,21 @@ from .stages import Stages, Switch
 
 
 class Kinds(Protocol):
-    """A set that samples share, known by number."""
+    """A set of shared objects, referred to by number."""
 
     def keep(self, used: np.ndarray) -> np.ndarray: ...
 
 
 class SlotState:
-    """By slot, of `capacity` slots. What the host decides by is NumPy's: on a few numbers its operations take a third
-    of the time of PyTorch's. What the network and the solver read lies on `device`.
+    """Arrays with one entry per slot. Data for decisions of the host is in NumPy arrays, which take a third of the time
+    of PyTorch tensors for a few numbers; data of network and solver is on `device`.
 
-    running: bool, the sample still has steps to make. tenancy: how many samples the slot has had.
-    number: of the sample among those it began with; seed, step, steps, table (of a TableSet), policy (of a PolicySet),
-    choice (of a NetworkSet).
+    running: bool, the sample still has steps to make. tenancy: the number of samples that the slot has held.
+    number: the sample's index in its `SampleBatch`; seed, step, steps; table (of a TableSet), policy (of a PolicySet),
+    choice (of a NetworkSet), by number.
     threshold, guidance (scale - 1), interval [capacity, 2], channels, tied, record_scores: as in
-    `SampleBatch`. stages: of samples that a student draws first.
-    solver: x, base and history; context and null: None until somebody brings one.
+    `SampleBatch`. stages: the two stages of cascades.
+    solver: x, base and history; context and null: None until a sample has one.
     """
 
     def __init__(self, capacity: int, sample_shape: tuple[int, ...], device: torch.device):
@@ -52,7 +52,7 @@ class SlotState:
 
     @property
     def taken(self) -> np.ndarray:
-        """bool [capacity]: somebody's."""
+        """bool [capacity]: slots in use."""
         taken = np.ones(self.capacity, dtype=bool)
         taken[self._free] = False
         return taken
@@ -68,27 +68,27 @@ class SlotState:
         packed: PackedTables,
         then: np.ndarray,
     ) -> np.ndarray:
-        """Samples index: int64 [k] of `samples` begin at x: [k, C, H, W]. then: int64 [3, k], table, policy and choice
-        of their second stage, if they have one. Returns their slots, int64 [k]."""
+        """Starts samples index: int64 [k] of `samples` at x: [k, C, H, W]. then: int64 [3, k], table, policy and choice
+        of the second stage, if there is one. Returns their slots, int64 [k]."""
         solver = packed.widen(self.solver)
         if self.context is None and samples.context is not None:
             shape, dtype = samples.context.shape[1:], samples.context.dtype
             null = torch.zeros(self.capacity, *shape, dtype=dtype, device=self.device)
             self.context, self.null = torch.zeros_like(null), null  # both or none
-        own = torch.from_numpy(index)
+        chosen = torch.from_numpy(index)
         left = len(self._free) - len(index)
-        slots = np.array(self._free[left:][::-1], dtype=np.int64)  # theirs once all is written: memory may run out
+        slots = np.array(self._free[left:][::-1], dtype=np.int64)  # taken only below: memory may run out before
         self.number[slots], self.table[slots], self.policy[slots], self.choice[slots] = index, table, policy, choice
         for name in ("steps", "threshold", "guidance", "interval", "channels"):
-            getattr(self, name)[slots] = getattr(samples, name)[own].numpy()
-        self.seed[slots], self.step[slots] = samples.seeds[own].numpy(), samples.first[own].numpy()
+            getattr(self, name)[slots] = getattr(samples, name)[chosen].numpy()
+        self.seed[slots], self.step[slots] = samples.seeds[chosen].numpy(), samples.first[chosen].numpy()
         self.tied[slots], self.record_scores[slots] = samples.tied, samples.record_scores
         self.stages.begin(self, slots, samples.draft, index, then)
         there = self.there(slots)
         if samples.context is not None:
-            self.context[there] = upload(samples.context[own], self.device)
+            self.context[there] = upload(samples.context[chosen], self.device)
             if samples.null is not None:
-                self.null[there] = upload(samples.null[own], self.device)
+                self.null[there] = upload(samples.null[chosen], self.device)
         self.solver = solver
         self.solver.restart(there, x)
         del self._free[left:]
@@ -97,13 +97,13 @@ class SlotState:
         return slots
 
     def switch(self, switch: Switch) -> None:
-        """Writes what `Stages.judge` has found."""
+        """Starts the second stage of the samples that `Stages.judge` found."""
         if len(switch.slots):
             self.solver.restart(self.there(switch.slots), switch.x)
             self.stages.switch(self, switch.slots)
 
     def keep(self, name: str, kinds: Kinds) -> None:
-        """What nobody uses any more of `kinds` is forgotten; `name` is what indexes it, one of stages.INDICES."""
+        """Drops unused members of `kinds`. name: the array of their numbers, one of stages.INDICES."""
         now, then, taken = getattr(self, name), self.stages.then[name], self.taken
         drafting = taken & self.stages.drafting
         used = kinds.keep(np.concatenate([now[taken], then[drafting]]))
@@ -114,5 +114,5 @@ class SlotState:
         self._free.extend(slots.tolist())
 
     def there(self, value: np.ndarray) -> Tensor:
-        """`value` on the device."""
+        """Uploads `value` to the device."""
         return upload(torch.from_numpy(value), self.device)

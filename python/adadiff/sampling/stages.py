@@ -1,6 +1,6 @@
-"""Samples of a cascade, which are drawn in two stages: by a student, and, if its oracle asks for it, by the teacher.
+"""The two stages of a cascade's samples: a student draws, and if the oracle's score is low, the teacher goes on.
 
-A slot holds what its sample follows now. What it follows in the second stage waits here.
+A slot holds the settings of the sample's present stage; those of the second stage are kept here.
 """
 
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from .cascades import Draft
 
-INDICES = ("table", "policy", "choice")  # of sets that several samples share, see `SlotState`
+INDICES = ("table", "policy", "choice")  # arrays of `SlotState` with numbers of shared objects
 
 
 @dataclass(frozen=True)
 class Judged:
-    """What oracles said of some of the k samples of a pass. index: int64 [j], which of them; scores: float32 [j];
-    went_on: bool [j], the teacher takes over; macs: multiply-adds of the oracles."""
+    """Oracle scores of some of the k samples of a pass. index: int64 [j], these samples; scores: float32 [j]; went_on:
+    bool [j], whether the teacher takes over; macs: multiply-adds of the oracles."""
 
     index: np.ndarray
     scores: np.ndarray
@@ -26,14 +26,14 @@ class Judged:
     macs: int
 
     def of(self, i: int) -> tuple[float, bool] | None:
-        """Score and whether it went on, of the i-th of the k samples; None where it was not judged."""
-        place = (self.index == i).nonzero()[0]
-        return (float(self.scores[place[0]]), bool(self.went_on[place[0]])) if len(place) else None
+        """The score of the i-th of the k samples and whether it went on; None if it was not scored."""
+        found = (self.index == i).nonzero()[0]
+        return (float(self.scores[found[0]]), bool(self.went_on[found[0]])) if len(found) else None
 
 
 @dataclass(frozen=True)
 class Switch:
-    """Samples at slots: int64 [m] go on to their second stage, from x: float32 [m, C, H, W]."""
+    """Samples at slots: int64 [m] that begin their second stage, from x: float32 [m, C, H, W]."""
 
     judged: Judged
     slots: np.ndarray
@@ -41,7 +41,7 @@ class Switch:
 
 
 class Slots(Protocol):
-    """Of `SlotState`, what a stage consists of, by slot."""
+    """The arrays of `SlotState` that stages read and write."""
 
     seed: np.ndarray
     step: np.ndarray
@@ -54,8 +54,8 @@ class Slots(Protocol):
 
 
 class Stages:
-    """By slot, of `capacity` slots. drafting: bool, the sample is in the first of two stages. before: int64, steps that
-    its sample made in an earlier stage."""
+    """Stages by slot. drafting: bool, the sample is in the first of two stages. before: int64, the steps that the
+    sample made in its first stage, 0 during it."""
 
     def __init__(self, capacity: int):
         self.drafting, self._tied = np.zeros((2, capacity), dtype=bool)
@@ -65,24 +65,25 @@ class Stages:
         self._draft: list[Draft | None] = [None] * capacity
 
     def begin(self, state: Slots, slots: np.ndarray, draft: Draft | None, index: np.ndarray, then: np.ndarray) -> None:
-        """New samples, index: int64 [k] of their request, at slots: int64 [k], whose values are those of the only or of
-        the last stage: they wait, and the student's take their place. then: int64 [3, k], by INDICES, of the second
+        """Starts samples index: int64 [k] of their request at slots: int64 [k]. `state` holds values of the last stage;
+        with a draft they are set aside and replaced by the student's. then: int64 [3, k], by INDICES, of the second
         stage."""
         self.drafting[slots], self.before[slots] = draft is not None, 0
         for slot in slots.tolist():
             self._draft[slot] = draft
         if draft is None:
             return
-        for name, own in zip(INDICES, then, strict=True):
-            self.then[name][slots] = own
+        for name, numbers in zip(INDICES, then, strict=True):
+            self.then[name][slots] = numbers
         self._steps[slots] = draft.teacher_steps[torch.from_numpy(index)].numpy()
         self._guidance[slots], self._tied[slots] = state.guidance[slots], state.tied[slots]
         state.step[slots], state.steps[slots] = 0, draft.steps
         state.guidance[slots], state.tied[slots] = 0, False
 
     def judge(self, state: Slots, slots: np.ndarray, images: Tensor, one_by_one: bool) -> Switch | None:
-        """Of samples at slots: int64 [k] that have made their next step and become images: float32 [k, C, H, W], who
-        goes on. None where nobody has come to the end of a student's list. Waits for the device; writes nothing."""
+        """Scores samples whose student has finished, and returns which go on to the teacher; None if none has finished.
+        slots: int64 [k], samples that have just made a step; images: float32 [k, C, H, W], their new states. Waits for
+        the device; changes nothing."""
         ends = (self.drafting[slots] & (state.step[slots] + 1 == state.steps[slots])).nonzero()[0]
         if not len(ends):
             return None
@@ -90,7 +91,7 @@ class Stages:
         scores, went_on, macs = np.zeros(len(ends), dtype=np.float32), np.zeros(len(ends), dtype=bool), 0
         x: dict[int, Tensor] = {}
         for draft in dict.fromkeys(drafts):
-            assert draft is not None  # of those that are drafting
+            assert draft is not None  # since the sample is drafting
             own = np.array([i for i, other in enumerate(drafts) if other is draft])
             there = state.there(ends[own])
             labels = None
@@ -110,7 +111,7 @@ class Stages:
         return Switch(judged, slots[ends[went_on]], begun)
 
     def switch(self, state: Slots, slots: np.ndarray) -> None:
-        """Their second stage begins. slots: int64 [m]."""
+        """Starts the second stage of samples at slots: int64 [m]."""
         self.before[slots] = state.steps[slots]
         for name in INDICES:
             getattr(state, name)[slots] = self.then[name][slots]

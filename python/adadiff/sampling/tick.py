@@ -1,4 +1,4 @@
-"""What one tick of a batch did, and what its forward passes leave to look at."""
+"""The result of one tick of a batch, and data of its forward passes."""
 
 from dataclasses import dataclass, replace
 
@@ -17,10 +17,10 @@ from .stages import Switch
 
 @dataclass(frozen=True)
 class Tick:
-    """What one tick did. slots: int64 [k], those whose samples made a step. done: int64, slots whose samples are
-    finished. failed: slot -> why; its sample has made no step.
-    records: exit layers that became known, in the order of the steps: those of the tick before, and where samples are
-    done, those of this one, so that all are known of a sample that is done (unless the batch is `late`).
+    """The result of one tick. slots: int64 [k], whose samples made a step. done: int64 [m], slots whose samples are
+    finished. failed: slot -> error; its sample has made no step.
+    records: exit layers that became known, in step order: those of the previous tick and, if samples are done, of this
+    one, so that a sample that is done is complete (unless the batch is `late`).
     """
 
     slots: np.ndarray
@@ -31,9 +31,9 @@ class Tick:
 
 @dataclass(frozen=True)
 class Step:
-    """One forward pass and solver step of samples at slots: int64 [k], which `there` says on the device. solver: what
-    they have become, switch: who goes on to another network, and updates of what their lanes keep, None and none once
-    that is written; x: float32 [k, C, H, W], what they were."""
+    """One forward pass and solver step of samples at slots: int64 [k]. there: slots on the device. x: float32
+    [k, C, H, W], the states before the step. Set until they are written: solver, the states after it; switch, samples
+    that go on to the teacher; updates, of the lanes' feature store."""
 
     slots: np.ndarray
     there: Tensor
@@ -42,14 +42,14 @@ class Step:
     prediction: Tensor  # of all lanes
     guidance: Guidance | None
     record: PassRecord
-    switch: Switch | None  # of those whose student is done
+    switch: Switch | None  # samples whose student is done
     updates: tuple[StoreUpdate, ...] = ()
 
     def without_solver(self) -> "Step":
         return replace(self, solver=None, switch=None, updates=())
 
     def predicted_x0(self, i: int, model: Model) -> Tensor:
-        """The image that the prediction of the i-th sample would end in: float32 [C, H, W], see `Batch`."""
+        """x0 by the prediction of the i-th sample: float32 [C, H, W], see `Batch.predicted_x0`."""
         lanes, device = self.record.lanes, self.x.device
         eps = self.prediction[i if lanes.conditional is None else int(lanes.conditional[i])][None].float()
         if (guidance := self.guidance) is not None and lanes.unconditional[i] >= 0:

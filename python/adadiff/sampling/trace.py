@@ -1,4 +1,4 @@
-"""One sample, looked at step by step."""
+"""One sample, recorded step by step."""
 
 from dataclasses import dataclass
 
@@ -17,8 +17,8 @@ from .sample_batch import SampleBatch
 @dataclass(frozen=True)
 class Trace:
     """S forward passes of one sample. t: float32 [S], the network's time. exit_layer: uint8 [S, 2], of the conditional
-    and the unconditional lane, 0 where there is none. scores: float32 [S, 2, L], NaN where nothing was computed.
-    x: float32 [S, C, H, W], what the sample was after each; x0: float32 [S, C, H, W], the images predicted there."""
+    and the unconditional lane, 0 without one. scores: float32 [S, 2, L], NaN where not computed. x: float32
+    [S, C, H, W], the sample after each step; x0: float32 [S, C, H, W], the image predicted in each step."""
 
     t: Tensor
     exit_layer: Tensor
@@ -36,9 +36,9 @@ class Trace:
 def trace(
     model: Model, params: SamplingParams | None = None, *, execution: ExecutionOptions | None = None, **settings: object
 ) -> Trace:
-    """Draws one sample alone, as `sample(model, 1, params, **settings)` does, and keeps every step.
+    """Draws one sample, as `sample(model, 1, params, **settings)` does, and records every step.
 
-    Raises ValueError as `sample` does. NaN and infinity are kept, to be looked at.
+    Raises ValueError as `sample` does. NaN and infinity are returned, for inspection.
     """
     params = SamplingParams.of(params, {**settings, "record_scores": True})
     batch = Batch(model, 1, execution=execution)

@@ -1,4 +1,4 @@
-"""What one step needs of the host, on the device: one transfer."""
+"""Uploads all indices that one step needs from the host, in one transfer."""
 
 from dataclasses import dataclass, fields
 
@@ -13,11 +13,11 @@ from .slots import SlotState
 
 @dataclass(frozen=True)
 class StepIndices:
-    """Of k samples and B lanes; int64 unless said. What nobody needs is None.
+    """Indices of k samples and B lanes on the device; int64 unless stated, None if not needed.
 
-    slots [k]; row [k], of the solver's tables; seed, step [k], where a step adds noise. sample, lane_slots [B]: of each
-    lane, where lanes lie otherwise than samples, and where there is a context. unconditional_lanes, and their slots.
-    conditional, unconditional [k]: lanes of each sample, -1 where there is none; weight [k], float32; channels [k].
+    slots [k]; row [k], of the solver's tables; seed, step [k], if a step adds noise. sample [B], of each lane, if lanes
+    are not in sample order; lane_slots [B], the slot of each lane, if there is a context; unconditional_lanes, and
+    their slots. conditional, unconditional [k]: lanes of each sample, -1 if none; weight [k], float32; channels [k].
     """
 
     slots: Tensor
@@ -40,7 +40,7 @@ NAMES = tuple(field.name for field in fields(StepIndices))
 def step_indices(
     state: SlotState, lanes: Lanes, slots: np.ndarray, row: np.ndarray, step: np.ndarray, noise: bool
 ) -> StepIndices:
-    """slots, row, step: int64 [k]. noise: the solver adds some."""
+    """Uploads the indices of a step. slots, row, step: int64 [k]. noise: whether the solver adds noise."""
     given: dict[str, np.ndarray | None] = {"slots": slots, "row": row, "conditional": lanes.conditional}
     lane_slots = slots if lanes.in_order else slots[lanes.sample]
     if not lanes.in_order:
