@@ -200,7 +200,7 @@ def test_a_distillation_goes_on_from_its_last_halving(
     ("change", "match"),
     [
         ("--steps 0", "steps must be an integer from 1"),
-        ("--halvings 9", "begin with more than 1,000"),
+        ("--halvings 9", "begin with more than 1,000; give fewer"),
         ("--lr 0", "lr must lie in"),
         ("--label-drop 1", "label_drop in"),
         ("--share 0.001", "share must be"),
