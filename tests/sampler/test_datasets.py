@@ -99,7 +99,7 @@ def test_damaged_cifar10(tmp_path: Path) -> None:
     file = tmp_path / "bin" / "cifar-10-batches-bin" / "data_batch_3.bin"
     content = file.read_bytes()
     file.write_bytes(content[:-1])
-    with pytest.raises(ValueError, match=r"data_batch_3\.bin has 9218 bytes, expected some times 3073"):
+    with pytest.raises(ValueError, match=r"data_batch_3\.bin has 9218 bytes, expected a multiple of 3073"):
         load("cifar10", tmp_path / "bin")
     file.write_bytes(b"\x0a" + content[1:])
     with pytest.raises(ValueError, match=r"data_batch_3\.bin has labels .*10.*, expected 0\.\.9"):

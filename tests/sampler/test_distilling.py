@@ -50,7 +50,7 @@ def test_pairs_are_two_steps_of_the_teacher_and_one_of_the_student(schedule: str
 
 
 def test_a_schedule_without_such_lists_is_refused() -> None:
-    with pytest.raises(ValueError, match="'vp' has not"):
+    with pytest.raises(ValueError, match="'vp' does not have"):
         step_pairs(NoiseSchedule("vp"), 4)
 
 

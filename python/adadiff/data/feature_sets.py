@@ -1,4 +1,4 @@
-"""Data that U-ViT's scripts extract: moments of latents, and text embeddings (contexts) of captions; see datasets.py."""
+"""Data extracted by U-ViT's scripts: moments of latents and text embeddings (contexts) of captions, see datasets.py."""
 
 import re
 from collections.abc import Callable, Sequence

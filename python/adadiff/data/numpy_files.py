@@ -60,7 +60,7 @@ ALLOWED: dict[tuple[str, str], object] = {
 
 
 class _Unpickler(pickle._Unpickler):
-    """Based on the unpickler in Python: the one in C allocates memory for any memo index, up to 2^32, in a tiny file."""
+    """Based on the unpickler in Python: the one in C allocates memory for any memo index, up to 2^32, in a file."""
 
     def find_class(self, module: str, name: str) -> object:
         if (module, name) not in ALLOWED:

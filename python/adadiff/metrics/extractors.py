@@ -17,7 +17,7 @@ Extractor = Callable[[Tensor], Tensor]  # images float32 [N, C, H, W] in [-1, 1]
 
 @dataclass(frozen=True)
 class Features:
-    """A feature extractor with its name. Called with images float32 [N, C, H, W] in [-1, 1]; returns features [N, F]."""
+    """A named feature extractor. Called with images float32 [N, C, H, W] in [-1, 1]; returns features [N, F]."""
 
     name: str
     extract: Extractor

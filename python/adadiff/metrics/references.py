@@ -18,7 +18,7 @@ from .kernel import mean_within
 
 @dataclass(frozen=True)
 class Reference:
-    """statistics: for Fréchet distances. features: of real images, float [M, F], for kernel distances; None: unknown."""
+    """statistics: for Fréchet distances. features: of real images, float [M, F], for kernel distances, or None."""
 
     statistics: FeatureStatistics
     features: Tensor | None = None

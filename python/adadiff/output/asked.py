@@ -1,4 +1,4 @@
-"""The request for a folder of samples, as plain values, from which any process on any machine draws the same samples."""
+"""The request for a folder of samples, as plain values: any process on any machine draws the same samples from it."""
 
 import dataclasses
 import hashlib

@@ -144,7 +144,7 @@ class PictureFolder:
         return no_totals(num_layers)
 
     def _check(self) -> tuple[list[int], list[str]]:
-        """Slots without an intact picture, and a message for each damaged one. ValueError for files that no run wrote."""
+        """Slots without an intact picture, and a message for each damaged one. ValueError for files of other origin."""
         missing, damaged = [], []
         for slot in range(self.n):
             path = self.path(slot)
