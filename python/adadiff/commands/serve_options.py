@@ -36,7 +36,7 @@ def add_serve(commands: Commands) -> None:
     )
 
     limits = command.add_argument_group("limits")
-    limits.add_argument("--max-images", type=int, default=16, metavar="N", help="most images of a request (default: 16)")
+    limits.add_argument("--max-images", type=int, default=16, metavar="N", help="most images per request (default: 16)")
     limits.add_argument("--max-steps", type=int, default=250, metavar="N", help="most steps of an image (default: 250)")
     limits.add_argument(
         "--max-body", type=int, default=65536, metavar="BYTES", help="largest body of a request (default: 65536)"

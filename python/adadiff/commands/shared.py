@@ -69,5 +69,5 @@ def decoder(options: argparse.Namespace, model: Model) -> Callable[[Tensor], Ten
             raise ValueError("this model makes images, not latents; leave --decoder out")
         raise ValueError("the model's configuration has no latent_scale; convert it again with a --preset that has one")
     autoencoder = latents.load_autoencoder(options.decoder)
-    latents.decode(torch.zeros(0, *shape, dtype=torch.float32, device="cpu"), autoencoder, scale, shift)  # checks shapes
+    latents.decode(torch.zeros(0, *shape, dtype=torch.float32, device="cpu"), autoencoder, scale, shift)  # checks shape
     return lambda samples: latents.decode(samples, autoencoder, scale, shift)

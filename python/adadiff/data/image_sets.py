@@ -122,7 +122,7 @@ def _read_cifar_pickle(path: Path) -> tuple[Tensor, Tensor]:
     whole = isinstance(labels, list) and all(isinstance(v, int | np.integer) for v in labels)
     if not fits or not whole or len(labels) != len(data):
         raise ValueError(f"{path} must hold b'data', uint8 [n, 3072], and b'labels', n whole numbers")
-    labels = [min(max(int(label), -1), 255) for label in labels]  # any size fits into int64; _cifar refuses what is outside 0..9
+    labels = [min(max(int(label), -1), 255) for label in labels]  # fits any integer into int64; _cifar checks 0..9
     return _cifar(
         torch.cat([torch.tensor(labels, dtype=torch.int64, device="cpu")[:, None], torch.from_numpy(data)], 1), path
     )

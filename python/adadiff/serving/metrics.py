@@ -100,8 +100,10 @@ class _Engines:
         ticks = CounterMetricFamily("adadiff_engine_ticks", "Steps of the engine", labels=["model"])
         blocks = CounterMetricFamily("adadiff_blocks", "Blocks run, counted for each lane", labels=["model"])
         full = CounterMetricFamily("adadiff_blocks_full", "Blocks that full networks would have run", labels=["model"])
-        macs = CounterMetricFamily("adadiff_multiply_adds", "Multiply-adds of networks and uncertainties", labels=["model"])
-        macs_full = CounterMetricFamily("adadiff_multiply_adds_full", "Multiply-adds that full networks would have taken", labels=["model"])
+        macs = CounterMetricFamily("adadiff_multiply_adds", "Multiply-adds spent", labels=["model"])
+        macs_full = CounterMetricFamily(
+            "adadiff_multiply_adds_full", "Multiply-adds that full networks would have taken", labels=["model"]
+        )
         exits = HistogramMetricFamily("adadiff_exit_layer", "Blocks that a lane ran in a step", labels=["model"])
         for name, served in self._models.items():
             report, layers = served.engine.report, served.model.num_layers

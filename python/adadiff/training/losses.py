@@ -182,7 +182,7 @@ class VarianceLoss(nn.Module):
         beta = 1 - a / before
         posterior = beta * (1 - before) / (1 - a)
         posterior[0] = posterior[1]
-        _, noise = conversion(prediction_type, "epsilon", a.sqrt(), (1 - a).sqrt())  # error of eps per error of the prediction
+        _, noise = conversion(prediction_type, "epsilon", a.sqrt(), (1 - a).sqrt())  # error of eps per error predicted
         rows = torch.stack([(beta / posterior).log(), beta**2 / ((1 - beta) * (1 - a)) / posterior * noise**2])
         rows[:, 0] = 0  # the last step adds no noise, so its variance costs nothing
         self.first = float(t.min())

@@ -134,7 +134,7 @@ class Job:
         """Yields what a `Drawer` returns for each missing shard, in order of completion."""
         shards = ray.data.from_items([{"shard": number} for number in missing], override_num_blocks=len(missing))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RayDeprecationWarning)  # max_task_retries is deprecated, but has no replacement yet
+            warnings.simplefilter("ignore", RayDeprecationWarning)  # of max_task_retries: no replacement yet
             drawn = shards.map_batches(
                 Drawer,
                 fn_constructor_args=(self.asked, self.manifest, self.texts, self.files),
