@@ -40,13 +40,14 @@ TIMES = torch.tensor([999.0, 20.5])  # one of them fractional, as in U-ViT's sol
 TOLERANCE = 1e-5
 HEAD = """# The authors' modules and ours
 
-Random weights of full size, written by the authors' module, read by `adadiff convert`; two lanes. Written by
-`python -m benchmarks.studies.parity --reference CLONE ...`. Errors are the largest, over the largest value of what is
-compared.
+The authors' module, with random weights at full size, is saved, and read by `adadiff convert`; outputs of two lanes are
+compared. Written by `python -m benchmarks.studies.parity --reference CLONE ...`. Errors: the largest difference,
+divided by the authors' largest value.
 
-forward: the plain network; engine: `adadiff.forward`, nobody exiting; layers: each layer's prediction, exited there; u:
-each layer's uncertainty. All of these in float32, where 1e-5 is allowed. bfloat16: one lane through our engine, and
-beside it theirs, both against their float32 from the same bfloat16 weights; allowed is twice theirs and four roundings.
+In float32, with a tolerance of 1e-5: *forward*, the plain network; *engine*, `adadiff.forward` without exits; *layers*,
+the prediction of each exit; *u*, the uncertainty of each layer. *bfloat16*: one lane of our engine; *theirs*: the
+authors' module in bfloat16; both against the authors' module in float32 with the same bfloat16 weights. The tolerance
+is twice their error plus four roundings.
 
 | model | read from | parameters | forward | engine | layers | u | bfloat16 | theirs | result |
 | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |

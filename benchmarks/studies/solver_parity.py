@@ -182,8 +182,8 @@ def main() -> int:
     lines = [
         "# Solvers against their authors' code",
         "",
-        f"U-ViT {commit(options.reference)}, DiT {commit(options.dit)}, torch {torch.__version__}; made by "
-        "`benchmarks/studies/solver_parity.py`, which says what is compared.",
+        f"U-ViT {commit(options.reference)}, DiT {commit(options.dit)}, torch {torch.__version__}; written by "
+        "`benchmarks/studies/solver_parity.py`, which explains the comparison and the errors.",
         "",
         "| code | function | ours | schedule | evaluations | float64 | float32 |",
         "| --- | --- | --- | --- | ---: | ---: | ---: |",

@@ -23,7 +23,7 @@ from ..reading import read_json
 from ..weights import check_dtype, plain_names
 
 AVERAGES = ("ema", "model_ema", "ema_state_dict")
-WRAPPERS = (*AVERAGES, "model_state_dict", "state_dict", "model")  # keys of training checkpoints; the first found is read
+WRAPPERS = (*AVERAGES, "model_state_dict", "state_dict", "model")  # keys of training checkpoints; the first is read
 PREFIXES = ("module.", "model.", "net.")  # of every name, added by DataParallel, averaged models and Lightning
 SETTINGS = ("args", "config", "cfg", "hyper_parameters", "hparams", "model_args", "model_config")  # beside the weights
 NESTED = 4  # most levels of wrappers
