@@ -46,7 +46,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--commit", help="commit to record in rows, for a tree without git")
     parser.add_argument("--preset", action="append", default=[], help="of the suite network; may be repeated")
     parser.add_argument("--batch", action="append", type=int, default=[], help="of the suite network; may be repeated")
-    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds after which no comparison starts (default: 500)")
+    parser.add_argument(
+        "--limit", type=float, default=LIMIT, help="seconds after which no comparison starts (default: 500)"
+    )
     parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU: shows that every line runs")
     return parser.parse_args(argv)
 

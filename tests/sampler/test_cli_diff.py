@@ -183,7 +183,10 @@ def test_what_cannot_be_compared_is_refused_before_work(tiny, tmp_path, monkeypa
         (f"{tiny} --class-label 10 --other seed=1", "class_labels must be in 0..9, got [10]"),
         (f"{tiny} --steps 0 --other seed=1", "steps must be at least 1"),
         (f"{tiny} --other model={latents}", "must draw samples of one shape, got (1, 8, 8) and (4, 8, 8)"),
-        (f"{latents} --other seed=1 --picture {tmp_path}/x.png", "the models draw latents, not images; leave --picture out"),
+        (
+            f"{latents} --other seed=1 --picture {tmp_path}/x.png",
+            "the models draw latents, not images; leave --picture out",
+        ),
         (f"{tiny} --other seed=1 --picture {tmp_path}", f"cannot write {tmp_path}"),
         (f"{tiny} --other seed=1 --picture {tmp_path}/none/x.png", f"cannot write {tmp_path}/none/x.png"),
         (f"{text} --other seed=1", "this model takes text"),

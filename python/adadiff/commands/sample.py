@@ -237,9 +237,7 @@ def _announce(configuration: dict[str, Any], calibration: Calibration | None) ->
         return
     known = (calibration.steps, calibration.solver, calibration.guidance_scale)
     if asked != known:
-        print(
-            f"note: the policy was calibrated for {way_of_drawing(*known)}; here its share of the work may differ"
-        )
+        print(f"note: the policy was calibrated for {way_of_drawing(*known)}; here its share of the work may differ")
 
 
 def _saving(report: Report) -> str:

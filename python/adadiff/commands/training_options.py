@@ -105,9 +105,7 @@ def add_search(commands: Commands) -> None:
         help="quality to minimize: distribution, the Fréchet distance of all images to real ones; "
         f"faithful, the mean squared difference to the whole network's images (default: {AIMS[1]})",
     )
-    add_features(
-        goal, "features of images, for distribution", "digits, canvases or letters for models that draw these"
-    )
+    add_features(goal, "features of images, for distribution", "digits, canvases or letters for models that draw these")
     goal.add_argument(
         "--reference",
         metavar="PATH",

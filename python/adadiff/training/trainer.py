@@ -333,7 +333,7 @@ def _check_process() -> None:
 def _check_memory(config: TrainConfig) -> None:
     with torch.device("meta"):
         weights = sum(value.numel() for value in Model(config.model).parameters())
-    memory, needed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 8 * weights  # float32 weights and average
+    memory, needed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 8 * weights  # float32: weights, average
     if needed > memory:
         raise ValueError(
             f"this network has {weights / 1e9:,.1f} billion weights; training it takes more than the "
