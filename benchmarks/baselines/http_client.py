@@ -140,7 +140,7 @@ class Clients:
         return Answer(ask.kind, status, end - ask.arrival, whole, end)
 
     def _idle_one(self) -> Connection | None:
-        """One that the service has not closed meanwhile, as it does with those that are idle for long."""
+        """An open connection: the service may have closed idle ones."""
         while self._idle:
             connection = self._idle.pop()
             if not connection.reader.at_eof():

@@ -63,7 +63,7 @@ QUICK = Sizes((4, 2, 2, 1), (32, 5, 16, 1), 32, (0.8,), 4, (50, 4))
 
 def run(rows: Rows, sizes: Sizes) -> None:
     network(rows, sizes)
-    with threads(1):  # a second one would wait for most of its processor time
+    with threads(1):  # a second thread would spend most of its CPU time waiting
         digits(rows, sizes)
 
 

@@ -128,7 +128,9 @@ def add_sample(commands: Commands) -> None:
         help="workers, each with its own copy of the model and, for --device cuda, a GPU (default: as many as fit in "
         "the cluster)",
     )
-    machines.add_argument("--actor-cpus", type=int, metavar="N", help="CPUs, and threads, of each worker (default: 1)")
+    machines.add_argument(
+        "--actor-cpus", type=int, metavar="N", help="number of CPUs and threads of each worker (default: 1)"
+    )
 
     execution = command.add_argument_group("execution")
     add_batch(execution)

@@ -81,7 +81,7 @@ def add_serve(commands: Commands) -> None:
         "--text-encoder",
         type=Path,
         metavar="FOLDER",
-        help="CLIP text encoder for text-to-image models, a folder or a name on the Hugging Face hub "
+        help="text encoder (CLIP) for text-to-image models, a folder or a name on the Hugging Face hub "
         f"(default: {CLIP}, if such a model is served)",
     )
     add_decoder(outside)

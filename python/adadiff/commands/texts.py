@@ -355,7 +355,7 @@ uncertainty, from 0 to 1.
   exit:depth=K        after block K; 7.5: after 7 at half
                       of the timesteps, after 8 at others
   exit:batch-mean=U   all samples at once, by their mean
-                      uncertainty, as AdaDiff's own sampler
+                      uncertainty, as AdaDiff's sampler
                       (a baseline)
   exit:budget=SHARE   by the thresholds that `adadiff
                       calibrate` chose for SHARE of the
@@ -363,18 +363,18 @@ uncertainty, from 0 to 1.
   exit:table=SHARE    the same share, by timestep alone
   cache:threshold=C   after the first block, reuses the
                       other blocks of the sample's last
-                      full step while that block's residual
-                      has changed by at most C, relative to
-                      that step, such as 0.1
+                      full step while the relative change
+                      of that block's residual since then
+                      is at most C, such as 0.1
   cache:threshold=C,first=K,gate=input
-                      decides after K blocks, by the change
+                      decides after K blocks, by changes
                       of the first block's input, summed
                       over steps
   cache:batch=C       all samples at once (a baseline)
   reuse:every=K       every K-th step is full, the others
                       reuse its blocks; dense_early=N and
-                      dense_late=N: full steps at the start
-                      and at the end
+                      dense_late=N: full steps at the
+                      start and at the end
   width:W             a share W of heads and channels (of
                       a slimmable model)
   width:FILE          a share for each timestep, as
