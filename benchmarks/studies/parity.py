@@ -294,11 +294,11 @@ def compare(case: Case) -> str:
 
         for parameter in module.parameters():
             parameter.copy_(parameter.bfloat16().float())
-        lane = [v if v is None else v[1:] for v in given]  # one: few CPUs are quick in bfloat16
+        lane = [v if v is None else v[1:] for v in given]  # one lane, because few CPUs are fast in bfloat16
         exact = case.run(module, *lane).noise
         to_bfloat16(module)
         allowed = error(case.run(module, lane[0].bfloat16(), *lane[1:]).noise, exact)
-        del module  # there is room for one of two large ones
+        del module  # memory may not suffice for both modules
         gc.collect()
 
         done = convert(source, dest, case.preset, drop_first_exit=first_exit)
