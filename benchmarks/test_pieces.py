@@ -76,14 +76,14 @@ def test_philox(benchmark: BenchmarkFixture) -> None:
     benchmark(philox_normal, torch.arange(LANES), torch.zeros(LANES, dtype=torch.int64), 0, 3 * 32 * 32)
 
 
-@pytest.mark.parametrize("case", ["plain", "engine", "nobody exits", "spread"])
+@pytest.mark.parametrize("case", ["plain", "engine", "no exits", "spread"])
 @torch.inference_mode()
 def test_forward(benchmark: BenchmarkFixture, case: str) -> None:
     """One forward pass of the digits network, 64 lanes at different timesteps, random weights."""
     model = adadiff.build("digits")
     x, t, labels = torch.randn(LANES, 1, 8, 8), torch.linspace(0, 999, LANES), torch.arange(LANES) % 10
     lane = torch.arange(LANES)
-    depth = {"nobody exits": torch.full((LANES,), 13.0), "spread": (3 + lane * 7 % 11).float()}.get(case)
+    depth = {"no exits": torch.full((LANES,), 13.0), "spread": (3 + lane * 7 % 11).float()}.get(case)
     if case == "plain":
         benchmark(model.backbone, x, t, labels)
     else:

@@ -197,4 +197,4 @@ def cost_of_scoring(rows: Sequence[Row]) -> list[str]:
         return []
     mark = ", busy" if busy(found[0]) else ""
     cost = percent(found[0]["overhead"], 1, "+")
-    return sentence(f"Digits, forward pass in which nobody exits: {cost} over the fastest plain network{mark}.")
+    return sentence(f"Digits, forward pass without exits: {cost} over the fastest plain network{mark}.")

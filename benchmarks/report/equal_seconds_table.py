@@ -39,7 +39,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 
 
 def best_within(timed: Sequence[Point], methods: Sequence[str], seconds: float) -> Point | None:
-    """The setting with the smallest error, of those of these methods that take at most `seconds` per image."""
+    """These methods' setting with the smallest error within `seconds` per image."""
     fast = [point for point in timed if point.method in methods and point.seconds <= seconds]
     return min(fast, key=lambda point: point.measures["error"].value, default=None)
 

@@ -32,7 +32,7 @@ def section(rows: Sequence[Row]) -> Section | None:
     body, said = [], []
     for batch, group in sorted(batches.items()):
         exits = "exits after block 2" if batch == ALONE else "every other lane exits"
-        for variant, words in (("two-phase", exits), ("nobody leaves", "nobody exits")):
+        for variant, words in (("two-phase", exits), ("nobody leaves", "no exits")):
             if own := [row for row in group if row["variant"] == variant]:
                 body.append((f"batch {batch}, {words}", *extremes(own, one)))
         said += meaning(batch, group)
@@ -63,5 +63,5 @@ def meaning(batch: int, group: Sequence[Row]) -> list[str]:
                 found.append(order_of_seconds(row, fastest) == sign)
     if not saves or not costs:
         return [f"Batch {batch}: not enough was measured undisturbed to say whether exits save time."]
-    text = f"Batch {batch}: exits save time {in_cases(saves, 'network')}; where nobody exits, the engine costs time"
+    text = f"Batch {batch}: exits save time {in_cases(saves, 'network')}; without exits the engine costs time"
     return sentence(f"{text} {in_cases(costs)}.")

@@ -19,7 +19,7 @@ from benchmarks.rows import Row
 
 SUITE = "network"
 MOST = 4  # comparisons shown at most: the last ones
-HEADER = ("U-ViT-S/2, exits spread over blocks 3-13", "speed-up", "", "of attainable", "nobody exits: cost")
+HEADER = ("U-ViT-S/2, exits spread over blocks 3-13", "speed-up", "", "of attainable", "cost without exits")
 EXPLAINED = (
     "Speed-up: over the fastest plain network. Attainable: its blocks on the remaining rows alone.",
     "Saves or costs time: the 20 to 80 % ranges of seconds do not overlap, speed-ups over 3 % apart.",
@@ -68,5 +68,5 @@ def meaning(compared: Sequence[dict[str, Row]]) -> list[str]:
                 found.append(order_of_seconds(ways[name], fastest) == sign)
     if not saves or not costs:
         return ["Not enough was measured undisturbed to say whether exits save time."]
-    text = f"Exits save time {in_cases(saves, 'comparison')}; where nobody exits, the engine costs time"
+    text = f"Exits save time {in_cases(saves, 'comparison')}; without exits the engine costs time"
     return sentence(f"{text} {in_cases(costs)}.")

@@ -28,5 +28,5 @@ def section(rows: Sequence[Row]) -> Section | None:
     met = sum(row["over_best"] - 1 <= WANTED.get(row["reuse"], REST) for row in undisturbed)
     said = "Nothing was measured undisturbed."
     if undisturbed:
-        said = f"Within 1 % where nobody reuses and 4 % elsewhere: {met} of {len(undisturbed)} undisturbed."
+        said = f"Within 1 % if no sample reuses, 4 % otherwise: {met} of {len(undisturbed)} undisturbed."
     return Section([*columns(header, body), *sentence(said)], f"diffusers, caches by sample. {said}")

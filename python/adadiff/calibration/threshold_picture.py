@@ -41,7 +41,7 @@ def threshold_picture(calibration: Calibration, path: Path) -> None:
     axes[0, 0].legend(loc="upper left", fontsize=7, framealpha=0.6)
     figure.supxlabel("timestep, from noise to image", fontsize=9)
     figure.supylabel("block", fontsize=9)
-    figure.colorbar(image, ax=axes, label="exits below this uncertainty (white: nobody, black: all)").ax.tick_params(
+    figure.colorbar(image, ax=axes, label="exits below this uncertainty (white: none, black: all)").ax.tick_params(
         labelsize=8
     )
     replace_file(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))

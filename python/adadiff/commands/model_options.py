@@ -70,8 +70,8 @@ def add_calibrate(commands: Commands) -> None:
     goal.add_argument(
         "--refit",
         action="store_true",
-        help="first fit the uncertainty estimation modules anew, in closed form, so that they tell the samples of one "
-        "timestep apart by the error that exiting causes",
+        help="first refit the uncertainty estimation modules in closed form, so that the uncertainty predicts "
+        "differences in exit error between samples of the same timestep",
     )
 
     samples = command.add_argument_group("samples to calibrate on")
