@@ -1,4 +1,4 @@
-"""The HTTP service in the summary: its cost over the engine, and whether replies are complete beside bad clients."""
+"""The HTTP service in the summary: its cost over the engine, and whether misbehaving clients harm others."""
 
 from collections.abc import Sequence
 

@@ -41,7 +41,7 @@ def summary(rows: Iterable[Row], folder: Path) -> list[str]:
         head.append("What was measured has no summary; see the tables.")
     room = LINES - len(head) - 1
     blocks = fitted(found, room)
-    gaps = room - sum(map(len, blocks)) > len(blocks)  # an empty line before each, where there is room for all
+    gaps = room - sum(map(len, blocks)) > len(blocks)  # room for an empty line before each
     lines = [line for block in [head, *blocks, [where(folder)]] for line in [*block, *[""] * gaps]]
     return [shortened(line) for line in lines[: len(lines) - gaps]]
 

@@ -291,7 +291,7 @@ def misbehaving(requests: Sequence[Request], step: float) -> tuple[list[Ask], li
 
 
 def counts(asks: Sequence[Ask], run: Run) -> dict[str, dict[str, int]]:
-    """By kind of client: their number, and how many got what they waited for."""
+    """By kind of client: their number, and how many got a complete reply."""
     kinds = (GOOD, MALFORMED, SLOW, LEAVES)
     asked = {kind: sum(ask.kind == kind for ask in asks) for kind in kinds}
     return {"asked": asked, "whole": {kind: sum(is_whole(a) for a in run.answers if a.kind == kind) for kind in kinds}}

@@ -156,7 +156,7 @@ class Refitting:
             tau = self._embedded(model).double()  # [S, Dt]
             mean = tau.mean(0)
             centred = tau - mean
-            kernel = centred @ centred.T  # [S, S], as S is small beside Dt
+            kernel = centred @ centred.T  # [S, S], because S is much smaller than Dt
             kernel.diagonal().add_((SMOOTH * kernel.diagonal().mean()).clamp(min=LEAST))
             weight = torch.linalg.solve(kernel, a - bias).T @ centred  # [K, Dt]
             exits.time_weight[:K] = weight[:, None].to(exits.time_weight)

@@ -8,7 +8,7 @@ from ..policies.calibrated import Calibration
 from ..writing import replace_file
 from .reliability import matplotlib_figure
 
-COLUMNS = 4  # panels beside each other
+COLUMNS = 4  # panels per row
 
 
 def threshold_picture(calibration: Calibration, path: Path) -> None:
