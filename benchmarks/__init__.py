@@ -1,1 +1,1 @@
-"""Measurements: what early exit is worth on this machine, beside the fastest thing a user would run instead."""
+"""Measurements of early exit on this machine, compared with the fastest alternatives that a user has."""

@@ -1,15 +1,15 @@
-"""Measures early exit on this machine: speed, and beside it the quality of the images.
+"""Measures early exit on this machine: speed, and quality of the images.
 
-Prints a summary of a few lines; the folder --out holds the rest: report.html, tables.txt, pictures and rows.jsonl.
+Prints a short summary; the folder --out gets report.html, tables.txt, pictures and rows.jsonl.
 
 python benchmarks/run.py [--quick]            both suites, short: under 8 minutes (90 s) on 2 cores
 python benchmarks/run.py --suite network      U-ViT-S/2 at batch 8 and 64, both dtypes, compiled baseline
 python benchmarks/run.py --suite serving      throughput and latency of continuous batching: 50 minutes (--quick: 1)
-python benchmarks/run.py --suite admission    who begins first of those that wait, on a virtual clock: 5 minutes
-python benchmarks/run.py --suite http         the HTTP service beside the engine inside it: 20 minutes (--quick: 1)
-python benchmarks/run.py --suite quality --data canvases     every method over its range, at equal seconds: 50 minutes
+python benchmarks/run.py --suite admission    order of waiting requests, on a virtual clock: 5 minutes
+python benchmarks/run.py --suite http         the HTTP service compared with its engine: 20 minutes (--quick: 1)
+python benchmarks/run.py --suite quality --data canvases     all methods at equal seconds: 50 minutes
 python benchmarks/run.py --suite quality --data letters --screen 256 --samples 2048     five hours
-python benchmarks/run.py --suite diffusers    caches in transformers, sample by sample: 8 minutes (--quick: 1)
+python benchmarks/run.py --suite diffusers    caches in diffusers transformers: 8 minutes (--quick: 1)
 python benchmarks/run.py --suite models       every published network: on a GPU all, on a CPU the small ones
 python benchmarks/run.py --suite digits --samples 10000 --seeds 3 --quality-only --out DIR
 """
@@ -59,48 +59,50 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "serving",
     )
     parser.add_argument("--suite", choices=suites, default="default")
-    parser.add_argument("--quick", action="store_true", help="few repeats, few samples: shows that it works")
-    parser.add_argument("--out", type=Path, help="folder for everything written (default: benchmarks/out/DATE)")
-    parser.add_argument("--presets", help="of the suite models, separated by commas (quick: digits)")
+    parser.add_argument("--quick", action="store_true", help="few repeats and samples, to see that it works")
+    parser.add_argument("--out", type=Path, help="folder for all output (default: benchmarks/out/DATE)")
+    parser.add_argument("--presets", help="suite models: networks, separated by commas (quick: digits)")
     parser.add_argument(
-        "--samples", type=_positive, help="drawn by each method (default: 1000, suite quality: 512; quick: 200)"
+        "--samples", type=_positive, help="samples for each method (default: 1000, suite quality: 512; quick: 200)"
     )
-    parser.add_argument("--seeds", type=_positive, default=1, help="independent runs of so many samples (default: 1)")
-    parser.add_argument("--processes", type=_positive, default=cores(), help="that draw digits, one thread each")
+    parser.add_argument("--seeds", type=_positive, default=1, help="independent runs of --samples each (default: 1)")
     parser.add_argument(
-        "--quality-only", action="store_true", help="no timing; rows that --out has are not drawn again"
+        "--processes", type=_positive, default=cores(), help="processes that draw, of one thread each (default: cores)"
     )
-    parser.add_argument("--data", choices=DATA, default=DATA[0], help="of the suite quality (default: digits)")
+    parser.add_argument(
+        "--quality-only", action="store_true", help="no timing; existing rows in --out are not measured again"
+    )
+    parser.add_argument("--data", choices=DATA, default=DATA[0], help="suite quality: data set (default: digits)")
     parser.add_argument(
         "--models",
         nargs="+",
         type=_model,
         default=[],
         metavar="ROLE=MODEL",
-        help="of the suite quality: full, with exits; plain, trained with equal budget; shallow, of its own training: "
-        "a name that ships, a file, or nothing to leave it out (default: DATA, DATA_plain and DATA_shallow, shipped or "
-        "in runs/)",
+        help="suite quality: full, with exits; plain, without exits, trained with the same budget; shallow, trained "
+        "separately: a shipped name, a file, or empty to leave it out (default: DATA, DATA_plain and DATA_shallow, "
+        "shipped or in runs/)",
     )
-    parser.add_argument("--rounds", type=_positive, help="suite quality: of timing; more where the machine is busy")
+    parser.add_argument("--rounds", type=_positive, help="suite quality: rounds of timing; more if the machine is busy")
     parser.add_argument(
         "--screen",
         type=_positive,
         default=0,
-        help="suite quality: so many samples screen all settings, and --samples others judge those within 10 %% of a "
-        "front (default: all are judged)",
+        help="suite quality: screen all settings with this many samples, and judge only those within 10 %% of a front "
+        "with --samples others (default: judge all)",
     )
-    parser.add_argument("--full-sweep", action="store_true", help="suite quality: every setting there is, for hours")
+    parser.add_argument("--full-sweep", action="store_true", help="suite quality: all settings; takes hours")
     parser.add_argument("--steps", type=whole_numbers, help="suite quality: numbers of solver steps, as in 6,10,20")
     parser.add_argument("--budgets", type=shares, help="suite quality: shares of the work, as in 0.4,0.55")
     chosen = parser.parse_args(argv)
     if chosen.quality_only and chosen.suite not in ("default", "digits", "quality"):
         parser.error(f"the suite {chosen.suite} measures no quality; use --suite digits")
     if chosen.suite == "http" and find_spec("uvicorn") is None:
-        parser.error("the suite http takes the service: pip install 'adadiff_kernels[serve]'")
+        parser.error("the suite http needs the service: pip install 'adadiff_kernels[serve]'")
     if chosen.suite == "diffusers" and find_spec("diffusers") is None:
-        parser.error("the suite diffusers takes diffusers: pip install 'adadiff_kernels[diffusers]'")
+        parser.error("the suite diffusers needs diffusers: pip install 'adadiff_kernels[diffusers]'")
     if chosen.presets is not None and chosen.suite != "models":
-        parser.error("--presets are those of --suite models")
+        parser.error("--presets is for --suite models")
     try:
         chosen.preset_setting = preset_setting(chosen)
     except ValueError as error:
@@ -165,12 +167,12 @@ def measure(rows: Rows, comparison: Comparison | None, chosen: argparse.Namespac
 
 
 def report(rows: Rows) -> None:
-    """Writes tables, pictures and the page that holds both beside the rows, and prints the summary, alone on stdout."""
+    """Writes tables, pictures and an HTML page with both to the rows' folder, and prints the summary to stdout."""
     say("tables, pictures and report")
     lines = summary(rows.rows, rows.folder)
     pictures = [*plots.draw(rows.rows, rows.folder), *sorted(rows.folder.glob("reliability-*.png"))]
     tables = "\n\n".join(plain(table) for table in all_tables(rows.rows)) + "\n"
-    page = html.page(lines[:-1], rows.rows, pictures)  # without the line that says where it lies
+    page = html.page(lines[:-1], rows.rows, pictures)  # without the last line, the path of the report
     for name, text in ((TABLES, tables), (REPORT, page)):
         replace_file(rows.folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
     print(file=sys.stderr)
@@ -225,7 +227,7 @@ def preset_setting(chosen: argparse.Namespace) -> presets.Setting:
 
 
 def network_settings(chosen: argparse.Namespace) -> list[Setting]:
-    """bfloat16 where the CPU multiplies it itself; emulated, it would only measure the emulation."""
+    """Settings of the suite network. bfloat16 only if the CPU supports it natively."""
     native = machine()["bfloat16"]
     every = torch.get_num_threads()
     dtype = torch.bfloat16 if native else torch.float32

@@ -1,4 +1,4 @@
-"""Timing: the variants of a comparison take turns, the first under two names, which shows the noise."""
+"""Timing: the variants of a comparison take turns; the first is measured twice, which shows the noise (A/A)."""
 
 import json
 import os
@@ -18,7 +18,8 @@ MIN_ROUNDS = 3
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a call, or ratios of two calls, one number for each round."""
+    """Seconds of a call, or ratios of two calls, one number for each round. Raises ValueError for no or invalid
+    numbers."""
 
     samples: tuple[float, ...]
 
@@ -27,7 +28,7 @@ class Times:
             raise ValueError(f"times are one or more finite numbers of seconds, got {self.samples}")
 
     def quantile(self, level: float) -> float:
-        """Linear between neighbours, as numpy's default."""
+        """Quantile with linear interpolation, numpy's default."""
         return float(np.quantile(self.samples, level))
 
     @property
@@ -50,7 +51,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Variants measured in turns. `again` is the first of them, measured a second time under another name."""
+    """Variants measured in turns. again: second measurement of the first variant."""
 
     times: Mapping[str, Times]
     again: Times
@@ -71,7 +72,7 @@ class Comparison:
         return self.times[name].median
 
     def ratio(self, one: str, other: str) -> Times:
-        """Seconds of one over those of the other, round by round: drift from round to round cancels."""
+        """Ratios of the seconds of two variants in each round, so that drift between rounds cancels."""
         return _ratio(self.times[one], self.times[other])
 
     def row(self, name: str) -> dict[str, object]:
@@ -96,14 +97,14 @@ def interleave(
     clock: Callable[[], float] = time.perf_counter,
     timer: Callable[[Callable[[], object]], float] | None = None,
 ) -> Comparison:
-    """Runs every variant once a round, in another order each time, so that drift favours none.
+    """Runs every variant once in each round, in random order, so that drift favours none.
 
-    repeats: rounds. warmup: rounds that are thrown away. pairs: variants that run right after one another, to be
-    compared by `Comparison.ratio`; which of the two is first alternates. turn: a shorter call is repeated within
-    its turn until this many seconds have passed, and its mean taken. limit: after MIN_ROUNDS rounds, no further
-    one starts that would make them take longer than this many seconds together. kept: the file of this comparison's
-    rounds; each is written there when it ends, and those found there are not run again. timer: takes a call's turn and
-    returns the seconds of one call, where the host's clock cannot: on a device that is still at work.
+    repeats: number of rounds. warmup: rounds that are discarded. pairs: variants that run directly after each other, in
+    alternating order, to be compared with `Comparison.ratio`. turn: a call shorter than this many seconds is repeated
+    for so long, and its mean is taken. limit: after MIN_ROUNDS rounds, no round is started that would exceed this many
+    seconds in total. kept: file in which finished rounds are saved; those found there are not run again. timer: runs a
+    call's turn and returns the seconds of one call; for asynchronous devices, which the host's clock cannot time.
+    Raises ValueError for no variants or invalid numbers.
     """
     if not variants or repeats < 1 or warmup < 0:
         raise ValueError(f"a comparison takes variants, repeats >= 1 and warmup >= 0, got {repeats=}, {warmup=}")
@@ -134,7 +135,7 @@ def interleave(
     return Comparison({name: times[name] for name in names}, times[""])
 
 
-Round = tuple[float, dict[str, float]]  # how long it took, and the seconds of every variant
+Round = tuple[float, dict[str, float]]  # seconds of the round, and of every variant
 
 
 def _read(kept: Path | None) -> list[Round]:
@@ -145,11 +146,11 @@ def _write(kept: Path | None, rounds: list[Round]) -> None:
     if kept is not None:
         part = kept.with_name(kept.name + ".part")
         part.write_text(json.dumps(rounds))
-        os.replace(part, kept)  # killed at any moment, the file is a whole one
+        os.replace(part, kept)  # atomic, so that the file is never incomplete
 
 
 def _turn(call: Callable[[], object], least: float, clock: Callable[[], float]) -> float:
-    """Mean seconds of a call: a median of many short ones would not see what else the machine did."""
+    """Mean seconds of a call. Not a median, which would hide interference from other processes in short calls."""
     calls, started = 0, clock()
     while True:
         call()
@@ -160,8 +161,8 @@ def _turn(call: Callable[[], object], least: float, clock: Callable[[], float]) 
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that PyTorch's allocator has out at once during a call, above weights and inputs; what operators
-    need inside themselves is counted, too, and compiled code allocates past every operator."""
+    """Peak bytes that PyTorch's allocator hands out during a call, besides weights and inputs. Includes memory that
+    operators allocate internally, and that of compiled code."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -170,7 +171,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
             call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else each start and stop of the profiler is a line on stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else every start and stop of the profiler prints a line on stderr
     with (
         torch.inference_mode(),
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler,
@@ -186,7 +187,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
-    """PyTorch's threads inside one operator."""
+    """Sets PyTorch's number of intra-op threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -196,7 +197,7 @@ def threads(number: int) -> Iterator[None]:
 
 
 def best_micro_batch(run: Callable[[int], object], batch: int, seconds: float = 0.2) -> int:
-    """The m of 1, 2, 4, ..., batch whose single call run(m) takes the least time per lane."""
+    """The m among 1, 2, 4, ..., batch for which run(m) takes the least time per lane."""
     sizes = [1 << i for i in range(batch.bit_length()) if 1 << i < batch] + [batch]
     per_lane = {}
     with torch.inference_mode():

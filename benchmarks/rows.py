@@ -1,4 +1,4 @@
-"""Rows: one JSON object a line, each complete in itself: what was measured, on what, with what, when."""
+"""Rows: one self-contained JSON object per line: what was measured, on which machine, with which versions, when."""
 
 import datetime
 import hashlib
@@ -29,7 +29,7 @@ BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86 and ARM names
 
 @cache
 def machine() -> Row:
-    """What the numbers depend on. bfloat16: whether the CPU multiplies it itself; else it is emulated."""
+    """The hardware that numbers depend on. bfloat16: whether the CPU supports it natively; else it is emulated."""
     info = _cpuinfo()
     return {
         "cpu": info.get("model name", platform.processor() or platform.machine()),
@@ -42,7 +42,7 @@ def machine() -> Row:
 
 
 def cores() -> int:
-    """Those this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -66,7 +66,7 @@ def versions() -> Row:
 
 @cache
 def commit() -> str:
-    """Hash of HEAD, with "+dirty" where the tree differs from it; outside a repository that of its sources."""
+    """Hash of HEAD, with "+dirty" if the worktree differs; outside a repository, a hash of the sources."""
     try:
         head = _git("rev-parse", "HEAD")
         return head + ("+dirty" if _git("status", "--porcelain") else "")
@@ -75,8 +75,8 @@ def commit() -> str:
 
 
 def source_digest(root: Path) -> str:
-    """Twelve digits that stand for what is measured where there is no git: the sources of the packages and of these
-    scripts, by name and content. Made of a checkout, it says which commit that was."""
+    """Twelve digits that identify the measured code without git: a hash of names and contents of the packages' sources
+    and of these scripts. The digest of a checkout identifies its commit."""
     digest = hashlib.sha256()
     folders = [root / name for name in ("adadiff_kernels", "benchmarks", "csrc", "python")]
     for path in sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in SOURCES):
@@ -90,11 +90,11 @@ def _git(*arguments: str) -> str:
 
 
 class Rows:
-    """The rows of a folder, written as they are measured, so that an interrupted run keeps what it has."""
+    """The rows of a folder. Each is written when measured, so that an interrupted run keeps what it has."""
 
     def __init__(self, folder: Path, device: Mapping[str, object] | None = None, at: str | None = None):
-        """Opens or creates folder/rows.jsonl. device: what the rows say of the machine beside its CPU; at: the commit,
-        where git cannot tell. Raises ValueError where it cannot be written."""
+        """Opens or creates folder/rows.jsonl. device: entries about the machine besides its CPU; at: the commit, if
+        git is not available. Raises ValueError if the file cannot be written."""
         self.folder, self.path = folder, folder / "rows.jsonl"
         self.machine, self.commit = {**machine(), **(device or {})}, at or commit()
         try:
@@ -106,12 +106,12 @@ class Rows:
         self.rows = read(self.path)
         text = self.path.read_bytes()
         whole = text.rfind(b"\n") + 1
-        if whole < len(text):  # a run that was killed while it wrote
+        if whole < len(text):  # a run was killed while writing
             print(f"{self.path}: dropped an unfinished last line", file=sys.stderr)
             os.truncate(self.path, whole)
 
     def write(self, suite: str, kind: str, variant: str, parameters: Mapping[str, object], **results: object) -> Row:
-        """suite, kind, variant and parameters say what the row is; results are what was measured."""
+        """Writes a row. suite, kind, variant, parameters: identify it; results: the measurements."""
         row = {
             "suite": suite,
             "kind": kind,
@@ -131,7 +131,7 @@ class Rows:
         return row
 
     def find(self, suite: str, kind: str, variant: str, parameters: Mapping[str, object]) -> Row | None:
-        """The last row of that description, if it has been measured."""
+        """The last row with this description, or None."""
         wanted = (suite, kind, variant, json.loads(json.dumps(dict(parameters))))
         return next((row for row in reversed(self.rows) if key(row) == wanted), None)
 
@@ -141,7 +141,7 @@ def key(row: Row) -> tuple[object, ...]:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file. A last line without its newline is left out; any other bad line is a ValueError."""
+    """The rows of a file. A last line without newline is ignored; any other invalid line raises ValueError."""
     lines = path.read_text().split("\n")[:-1]
     rows = []
     for number, line in enumerate(lines, start=1):
@@ -159,6 +159,6 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def say(text: str) -> None:
-    """A line of progress above the bars, after minutes and seconds. On stderr, as stdout is for results."""
+    """Prints a line of progress on stderr, with minutes and seconds, above progress bars. (stdout is for results.)"""
     minutes, seconds = divmod(int(time.monotonic() - STARTED), 60)
     tqdm.write(f"[{minutes:02}:{seconds:02}] {text}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The pieces by themselves, for pytest-benchmark: `pytest benchmarks`. Nothing is asserted on time."""
+"""Single operators for pytest-benchmark: `pytest benchmarks`. There are no assertions on time."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def _one_thread() -> None:
 
 @torch.inference_mode()
 def test_plan(benchmark: BenchmarkFixture) -> None:
-    """Every other of 64 lanes exits: the most moves that one decision can take."""
+    """Every other of 64 lanes exits, which takes the most moves."""
     mask = torch.arange(LANES) % 2 == 0
     moves = benchmark.pedantic(
         lambda active: active.exit_rows_where(mask, 1), setup=lambda: ((ActiveSet(LANES),), {}), rounds=300
@@ -33,7 +33,7 @@ def test_plan(benchmark: BenchmarkFixture) -> None:
 
 @torch.inference_mode()
 def test_moves(benchmark: BenchmarkFixture) -> None:
-    """32 rows of half a megabyte each are saved, and 16 others move to where some of them were."""
+    """32 rows of half a megabyte each are saved, and 16 others move into their places."""
     moves = ActiveSet(LANES).exit_rows_where(torch.arange(LANES) % 2 == 0, 1)
     rows, saved = torch.randn(2, LANES, T, D)
     benchmark(settle_rows, moves, rows, saved)
@@ -42,7 +42,7 @@ def test_moves(benchmark: BenchmarkFixture) -> None:
 @pytest.mark.parametrize("scored", [False, True], ids=["sum", "sum and score"])
 @torch.inference_mode()
 def test_fused_pass(benchmark: BenchmarkFixture, scored: bool) -> None:
-    n = 7  # as many lanes as the engine takes at a time
+    n = 7  # lanes of a micro-batch of the engine
     x, branch, lanes = torch.randn(n, T, D), torch.randn(n, T, D), torch.arange(n, dtype=torch.int32)
     score = Score(torch.randn(1, D) / D**0.5, torch.zeros(n, 1), num_prefix_tokens=1) if scored else None
     benchmark(residual_uem, x, branch, row_to_lane=lanes, score=score, out=torch.empty_like(x))
@@ -51,7 +51,7 @@ def test_fused_pass(benchmark: BenchmarkFixture, scored: bool) -> None:
 @pytest.mark.parametrize("way", ["eager call", "registered operator"])
 @torch.inference_mode()
 def test_dispatch(benchmark: BenchmarkFixture, way: str) -> None:
-    """What it costs to be called: two skips of next to nothing are joined."""
+    """Overhead of a call, with tiny inputs of join_skip."""
     x, registered = torch.randn(2, 3, 8), torch.ops.adadiff_kernels.join_skip.default
     if way == "registered operator":
         benchmark(registered, x, x, None, None, None)
@@ -76,14 +76,14 @@ def test_philox(benchmark: BenchmarkFixture) -> None:
     benchmark(philox_normal, torch.arange(LANES), torch.zeros(LANES, dtype=torch.int64), 0, 3 * 32 * 32)
 
 
-@pytest.mark.parametrize("case", ["plain", "engine", "nobody exits", "spread"])
+@pytest.mark.parametrize("case", ["plain", "engine", "no exits", "spread"])
 @torch.inference_mode()
 def test_forward(benchmark: BenchmarkFixture, case: str) -> None:
     """One forward pass of the digits network, 64 lanes at different timesteps, random weights."""
     model = adadiff.build("digits")
     x, t, labels = torch.randn(LANES, 1, 8, 8), torch.linspace(0, 999, LANES), torch.arange(LANES) % 10
     lane = torch.arange(LANES)
-    depth = {"nobody exits": torch.full((LANES,), 13.0), "spread": (3 + lane * 7 % 11).float()}.get(case)
+    depth = {"no exits": torch.full((LANES,), 13.0), "spread": (3 + lane * 7 % 11).float()}.get(case)
     if case == "plain":
         benchmark(model.backbone, x, t, labels)
     else:

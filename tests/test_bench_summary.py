@@ -197,7 +197,7 @@ def test_numbers_of_the_network_are_those_of_its_rows() -> None:
     lines = told(DEFAULT)
     assert line_of(lines, "batch 8, random weights") == [f"{1 / 0.62:.2f}", "97", "%", "+0.2", "%"]
     assert line_of(lines, "batch 32, random weights") == [f"{1 / 0.58:.2f}", "97", "%", "+20.0", "%"]
-    assert "Exits save time in 2 of 2 comparisons; where nobody exits, the engine costs time in 1 of 2." in lines
+    assert "Exits save time in 2 of 2 comparisons; without exits the engine costs time in 1 of 2." in lines
 
 
 def model_rows(preset: str, batch: int, seconds: dict[str, float], aa_ratio: float = 1.0) -> list[Row]:
@@ -218,8 +218,8 @@ def test_numbers_of_the_models_are_those_of_their_rows() -> None:
         given += model_rows(preset, 8, seconds, aa_ratio)
     lines = told(given)
     assert line_of(lines, "batch 8, every other lane exits") == [f"{1 / 1.3:.2f}", "small", "1.67", "large", "busy"]
-    assert line_of(lines, "batch 8, nobody exits") == [f"{1 / 1.13:.2f}", "small", f"{1 / 1.06:.2f}", "large", "busy"]
-    assert "Batch 8: exits save time in 1 of 2 networks; where nobody exits, the engine costs time in 2 of 2." in lines
+    assert line_of(lines, "batch 8, no exits") == [f"{1 / 1.13:.2f}", "small", f"{1 / 1.06:.2f}", "large", "busy"]
+    assert "Batch 8: exits save time in 1 of 2 networks; without exits the engine costs time in 2 of 2." in lines
     assert line_of(told(given[:3]), "batch 8, every other lane exits") == [f"{1 / 1.3:.2f}"]
 
 

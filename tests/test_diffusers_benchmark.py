@@ -175,7 +175,7 @@ def test_tables_and_summary_show_them(measured: rows.Rows, tmp_path: Path) -> No
     assert any(line.startswith("tiny FLUX, batch 5") for line in lines)
     ours = [row for row in quiet if "over_best" in row]
     within = sum(row["over_best"] <= (1.01 if row["reuse"] == 0 else 1.04) for row in ours)
-    assert f"Within 1 % where nobody reuses and 4 % elsewhere: {within} of {len(ours)} undisturbed." in lines
+    assert f"Within 1 % if no sample reuses, 4 % otherwise: {within} of {len(ours)} undisturbed." in lines
     busy = pipelines_section.section([{**row, "usable": False} for row in measured.rows])
     assert "Nothing was measured undisturbed." in busy.lines
     assert pipelines_section.section([]) is None

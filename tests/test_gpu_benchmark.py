@@ -173,7 +173,7 @@ def test_a_decision_that_counts_wrong_is_not_measured(kept: Kept, monkeypatch: p
     from adadiff_kernels import DeviceSet
 
     monkeypatch.setattr(DeviceSet, "wait", lambda self, layer: 1)
-    with pytest.raises(RuntimeError, match="known to the host counts 1 rows, 3 stay; not measured"):
+    with pytest.raises(RuntimeError, match="known to the host counts 1 remaining rows, expected 3; not measured"):
         gpu_run.run_suite(kept, gpu_run.SUITES["decision"])
 
 
@@ -292,7 +292,7 @@ def test_what_needs_more_memory_than_there_is_costs_the_others_nothing(tmp_path:
     suite = SimpleNamespace(SUITE="gpu-ceilings", tasks=lambda session: tasks)
     assert gpu_run.run_suite(Session(CPU), suite) == 1
     assert ran == [1, 1]
-    assert "needs more memory than there is: CUDA out of memory. Tried to allocate 96 GiB\n" in capsys.readouterr().err
+    assert "out of memory: CUDA out of memory. Tried to allocate 96 GiB\n" in capsys.readouterr().err
 
 
 def test_the_small_run_agrees_with_its_references() -> None:

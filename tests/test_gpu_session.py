@@ -74,7 +74,7 @@ def test_a_comparison_that_fails_costs_the_others_nothing(tmp_path: Path, capfd)
 
 
 def test_rows_need_a_device(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="measured on a CUDA device, got cpu"):
+    with pytest.raises(ValueError, match="rows need a CUDA device, got cpu"):
         Session(CPU, rows.Rows(tmp_path, GPU))
 
 

@@ -270,7 +270,7 @@ def test_rows_tables_and_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert all(len(line) == len(table.header) for table in shown for line in table.body)
     section = http_section.section(file.rows)
     assert "digits" in section.lines[1]
-    assert f"{mixed['asked'][LEAVES]} that leave" in " ".join(section.lines)
+    assert f"{mixed['asked'][LEAVES]} clients that disconnect" in " ".join(section.lines)
     assert http_section.section([]) is None
 
 

@@ -1,1 +1,1 @@
-"""What early exit is compared with: plain networks at their fastest, other methods, other servers."""
+"""Baselines: plain networks at their fastest, other methods, other servers."""

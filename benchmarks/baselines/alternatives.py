@@ -1,4 +1,4 @@
-"""What exiting early is compared with: every method over its range, each free to choose its number of solver steps."""
+"""Alternatives to early exit: every method over its range of settings and numbers of solver steps."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,18 +21,19 @@ from benchmarks.suites.drawing import Artist, Method, fingerprint, load
 from benchmarks.suites.judging import DATA
 
 BATCH = 64  # samples at a time, for quality
-COMPOSED = ("ours, early model", "ours, cache and exits", "ours, cache, exits, early model")  # of several policies
-BY_BUDGET = ("ours, faithful", "ours, distribution", *COMPOSED)  # their settings begin with it
+COMPOSED = ("ours, early model", "ours, cache and exits", "ours, cache, exits, early model")  # several policies each
+BY_BUDGET = ("ours, faithful", "ours, distribution", *COMPOSED)  # methods whose settings begin with the budget
 SINGLE = ("ours, one threshold", "ours, cache", "ours, reuse", "ours, width", "ours, cascade")  # of one policy
 OURS = (*BY_BUDGET, *SINGLE)
-CANDIDATES = 200  # single thresholds tried
-RECORDED, RECORDED_STEPS = 64, 20  # samples and steps by which they are chosen
+CANDIDATES = 200  # single thresholds that are tried
+RECORDED, RECORDED_STEPS = 64, 20  # samples and steps on which they are chosen
 
 
 @dataclass(frozen=True)
 class Networks:
-    """Names that ship or files: the network with exits, the same without, trained with equal budget, and a shallow one
-    of its own training; a slimmable one and a schedule of its widths; a cascade. Those that are None are left out."""
+    """Shipped names or files. full: the network with exits; plain: the same without exits, trained with the same
+    budget; shallow: a separately trained shallow network; slim, widths: a slimmable network and its width schedule;
+    cascade. Methods whose network is None are left out."""
 
     full: str
     plain: str | None
@@ -61,7 +62,8 @@ class Networks:
 
 
 def default_networks(data: str) -> Networks:
-    """Those that ship, else the run folders in which `adadiff train DATA`, DATA_plain and DATA_shallow leave them."""
+    """The shipped networks of a data set, else those in the run folders of `adadiff train DATA`, DATA_plain and
+    DATA_shallow. Raises ValueError if there are none."""
     if data not in DATA:
         raise ValueError(f"no data {data!r}; there are {', '.join(DATA)}")
 
@@ -79,14 +81,14 @@ def default_networks(data: str) -> Networks:
         raise ValueError(f"no network for {data}: train it, `adadiff train {data}`, or give --models full=FILE")
     others = (first(f"{data}_{name}") for name in ("plain", "shallow", "slim"))
     folder = Path(str(resources.files("adadiff"))) / "checkpoints"
-    own = {"widths": f"{data}_slim", "cascade": f"{data}_cascade"}  # names that ship
+    shipped = {"widths": f"{data}_slim", "cascade": f"{data}_cascade"}
     files = {"widths": f"{data}_slim.json", "cascade": f"{data}_cascade.safetensors"}
-    return Networks(full, *others, **{role: own[role] for role, file in files.items() if (folder / file).exists()})
+    return Networks(full, *others, **{role: shipped[role] for role, file in files.items() if (folder / file).exists()})
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """The range of every method."""
+    """The settings that are tried for every method."""
 
     steps: Sequence[int] = (4, 6, 8, 10, 14, 20, 30, 50)
     solvers: Sequence[str] = ("ddim", "dpm++2m")
@@ -95,20 +97,20 @@ class Sweep:
     calibrated_on: int = 256  # samples
     depths: Sequence[float] = (0.25, 0.4, 0.55, 0.7)  # shares of the blocks
     switches: Sequence[float] = (800.0, 700.0, 600.0, 500.0, 400.0, 300.0)
-    shares: Sequence[float] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # that one threshold for all is set for
-    first: Sequence[int] = (1, 3)  # layers that one threshold is asked from
+    shares: Sequence[float] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # shares of the work for single thresholds
+    first: Sequence[int] = (1, 3)  # first layers with exits, for single thresholds
     every: Sequence[int] = (2, 3, 5)
     changes: Sequence[float] = (0.02, 0.04, 0.08, 0.16, 0.3)  # thresholds of caches
-    composed: Sequence[float] = (0.04, 0.08, 0.16)  # those beside exits
-    sent_on: Sequence[float] = (0.1, 0.3, 0.5)  # shares of a cascade's samples that the teacher goes on with
-    reference_steps: int = 100  # of the full network's images that all should go by
+    composed: Sequence[float] = (0.04, 0.08, 0.16)  # thresholds of caches that are combined with exits
+    sent_on: Sequence[float] = (0.1, 0.3, 0.5)  # shares of a cascade's samples that go on to the teacher
+    reference_steps: int = 100  # of the full network's reference images
     repeats: int = 9
     limit: float = 1200.0  # seconds of timing
 
     def __post_init__(self) -> None:
         if not self.steps or max(self.steps) >= self.reference_steps:
             raise ValueError(
-                f"steps must be fewer than the {self.reference_steps} of the images that all go by, got {self.steps}"
+                f"steps must be fewer than the {self.reference_steps} of the reference images, got {self.steps}"
             )
 
 
@@ -146,7 +148,7 @@ QUICK = Sweep(
 
 
 def methods(networks: Networks, sweep: Sweep, folder: Path) -> list[Method]:
-    """folder: where `calibrate` left its files."""
+    """All methods and settings. folder: with the files of `calibrate`."""
     return [
         method
         for solver, steps in product(sweep.solvers, sweep.steps)
@@ -163,8 +165,8 @@ def _methods(networks: Networks, sweep: Sweep, folder: Path, common: dict) -> It
         yield Method("shallow network", networks.shallow, **common)
         for t, name in product(sweep.switches, filter(None, (full, networks.plain))):
             setting = f"t ≥ {t:g}{', plain' if name == networks.plain else ''}"
-            own = {"shallow_model": networks.shallow, "t_switch": t}
-            yield Method("DuoDiff", name, setting=setting, **own, **common)
+            switched = {"shallow_model": networks.shallow, "t_switch": t}
+            yield Method("DuoDiff", name, setting=setting, **switched, **common)
     for depth in sorted({max(1, round(share * num_layers)) for share in sweep.depths}):
         yield Method("fixed depth", full, policy=f"exit:depth={depth}", setting=f"{depth} blocks", **common)
     for every in sweep.every:
@@ -214,8 +216,8 @@ def calibrated_file(full: str, aim: str, solver: str, steps: int, sweep: Sweep, 
 
 
 def calibrate(networks: Networks, sweep: Sweep, folder: Path, artist: Artist) -> Path:
-    """Makes the calibrations that `folder` lacks, and beside each a picture of how reliable the uncertainties are.
-    Returns the picture of the first with the most steps."""
+    """Makes the calibrations that `folder` lacks, each with a picture of uncertainties against errors. Returns the
+    picture for the first aim and solver with the most steps."""
     folder.mkdir(parents=True, exist_ok=True)
     chosen = list(product(sweep.aims, sweep.solvers, sweep.steps))
     files = [calibrated_file(networks.full, *one, sweep, folder) for one in chosen]
@@ -224,7 +226,7 @@ def calibrate(networks: Networks, sweep: Sweep, folder: Path, artist: Artist) ->
         for one, file in zip(chosen, files, strict=True)
         if not file.exists()
     ]
-    # the longest first, so that no process is left with one at the end
+    # the longest first, so that the processes finish at about the same time
     artist.map(_calibrate, sorted(tasks, key=lambda task: -task[3]), "calibrations")
     shown = calibrated_file(networks.full, sweep.aims[0], sweep.solvers[0], max(sweep.steps), sweep, folder)
     return shown.with_suffix(".png")
@@ -233,16 +235,16 @@ def calibrate(networks: Networks, sweep: Sweep, folder: Path, artist: Artist) ->
 def _calibrate(task: tuple[str, str, str, int, tuple[float, ...], int, str]) -> None:
     full, aim, solver, steps, budgets, n, file = task
     model = adadiff.load(full)
-    own = Calibrating(model, budgets, aim=aim, n=n, steps=steps, solver=solver, batch=BATCH, refit=True)
-    own.run()
-    reliability_picture(own.recording, Path(file).with_suffix(".png"))
-    adadiff.save(own.model, file)
+    calibrating = Calibrating(model, budgets, aim=aim, n=n, steps=steps, solver=solver, batch=BATCH, refit=True)
+    calibrating.run()
+    reliability_picture(calibrating.recording, Path(file).with_suffix(".png"))
+    adadiff.save(calibrating.model, file)
 
 
 @cache
 def single_thresholds(name: str, shares: tuple[float, ...], first: int, by_mean: bool) -> list[float]:
-    """Thresholds, one for all timesteps and layers from `first` on, whose work along the full network's way comes
-    nearest to `shares` of its own. by_mean: the mean uncertainty of all samples decides for all."""
+    """Single thresholds for all timesteps and for layers from `first` on, whose work on recorded runs of the full
+    network is nearest to `shares` of its work. by_mean: the samples' mean uncertainty decides for all of them."""
     model = adadiff.load(name)
     classes = model.config.classes
     labels = [i % classes for i in range(RECORDED)] if classes else None

@@ -1,12 +1,12 @@
-"""What an exit pattern could cost at best: the plain network's fastest pieces on just those rows.
+"""Lower bound for the time of an exit pattern: the plain network's fastest pieces on only the rows that run.
 
     share of attainable = [T_stem + sum over layers of t_l(n_l) + T_head] / measured seconds
     share of FLOP ideal = measured speed-up / (multiply-adds of the full run / multiply-adds run)
 
-n_l rows run block l; t_l(n) is the time of the fastest plain block on exactly n rows. Which way is the fastest is
-found out beforehand, piece by piece. What the pieces of a pattern take together is measured in turns with it: as
-the sum of their own times where there are many patterns, or in one go right beside it (`replay`). U-ViT has two
-kinds of block: "in" (in-blocks, the middle) and "out" (with the skip product); a DiT's are all "in".
+n_l rows run block l; t_l(n) is the time of the fastest plain block on exactly n rows. The fastest way to run each piece
+is determined beforehand. The time of a pattern's pieces is measured in turns with the pattern: as the sum of the times
+of single pieces if there are many patterns, or in one call (`replay`). U-ViT has two kinds of blocks: "in" (in-blocks
+and the middle one) and "out" (with the skip projection); all blocks of a DiT are "in".
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ def kinds(backbone: Backbone) -> list[str]:
 
 
 def of_lanes(cond: Conditioning, lanes: slice) -> Conditioning:
-    """What is known of some lanes: every field of a conditioning is by lane."""
+    """The conditioning of some lanes; all its fields are by lane."""
     return dataclasses.replace(
         cond, **{field.name: getattr(cond, field.name)[lanes] for field in dataclasses.fields(cond)}
     )
@@ -44,11 +44,11 @@ def share_of_flop_ideal(speedup: float, macs: int, macs_full: int) -> float:
 
 
 class PlainPieces:
-    """Stem, head and single blocks of a plain network: variants of a comparison, and their times afterwards.
+    """Stem, head and single blocks of a plain network: variants for a comparison, and times computed from its result.
 
-    counts: the numbers of rows at which each kind of block is timed. sizes: micro-batches tried beside one
-    whole call. compiled: (block, *inputs) -> output through torch.compile, or None. Consecutive calls take
-    consecutive blocks, as a network does: the weights of one and the same block would stay in the cache.
+    counts: kind -> numbers of rows at which blocks are timed. sizes: micro-batches that are tried besides one call for
+    all rows. compiled: (block, *inputs) -> output through torch.compile, or None. Consecutive calls use consecutive
+    blocks, as in a network, because the weights of a single block would stay in the cache.
     """
 
     def __init__(
@@ -101,11 +101,11 @@ class PlainPieces:
 
     def _cycle(self, kind: str) -> Iterator[Block]:
         return itertools.cycle(
-            [block for block, own in zip(self.backbone.blocks, kinds(self.backbone), strict=True) if own == kind]
+            [block for block, its in zip(self.backbone.blocks, kinds(self.backbone), strict=True) if its == kind]
         )
 
     def replay(self, measured: Comparison, counts: Sequence[int]) -> Call:
-        """Stem, counts[l] rows through block l in the fastest way measured, and head, one after the other."""
+        """A call that runs the stem, counts[l] rows through block l in the fastest measured way, and the head."""
         ways = self.variants()
 
         def fastest(kind: str, n: int) -> Call:
@@ -126,7 +126,7 @@ class PlainPieces:
         return attainable_seconds(counts, kinds(self.backbone), self.block_seconds(measured), ends)
 
     def block_seconds(self, measured: Comparison) -> dict[str, dict[int, float]]:
-        """kind -> rows -> seconds of the fastest way to run one plain block on so many rows."""
+        """kind -> rows -> seconds of the fastest way to run one plain block on these rows."""
         return {
             kind: {
                 n: min(measured.median(name) for name in measured.times if name.startswith(f"{kind} {n} "))

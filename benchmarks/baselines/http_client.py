@@ -1,8 +1,8 @@
-"""Clients of a service, all in one process of their own: python -m benchmarks.baselines.http_client HOST PORT
+"""Clients of a service, all in one separate process: python -m benchmarks.baselines.http_client HOST PORT
 
-Takes the requests as JSON on stdin and writes what became of them to stdout. asyncio alone, and no HTTP library: on two
-cores a client takes processor time from the server that it measures, and it has to misbehave, too. Imports nothing but
-the standard library, so that it starts at once.
+Reads requests as JSON from stdin and writes the answers to stdout. It uses asyncio without an HTTP library: on two
+cores, clients take CPU time from the server that they measure, and some have to misbehave. Only the standard library is
+imported, for a fast start.
 """
 
 import asyncio
@@ -18,14 +18,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PATH = "/v1/images/generations"
 GOOD, LEAVES, MALFORMED, SLOW = "good", "leaves", "malformed", "slow"
-LEAD = 0.2  # seconds from the start to the arrival at 0, for connections to be made
-LIMIT = 600.0  # seconds after which the run is given up
+LEAD = 0.2  # seconds from the start to arrival time 0
+LIMIT = 600.0  # seconds after which the run is aborted
 
 
 @dataclass(frozen=True)
 class Ask:
-    """arrival: seconds. kind: LEAVES closes its connection `after` seconds without an answer, SLOW begins to read
-    `after` seconds after it has asked."""
+    """A request. arrival: seconds. kind: LEAVES closes its connection after `after` seconds without an answer, SLOW
+    starts reading `after` seconds after sending."""
 
     arrival: float
     body: str
@@ -35,8 +35,8 @@ class Ask:
 
 @dataclass(frozen=True)
 class Answer:
-    """status: 0 where the connection ended without one. seconds: from the arrival, not from the moment at which it was
-    sent, to the last byte. whole: all of the body came; of a stream, with the end of each image."""
+    """status: 0 if the connection ended without one. seconds: from the planned arrival, not from sending, to the last
+    byte. whole: whether the body is complete; for a stream, with the end of each image."""
 
     kind: str
     status: int
@@ -47,8 +47,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Run:
-    """seconds: from the first arrival to the last answer to one that waits for it. busy: processor seconds of the
-    clients."""
+    """seconds: from the first arrival to the last answer of a well-behaved client. busy: CPU seconds of the clients."""
 
     answers: list[Answer]
     seconds: float
@@ -56,7 +55,7 @@ class Run:
 
 
 def clients(host: str, port: int, asks: Sequence[Ask], timeout: float = LIMIT) -> Run:
-    """Runs them in another process. Raises RuntimeError with what it wrote where it fails."""
+    """Runs the requests in another process. Raises RuntimeError with its stderr if it fails."""
     done = subprocess.run(
         [sys.executable, "-m", __name__, host, str(port)],
         input=json.dumps([asdict(ask) for ask in asks]),
@@ -72,7 +71,7 @@ def clients(host: str, port: int, asks: Sequence[Ask], timeout: float = LIMIT) -
 
 
 class Connection:
-    """Kept alive between requests."""
+    """An HTTP connection that is kept alive between requests."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
         self.reader, self.writer = reader, writer
@@ -80,7 +79,7 @@ class Connection:
     @staticmethod
     async def open(host: str, port: int, slow: bool = False) -> "Connection":
         connection = Connection(*await asyncio.open_connection(host, port))
-        if slow:  # what is sent to it stays in the buffers of the system
+        if slow:  # replies stay in the system's buffers
             connection.writer.transport.pause_reading()
         return connection
 
@@ -92,7 +91,7 @@ class Connection:
         self.writer.write(f"{head}\r\n\r\n".encode() + data)
 
     async def read(self) -> tuple[int, bytes, bool]:
-        """Status, body, and whether the connection goes on."""
+        """Status, body, and whether the connection stays open."""
         head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
         status = int(head.split(" ", 2)[1])
         fields = dict(line.split(": ", 1) for line in head.split("\r\n")[1:-2])
@@ -125,7 +124,7 @@ class Clients:
         answers = await asyncio.gather(*map(self._one, asks))
         for connection in self._idle:
             connection.close()
-        last = max((one.end for one in answers if one.kind == GOOD), default=0.0)
+        last = max((answer.end for answer in answers if answer.kind == GOOD), default=0.0)
         return Run(list(answers), last - min(ask.arrival for ask in asks), time.process_time())
 
     @property
@@ -135,13 +134,13 @@ class Clients:
     async def _one(self, ask: Ask) -> Answer:
         await asyncio.sleep(ask.arrival - self._now)
         status, whole = 0, False
-        with suppress(OSError, asyncio.IncompleteReadError):  # status and whole say so
+        with suppress(OSError, asyncio.IncompleteReadError):  # visible in status and whole
             status, whole = await self._exchange(ask)
         end = self._now
         return Answer(ask.kind, status, end - ask.arrival, whole, end)
 
     def _idle_one(self) -> Connection | None:
-        """One that the service has not closed meanwhile, as it does with those that are idle for long."""
+        """An open connection: the service may have closed idle ones."""
         while self._idle:
             connection = self._idle.pop()
             if not connection.reader.at_eof():
@@ -175,7 +174,7 @@ class Clients:
 
 
 def complete(ask: Ask, body: bytes) -> bool:
-    """Whether an answer holds as many images as were asked for; an error has its message."""
+    """Whether an answer holds the requested number of images, or, for an invalid body, an error message."""
     if ask.kind == MALFORMED:
         return "message" in json.loads(body)["error"]
     n = json.loads(ask.body).get("n", 1)

@@ -1,8 +1,9 @@
-"""One step of a transformer of diffusers, random weights, in which some samples reuse what their later blocks added: by
-the cache that decides sample by sample, by diffusers' own, which decides for the batch, and what it could cost at best.
+"""One step of a diffusers transformer with random weights in which some samples reuse the residual of their later
+blocks: with our cache, which decides for each sample, with diffusers' own, which decides for the batch, and a lower
+bound.
 
-At best: the plain network's own parts, its stem, first block and head on all rows, its later blocks on just the rows
-that run. Who reuses is given; the sample-by-sample cache computes its gate all the same.
+Lower bound: the plain network's stem, first block and head on all rows, its later blocks on only the rows that run. The
+samples that reuse are set beforehand, but our cache computes its gate all the same.
 """
 
 import copy
@@ -26,8 +27,8 @@ NEVER, ALWAYS = -1.0, 1e9  # thresholds of diffusers' cache
 
 @dataclass(frozen=True)
 class Shape:
-    """A network and what it is called with. side: of the latent's square, in patches; text: tokens of a prompt.
-    batch_cache: diffusers' own first-block cache takes this class."""
+    """A network and the sizes of its inputs. side: of the square latent, in patches; text: tokens of a prompt.
+    batch_cache: whether diffusers' first-block cache supports this class."""
 
     name: str
     kind: str
@@ -41,7 +42,7 @@ class Shape:
         return self.config["num_layers"] + self.config.get("num_single_layers", 0)
 
     def inputs(self, B: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-        """Arguments of a call, the timestep aside."""
+        """Arguments of a call, without the timestep."""
         generator = torch.Generator().manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
@@ -70,7 +71,7 @@ class Shape:
 
 
 def flux(name: str, layers: int, single: int, heads: int, width: int, side: int, text: int, **more: Any) -> Shape:
-    """width: of a head."""
+    """width: channels of a head."""
     axes = [width // 8, *[(width - width // 8) // 2] * 2]
     config = {
         "num_layers": layers,
@@ -105,7 +106,7 @@ def pixart(name: str, layers: int, heads: int, width: int, side: int, text: int,
 
 @dataclass
 class Given(ReusePolicy):
-    """reuse: bool [B], on the CPU, which the caller sets before a call."""
+    """A policy that reuses where the caller says. reuse: bool [B] on the CPU, set before each call."""
 
     first: int = 1
     last: int = 0
@@ -120,13 +121,13 @@ class Given(ReusePolicy):
 
 
 def who_reuses(B: int, share: float) -> Tensor:
-    """bool [B]: share * B of them, spread over the batch."""
+    """bool [B]: share * B samples, spread over the batch."""
     ends = (torch.arange(B + 1, dtype=torch.float64) * share + 1e-9).floor()
     return ends.diff() > 0
 
 
 class Step:
-    """A network for B samples. calls: by name, the plain network's first; record: of the sample-by-sample cache."""
+    """A network for B samples. calls: name -> call, the plain network's first; record: of our cache."""
 
     def __init__(self, shape: Shape, B: int, device: torch.device, dtype: torch.dtype):
         import diffusers
@@ -164,14 +165,14 @@ class Step:
 
     @staticmethod
     def _spread(module: nn.Module) -> None:
-        """Gates and tables of modulation that begin as zeros would make blocks the identity."""
+        """Makes modulation weights random, because blocks with zero gates would be the identity."""
         with torch.no_grad():
             for name, value in module.named_parameters():
                 if "norm" in name and value.ndim == 2:
                     value.normal_(std=0.02)
 
     def time(self) -> Tensor:
-        """[B], a little less at each call, as in one run."""
+        """Timesteps [B], slightly lower at each call, as within one run."""
         t = self.shape.most_time * (1 - 1e-6) ** next(self._calls)
         return torch.full((self.B,), t, dtype=torch.float32, device=self.device)
 
@@ -193,7 +194,7 @@ class Step:
         return call
 
     def _at_best(self, share: float) -> Call:
-        """Blocks get rows of one call's inputs, the same for all of a list: seconds do not depend on values."""
+        """The lower bound. All blocks of a list get the same inputs, as seconds do not depend on values."""
         running = (~who_reuses(self.B, share)).nonzero().flatten().to(self.device)
         if len(running) == self.B:
             return self.calls[PLAIN]
@@ -211,25 +212,25 @@ class Step:
         return call
 
     def _taken_apart(self, module: nn.Module) -> tuple[nn.Module, list[tuple[list[nn.Module], Any]]]:
-        """The network with every block but the first replaced by one that returns what it once did; and those blocks,
-        list by list, with the inputs of the first of them."""
+        """The network with all blocks but the first replaced by stubs that return a recorded output; and the replaced
+        blocks of each list, with the inputs of the first."""
         later: list[tuple[list[nn.Module], Any]] = []
         noted: dict[str, tuple[Any, Any, Any]] = {}
         for number, name in enumerate(name for name in LISTS if hasattr(module, name)):
             blocks = getattr(module, name)
-            own = blocks[1:] if number == 0 else blocks
-            handle = own[0].register_forward_hook(_note(noted, name), with_kwargs=True)
+            replaced = blocks[1:] if number == 0 else blocks
+            handle = replaced[0].register_forward_hook(_note(noted, name), with_kwargs=True)
             self.run(module)
             handle.remove()
             args, kwargs, output = noted[name]
-            later.append((list(own), (args, kwargs)))
-            for i in range(len(blocks) - len(own), len(blocks)):
+            later.append((list(replaced), (args, kwargs)))
+            for i in range(len(blocks) - len(replaced), len(blocks)):
                 blocks[i] = Stub(output)
         return module, later
 
     def check(self, tolerance: float) -> None:
-        """RuntimeError unless the cache does what is timed: with nobody reusing the plain network's result, and about
-        it where samples reuse, as hardly anything has changed; and the wanted number of blocks."""
+        """RuntimeError unless our cache gives the plain network's result without reuse, about the same with reuse (as
+        inputs hardly change between calls), and runs the expected number of blocks."""
         with torch.inference_mode():
             wanted = self.calls[PLAIN]()
             for share, call in self.by_lane.items():
@@ -242,20 +243,20 @@ class Step:
                     raise RuntimeError(f"{self.shape.name}, {share:.0%} reuse: ran {ran.tolist()} blocks")
 
     def blocks(self, share: float) -> int:
-        """That run, of all samples."""
+        """Number of blocks that run, over all samples."""
         running = self.B - int(who_reuses(self.B, share).sum())
         return self.B + running * (self.shape.blocks - 1)
 
 
 @contextmanager
 def as_in_pipelines() -> Iterator[None]:
-    """Calls of diffusers run without gradients, and not in inference mode, in whatever mode a caller measures."""
+    """The mode in which diffusers' pipelines call networks: no_grad, not inference mode, whatever the caller's mode."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 
 
 class Stub(nn.Module):
-    """A block that returns the same always."""
+    """A block that always returns the same output."""
 
     def __init__(self, output: Any):
         super().__init__()
@@ -279,7 +280,7 @@ def _sharing(module: nn.Module) -> nn.Module:
 
 
 def _rows(given: Any, rows: Tensor, B: int) -> Any:
-    """Tensors of B rows are cut down to some of them."""
+    """Nested arguments with tensors of B rows reduced to some of the rows."""
     if isinstance(given, Tensor):
         return given.index_select(0, rows) if given.ndim and len(given) == B else given
     if isinstance(given, Mapping):
@@ -290,7 +291,7 @@ def _rows(given: Any, rows: Tensor, B: int) -> Any:
 
 
 def by_sample(share: float) -> str:
-    """What variants are called, here and at best."""
+    """Name of the variant with our cache."""
     return f"by sample, {share:.0%} reuse"
 
 

@@ -1,7 +1,7 @@
 """Layer-level reuse, a baseline: FORA (Selvaraju et al. 2024, arXiv 2407.01425), the inheritance of whole layers in
-A-SDM (arXiv 2406.00210). Every K-th forward pass runs all blocks; in between, what the attention and MLP branches of
-each block said at the last such one is added again, with the gates of the present timestep. Long skips, stem and head
-are always run, and norms with their branches only.
+A-SDM (arXiv 2406.00210). Every K-th forward pass runs all blocks. In between, the outputs of each block's attention and
+MLP branches at the last full pass are added again, with the gates of the current timestep. Long skips, stem and head
+always run; norms only with their branches.
 """
 
 import torch
@@ -12,14 +12,14 @@ from adadiff.models.interface import Backbone, Block, Conditioning
 
 
 class Reusing:
-    """Called like the network it is given, x, t, context, for one batch whose samples stand in lock step from their
-    first step on; passes 0, `every`, 2 `every`, ... are whole."""
+    """Wraps a network; called with x, t, context, for one batch of samples in lockstep from their first step on. Passes
+    0, `every`, 2 `every`, ... are full."""
 
     def __init__(self, backbone: Backbone, every: int):
         if type(every) is not int or every < 1:
             raise ValueError(f"a whole forward pass comes every 1, 2, ... steps, got {every!r}")
         self.backbone, self.every = backbone, every
-        self._kept: list[list[Tensor]] = []  # by block: what its branches said; one sum where they have no gates
+        self._kept: list[list[Tensor]] = []  # by block: outputs of its branches, or their sum if they have no gates
         self._calls = 0
 
     def __call__(self, x: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
@@ -33,16 +33,16 @@ class Reusing:
         if keeping:
             self._kept = []
         for number, block in enumerate(backbone.blocks):
-            fresh = block.skip_from is not None  # rows that nobody else reads
+            fresh = block.skip_from is not None  # rows that may be overwritten
             if fresh:
                 rows = block.join(rows, skips.pop(block.skip_from))
             if whole:
-                said = []
+                outputs = []
                 for branch in block.branches:
-                    said.append(branch(read_by(branch, rows, cond, lanes), cond, lanes))
-                    rows = _added(rows, said[-1], branch.gate(cond), fresh=False)
+                    outputs.append(branch(read_by(branch, rows, cond, lanes), cond, lanes))
+                    rows = _added(rows, outputs[-1], branch.gate(cond), fresh=False)
                 if keeping:
-                    self._kept.append(_kept(block, cond, said))
+                    self._kept.append(_kept(block, cond, outputs))
             else:
                 rows = _reused(rows, block, cond, self._kept[number], fresh)
             if number in needed:
@@ -51,7 +51,7 @@ class Reusing:
 
 
 def macs(backbone: Backbone, steps: int, every: int) -> int:
-    """Multiply-adds of one lane in so many passes; like the network's own they count products only."""
+    """Multiply-adds of one lane in `steps` passes; like the network's, they count matrix products only."""
     blocks = [block.macs(backbone.tokens) for block in backbone.blocks]
     branches = min(blocks)  # of a block without a long skip
     joins = sum(cost - branches for cost in blocks)
@@ -59,10 +59,10 @@ def macs(backbone: Backbone, steps: int, every: int) -> int:
     return steps * (sum(backbone.stem_and_head_macs()) + joins) + whole * len(blocks) * branches
 
 
-def _kept(block: Block, cond: Conditioning, said: list[Tensor]) -> list[Tensor]:
+def _kept(block: Block, cond: Conditioning, outputs: list[Tensor]) -> list[Tensor]:
     if any(branch.gate(cond) is not None for branch in block.branches):
-        return said
-    first, *others = said
+        return outputs
+    first, *others = outputs
     for other in others:
         first.add_(other)
     return [first]
@@ -71,12 +71,12 @@ def _kept(block: Block, cond: Conditioning, said: list[Tensor]) -> list[Tensor]:
 def _reused(rows: Tensor, block: Block, cond: Conditioning, kept: list[Tensor], fresh: bool) -> Tensor:
     if len(kept) == 1:
         return _added(rows, kept[0], None, fresh)
-    for branch, said in zip(block.branches, kept, strict=True):
-        rows, fresh = _added(rows, said, branch.gate(cond), fresh), True
+    for branch, output in zip(block.branches, kept, strict=True):
+        rows, fresh = _added(rows, output, branch.gate(cond), fresh), True
     return rows
 
 
-def _added(rows: Tensor, said: Tensor, gate: Tensor | None, fresh: bool) -> Tensor:
+def _added(rows: Tensor, output: Tensor, gate: Tensor | None, fresh: bool) -> Tensor:
     if gate is None:
-        return rows.add_(said) if fresh else rows + said
-    return rows.addcmul_(gate[:, None], said) if fresh else torch.addcmul(rows, gate[:, None], said)
+        return rows.add_(output) if fresh else rows + output
+    return rows.addcmul_(gate[:, None], output) if fresh else torch.addcmul(rows, gate[:, None], output)

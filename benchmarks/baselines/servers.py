@@ -1,5 +1,4 @@
-"""Ways to serve: policies whose exits are known beforehand, the plain network's own server, servers that never run
-dry."""
+"""Ways of serving: policies with predetermined exits, a server of the plain network, and saturated servers."""
 
 import time
 from collections import deque
@@ -38,11 +37,11 @@ Forward = Callable[..., ForwardOutput]  # called as `run_forward` is
 
 @dataclass(frozen=True)
 class DepthTable(LimitPolicy):
-    """A lane exits after the number of blocks that the table holds for its timestep, plus its threshold.
+    """A lane exits after the number of blocks in the table for its timestep, plus its threshold.
 
-    depths: over equal parts of the network's time, the image's end first. needs_scores: scores are computed after
-    every block and decisions made as if they were read; else only the blocks of the table are asked, unscored.
-    together: one decision for the batch, by the "mean" depth of its lanes, or by "all", when the deepest may exit.
+    depths: over equal intervals of the network's time, from 0 (image) up. needs_scores: compute uncertainties after
+    every block, as an adaptive policy would; False: decide only at the blocks in the table, without uncertainties.
+    together: one decision for the batch: "mean", by the mean depth of its lanes, or "all", by the deepest lane.
     """
 
     depths: tuple[int, ...]
@@ -70,7 +69,7 @@ class DepthTable(LimitPolicy):
             raise ValueError(f"blocks to add must be finite, got {thresholds.tolist()[:8]}")
 
     def depth(self, t: Tensor, threshold: Tensor) -> Tensor:
-        """Blocks to run, float [n], at least 1."""
+        """Number of blocks to run, float [n], at least 1."""
         part = (t * (len(self.depths) / TIME)).long().clamp(0, len(self.depths) - 1)
         depth = depths_on(self.depths, t.device)[part] + threshold
         if self.together is not None:
@@ -83,13 +82,13 @@ class DepthTable(LimitPolicy):
 
 @cache
 def depths_on(depths: tuple[int, ...], device: torch.device) -> Tensor:
-    """float32, made once: making a tensor of values waits for a GPU."""
+    """float32 tensor, cached, because creating it on a GPU synchronises."""
     return torch.tensor(depths, dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True)
 class AllAgree(BatchMean):
-    """One decision for the batch: it exits when the most uncertain of its lanes may."""
+    """One decision for the batch, which exits when its most uncertain lane may exit."""
 
     name = "all-agree="
 
@@ -98,12 +97,13 @@ class AllAgree(BatchMean):
 
 
 def two_phase(num_layers: int) -> tuple[int, ...]:
-    """The noisy half of the time exits after block 2, the other runs all."""
+    """A table that exits after block 2 in the noisy half of the time, and runs all blocks in the other."""
     return num_layers, 2
 
 
 def calibrated(model: Model, exit_layer: Tensor, parts: int = 20) -> tuple[int, ...]:
-    """Mean depth in each part of the time. exit_layer: [steps, n], of DDIM runs of so many steps."""
+    """Mean depth in each interval of the time. exit_layer: [steps, n], of DDIM runs. Raises ValueError for intervals
+    without a step."""
     t = DDIM().table(model.schedule, len(exit_layer)).t
     part = (t * (parts / TIME)).long().clamp(0, parts - 1)
     depth = exit_layer.double().mean(1)
@@ -114,8 +114,8 @@ def calibrated(model: Model, exit_layer: Tensor, parts: int = 20) -> tuple[int, 
 
 
 def plain_network(size: int, network: Callable[..., Tensor] | None = None) -> Forward:
-    """The plain network on `size` lanes at a time, called as `run_forward` is. network: in the backbone's place, such
-    as a compiled one."""
+    """The plain network with the interface of `run_forward`, on `size` lanes at a time. network: used instead of the
+    backbone, such as a compiled one."""
 
     def forward(model: Model, x: Tensor, t: Tensor, context: Tensor | None, **_: object) -> ForwardOutput:
         inputs = (x, t) if context is None else (x, t, context)
@@ -126,12 +126,12 @@ def plain_network(size: int, network: Callable[..., Tensor] | None = None) -> Fo
 
 
 def uncounted(prediction: Tensor, exit_layer: Tensor, num_layers: int) -> ForwardOutput:
-    """exit_layer: int32 [B]. A forward pass whose multiply-adds nobody asks for."""
+    """A forward output without counted multiply-adds. exit_layer: int32 [B]."""
     return ForwardOutput(prediction, exit_layer, Costs(0, ((0,) * (num_layers + 1),)), (), 0)
 
 
 class Recorder:
-    """`run_forward`, or what stands in for it, with a record of what it did."""
+    """Wraps `run_forward`, or a replacement, and records exit layers and seconds of each call."""
 
     def __init__(self, forward: Forward):
         self._forward = forward
@@ -150,12 +150,12 @@ class Recorder:
         return float(torch.cat(self.exit_layers).double().mean())
 
     def rows_per_layer(self, num_layers: int) -> list[float]:
-        """Mean over calls of the rows that ran block 1, ..., num_layers."""
+        """Mean over calls of the number of rows that ran block 1, ..., num_layers."""
         exited = torch.bincount(torch.cat(self.exit_layers), minlength=num_layers + 1)
         return (exited.double().flip(0).cumsum(0).flip(0)[1:] / len(self.exit_layers)).tolist()
 
     def unordered_moves(self) -> float:
-        """Mean over calls of the rows that the same exits would have moved had the lanes lain in random order."""
+        """Mean over calls of the rows that the same exits would have moved with lanes in random order."""
         generator = torch.Generator().manual_seed(0)
         shuffled = (depth[torch.randperm(len(depth), generator=generator)] for depth in self.exit_layers)
         return sum(map(moves, shuffled)) / len(self.exit_layers)
@@ -170,9 +170,9 @@ def moves(exit_layer: Tensor) -> int:
 
 
 class Plain:
-    """Continuous batching of the plain network with nothing around it: the baseline.
+    """The baseline: continuous batching of the plain network without our engine.
 
-    Called as an `adadiff.Engine` without a thread is: `submit` and `step`. DDIM; every slot at its own step.
+    `submit` and `step` as in an `adadiff.Engine` without a thread. DDIM; every slot is at its own step.
     """
 
     def __init__(self, model: Model, capacity: int, forward: Forward):
@@ -189,7 +189,7 @@ class Plain:
     def submit(
         self, *, seed: int, steps: int, class_labels: int = 0, init_image: Tensor | None = None, strength: float = 1.0
     ) -> Future:
-        """init_image is ignored: what an image shows does not change what it costs."""
+        """init_image is ignored, because costs do not depend on the content of images."""
         future: Future = Future()
         self._waiting.append((future, seed, steps, steps - int(strength * steps + 1e-6), class_labels))
         return future
@@ -212,12 +212,12 @@ class Plain:
         slots = np.array(list(self._running))
         tables, device = self._tables.packed, self.model.device
         t, rows = tables.rows(self._table[slots], self._step[slots])
-        there, t = upload(torch.from_numpy(slots), device), upload(torch.from_numpy(t), device)
-        state = self._state.take(there)
+        on_device, t = upload(torch.from_numpy(slots), device), upload(torch.from_numpy(t), device)
+        state = self._state.take(on_device)
         has_labels = bool(self.model.config.network.num_classes)
         context = upload(torch.from_numpy(self._label[slots]), device) if has_labels else None
         solver_step(state, self._forward(self.model, state.x, t, context).prediction, rows)
-        self._state.put(there, state)
+        self._state.put(on_device, state)
         self._step[slots] += 1
         for slot in slots[self._step[slots] == tables.steps[self._table[slots]]].tolist():
             self._free.append(slot)
@@ -226,10 +226,10 @@ class Plain:
 
 
 class Saturated:
-    """One tick a call of a server that has a request for every slot at any time.
+    """A server that always has a request for every slot; each call runs one tick.
 
-    The first ones begin at evenly spread steps, as in a service that has run for long, or (spread=False) all at
-    their first. settings: of every request. The seconds of each tick are kept.
+    The first requests begin at evenly spread steps, as in a service that has run for long, or, with spread=False, all
+    at their first step. settings: of every request. seconds: of each tick.
     """
 
     def __init__(
@@ -249,7 +249,7 @@ class Saturated:
         started = time.perf_counter()
         self._server.step()
         while self._ended:
-            self._ended.popleft().result()  # raises what it failed with
+            self._ended.popleft().result()  # raises if the request failed
             self._submit()
         self.seconds.append(time.perf_counter() - started)
 

@@ -1,4 +1,4 @@
-"""`adadiff serve` as a process, and what it says of itself."""
+"""`adadiff serve` as a process, and its metrics."""
 
 import json
 import os
@@ -19,7 +19,7 @@ import torch
 from benchmarks.baselines.http_client import Ask, Run, clients
 from benchmarks.rows import ROOT
 
-START = 120.0  # seconds that it may take
+START = 120.0  # seconds that starting may take
 GAUGES = {  # name in /metrics -> attribute of Facts
     "process_cpu_seconds_total": "cpu",
     "process_resident_memory_bytes": "memory",
@@ -32,8 +32,8 @@ GAUGES = {  # name in /metrics -> attribute of Facts
 
 @dataclass(frozen=True)
 class Facts:
-    """Of /metrics, sums over models: processor seconds, bytes in memory, open files; images that run, wait, were
-    drawn."""
+    """Values from /metrics, summed over models. cpu: seconds; memory: bytes; files: open files; running, waiting,
+    images: numbers of images in progress, waiting and finished."""
 
     cpu: float
     memory: float
@@ -70,7 +70,7 @@ class ServiceProcess:
         return clients(self._host, self._port, asks)
 
     def settled(self, seconds: float = 30.0) -> Facts:
-        """Once nothing runs or waits any more; as it is after so many seconds otherwise."""
+        """Metrics when no image is running or waiting, or after `seconds` at the latest."""
         until = time.monotonic() + seconds
         while (facts := self.facts).running + facts.waiting and time.monotonic() < until:
             time.sleep(0.02)
@@ -79,8 +79,8 @@ class ServiceProcess:
 
 @contextmanager
 def service(*arguments: str) -> Iterator[ServiceProcess]:
-    """`adadiff serve` with as many threads as here, on a free port of the loopback, warm. RuntimeError where it does
-    not start, or does not end with 0."""
+    """`adadiff serve` with this process's number of threads, on a free port of the loopback interface, warmed up.
+    RuntimeError if it does not start, or does not exit with 0."""
     path = [str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
         **os.environ,
@@ -89,7 +89,7 @@ def service(*arguments: str) -> Iterator[ServiceProcess]:
     }
     command = [sys.executable, "-m", "adadiff", "serve", *arguments, "--port", "0", "--log-format", "json"]
     with TemporaryDirectory() as folder:
-        log = Path(folder) / "log"  # not a pipe, which somebody would have to read
+        log = Path(folder) / "log"  # not a pipe, which would have to be read
         with log.open("wb") as out:
             process = subprocess.Popen(command, stderr=out, stdout=subprocess.DEVNULL, env=environment)
         try:

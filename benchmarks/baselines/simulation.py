@@ -1,6 +1,6 @@
-"""Requests that arrive, and time: the real one, or a virtual one that passes as blocks are measured to take.
+"""Workloads of requests, served on a real clock, or on a virtual one that advances by measured times of blocks.
 
-On the virtual clock the engine, its scheduler and its policies are the real ones; only the network is replaced, by
+On the virtual clock, engine, scheduler and policies are real; only the network is replaced by its time,
     T(n_1, ..., n_L) = n_1 t_ends + sum over layers of t_l(n_l)
 """
 
@@ -19,7 +19,7 @@ from benchmarks.baselines.attainable import PlainPieces
 from benchmarks.baselines.servers import DepthTable, uncounted
 from benchmarks.harness import Comparison
 
-STEPS = (10, 30)  # a request's number of steps lies between these
+STEPS = (10, 30)  # smallest and largest number of steps of a request
 
 
 class Clock(Protocol):
@@ -56,7 +56,7 @@ class VirtualClock:
 
 @dataclass(frozen=True)
 class Request:
-    """jitter: blocks by which this sample differs from what is usual at its timestep."""
+    """jitter: number of blocks by which this sample's depth deviates from the table."""
 
     arrival: float  # seconds
     seed: int
@@ -66,8 +66,8 @@ class Request:
 
 
 def workload(n: int, rate: float | None, seed: int = 0) -> list[Request]:
-    """n requests, Poisson arrivals at `rate` a second, or all at once (None). Their order, steps, labels and, but for
-    the unit of time, gaps depend on the seed alone."""
+    """n requests with Poisson arrivals at `rate` a second, or all at once (None). Order, steps, labels and relative
+    gaps depend on the seed only."""
     random = np.random.default_rng(seed)
     gaps, steps = random.exponential(size=n), random.integers(STEPS[0], STEPS[1] + 1, n)
     labels, jitter = random.integers(0, 10, n), random.integers(-1, 2, n)
@@ -90,11 +90,11 @@ def serve(
     settings: Callable[[Request], Mapping[str, object]],
     together: int | None = None,
 ) -> Served:
-    """Submits each request when it has arrived and makes tick after tick until all are answered.
+    """Submits each request at its arrival and runs ticks until all are answered.
 
-    requests: by arrival. server: an `Engine` without a thread, or what is called like it. settings: of a request.
-    together: lock step; up to so many of those that wait begin together, and no other before the last of them is done.
-    Raises what a request failed with.
+    requests: in order of arrival. server: an `Engine` without a thread, or an object with its interface. settings:
+    request -> arguments of `submit`. together: lockstep: up to `together` waiting requests begin at once, and no other
+    before all of these are done. Raises the exception of a failed request.
     """
     ended: dict[Future, float] = {}
     futures: list[Future] = []
@@ -123,16 +123,19 @@ def serve(
 
 @dataclass(frozen=True)
 class Costs:
-    """blocks: float [L, capacity + 1], seconds of each block by rows, 0 of none; ends: of stem and head, a row."""
+    """blocks: float [L, capacity + 1], seconds of each block by number of rows, 0 for no rows; ends: seconds of stem
+    and head for each row."""
 
     blocks: np.ndarray
     ends: float
 
     @staticmethod
     def of(by_kind: Mapping[str, Mapping[int, float]], kinds: Sequence[str], capacity: int, ends: float) -> "Costs":
-        """by_kind: kind -> rows -> seconds of one call; n rows may go in equal pieces of a measured size, too.
+        """by_kind: kind -> rows -> seconds of one call. If faster, n rows are split into equal pieces of a measured
+        size.
 
-        Between measured numbers of rows t is linear, and t(0) = 0. ValueError unless measured up to the capacity.
+        Times are interpolated linearly between measured numbers of rows, with t(0) = 0. Raises ValueError unless
+        measured up to the capacity.
         """
         curves = {}
         for kind, calls in by_kind.items():
@@ -145,22 +148,22 @@ class Costs:
 
     @staticmethod
     def measured(pieces: PlainPieces, measured: Comparison, kinds: Sequence[str], capacity: int, lanes: int) -> "Costs":
-        """lanes: those that stem and head were timed on."""
+        """lanes: number of lanes on which stem and head were timed."""
         ends = (measured.median("stem") + measured.median("head")) / lanes
         return Costs.of(pieces.block_seconds(measured), kinds, capacity, ends)
 
     def seconds(self, counts: np.ndarray) -> float:
-        """counts: int [L], the rows of each block."""
+        """Seconds of a forward pass. counts: int [L], rows of each block."""
         return float(self.blocks[np.arange(len(counts)), counts].sum() + self.ends * counts[0])
 
     def least(self, counts: np.ndarray) -> float:
-        """The same rows, each block of them at its best number of rows: what any regrouping could reach."""
+        """Lower bound for any regrouping of the same rows: each block at its most efficient number of rows."""
         rows = np.arange(1, self.blocks.shape[1])
         return float((counts * (self.blocks[:, 1:] / rows).min(axis=1)).sum() + self.ends * counts[0])
 
 
 class SimulatedNetwork:
-    """In place of `run_forward`: exits as the policy's table says, a prediction of zero, and time passes."""
+    """Replaces `run_forward`: exits follow the policy's table, predictions are zero, and the clock advances."""
 
     def __init__(self, costs: Costs, clock: VirtualClock):
         self._costs, self._clock = costs, clock
@@ -168,7 +171,7 @@ class SimulatedNetwork:
 
     @property
     def holding_bound(self) -> float:
-        """The share of all network time that holding samples back, to fill the deep layers, could save at most."""
+        """The largest share of network time that holding samples back, to fill deep layers, could save."""
         return 1 - self._least / self._seconds
 
     def __call__(

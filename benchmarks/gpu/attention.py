@@ -1,7 +1,8 @@
-"""PyTorch's attention by each of its backends: what a call takes of the device and of the host, and what the first call
-at a number of rows takes, for which cuDNN builds a plan.
+"""PyTorch's attention by each of its backends: time of a call on the device and on the host, and time of the first
+call with a number of rows.
 
-The engine's number of rows changes from block to block; whatever is made anew for a number is met often.
+The engine's number of rows changes from block to block, so work that a backend does once for each number of rows (such
+as cuDNN's plans) occurs often.
 """
 
 import time
@@ -69,7 +70,7 @@ def attention(qkv: Tensor, backend: SDPBackend | None) -> Call:
 
 
 def seconds_of(session: Session, call: Call) -> float:
-    """Of one call, from the host asking for it to the device being done."""
+    """Seconds of one call, from its start on the host to its end on the device."""
     session.synchronize()
     started = time.perf_counter()
     call()
@@ -78,7 +79,7 @@ def seconds_of(session: Session, call: Call) -> float:
 
 
 def host_seconds(session: Session, call: Call) -> float:
-    """Until the host may go on, calls being queued one after another."""
+    """Seconds of the host per call, with calls queued one after another."""
     session.synchronize()
     started = time.perf_counter()
     for _ in range(HOST_CALLS):

@@ -1,4 +1,4 @@
-"""What the device can do at best: bytes copied and bfloat16 products."""
+"""The device's highest rates of copying and of bfloat16 matrix products."""
 
 from collections.abc import Iterator
 
@@ -23,7 +23,7 @@ def copy(session: Session, size: int) -> None:
 
 
 def product(session: Session, side: int) -> None:
-    """Of normal values: zeros would run faster."""
+    """A product of normally distributed values, as zeros would run faster."""
     a, b = (session.normal(side, side, dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)
     measured = session.compare({"product": lambda: torch.mm(a, b, out=out)}, turn=0.1)

@@ -1,4 +1,4 @@
-"""Compiles csrc/compaction.cu for GPUs that need not be there, and reads what its kernels take: the second table of
+"""Compiles csrc/compaction.cu without a GPU, and reads the resources of its kernels: the second table of
 benchmarks/results/resources.md."""
 
 import re
@@ -12,12 +12,12 @@ SOURCE = Path(__file__).resolve().parents[2] / "csrc" / "compaction.cu"
 PINNED = "13.0"
 KERNELS = ("compact_kernel", "start_kernel")
 CHIPS = (80, 90, 100)
-THREADS, FILE = 1024, 65536  # of a block of either kernel at most; registers of a multiprocessor
+THREADS, FILE = 1024, 65536  # most threads of a block of either kernel; registers of a multiprocessor
 
 
 @dataclass(frozen=True)
 class Taken:
-    """registers, stack and spills: a thread's, the latter in bytes; shared: bytes a block."""
+    """registers: per thread; stack, spill_stores, spill_loads: bytes per thread; shared: bytes per block."""
 
     registers: int
     shared: int
@@ -36,13 +36,13 @@ def nvcc() -> str | None:
 
 
 def release(command: str) -> str:
-    """Such as "13.0"."""
+    """The compiler's release, such as "13.0"."""
     text = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
     return re.search(r"release (\d+\.\d+)", text)[1]
 
 
 def compile_all(command: str) -> Found:
-    """What each kernel takes on each of CHIPS that this compiler knows."""
+    """The resources of each kernel on each of CHIPS that this compiler knows."""
     known = subprocess.run([command, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     chips = [chip for chip in CHIPS if f"sm_{chip}" in known]
     targets = [f"--generate-code=arch=compute_{chip},code=sm_{chip}" for chip in chips]
@@ -54,7 +54,7 @@ def compile_all(command: str) -> Found:
 
 
 def _taken(text: str, kernel: str, chip: int) -> Taken:
-    """From what the assembler says of each kernel, whose name is mangled."""
+    """Parses the assembler's report of a kernel (whose name is mangled in it)."""
     begins = rf"Compiling entry function '\w*\d{kernel}\w*' for 'sm_{chip}'"
     ((stack, stores, loads, registers, rest),) = re.findall(
         rf"{begins}.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
@@ -67,12 +67,12 @@ def _taken(text: str, kernel: str, chip: int) -> Taken:
 
 
 def table(found: Found) -> str:
-    """Markdown, one line a kernel and chip."""
+    """Markdown, a line for each kernel and chip."""
     lines = [
         "## csrc/compaction.cu",
         "",
-        f"Compiled by nvcc {PINNED}. Registers, stack and spills in bytes a thread; bytes of shared memory a block of",
-        f"up to {THREADS} threads.",
+        f"Compiled by nvcc {PINNED}. Registers, and bytes of stack and spills, per thread; bytes of shared memory per",
+        f"block of up to {THREADS} threads.",
         "",
         f"| kernel | sm | {' | '.join(COLUMNS)} |",
         f"| --- {'| ---: ' * (1 + len(COLUMNS))}|",

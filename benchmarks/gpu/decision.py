@@ -1,6 +1,7 @@
-"""What it costs to let rows exit: the decision and the moves, queued or known to the host, beside what PyTorch takes.
+"""Time of exits (decision and moves of rows), with and without a synchronisation, compared with plain PyTorch.
 
-Rows are those of U-ViT-L/2. Queued: the host learns nothing. The others end when it knows how many rows stay.
+Rows are those of U-ViT-L/2. "Known to the host": the call ends when the host knows the number of remaining rows; the
+other calls are only queued.
 """
 
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ def decisions(session: Session, parameters: dict[str, object]) -> None:
     rows = session.normal(B, *((5, 8) if session.dry else ROWS), dtype=BRAIN)
     saved, active = torch.empty_like(rows), DeviceSet(B, device)
     if (missing := kernel_missing(device)) is not None:
-        say(f"decisions are PyTorch's: {missing}")
+        say(f"decisions are made by PyTorch: {missing}")
 
     def exit_rows() -> Tensor:
         active.start()
@@ -67,21 +68,21 @@ def decisions(session: Session, parameters: dict[str, object]) -> None:
     }
     for name in list(calls)[-2:]:
         if (count := calls[name]()) != wanted:
-            raise RuntimeError(f"{name} counts {count} rows, {wanted} stay; not measured")
+            raise RuntimeError(f"{name} counts {count} remaining rows, expected {wanted}; not measured")
     measured = session.compare(calls)
     results = {name: {"over_start": measured.ratio(name, "start").median} for name in calls}
     session.write(SUITE, "decision", parameters, measured, results, torch.float32)
 
 
 def tail_launch(session: Session) -> None:
-    """Whether the device could launch the next piece itself: what of a network may be in such a graph, and at what
-    price."""
+    """Whether the device could launch the next CUDA graph itself: which parts of a network such a graph may contain,
+    and how long a launch takes."""
     if session.device.type != "cuda":
         return
     try:
         found = probe(session)
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
-        say(f"tail launches are left out: {str(error).splitlines()[0]}")
+        say(f"tail launches are not measured: {str(error).splitlines()[0]}")
         return
     measured = session.compare(found.calls)
     results = {name: {"launches": found.launches, "accepts": found.accepts} for name in found.calls}

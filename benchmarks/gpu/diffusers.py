@@ -1,7 +1,7 @@
-"""A step of FLUX.1-dev and of PixArt-XL/2 as diffusers has them, random weights, bfloat16, some samples of which reuse
-what their later blocks added: see `benchmarks.suites.pipelines`. Eager, as most people run them.
+"""A step of diffusers' FLUX.1-dev and PixArt-XL/2 (random weights, bfloat16, eager) in which some samples reuse the
+residual of their later blocks: see `benchmarks.suites.pipelines`.
 
-Without diffusers there is nothing to measure, which one line says.
+Without diffusers a line says that nothing is measured.
 """
 
 import gc
@@ -18,7 +18,7 @@ from benchmarks.suites.pipelines import PAIRS, distinct, results_of
 
 SUITE = "gpu-diffusers"
 BRAIN = torch.bfloat16
-TOLERANCE = 0.05  # rounding of bfloat16 in other products than before
+TOLERANCE = 0.05  # bfloat16 rounding differs between matrix products of different sizes
 FLUX_1024, FLUX_512 = (
     flux(f"FLUX.1-dev, {pixels}", 19, 38, 24, 128, pixels // 16, 512, guidance_embeds=True) for pixels in (1024, 512)
 )
@@ -33,7 +33,7 @@ DRY = ((TINY["flux"], 4, 1), (TINY["pixart"], 4, 1))
 
 
 def missing() -> list[str]:
-    """What this suite needs and the machine lacks."""
+    """Names of modules that this suite needs and that are not installed."""
     return [name for name in ("diffusers",) if find_spec(name) is None]
 
 
@@ -52,4 +52,4 @@ def measure(session: Session, parameters: dict[str, object], shape: Shape, batch
     measured = session.compare(distinct(step), repeats, pairs=PAIRS)
     session.write(SUITE, "step", parameters, measured, results_of(step, measured), BRAIN)
     del step
-    gc.collect()  # its parts know each other; the next network needs the memory
+    gc.collect()  # Step has reference cycles, and the next network needs its memory

@@ -1,7 +1,6 @@
-"""What an image may lack and no GPU suite needs, bars (tqdm), files of weights (safetensors) and random examples
-(hypothesis), stands here in its place.
+"""Stand-ins for modules that a machine may lack and that GPU suites do not need: tqdm, safetensors and hypothesis.
 
-pytest takes it as a plugin (-p benchmarks.gpu.lacking): tests of random examples are skipped then.
+Also a pytest plugin (-p benchmarks.gpu.lacking), with which tests that need hypothesis are skipped.
 """
 
 import functools
@@ -15,7 +14,7 @@ from unittest.mock import MagicMock
 
 
 class Bar:
-    """tqdm without the bar."""
+    """tqdm without a progress bar."""
 
     def __init__(self, iterable: Iterable[Any] = (), **_: object) -> None:
         self._iterable = iterable
@@ -57,7 +56,7 @@ def unchanged(**_: object) -> Callable[[Callable], Callable]:
 files = SimpleNamespace(
     SafetensorError=type("SafetensorError", (Exception,), {}), safe_open=no_file, save_file=no_file, load_file=no_file
 )
-# module -> what stands in for it. MagicMock makes strategies, and whatever else is taken from them
+# package -> its modules' stand-ins. MagicMock stands in for hypothesis' strategies
 STAND_INS = {
     "tqdm": {"tqdm": SimpleNamespace(tqdm=Bar)},
     "safetensors": {"safetensors": files, "safetensors.torch": files},
@@ -72,7 +71,7 @@ def missing() -> list[str]:
 def install(names: Iterable[str]) -> None:
     for name in names:
         for path, module in STAND_INS[name].items():
-            module.__spec__ = ModuleSpec(path, None)  # others ask where it lies
+            module.__spec__ = ModuleSpec(path, None)  # read by importlib's find_spec
             sys.modules[path] = module
 
 

@@ -1,7 +1,7 @@
-"""The MLP of a block by each way to write it: its GELU apart, as the epilogue of the first product, or compiled; and
-its last sum by the fused pass, or as the product's own, with beta = 1.
+"""Implementations of a block's MLP: GELU as a call of its own, as epilogue of the first matrix product, or compiled;
+residual sum in the fused pass or in the second product (beta = 1).
 
-DiT's GELU is the tanh approximation, which cuBLAS has as an epilogue; U-ViT's is the exact one, which it has not.
+DiT's GELU is the tanh approximation, which cuBLAS offers as an epilogue; U-ViT's exact GELU has no such epilogue.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
-"""One forward pass of a network with replayed exits, by each way of keeping the count of rows, beside the plain network
-eager, compiled, and each of the two recorded as one CUDA graph. Random weights, bfloat16.
+"""A forward pass with replayed exits, by every strategy of counting rows, compared with the plain network: eager,
+compiled, and both as one CUDA graph. Random weights, bfloat16.
 
-Blocks are compiled one by one (two kinds of block, whatever the depth). What a pattern could cost at best is recorded
-as a graph of its own: stem, head, and each block the faster way on just its rows, everything known beforehand.
+Blocks are compiled one by one (there are two kinds of block at any depth). The attainable time of a pattern is that of
+another CUDA graph: stem, head, and each block in the faster way on exactly its rows, which are known in advance.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -48,13 +48,13 @@ Inputs = tuple[Tensor, Tensor, Tensor | None]
 
 def tasks(session: Session) -> Iterator[Task]:
     for preset in session.chosen(PRESETS, session.presets):
-        made: list[Network] = []  # for the first of them that is measured
+        made: list[Network] = []  # made by the first batch size that is measured
         for B in (5,) if session.dry else session.chosen(BATCHES, session.batches):
             yield Task("pattern", {"preset": preset, "batch": B}, partial(measure, session, made, preset, B))
 
 
 def patterns(batch: int, num_layers: int) -> dict[str, Tensor]:
-    """Exit layer of each lane, float [batch]: the shapes of the CPU's suite, at any depth."""
+    """Exit layer of each lane, float [batch], by pattern: those of the CPU's suite, at any depth."""
     lane, deep = torch.arange(batch), torch.tensor(float(num_layers))
     spread = torch.linspace(3, num_layers, batch).round()
     return {
@@ -66,7 +66,7 @@ def patterns(batch: int, num_layers: int) -> dict[str, Tensor]:
 
 
 class Network:
-    """A model on the device, and its blocks compiled: for one batch, and for any number of rows."""
+    """A model on the device, and its compiled blocks: for a fixed and for any number of rows."""
 
     def __init__(self, session: Session, preset: str) -> None:
         torch.compiler.reset()
@@ -76,8 +76,8 @@ class Network:
 
 
 def random_model(session: Session, preset: str) -> Model:
-    """bfloat16, exits included, what starts at zero (as the gates of a DiT) random, too. In a dry run a tiny one of the
-    same family."""
+    """A bfloat16 model with exits and random parameters, including those initialised to zero (such as DiT's gates). In
+    a dry run it is a tiny one of the same family."""
     torch.manual_seed(0)
     config = replace(PRESETS_BY_NAME[preset], exits=PAPER)
     if session.dry:
@@ -95,7 +95,7 @@ def measure(session: Session, made: list[Network], preset: str, B: int) -> None:
     if not made:
         made.append(Network(session, preset))
     inputs = inputs_of(session, made[0].model, B)
-    # kinds of block, four batches, one row or several: more than Dynamo compiles of one function by default
+    # kinds of block x batches x (one row, several): more variants than Dynamo's default limit
     with torch.inference_mode(), torch._dynamo.config.patch(recompile_limit=64):
         compare(session, made[0], inputs, {"preset": preset, "batch": B})
 
@@ -134,7 +134,7 @@ def inputs_of(session: Session, model: Model, B: int) -> Inputs:
 
 
 def plain(backbone: Backbone, through: Callable[..., Tensor], inputs: Sequence[Tensor | None]) -> Tensor:
-    """The network at full depth, with its blocks called as `through(block, rows, cond, skip)`."""
+    """The full network, with blocks called as `through(block, rows, cond)`, followed by `skip` if they have one."""
     rows, cond = backbone.embed(*inputs)
     outputs: list[Tensor] = []
     for block in backbone.blocks:
@@ -145,7 +145,7 @@ def plain(backbone: Backbone, through: Callable[..., Tensor], inputs: Sequence[T
 
 
 def strategies(session: Session) -> dict[str, ExecutionOptions]:
-    """How forward passes are run; on a CPU nothing is captured."""
+    """The strategies that the device supports: captured ones need a GPU."""
     on_cpu = session.device.type == "cpu"
     return {name: own for name, own in STRATEGIES.items() if not on_cpu or own.runner != "captured"}
 
@@ -156,14 +156,14 @@ def pass_of(model: Model, inputs: Inputs, exits: Tensor, execution: ExecutionOpt
 
 
 def warmed(run: Callable[[], ForwardOutput], execution: ExecutionOptions, passes: int) -> ForwardOutput:
-    """The result, after as many passes, in which pieces are captured and the host sees how long blocks take."""
+    """The result of a pass after so many others, in which a captured runner records its graphs and times blocks."""
     for _ in range(passes if execution.runner == "captured" else 0):
         run()
     return run()
 
 
 def check(name: str, results: dict[str, ForwardOutput], exits: Tensor, first: str) -> None:
-    """Every strategy makes the exits that were asked for, and the images of the first."""
+    """Raises RuntimeError unless the run has the requested exits and the prediction of run `first`."""
     found, wanted = results[name].exit_layer.cpu(), exits.int().cpu()
     if not torch.equal(found, wanted):
         raise RuntimeError(f"{name}: lanes exited after {found.tolist()[:8]} blocks, not {wanted.tolist()[:8]}")
@@ -219,7 +219,7 @@ def write(
             "blocks_full": B * model.num_layers,
             "macs": result.macs,
             "macs_full": full,
-            "rows_run": sum(result.rows),  # those included that a bound was too large for
+            "rows_run": sum(result.rows),  # includes rows of exited lanes, where the bound was too large
             "rows_moved": result.rows_moved,
         }
     session.write(SUITE, "pattern", parameters, measured, rows, BRAIN)

@@ -1,10 +1,10 @@
-"""`residual_uem`: bytes a second, beside a copy's, PyTorch's and the same pass without the score; with one output a
-token and with maps, in bfloat16, and with float32 rows beside bfloat16 branches, as the published U-ViTs run under
-autocast. The bias of the branch is left out: PyTorch adds it in the product, where it costs nothing.
+"""Bytes per second of `residual_uem`, compared with a copy, with PyTorch and with the pass without a score; with one
+UEM output per token and with maps; in bfloat16, and with float32 rows and bfloat16 branches, as published U-ViTs run
+under autocast. There is no bias of the branch: PyTorch adds it within the matrix product at no cost.
 
-Every variant is one CUDA graph of calls that take turns over several sets of rows, together four times the L2 cache:
-so each call finds its rows in memory, and pays for writing back as many bytes as it writes. (A flush before each call
-would leave the flush's own bytes to be written back in its place.)
+Every variant is one CUDA graph of calls that alternate between several sets of rows, together four times the L2 cache.
+So each call reads its rows from device memory, and as many bytes are written back as it writes. (If the cache were
+flushed before each call, the flush's bytes would be written back during the call.)
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class Shape:
-    """Rows of T tokens of D channels, prefix tokens included; modulated: gate, scale and shift by lane, as in a DiT,
+    """Rows of T tokens (prefix tokens included) of D channels. modulated: gate, scale and shift by lane, as in a DiT,
     instead of an affine norm."""
 
     T: int
@@ -34,7 +34,7 @@ class Shape:
     modulated: bool = False
 
 
-SHAPES = {  # the first two are measured before all others
+SHAPES = {  # the first two are measured first
     "U-ViT-L/2": Shape(258, 1024, 2),
     "DiT-XL/2": Shape(256, 1152, 0, modulated=True),
     "U-ViT-S/2": Shape(257, 512, 1),
@@ -42,12 +42,12 @@ SHAPES = {  # the first two are measured before all others
 }
 TINY = {"tiny": Shape(5, 32, 1), "tiny, modulated": Shape(4, 24, 0, modulated=True)}
 ROWS = {"bfloat16": BRAIN, "float32 beside bfloat16": SINGLE}
-MAP_TILES = (16, 32)  # tokens of a program, where a score is a map
+MAP_TILES = (16, 32)  # tokens per program for maps
 
 
 def tasks(session: Session) -> Iterator[Task]:
-    """What decides comes first: bfloat16 at one output a token and at maps of 16. Compiled, which takes Inductor's
-    autotuning 10 to 20 seconds, where `_compiled` says."""
+    """The most important comparisons first: bfloat16 with one output per token and with maps of 16. Few are also
+    compiled (see `task`), as Inductor's autotuning takes 10 to 20 seconds."""
     shapes = list(TINY if session.dry else SHAPES)
     for names in (shapes[:2], shapes[2:]):
         for P in (1, 3) if session.dry else (1, 16):
@@ -55,7 +55,7 @@ def tasks(session: Session) -> Iterator[Task]:
                 for B in (2,) if session.dry else (64, 8, 256) if P == 1 else (64, 256):
                     yield task(session, name, "bfloat16", B, P)
     for name in shapes:
-        if not (TINY if session.dry else SHAPES)[name].modulated:  # no DiT was published so
+        if not (TINY if session.dry else SHAPES)[name].modulated:  # no published DiT runs like this
             yield task(session, name, "float32 beside bfloat16", 2 if session.dry else 64, 1)
         yield task(session, name, "bfloat16", 2 if session.dry else 64, 64)
 
@@ -70,7 +70,7 @@ def task(session: Session, name: str, rows: str, B: int, P: int) -> Task:
 def measure(session: Session, shape: Shape, parameters: dict[str, object], compiled: bool) -> None:
     B, P, x = parameters["batch"], parameters["outputs"], ROWS[parameters["rows"]]
     torch.manual_seed(0)
-    torch.compiler.reset()  # Dynamo stops compiling one function for a ninth shape
+    torch.compiler.reset()  # Dynamo compiles a function for at most eight shapes
     p = Parameters.draw(session, shape, B, P, x)
     moved = 2 * B * shape.T * shape.D * (x.itemsize + BRAIN.itemsize)  # x and branch are read, y and h written
     sets = rows(session, (B, shape.T, shape.D), moved, x)
@@ -96,7 +96,7 @@ def measure(session: Session, shape: Shape, parameters: dict[str, object], compi
     copy_rate = gigabytes(measured.median("copy"), copied)
     results = {
         name: {
-            "sets": len(sets),  # seconds are those of a call over each
+            "sets": len(sets),  # seconds are of one call on each set
             "gb_per_second": rate(name),
             "copy_gb_per_second": copy_rate,
             "share_of_copy": rate(name) / copy_rate,
@@ -125,7 +125,7 @@ Way = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
 
 @dataclass(frozen=True)
 class Parameters:
-    """Everything but the rows. Row and lane are in one order."""
+    """All arguments but the rows. Row i belongs to lane i."""
 
     lanes: Tensor
     gate: Tensor | None
@@ -134,7 +134,7 @@ class Parameters:
 
     @classmethod
     def draw(cls, session: Session, shape: Shape, B: int, P: int, dtype: torch.dtype) -> "Parameters":
-        """dtype: of rows and weights, which are float32 under autocast."""
+        """dtype: of rows and weights (float32 under autocast)."""
         D = shape.D
         weight = session.normal(P, D, dtype=dtype) / D**0.5
         tickets = torch.zeros(B, dtype=torch.int32, device=session.device)
@@ -180,8 +180,8 @@ def plain_pass(
     shift: Tensor | None,
     product: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As one would write it in PyTorch, the sum and its score in the rows' dtype, the norm in the branch's. product:
-    the score by a matrix product, which Inductor cannot fuse, or by a sum, which it can."""
+    """The pass in plain PyTorch: sum and score in the rows' dtype, norm in the branch's. product: compute the score by
+    a matrix product, which Inductor cannot fuse, instead of a sum, which it can."""
     y = x + branch if gate is None else torch.addcmul(x, gate[:, None], branch)
     h = F.layer_norm(y, y.shape[-1:], weight, bias, EPS).to(branch.dtype)
     if scale is not None:
@@ -192,15 +192,15 @@ def plain_pass(
 
 
 def rows(session: Session, shape: tuple[int, int, int], moved: int, x: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """As many x and branch as a cache does not hold, two at least."""
+    """Pairs of x and branch, at least two, together four times the L2 cache. moved: bytes of a call."""
     cache = torch.cuda.get_device_properties(session.device).L2_cache_size if session.device.type == "cuda" else 0
     number = max(2, -(-4 * cache // moved))
     return [tuple(session.normal(*shape, dtype=dtype) for dtype in (x, BRAIN)) for _ in range(number)]
 
 
 def over(way: Way, sets: list[tuple[Tensor, Tensor]]) -> Call:
-    """One call for each set; the results stay, so that no two calls write to the same memory."""
-    return lambda: [way(*one) for one in sets]
+    """Calls `way` on each set and keeps the results, so that no two calls write to the same memory."""
+    return lambda: [way(*pair) for pair in sets]
 
 
 def check(ways: dict[str, Way], x: Tensor, branch: Tensor, p: Parameters, scored: int) -> None:

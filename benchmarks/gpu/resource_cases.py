@@ -1,4 +1,4 @@
-"""What is compiled by resources.py: launchers, called with tensors without memory at the shapes that networks have."""
+"""The cases that resources.py compiles: launchers, called with tensors without memory at shapes of real networks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +16,8 @@ def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def fused(
     T: int, D: int, P: int, kind: str, x: torch.dtype, branch: torch.dtype | None = None, cached: bool = False
 ) -> None:
-    """residual_uem for 64 rows; kind: the norm, with a gate where it is modulated; none: no norm follows. cached: half
-    the rows read a cached branch, and the fresh ones are kept."""
+    """residual_uem for 64 rows. kind: the norm ("modulated" includes a gate), or "none". cached: half of the rows read
+    a cached branch, and the others write theirs to the cache."""
     from adadiff_kernels.residual_uem import Cached, Norm, Score
     from adadiff_kernels.residual_uem.kernel import launch_residual_uem
 
@@ -50,7 +50,7 @@ def joins(T: int, D: int, dtype: torch.dtype) -> None:
 
 
 def settles(T: int, D: int, dtype: torch.dtype, beside: bool = False) -> None:
-    """beside: normalised rows move with them."""
+    """settle_rows for 64 rows. beside: with their normalised rows."""
     from adadiff_kernels.settle_rows.kernel import launch_settle_rows
 
     rows = tensor(64, T, D, dtype=dtype)
@@ -58,7 +58,7 @@ def settles(T: int, D: int, dtype: torch.dtype, beside: bool = False) -> None:
 
 
 def step(size: int, dtype: torch.dtype, everything: bool, channels: int = 4) -> None:
-    """A solver step of 64 samples of [channels, size, size]: guided in some, noisy, with history; or of DDIM."""
+    """A solver step of 64 samples [channels, size, size]. everything: with guidance, noise and history; else DDIM."""
     from adadiff_kernels.solver_step import Guidance, Noise, SolverState, StepRows
     from adadiff_kernels.solver_step.kernel import launch_solver_step
 
@@ -100,7 +100,7 @@ CASES: dict[str, tuple[str, Callable[..., None], tuple[Any, ...]]] = {
     "step, 32x32 latents, everything": ("_solver_step_kernel", step, (32, BRAIN, True)),
     "step, 32x32 latents, DDIM": ("_solver_step_kernel", step, (32, SINGLE, False)),
 }
-# Triton takes a number that is 1 for a constant, which its interpreter does not: such kernels are others.
+# Triton compiles an argument of 1 as a constant, unlike its interpreter: these are different kernels.
 ONES: dict[str, tuple[str, Callable[..., None], tuple[Any, ...]]] = {
     "one token, channel and output": (FUSED, fused, (1, 1, 1, "modulated", BRAIN)),
     "settle of one number": ("_settle_rows_kernel", settles, (1, 1, BRAIN)),

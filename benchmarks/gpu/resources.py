@@ -1,9 +1,9 @@
-"""Compiles the kernels for GPUs that need not be there, and reads registers, memory and loads from what comes out.
+"""Compiles the kernels without a GPU, and reads registers, memory and memory accesses from the result.
 
 python -m benchmarks.gpu.resources    writes benchmarks/results/resources.md, under the pinned Triton and nvcc only
 
-Each variant is what a launcher asks for at a real shape: the launcher runs on tensors without memory, and what it
-would have launched is compiled instead.
+Each variant is a launch at a real shape: the launcher runs on tensors without memory, and the kernel that it would
+launch is compiled instead.
 """
 
 import importlib
@@ -28,7 +28,7 @@ from benchmarks.gpu.resource_cases import CASES, ONES
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "benchmarks" / "results" / "resources.md"
 PINNED = "3.9.0"
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have: CUDA C++ guide, table of limits
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # most bytes of a program: CUDA C++ guide, table of limits
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -43,7 +43,7 @@ POINTERS = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A case below on one chip (compute capability times ten)."""
+    """A case of resource_cases.py on a chip (its compute capability times ten)."""
 
     case: str
     chip: int
@@ -51,8 +51,8 @@ class Variant:
 
 @dataclass(frozen=True)
 class Resources:
-    """registers a thread; shared: bytes a program; local: bytes a thread, where registers spill to; wide, narrow:
-    loads and stores of 16 bytes and of fewer, in the PTX."""
+    """registers: per thread; shared: bytes per program; local: bytes per thread, to which registers spill; wide,
+    narrow: loads and stores in the PTX of 16 bytes and of fewer."""
 
     registers: int
     shared: int
@@ -67,7 +67,7 @@ MODULES = ("residual_uem", "join_skip", "settle_rows", "solver_step")
 
 
 class Recorder:
-    """Stands in a kernel's place and notes what would be launched."""
+    """Replaces a kernel and records its launches."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
@@ -78,7 +78,7 @@ class Recorder:
 
 
 def launch(case: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """The kernel of a case, and the arguments with which its launcher launches it."""
+    """The kernel of a case, and the positional and keyword arguments of its launch."""
     name, launcher, arguments = (CASES | ONES)[case]
     modules = [importlib.import_module(f"adadiff_kernels.{module}.kernel") for module in MODULES]
     kept = [
@@ -101,7 +101,7 @@ def launch(case: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
 def specialise(
     kernel: Any, arguments: tuple[Any, ...], named: dict[str, Any]
 ) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]], dict[str, Any]]:
-    """Signature, constants, attributes and options, as Triton's launch derives them from the same arguments."""
+    """Signature, constants, attributes and options, as Triton's own launch derives them from these arguments."""
     names = kernel.arg_names
     given = dict(zip(names, arguments, strict=False)) | {k: v for k, v in named.items() if k in names}
     signature, constants, attributes = {}, {}, {}
@@ -123,7 +123,7 @@ def specialise(
 
 
 def compile_variant(variant: Variant) -> Resources:
-    """For a process in which kernels are not interpreted."""
+    """Compiles a variant. Needs a process in which Triton does not interpret kernels."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -142,7 +142,7 @@ def compile_variant(variant: Variant) -> Resources:
 
 
 def usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of local memory a thread of the one kernel in it, read by Triton's cuobjdump."""
+    """Registers and bytes of local memory per thread of the cubin's only kernel, read by Triton's cuobjdump."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -159,7 +159,7 @@ def variants() -> list[Variant]:
 
 
 def compile_all(chosen: list[Variant], workers: int = 2) -> dict[Variant, Resources]:
-    """In processes of their own: whether kernels are interpreted is settled where they are defined."""
+    """Compiles in new processes, because Triton decides on interpretation when a kernel is defined."""
     with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker) as pool:
         return dict(zip(chosen, pool.map(compile_variant, chosen), strict=True))
 
@@ -173,13 +173,13 @@ COLUMNS = ("registers", "shared", "local", "wide loads", "narrow loads", "wide s
 
 
 def table(found: dict[Variant, Resources]) -> str:
-    """Markdown, one line a variant, so that a change shows as a line of a diff."""
+    """Markdown, a line for each variant, so that diffs show each change as a line."""
     lines = [
-        "# What the kernels take of a GPU",
+        "# Resources of the GPU kernels",
         "",
         f"Compiled by Triton {PINNED} without a GPU (`make resources`); another version may differ. Registers and",
-        "bytes of local memory a thread, bytes of shared memory a program; loads and stores of the PTX, wide ones of",
-        "16 bytes.",
+        "bytes of local memory per thread; bytes of shared memory per program; loads and stores in the PTX, of 16",
+        "bytes (wide) or fewer (narrow).",
         "",
         f"| case | kernel | sm | {' | '.join(COLUMNS)} |",
         f"| --- | --- {'| ---: ' * (1 + len(COLUMNS))}|",

@@ -1,8 +1,8 @@
-"""Measures on a CUDA device, and writes rows. Run again, it goes on where it stopped.
+"""Measures on a CUDA device and writes rows. The same command continues an interrupted run.
 
 make gpu-bench SUITE=NAME                    ceilings, attention, passes, mlp, network, serving, decision,
                                              diffusers or all
-make gpu-bench SUITE=all ARGS='--out DIR'    rows of this commit and GPU that DIR has are not measured again
+make gpu-bench SUITE=all ARGS='--out DIR'    does not repeat measurements of this commit and GPU in DIR
 python3 -m benchmarks.gpu.run --dry                     every suite at tiny sizes on the CPU, nothing timed or written
 
 With PYTHONPATH=python, which make sets.
@@ -35,26 +35,28 @@ SUITES = {
     "decision": decision,
     "diffusers": diffusers,
 }
-LIMIT = 500.0  # seconds; a command shall take at most nine minutes
-GRACE = 0.2  # of that, 25 seconds at most, for the comparison that has begun by then
+LIMIT = 500.0  # seconds, so that a command takes at most nine minutes
+GRACE = 0.2  # share of the limit, at most 25 seconds, for the comparison that is running when the limit is reached
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=(*SUITES, "all"), action="append", help="may be repeated (default: all)")
     parser.add_argument("--out", type=Path, default=OUT, help="folder for rows (default: benchmarks/out/gpu)")
-    parser.add_argument("--commit", help="what rows say where the tree is no git repository")
+    parser.add_argument("--commit", help="commit to record in rows, for a tree without git")
     parser.add_argument("--preset", action="append", default=[], help="of the suite network; may be repeated")
     parser.add_argument("--batch", action="append", type=int, default=[], help="of the suite network; may be repeated")
-    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds after which no comparison starts")
+    parser.add_argument(
+        "--limit", type=float, default=LIMIT, help="seconds after which no comparison starts (default: 500)"
+    )
     parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU: shows that every line runs")
     return parser.parse_args(argv)
 
 
 def run_suite(session: Session, suite: ModuleType) -> int:
-    """Every comparison that is missing. One that fails says so and costs the others nothing, but for a dry run.
+    """Runs every comparison without rows. Failures are reported and do not stop the others, except in a dry run.
 
-    Returns how many failed."""
+    Returns the number of failures."""
     failed = 0
     for task in suite.tasks(session):
         if session.missing(suite.SUITE, task.kind, task.parameters):
@@ -62,7 +64,7 @@ def run_suite(session: Session, suite: ModuleType) -> int:
                 task.measure()
             except torch.OutOfMemoryError as error:
                 torch.cuda.empty_cache()
-                say(f"needs more memory than there is: {str(error).splitlines()[0]}")
+                say(f"out of memory: {str(error).splitlines()[0]}")
                 failed += 1
             except Exception:
                 if session.dry:
@@ -88,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"gpu-bench: {error}")
     say("  ".join(f"{name}: {value}" for name, value in rows.machine.items()))
     if lacking.STOOD_IN:
-        say(f"not installed here, and not needed: {', '.join(lacking.STOOD_IN)}")
+        say(f"not installed, and not needed: {', '.join(lacking.STOOD_IN)}")
     session = Session(device, rows, time.perf_counter() + chosen.limit, chosen.preset, chosen.batch)
     before, stopped, failed = len(rows.rows), False, 0
     try:
@@ -102,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
         print("\n" + plain(table))
     print(f"\n{len(rows.rows) - before} new rows in {rows.path}")
     if stopped:
-        print("stopped before the end; the same command goes on from here")
+        print("stopped before the end; run the same command to continue")
     if failed:
         sys.exit(f"gpu-bench: {failed} comparisons failed, see above")
 

@@ -1,7 +1,7 @@
 """Serving with mixed timesteps: ticks of saturated servers of U-ViT-L/2, random weights, bfloat16.
 
-The noisy half of each sample's steps exits after block 2, the other half runs every block, and samples stand at evenly
-spread steps. Ours, by each way of knowing the count of rows, against continuous batching of the plain network, eager
+Samples exit after block 2 in the noisy half of their steps and run every block in the other; their current steps are
+spread evenly. Compares ours, by every strategy of counting rows, with continuous batching of the plain network, eager
 and compiled.
 """
 
@@ -48,7 +48,7 @@ def measure(session: Session, parameters: dict[str, object]) -> None:
         engine = Engine(model, B, threaded=False, execution=execution)
         calls[f"{servers.OURS}, {strategy}"] = Saturated(engine, shape, B, STEPS, policy=policy, **label)
     with torch.inference_mode():
-        for call in calls.values():  # compiles, captures, and measures blocks
+        for call in calls.values():  # warm-up: compiles, captures graphs, and times blocks
             for _ in range(1 if session.dry else 8):
                 call()
     measured = session.compare(calls, repeats=TICKS, turn=0.0)

@@ -1,4 +1,4 @@
-"""What the GPU suites share: the device and its clock, rows that are not measured twice, and a limit of time."""
+"""Shared by the GPU suites: device, timing, rows (which are not measured twice) and a time limit."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ MOST_CALLS = 10_000  # in one turn
 
 @dataclass(frozen=True)
 class Measured(Comparison):
-    """peaks: the most bytes that PyTorch's allocator had out during one call, above what it had before."""
+    """peaks: peak bytes that PyTorch's allocator had in use during a call, beyond those before it."""
 
     peaks: Mapping[str, int]
 
@@ -31,12 +31,12 @@ class Measured(Comparison):
 
 
 class OutOfTime(BaseException):
-    """The limit came before the last comparison. No error of a comparison: nobody but the command is to catch it."""
+    """The time limit was reached before the last comparison. A BaseException, so that only the command catches it."""
 
 
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """Raises OutOfTime after so many seconds, whatever is being compiled or measured. For the main thread."""
+    """Raises OutOfTime in its block after so many seconds, also during a compilation. For the main thread only."""
 
     def stop(*_: object) -> None:
         raise OutOfTime
@@ -52,7 +52,7 @@ def limited(seconds: float) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Task:
-    """One comparison: kind and parameters say what its rows are; measure makes them."""
+    """One comparison. kind, parameters: of its rows; measure: makes them."""
 
     kind: str
     parameters: Mapping[str, object]
@@ -61,8 +61,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Session:
-    """rows: where results go (None: nowhere). deadline: on the clock of time.perf_counter; no comparison starts after
-    it. presets, batches: those to measure of whatever a suite has (none: all)."""
+    """rows: where results are written (None: nowhere). deadline: on the clock of time.perf_counter; no comparison
+    starts after it. presets, batches: restrict those of a suite (empty: all)."""
 
     device: torch.device
     rows: Rows | None = None
@@ -74,26 +74,26 @@ class Session:
 
     def __post_init__(self) -> None:
         if self.rows is not None and self.device.type != "cuda":
-            raise ValueError(f"rows are measured on a CUDA device, got {self.device}; a dry run has none")
+            raise ValueError(f"rows need a CUDA device, got {self.device}; leave rows out for a dry run")
         if self.device.type == "cuda":
             object.__setattr__(self, "pool", torch.cuda.graph_pool_handle())
             object.__setattr__(self, "keeper", kept_alive(self.pool))
 
     @property
     def dry(self) -> bool:
-        """Without a GPU: every line runs, at tiny sizes, and nothing is claimed of a second."""
+        """Whether there is no GPU: all code runs at tiny sizes, and nothing is timed."""
         return self.device.type != "cuda"
 
     @staticmethod
     def chosen(everything: Sequence[Any], wanted: Sequence[Any]) -> list[Any]:
-        """Those of a suite's own that are wanted; nothing wanted: all."""
-        return [one for one in everything if not wanted or one in wanted]
+        """The elements of `everything` that are in `wanted`; all of them if `wanted` is empty."""
+        return [item for item in everything if not wanted or item in wanted]
 
     def missing(self, suite: str, kind: str, parameters: Mapping[str, object]) -> bool:
-        """Whether this commit has yet to make these rows on this GPU. Raises OutOfTime where there is no time to."""
+        """Whether there are no such rows of this commit and GPU yet. Raises OutOfTime if so after the deadline."""
         if self.rows is None:
             return True
-        # the last row of a comparison: those before it have been written by then
+        # the last row of a comparison shows that all of its rows were written
         if any(
             (row["suite"], row["kind"], row["parameters"]) == (suite, kind, dict(parameters))
             and (row["commit"], row["machine"].get("gpu")) == (self.rows.commit, self.rows.machine["gpu"])
@@ -107,7 +107,8 @@ class Session:
         return True
 
     def compare(self, calls: Mapping[str, Call], repeats: int = 9, turn: float = 0.02, **options: Any) -> Measured:
-        """Each call in turns; a turn is one stretch of wall time over many calls that were enqueued without waiting."""
+        """Times the calls in turns. A turn measures the wall time of many calls, enqueued without waiting, in about
+        `turn` seconds."""
         peaks = {name: self.peak(call) for name, call in calls.items()}
         if self.dry:
             measured = interleave(calls, 1, 0, timer=DeviceTimer(self.device, 0.0))
@@ -116,7 +117,7 @@ class Session:
         return Measured(measured.times, measured.again, peaks)
 
     def peak(self, call: Call) -> int:
-        """Bytes, see `Measured`; of a graph those that its call took when it was captured. 0 on a CPU."""
+        """Peak bytes, see `Measured`; for a graph, those of its call before the capture. 0 on a CPU."""
         if isinstance(call, Captured):
             return call.peak
         return 0 if self.device.type != "cuda" else peak_bytes(call, self.device)
@@ -130,7 +131,7 @@ class Session:
         results: Mapping[str, Mapping[str, object]],
         dtype: torch.dtype,
     ) -> None:
-        """One row a variant. results: what else a variant's row says."""
+        """Writes a row for each variant. results: variant -> further fields of its row."""
         if self.rows is None:
             return
         clocks = gpu_state()
@@ -143,17 +144,17 @@ class Session:
             torch.cuda.synchronize(self.device)
 
     def captured(self, call: Call, shared: bool = False) -> Call:
-        """The call's kernels as one CUDA graph, so that replaying them costs the host one launch.
+        """The call's kernels as one CUDA graph, so that the host launches them at once. On a CPU, the call itself.
 
-        What the call returns lives in memory of its own as long as the graph does; with `shared` it returns nothing
-        that is still needed, and all such graphs work in the same memory. On a CPU: the call.
+        The result lives in memory of the graph's own, as long as the graph. With `shared`, all graphs use the same
+        memory, and the result is None.
         """
         if self.device.type != "cuda":
             return call
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), torch.inference_mode():
-            call()  # compiles and allocates what is made once
+            call()  # warm-up: compiles, allocates what is made once
             peak = peak_bytes(call, self.device)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
@@ -171,7 +172,7 @@ class Session:
 
 @dataclass(frozen=True)
 class Captured:
-    """A call as one CUDA graph. result: what it returned, in the graph's memory; peak: bytes, see `Measured`."""
+    """A call as one CUDA graph. result: its return value, in the graph's memory; peak: bytes, see `Measured`."""
 
     graph: Any
     result: object
@@ -183,7 +184,7 @@ class Captured:
 
 
 def kept_alive(pool: Any) -> torch.cuda.CUDAGraph:
-    """A graph that works in the pool: PyTorch refuses one whose graphs have all gone (pytorch pull request 133600)."""
+    """A graph that keeps the pool in use: PyTorch refuses a pool whose graphs are all gone (pytorch PR 133600)."""
     some, graph = torch.zeros(1, device="cuda"), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         some.zero_()
@@ -191,7 +192,7 @@ def kept_alive(pool: Any) -> torch.cuda.CUDAGraph:
 
 
 class DeviceTimer:
-    """Seconds of one call, over as many as fill `turn` seconds, enqueued one after another; waits at both ends only."""
+    """Seconds per call: the mean of as many as fill `turn` seconds, with synchronisation only before and after all."""
 
     def __init__(self, device: torch.device, turn: float, clock: Callable[[], float] = time.perf_counter) -> None:
         self.device, self.turn, self.clock = device, turn, clock
@@ -214,33 +215,33 @@ class DeviceTimer:
 
 
 def check_close(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
-    """RuntimeError unless ||got - want|| <= tolerance ||want||: what is wrong is not timed."""
+    """Raises RuntimeError unless ||got - want|| <= tolerance ||want||, so that nothing wrong is timed."""
     error = float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
     if not error <= tolerance:
         raise RuntimeError(f"{name} is off by {error:.2e} of the norm, allowed {tolerance:.0e}; not measured")
 
 
 def no_device() -> str:
-    """Why there is no GPU to use: the machine has none, its driver is too old, or PyTorch would not see it."""
+    """The reason why PyTorch finds no GPU: a build without CUDA, no GPU, or an old driver."""
     if torch.version.cuda is None:
         return f"PyTorch finds no CUDA device here (torch {torch.__version__} is built without CUDA)"
     try:
         torch.cuda.init()
         why = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}"
-    except (RuntimeError, AssertionError) as error:  # which says whether there is no driver, or an old one
+    except (RuntimeError, AssertionError) as error:  # its message names a missing or old driver
         why = str(error).strip().splitlines()[0]
     return f"PyTorch finds no CUDA device here ({why})"
 
 
 def device_or_exit(command: str) -> torch.device:
-    """The current CUDA device; without one the command ends with a line that says so."""
+    """The current CUDA device. Without one, exits with a message."""
     if not torch.cuda.is_available():
         sys.exit(f"{command}: {no_device()}")
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def gpu_facts() -> Row:
-    """What the numbers depend on, for rows of this device."""
+    """The fields of `machine` in rows of this device: GPU, CUDA and driver."""
     found = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
         "gpu": found.name,
@@ -253,7 +254,7 @@ def gpu_facts() -> Row:
 
 
 def gpu_state() -> Row:
-    """Clocks (MHz) and temperature, read right after a measurement; None where nvidia-smi does not tell."""
+    """Clocks (MHz) and temperature (Celsius) by nvidia-smi, to be read right after a measurement; None if unknown."""
     names = ("clocks.sm", "clocks.mem", "temperature.gpu")
     values = (_query(",".join(names)) or "").split(", ")
     known = dict(zip(names, values, strict=False)) if len(values) == len(names) else {}
@@ -271,7 +272,7 @@ def _query(what: str) -> str | None:
 
 
 def gigabytes(seconds: float, moved: int) -> float:
-    """GB/s, of 10^9 bytes."""
+    """GB/s, with 1 GB = 10^9 bytes."""
     return moved / seconds / 1e9
 
 
@@ -280,7 +281,7 @@ def teraflops(seconds: float, macs: int) -> float:
 
 
 def copy_of(session: Session, size: int) -> tuple[Call, int]:
-    """A copy of `size` bytes on the device, and the bytes it moves: each is read and written."""
+    """A copy of `size` bytes on the device, and the bytes that it reads and writes together."""
     source = torch.randint(0, 127, (size,), dtype=torch.int8, device=session.device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source), 2 * size

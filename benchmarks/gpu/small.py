@@ -1,6 +1,6 @@
-"""Every kernel once, at sizes that fill no tile, against its reference: small enough to run under compute-sanitizer.
+"""Compares every kernel once with its reference, at sizes that fill no tile; small enough for compute-sanitizer.
 
-python3 -m benchmarks.gpu.small           on the CUDA device, where the extension may be built or not
+python3 -m benchmarks.gpu.small           on the CUDA device, with or without the compiled extension
 python3 -m benchmarks.gpu.small --dry     on the CPU, kernels interpreted
 """
 
@@ -28,7 +28,7 @@ from benchmarks.gpu.session import device_or_exit
 
 
 def run(device: torch.device) -> list[str]:
-    """Names of what ran. RuntimeError where a kernel and its reference differ."""
+    """Names of the kernels that ran. Raises RuntimeError if a kernel and its reference differ."""
     torch.manual_seed(0)
     checks = {"residual_uem": fused, "join_skip": join, "settle_rows": settle, "solver_step": step}
     checks["DeviceSet"] = exits
@@ -96,7 +96,7 @@ def step(device: torch.device) -> None:
 
 
 def exits(device: torch.device) -> None:
-    """By the kernel where it was built."""
+    """Tests DeviceSet, with the compiled kernel if it was built."""
     B = 77
     threshold = torch.full((B,), 0.5, device=device)
     own, want = DeviceSet(B, device), DeviceSet(B, device, backend="reference")

@@ -22,11 +22,11 @@ def mark(row: Row) -> str:
 def grid(
     rows: Sequence[Row], line: Callable[[Row], str], column: Callable[[Row], object], cell: Callable[[Row], str]
 ) -> tuple[list[str], list[list[str]]]:
-    """Names of the columns, and for each line its name and cells."""
+    """Names of the columns; for each line its name and cells."""
     cells = {(line(row), column(row)): cell(row) + mark(row) for row in rows}
     columns = sorted({column(row) for row in rows})
     lines = dict.fromkeys(line(row) for row in rows)
-    return [str(one) for one in columns], [[one, *(cells.get((one, other), "") for other in columns)] for one in lines]
+    return [str(key) for key in columns], [[name, *(cells.get((name, key), "") for key in columns)] for name in lines]
 
 
 def ceilings(rows: Sequence[Row]) -> list[Table]:
@@ -58,7 +58,7 @@ def attention(rows: Sequence[Row]) -> list[Table]:
         for row in found
     ]
     header = ("attention", "rows", "µs", "TFLOP/s", "host, µs", "first call, ms", "MiB")
-    note = "First call: at this number of rows, from the host asking to the device being done. "
+    note = "First call: with this number of rows, from its start on the host to its end on the device. "
     return [Table(device(found), header, body, note + warning(found))] if found else []
 
 
@@ -89,8 +89,9 @@ def passes(rows: Sequence[Row]) -> list[Table]:
     header = ("residual_uem", "batch", "GB/s", "of a copy", "the UEM adds", "in tiles of", "eager", "compiled")
     note = (
         "Bytes: x and branch read, sum and normalised rows written. Of a copy: a copy of 1 GiB in the same rounds; "
-        "PyTorch's bytes are counted as if it had fused them too. In tiles of so many tokens: a map's share of a copy. "
-        "Wanted from batch 64 on: 88 % of a copy; of the UEM 3 % at one output, 10 % of a map; * where it is missed. "
+        "PyTorch's bytes are counted as if it had fused them, too. In tiles of: a map's share of a copy at so many "
+        "tokens per program. Targets from batch 64 on: 88 % of a copy; the UEM adds at most 3 % with one output, 10 % "
+        "with a map; * marks a miss. "
     )
     return [Table(device(found), header, body, note + warning(found))] if found else []
 
@@ -100,7 +101,7 @@ def missed(does: bool) -> str:
 
 
 def wanted_of_the_uem(outputs: int) -> float:
-    """What it may add to the pass at most."""
+    """The target: the largest share of time that the UEM adds to the pass."""
     return 0.03 if outputs == 1 else 0.10
 
 
@@ -114,13 +115,14 @@ def decision(rows: Sequence[Row]) -> list[Table]:
             lambda row: f"{row['seconds']['median'] * 1e6:.1f}",
         )
         header = ("rows exit, µs", *columns)
-        tables.append(Table(device(found), header, body, "Batch, and who exits. " + warning(found)))
+        tables.append(Table(device(found), header, body, "Columns: batch, and which rows exit. " + warning(found)))
     if found := select(rows, "gpu-decision", "tail launch"):
         one, many = (row["seconds"]["median"] for row in found)
         each = (many - one) / (found[0]["launches"] - 1)
         body = [("one launch, µs", f"{each * 1e6:.2f}" + mark(found[0])), *found[0]["accepts"].items()]
         header = ("graphs that the device launches", "")
-        tables.append(Table(device(found), header, body, "Whether a graph of it can be launched so. " + warning(found)))
+        note = "Parts of a network: whether the device can launch a graph of it. "
+        tables.append(Table(device(found), header, body, note + warning(found)))
     return tables
 
 
@@ -132,7 +134,7 @@ def mlp(rows: Sequence[Row]) -> list[Table]:
         lambda row: row["parameters"]["rows"],
         lambda row: f"{row['seconds']['median'] * 1e6:.1f}",
     )
-    note = "In CUDA graphs. GELU: with the first product; sum: the whole MLP with its residual sum. "
+    note = "In CUDA graphs. GELU: with the first matrix product; sum: the whole MLP with its residual sum. "
     return [Table(device(found), ("MLP of a block, µs; rows", *columns), body, note + warning(found))] if found else []
 
 
@@ -153,8 +155,8 @@ def serving(rows: Sequence[Row]) -> list[Table]:
     given = found[0]["parameters"]
     title = f"{given['preset']}, capacity {given['capacity']}, {device(found)}"
     note = (
-        "Saturated, mixed timesteps; the first half of each sample's steps exits after block 2, the second runs all. "
-        "Speed-up: over the fastest continuous batching of the plain network. "
+        "Saturated, mixed timesteps; samples exit after block 2 in the first half of their steps and run all blocks in "
+        "the second. Speed-up: over the fastest continuous batching of the plain network. "
     )
     return [Table(title, ("serving", "images/s", "ms a tick", "speed-up", "MiB"), body, note + warning(found))]
 
@@ -165,8 +167,8 @@ def network(rows: Sequence[Row]) -> list[Table]:
         groups.setdefault((row["parameters"]["preset"], row["parameters"]["batch"]), []).append(row)
     header = ("replayed exits", "ms", "TFLOP/s", "blocks", "speed-up", "of attainable", "of FLOP ideal", "MiB")
     note = (
-        "Speed-up: over the fastest plain one. Of attainable: a graph of the plain network's fastest pieces on exactly "
-        "the rows that still ran, over the measured time. "
+        "Speed-up: over the fastest plain network. Of attainable: the time of a graph of the plain network's fastest "
+        "pieces on exactly the remaining rows, over the measured time. "
     )
     tables = []
     for (preset, batch), group in groups.items():
@@ -192,7 +194,7 @@ def diffusers(rows: Sequence[Row]) -> list[Table]:
 
 
 def network_side_by_side(rows: Sequence[Row]) -> list[Table]:
-    """The fastest strategy of every pattern, two batches beside each other."""
+    """The fastest strategy of every pattern, with two batch sizes side by side."""
     found = [row for row in select(rows, "gpu-network", "pattern") if row["parameters"]["batch"] in BATCHES_ON_A_PAGE]
     best: dict[tuple[str, int], Row] = {}
     for row in found:

@@ -1,4 +1,4 @@
-// Graphs that launch themselves again from the device, and whether a graph that somebody captured could be launched so.
+// Graphs that launch themselves again from the device, and whether CUDA would accept a captured graph for that.
 #include <cuda_runtime.h>
 
 namespace {
@@ -17,7 +17,7 @@ extern "C" {
 
 const char* error_name(int error) { return cudaGetErrorName(static_cast<cudaError_t>(error)); }
 
-// Whether CUDA makes of `graph` one that the device can launch: 0, or the error.
+// 0 if CUDA can instantiate `graph` for launches by the device, else the error.
 int accepts(void* graph) {
   cudaGraphExec_t made = nullptr;
   const cudaError_t error = instantiate(static_cast<cudaGraph_t>(graph), &made);
@@ -26,7 +26,7 @@ int accepts(void* graph) {
   return error;
 }
 
-// A graph of one kernel that counts *left down, and launches the graph again until it is 0.
+// A graph of one kernel that decrements *left and launches the graph again until it is 0.
 int make_chain(int* left, void** made) {
   cudaStream_t stream;
   cudaGraph_t graph;

@@ -1,4 +1,4 @@
-"""Graphs that the device launches itself, by a small CUDA program (tail_launch.cu)."""
+"""CUDA graphs that the device itself launches, by a small CUDA program (tail_launch.cu)."""
 
 import ctypes
 import shutil
@@ -21,7 +21,8 @@ LAUNCHES = 100  # in one chain
 
 @dataclass(frozen=True)
 class Probe:
-    """calls: chains of one launch and of `launches`; accepts: what was captured -> CUDA's word on a graph of it."""
+    """calls: chains of one launch and of `launches`; accepts: part of a network -> "yes", or CUDA's error for a graph
+    of it."""
 
     calls: Mapping[str, Call]
     launches: int
@@ -29,7 +30,7 @@ class Probe:
 
 
 def compile_library(folder: Path, architecture: str = "native") -> Path:
-    """RuntimeError with the reason where it cannot be compiled."""
+    """Compiles tail_launch.cu into the folder. Raises RuntimeError with the reason if that fails."""
     nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
     if nvcc is None:
         raise RuntimeError("there is no nvcc")
@@ -72,7 +73,7 @@ def probe(session: Session) -> Probe:
 
 
 def parts(session: Session) -> dict[str, Call]:
-    """What a block is made of."""
+    """The operations of a block, each as a call."""
     n, T, D = 8, 258, 1024
     x, branch, w = (session.normal(*shape, dtype=torch.bfloat16) for shape in ((n, T, D), (n, T, D), (D, D)))
     q = session.normal(n, 16, T, D // 16, dtype=torch.bfloat16)
@@ -96,7 +97,7 @@ def parts(session: Session) -> dict[str, Call]:
 
 
 def captured_graph(call: Call) -> int:
-    """Address of the graph of a call, which is kept for as long as the process lives."""
+    """Address of the call's graph, which is kept until the process ends."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream), torch.inference_mode():
         call()

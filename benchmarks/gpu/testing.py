@@ -1,7 +1,7 @@
-"""Runs the tests on this machine's GPU, several processes at once, and writes one junit.xml.
+"""Runs the tests on this machine's GPU in several processes and writes one junit.xml.
 
-python3 -m benchmarks.gpu.testing --out DIR    first the tests marked `gpu`, then those of tests/kernels in the
-                                               interpreter's shapes, which run on the device where there is one
+python3 -m benchmarks.gpu.testing --out DIR    first the tests marked `gpu`, then those of tests/kernels, which
+                                               use the GPU instead of the interpreter
 """
 
 import argparse
@@ -19,13 +19,13 @@ from pathlib import Path
 from benchmarks.rows import ROOT, cores
 
 WORKERS = 8
-GPU_SHARE = 0.65  # of the time, for the tests marked `gpu`
-GRACE = 6.0  # seconds for pytest to write what it has when it is told to stop
+GPU_SHARE = 0.65  # of the time: for the tests marked `gpu`
+GRACE = 6.0  # seconds for pytest to write its report after an interrupt
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Tests by file or folder, and by marker."""
+    """Tests, selected by files or folders and by a marker expression."""
 
     name: str
     paths: Sequence[str]
@@ -45,13 +45,13 @@ def stages(dry: bool) -> list[Stage]:
 
 
 def marked() -> list[str]:
-    """Files with tests for a GPU: others may import what this machine lacks."""
+    """Files with tests marked `gpu`; other files may import modules that this machine lacks."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     return [str(path.relative_to(ROOT)) for path in files if "pytest.mark.gpu" in path.read_text()]
 
 
 def commands(stage: Stage, folder: Path, workers: int) -> list[tuple[list[str], Path]]:
-    """Each with the file it reports to: one command of pytest-xdist where that is, else one for each worker."""
+    """Commands and their report files: one command if pytest-xdist is installed, else one for each worker."""
     base = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
     base += ["-p", "benchmarks.gpu.lacking", *stage.paths, "-m", stage.marker]
     if find_spec("xdist") is not None:
@@ -66,8 +66,8 @@ def commands(stage: Stage, folder: Path, workers: int) -> list[tuple[list[str], 
 
 
 def run(stage: Stage, folder: Path, workers: int, seconds: float) -> tuple[bool, list[Path]]:
-    """Whether all passed in time, and the reports that were written."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell, and inherited
+    """Whether all tests passed in time, and the reports that were written."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for background jobs of a shell; children inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     until = time.monotonic() + seconds
     made = commands(stage, folder, workers)
@@ -87,7 +87,7 @@ def run(stage: Stage, folder: Path, workers: int, seconds: float) -> tuple[bool,
 
 
 def stop(processes: Sequence[subprocess.Popen]) -> None:
-    """Ctrl-C first, upon which pytest writes its report, and the end for those that go on."""
+    """Sends SIGINT, upon which pytest writes its report, and SIGKILL to processes that continue."""
     for sign, seconds in ((signal.SIGINT, GRACE), (signal.SIGKILL, None)):
         running = [process for process in processes if process.poll() is None]
         for process in running:
@@ -100,13 +100,13 @@ def stop(processes: Sequence[subprocess.Popen]) -> None:
 
 
 def merge(reports: Sequence[Path], target: Path) -> dict[str, int]:
-    """All reports as one file. Returns how many tests there were, and how many of them failed or were skipped."""
+    """Merges the reports into one file. Returns the numbers of tests, failures, errors, skipped and passed."""
     root = ET.Element("testsuites")
     for report in reports:
         try:
             root.extend(ET.parse(report).getroot().iter("testsuite"))
         except ET.ParseError:
-            print(f"{report.name} is not whole, and left out", flush=True)
+            print(f"{report.name} is incomplete and left out", flush=True)
     part = target.with_name(target.name + ".part")
     ET.ElementTree(root).write(part, encoding="utf-8", xml_declaration=True)
     part.replace(target)
@@ -119,9 +119,9 @@ def merge(reports: Sequence[Path], target: Path) -> dict[str, int]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for junit.xml")
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds for all of it")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds for all tests (default: 120)")
     parser.add_argument("--workers", type=int, default=max(1, min(WORKERS, cores() // 2)))
-    parser.add_argument("--dry", action="store_true", help="a few tests, to see that everything runs")
+    parser.add_argument("--dry", action="store_true", help="run only a few tests, without a GPU")
     chosen = parser.parse_args(argv)
     if find_spec("pytest") is None:
         sys.exit("benchmarks.gpu.testing: pytest is not installed")

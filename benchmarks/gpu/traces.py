@@ -1,4 +1,4 @@
-"""Profiler traces of one forward pass of U-ViT-L/2 with exits, and what its kernels take together.
+"""Profiler traces of one forward pass of U-ViT-L/2 with exits, and a table of its kernels' times.
 
 python3 -m benchmarks.gpu.traces --out DIR       writes DIR/trace-BATCH.json.gz, for Perfetto or chrome://tracing
 """
@@ -17,7 +17,7 @@ from benchmarks.gpu.network import inputs_of, random_model
 from benchmarks.gpu.session import Session, device_or_exit
 
 PRESET, BATCHES = "imagenet256_uvit_large", (8, 64)
-SHARE = 0.1  # of the scores below the threshold: some exit, most stay
+SHARE = 0.1  # of the uncertainties below the threshold: some rows exit, most stay
 WARM_UPS = 3
 
 
@@ -35,7 +35,7 @@ def forward_pass(session: Session, B: int) -> Callable[[], object]:
 
 @torch.inference_mode()
 def trace(session: Session, call: Callable[[], object], target: Path) -> str:
-    """Writes the trace, and returns the table of what took longest."""
+    """Writes the trace, and returns a table of the kernels with the longest times."""
     cuda = session.device.type == "cuda"
     for _ in range(WARM_UPS):
         call()
@@ -43,7 +43,7 @@ def trace(session: Session, call: Callable[[], object], target: Path) -> str:
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
         call()
         session.synchronize()
-    part = target.with_name("part-" + target.name)  # the profiler compresses what ends with .gz
+    part = target.with_name("part-" + target.name)  # still ends in .gz: so the profiler compresses it
     profiler.export_chrome_trace(str(part))
     part.replace(target)
     return profiler.key_averages().table(

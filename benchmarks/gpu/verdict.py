@@ -1,14 +1,13 @@
-"""Everything a GPU has to say, in ten minutes: tests, measurements, traces. What is said first matters most.
+"""Tests, measurements and traces on a GPU in ten minutes, the most important parts first.
 
 make gpu-verdict                                       all parts
 make gpu-verdict ARGS="--only tests,network64,dit64"   some of them
-make gpu-verdict ARGS="--out DIR --commit HASH"        where to write, and what rows say of the commit
+make gpu-verdict ARGS="--out DIR --commit HASH"        folder to write to, and commit to record in rows
 python3 -m benchmarks.gpu.verdict --dry                every part at tiny sizes, without a GPU: nothing is measured
 
-Each part is a process group of its own with a limit of its own; one that fails or takes too long costs the others
-nothing. After each the folder is complete: log.txt, rows.jsonl, summary.json, junit.xml, trace-8.json.gz and
-trace-64.json.gz, as far as there is something to write. Works with a python3 as it is, and installs nothing. Rows of
-the same commit and GPU are not measured again.
+Each part is a process group with a time limit of its own; the others do not depend on its success. After each part the
+folder holds all results so far: log.txt, rows.jsonl, summary.json, junit.xml, trace-8.json.gz and trace-64.json.gz.
+Installs nothing. Rows of the same commit and GPU are not measured again.
 """
 
 import argparse
@@ -36,7 +35,7 @@ from benchmarks.rows import ROOT, commit, read
 
 OUT = ROOT / "benchmarks" / "out" / "verdict"
 LAST_START, END = 540.0, 590.0  # seconds: no part starts after the first, none runs beyond the second
-FOUND = 9  # exit status with which compute-sanitizer says that it found something
+FOUND = 9  # exit status of compute-sanitizer if it finds an error
 
 
 def module(name: str, *arguments: object) -> list[str]:
@@ -45,7 +44,7 @@ def module(name: str, *arguments: object) -> list[str]:
 
 @dataclass(frozen=True)
 class Part:
-    """limit: seconds. most: of the time left, without which it does not start. second: only where it is named."""
+    """limit: seconds. most: seconds that must be left for it to start. second: runs only if named by --only."""
 
     name: str
     limit: float
@@ -78,7 +77,7 @@ def suites(
 
 
 def build(run: "Run", limit: float) -> list[str]:
-    """In place, for this GPU alone; in a dry run elsewhere, so that nobody's extension changes under him."""
+    """Builds the extension in place, for this GPU alone. A dry run builds elsewhere and does not change it."""
     where = ["--inplace"] if not run.dry else [f"--build-lib={run.scratch}", f"--build-temp={run.scratch}"]
     chips = "90" if run.dry else "native"
     return ["env", f"CUDAARCHS={chips}", sys.executable, "setup.py", "build_ext", *where]
@@ -110,7 +109,7 @@ PARTS = {
         Part("decision", 30, suites("decision")),
         Part("mlp", 30, suites("mlp")),
         Part("diffusers", 110, suites("diffusers"), second=True),
-        # without PyTorch's cache every tensor ends where its memory does
+        # without PyTorch's caching allocator, memory ends with its tensor, so that every overrun is found
         Part("memcheck", 60, memcheck, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, most=45.0),
         Part("dit64", 90, suites("network", presets=[DIT], batches=[64]), second=True),
         Part("dit8", 70, suites("network", presets=[DIT], batches=[8]), second=True),
@@ -119,7 +118,7 @@ PARTS = {
 
 
 class Run:
-    """One verdict: its folder, its clock, and what came of each part."""
+    """A run of the verdict: folder, clock and outcomes of the parts."""
 
     def __init__(self, out: Path, at: str | None, dry: bool, clock: Callable[[], float] = time.monotonic):
         self.out, self.commit, self.dry, self.clock = out, at or commit(), dry, clock
@@ -162,8 +161,8 @@ class Run:
         return Outcome(part.name, outcome, round(self.clock() - started, 1), why)
 
     def wait(self, command: Sequence[str], environment: Mapping[str, str], limit: float) -> tuple[int | None, str]:
-        """Runs it in a process group of its own, showing and keeping what it prints. Returns its exit status, None
-        where it took too long, and its last line."""
+        """Runs the command in a process group of its own, and prints and logs its output. Returns its exit status (None
+        if it exceeded the limit) and its last line."""
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
         process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
         self.process, last, late = process, "", threading.Event()
@@ -201,7 +200,7 @@ class Run:
 
 
 def stop(process: subprocess.Popen, sign: int, late: threading.Event | None = None) -> None:
-    """The whole group, workers that it started included."""
+    """Signals the whole process group, including the workers of the process."""
     if late is not None:
         late.set()
     with contextlib.suppress(ProcessLookupError):
@@ -209,7 +208,7 @@ def stop(process: subprocess.Popen, sign: int, late: threading.Event | None = No
 
 
 def missing_for_build() -> list[str]:
-    """What setup.py needs and this machine lacks; PyTorch then takes the extension's place."""
+    """What setup.py needs and this machine lacks. Without the extension, PyTorch operators are used."""
     modules = [name for name in ("setuptools", "pybind11") if find_spec(name) is None]
     tools = [name for name in ("cmake", "ninja") if find_spec(name) is None and shutil.which(name) is None]
     compilers = (os.environ.get("CXX", "c++").split()[0], "c++", "g++", "clang++")
@@ -230,7 +229,7 @@ MISSING: dict[str, Callable[[], list[str]]] = {
 
 
 def chosen_parts(only: str | None) -> list[Part]:
-    """ValueError for a name that is none."""
+    """The parts named in `only`, or all but the second ones. Raises ValueError for unknown names."""
     if only is None:
         return [part for part in PARTS.values() if not part.second]
     names = [name.strip() for name in only.split(",") if name.strip()]
@@ -248,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="PART,PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--out", type=Path, default=OUT, help="folder for everything (default: benchmarks/out/verdict)")
-    parser.add_argument("--commit", help="what rows say where the tree is no git repository")
+    parser.add_argument("--commit", help="commit to record in rows, for a tree without git")
     parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU: shows that every part runs")
     chosen = parser.parse_args(argv)
     try:
@@ -261,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
     run = Run(chosen.out, chosen.commit, chosen.dry)
     run.say(f"commit {run.commit}, torch {torch.__version__}, {run.facts.get('gpu', 'no GPU, a dry run')}")
     if lacking.STOOD_IN:
-        run.say(f"not installed here, and stood in for (gpu/lacking.py): {', '.join(lacking.STOOD_IN)}")
+        run.say(f"not installed, replaced by stand-ins (gpu/lacking.py): {', '.join(lacking.STOOD_IN)}")
     for part in parts:
         try:
             run.note(run.run(part))

@@ -1,4 +1,4 @@
-"""The rows of the suite admission as tables: one for each machine."""
+"""Tables of the suite admission: one for each simulated machine."""
 
 from collections.abc import Sequence
 
@@ -7,13 +7,13 @@ from benchmarks.rows import Row
 
 SUITE = "admission"
 MACHINES = {
-    "linear": "a block takes as long as it has rows",
-    "flat": "a block takes as long whatever its rows: a device that is hardly busy",
+    "linear": "a block's time is proportional to its rows",
+    "flat": "a block's time does not depend on its rows: an underused device",
 }
 NOTE = (
     "Nine of ten requests are shallow, one is deep. Virtual seconds, means over {runs} runs of {requests} requests, "
     "capacity {capacity}; a block of one row takes a millisecond. Slowdown: latency over that on an idle engine. "
-    "Fairness: Jain's index of the slowdowns, 1 where all are slowed down alike. "
+    "Fairness: Jain's index of the slowdowns; 1 means that all are equal. "
 )
 
 
@@ -24,13 +24,13 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 
 def _table(machine: str, rows: Sequence[Row]) -> Table:
     header = (
-        "begins first", "load", "mean, s", "p95, s", "shallow p50", "shallow p95", "deep p50", "deep p95", "longest",
+        "starts first", "load", "mean, s", "p95, s", "shallow p50", "shallow p95", "deep p50", "deep p95", "longest",
         "slowdown p95", "fairness",
     )  # fmt: skip
     names = ("all_mean", "all_p95", "shallow_p50", "shallow_p95", "deep_p50", "deep_p95", "all_longest", "slowdown_p95")
     body = [
         (
-            {"arrival": "who came first", "work": "the least work"}[row["variant"]],
+            {"arrival": "first to arrive", "work": "least work"}[row["variant"]],
             load(row),
             *(number(row[name], 2) for name in names),
             number(row["fairness"], 2),

@@ -1,4 +1,4 @@
-"""A table, and what its cells, titles and notes are made of."""
+"""The dataclass of a table, and formatting of its cells, titles and notes."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Table:
-    """`note` says in plain language how to read it."""
+    """note: how to read the table, in plain language."""
 
     title: str
     header: Sequence[str]
@@ -28,7 +28,7 @@ def select(rows: Iterable[Row], suite: str, kind: str) -> list[Row]:
 
 
 def grouped(rows: Iterable[Row], *parameters: str) -> dict[tuple[object, ...], list[Row]]:
-    """Rows by the values of those parameters, and by threads, which come last."""
+    """Rows grouped by the values of `parameters`, then by the number of threads (last in each key)."""
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault((*(row["parameters"][name] for name in parameters), row["threads"]), []).append(row)
@@ -36,7 +36,7 @@ def grouped(rows: Iterable[Row], *parameters: str) -> dict[tuple[object, ...], l
 
 
 def name_of(model: str) -> str:
-    """As the paper calls a preset."""
+    """The paper's name of a preset's network."""
     return NAMES.get(model, model)
 
 
@@ -61,14 +61,14 @@ def _off(ratio: float) -> float:
 
 
 def number(value: float | None, digits: int, percent: bool = False) -> str:
-    """Empty where there is no value."""
+    """The value with so many digits after the point; empty for None."""
     if value is None:
         return ""
     return f"{value:.{digits}%}" if percent else f"{value:.{digits}f}"
 
 
 def mark(row: Row) -> str:
-    """Behind a number of a row that is not usable; `warning` says why."""
+    """The suffix of numbers from a row that is not usable; `warning` explains it."""
     return "" if row["usable"] else " (!)"
 
 
@@ -78,5 +78,5 @@ def load(row: Row) -> str:
 
 
 def by_load(row: Row) -> tuple[bool, str]:
-    """Sorts rows: shares of the capacity first, then bursts."""
+    """Sort key: shares of the capacity first, then bursts."""
     return isinstance(row["parameters"]["load"], str), load(row)

@@ -1,4 +1,4 @@
-"""What depth follows, in three panels: timesteps, classes, and how far the best choice is. From the study's rows."""
+"""Figure of the study of depth in three panels: exit layers by timestep, by class, and distance to the oracle."""
 
 from collections.abc import Mapping
 
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from benchmarks.rows import Row
 
-COLUMNS = 10  # of the classes' images
+COLUMNS = 10  # of the grid of class images
 CURVES = {"timestep alone": ("tab:orange", "s--"), "by sample": ("tab:blue", "o-"), "oracle": ("gray", ".:")}
 
 
 def picture(rows: Mapping[str, Row], images: Tensor) -> Figure:
-    """rows: "drawn" and "bounds" of the study. images [n, C, H, W]: of classes in turn, as the first row's samples."""
+    """rows: "drawn" and "bounds" of the study. images [n, C, H, W]: image i is of class i, drawn as in row "drawn"."""
     drawn, curves = rows["drawn"], rows["bounds"]["curves"]
     figure = plt.figure(figsize=(13, 3.9), layout="constrained")
     axes = figure.subplots(1, 3, width_ratios=(1, 1.15, 1))
@@ -40,7 +40,7 @@ def _by_timestep(axis: Axes, row: Row) -> None:
 
 
 def _by_class(axis: Axes, row: Row, images: Tensor) -> None:
-    """The first sample of every class, those of the least depth first, tinted by it."""
+    """The first sample of every class, sorted and tinted by the class's mean depth."""
     means = {int(label): depth for label, depth in row["by_group"]["class"].items()}
     order = sorted(means, key=means.__getitem__)
     low, high = means[order[0]], max(means[order[-1]], means[order[0]] + 1e-9)

@@ -1,4 +1,4 @@
-"""The trained digits in the summary: early exit beside fewer steps and a fixed depth, in speed and in quality."""
+"""The trained digits in the summary: early exit compared with fewer steps and fixed depth in speed and quality."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,12 +24,12 @@ from benchmarks.rows import Row
 
 SUITE = "digits"
 HEADER = ("Digits, trained network", "images/s", "speed-up", "", "blocks run", "Fréchet distance, full = 1")
-FULL = Interval(1.0, 1.0, 1.0)  # the distance of the full network over itself
+FULL = Interval(1.0, 1.0, 1.0)  # ratio of the full network's distance to itself
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way of drawing digits. steps: that it takes, and that the full network does."""
+    """A way of drawing digits. steps: its own, and those of the full network."""
 
     name: str
     speed: Row | None
@@ -39,7 +39,7 @@ class Method:
 
     @property
     def blocks(self) -> float | None:
-        """Share of the full network's blocks that an image takes."""
+        """Blocks of an image as a share of the full network's."""
         share = 1.0
         if self.speed and "blocks" in self.speed:
             share = self.speed["blocks"] / self.speed["blocks_full"]
@@ -83,7 +83,7 @@ class Digits:
         return {**self.drawn, **self.speed}
 
     def method(self, name: str, of: str) -> Method | None:
-        """of: its title."""
+        """The method of that title, called `name`; None if no row has the title."""
         speed, drawn = self.speed.get(of), self.drawn.get(of)
         if speed is None and drawn is None:
             return None
@@ -93,13 +93,13 @@ class Digits:
         return Method(name, speed, drawn, self.qualities.get(of), (steps, whole))
 
     def full(self) -> Method | None:
-        """Timed as the fastest plain network, over which speed-ups are."""
+        """The full network, timed as the fastest plain network (the baseline of speed-ups)."""
         fastest = next((row["fastest_plain"] for row in self.speed.values()), "full")
         steps = self.rows["full"]["parameters"]["steps"] if "full" in self.rows else None
         return self.method(f"full network, {steps} steps" if steps else "full network", fastest)
 
     def threshold(self) -> str | None:
-        """The setting in the middle of those that were timed and judged, else of those that were either."""
+        """The middle one of the settings that were both timed and judged, or, without any, of all settings."""
         sets = [
             {row["parameters"]["setting"] for row in rows.values() if row["variant"] == "early exit"}
             for rows in (self.speed, self.drawn)
@@ -117,17 +117,17 @@ class Digits:
         return key and self.method(name, key)
 
     def fewer_steps(self, early: Method | None) -> Method | None:
-        """The number of steps whose speed is nearest to that of early exit; where nothing was timed, whose work is."""
+        """The number of steps nearest to early exit in speed, or in work if nothing was timed."""
         found = []
         for key, row in self.rows.items():
             if row["variant"] == "fewer steps":
                 found.append(self.method(f"fewer steps, {row['parameters']['steps']}", key))
         if not found or early is None:
             return found[0] if found else None
-        timed = [one for one in found if one.speed] if early.speed else []
+        timed = [method for method in found if method.speed] if early.speed else []
         if timed:
-            return min(timed, key=lambda one: abs(math.log(one.speed["speedup"] / early.speed["speedup"])))
-        return min(found, key=lambda one: abs(one.blocks - early.blocks))
+            return min(timed, key=lambda method: abs(math.log(method.speed["speedup"] / early.speed["speedup"])))
+        return min(found, key=lambda method: abs(method.blocks - early.blocks))
 
 
 def section(rows: Sequence[Row]) -> Section | None:
@@ -148,7 +148,7 @@ def section(rows: Sequence[Row]) -> Section | None:
 
 
 def meaning(full: Method | None, fewer: Method | None, early: Method | None, fixed: Method | None) -> list[str]:
-    """What the intervals decide about early exit."""
+    """Whether early exit is better or worse than each of the others, by the intervals."""
     if early is None:
         return []
     compared = []
@@ -192,9 +192,9 @@ def cost_of_scoring(rows: Sequence[Row]) -> list[str]:
     found = [
         row for row in on_most_threads(select(rows, SUITE, "overhead")) if row["variant"] == "engine, nobody leaves"
     ]
-    found.sort(key=lambda row: row["dtype"] != "float32")  # which every CPU multiplies itself
+    found.sort(key=lambda row: row["dtype"] != "float32")  # float32 first: no CPU has to emulate it
     if not found:
         return []
     mark = ", busy" if busy(found[0]) else ""
     cost = percent(found[0]["overhead"], 1, "+")
-    return sentence(f"Digits, forward pass in which nobody exits: {cost} over the fastest plain network{mark}.")
+    return sentence(f"Digits, forward pass without exits: {cost} over the fastest plain network{mark}.")

@@ -1,4 +1,4 @@
-"""The README's table: what every kind of method reaches in half of the full network's time. From rows alone."""
+"""The README's table: the error of every kind of method within half of the full network's time, from rows alone."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +10,7 @@ from benchmarks.rows import Row
 
 DATA, PART = "canvases", 2
 FULL = ("fewer steps", None, 20, "dpm++2m")  # method, setting, steps, solver of the full network
-KINDS = {  # the methods of a line, of which the setting with the smallest error counts
+KINDS = {  # name of a line -> its methods; the setting with the smallest error is shown
     "fewer steps": ("fewer steps", "plain network"),
     "shallow at noisy steps (DuoDiff)": ("DuoDiff", "shallow network"),
     "exits by timestep alone": ("static table", "fixed depth"),
@@ -39,7 +39,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 
 
 def best_within(timed: Sequence[Point], methods: Sequence[str], seconds: float) -> Point | None:
-    """The setting of these methods with the smallest error of all that take no more seconds."""
+    """These methods' setting with the smallest error within `seconds` per image."""
     fast = [point for point in timed if point.method in methods and point.seconds <= seconds]
     return min(fast, key=lambda point: point.measures["error"].value, default=None)
 

@@ -1,5 +1,5 @@
-"""One picture for each data set: quality against seconds and against multiply-adds, a line for each method, and where
-samples leave. From rows alone."""
+"""A picture for each data set, from rows alone: quality against seconds and against multiply-adds, a line for each
+method, and heat maps of exit layers."""
 
 from collections.abc import Sequence
 
@@ -44,8 +44,8 @@ LABELS = {
     "error": "squared error to the full network",
     "accuracy": "share of images that are right",
 }
-MANY, SHARE = 50, 0.97  # of so many settings, the best ones are shown; a few are so bad that they would hide all else
-SHOWN = {"ours, faithful": 3, "ours, distribution": 1, "ours, one threshold": 1, "batch mean": 1}  # panels of exits
+MANY, SHARE = 50, 0.97  # from MANY settings on, only the best SHARE of them is shown: a few bad ones stretch the axis
+SHOWN = {"ours, faithful": 3, "ours, distribution": 1, "ours, one threshold": 1, "batch mean": 1}  # heat maps of each
 
 
 def pictures(rows: Sequence[Row]) -> dict[str, Figure]:
@@ -125,12 +125,12 @@ def _curves(panel: Axes, found: Sequence[Point], axis: str, measure: str) -> Non
 
 
 def _bars(intervals: Sequence) -> np.ndarray:
-    """A bootstrap interval is not centred, but holds its estimate up to rounding."""
+    """Error bars [2, n]. Bootstrap intervals are not centred; by rounding, an estimate may lie just outside its own."""
     return np.array([[max(0, i.value - i.low) for i in intervals], [max(0, i.high - i.value) for i in intervals]])
 
 
 def exit_maps(rows: Sequence[Row], data: str) -> list[Row]:
-    """Of the last checkpoints and most steps, by the first solver: so many settings of each method as SHOWN."""
+    """Rows of the last checkpoints, the most steps and the first solver: SHOWN settings of each method."""
     own = [r for r in select(rows, SUITE, "quality") if r["parameters"]["data"] == data and "exit_histogram" in r]
     if not own:
         return []
@@ -148,7 +148,7 @@ def exit_maps(rows: Sequence[Row], data: str) -> list[Row]:
 
 
 def _heat(figure: SubFigure, rows: Sequence[Row]) -> None:
-    """Which share of the samples left after which block, by timestep."""
+    """Heat maps: share of the samples that exit after each block, by timestep."""
     axes = figure.subplots(1, len(rows), squeeze=False, sharey=True)[0]
     for axis, row in zip(axes, rows, strict=True):
         histogram = np.array(row["exit_histogram"], dtype=float)  # [steps, layers]

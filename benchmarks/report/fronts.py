@@ -1,7 +1,8 @@
-"""How good every method is at what it takes, and whether ours beats all others at equal seconds. From rows alone.
+"""Quality against cost of every method, and whether ours beats all others at equal seconds. From rows alone.
 
-A front holds the settings that no other one beats in both time and quality. Between two neighbours on it the measure is
-interpolated as a power of the time, as errors are of the number of steps; beyond its slow end it stays what it is.
+A (Pareto) front holds the settings that no other setting beats in both cost and quality. Between two neighbours the
+measure is interpolated as a power of the cost, as errors are powers of the number of steps; beyond the slow end of the
+front it is constant.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,16 +19,16 @@ from benchmarks.rows import Row
 
 SUITE = "quality"
 MEASURES = {"frechet": "Fréchet distance", "error": "squared error", "accuracy": "accuracy"}
-HIGHER = {"accuracy"}  # is better
+HIGHER = {"accuracy"}  # measures of which higher is better
 COSTS = {"seconds": "ms/image", "macs": "million MACs"}
 SCALE = {"seconds": 1e3, "macs": 1e-6}
-ROUNDING = 5e-4  # of the tables: what they show as 1.000 throughout is neither below nor above
+ROUNDING = 5e-4  # of the tables: a ratio whose whole interval is shown as 1.000 is neither below nor above
 
 
 @dataclass(frozen=True)
 class Point:
-    """A setting. seconds of an image, and those of every round of timing; None and () where it was not timed.
-    draws: by measure, of the interval."""
+    """A setting of a method. seconds: of an image, rounds: those of every round of timing; None and () if not timed.
+    draws: measure -> its bootstrap draws, float [n]."""
 
     method: str
     setting: str | None
@@ -54,8 +55,8 @@ class Point:
         return self.seconds if axis == "seconds" else self.macs
 
     def cost_draws(self, axis: str, n: int) -> np.ndarray:
-        """Float [n]: medians of rounds drawn with replacement, for all settings the same ones, as their speeds drift
-        together."""
+        """Float [n]: medians of rounds drawn with replacement. All settings draw the same rounds, because their speeds
+        drift together."""
         if axis == "macs":
             return np.full(n, self.macs)
         rounds = np.array(self.rounds)
@@ -68,8 +69,8 @@ def data_sets(rows: Iterable[Row]) -> list[str]:
 
 
 def points(rows: Sequence[Row], data: str, kind: str = "quality") -> list[Point]:
-    """Of the last checkpoints measured, by the largest number of samples; runs are averaged. kind: "quality", or
-    "screening"."""
+    """The settings measured with the last checkpoints and the largest number of samples, averaged over runs.
+    kind: "quality" or "screening"."""
     good = [row for row in select(rows, SUITE, kind) if row["parameters"]["data"] == data]
     if not good:
         return []
@@ -112,7 +113,7 @@ def _point(runs: Sequence[Row], speed: Row | None) -> Point:
 
 
 def front(points: Iterable[Point], axis: str, measure: str) -> list[Point]:
-    """Those that nobody beats, cheapest first."""
+    """The points that no other point beats in both cost and measure, cheapest first."""
     sign = -1 if measure in HIGHER else 1
     best: list[Point] = []
     for point in sorted(points, key=lambda p: (p.cost(axis), sign * p.measures[measure].value)):
@@ -122,10 +123,10 @@ def front(points: Iterable[Point], axis: str, measure: str) -> list[Point]:
 
 
 def over_front(point: Point, others: Sequence[Point], axis: str, measure: str) -> Interval | None:
-    """The point's measure over that of a front at the same cost; None where nothing on it is so cheap.
+    """Ratio of the point's measure to that of a front at the same cost; None if all of the front costs more.
 
-    The interval holds what samples and rounds of timing leave open, resampled in pairs; not that the settings were
-    chosen by the same ones. measure: "frechet" or "error", all above zero.
+    The interval covers the randomness of samples and of rounds of timing, resampled in pairs. It does not cover that
+    the settings were chosen on the same samples. measure: "frechet" or "error", positive.
     """
     n = len(point.draws[measure])
     slower = next((i for i, other in enumerate(others) if other.cost(axis) >= point.cost(axis)), len(others))
@@ -187,8 +188,8 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 def front_table(
     found: Sequence[Point], rows: Sequence[Row], data: str, measure: str, axis: str, composed: bool = False
 ) -> Table:
-    """For every budget, and for every policy without budgets, that setting of ours which does best against the others
-    at the same cost. rows: that the costs come from. composed: of several policies, against all single ones."""
+    """For every budget, and for every policy without budgets, our best setting relative to the other methods at the
+    same cost. rows: those that the costs come from. composed: compare composed policies with all single ones."""
     others = front([point for point in found if not (point.composed if composed else point.ours)], axis, measure)
     groups: dict[str, list[Point]] = {}
     for point in found:
@@ -220,14 +221,14 @@ def front_table(
     )  # fmt: skip
     note = (
         f"Over the others' front: ratio to the best of all {alternatives} at the same {axis_name(axis)}, with its 95 % "
-        "interval; below 1 is better. How and steps: what does best with the budget, which is a share of the full "
-        "network's multiply-adds at as many steps. "
+        "interval; below 1 is better. How and steps: the best setting for the budget, which is a share of the full "
+        "network's multiply-adds at the same number of steps. "
     )
     return Table(where(rows), header, body, note + (warning(rows) if axis == "seconds" else ""))
 
 
 def line_of(point: Point) -> str:
-    """In which line of the tables a setting is: its budget, or its method."""
+    """Name of the setting's line in the tables: its budget, or its method."""
     return point.setting.split(",")[0] if point.method in BY_BUDGET else point.method.removeprefix("ours, ")
 
 
@@ -236,13 +237,13 @@ def axis_name(axis: str) -> str:
 
 
 def way(point: Point) -> str:
-    """What is left to say of a setting of ours where its budget stands beside it."""
+    """Describes one of our settings without the budget, which has its own column."""
     how, (_, *more) = point.method.removeprefix("ours, "), point.setting.split(", ")
     return ", ".join([how, *more]) if point.method in BY_BUDGET else point.setting
 
 
 def best_table(timed: Sequence[Point], measured: Sequence[Row], data: str) -> Table:
-    """The settings that nobody beats in seconds and Fréchet distance."""
+    """The settings that no other setting beats in both seconds and Fréchet distance."""
     body = []
     for point in front(timed, "seconds", "frechet"):
         frechet, error = point.measures["frechet"], point.measures["error"]
@@ -263,5 +264,5 @@ def best_table(timed: Sequence[Point], measured: Sequence[Row], data: str) -> Ta
         f"{data}, best for their seconds", "steps", "ms/image", "million MACs", "exit layer", "Fréchet",
         MEASURES["error"], "PSNR", "accuracy",
     )  # fmt: skip
-    note = "Squared error and PSNR (dB, median): to the full network's images of the same noises at many steps. "
+    note = "Squared error and PSNR (dB, median): against the full network's images of the same noises at many steps. "
     return Table(where(measured), header, body, note + warning(measured))

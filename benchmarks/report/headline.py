@@ -1,5 +1,5 @@
-"""The picture at the top of the README: the same noises drawn by the full network and with early exit, and below each
-image the blocks that every step needed. The seconds come from rows, the images from the model that ships."""
+"""The picture at the top of the README: samples of the full network and of early exit from the same noises, and below
+each pair the blocks of every step. Seconds come from rows, images from the model of the package."""
 
 import hashlib
 import json
@@ -21,17 +21,17 @@ from benchmarks.rows import Row
 from benchmarks.suites.drawing import fingerprint, load, seeds_and_labels
 from benchmarks.suites.headline import EARLY, FULL, MODEL, POLICY, SAMPLES, STEPS, SUITE
 
-SHOWN = 16  # the first of the samples, as they come
+SHOWN = 16  # the first samples, not selected
 
 
 def source(rows: Sequence[Row]) -> str:
-    """Stands for all that the picture shows: the rows it tells of, and the model."""
+    """Hash of all that the picture shows: its rows and the model."""
     found = json.dumps([*select(rows, SUITE, "speed"), SHOWN, fingerprint(MODEL)], sort_keys=True)
     return hashlib.sha256(found.encode()).hexdigest()[:16]
 
 
 def picture(rows: Sequence[Row]) -> Figure:
-    """Raises ValueError where the two rows are missing."""
+    """Raises ValueError if one of the two rows is missing."""
     timed = {row["variant"]: row for row in select(rows, SUITE, "speed")}
     if not {FULL.name, EARLY.name} <= set(timed):
         raise ValueError("the picture needs the rows of `python benchmarks/run.py --suite headline`")
@@ -65,7 +65,7 @@ def picture(rows: Sequence[Row]) -> Figure:
 
 
 def printed(rows: Sequence[Row]) -> str:
-    """What `print(report)` says after the README's example, with the seconds of the rows."""
+    """The output of `print(report)` in the README's example, with the seconds of the rows."""
     row = next(row for row in select(rows, SUITE, "speed") if row["variant"] == EARLY.name)
     n, seconds, depth, L = SAMPLES, row["seconds"]["median"], row["mean_exit_layer"], load(MODEL).num_layers
     return (
@@ -75,7 +75,7 @@ def printed(rows: Sequence[Row]) -> str:
 
 
 def drawn(model: adadiff.Model, policy: str) -> tuple[Tensor, adadiff.Report]:
-    """The samples that the rows timed."""
+    """Draws the samples that the rows timed."""
     seeds, labels = seeds_and_labels(0, SAMPLES, model.config.classes)
     return adadiff.sample(model, SAMPLES, seed=seeds, class_labels=labels, steps=STEPS, policy=policy)
 

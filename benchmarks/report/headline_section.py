@@ -1,4 +1,4 @@
-"""The images that the README shows first, in the summary: one call, full and with early exit."""
+"""The README's first picture in the summary: one call with the full network and with early exit."""
 
 from collections.abc import Sequence
 

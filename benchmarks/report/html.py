@@ -1,4 +1,4 @@
-"""Everything that a run found as one HTML file, which needs no other file, no network and no script."""
+"""All results of a run as one HTML file, without other files, network access or scripts."""
 
 import base64
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ SUITES = {
     "quality": "Quality at equal seconds and multiply-adds",
     "models": "Published networks",
 }
-# How a picture's name begins -> its suite and what it shows. The first that fits counts.
+# beginning of a picture's file name -> its suite and caption; the first match counts
 PICTURES = {
     "images": ("digits", "Digits, the same noise and label in each column"),
     "exit-layers": ("digits", "Share of the samples that exit after each block, step by step"),
@@ -48,7 +48,7 @@ figcaption, .note { color: var(--dim); font-size: 0.85rem; max-width: 60rem; }
 
 
 def page(summary: Sequence[str], rows: Sequence[Row], pictures: Sequence[Path]) -> str:
-    """pictures: PNG files; each comes before the tables of its suite, those of no suite come last."""
+    """pictures: PNG files; each stands before the tables of its suite, pictures without a suite come last."""
     suites = list(dict.fromkeys([*SUITES, *(row["suite"] for row in rows)]))
     left = list(pictures)
     parts = []
@@ -70,7 +70,7 @@ def page(summary: Sequence[str], rows: Sequence[Row], pictures: Sequence[Path]) 
 
 
 def placed(picture: Path) -> tuple[str | None, str]:
-    """Its suite, if it has one, and what it shows."""
+    """The picture's suite, if any, and its caption."""
     found = (value for name, value in PICTURES.items() if picture.stem.startswith(name))
     return next(found, (None, picture.stem))
 

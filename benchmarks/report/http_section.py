@@ -1,4 +1,4 @@
-"""The HTTP service in the summary: what it costs over the engine, and whether anybody is lost."""
+"""The HTTP service in the summary: its cost over the engine, and whether misbehaving clients harm others."""
 
 from collections.abc import Sequence
 
@@ -35,7 +35,7 @@ def behaved(rows: Sequence[Row]) -> list[str]:
     whole, asked = (sum(mixed[name][kind] for kind in kinds) for name in ("whole", "asked"))
     mark = f" ({busy(mixed)})" if busy(mixed) else ""
     return [
-        f"Beside {mixed['asked']['leaves']} that leave, {whole} of {asked} got what they waited for; p95 "
+        f"Beside {mixed['asked']['leaves']} clients that disconnect, {whole} of {asked} got a complete reply; p95 "
         f"{mixed['p95']:.2f} s, {calm['p95']:.2f} s where all behave{mark}."
     ]
 

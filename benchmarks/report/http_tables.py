@@ -1,4 +1,4 @@
-"""The rows of the suite http as tables."""
+"""Tables of the suite http."""
 
 from collections.abc import Sequence
 
@@ -7,12 +7,12 @@ from benchmarks.rows import Row
 
 SUITE = "http"
 MIB = 2**20
-SLO = "10"  # times as long as alone, of those that are shown
-KINDS = {"good": "waits", "malformed": "nonsense", "slow": "slow reader", "leaves": "leaves"}
+SLO = "10"  # the latency limit that the table shows, in latencies of a lone request
+KINDS = {"good": "waits", "malformed": "malformed", "slow": "slow reader", "leaves": "disconnects"}
 
 
 def throughput(rows: Sequence[Row]) -> list[Table]:
-    header = ("bursts", "images/s", "of the engine", "processor ms a request", "added")
+    header = ("bursts", "images/s", "of the engine", "CPU ms per request", "added")
     tables = []
     for group in _groups(rows, "throughput"):
         given = group[0]["parameters"]
@@ -27,9 +27,9 @@ def throughput(rows: Sequence[Row]) -> list[Table]:
             for row in group
         ]
         note = (
-            f"{given['requests']} requests of {given['steps']} steps at once, the service's over the loopback, from "
-            "another process. Of the engine: images a second over those of the engine in the same round, median. "
-            "Processor time: of the process that draws; added: over the engine's. "
+            f"{given['requests']} requests of {given['steps']} steps at once; the service's come from another process "
+            "over the loopback. Of the engine: images a second over the engine's in the same round, median. "
+            "CPU time: of the process that draws; added: beyond the engine's. "
         )
         title = f"{name_of(given['model'])}, capacity {given['capacity']}, {where(group)}"
         tables.append(Table(title, header, body, note + warning(group)))
@@ -47,8 +47,8 @@ def latency(rows: Sequence[Row]) -> list[Table]:
         ]
         alone = number(1e3 * group[0]["seconds_alone_per_step"], 1)
         note = (
-            f"{given['requests']} requests, Poisson; load: of the images a second that the engine makes of a burst. "
-            f"Alone a request takes {alone} ms a step, over HTTP. "
+            f"{given['requests']} requests, Poisson; load: share of the engine's images a second in a burst. "
+            f"A lone request takes {alone} ms a step over HTTP. "
         )
         title = f"{name_of(given['model'])}, capacity {given['capacity']}, {where(group)}"
         tables.append(Table(title, header, body, note + warning(group)))
@@ -74,10 +74,10 @@ def behaviour(rows: Sequence[Row]) -> list[Table]:
             for row in group
         ]
         note = (
-            f"The same {given['requests']} requests at the same times, load {given['load']:.0%}. How many got what "
-            "they waited for: images; why a body was refused; all of a stream, read at the end; of those that leave, "
-            "none waits. Latencies: of the requests whose clients behave both times. Left running, open files: when "
-            "all was over, files against before. "
+            f"The same {given['requests']} requests at the same times, load {given['load']:.0%}. Columns of clients: "
+            "how many got a complete reply: images; the reason of a refusal (malformed); a whole stream, read late "
+            "(slow reader); clients that disconnect wait for none. Latencies: of the requests whose clients behave "
+            "both times. Left running, open files: after the last request; files as a change from before. "
         )
         title = f"{name_of(given['model'])}, capacity {given['capacity']}, {where(group)}"
         tables.append(Table(title, header, body, note + warning(group)))
@@ -95,8 +95,8 @@ def memory(rows: Sequence[Row]) -> list[Table]:
         )
         for row in found
     ]
-    header = ("memory of the service", "requests", "first, MiB", "last, MiB", "most, MiB", "bytes a request")
-    note = "Resident, after bursts, the first of them left out; bytes a request: the slope, by least squares. "
+    header = ("memory of the service", "requests", "first, MiB", "last, MiB", "most, MiB", "bytes per request")
+    note = "Resident memory after each burst but the first; bytes per request: its slope, by least squares. "
     return [Table(f"memory, {where(found)}", header, body, note)] if found else []
 
 

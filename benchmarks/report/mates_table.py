@@ -1,4 +1,4 @@
-"""Which share of the samples a cache changes when they are drawn beside others. From rows alone."""
+"""Table of the share of samples that change with their batch-mates, for each cache policy. From rows alone."""
 
 from collections.abc import Sequence
 
@@ -23,8 +23,8 @@ def tables(rows: Sequence[Row], data: str) -> list[Table]:
     header = (f"{data}, changed by batch-mates", *(f"batch {batch}" for batch in batches), "work")
     given = found[-1]["parameters"]
     note = (
-        f"Share of {given['samples']} samples of which a pixel (of -1 to 1) differs by more than {CHANGED:g} when they "
-        f"are drawn in another order, hence beside others; {given['steps']} DDIM steps. The number behind a policy is "
-        "its threshold. Work: multiply-adds, of the full network's. "
+        f"Share of {given['samples']} samples in which a pixel (of -1 to 1) differs by more than {CHANGED:g} when they "
+        f"are drawn in another order, hence in other batches; {given['steps']} DDIM steps. The number after a policy "
+        "is its threshold. Work: multiply-adds as a share of the full network's. "
     )
     return [Table(where(found), header, body, note)]

@@ -1,4 +1,4 @@
-"""Rows of presets.py as tables: one for each batch, a line for each network."""
+"""Tables of the suite models: one for each batch size, a line for each network."""
 
 from collections.abc import Sequence
 
@@ -40,9 +40,9 @@ def models(rows: Sequence[Row]) -> list[Table]:
             )
         own = [row for ways in presets.values() for row in ways.values()]
         note = (
-            "Random weights. Engine: scored after every block, nobody leaves. Two-phase: every other lane leaves after "
-            "block 2 (at batch 1 the only one); its share of the multiply-adds, and its speed-up over the faster plain "
-            "one. MiB: what is allocated at once, above the weights. "
+            "Random weights. Engine: uncertainty after every block, no exits. Two-phase: every other lane exits after "
+            "block 2 (at batch 1 the only one); MACs run and speed-up are its own, the latter over the faster plain "
+            "network. MiB: peak allocation beyond the weights. "
         )
         place = gpu(own) if device == "cuda" else where(own)
         tables.append(Table(f"batch {batch}, {place}", header, body, note + warning(own)))

@@ -1,4 +1,4 @@
-"""The published networks in the summary: how much exits save in the ones where they save least and most."""
+"""The published networks in the summary: the lowest and highest speed-up of exits over networks."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ from benchmarks.report.sections import (
 from benchmarks.rows import Row
 
 SUITE = "models"
-ALONE = 1  # a batch of one lane, which is the one that exits
+ALONE = 1  # batch size at which every lane exits
 
 
 def section(rows: Sequence[Row]) -> Section | None:
@@ -32,7 +32,7 @@ def section(rows: Sequence[Row]) -> Section | None:
     body, said = [], []
     for batch, group in sorted(batches.items()):
         exits = "exits after block 2" if batch == ALONE else "every other lane exits"
-        for variant, words in (("two-phase", exits), ("nobody leaves", "nobody exits")):
+        for variant, words in (("two-phase", exits), ("nobody leaves", "no exits")):
             if own := [row for row in group if row["variant"] == variant]:
                 body.append((f"batch {batch}, {words}", *extremes(own, one)))
         said += meaning(batch, group)
@@ -44,7 +44,7 @@ def section(rows: Sequence[Row]) -> Section | None:
 
 
 def extremes(rows: Sequence[Row], one: bool) -> tuple[str, str]:
-    """The lowest and the highest speed-up with their networks; of a single network its speed-up."""
+    """The lowest and the highest speed-up with their networks; one: the only network's speed-up."""
     if one:
         return f"{rows[-1]['speedup']:.2f}", busy(rows[-1])
     ends = (choose(rows, key=lambda row: row["speedup"]) for choose in (min, max))
@@ -52,7 +52,7 @@ def extremes(rows: Sequence[Row], one: bool) -> tuple[str, str]:
 
 
 def meaning(batch: int, group: Sequence[Row]) -> list[str]:
-    """Over the networks that nothing disturbed."""
+    """Whether exits save time, over the networks that were measured undisturbed."""
     saves, costs = [], []
     for ways in grouped(group, lambda row: row["parameters"]["preset"]).values():
         by_name = {row["variant"]: row for row in ways if not busy(row)}
@@ -63,5 +63,5 @@ def meaning(batch: int, group: Sequence[Row]) -> list[str]:
                 found.append(order_of_seconds(row, fastest) == sign)
     if not saves or not costs:
         return [f"Batch {batch}: not enough was measured undisturbed to say whether exits save time."]
-    text = f"Batch {batch}: exits save time {in_cases(saves, 'network')}; where nobody exits, the engine costs time"
+    text = f"Batch {batch}: exits save time {in_cases(saves, 'network')}; without exits the engine costs time"
     return sentence(f"{text} {in_cases(costs)}.")

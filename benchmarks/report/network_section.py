@@ -1,4 +1,4 @@
-"""U-ViT-S/2 with replayed exits in the summary: what spread exits save, and what the engine costs."""
+"""U-ViT-S/2 with replayed exits in the summary: the saving of spread exits, and the cost of the engine without any."""
 
 from collections.abc import Sequence
 
@@ -18,10 +18,10 @@ from benchmarks.report.sections import (
 from benchmarks.rows import Row
 
 SUITE = "network"
-MOST = 4  # comparisons shown, the last ones
-HEADER = ("U-ViT-S/2, exits spread over blocks 3-13", "speed-up", "", "of attainable", "nobody exits: cost")
+MOST = 4  # comparisons shown at most: the last ones
+HEADER = ("U-ViT-S/2, exits spread over blocks 3-13", "speed-up", "", "of attainable", "cost without exits")
 EXPLAINED = (
-    "Speed-up: over the fastest plain network. Attainable: its blocks on only the rows that still run.",
+    "Speed-up: over the fastest plain network. Attainable: its blocks on the remaining rows alone.",
     "Saves or costs time: the 20 to 80 % ranges of seconds do not overlap, speed-ups over 3 % apart.",
 )
 
@@ -59,7 +59,7 @@ def cells(name: str, ways: dict[str, Row]) -> tuple[str, ...]:
 
 
 def meaning(compared: Sequence[dict[str, Row]]) -> list[str]:
-    """Over the comparisons that nothing disturbed."""
+    """Whether exits save time, over the undisturbed comparisons."""
     saves, costs = [], []
     for ways in compared:
         fastest = next((ways.get(row["fastest_plain"]) for row in ways.values()), None)
@@ -68,5 +68,5 @@ def meaning(compared: Sequence[dict[str, Row]]) -> list[str]:
                 found.append(order_of_seconds(ways[name], fastest) == sign)
     if not saves or not costs:
         return ["Not enough was measured undisturbed to say whether exits save time."]
-    text = f"Exits save time {in_cases(saves, 'comparison')}; where nobody exits, the engine costs time"
+    text = f"Exits save time {in_cases(saves, 'comparison')}; without exits the engine costs time"
     return sentence(f"{text} {in_cases(costs)}.")

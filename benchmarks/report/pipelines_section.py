@@ -1,4 +1,4 @@
-"""Caches in transformers of diffusers, in the summary: what deciding sample by sample costs over the least there is."""
+"""Caches in diffusers' transformers, in the summary: the cost of deciding by sample over the least possible time."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from benchmarks.report.pipelines_tables import SUITE
 from benchmarks.report.sections import Section, busy, columns, grouped, percent, sentence
 from benchmarks.rows import Row
 
-WANTED = {0.0: 0.01}  # over the least, where nobody reuses; elsewhere REST
+WANTED = {0.0: 0.01}  # share of samples that reuse -> most time over the least; REST for other shares
 REST = 0.04
 
 
@@ -28,5 +28,5 @@ def section(rows: Sequence[Row]) -> Section | None:
     met = sum(row["over_best"] - 1 <= WANTED.get(row["reuse"], REST) for row in undisturbed)
     said = "Nothing was measured undisturbed."
     if undisturbed:
-        said = f"Within 1 % where nobody reuses and 4 % elsewhere: {met} of {len(undisturbed)} undisturbed."
+        said = f"Within 1 % if no sample reuses, 4 % otherwise: {met} of {len(undisturbed)} undisturbed."
     return Section([*columns(header, body), *sentence(said)], f"diffusers, caches by sample. {said}")

@@ -1,4 +1,4 @@
-"""Rows of the suite diffusers, and of that on a GPU, as tables: one for each network and batch."""
+"""Tables of the suites diffusers and gpu-diffusers: one for each network and batch size."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,9 +7,9 @@ from benchmarks.rows import Row
 
 SUITE = "diffusers"
 NOTE = (
-    "A step of the transformer. By sample: ours, the given share of the samples reuses what their later blocks added. "
-    "Over the least: seconds over those of the plain network's own parts on just the rows that run (median of rounds, "
-    "20 to 80 %). As steps: of the plain network that take as long, which is what fewer steps cost. Whole batch: "
+    "A step of the transformer. By sample: ours; the given share of samples reuses the residual of its later blocks. "
+    "Over the least: time over that of the plain network's parts on the rows that run alone (median of rounds, "
+    "20 to 80 %). As steps: the number of plain steps that take as long. Whole batch: "
     "diffusers' own first-block cache, one decision for all samples. "
 )
 
@@ -19,7 +19,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 
 
 def tables_of(rows: Sequence[Row], place: Callable[[Sequence[Row]], str]) -> list[Table]:
-    """place: what a title says of the machine."""
+    """place: describes the machine of the rows, for titles."""
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault((*row["parameters"].values(), row["dtype"], row["threads"]), []).append(row)

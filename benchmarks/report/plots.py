@@ -1,4 +1,4 @@
-"""Pictures from rows, and for the grid of images from the few samples that the quality run kept."""
+"""Pictures from rows; the grid of images also needs the samples that the quality run stored."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,12 +33,12 @@ POLICIES = {
     STATIC: "tab:orange",
     OURS: "tab:blue",
 }
-CURVES = ("digits", "imagenet256_uvit_large")  # whose latencies are drawn
-COLUMNS = 10  # of the grid: one digit of each class
+CURVES = ("digits", "imagenet256_uvit_large")  # models whose latencies are plotted
+COLUMNS = 10  # of the grid of images: one digit of each class
 
 
 def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Every picture that the rows are enough for, as PNG files in `folder`."""
+    """Writes every picture for which there are rows as a PNG file to `folder`, and returns the paths."""
     rows = latest(rows)
     pictures = {
         "images.png": images(folder / "cache"),
@@ -79,7 +79,7 @@ def images(cache: Path) -> Figure | None:
 
 
 def exit_layers(rows: Sequence[Row]) -> Figure | None:
-    """Heat maps, one for each threshold: which share of the samples left after which block, step by step."""
+    """Heat maps, one for each threshold: share of the samples that exit after each block, step by step."""
     measured = {
         title(row): np.array(row["exit_histogram"])
         for row in select(rows, "digits", "quality")
@@ -124,7 +124,7 @@ def quality(rows: Sequence[Row]) -> Figure | None:
         x = [speed[name]["images_per_second"] for name in names]
         y = np.array([good[name].frechet for name in names])
         ends = np.array([[good[name].low for name in names], [good[name].high for name in names]])
-        # a bootstrap interval is not centred, but always holds its estimate up to rounding
+        # bootstrap intervals are not centred; rounding may put an estimate just outside its interval
         bars = np.maximum(np.abs(ends - y), 0)
         axis.errorbar(x, y, bars, fmt="o-", capsize=3, color=METHODS.get(method, "black"), label=method)
     axis.set(xlabel="images per second", ylabel="Fréchet distance to held-out digits (lower is better)")

@@ -1,7 +1,7 @@
-"""Writes what is published of the committed rows, benchmarks/results/*.jsonl: the tables of the README and of the pages
-in that folder, and the pictures that are made of rows.
+"""Publishes the committed rows (benchmarks/results/*.jsonl): writes the tables of the README and of the pages in that
+folder, and the pictures made from rows.
 
-python -m benchmarks.report.publish [--check]      with --check, nothing is written; fails unless all is current
+python -m benchmarks.report.publish [--check]      with --check, writes nothing and fails unless all is current
 
 Rows of a comparison on a busy machine (`usable` false) are left out.
 """
@@ -40,12 +40,12 @@ from benchmarks.rows import ROOT, Row, read
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 VALUE = re.compile(r"(<!--value:([\w-]+)-->)(.*?)(<!--end-->)", re.DOTALL)  # by its name in VALUES
-SOURCE = "Source"  # PNG text: stands for the rows and models that a picture was made of
+SOURCE = "Source"  # key of the PNG text with a hash of the rows and models that a picture was made of
 Tables = Callable[[Sequence[Row]], list[Table]]
 
 
 def claim(rows: Sequence[Row]) -> Row:
-    """U-ViT-S/2 at batch 64, everybody exiting after block 7."""
+    """The row of the README's claim: U-ViT-S/2 at batch 64, all lanes exiting after block 7."""
     patterns = (row for row in select(rows, "network", "pattern") if row["variant"] == "same")
     return next(r for r in patterns if (r["parameters"]["batch"], r["dtype"], r["threads"]) == (64, "float32", 2))
 
@@ -77,7 +77,7 @@ def _front(data: str, rows: Sequence[Row]) -> Figure:
     return front_plots.picture(rows, data)
 
 
-# name -> (what it is made of, how)
+# name -> (hash of its sources, how it is drawn)
 PICTURES: dict[str, tuple[Callable[[Sequence[Row]], str], Callable[[Sequence[Row]], Figure | None]]] = {
     "headline.png": (headline.source, headline.picture),
     "equal-seconds-canvases.png": (partial(rows_digest, suites={fronts.SUITE}), partial(_front, "canvases")),
@@ -88,12 +88,12 @@ PICTURES: dict[str, tuple[Callable[[Sequence[Row]], str], Callable[[Sequence[Row
 
 
 def publishable(rows: Sequence[Row]) -> list[Row]:
-    """The last row of everything measured, those of busy machines left out."""
+    """The last row of everything measured, without rows of busy machines."""
     return [row for row in latest(rows) if row.get("usable", True)]
 
 
 def committed() -> list[Row]:
-    """Oldest file first: where two rows describe the same thing, the later file's counts."""
+    """The publishable rows of all files, sorted by name; if two files have rows of the same thing, the later counts."""
     return publishable([row for path in sorted(RESULTS.glob("*.jsonl")) for row in read(path)])
 
 
@@ -102,7 +102,7 @@ def render(makers: Sequence[Tables], rows: Sequence[Row]) -> str:
 
 
 def replace(text: str, tables: str) -> str:
-    """`text` with `tables` between the two marks. Raises ValueError unless it has both, once, in order."""
+    """`text` with `tables` between the two marks. Raises ValueError unless both occur exactly once, in order."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"the text must hold {BEGIN} and after it {END}, once each")
     before, rest = text.split(BEGIN)
@@ -110,13 +110,13 @@ def replace(text: str, tables: str) -> str:
 
 
 def shown(page: Path, rows: Sequence[Row]) -> str:
-    """The page as it should be: its tables, and the values in its text."""
+    """The page's text with current tables and values."""
     text = replace(page.read_text(), render(PAGES[page], rows))
     return VALUE.sub(lambda found: f"{found[1]}{VALUES[found[2]](rows)}{found[4]}", text)
 
 
 def source_of(picture: Path) -> str | None:
-    """What a written picture was made of; None where it is missing or does not say."""
+    """Hash of the sources of a written picture; None if the file or the hash is missing."""
     if not picture.exists():
         return None
     with Image.open(picture) as opened:

@@ -1,4 +1,4 @@
-"""The suite `quality` in the summary: early exit, budget by budget, over the best of all other methods."""
+"""The suite `quality` in the summary: early exit against the best of all other methods, budget by budget."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from benchmarks.report.sections import Section, busy, columns, percent, sentence
 from benchmarks.rows import Row
 
 MEASURES = {"frechet": "Fréchet distance", "error": "squared error"}
-WORDS = {"below": "better", "above": "worse", "on it": "equal"}  # of the tables; other verdicts stay what they are
+WORDS = {"below": "better", "above": "worse", "on it": "equal"}  # verdict in the tables -> here; others are unchanged
 Verdicts = dict[str, tuple[str, str]]  # budget -> ratio with its interval, verdict
 
 
@@ -42,7 +42,7 @@ def section(rows: Sequence[Row], data: str) -> Section:
 
 
 def verdicts(found: Sequence[Point], rows: Sequence[Row], data: str, measure: str, axis: str) -> Verdicts:
-    """As the tables have them. rows: that the costs come from."""
+    """Ratio and verdict for each budget, from the tables. rows: those that the costs come from."""
     return {line[0]: (line[6], line[7]) for line in front_table(found, rows, data, measure, axis).body}
 
 

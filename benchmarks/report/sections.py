@@ -1,4 +1,4 @@
-"""What the summary of a run is made of: a section for each suite, columns, sentences, and which differences count."""
+"""Parts of a run's summary: the section of a suite, columns, sentences, and which differences are significant."""
 
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -17,8 +17,8 @@ FASTER = {-1: "faster", 0: "speed undecided", 1: "slower"}
 
 @dataclass(frozen=True)
 class Section:
-    """What a suite found. brief: a line that takes the place of `lines` where there is no room for them; extra: lines
-    that are added where there is room left."""
+    """A suite's part of the summary. brief: a line instead of `lines` if there is no room for them; extra: further
+    lines if there is room."""
 
     lines: Sequence[str]
     brief: str
@@ -41,7 +41,7 @@ def shortened(line: str) -> str:
 
 
 def percent(share: float | None, digits: int = 0, sign: str = "") -> str:
-    """0.6 as "60 %". sign: "+" to write it of positive numbers, too. Empty where there is no value."""
+    """0.6 as "60 %"; empty for None. sign: "+" to write the sign of positive numbers, too."""
     return "" if share is None else f"{share * 100:{sign}.{digits}f} %"
 
 
@@ -50,7 +50,7 @@ def with_interval(ratio: Interval | None) -> str:
 
 
 def busy(*rows: Row | None) -> str:
-    """The mark of numbers that were measured while the machine did something else."""
+    """The mark of numbers from rows that are not usable; empty if all are."""
     return "busy" if any(row is not None and not row["usable"] for row in rows) else ""
 
 
@@ -60,13 +60,13 @@ def on_most_threads(rows: Sequence[Row]) -> list[Row]:
 
 
 def order(one: Interval, other: Interval) -> int:
-    """-1: `one` is below `other`, 1: above, 0: their intervals overlap."""
+    """-1 if `one` is below `other`, 1 if above, 0 if the intervals overlap."""
     return -1 if one.high < other.low else int(one.low > other.high)
 
 
 def order_of_seconds(one: Row, other: Row) -> int:
-    """Of two rows of a comparison. -1: `one` takes less time, 1: more, 0: undecided. Their 20 to 80 % ranges must not
-    overlap, and their speed-ups, which are compared round by round, differ by more than those of the same call may."""
+    """-1 if `one` takes less time than `other`, a row of the same comparison; 1 if more, 0 if undecided. A decision
+    needs disjoint 20 to 80 % ranges, and speed-ups that differ by more than two measurements of the same call may."""
     over = one["speedup"] / other["speedup"] - 1
     by_round = 0 if abs(over) <= AA_TOLERANCE else -1 if over > 0 else 1
     ranges = order(*(Interval(s["median"], s["p20"], s["p80"]) for s in (one["seconds"], other["seconds"])))
@@ -82,7 +82,7 @@ def times_as_fast(row: Row) -> str:
 
 
 def in_cases(found: Sequence[bool], of: str = "") -> str:
-    """How many of how many. of: what they are, in the singular."""
+    """Such as "in 2 of 3 networks". of: the noun, in the singular."""
     return f"in {sum(found)} of {len(found)} {of}{'s' * (of != '' and len(found) != 1)}".rstrip()
 
 

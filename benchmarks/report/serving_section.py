@@ -1,4 +1,4 @@
-"""Serving in the summary: images a second of full servers, and how long requests take."""
+"""Serving in the summary: images a second of full servers, and latencies of requests."""
 
 from collections.abc import Sequence
 
@@ -27,7 +27,7 @@ WORDS = {
 }
 THROUGHPUT = (PLAIN, STATIC, MEAN, OURS)
 LATENCY = (LOCK_STEP, MEAN, OURS)
-CLOCKS = "Times of the digits are real ones, those of the others follow from the measured times of blocks."
+CLOCKS = "Times of the digits are measured; those of the others are simulated from measured times of blocks."
 
 
 def section(rows: Sequence[Row]) -> Section | None:

@@ -1,4 +1,4 @@
-"""The rows of the serving suite as tables."""
+"""Tables of the suite serving."""
 
 from collections.abc import Iterable, Sequence
 
@@ -34,11 +34,11 @@ def throughput(rows: Sequence[Row]) -> list[Table]:
             for row in group
         ]
         note = (
-            "The first half of each sample's steps leaves after block 2, the second runs all; random weights. "
-            "Speed-up: over continuous batching of the plain network at its best micro-batch. Over static, over ours: "
-            "time of a tick against theirs. One decision for a batch gives lanes other depths than their own (mean), "
-            "or hardly ever lets them leave (all). Unordered: rows that the same exits move where lanes lie at random. "
-            "Outside network: share of the tick, solver step included. "
+            "Samples exit after block 2 in the first half of their steps and run all blocks in the second; random "
+            "weights. Speed-up: over continuous batching of the plain network at its best micro-batch. Over static, "
+            "over ours: time of a tick against theirs. One decision for a batch gives lanes other depths than their "
+            "own (mean), or hardly ever lets them exit (all). Unordered: rows that the same exits move if lanes are in "
+            "random order. Outside network: share of the tick, solver step included. "
         )
         title = f"{name_of(preset)}, capacity {capacity}, {where(group)}"
         tables.append(Table(title, header, body, note + warning(group)))
@@ -58,7 +58,7 @@ def overhead(rows: Sequence[Row]) -> list[Table]:
             )
             for row in group
         ]
-        note = "Over plain: against the plain network, solver step and nothing else. Outside network: solver included. "
+        note = "Over plain: against the plain network and solver step alone. Outside network: solver step included. "
         header = ("one tick, saturated", "ms", "over plain", "exit layer", "outside network")
         title = f"{name_of(model)}, capacity {capacity}, {where(group)}"
         tables.append(Table(title, header, body, note + warning(group)))
@@ -87,11 +87,11 @@ def latency(rows: Sequence[Row]) -> list[Table]:
             )
             for row in sorted(group, key=by_load)
         ]
-        note = f"{n} requests; load: of the images a second that lock step makes of a burst; rows: mean over ticks. "
+        note = f"{n} requests; load: share of lock step's images a second in a burst; rows: mean over ticks. "
         if clock == "virtual":
             note += (
-                "Virtual clock, fed with the measured times of single blocks; the scheduler is the real one. Holding "
-                "could save: the most network time that any regrouping of rows between ticks could. "
+                "Virtual clock with measured times of single blocks; the scheduler is the real one. Holding could "
+                "save: the most network time that any regrouping of rows between ticks could save. "
             )
         title = f"{name_of(model)}, {clock} clock, capacity {capacity}, {where(group)}"
         tables.append(Table(title, header, body, note + warning(group)))
@@ -111,8 +111,8 @@ def blocks(rows: Sequence[Row]) -> list[Table]:
             ]
             for kind in dict.fromkeys(row["variant"] for row in group)
         ]
-        header = ["ms on so many rows", *map(str, sizes)]
-        note = "One call, eager; in: in-blocks and the middle, out: those with the long skip. "
+        header = ["ms by rows", *map(str, sizes)]
+        note = "One call, eager; in: in-blocks and the middle block, out: out-blocks (with a long skip). "
         tables.append(Table(f"{name_of(preset)}, {where(group)}", header, body, note + warning(group)))
     return tables
 

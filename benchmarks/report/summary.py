@@ -1,4 +1,4 @@
-"""What a run found and what it means, in at most 15 lines. From rows alone."""
+"""Summary of a run in at most 15 lines: results and their meaning. From rows alone."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -31,7 +31,7 @@ REPORT, TABLES = "report.html", "tables.txt"
 
 
 def summary(rows: Iterable[Row], folder: Path) -> list[str]:
-    """At most LINES lines of at most WIDTH columns; the last says where everything lies. folder: of the run."""
+    """At most LINES lines of at most WIDTH columns; the last one gives the path of the report. folder: of the run."""
     rows = of_one_machine(list(rows))
     if not rows:
         return ["Nothing was measured.", where(folder)]
@@ -41,19 +41,19 @@ def summary(rows: Iterable[Row], folder: Path) -> list[str]:
         head.append("What was measured has no summary; see the tables.")
     room = LINES - len(head) - 1
     blocks = fitted(found, room)
-    gaps = room - sum(map(len, blocks)) > len(blocks)  # an empty line before each, where there is room for all
+    gaps = room - sum(map(len, blocks)) > len(blocks)  # room for an empty line before each
     lines = [line for block in [head, *blocks, [where(folder)]] for line in [*block, *[""] * gaps]]
     return [shortened(line) for line in lines[: len(lines) - gaps]]
 
 
 def of_one_machine(rows: Sequence[Row]) -> list[Row]:
-    """The latest of each, without what another machine than that of the last row timed."""
+    """The latest row of each measurement, without timings of other machines than the last row's."""
     mine = [row for row in rows if "seconds" not in row or row["machine"] == rows[-1]["machine"]]
     return latest(mine)
 
 
 def sections(rows: Sequence[Row]) -> list[tuple[int, Section]]:
-    """What each suite found, and the place of its last row."""
+    """The section of each suite, and the index of its last row."""
     found = {name: section for name, make in MAKERS.items() if (section := make(rows))}
     found |= {("quality", data): section for data, section in quality_section.sections(rows).items()}
     places = {
@@ -65,14 +65,14 @@ def sections(rows: Sequence[Row]) -> list[tuple[int, Section]]:
 
 
 def fitted(found: Sequence[tuple[int, Section]], room: int) -> list[list[str]]:
-    """The lines of each section. Where there is no room for them, those measured first are brief, then left out; what
-    is extra is added where there is room for it and for empty lines."""
+    """The lines of each section. Without room for all, the sections measured first become brief, then are left out;
+    extra lines are added if there is room for them and for empty lines."""
     blocks = {place: list(section.lines) for place, section in found}
     oldest_first = sorted(found, key=lambda one: one[0])
     for place, section in oldest_first:
         if sum(map(len, blocks.values())) > room:
             blocks[place] = [section.brief]
-    for place, section in reversed(oldest_first):  # one that is longer may have been in the way
+    for place, section in reversed(oldest_first):  # a longer section may have been shortened since
         if sum(map(len, blocks.values())) - len(blocks[place]) + len(section.lines) <= room:
             blocks[place] = list(section.lines)
     for place, _ in oldest_first:
@@ -86,7 +86,7 @@ def fitted(found: Sequence[tuple[int, Section]], room: int) -> list[list[str]]:
 
 
 def machine(rows: Sequence[Row]) -> str:
-    """Of the last row, with the most threads and every data type that was timed."""
+    """Describes the last row's machine, with the most threads and all data types that were timed."""
     last, timed = rows[-1], [row for row in rows if "seconds" in row] or rows
     info, threads = last["machine"], max(row["threads"] for row in timed)
     facts = (
@@ -101,7 +101,7 @@ def machine(rows: Sequence[Row]) -> str:
 
 
 def noise(rows: Sequence[Row]) -> str:
-    """How far two measurements of the same call lay apart."""
+    """The largest difference of two measurements of the same call."""
     timed = [row for row in rows if "aa_ratio" in row]
     if not timed:
         return "Nothing was timed in this run."
@@ -115,7 +115,7 @@ def noise(rows: Sequence[Row]) -> str:
 
 
 def where(folder: Path) -> str:
-    """Below the folder of the caller, by the way from there. A longer one is shortened at its beginning."""
+    """The path of the report, relative to the current folder if it lies below; long paths lose their beginning."""
     folder = folder.resolve()
     if folder.is_relative_to(Path.cwd()):
         folder = folder.relative_to(Path.cwd())

@@ -31,7 +31,7 @@ def markdown(table: Table) -> str:
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """One row for each thing measured, the last, in the order in which they first came."""
+    """The last row of each thing measured, in the order of first occurrence."""
     found: dict[str, Row] = {}
     for row in rows:
         found[repr((key(row), row["dtype"], row["threads"] if "seconds" in row else None))] = row
@@ -56,7 +56,7 @@ def all_tables(rows: Iterable[Row]) -> list[Table]:
 
 
 def title(row: Row) -> str:
-    """The method and its setting, as tables and pictures name it."""
+    """The method and its setting, as tables and pictures show them."""
     setting = row["parameters"]["setting"]
     if setting is None:
         return row["variant"]
@@ -69,7 +69,7 @@ def title(row: Row) -> str:
 
 @dataclass(frozen=True)
 class Quality:
-    """Quality over runs. `low`, `high`: over runs (Student t) where there are two, else bootstrap."""
+    """Quality over runs. low, high: 95 % interval, by Student's t over runs if there are several, else bootstrap."""
 
     samples: int
     runs: int
@@ -77,7 +77,7 @@ class Quality:
     low: float
     high: float
     mean: dict[str, float]  # of the other columns
-    over_full: Interval | None  # ratio to the full network's distance on the same noises
+    over_full: Interval | None  # ratio to the full network's distance with the same noises
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> "Quality":
@@ -93,12 +93,12 @@ class Quality:
 
 
 def over(runs: Sequence[Interval]) -> Interval:
-    """Mean over runs and its interval, by Student's t; the interval of the run itself where there is only one."""
+    """Mean over runs and its interval by Student's t; a single run keeps its own interval."""
     return seed_interval([run.value for run in runs]) if len(runs) > 1 else runs[0]
 
 
 def qualities(rows: Iterable[Row]) -> dict[str, Quality]:
-    """title -> quality, of the largest number of samples there is for the latest checkpoints."""
+    """title -> quality, with the latest checkpoints and the largest number of samples."""
     measured = select(rows, "digits", "quality")
     if not measured:
         return {}
@@ -156,7 +156,7 @@ def _digits(rows: Sequence[Row], good: dict[str, Quality]) -> Table:
         note += (
             f"Fréchet distance to held-out scans, {runs}{quality.samples} samples: lower is better. "
             "Over full: its ratio to the full network's from the same noises, with its 95 % interval. "
-            "PSNR (dB): median, to the full network's image of the same noise. "
+            "PSNR (dB): median, against the full network's image of the same noise. "
             "Accuracy is only a check: it rises as images lose variety. "
         )
     return Table(where(rows), header, body, note + warning(rows))
@@ -173,7 +173,7 @@ def overhead(rows: Sequence[Row]) -> list[Table]:
         )
         for row in measured
     ]
-    note = "What the engine, then scores and decisions, add to the fastest plain network while nobody leaves. "
+    note = "Time added to the fastest plain network, without any exits, by the engine, then by uncertainty and exits. "
     return [
         Table(
             where(measured),
@@ -218,9 +218,9 @@ def network(rows: Sequence[Row]) -> list[Table]:
             for row in group
         ]
         note = (
-            "Of attainable: the plain network's fastest pieces on exactly the rows that still ran, over the "
-            "measured time, pair by pair (median, 20 to 80 %); 1 means that leaving early costs nothing. "
-            "Bytes: tensors above the weights, against the plain run. "
+            "Of attainable: the time of the plain network's fastest pieces on exactly the remaining rows, over the "
+            "measured time, pair by pair (median, 20 to 80 %); 1 means that exits have no overhead. "
+            "Bytes: peak allocation beyond the weights, against the plain run's. "
         )
         tables.append(Table(f"batch {batch}, {where(group)}", header, body, note + warning(group)))
     return tables

@@ -1,1 +1,1 @@
-"""Questions answered once, each by a script of its own: `python -m benchmarks.studies.NAME`."""
+"""One-off studies, each with its own script: `python -m benchmarks.studies.NAME`."""

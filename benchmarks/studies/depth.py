@@ -1,13 +1,13 @@
-"""What does the depth at which samples leave follow: the timestep, the class, the typeface, or the sample itself?
+"""What determines the exit layer of samples: the timestep, the class, the typeface, or the individual sample?
 
 python -m benchmarks.studies.depth MODEL [--budget 0.55] [--letters FILE] [-n 512] [--out DIR]
 
-MODEL has exits and a calibration. Printed, drawn (depth.png) and written as rows:
-drawn    samples with the policy exit:budget=B: mean depth by timestep and by class; the shares of the depth's variance
-         that lie between timesteps, and within them between classes
-real     letters of held-out typefaces with noise added (--letters), one pass each: the same, and between typefaces
-bounds   error left by exits against their work, along the full network's way: the best table by timestep alone, the
-         best thresholds by sample (both chosen on other samples), and an oracle that knows every sample's error
+MODEL has exits and a calibration. The study prints, draws (depth.png) and writes as rows:
+drawn    samples with the policy exit:budget=B: mean depth by timestep and by class; shares of the depth's variance
+         between timesteps and, within timesteps, between classes
+real     noised letters of held-out typefaces (--letters), one pass each: the same, and between typefaces
+bounds   error of exits against their work, on recorded runs of the full network: the best table by timestep alone, the
+         best thresholds for each sample (both chosen on other samples), and an oracle that knows every sample's error
 """
 
 import argparse
@@ -31,16 +31,16 @@ from benchmarks.suites.drawing import fingerprint, seeds_and_labels
 
 SUITE = "depth"
 STEPS = 20  # of DDIM
-SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the work, of the bounds
+SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # shares of the work for the bounds
 BATCH = 64
-SHOWN = 128  # images, at least two of every class
-REAL = 4  # real letters for each sample drawn
-NOISE_SEED = 7  # of the noise added to them
+SHOWN = 128  # images in the picture, at least two of every class
+REAL = 4  # real letters for each drawn sample
+NOISE_SEED = 7  # of the noise added to real letters
 
 
 @dataclass(frozen=True)
 class Variance:
-    """Shares of the variance of the depths: between timesteps, and within them of groups; `rest` is neither."""
+    """Shares of the depths' variance: between timesteps; within timesteps, between groups; and `rest`."""
 
     timestep: float
     groups: Mapping[str, float]
@@ -51,20 +51,20 @@ class Variance:
 
 
 def variance(depth: Tensor, groups: Mapping[str, Tensor]) -> Variance:
-    """depth: [S, n]; groups: name -> int64 [n]. A share is omega squared (Hays, Statistics, 1963): without what groups
-    of a few samples explain by chance, which may make it slightly negative. Groups that overlap are each counted for
-    themselves."""
+    """depth: [S, n]; groups: name -> int64 [n]. A share is omega squared (Hays, Statistics, 1963), that is, corrected
+    for what small groups explain by chance, so it may be slightly negative. Overlapping groupings are counted
+    separately."""
     depth = depth.double()
     mean = depth.mean(1, keepdim=True)
     whole = float((depth - depth.mean()).square().sum())
     if whole == 0:
         return Variance(0.0, dict.fromkeys(groups, 0.0))
     between = depth.shape[1] * float((mean - depth.mean()).square().sum())
-    return Variance(between / whole, {name: _between(depth - mean, own) / whole for name, own in groups.items()})
+    return Variance(between / whole, {name: _between(depth - mean, group) / whole for name, group in groups.items()})
 
 
 def _between(depth: Tensor, group: Tensor) -> float:
-    """depth: [S, n], of mean 0 in every row. The squares that groups explain beyond chance, over all rows."""
+    """Sum of squares that groups explain beyond chance, over all rows. depth: [S, n], with mean 0 in every row."""
     _, index = group.unique(return_inverse=True)
     counts = torch.bincount(index).double()
     if len(counts) < 2 or len(counts) == len(group):
@@ -87,7 +87,7 @@ def drawn(model: adadiff.Model, budget: float, n: int) -> tuple[Tensor, Tensor, 
 
 @torch.inference_mode()
 def real(model: adadiff.Model, budget: float, images: Tensor, labels: Tensor) -> Tensor:
-    """The exit layer at every timestep of the calibration [S, n], of images [n, C, H, W] with noise added."""
+    """Exit layers [S, n] of noised images [n, C, H, W] at every timestep of the calibration."""
     t = torch.tensor(model.calibration.t, dtype=torch.float64)
     signal = model.schedule.log_alpha_bar(t).exp()
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(NOISE_SEED))
@@ -96,22 +96,22 @@ def real(model: adadiff.Model, budget: float, images: Tensor, labels: Tensor) ->
         x = (alpha_bar.sqrt() * images + (1 - alpha_bar).sqrt() * noise).float()
         parts = zip(x.split(BATCH), labels.split(BATCH), strict=True)
         found = [
-            adadiff.forward(model, own, torch.full((len(own),), float(time)), label, policy=f"exit:budget={budget:g}")
-            for own, label in parts
+            adadiff.forward(model, part, torch.full((len(part),), float(time)), label, policy=f"exit:budget={budget:g}")
+            for part, label in parts
         ]
         depths.append(torch.cat([output.exit_layer for output in found]))
     return torch.stack(depths).long()
 
 
 def bounds(model: adadiff.Model, n: int) -> dict[str, list[tuple[float, float]]]:
-    """Of each way of choosing depths, (share of the work, error left) for SHARES."""
-    own, other = (recorded(model, n, CALIBRATION_SEED + first) for first in (0, n))
+    """(share of the work, error) at SHARES, for each way of choosing depths."""
+    chosen_on, other = (recorded(model, n, CALIBRATION_SEED + first) for first in (0, n))
     work = work_of(model)
     found: dict[str, list[tuple[float, float]]] = {"timestep alone": [], "by sample": [], "oracle": []}
     for share in SHARES:
-        table = static_table(own.error, work, share, above=False)
+        table = static_table(chosen_on.error, work, share, above=False)
         found["timestep alone"].append(_spent(table[:, None].expand(-1, n), other, work))
-        theta = adaptive_table(own.u, own.error, work, share)
+        theta = adaptive_table(chosen_on.u, chosen_on.error, work, share)
         asked = theta.amax(0) > 0
         found["by sample"].append(_spent(exit_layers(other.u, theta), other, work, asked))
         found["oracle"].append(_spent(oracle(other.error, work, share), other, work))
@@ -119,7 +119,7 @@ def bounds(model: adadiff.Model, n: int) -> dict[str, list[tuple[float, float]]]
 
 
 def oracle(error: Tensor, work: Work, share: float) -> Tensor:
-    """error: [S, K, n]. The exit layers [S, n] with the least error of all that take this share of the work."""
+    """Exit layers [S, n] with the least error for this share of the work. error: [S, K, n]."""
     padded = torch.cat([error.double(), torch.zeros_like(error[:, :1]).double()], 1)
 
     def spend(price: float) -> tuple[float, Tensor]:
@@ -142,14 +142,14 @@ def recorded(model: adadiff.Model, n: int, seed: int) -> Recording:
 
 
 def error_over(one: Sequence[tuple[float, float]], other: Sequence[tuple[float, float]], share: float) -> float:
-    """Error of one over that of the other at this share of the work, on the lines through their points, in logarithms
-    of the error."""
-    at = [np.exp(np.interp(share, [w for w, _ in own], np.log([e for _, e in own]))) for own in (one, other)]
+    """Ratio of the errors of two curves at this share of the work, with the logarithm of the error interpolated
+    linearly."""
+    at = [np.exp(np.interp(share, [w for w, _ in curve], np.log([e for _, e in curve]))) for curve in (one, other)]
     return float(at[0] / at[1])
 
 
 def table(rows: Mapping[str, Row]) -> str:
-    """Markdown."""
+    """Tables in Markdown."""
     lines = ["| depth of | between timesteps | of classes | of typefaces | rest |", "| --- |" + " ---: |" * 4]
     for name in ("drawn", "real"):
         if row := rows.get(name):
@@ -164,7 +164,7 @@ def table(rows: Mapping[str, Row]) -> str:
 
 
 def measure(rows: Rows, name: str, budget: float, n: int, letters: Path | None) -> tuple[dict[str, Row], Tensor]:
-    """The rows by kind, those of the file not measured again; and images of the first samples, for the picture."""
+    """Rows by kind, which are measured unless the file has them; and images of the first samples, for the picture."""
     model = adadiff.load(name)
     if model.calibration is None:
         raise ValueError(f"{name} has no calibration; `adadiff calibrate` makes one")
@@ -175,11 +175,11 @@ def measure(rows: Rows, name: str, budget: float, n: int, letters: Path | None) 
     images, labels, depth = drawn(model, budget, n if "drawn" not in found else min(n, SHOWN))
 
     def keep(kind: str, layers: Tensor, groups: Mapping[str, Tensor]) -> None:
-        own = variance(layers, groups)
+        parts = variance(layers, groups)
         by_group = {name: _means(layers, group) for name, group in groups.items()}
         found[kind] = rows.write(
-            SUITE, kind, name, parameters, dtype="float32", timestep=own.timestep, groups=dict(own.groups),
-            rest=own.rest, num_layers=model.num_layers, by_timestep=layers.double().mean(1).tolist(),
+            SUITE, kind, name, parameters, dtype="float32", timestep=parts.timestep, groups=dict(parts.groups),
+            rest=parts.rest, num_layers=model.num_layers, by_timestep=layers.double().mean(1).tolist(),
             low=layers.double().quantile(0.1, 1).tolist(), high=layers.double().quantile(0.9, 1).tolist(),
             by_group=by_group,
         )  # fmt: skip
@@ -190,8 +190,8 @@ def measure(rows: Rows, name: str, budget: float, n: int, letters: Path | None) 
         say("real letters of held-out typefaces")
         data, family = load_letters(letters, "test"), family_of(letters, "test")
         some = torch.linspace(0, len(data) - 1, min(REAL * n, len(data))).long()  # of all typefaces
-        glyphs, own = data.batch(some)
-        keep("real", real(model, budget, glyphs, own), {"class": own, "typeface": family[some]})
+        glyphs, classes = data.batch(some)
+        keep("real", real(model, budget, glyphs, classes), {"class": classes, "typeface": family[some]})
     if "bounds" not in found:
         say(f"bounds, 2 x {n} samples recorded")
         curves = bounds(model, n)

@@ -1,15 +1,14 @@
-"""Our networks beside the authors' own modules, at full size, with the same random weights.
+"""Our networks compared with the authors' own modules, at full size, with the same random weights.
 
 python -m benchmarks.studies.parity --reference CLONE [--reference CLONE ...] [--only NAME,NAME] [--out FILE]
 python -m benchmarks.studies.parity --diffusers
 
---diffusers takes the modules of diffusers, of networks that are published there. CLONE is a folder with a checkout of
-baofff/U-ViT, facebookresearch/DiT (needs timm), Tangshengku/AdaDiff or razvanmatisan/duodiff (need einops); which, is
-seen from its files. Its module is imported from there, filled with
-random weights and saved as its authors save it; `adadiff.convert` reads the file, and what comes out is compared on the
-same inputs: in float32 to 1e-5 of the largest value, in bfloat16 by the rule of tests/numerics.py (error at most
-twice theirs and four roundings). Writes a table, keeping the rows of models that were not run. Ends with 1 if any
-fails.
+--diffusers compares with the modules of diffusers, for networks that are published there. CLONE is a checkout of
+baofff/U-ViT, facebookresearch/DiT (needs timm), Tangshengku/AdaDiff or razvanmatisan/duodiff (need einops), recognised
+by its files. Its module is imported, filled with random weights and saved as its authors save it; `adadiff.convert`
+reads the file, and outputs are compared on the same inputs: in float32 to 1e-5 of the largest value, in bfloat16 by the
+rule of tests/numerics.py (error at most twice theirs plus four roundings). Writes a table, keeping the rows of models
+that were not run. The exit code is 1 if any comparison fails.
 """
 
 import argparse
@@ -37,17 +36,18 @@ from adadiff.models.pixart import PixArtConfig
 from adadiff.policies.exits import Replay, Threshold
 
 TABLE = Path(__file__).parents[1] / "results" / "parity.md"
-TIMES = torch.tensor([999.0, 20.5])  # one fraction, as U-ViT's solvers ask for
+TIMES = torch.tensor([999.0, 20.5])  # one of them fractional, as in U-ViT's solvers
 TOLERANCE = 1e-5
 HEAD = """# The authors' modules and ours
 
-Random weights of full size, written by the authors' module, read by `adadiff convert`; two lanes. Written by
-`python -m benchmarks.studies.parity --reference CLONE ...`. Errors are the largest, over the largest value of what is
-compared.
+The authors' module, with random weights at full size, is saved, and read by `adadiff convert`; outputs of two lanes are
+compared. Written by `python -m benchmarks.studies.parity --reference CLONE ...`. Errors: the largest difference,
+divided by the authors' largest value.
 
-forward: the plain network; engine: `adadiff.forward`, nobody exiting; layers: each layer's prediction, exited there; u:
-each layer's uncertainty. All of these in float32, where 1e-5 is allowed. bfloat16: one lane through our engine, and
-beside it theirs, both against their float32 from the same bfloat16 weights; allowed is twice theirs and four roundings.
+In float32, with a tolerance of 1e-5: *forward*, the plain network; *engine*, `adadiff.forward` without exits; *layers*,
+the prediction of each exit; *u*, the uncertainty of each layer. *bfloat16*: one lane of our engine; *theirs*: the
+authors' module in bfloat16; both against the authors' module in float32 with the same bfloat16 weights. The tolerance
+is twice their error plus four roundings.
 
 | model | read from | parameters | forward | engine | layers | u | bfloat16 | theirs | result |
 | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |
@@ -56,7 +56,8 @@ beside it theirs, both against their float32 from the same bfloat16 weights; all
 
 @dataclass(frozen=True)
 class Outputs:
-    """noise: [B, C or 2 C, H, W]; layers: [L - 1, B, C, H, W]; u: [L - 1, B]; of layers 1..L-1, None without exits."""
+    """noise: [B, C or 2 C, H, W]. layers, u: predictions [L - 1, B, C, H, W] and uncertainties [L - 1, B] of layers
+    1..L-1, None without exits."""
 
     noise: Tensor
     layers: Tensor | None = None
@@ -65,8 +66,8 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Case:
-    """make: builds its authors' module; run: what it predicts for x, t, context; save: what its authors save, in a
-    folder; the path that `convert` reads."""
+    """make: builds the authors' module. run: outputs of the module for x, t, context. save: writes its checkpoint, in
+    the authors' format, to a folder, and returns the path for `convert`."""
 
     preset: str
     make: Callable[[], nn.Module]
@@ -83,7 +84,7 @@ def saved(wrap: Callable[[dict[str, Tensor]], Any] = dict) -> Callable[[nn.Modul
 
 
 def diffusers_cases() -> Iterator[Case]:
-    """Of every preset of a family that diffusers serves."""
+    """Cases for the presets of families that diffusers implements."""
     from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
 
     def run(module: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> Outputs:
@@ -119,7 +120,7 @@ def diffusers_cases() -> Iterator[Case]:
 
 
 class Settings(dict):
-    """Stands in for ml_collections.ConfigDict, with which U-ViT's configurations are written."""
+    """Replaces ml_collections.ConfigDict, which U-ViT's configurations use."""
 
     def __init__(self, initial_dictionary: dict[str, Any] | None = None):
         super().__init__(initial_dictionary or {})
@@ -130,25 +131,25 @@ class Settings(dict):
 
 @contextmanager
 def importing(clone: Path) -> Iterator[Callable[[str], ModuleType]]:
-    """Modules of a clone; they are forgotten afterwards, since two clones have modules of one name."""
-    own = {path.stem for path in clone.iterdir()}
+    """Imports modules of a clone and unloads them afterwards, since clones have modules of the same name."""
+    loaded = {path.stem for path in clone.iterdir()}
     stubs = {"ml_collections": {"ConfigDict": Settings}, "torchvision.utils": {"save_image": None}}
     for name, values in stubs.items():
         if importlib.util.find_spec(name.split(".")[0]) is None:
             sys.modules[name] = ModuleType(name)
             sys.modules[name].__dict__.update(values)
-            own.add(name)
+            loaded.add(name)
     sys.path[:0] = [str(clone)]
     try:
         yield importlib.import_module
     finally:
         sys.path.remove(str(clone))
-        for name in [name for name in sys.modules if name in own or name.split(".")[0] in own]:
+        for name in [name for name in sys.modules if name in loaded or name.split(".")[0] in loaded]:
             del sys.modules[name]
 
 
 def cases(clone: Path) -> Iterator[Case]:
-    """Every published model whose module the clone has. Raises ValueError for a folder that is none of the four."""
+    """Every published model whose module the clone has. Raises ValueError for any other folder."""
     clone = clone.resolve()
     uvit, dit, duodiff = clone / "libs" / "uvit.py", clone / "models.py", clone / "models" / "early_exit.py"
     with importing(clone) as load:
@@ -197,7 +198,7 @@ def _duodiff_cases(file: Path, load: Callable[[str], ModuleType]) -> Iterator[Ca
         if not isinstance(module, early_exit.EarlyExitUViT):
             return Outputs(module(x, t, context))
         noise, u, layers = module(x, t, context)
-        return Outputs(noise, torch.stack(layers[1:]), torch.stack(u[1:]))  # theirs are of what goes into a block
+        return Outputs(noise, torch.stack(layers[1:]), torch.stack(u[1:]))  # theirs read the input of a block
 
     for path in sorted((file.parents[1] / "configs").glob("*.yaml")):
         family, _, rest = path.stem.partition("_")
@@ -214,7 +215,7 @@ def _duodiff_cases(file: Path, load: Callable[[str], ModuleType]) -> Iterator[Ca
 
 
 def fill(module: nn.Module) -> None:
-    """Every parameter random, of a size that keeps activations near 1; fixed ones stay."""
+    """Fills every trainable parameter with random values that keep activations near 1."""
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, value in module.named_parameters():
@@ -230,7 +231,7 @@ def fill(module: nn.Module) -> None:
 
 
 def to_bfloat16(module: nn.Module) -> None:
-    """The authors' module as plain bfloat16: where it makes float32 on the way, the next layer gets bfloat16 again."""
+    """Runs the authors' module in bfloat16: inputs of layers are cast, in case the module computes float32 between."""
 
     def cast(values: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(v.bfloat16() if isinstance(v, Tensor) and v.is_floating_point() else v for v in values)
@@ -244,7 +245,7 @@ def to_bfloat16(module: nn.Module) -> None:
 
 
 def engine(model: adadiff.Model, *given: Tensor | None) -> Tensor:
-    """[B, C or 2 C, H, W], nobody exiting."""
+    """Prediction of the engine without exits, [B, C or 2 C, H, W]."""
     full = forward(model, *given, policy="full")
     return full.prediction if full.variance is None else torch.cat([full.prediction, full.variance], 1)
 
@@ -255,7 +256,7 @@ def ours(model: adadiff.Model, x: Tensor, t: Tensor, context: Tensor | None) -> 
         return Outputs(noise)
     n = model.num_layers - 1
     u = forward(model, x, t, context, policy=Threshold(1e-9), record_scores=True).scores[:n]
-    depth = torch.arange(1, n + 1).repeat_interleave(len(x))  # a lane for every layer and sample
+    depth = torch.arange(1, n + 1).repeat_interleave(len(x))  # one lane for each layer and sample
     many = [None if v is None else v.repeat(n, *[1] * (v.ndim - 1)) for v in (x, t, context)]
     layers = forward(model, *many, policy=Replay(needs_scores=False), threshold=depth.float()).prediction
     return Outputs(noise, layers.view(n, len(x), *layers.shape[1:]), u)
@@ -293,11 +294,11 @@ def compare(case: Case) -> str:
 
         for parameter in module.parameters():
             parameter.copy_(parameter.bfloat16().float())
-        lane = [v if v is None else v[1:] for v in given]  # one: few CPUs are quick in bfloat16
+        lane = [v if v is None else v[1:] for v in given]  # one lane, because few CPUs are fast in bfloat16
         exact = case.run(module, *lane).noise
         to_bfloat16(module)
         allowed = error(case.run(module, lane[0].bfloat16(), *lane[1:]).noise, exact)
-        del module  # there is room for one of two large ones
+        del module  # memory may not suffice for both modules
         gc.collect()
 
         done = convert(source, dest, case.preset, drop_first_exit=first_exit)

@@ -1,10 +1,10 @@
-"""Does depth matter on the canvases, and do samples differ in what they need? Two small trainings and a look at exits.
+"""Does depth matter for the canvases, and do samples need different depths? Two small trainings, and exits.
 
 python -m benchmarks.studies.pilots [--out DIR] [--steps N] [--data SPEC] [--set KEY=VALUE ...]
 python -m benchmarks.studies.pilots --picture FILE.png
 
-Trains the full network and one of three blocks alike, then exits on the full one, whose weights stay; draws samples of
-each and lets the machine judge them. After a kill the same command goes on. One thread.
+Trains the full network and one of three blocks in the same way, then exits on the frozen full network; draws samples of
+each and measures their accuracy. After a kill, the same command continues. One thread.
 """
 
 import argparse
@@ -36,7 +36,7 @@ RECORDED = 140
 
 
 def train(config: TrainConfig, folder: Path) -> tuple[Path, float]:
-    """Returns the model's file and the seconds its updates took."""
+    """Returns the model's file and the seconds of its updates."""
     trainer = Trainer(config, folder)
     file = trainer.run()
     return file, trainer.seconds
@@ -55,21 +55,21 @@ def judge(file: Path, data: Canvases) -> dict[str, Any]:
 def accuracies(images: Tensor, labels: Tensor) -> dict[str, list[float]]:
     right = follow_rules(images, labels).double()
     groups = {"easy": labels < DIGITS, "hard": labels >= DIGITS}
-    shares = {name: (float(right[own].mean()), int(own.sum())) for name, own in groups.items()}
+    shares = {name: (float(right[group].mean()), int(group.sum())) for name, group in groups.items()}
     return {name: [p, (p * (1 - p) / n) ** 0.5] for name, (p, n) in shares.items()}
 
 
 def ceiling(data: Canvases) -> dict[str, list[float]]:
-    """What the judge says of real canvases."""
+    """Accuracy on real canvases, the upper bound for any network."""
     labels = torch.arange(REFERENCE) % CLASSES
     return accuracies(*data.draw(REFERENCE, "test", labels=labels))
 
 
 def needs(file: Path) -> dict[str, Any]:
-    """How many blocks samples need, and how much of that the timestep tells.
+    """Number of blocks that samples need, and how much of its variance the timestep explains.
 
-    A sample needs as many blocks at a step as it takes to bring its error, weighed by what it does to the image, below
-    one level for all; the level is such that half the blocks are needed on average.
+    The need of a sample at a step is the number of blocks after which its error, weighted by its effect on the image,
+    stays below a common level. The level is chosen such that half of the blocks are needed on average.
     """
     model = adadiff.load(file)
     labels = torch.arange(RECORDED) % CLASSES
@@ -103,22 +103,22 @@ def needs(file: Path) -> dict[str, Any]:
 
 
 def depth_needed(error: Tensor, level: Tensor) -> Tensor:
-    """error: [S, K, n]. Blocks until the error stays below the level, float64 [S, n], 1..K + 1."""
-    above = (error > level).flip(1).int().cumsum(1).flip(1) > 0  # here or later
+    """error: [S, K, n]. Number of blocks after which the error stays below the level, float64 [S, n], 1..K + 1."""
+    above = (error > level).flip(1).int().cumsum(1).flip(1) > 0  # at this layer or a later one
     return above.double().sum(1) + 1
 
 
 def residual(need: Tensor, labels: Tensor) -> Tensor:
-    """Variance that is left once the mean of every timestep and class is taken off."""
+    """Variance after subtracting the mean of each timestep and class."""
     left = need.clone()
     for label in labels.unique():
-        own = labels == label
-        left[:, own] -= need[:, own].mean(1, keepdim=True)
+        members = labels == label
+        left[:, members] -= need[:, members].mean(1, keepdim=True)
     return left.square().mean()
 
 
 def examples(path: Path, side: int) -> None:
-    """A row of digits alone, and three of canvases that count."""
+    """Writes a picture: one row of easy canvases, and three rows of hard ones."""
     labels = torch.cat([torch.arange(DIGITS), torch.arange(DIGITS, CLASSES).repeat(3)])
     images, _ = Canvases(side).draw(len(labels), labels=labels)
     write_png(path, make_grid([to_pixels(image) for image in images]))

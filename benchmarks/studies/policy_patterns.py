@@ -1,11 +1,10 @@
-"""What it costs beside the plain pieces that half of the samples reuse, or run at another width: ticks of a batch.
+"""Ticks of a batch in which half of the samples reuse, or run at another width, compared with the plain pieces.
 
 python -m benchmarks.studies.policy_patterns [--batch 64]
 
 U-ViT-S/2 at its CIFAR-10 shape, random weights, one thread; under ten minutes. A tick is a forward pass and a solver
-step of every sample. What is attainable is made of the plain network's fastest pieces on just the rows that run: stem,
-blocks, the products of long skips of those that reuse, and head. A branch that is taken from a store counts as one
-residual pass.
+step of every sample. The lower bound consists of the plain network's fastest pieces on only the rows that run: stem,
+blocks, projections of long skips for samples that reuse, and head. A reused branch counts as one residual pass.
 """
 
 import argparse
@@ -30,12 +29,12 @@ from benchmarks.rows import ROOT, Rows, say
 
 SUITE, KIND = "network", "policy"
 PRESET, WIDTHS, NARROW = "cifar10_uvit_small", (0.5, 1.0), 0.5
-STEPS = 1000  # of samples that are to be in flight as long as it takes
+STEPS = 1000  # enough for samples to stay in flight during the measurement
 
 
 @dataclass(frozen=True)
 class EverySecond(ReusePolicy):
-    """A gate is computed as of a first-block cache, and every second step reuses, whatever it says."""
+    """Reuses in every second step; the gate of a first-block cache is computed, but ignored."""
 
     first: int = 1
     gate = "residual"
@@ -44,7 +43,7 @@ class EverySecond(ReusePolicy):
         return context.age < 2
 
 
-# Of each half of the samples; the second half begins a tick later, so that in every tick one half reuses.
+# Policies of the two halves of the samples. The second half begins a tick later, so that one half reuses in each tick.
 CASES: dict[str, tuple[Policy, Policy]] = {
     "half reuse all branches": ("reuse:every=2,level=layer",) * 2,
     "half reuse the rest": (EverySecond(), EverySecond()),
@@ -97,7 +96,7 @@ def slimmable(preset: str) -> adadiff.Model:
 
 
 def ticking(model: adadiff.Model, batch: int, policies: tuple[Policy, Policy]) -> Callable[[], object]:
-    """Ticks of a batch, half of whose samples follow each policy."""
+    """A call that runs a tick of a batch in which half of the samples follow each policy."""
     made = Batch(model, batch)
     for policy in policies:
         samples = SampleBatch.of(model, batch // 2, policy=policy, steps=STEPS)
@@ -107,7 +106,7 @@ def ticking(model: adadiff.Model, batch: int, policies: tuple[Policy, Policy]) -
 
 
 class Pieces:
-    """Calls of a plain network's parts on some rows, `best` of them at a time."""
+    """Calls of parts of a plain network on some rows, in micro-batches of `best`."""
 
     def __init__(self, model: adadiff.Model, x: Tensor, t: Tensor, best: int) -> None:
         backbone = self._backbone = model.backbone
@@ -130,7 +129,7 @@ class Pieces:
             block(rows, self._cond, skip if joins else None)
 
     def reused(self, n: int) -> list[Call]:
-        """Every block of lanes that take all its branches: a residual pass each, and the product of its long skip."""
+        """Calls for n lanes that reuse all branches: a residual pass for each, and the projections of long skips."""
         calls: list[Call] = []
         for block, kind in zip(self._backbone.blocks, kinds(self._backbone), strict=True):
             if kind == "out":

@@ -1,10 +1,10 @@
-"""Two recipes of training exits, compared by what their models reach at the same multiply-adds.
+"""Compares two recipes for training exits by the quality of their models at equal multiply-adds.
 
 python -m benchmarks.studies.recipes ROWS OTHER_ROWS [--data digits|canvases]
 
-ROWS and OTHER_ROWS are the rows.jsonl of two runs of `run.py --suite quality --quality-only`. Printed, in Markdown: the
-front of the second model's settings with early exit, each over the front of the first's at the same multiply-adds; with
-a shallow model, and without.
+ROWS and OTHER_ROWS are the rows.jsonl of two runs of `run.py --suite quality --quality-only`. Prints, in Markdown, the
+front of the second model's settings with early exit, with ratios to the first model's front at equal multiply-adds;
+once with a shallow model among the settings, once without.
 """
 
 import argparse
@@ -16,17 +16,17 @@ from benchmarks.report.cells import Table, number
 from benchmarks.report.tables import markdown
 from benchmarks.rows import read
 
-EARLY = "ours, early model"  # a shallow one; so the rows name it
+EARLY = "ours, early model"  # name in the rows of the method with a shallow model
 
 
 def over(points: Sequence[fronts.Point], others: Sequence[fronts.Point], early: bool) -> Table:
-    """early: settings with a shallow model, which both share, count on both sides."""
-    own, front = (
+    """early: include settings with a shallow model, which both sides share."""
+    ours, front = (
         fronts.front([p for p in found if p.ours and (early or p.method != EARLY)], "macs", "frechet")
         for found in (points, others)
     )
     body = []
-    for point in own:
+    for point in ours:
         ratio = fronts.over_front(point, front, "macs", "frechet")
         setting = f"{point.method.removeprefix('ours, ')}, {point.setting}"
         body.append(

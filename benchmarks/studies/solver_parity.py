@@ -1,10 +1,11 @@
-"""Our solvers against their authors' own code, from the same noise, written as a table.
+"""Compares our solvers with their authors' code, from the same noise, and writes a table.
 
     python -m benchmarks.studies.solver_parity --reference U-ViT --dit DiT [--out FILE]
 
 U-ViT and DiT are clones of github.com/baofff/U-ViT and github.com/facebookresearch/DiT, which stay outside this
-repository. The network is a nonlinear function with a variance of its own. float64: their code and our rows both in
-float64, limit 1e-10; float32: both as they are used, limit 1e-4; each the largest difference over the largest value.
+repository. The network is a nonlinear function with a learned variance. float64: their code and our tables both in
+float64, limit 1e-10; float32: both as they are used, limit 1e-4. Numbers are the largest difference divided by the
+largest value.
 """
 
 import argparse
@@ -38,7 +39,7 @@ OUT = Path(__file__).parents[1] / "results" / "solver-parity.md"
 
 @dataclass(frozen=True)
 class Case:
-    """theirs: from x and the noise of each step to the result."""
+    """theirs: (x, function that draws the noise of the next step) -> result."""
 
     whose: str
     what: str
@@ -80,7 +81,7 @@ def ours(case: Case, dtype: torch.dtype) -> Tensor:
 
 
 def from_u_vit() -> list[Case]:
-    sys.modules.setdefault("absl", types.ModuleType("absl")).logging = logging  # sde.py writes its log through it
+    sys.modules.setdefault("absl", types.ModuleType("absl")).logging = logging  # sde.py logs through it
     sde, eps_form, x0_form = (importlib.import_module(m) for m in ("sde", "dpm_solver_pytorch", "dpm_solver_pp"))
 
     def euler_maruyama(x: Tensor, draw: Callable[[], Tensor]) -> Tensor:
@@ -147,7 +148,7 @@ def from_dit() -> list[Case]:
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    torch.set_default_dtype(dtype)  # their grids of time are made in it
+    torch.set_default_dtype(dtype)  # their grids of timesteps have the default dtype
     try:
         yield
     finally:
@@ -163,7 +164,7 @@ def difference(case: Case, dtype: torch.dtype) -> float:
 
 
 def commit(folder: Path) -> str:
-    """The commit of a clone, or what lies there without one."""
+    """The commit of a clone, or "a copy without history"."""
     asked = subprocess.run(["git", "-C", folder, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return asked.stdout.strip() or "a copy without history"
 
@@ -181,8 +182,8 @@ def main() -> int:
     lines = [
         "# Solvers against their authors' code",
         "",
-        f"U-ViT {commit(options.reference)}, DiT {commit(options.dit)}, torch {torch.__version__}; made by "
-        "`benchmarks/studies/solver_parity.py`, which says what is compared.",
+        f"U-ViT {commit(options.reference)}, DiT {commit(options.dit)}, torch {torch.__version__}; written by "
+        "`benchmarks/studies/solver_parity.py`, which explains the comparison and the errors.",
         "",
         "| code | function | ours | schedule | evaluations | float64 | float32 |",
         "| --- | --- | --- | --- | ---: | ---: | ---: |",

@@ -1,10 +1,10 @@
-"""The list of typefaces that `adadiff data letters` is made of, found anew among the fonts that are installed here:
+"""Makes the list of typefaces for `adadiff data letters` from the fonts installed on this machine:
 
     python -m benchmarks.studies.typefaces --out python/adadiff/data/letters_families.json
 
-Every family goes through the rules of `adadiff.data.glyph_rules`, in their order. Of one that passes, the regular
-style is kept, and of bold, italic and bold italic those that pass the rules on what they draw. Needs Debian's dpkg,
-which says what package a file is of, and fontTools.
+The rules of `adadiff.data.glyph_rules` are applied to every family in order. For a family that passes, the regular
+style is kept, and those of bold, italic and bold italic that pass the rules on images. Needs fontTools and Debian's
+dpkg, which gives the package of a file.
 """
 
 import argparse
@@ -29,19 +29,19 @@ from adadiff.data.glyphs import CHARACTERS, NOWHERE, draw_font
 from adadiff.data.letters import FOLDERS, LIST, Dropped, Family, FamilyList, Font, releases
 from adadiff.data.typefaces import SUFFIXES, Typeface, by_family, chosen_styles, group_of, licence_in, read_typeface
 
-HELD_OUT = 15  # of 100 groups, see `group_of`
+HELD_OUT = 15  # percent of groups in the test split, see `group_of`
 DUPLICATE = 0.025  # mean absolute difference of thumbnails below which two fonts are one design
-LEAST_READ = 0.5  # share that a classifier must read of the capitals, of the lower case and of the digits
+LEAST_READ = 0.5  # least accuracy of a classifier on capitals, on lower case letters and on digits
 FOLDS = 4
-# Characters of one shape count as one: both cases of a letter, O and 0, I, l and 1.
+# Characters of similar shape count as the same: both cases of a letter, O and 0, I, l and 1.
 ALIKE = torch.tensor([CHARACTERS.index({"0": "O", "L": "I", "1": "I"}.get(c.upper(), c.upper())) for c in CHARACTERS])
-RANDOM, RIDGE = 1500, 1.0  # random features of those classifiers; weight of their squares, times fonts
+RANDOM, RIDGE = 1500, 1.0  # random features of the classifiers; ridge penalty for each font
 
 
 @dataclass
 class Candidate:
-    """A family on its way through the rules. drawn: style -> uint8 [63, 32, 32], the last of a code that no font has.
-    broken: why it is dropped, None as long as it is kept."""
+    """A family to which the rules are applied. drawn: style -> uint8 [63, 32, 32], the last image of a code point that
+    no font has. broken: why it is dropped; None while it is kept."""
 
     name: str
     faces: dict[str, Typeface]
@@ -51,13 +51,13 @@ class Candidate:
 
 
 def font_files(folders: Sequence[Path] = FOLDERS) -> list[Path]:
-    """Each once, links followed."""
+    """All font files in folders, each once; links are followed."""
     found = (path for folder in folders for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     return sorted({path.resolve() for path in found if path.is_file()})
 
 
 def packages_of(files: Sequence[Path]) -> dict[Path, str]:
-    """The Debian package of each file; files of none are left out."""
+    """The Debian package of each file; files without a package are left out."""
     found = {}
     for start in range(0, len(files), 200):
         part = files[start : start + 200]
@@ -76,7 +76,7 @@ def versions_of(packages: Sequence[str]) -> dict[str, str]:
 
 
 def licence_of(face: Typeface, package: str) -> str:
-    """As the font says, or the TeX Live package that it is of, or its Debian package."""
+    """Licence according to the font, else to its TeX Live package, else to its Debian package."""
     if face.licence:
         return face.licence
     match = re.search(r"/texmf-dist/fonts/\w+/[\w-]+/([\w-]+)/", str(face.path))
@@ -87,7 +87,7 @@ def licence_of(face: Typeface, package: str) -> str:
 
 @cache
 def _of_tex(package: str) -> Mapping[str, str]:
-    """Lines such as "abel: ofl" of TeX Live's list."""
+    """Licences from TeX Live's list, with lines such as "abel: ofl"."""
     path = Path(f"/usr/share/doc/{package}/Licenses.gz")
     if not path.is_file():
         return {}
@@ -97,7 +97,7 @@ def _of_tex(package: str) -> Mapping[str, str]:
 
 @cache
 def _copyright(package: str) -> str:
-    """What Debian's copyright file says of all files but Debian's own."""
+    """Licences in Debian's copyright file, except those of Debian's own files."""
     path = Path(f"/usr/share/doc/{package}/copyright")
     if not path.is_file():
         return ""
@@ -107,7 +107,7 @@ def _copyright(package: str) -> str:
 
 
 def candidates(files: Sequence[Path]) -> tuple[list[Candidate], list[Dropped]]:
-    """Families with their chosen styles, and fonts that are dropped as unreadable, each under the name of its file."""
+    """Families with their chosen styles, and unreadable fonts, which are dropped under their file names."""
     package_of = packages_of(files)
     faces, dropped = [], []
     for path in tqdm(files, "font files", disable=None):
@@ -118,14 +118,15 @@ def candidates(files: Sequence[Path]) -> tuple[list[Candidate], list[Dropped]]:
                 dropped.append(Dropped(path.name, package_of[path], "unreadable", str(error)[:80]))
     faces = [face for face in faces if face.path in package_of]
     found = []
-    for name, own in by_family(faces).items():
-        chosen = chosen_styles(own)
+    for name, members in by_family(faces).items():
+        chosen = chosen_styles(members)
         found.append(Candidate(name, chosen, package_of[chosen["regular"].path]))
     return found, dropped
 
 
 def draw(found: Sequence[Candidate], cached: Path | None) -> None:
-    """Draws every style; applies the rules on what is drawn. Further styles that break one are left out."""
+    """Draws every style and applies the rules on images. A family is dropped if its regular style breaks one; other
+    styles that break one are left out."""
     for candidate in tqdm(found, "families", disable=None):
         for style, face in list(candidate.faces.items()):
             try:
@@ -151,15 +152,15 @@ def _drawn(face: Typeface, cached: Path | None) -> np.ndarray:
 
 
 def drop_duplicates(found: Sequence[Candidate], bar: float = DUPLICATE) -> list[tuple[float, str, str]]:
-    """Families of packages that hold many come first, then by name. A style that an earlier family has is left out;
-    where it is the regular one, the family is dropped. Returns (difference, family, nearest of the earlier) of all that
-    stay."""
+    """Drops duplicates. Families of packages with many families come first, then by name. A style that looks like one
+    of an earlier family is left out; if it is the regular style, the family is dropped. Returns (difference, family,
+    nearest earlier family) for all that are kept."""
     held = Counter(candidate.package for candidate in found if candidate.broken is None)
     designs = Designs.room_for(sum(len(candidate.drawn) for candidate in _kept(found)))
     near = []
     for candidate in tqdm(sorted(_kept(found), key=lambda c: (-held[c.package], c.name)), "duplicates", disable=None):
-        own = dict(zip(candidate.drawn, thumbnails(np.stack(list(candidate.drawn.values()))[:, :-1]), strict=True))
-        for style, thumbnail in own.items():
+        small = dict(zip(candidate.drawn, thumbnails(np.stack(list(candidate.drawn.values()))[:, :-1]), strict=True))
+        for style, thumbnail in small.items():
             name, difference = designs.nearest(thumbnail)
             if difference < bar and style == "regular":
                 candidate.broken = Broken("duplicate", f"of {name}, difference {difference:.4f}")
@@ -169,19 +170,20 @@ def drop_duplicates(found: Sequence[Candidate], bar: float = DUPLICATE) -> list[
             elif style == "regular":
                 near.append((difference, candidate.name, name))
         for style in candidate.drawn if candidate.broken is None else ():
-            designs.add(candidate.name, own[style])
+            designs.add(candidate.name, small[style])
     return sorted(near)
 
 
 def drop_unread(found: Sequence[Candidate], bar: float = LEAST_READ) -> dict[str, float]:
-    """Cross-fitted: groups of families are dealt out in folds; each fold is read by a classifier that was trained on
-    the others. Returns the share that was read of the worst part (capitals, lower case or digits), by family."""
+    """Drops families that a classifier cannot read. Cross-validated: each fold of groups of families is read by a
+    classifier trained on the other folds. Returns for each family the accuracy on its worst part (capitals, lower case
+    or digits)."""
     kept = list(_kept(found))
     fold = [int(_hashed("fold", group_of(candidate.name)) * FOLDS) for candidate in kept]
     shares: dict[str, float] = {}
-    for own in range(FOLDS):
-        reader = Reader.of([candidate for candidate, k in zip(kept, fold, strict=True) if k != own])
-        for candidate in (c for c, k in zip(kept, fold, strict=True) if k == own):
+    for number in range(FOLDS):
+        reader = Reader.of([candidate for candidate, k in zip(kept, fold, strict=True) if k != number])
+        for candidate in (c for c, k in zip(kept, fold, strict=True) if k == number):
             right = (ALIKE[reader.read(candidate)] == ALIKE).double()
             shares[candidate.name] = min(float(right[part].mean()) for part in (CAPITALS, LOWER, DIGITS))
     for candidate in kept:
@@ -192,8 +194,8 @@ def drop_unread(found: Sequence[Candidate], bar: float = LEAST_READ) -> dict[str
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads characters: ridge regression of their classes on random features of their shape, in closed form. Shape is
-    the box of the ink, brought to 16x16 pixels: figures may stand on the baseline or hang below it.
+    """A classifier of characters: ridge regression, in closed form, on random features of the ink's bounding box scaled
+    to 16x16 pixels. (The box, because old-style figures may hang below the baseline.)
 
     projection: float64 [257, RANDOM]; weights: float64 [RANDOM, 62].
     """
@@ -203,30 +205,30 @@ class Reader:
 
     @classmethod
     def of(cls, found: Sequence[Candidate], seed: int = 0) -> "Reader":
-        """Trained on the regular styles."""
+        """A classifier trained on the regular styles of these families."""
         generator = torch.Generator().manual_seed(seed)
         projection = torch.randn(257, RANDOM, generator=generator, dtype=torch.float64, device="cpu")
         reader = cls(projection, torch.zeros(RANDOM, len(CHARACTERS), dtype=torch.float64, device="cpu"))
         gram = RIDGE * len(found) * torch.eye(RANDOM, dtype=torch.float64, device="cpu")
         for candidate in found:
-            features = reader.features(candidate)  # a row a character, so their targets are an identity matrix
+            features = reader.features(candidate)  # one row for each character, so the targets are an identity matrix
             gram += features.T @ features
             reader.weights.add_(features.T)
         return cls(projection, torch.linalg.solve(gram, reader.weights))
 
     def features(self, candidate: Candidate) -> Tensor:
-        """Of the regular style: float64 [62, RANDOM]."""
+        """Features of the regular style, float64 [62, RANDOM]."""
         images = candidate.drawn["regular"][:-1]
         pixels = torch.from_numpy(np.stack([boxed(image) for image in images])).double().flatten(1) - 0.5
         return (F.pad(pixels, (0, 1), value=1.0) @ self.projection).relu()
 
     def read(self, candidate: Candidate) -> Tensor:
-        """The label of each character: int64 [62]."""
+        """Predicted label of each character, int64 [62]."""
         return (self.features(candidate) @ self.weights).argmax(1)
 
 
 def split_of(name: str) -> str:
-    """By the hash of its group: a family that is added changes the split of no other."""
+    """The split of a family, by the hash of its group, so that adding a family does not change the split of others."""
     return "test" if 100 * _hashed("split", group_of(name)) < HELD_OUT else "train"
 
 
@@ -252,7 +254,7 @@ def _kept(found: Sequence[Candidate]) -> Iterator[Candidate]:
 
 
 def _hashed(what: str, text: str) -> float:
-    """In [0, 1), even."""
+    """A hash, uniform in [0, 1)."""
     return int.from_bytes(hashlib.sha256(f"{what} {text}".encode()).digest()[:6]) / 2**48
 
 

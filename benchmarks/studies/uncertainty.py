@@ -1,13 +1,13 @@
-"""What should uncertainty mean, and how should it know the time? Exits trained on one frozen network, compared.
+"""Which target should uncertainties have, and how should they depend on time? Compares exits on one frozen network.
 
 python -m benchmarks.studies.uncertainty [--data digits|canvases] [--network FILE] [--out DIR] [--steps N] [-n N]
 
-Every variant trains its exits alike (or fits those of another anew, as `adadiff calibrate --refit`), is calibrated for
-the same budgets, and draws samples it has not seen. Printed and written as rows: how well u ranks the samples of one
-timestep by what exiting there would get wrong (Spearman's correlation to the error that the calibration counts, mean
-over timesteps and layers); the share of the exit layer's variance that lies within a timestep, not between timesteps;
-and for each budget the paired error to the full network's images over that of the best static table of the same
-recording and work, with its 95 % interval. Below 1, looking at samples pays.
+Every variant trains its exits in the same way (or refits those of another one, like `adadiff calibrate --refit`), is
+calibrated for the same budgets, and draws new samples. Prints and writes as rows: how well u ranks the samples of one
+timestep by the error of exiting (Spearman correlation with the calibration's error, mean over timesteps and layers);
+the share of the exit layer's variance within timesteps; and for each budget the paired error to the full network's
+images, divided by that of the best static table of the same recording and work, with its 95 % interval. Below 1,
+deciding for each sample pays.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from benchmarks.rows import Rows, say
 SUITE = "uncertainty"
 BUDGETS = (0.4, 0.55, 0.7, 0.9)
 STEPS = 20  # of DDIM
-# name: loss, time, fitted anew
+# name: loss, time, refit
 VARIANTS = {
     "paper's target": ("paper", True, False),
     "relative": ("relative", True, False),
@@ -41,7 +41,7 @@ NETWORKS = {"digits": "digits_plain", "canvases": "canvases_plain"}
 
 
 def rank_correlation(u: Tensor, error: Tensor) -> float:
-    """u, error: [S, K, n]. Spearman's correlation over n, mean over S and K; ties count as they come."""
+    """u, error: [S, K, n]. Spearman correlation over n, mean over S and K; ties are ranked in arbitrary order."""
     ranks = [value.double().argsort(-1).argsort(-1).double() for value in (u, error)]
     centred = [rank - rank.mean(-1, keepdim=True) for rank in ranks]
     product = (centred[0] * centred[1]).sum(-1)
@@ -49,7 +49,7 @@ def rank_correlation(u: Tensor, error: Tensor) -> float:
 
 
 def share_within(layer: Tensor) -> float:
-    """layer: [S, n]. The share of the variance that the mean of every timestep leaves; 0 where there is no variance."""
+    """layer: [S, n]. Share of the variance within timesteps; 0 without variance."""
     layer = layer.double()
     total = layer.var(unbiased=False)
     return float((layer - layer.mean(1, keepdim=True)).square().mean() / total) if total > 0 else 0.0
@@ -67,7 +67,7 @@ def measure(file: Path, n: int, budgets: Sequence[float], refit: bool) -> dict[s
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown, a line for each variant."""
+    """A table in Markdown, with a line for each variant."""
     shares = [budget["share"] for budget in rows[0]["budgets"]]
     columns = [f"error over static, {share:g} (within)" for share in shares]
     lines = ["| data | exits | rank correlation | " + " | ".join(columns) + " |", "| --- " * (3 + len(shares)) + "|"]
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--network", help="the frozen network (default: the plain one that ships)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out/uncertainty"), help="runs and rows")
     parser.add_argument("--steps", type=int, default=1000, help="updates of each variant's exits")
-    parser.add_argument("-n", type=int, default=512, help="samples recorded, and as many measured on")
+    parser.add_argument("-n", type=int, default=512, help="samples to record, and as many others to measure on")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     network = options.network or NETWORKS[options.data]

@@ -1,1 +1,1 @@
-"""What `python benchmarks/run.py --suite NAME` measures."""
+"""Suites of `python benchmarks/run.py --suite NAME`."""

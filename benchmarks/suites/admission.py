@@ -1,8 +1,8 @@
-"""Admission by arrival and by expected work, on a virtual clock: the engine and its queue are the real ones, a block
-takes as long as a machine says. No second is measured, so the numbers are the same everywhere.
+"""Admission by arrival and by expected work on a virtual clock: engine and queue are real, but the time of a block
+comes from a machine model. No time is measured, so the numbers are the same on every computer.
 
 Nine of ten requests are shallow (3 of 13 blocks, 10 to 30 steps), one is deep (every block, 50 to 100 steps). They
-arrive one by one (Poisson) at parts of what the engine makes of a burst, in groups, or all at once.
+arrive one by one (Poisson) at a share of the engine's burst throughput, in groups, or all at once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,12 +25,12 @@ BURST, GROUPS = "burst", "groups of 32"
 GROUP = 32
 GROUPS_LOAD = 0.8
 BLOCK = 1e-3  # seconds of a block on one row
-MACHINES = ("linear", "flat")  # a block takes as long as it has rows, or as on one row: a device that is hardly busy
+MACHINES = ("linear", "flat")  # a block's time is proportional to its rows, or constant: a device that is hardly busy
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """runs: independent ones of so many requests. loads: parts of the requests a second of a burst."""
+    """runs: independent runs of `requests` each. loads: arrival rates as shares of the burst throughput."""
 
     requests: int = 600
     runs: int = 5
@@ -44,8 +44,8 @@ QUICK = Sizes(60, 1, 8, (0.8,))
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one run. latencies: float [n], seconds; alone: float [n], what each would take on an idle engine; deep: bool
-    [n]."""
+    """Result of one run. latencies: float [n], seconds; alone: float [n], seconds of each request on an idle engine;
+    deep: bool [n]; seconds: of the whole run."""
 
     latencies: np.ndarray
     alone: np.ndarray
@@ -58,12 +58,12 @@ class Outcome:
 
     @property
     def numbers(self) -> dict[str, float]:
-        """p50, p95 and p99 of the latencies and the largest, of all requests and of each kind; of slowdowns the mean,
-        p95, and Jain's index of fairness, (sum x)^2 / (n sum x^2): 1 where all are slowed down alike (R. Jain et al.,
+        """p50, p95, p99, mean and maximum of the latencies, of all requests and of each kind. For slowdowns: mean, p95,
+        and Jain's fairness index (sum x)^2 / (n sum x^2), which is 1 if all are slowed down alike (R. Jain et al.,
         1984)."""
         found = {}
-        for name, own in (("all", np.ones_like(self.deep)), ("shallow", ~self.deep), ("deep", self.deep)):
-            values = self.latencies[own]
+        for name, kind in (("all", np.ones_like(self.deep)), ("shallow", ~self.deep), ("deep", self.deep)):
+            values = self.latencies[kind]
             found |= {f"{name}_p{level}": float(np.percentile(values, level)) for level in (50, 95, 99)}
             found |= {f"{name}_mean": float(values.mean()), f"{name}_longest": float(values.max())}
         slow = self.slowdown
@@ -82,8 +82,8 @@ def run(rows: Rows, sizes: Sizes) -> None:
                     simulate(admission, machine, mixed(sizes.requests, load, rate, seed), sizes.capacity)
                     for seed in range(sizes.runs)
                 ]
-                if rate is None:  # of the first: a burst, by arrival
-                    rate = sizes.requests / float(np.mean([one.seconds for one in outcomes]))
+                if rate is None:  # from the first outcomes: a burst, by arrival
+                    rate = sizes.requests / float(np.mean([outcome.seconds for outcome in outcomes]))
                 write(rows, admission, {"machine": machine, "load": load, **_parameters(sizes)}, outcomes)
 
 
@@ -92,7 +92,7 @@ def _parameters(sizes: Sizes) -> dict[str, object]:
 
 
 def mixed(n: int, load: str | float, rate: float | None, seed: int) -> list[Request]:
-    """rate: requests a second of a burst. jitter: blocks beyond the first."""
+    """Random requests. rate: requests a second in a burst. A request's jitter is its number of blocks minus 1."""
     random = np.random.default_rng(seed)
     deep = random.permutation(np.arange(n) < round(DEEP_SHARE * n))
     steps = np.where(
@@ -129,8 +129,8 @@ def simulate(admission: str, machine: str, requests: Sequence[Request], capacity
         **options,
     )
     served = serve(engine, requests, clock, _settings)
-    blocks = np.array([one.jitter + 1 for one in requests])
-    steps = np.array([one.steps for one in requests])
+    blocks = np.array([request.jitter + 1 for request in requests])
+    steps = np.array([request.steps for request in requests])
     return Outcome(np.array(served.latencies), BLOCK * blocks * steps, blocks == LAYERS, served.seconds)
 
 
@@ -142,8 +142,8 @@ def _settings(request: Request) -> Mapping[str, object]:
 
 
 def write(rows: Rows, admission: str, parameters: Mapping[str, object], outcomes: Sequence[Outcome]) -> None:
-    """Means over runs; spread: the least and the most of each."""
-    each = [one.numbers for one in outcomes]
+    """Writes means over runs; spread: smallest and largest value of each."""
+    each = [outcome.numbers for outcome in outcomes]
     spread = {name: [min(run[name] for run in each), max(run[name] for run in each)] for name in each[0]}
     mean = {name: float(np.mean([run[name] for run in each])) for name in each[0]}
     rows.write(SUITE, "virtual", admission, parameters, dtype="float32", **mean, spread=spread)

@@ -1,6 +1,6 @@
-"""The trained digits model: how fast each way of sampling is, and what scoring costs when nobody exits.
+"""The trained digits model: speed of each way of sampling, and the cost of uncertainties if no sample exits.
 
-Every sampler is DDIM and all samples stand in lock step, so a tick is a step. Quality is in quality.py.
+Every sampler is DDIM, and all samples run in lockstep, so a tick is a step. Quality is measured in quality.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,17 +27,17 @@ from benchmarks.suites.quality import SUITE
 
 MODEL = "digits"
 PLAIN_MODEL = "digits_plain"  # trained with the same budget, without exits
-THRESHOLDS = ("0.07", "0.115", "0.135,first=3", "0.18,first=3")  # as the rows spell them
+THRESHOLDS = ("0.07", "0.115", "0.135,first=3", "0.18,first=3")  # as in the rows, see `policy_of`
 FEWER_STEPS = (12, 8)
 SAMPLES = 256  # of one timed run, all in one batch
-OVERHEAD_BATCH = 64  # what adadiff.sample takes by default
+OVERHEAD_BATCH = 64  # the default batch of adadiff.sample
 NOBODY = 1e-6  # a threshold below every uncertainty
-GRID = 12  # parts of SAMPLES at which single blocks are timed
+GRID = 12  # single blocks are timed on SAMPLES * i / GRID rows
 
 
 @dataclass
 class Variants:
-    """Ways of sampling the same seeds and labels, by title; those of the engine have a report."""
+    """Ways of sampling the same seeds and labels, by title; variants of the engine have a report."""
 
     model: Model
     samples: int
@@ -51,7 +51,7 @@ class Variants:
         self._add(name, setting, lambda: lockstep(model.backbone, model.schedule, seeds, labels, steps, batch))
 
     def engine(self, name: str, policy: str, setting: str | None = None) -> Report:
-        """Runs it once: for its report, and to warm up."""
+        """Adds a variant of the engine and runs it once, for its report and to warm up."""
         seeds, labels = seeds_and_labels(0, self.samples)
         settings = {
             "steps": self.steps,
@@ -83,7 +83,8 @@ def speed(
     limit: float = 60.0,
     grid: int = GRID,
 ) -> None:
-    """Images per second of every method, in turns with each other and with the plain network's pieces."""
+    """Measures images per second of every method, interleaved with each other and with single blocks of the plain
+    network."""
     say(f"digits: speed, {samples} samples of {steps} steps, {torch.get_num_threads()} thread(s)")
     joint = drawing.load(model)
     seeds, labels = seeds_and_labels(0, samples)
@@ -168,7 +169,7 @@ def overhead(
     repeats: int = 60,
     limit: float = 15.0,
 ) -> None:
-    """What a forward pass costs in which nobody exits, unscored and scored."""
+    """Measures forward passes without exits, with and without uncertainties."""
     for dtype in dtypes:
         emulated = dtype == torch.bfloat16 and not machine()["bfloat16"]
         say(f"digits: cost of scoring, {dtype_name(dtype)}{' (emulated on this CPU)' if emulated else ''}")

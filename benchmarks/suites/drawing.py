@@ -1,4 +1,5 @@
-"""Samples for measurements: a method says how they are drawn, an artist draws them, in processes of one thread each."""
+"""Samples for measurements: a `Method` describes how they are drawn, an `Artist` draws them in single-threaded
+processes."""
 
 import hashlib
 import signal
@@ -33,11 +34,11 @@ CLASSES = 10  # of the digits
 
 @dataclass(frozen=True)
 class Method:
-    """`name` and `setting` are what tables show; `model` is a shipped name or a file.
+    """name, setting: shown in tables. model: a shipped name or a file.
 
-    policy "full" is drawn by the plain network in lock step, everything else by the engine, and so is whatever has a
-    shallow_model (a name or a file; it serves times of t_switch and above). reuse: every so many steps the plain
-    network runs whole, see reuse.py. batch: samples at a time (None: as many as are asked for).
+    Policy "full" without a shallow_model is drawn by the plain network in lockstep, everything else by the engine.
+    shallow_model: a name or a file, runs at timesteps >= t_switch. reuse: every `reuse` steps the plain network runs in
+    full, see reuse.py. batch: samples at a time (None: all).
     """
 
     name: str
@@ -53,13 +54,14 @@ class Method:
 
     @property
     def plain(self) -> bool:
-        """Drawn in the ordinary loop, around the network as it is."""
+        """Whether the plain network in the ordinary sampling loop draws it."""
         return self.policy == "full" and self.shallow_model is None
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """images [n, C, H, W]; exit_layer uint8 [steps, n], multiply-adds (run, full): None if plain."""
+    """images [n, C, H, W]; exit_layer uint8 [steps, n]; macs: multiply-adds (run, full). The last two are None for
+    plain networks."""
 
     images: Tensor
     exit_layer: Tensor | None = None
@@ -67,14 +69,15 @@ class Drawn:
 
 
 def seeds_and_labels(run: int, n: int, classes: int = CLASSES) -> tuple[Tensor, Tensor]:
-    """Of run 0, 1, ...: seeds that no other run has, and labels in turn."""
+    """Seeds and labels of run 0, 1, ...: no two runs share seeds, and labels take turns. Raises ValueError for too many
+    samples."""
     if not 0 <= n <= SEED_STRIDE:
         raise ValueError(f"a run has at most {SEED_STRIDE} samples, got {n}")
     return run * SEED_STRIDE + torch.arange(n), torch.arange(n) % classes
 
 
 class Switched:
-    """Two plain networks, called like one, for lanes of one time: the first from t_switch up."""
+    """Two plain networks behind the interface of one, for a batch with one timestep: `early` runs at t >= t_switch."""
 
     def __init__(self, early: Callable[..., Tensor], late: Callable[..., Tensor], t_switch: float):
         self._early, self._late, self._t_switch = early, late, t_switch
@@ -95,7 +98,8 @@ def lockstep(
     solver: str = "ddim",
     reuse: int = 1,
 ) -> Tensor:
-    """The ordinary sampling loop around a plain network, `batch` samples at a time, with our solver step."""
+    """The ordinary sampling loop of a plain network with our solver step, `batch` samples at a time. Returns images
+    [n, C, H, W]."""
     tables = pack([solver_from(solver).table(schedule, steps)])
     images = []
     for seed, label in zip(seeds.split(batch), labels.split(batch), strict=True):
@@ -110,7 +114,7 @@ def lockstep(
 
 
 def policy_of(threshold: str) -> str:
-    """What the rows' "0.135,first=3" stands for: "exit:0.135,min_layer=3"."""
+    """The policy for a threshold as spelled in rows: "0.135,first=3" -> "exit:0.135,min_layer=3"."""
     return "exit:" + threshold.replace("first=", "min_layer=")
 
 
@@ -122,16 +126,16 @@ def draw(method: Method, seeds: Tensor, labels: Tensor) -> Drawn:
 
 
 def in_plain_loop(method: Method, seeds: Tensor, labels: Tensor, batch: int, compiled: bool = False) -> Tensor:
-    """method: of the policy "full"; it may have a shallow model. compiled: the networks are `compiled_network`s."""
+    """method: with the policy "full", with or without a shallow model. compiled: use `compiled_network`."""
     model = load(method.model)
 
     def network(name: str) -> Callable[..., Tensor]:
         return compiled_network(name) if compiled else load(name).backbone
 
-    own = network(method.model)
+    called = network(method.model)
     if method.shallow_model is not None:
-        own = Switched(network(method.shallow_model), own, method.t_switch)
-    return lockstep(own, model.schedule, seeds, labels, method.steps, batch, method.solver, method.reuse)
+        called = Switched(network(method.shallow_model), called, method.t_switch)
+    return lockstep(called, model.schedule, seeds, labels, method.steps, batch, method.solver, method.reuse)
 
 
 @cache
@@ -163,12 +167,12 @@ def load(name: str) -> adadiff.Model:
 
 @cache
 def fingerprint(name: str) -> str:
-    """Tells apart the checkpoints that a name has had."""
+    """Part of the SHA-256 of a checkpoint; distinguishes versions of the same name."""
     return hashlib.sha256(find(name).read_bytes()).hexdigest()[:12]
 
 
 class Artist:
-    """Draws samples in chunks, in this process or in several of one thread each."""
+    """Draws samples in chunks, in this process or in several single-threaded ones."""
 
     def __init__(self, pool: ProcessPoolExecutor | None):
         self._pool = pool
@@ -186,7 +190,7 @@ class Artist:
             pool.shutdown(cancel_futures=True)
 
     def map(self, function: Callable[[tuple], tuple], tasks: Sequence[tuple], title: str) -> list[tuple]:
-        """function of every task, in the processes; both must be picklable, and no tensors."""
+        """Applies function to every task, in the processes. Tasks and results must be picklable and hold no tensors."""
         results = (self._pool.map if self._pool else map)(function, tasks)
         return list(tqdm(results, desc=title, total=len(tasks), leave=False, disable=None))
 
@@ -208,13 +212,13 @@ class Artist:
 
 def _start_worker() -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
 
 
 def _draw_arrays(
     task: tuple[Method, np.ndarray, np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray | None, tuple[int, int] | None]:
-    """Arrays, because they cross between processes without shared memory."""
+    """Takes and returns arrays, which pass between processes without shared memory."""
     method, seeds, labels = task
     drawn = draw(method, torch.from_numpy(seeds), torch.from_numpy(labels))
     return drawn.images.numpy(), None if drawn.exit_layer is None else drawn.exit_layer.numpy(), drawn.macs

@@ -1,11 +1,11 @@
-"""Does exiting early beat the alternatives at equal seconds? Quality and measured seconds of every method.
+"""Does early exit beat the alternatives at equal seconds? Measures quality and seconds of every method.
 
-All methods draw the same samples (same noises, same labels). Seconds are measured apart from the quality, on one
-thread, in rounds in which all settings take turns. Plain networks, DuoDiff's two among them, are timed in the ordinary
-loop and in the same compiled, in batches of the best size, and in the engine; the others in the engine, as it is and
-compiled. The fastest way counts. What the rows have is not measured again, and an interrupted run goes on with its next
-setting or round. Only settings near a front are timed; where a network is large, all are screened with a few samples,
-and only those near a front are judged, with many others.
+All methods draw the same samples (same noises, same labels). Seconds are measured separately from quality, on one
+thread, in rounds in which all settings take turns. Plain networks, including DuoDiff's two, are timed in the ordinary
+loop, eager and compiled, in batches of the best size, and in the engine; the other methods in the engine, eager and
+compiled. The fastest way counts. Existing rows are not measured again, and an interrupted run continues with its next
+setting or round. Only settings near a Pareto front are timed. For large networks, all settings are screened with a few
+samples, and only those near a front are judged, on many other samples.
 """
 
 import dataclasses
@@ -44,16 +44,16 @@ from benchmarks.suites.quality import depth
 
 SUITE = "quality"
 LOOP, COMPILED, ENGINE, COMPILED_ENGINE = "loop", "compiled loop", "engine", "compiled engine"
-LARGER_BATCH = 2 * BATCH  # which shallow networks like
+LARGER_BATCH = 2 * BATCH  # faster for shallow networks
 LARGER = f"{COMPILED}, batches of {LARGER_BATCH}"
 WHOLE_BATCH = ("batch mean", "cache, whole batch")
 AT_ONCE, AT_ONCE_LARGE = 256, 64  # samples timed, and the engine's capacity; of large networks
-LARGE = 20e6  # multiply-adds of an evaluation, from which on a network is large
+LARGE = 20e6  # multiply-adds of an evaluation; a network with more is large
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A data set, the networks that draw it, and the range of the methods."""
+    """A data set, the networks that draw it, and the settings of the methods."""
 
     rows: Rows
     data: str
@@ -61,7 +61,7 @@ class Comparison:
     sweep: Sweep
 
     def __post_init__(self) -> None:
-        """Raises ValueError for networks that cannot be compared, or draw something else."""
+        """Raises ValueError for networks that cannot be compared, or do not draw this data set."""
         self.networks.check()
         self.judging()
 
@@ -78,7 +78,7 @@ class Comparison:
         return AT_ONCE if reuse.macs(load(self.networks.full).backbone, 1, 1) < LARGE else AT_ONCE_LARGE
 
     def run(self, *, samples: int, runs: int, processes: int, timing: bool = True, screen: int = 0) -> None:
-        """screen: samples that screen the settings; 0: all are judged."""
+        """screen: number of samples for screening the settings; 0: judge all settings."""
         with Artist.of(processes) as artist:
             say(f"{self.data}: calibrations for {len(self.sweep.steps)} numbers of steps")
             folder = self.cache / "calibrated"
@@ -102,7 +102,7 @@ class Comparison:
         return self.near(chosen, "screening", screening.JUDGED)
 
     def near(self, chosen: list[Method], kind: str, by: float) -> list[Method]:
-        """Those whose rows of this kind are at most `by` times a front."""
+        """The methods whose rows of this kind are within a factor `by` of a front."""
         near = screening.near_a_front(points(self.rows.rows, self.data, kind), by)
         kept = {(point.method, point.setting, point.steps, point.solver) for point in near}
         return [m for m in chosen if (m.name, m.setting, m.steps, m.solver) in kept]
@@ -139,7 +139,7 @@ class Comparison:
         }
 
     def reference(self, artist: Artist, samples: int, run: int) -> Tensor:
-        """Images of the full network at many steps: drawn once, then read from disk."""
+        """Images of the full network with many steps: drawn once, then read from disk."""
         steps, full = self.sweep.reference_steps, self.networks.full
         path = self.cache / f"{fingerprint(full)}-{steps}-{samples}-{run}.safetensors"
         if not path.exists():
@@ -149,19 +149,20 @@ class Comparison:
         return load_file(path)["images"]
 
     def speed(self, chosen: list[Method]) -> None:
-        """Seconds of drawing `at_once` samples. The first variant, measured twice, is the full network."""
+        """Measures seconds of drawing `at_once` samples. The first variant, which is measured twice, is the full
+        network."""
         missing = [m for m in chosen if self.rows.find(SUITE, "speed", m.name, self.parameters(m)) is None]
         if not missing:
             return
         say(f"{self.data}: seconds of {len(missing)} settings, {self.at_once} samples, one thread")
         with threads(1):
-            given = seeds_and_labels(0, self.at_once, self.judging().judge.classes)
+            inputs = seeds_and_labels(0, self.at_once, self.judging().judge.classes)
             first = max((m for m in chosen if m.name == "fewer steps"), key=lambda m: m.steps)
-            compiles = can_compile(chosen, *given)
+            compiles = can_compile(chosen, *inputs)
             variants: dict[str, Callable[[], object]] = {}
             for method in [first, *(m for m in missing if m != first)]:
                 for way in ways(method, compiles):
-                    variants[title(method, way)] = timed(method, way, *given)
+                    variants[title(method, way)] = timed(method, way, *inputs)
             kept = self.rounds(variants)
             measured = interleave(
                 variants, self.sweep.repeats, 0, limit=self.sweep.limit, kept=kept, label=f"{self.data}, seconds"
@@ -186,8 +187,8 @@ class Comparison:
         kept.unlink()
 
     def rounds(self, variants: Iterable[str]) -> Path:
-        """Where the rounds of a comparison of these lie until its rows are written: one file for all that seconds
-        depend on."""
+        """File with the rounds of a comparison of these variants until its rows are written. Its name covers everything
+        that seconds depend on."""
         what = (self.rows.machine, versions(), self.rows.commit, self.networks.checkpoints, *variants)
         return self.cache / f"rounds-{hashlib.sha256(repr(what).encode()).hexdigest()[:12]}.json"
 
@@ -201,7 +202,7 @@ def ways(method: Method, compiles: bool) -> tuple[str, ...]:
 
 
 def can_compile(chosen: list[Method], seeds: Tensor, labels: Tensor) -> bool:
-    """Compiles the plain networks of every name, which takes a C++ compiler; says so where there is none."""
+    """Compiles the networks of all methods. False, with a message, if that fails, e.g. without a C++ compiler."""
     torch.compiler.reset()
     compiled_network.cache_clear()
     calls: dict[str, Callable[[], object]] = {}
@@ -218,14 +219,14 @@ def title(method: Method, way: str) -> str:
 def timed(method: Method, way: str, seeds: Tensor, labels: Tensor) -> Callable[[], object]:
     load(method.model)
     if way in (ENGINE, COMPILED_ENGINE):
-        whole = method.name not in WHOLE_BATCH  # which in other batches would decide otherwise
+        whole = method.name not in WHOLE_BATCH  # methods whose decisions depend on the batch keep its size
         batch, runner = len(seeds) if whole else BATCH, "compiled" if way == COMPILED_ENGINE else "eager"
         return lambda: in_engine(method, seeds, labels, batch, runner)
     return lambda: in_plain_loop(method, seeds, labels, LARGER_BATCH if way == LARGER else BATCH, compiled=way != LOOP)
 
 
 def done(method: Method, drawn: Drawn, run: int) -> dict[str, object]:
-    """Multiply-adds for an image, mean exit layer, and of one run of policies that look at samples who exited where."""
+    """Multiply-adds of an image and mean exit layer; for adaptive policies, run 0 also has exit histograms."""
     model = load(method.model)
     if drawn.macs is None:
         macs = reuse.macs(model.backbone, method.steps, method.reuse)

@@ -1,8 +1,8 @@
-"""What the README shows first: the images of one call, full and with early exit, and the seconds of both.
+"""The first figures of the README: images of one call, full and with early exit, and the seconds of both.
 
-The full network is timed as a plain loop, eager and compiled, and the call with early exit through `adadiff.sample`,
-eager and compiled; the faster way of each counts. One thread, as many samples at once as all: blocks of these networks
-are so small that more threads, and smaller batches, gain little.
+The full network is timed in a plain loop, eager and compiled; early exit through `adadiff.sample`, eager and compiled.
+The faster way of each counts. One thread, all samples in one batch: the blocks of these networks are so small that more
+threads or smaller batches gain little.
 """
 
 from collections.abc import Callable

@@ -1,9 +1,9 @@
-"""The HTTP service on the loopback, its clients in a process of their own, beside the engine without it in this one.
+"""The HTTP service on the loopback interface, with clients in a separate process, compared with the engine alone.
 
-Throughput: bursts, the engine and the service taking turns; U-ViT-S/2 at its CIFAR-10 shape, where seconds count, and
-the digits, where processor time of a request does. Latency: Poisson arrivals at parts of what the engine makes of a
-burst, and a burst. Behaviour: the same requests at the same times, once from clients that behave and once from some
-that leave, send nonsense or do not read. Memory: of the service's process over thousands of requests.
+Throughput: bursts, engine and service in turns, for U-ViT-S/2 at its CIFAR-10 shape (for seconds) and the digits (for
+CPU time of a request). Latency: a burst, and Poisson arrivals at shares of the engine's burst throughput. Behaviour:
+the same requests at the same times, once from well-behaved clients only, once with some that disconnect, send invalid
+bodies or do not read. Memory: of the service's process over thousands of requests.
 """
 
 import json
@@ -35,11 +35,11 @@ ENGINE, SERVICE = "engine", "service"
 CALM, MIXED = "all behave", "some do not"
 POLICY = "exit:0.135,min_layer=3"  # of the digits
 NETWORK_POLICY = "exit:depth=7.5"  # the mean depth of the suite serving
-SLOS = (5, 10, 20)  # times as long as the request takes alone
-LEAVING, NONSENSE, RELUCTANT = 0.3, 0.05, 0.05  # shares of the clients that do not behave
+SLOS = (5, 10, 20)  # multiples of the latency of the request alone
+LEAVING, NONSENSE, RELUCTANT = 0.3, 0.05, 0.05  # shares of clients that disconnect, send invalid bodies, do not read
 BEHAVIOUR_LOAD = 0.5
-SLOW_IMAGES = 4  # of a reader that does not read, with a preview of each step
-BODIES = (  # that are refused, each for a reason of its own
+SLOW_IMAGES = 4  # images of a client that does not read, with a preview of each step
+BODIES = (  # invalid bodies, refused for different reasons
     *("{", "[]", '{"n": NaN}', '{"seed": 1e999}', '{"unknown": 1}', '{"class_label": 99}', '{"model": "none"}'),
     *('{"size": "9x9"}', '{"policy": "os:system"}', '{"n": ' + "[" * 99 + "]" * 99 + "}"),
 )
@@ -47,14 +47,14 @@ BODIES = (  # that are refused, each for a reason of its own
 
 @dataclass(frozen=True)
 class Sizes:
-    """network: requests of a burst, steps, capacity and rounds at U-ViT-S/2; digits: of the digits."""
+    """network: requests of a burst, steps, capacity and rounds for U-ViT-S/2; digits: the same for the digits."""
 
     network: tuple[int, int, int, int] = (32, 10, 16, 3)
     digits: tuple[int, int, int, int] = (512, 20, 64, 5)
     requests: int = 512  # of a run of latencies
     loads: tuple[float, ...] = (0.5, 0.8, 0.95)
     alone: int = 20  # requests one after the other
-    memory: tuple[int, int] = (500, 21)  # requests of a burst, of 2 steps; bursts, the first of which is left out
+    memory: tuple[int, int] = (500, 21)  # requests of a burst, of 2 steps; number of bursts, the first not counted
 
 
 FULL = Sizes()
@@ -63,7 +63,7 @@ QUICK = Sizes((4, 2, 2, 1), (32, 5, 16, 1), 32, (0.8,), 4, (50, 4))
 
 def run(rows: Rows, sizes: Sizes) -> None:
     network(rows, sizes)
-    with threads(1):  # a second one would wait for most of its processor time
+    with threads(1):  # a second thread would spend most of its CPU time waiting
         digits(rows, sizes)
 
 
@@ -96,7 +96,7 @@ def digits(rows: Rows, sizes: Sizes) -> None:
 
 @contextmanager
 def _served(model: Model, name: str, capacity: int, queue: int) -> Iterator[ServiceProcess]:
-    """The service with this model, that of the package or a file."""
+    """The service with this model."""
     limits = ("--capacity", str(capacity), "--queue", str(queue))
     if name == DIGITS:
         with service(name, *limits) as process:
@@ -110,15 +110,15 @@ def _served(model: Model, name: str, capacity: int, queue: int) -> Iterator[Serv
 
 
 def body(settings: Mapping[str, object], **more: object) -> str:
-    """What the service is asked that the engine is asked by `settings`."""
+    """Body of the HTTP request for the same sample that the engine draws with `settings`."""
     names = {"class_labels": "class_label", "steps": "num_inference_steps"}
     return json.dumps({**{names.get(name, name): value for name, value in settings.items()}, **more})
 
 
 @dataclass
 class Burst:
-    """A call makes all requests at once, waits for all of them, and returns the seconds. busy: of each call, processor
-    seconds of the process that draws."""
+    """A call submits all requests at once, waits for them, and returns the seconds. busy: CPU seconds of the drawing
+    process for each request, by call."""
 
     draw: Callable[[], tuple[float, float]]
     n: int
@@ -154,7 +154,7 @@ class Burst:
 
 
 def answered(run: Run) -> Run:
-    """RuntimeError unless every request that waits for its answer has got it."""
+    """RuntimeError unless every well-behaved client got its answer."""
     if lost := [answer for answer in run.answers if answer.kind == GOOD and not is_whole(answer)]:
         raise RuntimeError(
             f"{len(lost)} of {len(run.answers)} requests got no image, the first status {lost[0].status}"
@@ -163,7 +163,7 @@ def answered(run: Run) -> Run:
 
 
 def is_whole(answer: Answer) -> bool:
-    """What its client has waited for came: images, or the reason why its body is refused."""
+    """Whether the client got what it waited for: images, or the error for an invalid body."""
     return answer.whole and (400 <= answer.status < 500 if answer.kind == MALFORMED else answer.status == 200)
 
 
@@ -198,7 +198,7 @@ def throughput(
 
 
 def alone(process: ServiceProcess, n: int) -> float:
-    """Seconds of a step of a request that has the service for itself, median."""
+    """Median seconds for each step of a request that is alone in the service."""
     asked = [{"seed": i, "class_labels": i % 10, "steps": 20, "policy": POLICY} for i in range(n)]
     answers = [answered(process.ask([Ask(0.0, body(settings))])).answers[0] for settings in asked[:2]]
     apart = 3 * max(answer.seconds for answer in answers)
@@ -212,15 +212,15 @@ def settings_of(request: Request) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class Latencies:
-    """seconds: float [n], by request, of n requests of `steps`; busy: processor seconds of the process that draws."""
+    """seconds: float [n], latency of each request; steps: int [n]; busy: CPU seconds of the drawing process."""
 
     seconds: np.ndarray
     steps: np.ndarray
     busy: float
 
     def row(self, step: float) -> dict[str, object]:
-        """step: seconds of a step of a request alone. attained: by multiple of what a request takes alone, the share
-        of requests that took no longer."""
+        """step: seconds for each step of a request alone. attained: multiple of a request's latency alone -> share of
+        requests within it."""
         times = Times(tuple(self.seconds.tolist()))
         attained = {str(slo): float((self.seconds <= slo * step * self.steps).mean()) for slo in SLOS}
         return {
@@ -234,7 +234,7 @@ class Latencies:
 
 
 def latency(rows: Rows, model: Model, process: ServiceProcess, sizes: Sizes, capacity: int, rate: float) -> None:
-    """rate: requests a second that the engine makes of a burst of 20 steps, the mean of those that arrive."""
+    """rate: the engine's throughput in requests a second for a burst of 20 steps, the mean of the requests here."""
     step = alone(process, sizes.alone)
     for load in (BURST, *sizes.loads):
         requests = workload(sizes.requests, None if load == BURST else load * rate)
@@ -267,8 +267,9 @@ def _steps(requests: Sequence[Request]) -> np.ndarray:
 
 
 def misbehaving(requests: Sequence[Request], step: float) -> tuple[list[Ask], list[Ask]]:
-    """The same requests from clients that all behave, and from some that do not. step: seconds of a step of a request
-    alone: who leaves does so before its image can be there; who does not read begins when all others have arrived."""
+    """The same requests from well-behaved clients only, and with some misbehaving ones. step: seconds for each step of
+    a request alone. Clients that disconnect do so before their image can be finished; clients that do not read start
+    reading after all requests have arrived."""
     random, last = np.random.default_rng(0), max(request.arrival for request in requests)
     ends = np.cumsum([LEAVING, NONSENSE, RELUCTANT])
     calm, mixed = [], []
@@ -290,7 +291,7 @@ def misbehaving(requests: Sequence[Request], step: float) -> tuple[list[Ask], li
 
 
 def counts(asks: Sequence[Ask], run: Run) -> dict[str, dict[str, int]]:
-    """By kind of client, how many there were and how many got what they waited for."""
+    """By kind of client: their number, and how many got a complete reply."""
     kinds = (GOOD, MALFORMED, SLOW, LEAVES)
     asked = {kind: sum(ask.kind == kind for ask in asks) for kind in kinds}
     return {"asked": asked, "whole": {kind: sum(is_whole(a) for a in run.answers if a.kind == kind) for kind in kinds}}
@@ -300,7 +301,7 @@ def behaviour(rows: Rows, process: ServiceProcess, sizes: Sizes, capacity: int, 
     step = alone(process, sizes.alone)
     requests = workload(sizes.requests, BEHAVIOUR_LOAD * rate)
     calm, mixed = misbehaving(requests, step)
-    own = np.array([ask.kind == GOOD for ask in mixed])  # those that are the same in both
+    same = np.array([ask.kind == GOOD for ask in mixed])  # requests that are the same in both plans
     plans = {CALM: calm, MIXED: mixed, f"{CALM} again": calm}
     found: dict[str, dict[str, object]] = {}
     busy: dict[str, float] = {}
@@ -309,8 +310,8 @@ def behaviour(rows: Rows, process: ServiceProcess, sizes: Sizes, capacity: int, 
         run = process.ask(asks)
         after = process.settled()
         busy[name] = after.cpu - before.cpu
-        seconds = np.array([answer.seconds for answer in run.answers])[own]
-        row = Latencies(seconds, _steps(requests)[own], busy[name]).row(step)
+        seconds = np.array([answer.seconds for answer in run.answers])[same]
+        row = Latencies(seconds, _steps(requests)[same], busy[name]).row(step)
         row["longest"] = float(seconds.max())
         left = {"running": after.running, "waiting": after.waiting, "files": after.files - before.files}
         found[name] = {**row, **counts(asks, run), "left_behind": left, "images": after.images - before.images}
@@ -334,7 +335,7 @@ def memory(rows: Rows, process: ServiceProcess, sizes: Sizes, capacity: int) -> 
 
 
 def growth(points: Sequence[float], n: int) -> dict[str, float]:
-    """points: bytes in memory after every n requests. slope: bytes a request, by least squares."""
+    """points: bytes of memory after every n requests. slope: bytes for each request, by least squares."""
     done = n * np.arange(len(points))
     slope = float(np.polyfit(done, points, 1)[0]) if len(points) > 1 else 0.0
     return {"first": points[0], "last": points[-1], "most": max(points), "slope": slope}

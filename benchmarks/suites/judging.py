@@ -1,4 +1,4 @@
-"""What rows say of how good images are: by the features, held-out images and judge that `adadiff evaluate` takes."""
+"""Quality of images for rows, with the features, held-out images and judge of `adadiff evaluate`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from adadiff.metrics.intervals import centred_interval, resampled, share_interva
 from adadiff.metrics.judges import JUDGES, Judge, judge_of
 from adadiff.metrics.quality import lower_quantile, paired_psnr
 
-ACCURACY = {"digits": "of the class", "canvases": "after the rule", "letters": "of the class"}  # what is shared out
+ACCURACY = {"digits": "of the class", "canvases": "after the rule", "letters": "of the class"}  # what counts as right
 DATA = tuple(ACCURACY)
 RESAMPLES = 100
 
 
 @dataclass(frozen=True)
 class Judging:
-    """real: of the features of images that no training saw."""
+    """real: statistics of features of held-out real images."""
 
     judge: Judge
     features: Features
@@ -28,18 +28,19 @@ class Judging:
 
     @torch.inference_mode()
     def measure(self, images: Tensor, labels: Tensor, reference: Tensor) -> dict[str, object]:
-        """What a row says of images, float [n, C, H, W]; reference: those of the same noises by which they should go.
+        """Quality entries of a row. images, reference: float [n, C, H, W]; reference: images of the same noises that
+        should be reproduced.
 
-        Fréchet distance to real images, share of images that are right, and mean squared difference from the reference
-        (of pixels in [-1, 1]), each with the ends of its 95 % interval. Draws are of samples drawn with replacement,
-        the same ones for every method, so that differences between methods can be resampled in pairs.
+        Fréchet distance to real images, accuracy, and mean squared difference from the reference (pixels in [-1, 1]),
+        each with its 95 % interval. Bootstrap draws use the same indices for every method, so that differences between
+        methods can be resampled in pairs.
         """
         shown, reference = images.clamp(-1, 1), reference.clamp(-1, 1)
         features = self.features(shown)
         frechet = frechet_distance(FeatureStatistics.of(features), self.real)
         draws = bootstrap_frechet(features, self.real, resamples=RESAMPLES)
         errors = (shown - reference).double().square().flatten(1).mean(1)
-        error_draws = torch.stack([errors[own].mean() for own in resampled(len(errors), RESAMPLES, seed=0)])
+        error_draws = torch.stack([errors[index].mean() for index in resampled(len(errors), RESAMPLES, seed=0)])
         psnr = lower_quantile(paired_psnr(images, reference), 0.5)
         share = share_interval(float(self.judge.right(shown, labels).double().mean()), len(images))
         return {
@@ -60,7 +61,7 @@ def judging_of(data: str, shape: tuple[int, int, int], classes: int) -> Judging:
         raise ValueError(f"no data {data!r} to judge; there are {', '.join(DATA)}")
     judge = judge_of(shape, classes, data)
     if judge is None:
-        known = " or ".join(f"{own.shape} in {own.classes} classes" for own in JUDGES if own.name == data)
+        known = " or ".join(f"{j.shape} in {j.classes} classes" for j in JUDGES if j.name == data)
         raise ValueError(f"{data} are {known}; the model draws {shape} in {classes}")
     features = features_from(data)
     with torch.inference_mode():

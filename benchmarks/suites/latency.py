@@ -1,8 +1,8 @@
-"""Latency of requests that arrive at any time, with 10 to 30 steps, at parts of what lock-step batches can bear.
+"""Latency of requests of 10 to 30 steps with random arrivals, at shares of the throughput of lockstep batches.
 
-The digits in real time; U-ViT-S/2, L/2 and H/2 on a virtual clock that passes as their blocks were measured to take.
-Every way of serving gets the same requests at the same times. Lock step: up to `capacity` of those that wait begin
-together and the next ones when the last of them is done, each being answered as soon as it is finished itself.
+The digits run in real time; U-ViT-S/2, L/2 and H/2 on a virtual clock, with measured times of their blocks. Every way
+of serving gets the same requests at the same times. Lockstep: up to `capacity` waiting requests begin together, and the
+next ones when all of these are done; each is answered as soon as it is finished.
 """
 
 import dataclasses
@@ -46,13 +46,14 @@ SUITE = "serving"
 DIGITS = "digits"
 DIGITS_THETA = 0.135
 DIGITS_POLICY = f"exit:{DIGITS_THETA},min_layer=3"
-CALIBRATION = 64  # digits drawn, in 50 steps, for the static table
+CALIBRATION = 64  # digits that are drawn in 50 steps for the static table
 BURST = "burst"
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """loads: parts of the images a second that lock step makes of a burst. block_rows: at which blocks are timed."""
+    """loads: arrival rates as shares of lockstep's burst throughput. block_rows: numbers of rows at which blocks are
+    timed."""
 
     requests: int = 512
     loads: tuple[float, ...] = (0.5, 0.8, 0.95)
@@ -63,7 +64,7 @@ class Sizes:
 
     @property
     def capacity(self) -> int:
-        """Of the simulated servers."""
+        """Capacity of the simulated servers."""
         return max(self.block_rows)
 
 
@@ -73,8 +74,8 @@ QUICK = Sizes(32, (0.8,), 64, ("cifar10_uvit_small",), (1, 2, 4), 2)
 
 @dataclass(frozen=True)
 class Way:
-    """Of serving. policy: None is the plain network without our engine. jitter: samples differ from the policy's
-    table."""
+    """A way of serving. policy: None: the plain network without our engine. together: size of lockstep batches. jitter:
+    depths of samples deviate from the policy's table."""
 
     name: str
     policy: ExitPolicy | str | None
@@ -137,7 +138,7 @@ def digits(rows: Rows, sizes: Sizes) -> None:
     lock_step = None
     for load in (BURST, *sizes.loads):
         requests = workload(sizes.requests, None if load == BURST else load * lock_step)
-        order = np.random.default_rng(0).permutation(len(chosen) + 1).tolist()  # the last is lock step once more
+        order = np.random.default_rng(0).permutation(len(chosen) + 1).tolist()  # the last is lockstep again, for A/A
         runs = {index: run(chosen[index % len(chosen)], requests) for index in order}
         lock_step = lock_step or sizes.requests / runs[0].served.seconds
         aa_ratio = runs[len(chosen)].served.busy / runs[0].served.busy
@@ -173,7 +174,7 @@ def simulated(rows: Rows, sizes: Sizes, processes: int = cores()) -> None:
 
 @contextmanager
 def workers(processes: int) -> Iterator[Callable]:
-    """A `map`, over processes of one thread each; the real one for a single process."""
+    """A `map` over single-threaded processes; the built-in one for a single process."""
     if processes == 1:
         yield map
         return
@@ -186,11 +187,11 @@ def workers(processes: int) -> Iterator[Callable]:
 
 def _start_worker() -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
 
 
 def block_costs(rows: Rows, preset: str, sizes: Sizes) -> tuple[Costs, Comparison]:
-    """Times the blocks of a preset on their own, of a network that has only four and the middle one."""
+    """Times the blocks of a preset, in a network of only four blocks and the middle one."""
     config = PRESETS[preset].network
     short = UViT(dataclasses.replace(config, depth=4)).eval()
     capacity = sizes.capacity
@@ -208,17 +209,17 @@ def block_costs(rows: Rows, preset: str, sizes: Sizes) -> tuple[Costs, Compariso
 
 
 def kinds_of(depth: int) -> list[str]:
-    """As `attainable.kinds`, of a U-ViT that is not there."""
+    """`attainable.kinds` of a U-ViT of this depth, without building it at full size."""
     return kinds(small(depth).backbone)
 
 
 def small(depth: int) -> Model:
-    """A U-ViT of so many blocks and one, and otherwise as small as can be: on the virtual clock it is never run."""
+    """A minimal U-ViT of depth + 1 blocks; on the virtual clock it is never run."""
     return Model(ModelConfig(UViTConfig(2, 1, 2, 2, depth, 1), "linear", None, PAPER)).eval()
 
 
 def simulated_ways(num_layers: int, capacity: int) -> list[Way]:
-    depths = servers.two_phase(num_layers - 1)  # one block to spare, so that jitter changes no mean
+    depths = servers.two_phase(num_layers - 1)  # one block below the maximum, so that jitter does not change the mean
     return [
         Way(servers.LOCK_STEP, "full", together=capacity),
         Way(servers.PLAIN, "full"),
@@ -231,7 +232,7 @@ def simulated_ways(num_layers: int, capacity: int) -> list[Way]:
 
 @dataclass(frozen=True)
 class Simulation:
-    """One run on the virtual clock. lock_step: images a second, of which `load` is the part that arrives."""
+    """One run on the virtual clock. lock_step: images a second of lockstep; the arrival rate is `load` times that."""
 
     preset: str
     way: Way
@@ -264,7 +265,7 @@ def engine(model: Model, capacity: int, queue: int, clock: Clock, forward: Recor
 
 
 def asking(way: Way, labelled: bool) -> Callable[[Request], dict[str, object]]:
-    """What a request asks of the server of this way."""
+    """Settings of a request for a server of this kind."""
 
     def settings(request: Request) -> dict[str, object]:
         asked: dict[str, object] = {"seed": request.seed, "steps": request.steps}

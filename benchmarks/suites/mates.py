@@ -1,5 +1,5 @@
-"""Does a sample depend on who shares its batch? Caches that decide by sample, and the same that decide for the whole
-batch: the share of samples whose images change when they are drawn in other company."""
+"""Does a sample depend on its batch-mates? For caches that decide for each sample and for the whole batch: the share of
+samples whose images change when they are drawn with other batch-mates."""
 
 import torch
 
@@ -10,11 +10,11 @@ from benchmarks.suites.drawing import Method, draw, fingerprint, seeds_and_label
 SUITE, KIND = "quality", "mates"
 BATCHES = (2, 8, 32)
 SAMPLES, STEPS = 256, 20
-CHANGED = 1e-3  # of a pixel in [-1, 1]; rounding in other batches stays a hundred times below
+CHANGED = 1e-3  # change of a pixel in [-1, 1]; rounding in other batches is a hundred times smaller
 
 
 def measure(rows: Rows, data: str, networks: Networks, sweep: Sweep, classes: int) -> None:
-    """A row for each policy and batch size that the file does not have yet."""
+    """Writes a row for each policy and batch size, unless the file has it."""
     policies = {
         f"{name}, {change:g}": policy.format(change)
         for change in sweep.changes
@@ -33,17 +33,17 @@ def measure(rows: Rows, data: str, networks: Networks, sweep: Sweep, classes: in
 
 
 def changed(method: Method, classes: int, samples: int = SAMPLES) -> dict[str, float]:
-    """Drawn in order, and once more in another one, so that every sample has other batch-mates."""
+    """Draws the samples in two orders, so that each has other batch-mates, and compares."""
     seeds, labels = seeds_and_labels(0, samples, classes)
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(0))
     first, second = draw(method, seeds, labels), draw(method, seeds[order], labels[order])
     images = torch.empty_like(second.images)
     images[order] = second.images
     furthest = (images - first.images).abs().flatten(1).amax(1)
-    own = furthest > CHANGED
+    differs = furthest > CHANGED
     return {
-        "changed": float(own.double().mean()),
+        "changed": float(differs.double().mean()),
         "furthest": float(furthest.max()),
-        "pixels": float((images - first.images)[own].abs().mean()) if bool(own.any()) else 0.0,
+        "pixels": float((images - first.images)[differs].abs().mean()) if bool(differs.any()) else 0.0,
         "macs_share": first.macs[0] / first.macs[1],
     }

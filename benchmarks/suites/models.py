@@ -1,8 +1,8 @@
 """A forward pass of every published network at batch 1 and 8, random weights: plain, compiled, and through the engine.
 
-On a GPU, if there is one, in bfloat16; else on the CPU in float32, and unless they are named, only networks of at most
-MOST_MACS. Of the engine: nobody exits, though every block is scored; and every other lane exits after block 2, the
-first one included, so at batch 1 that is all of it.
+On a GPU, if there is one, in bfloat16; else on the CPU in float32, where only networks of at most MOST_MACS are
+measured unless others are named. Two patterns for the engine: no lane exits, though every block is scored; and every
+other lane, starting with the first, exits after block 2 (at batch 1, that is the whole batch).
 """
 
 import gc
@@ -25,17 +25,17 @@ from benchmarks.rows import Rows, dtype_name, say
 from benchmarks.suites.network import compile_network, patterns
 
 SUITE = "models"
-MOST_MACS = 17e9  # of one lane: some two seconds for eight of them on two cores
+MOST_MACS = 17e9  # of one lane; eight such lanes take about two seconds on two cores
 BATCHES = (1, 8)
 PLAIN, COMPILED = "plain, eager", "plain, compiled"
 ENGINE = ("nobody leaves", "two-phase")
-WRONG = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of the norm; what is further off is not timed
+WRONG = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative error above which a variant is not timed
 Inputs = tuple[Tensor, Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """presets: None for all that `device` is fit for. limit: seconds of a comparison, see `interleave`."""
+    """presets: None: all that are suitable for `device`. limit: seconds of a comparison, see `interleave`."""
 
     device: torch.device
     presets: Sequence[str] | None = None
@@ -69,9 +69,9 @@ def macs(config: ModelConfig) -> int:
 
 
 def run(rows: Rows, setting: Setting) -> None:
-    """Goes on where an earlier run of this commit on this machine stopped."""
+    """Measures what an earlier run of this commit on this machine has not measured yet."""
     for name in setting.names:
-        missing = [batch for batch in BATCHES if not _there(rows, setting, name, batch)]
+        missing = [batch for batch in BATCHES if not _is_measured(rows, setting, name, batch)]
         if not missing:
             continue
         model = made(name, setting)
@@ -83,18 +83,18 @@ def run(rows: Rows, setting: Setting) -> None:
         gc.collect()
 
 
-def _there(rows: Rows, setting: Setting, name: str, batch: int) -> bool:
+def _is_measured(rows: Rows, setting: Setting, name: str, batch: int) -> bool:
     wanted = (SUITE, {"preset": name, "batch": batch}, dtype_name(setting.dtype), torch.get_num_threads())
     return any(
         (row["suite"], row["parameters"], row["dtype"], row["threads"]) == wanted
         and (row["commit"], row["machine"], row["device"]) == (rows.commit, rows.machine, setting.device.type)
-        and row["variant"] == ENGINE[-1]  # the last of a comparison to be written
+        and row["variant"] == ENGINE[-1]  # the last row that a comparison writes
         for row in rows.rows
     )
 
 
 def made(name: str, setting: Setting) -> Model:
-    """Its exits included; parameters that start at zero, as the gates of a DiT, are random, too."""
+    """A model with exits and random weights, including parameters that are initialised to zero, such as DiT's gates."""
     torch.manual_seed(0)
     with setting.device:
         model = adadiff.build(name, exits=PAPER)
@@ -116,7 +116,7 @@ def inputs_of(model: Model, batch: int) -> Inputs:
 
 
 def measure(rows: Rows, setting: Setting, name: str, model: Model, inputs: Inputs) -> None:
-    """One comparison, of which every variant is a row."""
+    """Measures one comparison and writes a row for each variant."""
     B, device = len(inputs[0]), setting.device
     calls: dict[str, Call] = {PLAIN: lambda: model.backbone(*inputs)}
     compiled, _ = compile_network(model, *inputs)
@@ -130,7 +130,7 @@ def measure(rows: Rows, setting: Setting, name: str, model: Model, inputs: Input
         calls[pattern] = pass_of(model, inputs, exits)
     with torch.inference_mode():
         noise = calls[PLAIN]()
-        for pattern in wanted:  # and so that all are warm before bytes are counted
+        for pattern in wanted:  # also warms up before bytes are counted
             results[pattern] = calls[pattern]()
         check_close(ENGINE[0], results[ENGINE[0]].prediction, noise[:, : inputs[0].shape[1]], WRONG[setting.dtype])
         if compiled is not None:

@@ -1,4 +1,4 @@
-"""U-ViT-S/2 at its CIFAR-10 shape, random weights: what replayed exit patterns cost beside the plain one."""
+"""U-ViT-S/2 at its CIFAR-10 shape, random weights: time of replayed exit patterns compared with the plain network."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ PLAIN = "plain, one batch"
 
 @dataclass(frozen=True)
 class Setting:
-    """One comparison. limit: seconds, see `interleave`; compiled: also through torch.compile."""
+    """Setting of one comparison. limit: seconds, see `interleave`; compiled: also measure torch.compile."""
 
     batch: int
     dtype: torch.dtype
@@ -47,8 +47,8 @@ def patterns(batch: int, num_layers: int) -> dict[str, Tensor]:
         "nobody leaves": deep.expand(batch),
         "same": torch.full((batch,), 7.0),
         "spread": spread[shuffled],
-        "two-phase": torch.where(lane % 2 == 0, 2.0, deep),  # every other lane: the most moves
-        "two-phase, ordered": torch.where(lane < batch // 2, deep, 2.0),  # by expected depth: no moves
+        "two-phase": torch.where(lane % 2 == 0, 2.0, deep),  # every other lane: most rows to move
+        "two-phase, ordered": torch.where(lane < batch // 2, deep, 2.0),  # by expected depth: no rows to move
     }
 
 
@@ -60,7 +60,7 @@ def run(rows: Rows, settings: Sequence[Setting]) -> None:
 
 
 def measure(rows: Rows, setting: Setting) -> None:
-    """One comparison: baselines, patterns and the plain pieces in turns. Writes rows for the first two."""
+    """Measures baselines, patterns and pieces of the plain network in turns, and writes rows for the first two."""
     B = setting.batch
     torch.manual_seed(0)
     model = adadiff.build(PRESET, exits=PAPER).to(setting.dtype)
@@ -81,7 +81,7 @@ def measure(rows: Rows, setting: Setting) -> None:
     replayed = patterns(B, model.num_layers)
     for name, exit_layer in replayed.items():
         runs[name] = pass_of(model, Replay(), x, t, exit_layer)
-    # one run of each before the clock starts: it counts bytes, and warms up
+    # one run of each before timing, to count bytes and to warm up
     results: dict[str, ForwardOutput] = {}
     peaks = {PLAIN: peak_bytes(baselines[PLAIN])}
     for name, call in runs.items():
@@ -94,7 +94,7 @@ def measure(rows: Rows, setting: Setting) -> None:
     with torch.inference_mode():
         for name, call in (*baselines.items(), *ways.items()):
             if "compiled" in name:
-                call()  # which compiles
+                call()  # compiles
     found = interleave(ways, setting.repeats, warmup=0, turn=0.02, limit=setting.limit / 4, label="pieces")
     ideal = {attainable(name): pieces.replay(found, counts[number]) for number, name in enumerate(results)}
     measured = interleave(
@@ -163,7 +163,7 @@ def write(
 
 
 def attainable(name: str) -> str:
-    """The plain pieces that a pattern leaves to be run."""
+    """Name of the variant with only the plain pieces that a pattern needs."""
     return f"{name}: plain pieces"
 
 
@@ -178,7 +178,7 @@ def in_batches(network: Callable[..., Tensor], inputs: Sequence[Tensor], size: i
 
 
 def counts_by_kind(model: Model, counts: Sequence[Sequence[int]]) -> dict[str, set[int]]:
-    """kind of block -> every number of rows on which some pattern runs it."""
+    """kind of block -> all numbers of rows with which the patterns run it."""
     by_kind: dict[str, set[int]] = {}
     for rows in counts:
         for kind, n in zip(kinds(model.backbone), rows, strict=True):
@@ -189,7 +189,8 @@ def counts_by_kind(model: Model, counts: Sequence[Sequence[int]]) -> dict[str, s
 def compile_network(
     model: Model, *inputs: Tensor | None
 ) -> tuple[Callable[..., Tensor] | None, Callable[..., Tensor] | None]:
-    """The network for fixed batch sizes and its blocks for any, compiled; None where that fails."""
+    """The network compiled for fixed batch sizes, and a function for its blocks compiled for any; None if that
+    fails."""
     torch.compiler.reset()
     network = torch.compile(model.backbone, dynamic=False)
     block = torch.compile(run_block, dynamic=True)
@@ -197,7 +198,7 @@ def compile_network(
 
 
 def compiles(*calls: Callable[[], object]) -> bool:
-    """Makes calls to what goes through torch.compile, for the first time; where that fails, says so."""
+    """Runs calls through torch.compile for the first time. False, with a message, if compiling fails."""
     try:
         with torch.inference_mode():
             for call in calls:

@@ -1,8 +1,7 @@
-"""A step of a transformer of diffusers, some samples of which reuse what their later blocks added: seconds of the cache
-that decides sample by sample, of diffusers' own, which decides for the batch, and of the parts that have to run.
+"""A step of a diffusers transformer in which some samples reuse the residual of their later blocks. Measures our cache,
+which decides for each sample, diffusers' own, which decides for the batch, and only the parts that have to run.
 
-Networks of moderate size, shaped as FLUX and PixArt are, random weights, one thread. Fewer steps cost so many steps of
-the plain network.
+Networks of moderate size with the structure of FLUX and PixArt, random weights, one thread.
 """
 
 from collections.abc import Mapping
@@ -30,7 +29,7 @@ SUITE = "diffusers"
 
 
 def shapes(single: int) -> tuple[Shape, Shape]:
-    """Two thirds of FLUX's blocks are single ones, as in FLUX.1; PixArt has as many blocks."""
+    """Two thirds of FLUX's blocks are single-stream blocks, as in FLUX.1; PixArt has the same number of blocks."""
     layers, wide = single // 2, {"heads": 8, "width": 64, "side": 16, "text": 64}
     return (
         flux("FLUX-shaped", layers, single, **wide, joint_attention_dim=512),
@@ -38,15 +37,15 @@ def shapes(single: int) -> tuple[Shape, Shape]:
     )
 
 
-# What each share could cost at best; with nobody reusing, that is the plain network itself.
+# Lower bound for each share; without reuse, it is the plain network itself.
 PAIRS = {by_sample(share): at_best(share) if share else PLAIN for share in SHARES}
 CPU = torch.device("cpu")
-TOLERANCE = 1e-3  # of the result's norm, by which a step may be off whose time has hardly changed
+TOLERANCE = 1e-3  # relative error of reuse between two calls at nearly the same time
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """limits: seconds of a comparison, see `interleave`, by batch."""
+    """limits: batch -> seconds of a comparison, see `interleave`."""
 
     shapes: tuple[Shape, ...]
     limits: Mapping[int, float]
@@ -80,7 +79,7 @@ def measure(rows: Rows, shape: Shape, batch: int, repeats: int, limit: float) ->
 
 
 def distinct(step: Step) -> dict[str, Call]:
-    """Calls to be timed."""
+    """The calls to time, without duplicates."""
     return {name: call for name, call in step.calls.items() if name != at_best(0.0)}
 
 
@@ -89,8 +88,8 @@ def parameters(step: Step) -> dict[str, object]:
 
 
 def results_of(step: Step, measured: Comparison) -> dict[str, dict[str, object]]:
-    """By variant: what its row says beside the seconds. over_best: seconds over those of the parts that have to run,
-    round by round; plain_steps: over those of the plain network, so many steps of which take the time of this one."""
+    """Entries of each variant's row besides the seconds. over_best: ratio to the seconds of only the parts that have to
+    run, by round; plain_steps: ratio to the plain network's seconds, i.e. its number of steps in the same time."""
     full = step.B * step.shape.blocks
     found: dict[str, dict[str, object]] = {PLAIN: {"plain_steps": 1.0, "blocks": full, "blocks_full": full}}
     for share in SHARES:

@@ -1,4 +1,4 @@
-"""How good the digits are: every method draws the same samples (same noises, same labels), seed by seed."""
+"""Quality of the digits: every method draws the same samples (same noises, same labels)."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ def measure(
     rows: Rows, model: str, plain: str, thresholds: Sequence[str], fewer: Sequence[int], *,
     samples: int, runs: int, processes: int, steps: int = STEPS,
 ) -> None:  # fmt: skip
-    """A row for each method and run that the file does not have yet."""
+    """Writes a row for each method and run, unless the file has it."""
     with Artist.of(processes) as artist:
         for run in range(runs):
             say(f"digits: quality of {samples} samples, run {run + 1} of {runs}")
@@ -27,7 +27,7 @@ def measure(
 
 
 class Run:
-    """One set of seeds, drawn by every method. The images that others are compared with are kept on disk."""
+    """One set of seeds, drawn by every method. Images of the reference methods are kept on disk."""
 
     def __init__(self, rows: Rows, artist: Artist, model: str, plain: str, samples: int, run: int, steps: int = STEPS):
         self._rows, self._artist = rows, artist
@@ -52,7 +52,7 @@ class Run:
             "steps": method.steps,
             "samples": len(self._seeds),
             "run": self._run,
-            # what the images and their comparisons come from
+            # checkpoints on which the images and their comparisons depend
             "checkpoints": [fingerprint(self.full.model), fingerprint(self.plain.model)],
         }
         found = self._rows.find(SUITE, "quality", method.name, parameters)
@@ -105,10 +105,10 @@ class Run:
 
 
 def depth(drawn: Drawn, num_layers: int) -> dict[str, object]:
-    """Mean exit layer, shares of the full network's blocks and multiply-adds, who exited where at each step."""
+    """Mean exit layer, shares of the full network's blocks and multiply-adds, and histograms of exits by step."""
     if drawn.exit_layer is None:
         return {"mean_exit_layer": float(num_layers), "blocks_share": 1.0, "macs_share": 1.0}
-    mean = float(drawn.exit_layer[drawn.exit_layer > 0].double().mean())  # 0: a step that a sample did not make
+    mean = float(drawn.exit_layer[drawn.exit_layer > 0].double().mean())  # 0: a step that a sample did not take
     histogram = [torch.bincount(step.long(), minlength=num_layers + 1)[1:].tolist() for step in drawn.exit_layer]
     return {
         "mean_exit_layer": mean,
@@ -119,5 +119,5 @@ def depth(drawn: Drawn, num_layers: int) -> dict[str, object]:
 
 
 def finite(values: dict[str, object]) -> dict[str, object]:
-    """JSON knows no infinity: the PSNR of images that are equal is written as "inf"."""
+    """Values for JSON, which has no infinity: the PSNR of equal images is written as "inf"."""
     return {key: str(value) if value in (float("inf"), float("-inf")) else value for key, value in values.items()}

@@ -1,8 +1,8 @@
-"""Serving: throughput with mixed timesteps, here; latency of requests that arrive at any time, in latency.py.
+"""Serving: throughput with mixed timesteps (here), and latency of requests with random arrivals (latency.py).
 
-Throughput: U-ViT-S/2 at its CIFAR-10 shape, random weights, saturated servers. The noisy half of each sample's steps
-exits after block 2, the other half runs every block, and the samples stand at evenly spread steps. A tick of each
-server in turn.
+Throughput: U-ViT-S/2 at its CIFAR-10 shape, random weights, saturated servers. In the noisy half of its steps each
+sample exits after block 2, in the other half it runs every block; samples are at evenly spread steps. The servers take
+turns, one tick each.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,12 +33,12 @@ from benchmarks.suites.network import PRESET, counts_by_kind
 SUITE = "serving"
 STEPS = 50
 ATTAINABLE = "plain pieces"
-SAME_ROWS = (servers.OURS, servers.STATIC, servers.INVARIANT)  # as those that the pieces run
+SAME_ROWS = (servers.OURS, servers.STATIC, servers.INVARIANT)  # servers that run the same rows as the pieces
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """ticks: of each saturated server; digits_ticks: of the overhead."""
+    """ticks: of each saturated server; digits_ticks: for the overhead on the digits."""
 
     capacity: int = 32
     ticks: int = 48
@@ -59,7 +59,7 @@ def run(rows: Rows, sizes: Sizes) -> None:
 
 @dataclass(frozen=True)
 class Server:
-    """A saturated server under measurement. call: one tick of it. engine: None for the plain network's own."""
+    """A saturated server under measurement. call: runs one tick. engine: None for the plain network's server."""
 
     call: Saturated
     recorder: Recorder
@@ -84,7 +84,7 @@ class Server:
         return Server(call, recorder, model.num_layers, server)
 
     def results(self) -> dict[str, object]:
-        """outside_network: the share of a tick spent outside the forward pass, solver step included."""
+        """Entries for a row. outside_network: share of a tick outside the forward pass, including the solver step."""
         ticks, network = np.array(self.call.seconds), np.array(self.recorder.seconds)
         found = {
             "mean_exit_layer": self.recorder.mean_exit_layer,
@@ -98,7 +98,7 @@ class Server:
 
 
 def throughput(rows: Rows, sizes: Sizes) -> None:
-    """Ours, the plain network, the static table and what is attainable; then, for fewer ticks, the other servers."""
+    """Measures ticks of all servers, and of the plain network's fastest pieces on the same rows."""
     say(f"serving: throughput, capacity {sizes.capacity}, {sizes.ticks} ticks, {torch.get_num_threads()} thread(s)")
     torch.manual_seed(0)
     model = adadiff.build(PRESET, exits=PAPER)
@@ -131,7 +131,7 @@ def measure(
 
 
 def attainable(model: Model, inputs: tuple[torch.Tensor | None, ...], depths: Sequence[int], best: int) -> Call:
-    """The plain network's fastest pieces on the rows that the blocks run in any tick of ours, and a solver step."""
+    """The plain network's fastest pieces on the rows that each block runs in a tick of ours, and a solver step."""
     lanes = len(inputs[0])
     exit_layer = torch.tensor(depths).repeat(-(-lanes // len(depths)))[:lanes]
     counts = rows_per_layer(exit_layer, model.num_layers)
@@ -161,7 +161,7 @@ def solver(model: Model, x: torch.Tensor) -> Call:
 
 
 def write(rows: Rows, sizes: Sizes, every: Mapping[str, Server], measured: Comparison, best: int) -> None:
-    """A row for each server, beside the others of the same turns."""
+    """Writes a row for each server, with ratios to other servers in the same rounds."""
     parameters = {"preset": PRESET, "capacity": sizes.capacity, "steps": STEPS}
     for name in every:
         seconds = measured.median(name)
@@ -189,7 +189,7 @@ def write(rows: Rows, sizes: Sizes, every: Mapping[str, Server], measured: Compa
 
 
 def overhead(rows: Rows, sizes: Sizes) -> None:
-    """What the engine adds to the plain network and the solver on a network as small as the digits'."""
+    """Measures the overhead of the engine over plain network and solver, on the small network of the digits."""
     capacity = sizes.arrivals.digits_capacity
     say(f"serving: overhead on the digits, capacity {capacity}, {sizes.digits_ticks} ticks")
     model = drawing.load(DIGITS)

@@ -167,8 +167,8 @@ def test_what_cannot_be_compared_is_refused_before_work(tiny, tmp_path, monkeypa
     text = saved(tmp_path / "text.safetensors", text)
     monkeypatch.setattr(UViT, "embed", lambda *_, **__: pytest.fail("the network was called"))
     for line, words in (
-        (f"{tiny} --other colour=3", "--other knows no colour; there are model, device, dtype, policy"),
-        (f"{tiny} --other steps=3 seed=2 tied=true", "--other knows no steps, tied; there are"),
+        (f"{tiny} --other colour=3", "--other takes no colour; its keys are model, device, dtype, policy"),
+        (f"{tiny} --other steps=3 seed=2 tied=true", "--other takes no steps, tied; its keys are"),
         (f"{tiny} --other policy=sometimes", "no policy 'sometimes'"),
         (f"{tiny} --other policy=3", "a policy is an ExitPolicy, another part"),
         (f"{tiny} --other runner=fast", "runner must be one of"),
@@ -183,7 +183,10 @@ def test_what_cannot_be_compared_is_refused_before_work(tiny, tmp_path, monkeypa
         (f"{tiny} --class-label 10 --other seed=1", "class_labels must be in 0..9, got [10]"),
         (f"{tiny} --steps 0 --other seed=1", "steps must be at least 1"),
         (f"{tiny} --other model={latents}", "must draw samples of one shape, got (1, 8, 8) and (4, 8, 8)"),
-        (f"{latents} --other seed=1 --picture {tmp_path}/x.png", "these are latents; leave --picture out"),
+        (
+            f"{latents} --other seed=1 --picture {tmp_path}/x.png",
+            "the models draw latents, not images; leave --picture out",
+        ),
         (f"{tiny} --other seed=1 --picture {tmp_path}", f"cannot write {tmp_path}"),
         (f"{tiny} --other seed=1 --picture {tmp_path}/none/x.png", f"cannot write {tmp_path}/none/x.png"),
         (f"{text} --other seed=1", "this model takes text"),

@@ -50,7 +50,7 @@ def test_pairs_are_two_steps_of_the_teacher_and_one_of_the_student(schedule: str
 
 
 def test_a_schedule_without_such_lists_is_refused() -> None:
-    with pytest.raises(ValueError, match="'vp' has not"):
+    with pytest.raises(ValueError, match="'vp' does not have"):
         step_pairs(NoiseSchedule("vp"), 4)
 
 
@@ -200,7 +200,7 @@ def test_a_distillation_goes_on_from_its_last_halving(
     ("change", "match"),
     [
         ("--steps 0", "steps must be an integer from 1"),
-        ("--halvings 9", "begin with more than 1,000"),
+        ("--halvings 9", "begin with more than 1,000; give fewer"),
         ("--lr 0", "lr must lie in"),
         ("--label-drop 1", "label_drop in"),
         ("--share 0.001", "share must be"),

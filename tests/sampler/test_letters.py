@@ -303,7 +303,7 @@ def test_files_that_hold_no_letters_are_refused(tmp_path: Path) -> None:
             load_letters(file)
     with pytest.raises(ValueError, match="split must be"):
         load_letters(file, "valid")
-    for text, said in {"letters:": "letters lie in a file", "letters": "letters needs FILE"}.items():
+    for text, said in {"letters:": "letters need a file", "letters": "letters needs FILE"}.items():
         with pytest.raises(ValueError, match=said):
             sources.SOURCES.read(text)
 

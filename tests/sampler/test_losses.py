@@ -208,7 +208,7 @@ def test_the_exits_variances_follow_the_networks() -> None:
 
 
 def test_no_variance_is_learned_without_timesteps() -> None:
-    with pytest.raises(ValueError, match="schedule 'vp' has not"):
+    with pytest.raises(ValueError, match="schedule 'vp' does not have"):
         VarianceLoss(NoiseSchedule("vp"))
 
 

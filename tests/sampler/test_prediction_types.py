@@ -249,7 +249,7 @@ def test_a_learned_variance_weighs_errors_of_noise_whatever_is_predicted() -> No
     target = target_of("v_prediction", x0, noise, alpha, sigma)
     found = VarianceLoss(LINEAR, "v_prediction")(v, px * x + pe * eps, target, t)
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
-    with pytest.raises(ValueError, match="discrete timesteps, which schedule 'flow' has not"):
+    with pytest.raises(ValueError, match="discrete timesteps, which schedule 'flow' does not have"):
         VarianceLoss(NoiseSchedule("flow"), "flow")
 
 

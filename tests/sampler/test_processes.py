@@ -89,7 +89,7 @@ def test_two_processes_train_as_one_does(loss: str, tmp_path: Path) -> None:
 
 def test_a_batch_must_part_into_equal_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Processes, "__init__", lambda self: vars(self).update(rank=0, world=3, device="cpu"))
-    with pytest.raises(ValueError, match="a batch of 8 does not part into 2 equal parts for each of 3 processes"):
+    with pytest.raises(ValueError, match="a batch of 8 cannot be split into 2 equal parts for each of 3 processes"):
         Trainer(TrainConfig(batch=8, accumulate=2), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -62,7 +62,7 @@ def test_several_processes_share_the_samples(
     assert "convert it by one process first" in error_line(capsys.readouterr().err)
     monkeypatch.setenv("RANK", "0")
     assert run(line) == 0
-    assert "1 of 2 shards are there" in "".join(capsys.readouterr())
+    assert "1 of 2 shards are done" in "".join(capsys.readouterr())
     monkeypatch.setenv("RANK", "1")
     assert run(line) == 0
     assert not (tmp_path / "out" / "reproduction.json").exists()
@@ -73,7 +73,7 @@ def test_several_processes_share_the_samples(
 
 def test_fewer_samples_are_not_compared(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(f"{line} --n 40") == 0
-    assert "of 40, which are fewer: not to be compared" in "".join(capsys.readouterr())
+    assert "of 40 samples instead of 600: not comparable" in "".join(capsys.readouterr())
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,7 +90,7 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("reproduce letters", "of preset 'letters' nothing is known to reproduce"),
+        ("reproduce letters", "no published result is known for preset 'letters'"),
         ("reproduce dit_xl_2_256", "takes --weights, --reference, --out"),
         ("reproduce dit_xl_2_256 --weights a --reference b --out {out} --n 1", "--n must be at least 2"),
         ("reproduce dit_xl_2_256 --weights a --reference b --out {out}", "no such file"),

@@ -128,7 +128,7 @@ def test_prompts_are_told_apart() -> None:
         ({"bar": 0.0}, "bar must be above 0"),
         ({"penalty": math.nan}, "penalty at least 0"),
         ({"seed": -1}, "seed must be an integer >= 0"),
-        ({"solver": "ddpm"}, "adds noise, so that a sample of other steps is another image"),
+        ({"solver": "ddpm"}, "adds noise, so images of different numbers of steps cannot be compared"),
         ({"solver": "ddim:0.3"}, "adds noise"),
         ({"text_embeds": texts(4)}, "this model takes no text"),
     ],

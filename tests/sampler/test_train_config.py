@@ -44,7 +44,7 @@ def test_learning_rate_by_hand() -> None:
         ({"batch": -1}, "batch must be a positive integer"),
         ({"batch": 2.0}, "batch must be of type int, got 2.0"),
         ({"accumulate": 0}, "accumulate must be a positive integer"),
-        ({"batch": 10, "accumulate": 4}, "10 does not part into 4"),
+        ({"batch": 10, "accumulate": 4}, "10 cannot be split into 4"),
         ({"save_every": 0}, "save_every must be a positive integer"),
         ({"warmup": -1}, "warmup must be an integer >= 0"),
         ({"seed": 0.5}, "seed must be of type int"),

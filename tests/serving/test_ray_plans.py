@@ -93,7 +93,7 @@ def test_a_machine_says_what_it_lacks(tiny: str, tmp_path: Path, monkeypatch: py
     files = {"digits": digest("digits"), tiny: digest(tiny)}
     assert fault_of_files(files) is None
     assert fault(files, versions()) is None
-    assert fault_of_files({"digits": digest(tiny)}).startswith("digits is another file there than here (")
+    assert fault_of_files({"digits": digest(tiny)}).startswith("digits differs from the file of that name here (")
     monkeypatch.chdir(tmp_path)
     assert f"(looked for in {tmp_path}; an absolute path helps)" in fault_of_files({"none.safetensors": "0"})
     assert "it has torch" in fault(files, {**versions(), "torch": "1.0"})
@@ -182,7 +182,7 @@ def test_nothing_of_ray_is_imported_unasked() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert ended.returncode == 2, ended.stderr
-    assert error_line(ended.stderr).endswith("this takes ray.data: pip install 'adadiff_kernels[ray]'")
+    assert error_line(ended.stderr).endswith("this needs ray.data: pip install 'adadiff_kernels[ray]'")
 
 
 def arguments(**given: Any) -> Any:

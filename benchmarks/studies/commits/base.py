@@ -1,4 +1,4 @@
-"""The dialect of commit 28883ee, with which later ones are compared. Run with that commit's packages on the path."""
+"""Adapter to the API of commit 28883ee, with which later commits are compared. Needs its packages on the path."""
 
 import importlib
 from collections.abc import Callable, Iterator
@@ -61,7 +61,7 @@ def engine(model: object, case: Case) -> dict[str, Tensor]:
 
 
 def counts(strategy: str) -> dict:
-    """How the host of a device learns who runs, as an option of `sample`."""
+    """Option of `sample` for how the host learns the number of running rows from a device."""
     return {"counts": strategy}
 
 
@@ -70,17 +70,17 @@ def invariant() -> dict:
 
 
 def forward(model: object, x: Tensor, t: Tensor, labels: Tensor | None, theta: float, **options: object) -> object:
-    """One forward pass in which nobody leaves, though everybody is asked."""
+    """One forward pass without exits in which every block is scored."""
     return adadiff.evaluate(model.backbone, model.exits, Threshold(theta), x, t, labels, **options)
 
 
 def compiled() -> dict:
-    """Options of `forward` for which blocks go through torch.compile."""
+    """Options of `forward` for compiled blocks."""
     return {"compiled": True}
 
 
 def budget(model: object, x: Tensor, t: Tensor, labels: Tensor, share: float) -> object:
-    """One forward pass by the model's calibration."""
+    """One forward pass with the model's calibrated policy for `share`."""
     return adadiff.evaluate(model.backbone, model.exits, model.calibration.rule("budget", share), x, t, labels)
 
 
@@ -94,8 +94,8 @@ def shared_head() -> ExitConfig:
 
 @contextmanager
 def noop_launches() -> Iterator[None]:
-    """The device placement on tensors of the CPU, with every launch of a kernel of ours doing nothing: what is left is
-    the host's own time, and PyTorch's operators, which are the plain network's as well."""
+    """The device placement on CPU tensors, with launches of our kernels as no-ops. What remains is the host's time and
+    PyTorch's operators, which the plain network has, too."""
     kernels = [importlib.import_module(f"adadiff_kernels.triton_{name}") for name in KERNELS]
     sets: dict[int, device_set.DeviceSet] = {}
 
@@ -135,7 +135,7 @@ class NoLaunch:
 
 
 class Everybody:
-    """A host's word that says nothing."""
+    """Replaces the pinned count; always reads 0."""
 
     device_address = 8
 

@@ -1,13 +1,13 @@
-"""What is drawn by two commits, said in no commit's words: each commit has a dialect that spells it."""
+"""Cases that two commits draw, independent of either's API: each commit has an adapter (base.py, current.py)."""
 
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-COMMIT = "28883ee"  # the one compared with
+COMMIT = "28883ee"  # the reference
 N = 64
-STEPS = (5, 6, 8)  # of samples in turn, so that they part ways
-BATCH = 24  # fewer than N: slots are used again
+STEPS = (5, 6, 8)  # samples take turns, so that they are at different steps
+BATCH = 24  # fewer than N, so that slots are reused
 PLACEMENTS = ("sample", "batch-invariant", "device, sync", "device, lagged", "engine")
 SOLVERS = ("ddim", "ddim:0.5", "ddpm", "dpm++2m", "dpm-fast", "dpm++fast")
 POLICIES = (
@@ -19,19 +19,19 @@ POLICIES = (
     ("budget", {"share": 0.55}),
     ("table", {"share": 0.55}),
 )
-# The scale as diffusers counts it, 1 is none; less 1 it is exact. By sample in turn.
+# Scales as in diffusers (1: none), chosen so that scale - 1 is exact; samples take turns.
 GUIDANCE = (
     {"scales": (1.0,)},
     {"scales": (2.5,)},
     {"scales": (1.0, 2.5, 4.0), "tied": True},
     {"scales": (2.5,), "interval": (150.0, 800.0)},
 )
-EVERY = 5  # of the cases, for every placement but the first
+EVERY = 5  # every fifth case is drawn for placements other than the first
 
 
 @dataclass(frozen=True)
 class Case:
-    """policy: name and numbers of one of POLICIES. model: "canvases" where it takes a calibration, else "digits"."""
+    """policy, numbers: one of POLICIES. model: "canvases" if the policy needs a calibration, else "digits"."""
 
     placement: str
     solver: str
@@ -59,8 +59,8 @@ def cases() -> Iterator[Case]:
     for number, (solver, (policy, numbers), guidance) in enumerate(itertools.product(SOLVERS, POLICIES, GUIDANCE)):
         looks_at_the_batch = policy == "batch-mean"
         if looks_at_the_batch and guidance["scales"] != (1.0,):
-            continue  # the commit compared with decides for both halves together, unlike the authors' sampler
+            continue  # the reference commit decides for both halves together, unlike AdaDiff's sampler
         for k, placement in enumerate(PLACEMENTS):
             if k and (number % EVERY != k % EVERY or (looks_at_the_batch and placement in PLACEMENTS[3:])):
-                continue  # nothing is the same in another batch, or refused
+                continue  # its results depend on the batch, or it is refused there
             yield Case(placement, solver, policy, numbers, **guidance)

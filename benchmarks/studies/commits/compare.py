@@ -1,10 +1,10 @@
-"""Whether this commit draws what an earlier one drew: images, exits and multiply-adds of 64 seeds, for solvers,
-policies and guidance, on the CPU, on a pretended device and in the engine.
+"""Does this commit draw the same as an earlier one? Compares images, exits and multiply-adds of 64 seeds, for solvers,
+policies and guidance, on the CPU, on a simulated device and in the engine.
 
-python benchmarks/studies/commits/compare.py                   against commit 28883ee, on this machine
-python benchmarks/studies/commits/compare.py --keep FOLDER     where the worktree and its results stay, to be used again
+python benchmarks/studies/commits/compare.py                   compares with commit 28883ee, on this machine
+python benchmarks/studies/commits/compare.py --keep FOLDER     keeps the worktree and its results for later runs
 
-Both are run here and now: bits change with the instruction set, so stored ones would say nothing.
+Both commits are run on the same machine, because bits depend on the instruction set.
 """
 
 import argparse
@@ -26,7 +26,7 @@ ROOT = HERE.parents[2]
 
 @contextmanager
 def worktree(keep: Path | None) -> Iterator[Path]:
-    """The earlier commit, its extension built."""
+    """A worktree of the earlier commit, with its extension built."""
     with tempfile.TemporaryDirectory() as temporary:
         tree = (keep or Path(temporary)) / COMMIT
         if not tree.exists():
@@ -41,7 +41,7 @@ def worktree(keep: Path | None) -> Iterator[Path]:
 
 
 def python(tree: Path, *arguments: str) -> None:
-    """Runs a script of this folder with the packages of a tree."""
+    """Runs a script of this folder with the packages of a worktree."""
     path = os.pathsep.join(map(str, (tree, tree / "python", tree / "tests", HERE)))
     subprocess.run([sys.executable, *arguments], cwd=HERE, check=True, env={**os.environ, "PYTHONPATH": path})
 
@@ -52,15 +52,15 @@ def draw(tree: Path, dialect: str, target: Path) -> dict[str, dict[str, Tensor]]
 
 
 def difference(one: Tensor, other: Tensor) -> float:
-    """Largest difference over the largest value."""
+    """Largest difference, divided by the largest value."""
     if torch.equal(one.isfinite(), other.isfinite()):
         one, other = one.nan_to_num(0, 0, 0), other.nan_to_num(0, 0, 0)
     return float((one.double() - other.double()).abs().max() / other.double().abs().max())
 
 
 def report(base: dict[str, dict[str, Tensor]], current: dict[str, dict[str, Tensor]]) -> bool:
-    """Prints a line for each placement and each case that is not the same bits. Returns whether exits and multiply-adds
-    are the same everywhere."""
+    """Prints a line for each placement, and for each case that is not bit-identical. Returns whether all exits and
+    multiply-adds are the same."""
     fine = True
     print("placement          cases same bits  images differ by other exits other MACs")
     for placement in PLACEMENTS:
@@ -80,7 +80,7 @@ def report(base: dict[str, dict[str, Tensor]], current: dict[str, dict[str, Tens
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", type=Path, help="folder for the worktree and what it drew, used again if it is there")
+    parser.add_argument("--keep", type=Path, help="folder for the worktree and its results, reused if it exists")
     keep = parser.parse_args().keep
     keep = keep and keep.resolve()
     with worktree(keep) as tree, tempfile.TemporaryDirectory() as temporary:

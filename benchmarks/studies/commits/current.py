@@ -1,4 +1,4 @@
-"""The dialect of this commit, see base.py."""
+"""Adapter to the API of this commit, see base.py."""
 
 import importlib
 from collections.abc import Callable, Iterator
@@ -70,7 +70,7 @@ def engine(model: object, case: Case) -> dict[str, Tensor]:
 
 
 def counts(strategy: str) -> dict:
-    """How the host of a device learns who runs, as an option of `sample`."""
+    """Option of `sample` for how the host learns the number of running rows from a device."""
     return {"execution": ExecutionOptions(count_sync=strategy)}
 
 
@@ -79,17 +79,17 @@ def invariant() -> dict:
 
 
 def forward(model: object, x: Tensor, t: Tensor, labels: Tensor | None, theta: float, **options: object) -> object:
-    """One forward pass in which nobody exits, though everybody is asked."""
+    """One forward pass without exits in which every block is scored."""
     return adadiff.forward(model, x, t, labels, policy=Threshold(theta), **options)
 
 
 def compiled() -> dict:
-    """Options of `forward` for which blocks go through torch.compile."""
+    """Options of `forward` for compiled blocks."""
     return {"execution": ExecutionOptions(runner="compiled")}
 
 
 def budget(model: object, x: Tensor, t: Tensor, labels: Tensor, share: float) -> object:
-    """One forward pass by the model's calibration."""
+    """One forward pass with the model's calibrated policy for `share`."""
     return adadiff.forward(model, x, t, labels, policy=model.calibration.policy("budget", share))
 
 
@@ -103,8 +103,8 @@ def shared_head() -> ExitConfig:
 
 @contextmanager
 def noop_launches() -> Iterator[None]:
-    """The device placement on tensors of the CPU, with every launch of a kernel of ours doing nothing: what is left is
-    the host's own time, and PyTorch's operators, which are the plain network's as well."""
+    """The device placement on CPU tensors, with launches of our kernels as no-ops. What remains is the host's time and
+    PyTorch's operators, which the plain network has, too."""
     kernels = [importlib.import_module(f"adadiff_kernels.{name}.kernel") for name in KERNELS]
     sets: dict[int, device_set.DeviceSet] = {}
 
@@ -116,7 +116,7 @@ def noop_launches() -> Iterator[None]:
         yield sets[B]
 
     class Prepared(device_set.DeviceSet):
-        """Whose kernel does nothing."""
+        """A device set whose kernel is a no-op."""
 
         def __init__(self, lanes: int, device: torch.device) -> None:
             super().__init__(lanes, device)
@@ -153,7 +153,7 @@ KERNELS = ("residual_uem", "join_skip", "settle_rows", "solver_step")
 
 
 class NoGraphs:
-    """Graphs whose launch does nothing."""
+    """Graphs whose launch is a no-op."""
 
     def aside(self, work: Callable[[], None]) -> None:
         work()
@@ -170,7 +170,7 @@ class NoLaunch:
 
 
 class Everybody:
-    """A host's word that says nothing."""
+    """Replaces the pinned count; always reads 0."""
 
     device_address = 8
 
@@ -182,14 +182,14 @@ def nothing(*_: object, **__: object) -> None: ...
 
 
 def ticks(model: object, n: int, theta: float) -> Callable[[], object]:
-    """Ticks of a batch of n samples whose passes are captured; no sample gets done."""
+    """A call that runs a tick of a batch of n samples with captured passes; no sample finishes."""
     made = Batch(model, n, execution=ExecutionOptions(runner="captured", count_sync="lagged"))
     made.admit(SampleBatch.of(model, n, policy=f"exit:{theta}", solver="ddim", steps=1000), np.arange(n))
     return made.tick
 
 
 def ways_of_the_device() -> dict[str, dict]:
-    """Options of `forward` by name, of which the first is compared with other commits."""
+    """Options of `forward` by name; the first is compared with other commits."""
     return {
         "ours": counts("lagged"),
         "captured": {"execution": ExecutionOptions(runner="captured", count_sync="lagged")},

@@ -1,4 +1,4 @@
-"""Draws every case by the packages on the path: python draw.py base|current OUT.pt. Called by compare.py."""
+"""Draws every case with the packages on the path: python draw.py base|current OUT.pt. Called by compare.py."""
 
 import importlib
 import sys
@@ -14,7 +14,7 @@ import adadiff
 
 
 def on_pretended_device(model: nn.Module, call: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tests of either commit have such a device: real values, and the manners of a GPU."""
+    """Runs a call on the simulated device of the tests, which computes on the CPU and behaves like a GPU."""
     from pretend import OnDevice, PretendDevice
 
     for part in model.modules():

@@ -1,11 +1,11 @@
-"""What the engine's own Python costs, without a GPU: ratios to the plain network, nobody exiting though all are asked.
+"""Overhead of the engine's Python code, without a GPU: ratios to the plain network, with every block scored, no exits.
 
 python benchmarks/studies/commits/host.py            this commit
 python benchmarks/studies/commits/host.py base       commit 28883ee, in the worktree of compare.py --keep FOLDER
                                                      (--tree FOLDER/28883ee)
 
-One thread. Each ratio is the median of interleaved pairs, beside that of the plain network to itself (A/A). With device
-launches as no-ops: microseconds of the host for one more block, by the difference between 13 blocks and 3.
+One thread. Each ratio is the median of interleaved pairs, with that of the plain network to itself (A/A). With device
+launches as no-ops: host microseconds for each block, from the difference between 13 blocks and 3.
 """
 
 import argparse
@@ -21,13 +21,13 @@ import torch
 from compare import ROOT, python
 
 Call = Callable[[], object]
-THETA = 1e-6  # nobody is so certain
+THETA = 1e-6  # below every uncertainty, so no lane exits
 STEPS = 20
 PAIRS = 200
 
 
 def ratio(ours: Call, plain: Call, pairs: int = PAIRS) -> dict[str, float]:
-    """Seconds of ours over plain's, and of plain's over plain's, pair by pair, in changing order."""
+    """Ratios of seconds, ours to plain and plain to plain, in pairs of alternating order."""
     for call in (ours, plain, ours, plain):
         call()
     found: list[tuple[float, float]] = []
@@ -103,7 +103,7 @@ def measure(dialect: object, chosen: set[str]) -> dict[str, dict[str, float]]:
 
 
 def multiply_add(dialect: object) -> dict[str, float]:
-    """Seconds of a multiply-add in our forward pass with exits, over those in the compiled plain network."""
+    """Seconds for each multiply-add in our forward pass with exits, relative to the compiled plain network."""
     import adadiff
 
     model, plain = adadiff.load("canvases"), adadiff.load("canvases_plain")
@@ -123,7 +123,7 @@ def multiply_add(dialect: object) -> dict[str, float]:
 
 
 def noop(dialect: object, config: object) -> dict[str, float]:
-    """Microseconds of the host a block of a tiny network, whose products take next to nothing."""
+    """Host microseconds for each block of a tiny network, whose matrix products take almost no time."""
     from adadiff import Model
 
     B, seconds = 8, {}
@@ -132,26 +132,26 @@ def noop(dialect: object, config: object) -> dict[str, float]:
             network = dataclasses.replace(config.network, image_size=2, patch=1, dim=16, heads=2, depth=depth)
             model = Model(dataclasses.replace(config, network=network, exits=dialect.shared_head())).eval()
             x, t = torch.randn(B, *model.backbone.sample_shape), torch.linspace(1, 999, B)
-            own = {
+            calls = {
                 name: lambda m=model, x=x, t=t, way=way: dialect.forward(m, x, t, None, THETA, **way)
                 for name, way in dialect.ways_of_the_device().items()
             }
-            own["plain"] = lambda m=model, x=x, t=t: m.backbone(x, t)
+            calls["plain"] = lambda m=model, x=x, t=t: m.backbone(x, t)
             if hasattr(dialect, "ticks"):
-                own["tick"] = dialect.ticks(model, B, THETA)
+                calls["tick"] = dialect.ticks(model, B, THETA)
             for _ in range(20):
-                for call in own.values():
+                for call in calls.values():
                     call()
-            taken: dict[str, list[float]] = {name: [] for name in own}
+            taken: dict[str, list[float]] = {name: [] for name in calls}
             for _ in range(PAIRS):
-                for name, call in own.items():
+                for name, call in calls.items():
                     started = time.perf_counter()
                     call()
                     taken[name].append(time.perf_counter() - started)
             seconds[depth] = {name: float(np.median(values)) for name, values in taken.items()}
     blocks = {name: (seconds[12][name] - seconds[2][name]) * 1e5 for name in seconds[2]}
     found = {f"{name}_us": value for name, value in blocks.items()} | {"ratio": blocks["ours"] / blocks["plain"]}
-    for name in ("captured", "tick"):  # what they take beside their blocks
+    for name in ("captured", "tick"):  # their time besides that of the blocks
         if name in blocks:
             found[f"{name}_beside_us"] = seconds[2][name] * 1e6 - 3 * blocks[name]
     return found

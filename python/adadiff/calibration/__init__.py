@@ -1,1 +1,1 @@
-"""From recorded runs to thresholds for a budget."""
+"""Calibration on recorded runs: exit thresholds for a budget, width schedules, step selectors."""

@@ -1,4 +1,4 @@
-"""Calibration: record, weigh, choose, and measure what was chosen on samples that it was not chosen on."""
+"""Calibration of exit thresholds: record full runs, weight the errors, choose thresholds, measure on fresh samples."""
 
 import copy
 import dataclasses
@@ -38,13 +38,13 @@ AIMS = ("faithful", "distribution")
 CALIBRATION_SEED = 1 << 32  # far from the seeds 0, 1, ... that samples have by default
 PLACES = 8
 LAYERS_PERTURBED = 2
-ROUNDS = 4  # of meeting the budget in runs with their own errors
+ROUNDS = 4  # of adjusting thresholds until runs that exit early meet the budget
 CLOSE = 0.003
 RESAMPLES = 1000
 
 
 def work_of(model: Model) -> Work:
-    """Multiply-adds of one lane."""
+    """Multiply-adds of one lane, for each exit layer."""
     network, exits = model.backbone, model.exits
     patches = network.tokens - network.num_prefix_tokens
     blocks = torch.tensor([block.macs(network.tokens) for block in network.blocks], dtype=torch.float64, device="cpu")
@@ -54,19 +54,20 @@ def work_of(model: Model) -> Work:
 
 
 class Calibrating:
-    """A calibration about to be made: thresholds for every timestep and layer, for each of `budgets`, shares in (0, 1]
-    of the full network's multiply-adds.
+    """Chooses exit thresholds for every timestep and layer, for each of `budgets`, shares in (0, 1] of the full
+    network's multiply-adds.
 
-    What exiting at a timestep and layer gets wrong on the mean is counted as `features` see the image that a prediction
-    leads to (images [n, C, H, W] -> [n, F]; default: those of digits, canvases or letters): what they do not see,
-    later steps mostly mend. Samples differ in it as in the predicted noise, which counts alone where no features are
-    known. aim: "faithful" weighs it by what it does to each image, "distribution" by how far the images as a whole move
-    in the space of the features, the Fréchet distance.
-    n samples, seeds `seed` and on, are recorded; as many more, never looked at before, are measured on. Everything is
-    deterministic. text_embeds: [P, N, E], null_text_embeds: [N, E], for models that take text; samples take them in
-    turns. refit: UEMs are fitted anew to how samples differ, on another n of them (see refitting.py), and used
-    from there on. After `run`, `model` has the calibration and the UEMs that it is for, and shares network and heads
-    with the one given, which stays as it was; `recording` is there. Raises ValueError for what cannot be, before
+    features: images float [n, C, H, W] in [-1, 1] -> [n, F]; default: those of digits, canvases or letters, if the
+    model draws these. The mean error of exiting at a timestep and layer is measured between features of the predicted
+    images, because later steps mostly correct what features do not see. Between samples, this error is distributed in
+    proportion to that of the network's prediction, which is used alone if there are no features.
+    aim: how errors of different timesteps are weighted: "faithful" by their effect on each image (mean squared
+    difference), "distribution" by their effect on the Fréchet distance between the features of all images.
+    n samples, with seeds from `seed` on, are recorded; n others measure the result. Deterministic.
+    text_embeds: [P, N, E], null_text_embeds: [N, E], for models that take text; samples use the prompts in turn.
+    refit: first fit the UEMs anew on another n samples (see refitting.py).
+    After `run`, `model` is a copy with the calibration and its UEMs, which shares network and heads with the model
+    passed in (left unchanged), and `recording` holds the recorded runs. Raises ValueError for invalid arguments, before
     any work.
     """
 
@@ -88,7 +89,7 @@ class Calibrating:
         null_text_embeds: Tensor | None = None,
     ):
         if model.exits is None:
-            raise ValueError("this model has no exits to calibrate; `adadiff train` with recipe = 'frozen' adds some")
+            raise ValueError("this model has no exits to calibrate; `adadiff train --recipe frozen` adds them")
         if model.config.network.context_tokens and (text_embeds is None or not len(text_embeds)):
             raise ValueError("this model takes text; give text_embeds, [P, N, E], of the prompts to calibrate for")
         if not budgets or any(not 0 < share <= 1 for share in budgets):
@@ -102,7 +103,9 @@ class Calibrating:
         self._work = work_of(model)
         least = float(self._work.exiting[0] + self._work.score) / self._work.full
         if min(budgets) < least:
-            raise ValueError(f"the least that this network can run is {least:.3f} of its work, got {min(budgets)}")
+            raise ValueError(
+                f"the least that this network can run is {least:.3f} of its work, got a budget of {min(budgets)}"
+            )
         self.model, self.budgets, self.aim = model, sorted(budgets), aim
         self.n, self.steps, self.solver, self.guidance_scale = n, steps, solver, guidance_scale
         self.seed, self.batch, self.refit = seed, batch, refit
@@ -110,7 +113,7 @@ class Calibrating:
         self._features = features or default_features(model)
         if aim == "distribution" and self._features is None:
             raise ValueError("no features are known for this model's images; give some, or take the aim 'faithful'")
-        self._samples(n, seed)  # for its checks
+        self._samples(n, seed)  # raises for invalid settings
         self.recording: Recording | None = None
 
     def run(self, progress: bool = False) -> Calibration:
@@ -125,7 +128,7 @@ class Calibrating:
             self.model = refitting.fitted()
             bar.update()
         else:
-            self.model = copy.copy(self.model)  # its parameters are the same
+            self.model = copy.copy(self.model)  # shares the parameters
         model = self.model
         self.recording = recording = record(model, self._samples(self.n, self.seed), self.batch, self._features)
         bar.update()
@@ -166,8 +169,9 @@ class Calibrating:
         return model.calibration
 
     def _meet(self, share: float, error: Tensor, bar: tqdm) -> tuple[Tensor, float]:
-        """Thresholds [S, K] whose runs, with their own errors, take `share` or about that, and what they take: the
-        recorded errors lie on the full network's way, from which early exits stray."""
+        """Thresholds [S, K] with which runs take about `share` of the work, and the share that they take. Thresholds
+        are chosen on recorded runs of the full network; runs with early exits deviate from these, so the target is
+        adjusted in a few rounds."""
         least = float(self._work.exiting[0] + self._work.score) / self._work.full
         depths = torch.full((len(error),), self.model.num_layers, dtype=torch.int64, device="cpu")
         target, found = share, []
@@ -181,7 +185,7 @@ class Calibrating:
             if abs(spent / share - 1) < CLOSE:
                 break
             target = min(1.0, max(target * share / spent, least))
-        _, spent, theta = min(found, key=lambda one: one[0])
+        _, spent, theta = min(found, key=lambda candidate: candidate[0])
         return theta, spent
 
     def _tables(self, share: float, thresholds: Tensor, depths: Tensor) -> Tables:
@@ -212,8 +216,8 @@ class Calibrating:
             return frechet_distance(*(FeatureStatistics.of(self._features(v.clamp(-1, 1))) for v in (images, full)))
 
     def _measure(self, policy: ExitPolicy, full: Tensor) -> tuple[Measured, Tensor]:
-        given = self._settings(self.n, self.seed + self.n)
-        images, report = sample(self.model, self.n, **given, batch=self.batch, policy=policy)
+        settings = self._settings(self.n, self.seed + self.n)
+        images, report = sample(self.model, self.n, **settings, batch=self.batch, policy=policy)
         error = (images - full).double().square().flatten(1).mean(1)
         low, high = _ends(_resampled(error)[0])
         shown = self.model.backbone.sample_shape[0] in CHANNELS
@@ -231,7 +235,7 @@ class Calibrating:
 
 
 def default_features(model: Model) -> Extractor | None:
-    """Those of digits, of canvases or of letters; None for a model that draws anything else."""
+    """Features for a model of digits, canvases or letters; None for other models."""
     shape, classes = model.backbone.sample_shape, model.config.classes
     if shape == (1, canvases.CELL, canvases.CELL):
         return digits_network().features
@@ -243,19 +247,20 @@ def default_features(model: Model) -> Extractor | None:
 
 
 def _mixed(share: float, less: tuple[Measured, Tensor], more: tuple[Measured, Tensor]) -> tuple[Measured, Tensor]:
-    """Two static tables, mixed among samples to spend `share`; their steps in work are wide where few depths are worth
-    having. Errors are those expected of such a mixture; PSNR and Fréchet distance are those of the table of more work.
+    """A mixture of two static tables over the samples that spends `share`: single tables reach only some shares.
+    Errors are the expected ones of the mixture; PSNR and Fréchet distance are those of the table with more work.
     """
     part = mixed(share, less[0].share, more[0].share)
     errors = part * more[1] + (1 - part) * less[1]
     low, high = _ends(_resampled(errors)[0])
     spent, depth = (part * getattr(more[0], key) + (1 - part) * getattr(less[0], key) for key in ("share", "depth"))
-    own = {"share": spent, "depth": depth, "error": float(errors.mean()), "low": low, "high": high}
-    return dataclasses.replace(more[0], **own), errors
+    values = {"share": spent, "depth": depth, "error": float(errors.mean()), "low": low, "high": high}
+    return dataclasses.replace(more[0], **values), errors
 
 
 def _resampled(*errors: Tensor) -> list[Tensor]:
-    """Means of samples drawn with replacement, the same ones from each of errors [n]. Returns float64 [RESAMPLES]s."""
+    """Bootstrap means of each of errors [n], with the same resampled indices for all. Returns float64 [RESAMPLES]
+    each."""
     n = len(errors[0])
     rows = torch.randint(n, (RESAMPLES, n), generator=torch.Generator().manual_seed(0), device="cpu")
     return [error[rows].mean(1) for error in errors]
@@ -267,7 +272,7 @@ def _ends(draws: Tensor) -> tuple[float, float]:
 
 
 def _ratio(ours: Tensor, theirs: Tensor) -> tuple[float, float, float] | None:
-    """Mean errors over mean errors of the same samples, with its interval; None where the others make none."""
+    """Ratio of mean errors over the same samples, with the ends of its 95 % interval; None if `theirs` may be 0."""
     above, below = _resampled(ours, theirs)
     if not bool((below > 0).all()):
         return None

@@ -1,4 +1,5 @@
-"""Runs that are watched: what every layer would have said along the full network's way, and what an error costs."""
+"""Recorded runs of the full network: uncertainty and error of every layer at every step, and the effect of an error on
+the final image."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,20 +20,20 @@ from ..sampling.batch import Batch
 from ..sampling.sample_batch import SampleBatch
 from ..uem import Exits
 
-Distance = Callable[[Tensor, Tensor], float]  # of images [n, C, H, W] from the full network's, for the mean sample
+Distance = Callable[[Tensor, Tensor], float]  # images and the full network's images, [n, C, H, W] each -> mean distance
 Extractor = Callable[[Tensor], Tensor]  # images [n, C, H, W] in [-1, 1] -> features [n, F]
 
 
 @dataclass(frozen=True)
 class Recording:
-    """n lanes at S steps of the full network, K = L - 1 layers before its last. Errors are those of what the network
-    predicts, its prediction_type: what its uncertainties were trained to tell. What one costs at a step is measured
-    (`measure_weights`), and so is what a solver makes of it."""
+    """n lanes at S steps of the full network; K = L - 1 layers before the last. Errors are those of the network's own
+    prediction_type, on which its uncertainties were trained. Their effect on the final images, through the solver, is
+    measured by `measure_weights`."""
 
     t: Tensor  # float64 [S], the network's times, in the order of the run
     u: Tensor  # float32 [S, K, n], uncertainties
     relative: Tensor  # float32 [S, K, n], mean squared difference to the last layer's prediction
-    error: Tensor  # float32 [S, K, n], what exiting would get wrong: `relative`, its means as features see them
+    error: Tensor  # float32 [S, K, n], error of exiting: `relative`, with features rescaled to their mean error
     images: Tensor  # float32 [samples, C, H, W]
 
 
@@ -57,8 +58,8 @@ def watch(backbone: Backbone, exits: Exits, x: Tensor, t: Tensor, context: Tenso
 def run(
     model: Model, samples: SampleBatch, batch: int, new_forward: Callable[[], Callable[..., ForwardOutput]]
 ) -> Tensor:
-    """Draws samples, `batch` at a time in lock step, each batch with a forward pass of its own making. Returns the
-    images."""
+    """Draws samples, `batch` at a time in lockstep. new_forward: makes the forward function of each batch. Returns the
+    images, float32 [samples, C, H, W] on the CPU."""
     images = torch.empty(samples.n, *model.backbone.sample_shape, dtype=torch.float32, device="cpu")
     for begin in range(0, samples.n, batch):
         index = np.arange(begin, min(samples.n, begin + batch))
@@ -79,12 +80,13 @@ def record(
     features: Extractor | None = None,
     visit: Callable[[int, float, Tensor, Tensor], object] | None = None,
 ) -> Recording:
-    """samples: with the policy "full" and equally many steps each. Lanes are in order, the unconditional ones of each
-    batch after its conditional ones. features: the mean error of a step and layer is the mean squared difference
-    of the features of what its prediction makes of the noisy image, the image it leads to at once, and lanes differ in
-    error as in `relative`: what features make of one lane, its rows can hardly tell.
-    visit: called with every step's number, from 0 to S - 1, its time, the lanes' rows after each block but the
-    last [K, B, D], means over the tokens that have a say, and relative [K, B]."""
+    """samples: with the policy "full" and the same number of steps each. Lanes are in order; in each batch, the
+    unconditional lanes follow the conditional ones.
+    features: if given, the mean error of a step and layer is the mean squared difference between features of the x0
+    that its prediction gives and those of the full network's x0. How lanes differ around this mean is taken from
+    `relative`, because the hidden states of a lane hardly predict its error in features.
+    visit: called at every step with its number in 0..S - 1, its time, the hidden states after each block but the last,
+    averaged over the patch tokens [K, B, D], and relative [K, B]."""
     watched: list[list[tuple[float, Tensor, Tensor, Tensor]]] = []
 
     def new_forward() -> Callable[..., ForwardOutput]:
@@ -98,7 +100,7 @@ def record(
                 error = _feature_errors(features, model, x, t, seen.predictions)
             if visit is not None:
                 prefix = model.exits.num_prefix_tokens
-                means = torch.stack([own[:, prefix:].mean(1) for own in seen.rows[:-1]])
+                means = torch.stack([hidden[:, prefix:].mean(1) for hidden in seen.rows[:-1]])
                 visit(len(rows), float(t[0]), means, seen.relative)
             rows.append((float(t[0]), seen.u, seen.relative, error))
             return _output(seen.predictions[-1])
@@ -117,11 +119,11 @@ def record(
 
 
 def _feature_errors(features: Extractor, model: Model, x: Tensor, t: Tensor, predictions: Sequence[Tensor]) -> Tensor:
-    """float32 [K, B]."""
+    """float32 [K, B]: mean squared difference of features between each layer's x0 and the last layer's."""
     level = map(float, model.schedule.alpha_sigma(t[:1].double().cpu()))
     kind, alpha, sigma = model.config.prediction_type, *level
     *early, full = (features(predicted_sample(kind, p, x, alpha, sigma).clamp(-1, 1)) for p in predictions)
-    return torch.stack([(own - full).square().mean(1).float() for own in early])
+    return torch.stack([(one - full).square().mean(1).float() for one in early])
 
 
 def measure_weights(
@@ -134,13 +136,13 @@ def measure_weights(
     places: int = 8,
     tick: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """What a unit of error at one step does to the images, float64 [S].
+    """Effect of a unit of error at each step on the final images, float64 [S].
 
-    At `places` steps, evenly spread, the full prediction is replaced by that of a shallow layer, and in a second
-    run of one less shallow; the rest of the run is full. The final distance over the mean error put in is averaged
-    geometrically over the two, and interpolated over the steps in between, both in the logarithm: a linear theory
-    of single steps is far off where the noise is high, as the sampler corrects much of what went wrong.
-    samples: the first of those of the recording, its lanes included. tick: called after each run.
+    At `places` evenly spread steps, one run replaces the full prediction by that of layer L / 4, another by that of
+    layer L / 2; all other steps are full. The weight is the final distance divided by the mean error that was put in:
+    its geometric mean over the two runs, log-interpolated between the steps. It is measured, because a linear analysis
+    of single steps is far off at high noise, where later steps correct much of the error.
+    samples: the first ones of the recording. tick: called after each run.
     """
     S, L = len(recording.t), model.num_layers
     chosen = sorted(set(np.linspace(0, S - 1, min(S, places)).round().astype(int).tolist()))
@@ -148,18 +150,18 @@ def measure_weights(
     reference = recording.images[: samples.n]
     logs = []
     for at in chosen:
-        own = []
+        of_layers = []
         for layer in layers:
             images = run(model, samples, batch, partial(_replacing, at, layer))
             put_in = float(recording.error[at, layer - 1, : samples.lanes].double().mean())
-            own.append(np.log(max(distance(images, reference), 1e-30) / max(put_in, 1e-30)))
+            of_layers.append(np.log(max(distance(images, reference), 1e-30) / max(put_in, 1e-30)))
             tick()
-        logs.append(float(np.mean(own)))
+        logs.append(float(np.mean(of_layers)))
     return torch.from_numpy(np.exp(np.interp(np.arange(S), chosen, logs)))
 
 
 def _replacing(at: int, layer: int) -> Callable[..., ForwardOutput]:
-    """A forward pass whose call number `at`, from 0, answers with the prediction of `layer`."""
+    """A forward function whose call number `at`, counted from 0, returns the prediction of `layer`."""
     calls = 0
 
     def forward(model: Model, x: Tensor, t: Tensor, context: Tensor | None, **given: object) -> ForwardOutput:
@@ -173,7 +175,7 @@ def _replacing(at: int, layer: int) -> Callable[..., ForwardOutput]:
 
 
 def _output(prediction: Tensor) -> ForwardOutput:
-    """Of lanes whose exits nobody looks at."""
+    """Forward output with placeholder exits and costs, which recording does not use."""
     exit_layer = torch.ones(len(prediction), dtype=torch.int32, device=prediction.device)
     return ForwardOutput(prediction, exit_layer, Costs(0, ((0, 0),)), (), 0)
 
@@ -181,10 +183,10 @@ def _output(prediction: Tensor) -> ForwardOutput:
 def noised_errors(
     model: Model, images: Tensor, labels: Tensor | None, times: Sequence[float], seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Uncertainties, and mean squared errors to the target (the true noise, of networks that predict that), of every
-    layer but the last: float32 [S, K, n] each.
+    """Uncertainties, and mean squared errors to the training target (the true noise, for networks that predict noise),
+    of every layer but the last: float32 [S, K, n] each.
 
-    images: float32 [n, C, H, W], real ones, noised to each of the S times.
+    images: real images, float32 [n, C, H, W], which are noised to each of the S times. labels: int64 [n] or None.
     """
     schedule = model.schedule
     t = torch.tensor(times, dtype=torch.float64, device="cpu")

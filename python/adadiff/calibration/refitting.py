@@ -1,18 +1,18 @@
-"""UEMs fitted anew to what exiting gets wrong, in closed form.
+"""UEMs refitted in closed form to the error of exiting.
 
-A trained UEM knows best how errors differ between timesteps, for that is most of what its loss sees. Thresholds of a
-calibration are by timestep, and need no more than to know which of the samples of one timestep loses least by exiting.
-That is fitted here on recorded runs. For layer k, x the mean of a lane's rows after it over the tokens that have a say,
-and y the logarithm of the error relative to the full network, centred and in units of its spread over all recorded:
+A trained UEM mostly learns how errors differ between timesteps, which dominates its loss. A calibration has thresholds
+for each timestep, and only needs to know which samples of one timestep lose least by exiting. This is fitted here on
+recorded runs. For layer k, let x be a lane's hidden state after it, averaged over the patch tokens, and y the logarithm
+of its error relative to the full network, standardized over all records:
 
     w_k    = argmin_w sum_(s, n) (y - mean_s y - w . (x - mean_s x))^2 + penalty_k |w|^2     within each timestep s
-    a_sk   = mean_s y - w_k . mean_s x                         to which the time part of the UEM, a_k(t), is then fitted
-    u      = mean over tokens of sigmoid(w_k . L + a_k(t))     the UEM's own formula; about sigmoid of the y expected
+    a_sk   = mean_s y - w_k . mean_s x                         the time part of the UEM, a_k(t), is then fitted to it
+    u      = mean over tokens of sigmoid(w_k . L + a_k(t))     the UEM's formula; about sigmoid of the expected y
 
-|w|^2 is in units of each channel's spread. penalty_k is, of PENALTIES, the one that does best on the half of the
-lanes that it was not fitted on, both ways. Only sums over lanes are kept, so memory does not grow with them.
+|w|^2 is in units of each channel's spread. penalty_k is chosen from PENALTIES by two-fold cross-validation over lanes.
+Only sums over lanes are kept, so memory does not grow with their number.
 
-S steps, L layers, K = L - 1 that can be exited after, D channels.
+S steps, L layers, K = L - 1 exits before the last layer, D channels.
 """
 
 import copy
@@ -25,16 +25,16 @@ from torch import Tensor
 from ..model import Model
 from ..uem import STRETCHES, TIME_SPAN
 
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # beside each channel's sum of squares, scaled to 1
-LEAST = 1e-12  # of errors, whose logarithm is taken
-SMOOTH = 1e-6  # penalty of the time part, beside the mean square of its inputs
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # relative to each channel's sum of squares
+LEAST = 1e-12  # errors are clamped to it before their logarithm is taken
+SMOOTH = 1e-6  # penalty of the time part, relative to the mean square of its inputs
 
 
-Products = tuple[Tensor, Tensor, Tensor]  # as `Sums.within` makes them
+Products = tuple[Tensor, Tensor, Tensor]  # xx, xy, yy, see `Sums.within`
 
 
 class Sums:
-    """Of the lanes added, float64. The products are summed over steps, as w is the same at all of them."""
+    """Sums over the added lanes, float64: n, x and y for each step; products over all steps, which share one w."""
 
     def __init__(self, K: int, D: int):
         self.n: list[int] = []  # an entry for each step
@@ -44,7 +44,7 @@ class Sums:
         self.xx, self.xy, self.yy = zeros(K, D, D), zeros(K, D), zeros(K)
 
     def add(self, step: int, x: Tensor, y: Tensor) -> None:
-        """Some lanes at step number `step`: x [K, n, D], y [K, n]."""
+        """Adds n lanes at step number `step`: x [K, n, D], y [K, n]. Steps must be added in order."""
         if step == len(self.n):
             self.n.append(0)
             self.x.append(torch.zeros_like(self.xy))
@@ -58,42 +58,43 @@ class Sums:
 
     def __add__(self, other: "Sums") -> "Sums":
         both = Sums(*self.xy.shape)
-        for name, own in vars(self).items():
+        for name, ours in vars(self).items():
             its = getattr(other, name)
-            setattr(both, name, [a + b for a, b in zip(own, its, strict=True)] if isinstance(own, list) else own + its)
+            value = [a + b for a, b in zip(ours, its, strict=True)] if isinstance(ours, list) else ours + its
+            setattr(both, name, value)
         return both
 
     def means(self) -> tuple[Tensor, Tensor, Tensor]:
-        """How many lanes, [S]; their mean x [S, K, D] and y [S, K]."""
+        """Numbers of lanes [S], and their means: x [S, K, D], y [S, K]."""
         n = torch.tensor(self.n, dtype=torch.float64, device="cpu")
         return n, torch.stack(self.x) / n[:, None, None], torch.stack(self.y) / n[:, None]
 
     def within(self) -> Products:
-        """The products of deviations from the means of each step, [K, D, D], [K, D] and [K]."""
+        """Sums of products of deviations from each step's means: xx [K, D, D], xy [K, D], yy [K]."""
         n, x, y = self.means()
         xx, xy = torch.einsum("s,skd,ske->kde", n, x, x), torch.einsum("s,skd,sk->kd", n, x, y)
         return self.xx - xx, self.xy - xy, self.yy - torch.einsum("s,sk,sk->k", n, y, y)
 
 
 def ridge(within: Products, penalty: Tensor) -> Tensor:
-    """penalty: [K], of PENALTIES. Returns w [K, D]."""
+    """Ridge regression of each layer. penalty: [K]. Returns w [K, D]."""
     xx, xy, _ = within
     spread = xx.diagonal(dim1=1, dim2=2)
-    # a channel that is always the same has no say
+    # constant channels get weight 0
     spread = spread.clamp(min=0).where(spread > 1e-12 * spread.amax(1, keepdim=True), 0)
     scale = torch.where(spread > 0, spread.rsqrt(), 0)
-    own = scale[:, :, None] * xx * scale[:, None] + torch.diag_embed(penalty[:, None] + (spread == 0))
-    return scale * torch.linalg.solve(own, scale * xy)
+    matrix = scale[:, :, None] * xx * scale[:, None] + torch.diag_embed(penalty[:, None] + (spread == 0))
+    return scale * torch.linalg.solve(matrix, scale * xy)
 
 
 def held_out_error(within: Products, w: Tensor) -> Tensor:
-    """float64 [K]: the sum of squares that w [K, D] leaves within steps."""
+    """float64 [K]: the residual sum of squares of w [K, D] on these products."""
     xx, xy, yy = within
     return yy - 2 * (w * xy).sum(1) + torch.einsum("kd,kde,ke->k", w, xx, w)
 
 
 def fit(halves: tuple[Sums, Sums]) -> tuple[Tensor, Tensor]:
-    """Returns w [K, D] and a [S, K]."""
+    """Fits both halves together, with penalties cross-validated between them. Returns w [K, D] and a [S, K]."""
     penalties = torch.tensor(PENALTIES, dtype=torch.float64, device="cpu")
     one, other = (half.within() for half in halves)
     losses = []
@@ -106,7 +107,7 @@ def fit(halves: tuple[Sums, Sums]) -> tuple[Tensor, Tensor]:
 
 
 class Refitting:
-    """Visits what `recording.record` watches, and makes UEMs of it."""
+    """A visitor for `recording.record` that accumulates sums; `fitted` makes UEMs of them."""
 
     def __init__(self, model: Model):
         self._model = model
@@ -114,7 +115,8 @@ class Refitting:
         self._halves = tuple(Sums(model.num_layers - 1, model.backbone.dim) for _ in range(2))
 
     def __call__(self, step: int, t: float, rows: Tensor, relative: Tensor) -> None:
-        """Step number `step`, at time t, of B lanes: rows [K, B, D], means over tokens; relative [K, B]."""
+        """Adds B lanes at step number `step`, time t: rows [K, B, D], hidden states averaged over patch tokens;
+        relative [K, B]."""
         if step == len(self._t):
             self._t.append(t)
             seen = 0
@@ -122,11 +124,11 @@ class Refitting:
             seen = sum(half.n[step] for half in self._halves)
         x, y = rows.double().cpu(), relative.double().cpu().clamp(min=LEAST).log()
         for i, half in enumerate(self._halves):
-            own = slice((i + seen) % 2, None, 2)  # whatever the size of a batch
-            half.add(step, x[:, own], y[:, own])
+            part = slice((i + seen) % 2, None, 2)  # lanes alternate, independently of the batch size
+            half.add(step, x[:, part], y[:, part])
 
     def fitted(self) -> Model:
-        """The model with UEMs fitted anew. It shares the network and the heads with the one given."""
+        """A model with refitted UEMs and no calibration. It shares network and heads with the model passed in."""
         w, a = fit(self._halves)
         both = self._halves[0] + self._halves[1]
         count = sum(both.n) * len(w)
@@ -140,7 +142,8 @@ class Refitting:
 
     @torch.no_grad()
     def _set(self, model: Model, w: Tensor, a: Tensor) -> None:
-        """w: [K, D]; a: [S, K]. All P outputs of a patch say the same; the last layer, never asked, keeps its own."""
+        """Writes w [K, D] and a [S, K] into the UEMs. All P outputs of a patch get the same weights; the last layer,
+        whose UEM is not used, keeps its own."""
         exits, K, bias = model.exits, len(w), a.mean(0)
         exits.weight[:K] = w[:, None].to(exits.weight)
         if exits.time_bias is not None:
@@ -152,16 +155,16 @@ class Refitting:
         if exits.time_weight is not None:
             tau = self._embedded(model).double()  # [S, Dt]
             mean = tau.mean(0)
-            own = tau - mean
-            kernel = own @ own.T  # [S, S], as S is small beside Dt
+            centred = tau - mean
+            kernel = centred @ centred.T  # [S, S], because S is much smaller than Dt
             kernel.diagonal().add_((SMOOTH * kernel.diagonal().mean()).clamp(min=LEAST))
-            weight = torch.linalg.solve(kernel, a - bias).T @ own  # [K, Dt]
+            weight = torch.linalg.solve(kernel, a - bias).T @ centred  # [K, Dt]
             exits.time_weight[:K] = weight[:, None].to(exits.time_weight)
             bias = bias - weight @ mean
         exits.bias[:K] = bias[:, None].to(exits.bias)
 
     def _embedded(self, model: Model) -> Tensor:
-        """tau at every step, [S, Dt]."""
+        """The time embedding tau at every step, [S, Dt]."""
         S, device = len(self._t), model.device
         x = torch.zeros(S, *model.backbone.sample_shape, dtype=torch.float32, device=device)
         t = torch.tensor(self._t, dtype=torch.float32, device=device)

@@ -1,4 +1,4 @@
-"""A picture of how far uncertainties can be relied on."""
+"""A picture of uncertainties against errors."""
 
 from pathlib import Path
 
@@ -12,7 +12,8 @@ PANELS = 6
 
 
 def matplotlib_figure() -> type:
-    """Its class of figures, which need no window. Raises ImportError, with the remedy, where matplotlib is missing."""
+    """matplotlib's Figure class, which needs no display. Raises ImportError, with the pip command to run, if matplotlib
+    is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -21,11 +22,11 @@ def matplotlib_figure() -> type:
 
 
 def reliability_picture(recording: Recording, path: Path, noised: tuple[Tensor, Tensor, Tensor] | None = None) -> None:
-    """Uncertainty against error relative to the full network, along its runs; a panel for each of up to 6 layers, a dot
+    """Writes a PNG of uncertainty against error relative to the full network: a panel for each of up to 6 layers, a dot
     for each sample and timestep, coloured by timestep, and the median as a line.
 
-    noised: t [S], u and errors [S, K, n] of real images with noise on them (`recording.noised_errors`): a second row,
-    of errors to the true noise. Raises ImportError, with the remedy, where matplotlib is missing.
+    noised: t [S], u and errors [S, K, n] of noised real images (`recording.noised_errors`), for a second row of panels
+    with errors to the true noise. Raises ImportError, with the pip command to run, if matplotlib is missing.
     """
     figure_kind = matplotlib_figure()
     rows = {"to the full network": (recording.t, recording.u, recording.relative)}
@@ -38,10 +39,10 @@ def reliability_picture(recording: Recording, path: Path, noised: tuple[Tensor, 
     for line, (name, (t, u, errors)) in zip(axes, rows.items(), strict=True):
         times = t[:, None].expand(-1, u.shape[-1]).flatten()
         for axis, k in zip(line, layers, strict=True):
-            own, error = u[:, k].flatten(), errors[:, k].flatten().clamp(min=1e-9)
-            dots = axis.scatter(own, error, c=times, s=1, alpha=0.3, vmin=0, vmax=1000, rasterized=True)
-            bins = own.argsort().chunk(20)
-            axis.plot([float(own[b].median()) for b in bins], [float(error[b].median()) for b in bins], "k-", lw=1)
+            score, error = u[:, k].flatten(), errors[:, k].flatten().clamp(min=1e-9)
+            dots = axis.scatter(score, error, c=times, s=1, alpha=0.3, vmin=0, vmax=1000, rasterized=True)
+            bins = score.argsort().chunk(20)
+            axis.plot([float(score[b].median()) for b in bins], [float(error[b].median()) for b in bins], "k-", lw=1)
             axis.set_yscale("log")
             axis.set_title(f"after block {k + 1}", fontsize=9)
         line[0].set_ylabel(f"squared error {name}", fontsize=9)

@@ -1,4 +1,4 @@
-"""Training of a step selector: draw with every candidate, learn from the errors, measure on other noises."""
+"""Training of a step selector: draw images with every candidate, learn from their errors, measure on other noises."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,42 +18,43 @@ from ..sampling.sample_batch import SampleBatch, whole
 from ..sampling.sampler import sample
 from .step_policy import learn, rewards
 
-SEED = 1 << 33  # far from the seeds of samples, and of calibrations
-PIECE = 2048  # samples drawn at once, whose images are held
-PIECE_NUMBERS = 2**24  # of their text
+SEED = 1 << 33  # far from the seeds of samples and of calibrations
+PIECE = 2048  # samples drawn at once; all their images are in memory
+PIECE_NUMBERS = 2**24  # numbers of their text embeddings
 RESAMPLES = 1000
-HELD_OUT = 5  # one prompt of so many is for measuring alone
+HELD_OUT = 5  # every fifth prompt is only for measuring
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # images and reference [n, C, H, W] -> errors [n]
 Done = Callable[[Tensor], object]
 
 
 def root_mean_square(images: Tensor, reference: Tensor) -> Tensor:
-    """[n]: of the difference of each pair, over all pixels and channels."""
+    """float64 [n]: root mean square of the difference of each pair, over all pixels and channels."""
     return (images - reference).double().square().flatten(1).mean(1).sqrt()
 
 
 @dataclass(frozen=True)
 class Rows:
-    """n conditions with a noise each."""
+    """n samples to draw, each with a condition and a seed."""
 
     context: Tensor  # labels int64 [P] or text [P, N, E]
-    index: Tensor  # int64 [n], which of them each row has
+    index: Tensor  # int64 [n], the condition of each sample
     seeds: Tensor  # int64 [n]
 
     @property
     def of_rows(self) -> Tensor:
+        """The condition of each sample, [n, ...]."""
         return self.context[self.index]
 
 
 class StepTraining:
-    """A step selector about to be trained for `model`, which is left as it is.
+    """Trains a step selector for `model`, which is left unchanged.
 
-    candidates: numbers of steps; the images of the largest one are what the others are compared with, so that it always
-    passes the bar. bar: on `distance`, by default the root mean squared difference. penalty: see `rewards`.
-    n: noises to learn on, dealt out evenly among the classes, or among prompts, of which every fifth is kept for
-    measuring where there are that many. Half as many others measure. text_embeds: [P, N, E], null_text_embeds: [N, E],
-    for models that take text. Everything is deterministic. Raises ValueError for what cannot be, before any work.
+    candidates: ascending numbers of steps; images of the largest one are the reference for the others, so it always
+    passes the bar. bar: largest acceptable `distance`, by default the root mean squared difference. penalty: see
+    `rewards`. n: noises to learn from, spread evenly over the classes or prompts; with five or more prompts, every
+    fifth is kept for measuring. n / 2 other noises measure the result. text_embeds: [P, N, E], null_text_embeds:
+    [N, E], for models that take text. Deterministic. Raises ValueError for invalid arguments, before any work.
     """
 
     def __init__(
@@ -80,22 +81,22 @@ class StepTraining:
             raise ValueError(f"bar must be above 0 and penalty at least 0, got {bar} and {penalty}")
         if solver_from(solver).table(model.schedule, candidates[-1]).coefficients[:, COLUMNS.index("noise")].any():
             raise ValueError(
-                f"solver {solver!r} adds noise, so that a sample of other steps is another image; take 'ddim' or "
-                "'dpm++2m'"
+                f"solver {solver!r} adds noise, so images of different numbers of steps cannot be compared; take "
+                "'ddim' or 'dpm++2m'"
             )
         context = _conditions(model, text_embeds)
         self.model, self.batch, self._null, self._distance = model, batch, null_text_embeds, distance
         kept = torch.arange(len(context), device="cpu") % HELD_OUT == HELD_OUT - 1
         if text_embeds is None or not bool(kept.any()):
             kept[:] = False
-        own, other = (~kept).nonzero().squeeze(1), (kept if bool(kept.any()) else ~kept).nonzero().squeeze(1)
-        if n < len(own):
-            raise ValueError(f"n must be at least {len(own)}, a noise for each class or prompt, got {n}")
+        learnt, measured = (~kept).nonzero().squeeze(1), (kept if bool(kept.any()) else ~kept).nonzero().squeeze(1)
+        if n < len(learnt):
+            raise ValueError(f"n must be at least {len(learnt)}, a noise for each class or prompt, got {n}")
         whole("seed", seed, 0, 2**63 - 2 * n)
         rows = torch.arange(n, device="cpu")
-        self.rows = Rows(context, own[rows % len(own)], seed + rows)
+        self.rows = Rows(context, learnt[rows % len(learnt)], seed + rows)
         rows = rows[: max(n // 2, 2)]
-        self.held_out = Rows(context, other[rows % len(other)], seed + n + rows)
+        self.held_out = Rows(context, measured[rows % len(measured)], seed + n + rows)
         takes_text = text_embeds is not None
         self.config = SelectorConfig(
             candidates=candidates,
@@ -108,20 +109,21 @@ class StepTraining:
             n=n,
             seed=seed,
         )
-        for count in candidates:  # for its checks
-            SampleBatch.of(model, 2, self._params(Rows(context, own[:1].repeat(2), self.rows.seeds[:2]), count))
+        for count in candidates:  # raises for invalid settings
+            SampleBatch.of(model, 2, self._params(Rows(context, learnt[:1].repeat(2), self.rows.seeds[:2]), count))
 
     def run(
         self, progress: bool = False, errors: Tensor | None = None, done: Done = lambda errors: None
     ) -> StepSelector:
-        """errors: float64 [m <= n, K], what an earlier run has recorded; done: called with all there are whenever a
-        piece is added."""
+        """errors: float64 [m <= n, K], recorded by an earlier run. done: called with all errors so far, after each
+        piece. Returns the trained and measured selector."""
         errors = self.record(errors, progress, done)
         selector = self.learnt(errors, progress)
         return StepSelector(replace(selector.config, measured=self.measure(selector, progress)), selector.scores)
 
     def record(self, errors: Tensor | None = None, progress: bool = False, done: Done = lambda errors: None) -> Tensor:
-        """Errors of every row with every candidate, float64 [n, K], each row's images being of one noise."""
+        """Errors of every sample with every candidate, float64 [n, K]. Arguments as in `run`. The images of a sample
+        start from the same noise."""
         K, n = len(self.config.candidates), len(self.rows.index)
         errors = torch.zeros(0, K, dtype=torch.float64, device="cpu") if errors is None else errors
         if errors.shape[1:] != (K,) or len(errors) > n:
@@ -138,68 +140,69 @@ class StepTraining:
     @torch.inference_mode(False)  # whatever mode the caller is in
     @torch.enable_grad()
     def learnt(self, errors: Tensor, progress: bool = False) -> StepSelector:
-        """The selector that these errors teach, not measured yet."""
+        """The selector trained on these errors, not measured yet."""
         config = self.config
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(config.seed)
             scores = new_scores(config).double()
-        own = {"batch": 64, "lr": 0.005} if config.context_dim else {}
+        for_text = {"batch": 64, "lr": 0.005} if config.context_dim else {}
         reward = rewards(errors, config.candidates, config.bar, config.penalty)
-        learn(scores, *(self.rows.context, self.rows.index, reward), **own, seed=config.seed, progress=progress)
+        learn(scores, *(self.rows.context, self.rows.index, reward), **for_text, seed=config.seed, progress=progress)
         return StepSelector(config, scores)
 
     def measure(self, selector: StepSelector, progress: bool = False) -> MeasuredSteps:
-        """On noises, and prompts where some were kept, that nothing was learnt from."""
+        """Measures the selector on held-out noises and, if there are any, held-out prompts."""
         rows, candidates = self.held_out, self.config.candidates
         reference = self._draw(rows, candidates[-1], progress)
         chosen = selector.choose(rows.of_rows)
         counts = sorted(set(chosen.tolist()))
         by_count = torch.stack([self._distance(self._draw(rows, c, progress), reference).double() for c in counts])
-        own = (
+        one_hot = (
             chosen == torch.tensor(counts, dtype=torch.int64, device="cpu")[:, None]
-        ).double()  # [counts, n], one 1 a column
+        ).double()  # [counts, n], a single 1 in each column
         fixed = self._draw(rows, math.ceil(float(chosen.double().mean())), progress)
         fixed = self._distance(fixed, reference).double()
-        return measured((own * by_count).sum(0), chosen, fixed, dealt_at_random(by_count, own), self.config.bar)
+        errors, dealt = (one_hot * by_count).sum(0), dealt_at_random(by_count, one_hot)
+        return measured(errors, chosen, fixed, dealt, self.config.bar)
 
     def _errors(self, begin: int, end: int) -> Tensor:
         rows, candidates = self.rows, self.config.candidates
-        K, own = len(candidates), torch.arange(begin, end, device="cpu")
-        # those of most steps first, so that the batch is full nearly to the end
+        K, piece = len(candidates), torch.arange(begin, end, device="cpu")
+        # samples with most steps first, so that the batch stays full nearly to the end
         index, steps = (
-            own.repeat(K),
-            torch.tensor(candidates[::-1], dtype=torch.int64, device="cpu").repeat_interleave(len(own)),
+            piece.repeat(K),
+            torch.tensor(candidates[::-1], dtype=torch.int64, device="cpu").repeat_interleave(len(piece)),
         )
         images = self._draw(Rows(rows.context, rows.index[index], rows.seeds[index]), steps, False)
-        by_count = images.view(K, len(own), *images.shape[1:]).flip(0)
-        return torch.stack([self._distance(one, by_count[-1]).double() for one in by_count], 1)
+        by_count = images.view(K, len(piece), *images.shape[1:]).flip(0)
+        return torch.stack([self._distance(drawn, by_count[-1]).double() for drawn in by_count], 1)
 
     def _draw(self, rows: Rows, steps: int | Tensor, progress: bool) -> Tensor:
         n = len(rows.index)
         return sample(self.model, n, self._params(rows, steps), batch=self.batch, progress=progress)[0]
 
     def _params(self, rows: Rows, steps: int | Tensor) -> SamplingParams:
-        own = {"text_embeds": rows.of_rows, "null_text_embeds": self._null}
+        condition = {"text_embeds": rows.of_rows, "null_text_embeds": self._null}
         if not self.config.context_dim:
-            own = {"class_labels": rows.of_rows}
+            condition = {"class_labels": rows.of_rows}
         return SamplingParams(
             seed=rows.seeds,
             steps=steps,
             solver=self.config.solver,
             guidance_scale=self.config.guidance_scale,
-            **own,
+            **condition,
         )
 
 
 def dealt_at_random(errors: Tensor, chosen: Tensor) -> Tensor:
-    """errors: float64 [C, n], of each of C numbers of steps; chosen: float64 [C, n], 1 where a sample has it. Returns
-    each sample's root mean square, float64 [n], over all ways to deal the chosen numbers out among the samples."""
+    """errors: float64 [C, n], for each of C numbers of steps; chosen: float64 [C, n], one-hot choice of each sample.
+    Returns float64 [n]: each sample's root mean square error over all permutations of the choices among samples."""
     return (chosen.mean(1, keepdim=True) * errors.square()).sum(0).sqrt()
 
 
 def measured(own: Tensor, chosen: Tensor, fixed: Tensor, dealt: Tensor, bar: float) -> MeasuredSteps:
-    """own, fixed, dealt: errors float64 [n] of the selector's steps, int64 [n] `chosen`, of their mean, rounded up, and
-    of theirs dealt out at random (root of the mean square over all ways to deal)."""
+    """Errors, float64 [n] each: `own` with the selector's numbers of steps `chosen` (int64 [n]), `fixed` with their
+    mean, rounded up, for all samples, and `dealt` with a random permutation of them (see `dealt_at_random`)."""
     rows = torch.randint(len(own), (RESAMPLES, len(own)), generator=torch.Generator().manual_seed(0), device="cpu")
     draws = _root(own[rows])
 
@@ -241,7 +244,7 @@ def _conditions(model: Model, text_embeds: Tensor | None) -> Tensor:
         if text_embeds is None or text_embeds.ndim != 3 or tuple(text_embeds.shape[1:]) != shape:
             raise ValueError(f"this model takes text: text_embeds must be float [P, {shape[0]}, {shape[1]}]")
         if not len(text_embeds):
-            raise ValueError("there is no prompt to learn from")
+            raise ValueError("there is no prompt to learn from; text_embeds is empty")
         return text_embeds.detach().cpu()
     if text_embeds is not None:
         raise ValueError("this model takes no text; leave text_embeds out")

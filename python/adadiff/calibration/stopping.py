@@ -1,14 +1,13 @@
-"""Choosing thresholds: when the next block is not worth its price. Pure functions of what was recorded.
+"""Choice of thresholds as an optimal stopping problem. Pure functions of a recording.
 
-At one timestep a sample that exits after block k costs error_k + price * macs_k. Among all policies "exit at the first
-layer with u_k < theta_k" the best thetas for the recorded samples are found layer by layer from the last one back: with
-those behind it fixed, the sum of costs is piecewise constant in theta_k, and one sort shows every piece. Timesteps do
-not interact, so one price for all makes the sum over timesteps the least for the work it takes.
+At one timestep, a sample that exits after block k costs error_k + price * macs_k. For the policy "exit at the first
+layer with u_k < theta_k", thresholds are optimized layer by layer, from the last one back: with the later ones fixed,
+the total cost over the recorded samples is piecewise constant in theta_k, and one sort gives every piece. Timesteps do
+not interact, so a common price for all of them minimizes the summed error for the work spent.
 
-So a block is run where the gain that the rule itself expects of going on is above its price; no model of how u and the
-error are related is needed.
+A block is thus run if its expected gain exceeds its price. No model of the relation between u and the error is needed.
 
-S timesteps, L layers, K = L - 1 that can be exited after, n samples.
+S timesteps, L layers, K = L - 1 exits before the last layer, n samples.
 """
 
 from collections.abc import Callable
@@ -19,13 +18,13 @@ from torch import Tensor
 
 EVERYBODY = 2.0  # above every uncertainty
 SWEEPS = 2
-HALVINGS = 28  # of a price known to 24 decades
-FEW = 0.01  # of the exits; a layer that gets fewer is not worth asking at
+HALVINGS = 28  # bisections of the price, on a logarithmic scale over 24 decades
+FEW = 0.01  # share of all exits below which a layer's UEM is not worth evaluating
 
 
 @dataclass(frozen=True)
 class Work:
-    """Multiply-adds of one lane: `exiting` float64 [L], to exit after each layer; `score`, to ask once."""
+    """Multiply-adds of one lane: `exiting` float64 [L], of a pass that exits after each layer; `score`, of one UEM."""
 
     exiting: Tensor
     score: float
@@ -43,9 +42,8 @@ def best_thresholds(
     closed: Tensor | None = None,
     ranks: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """u, error: [S, K, n], what the UEM said after each layer and what exiting there would cost. closed: bool [K],
-    layers that nobody may exit after. ranks: u.sort(-1), where it is at hand. Returns theta [S, K], float32: 0 where
-    nobody exits."""
+    """u, error: [S, K, n], uncertainty after each layer and error of exiting there. closed: bool [K], layers without
+    exits. ranks: u.sort(-1), if known. Returns theta float32 [S, K]; 0: no sample exits."""
     S, K, n = u.shape
     error = error.double()
     ranked, order = u.sort(-1) if ranks is None else ranks
@@ -70,19 +68,20 @@ def best_thresholds(
 
 
 def mixed(share: float, low: float, high: float) -> float:
-    """The part of samples that get a table of the work `high`, the others one of `low`, to spend `share` together."""
+    """Fraction of samples that need a table of work `high`, the others having one of work `low`, for a mean of
+    `share`."""
     return 1.0 if high <= low else min(max((share - low) / (high - low), 0.0), 1.0)
 
 
 def exit_layers(u: Tensor, theta: Tensor) -> Tensor:
-    """u: [S, K, n]; theta: [S, K]. Returns int64 [S, n], blocks run, 1..L."""
+    """u: [S, K, n]; theta: [S, K]. Returns int64 [S, n], exit layers 1..L."""
     exits = torch.cat([u < theta[..., None], torch.ones_like(u[:, :1], dtype=torch.bool)], 1)
     return exits.int().argmax(1) + 1
 
 
 def total(exit_layer: Tensor, error: Tensor, work: Work, asked: Tensor | None = None) -> tuple[float, float]:
-    """exit_layer: [S, n]; error: [S, K, n]; asked: bool [K], layers at which everybody passing is scored. Returns the
-    error summed over timesteps and the share of the full network's work, both as means over samples."""
+    """exit_layer: [S, n]; error: [S, K, n]; asked: bool [K], layers whose UEM scores every sample that reaches them.
+    Returns the error summed over timesteps and the share of the full network's work, both averaged over samples."""
     error = error.double()
     padded = torch.cat([error, torch.zeros_like(error[:, :1])], 1)
     lost = padded.gather(1, exit_layer[:, None] - 1)[:, 0]
@@ -94,8 +93,8 @@ def total(exit_layer: Tensor, error: Tensor, work: Work, asked: Tensor | None = 
 
 
 def adaptive_table(u: Tensor, error: Tensor, work: Work, share: float) -> Tensor:
-    """The best thresholds [S, K] whose work, on these samples, is at most `share` of the full network's and near it.
-    Layers that hardly anybody exits after are left out. Raises ValueError for a share below one block's."""
+    """The best thresholds [S, K] whose work on these samples is at most `share` of the full network's, and close to it.
+    Layers with hardly any exits are closed. Raises ValueError for a share below that of a single block."""
 
     error, ranks = error.double(), u.sort(-1)
 
@@ -113,8 +112,8 @@ def adaptive_table(u: Tensor, error: Tensor, work: Work, share: float) -> Tensor
 
 
 def static_table(error: Tensor, work: Work, share: float, above: bool = True) -> Tensor:
-    """The depths, int64 [S], of the best table by timestep alone, with the least work that is not below `share`, or
-    with the most that is not above."""
+    """The best exit layers by timestep alone, int64 [S], with the least work of at least `share` of the full network's
+    or, with above=False, the most work of at most `share`."""
     mean = error.double().mean(-1)
     mean = torch.cat([mean, mean.new_zeros(len(mean), 1)], 1)  # [S, L]
 
@@ -128,10 +127,10 @@ def static_table(error: Tensor, work: Work, share: float, above: bool = True) ->
 def cheapest(
     spend: Callable[[float], tuple[float, Tensor]], share: float, error: Tensor, work: Work, above: bool = False
 ) -> Tensor:
-    """What `spend` makes of the price whose work is nearest to `share` from below, or from above: a bisection, as work
-    falls with the price."""
+    """The table that `spend` returns for the price whose work comes closest to `share` from below or, with above=True,
+    from above. Found by bisection, as work falls with the price. spend: price -> (share of work, table)."""
     unit = max(float(error.double().mean()), 1e-30) / work.full
-    low, high = unit * 1e-12, unit * 1e12  # of the price: everything is run, next to nothing is
+    low, high = unit * 1e-12, unit * 1e12  # prices at which everything is run, and as little as possible
     generous, frugal = spend(0.0), spend(high)
     if share < frugal[0] * (1 - 1e-9):
         raise ValueError(f"the least that this network can run is {frugal[0]:.3f} of its work, got a budget of {share}")
@@ -148,7 +147,7 @@ def cheapest(
 
 
 def _arrivals(u: Tensor, theta: Tensor) -> Tensor:
-    """bool [S, K, n]: who is still running when layer k asks."""
+    """bool [S, K, n]: whether a sample reaches the exit after layer k."""
     stays = ~(u < theta[..., None])
     first = torch.ones_like(stays[:, :1])
     return torch.cat([first, stays[:, :-1]], 1).int().cumprod(1).bool()

@@ -1,4 +1,4 @@
-"""A picture of calibrated thresholds: when may a sample exit, at which timestep and after which block?"""
+"""A picture of calibrated thresholds by timestep and block."""
 
 from pathlib import Path
 
@@ -8,15 +8,15 @@ from ..policies.calibrated import Calibration
 from ..writing import replace_file
 from .reliability import matplotlib_figure
 
-COLUMNS = 4  # panels beside each other
+COLUMNS = 4  # panels per row
 
 
 def threshold_picture(calibration: Calibration, path: Path) -> None:
-    """A panel for each budget: timesteps from noise (left) to image (right), blocks from the first (bottom) up. White:
-    nobody exits there; the darker, the higher the uncertainty with which a sample still exits; black: everybody. The
-    line: the best exit layers by timestep alone, for about the same work.
+    """Writes a PNG with a panel for each budget: timesteps from noise (left) to image (right), blocks from the first
+    (bottom) up. Darkness is the threshold: white where no sample exits, black where all do. The line shows the best
+    exit layers by timestep alone, for about the same work.
 
-    Raises ImportError, with the remedy, where matplotlib is missing.
+    Raises ImportError, with the pip command to run, if matplotlib is missing.
     """
     figure_kind = matplotlib_figure()
     budgets, steps = calibration.budgets, len(calibration.t)
@@ -25,7 +25,7 @@ def threshold_picture(calibration: Calibration, path: Path) -> None:
     figure = figure_kind(figsize=(3 * columns + 1, 2.6 * lines + 0.6), layout="constrained")
     axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     for axis, budget in zip(axes.flat, budgets, strict=False):
-        shown = np.array(budget.thresholds).T.clip(0, 1)  # [L - 1, S]; 2 stands for everybody, as 1 does
+        shown = np.array(budget.thresholds).T.clip(0, 1)  # [L - 1, S]; 2, like 1, lets every sample exit
         extent = (0.5, steps + 0.5, 0.5, calibration.num_layers - 0.5)
         image = axis.imshow(shown, origin="lower", aspect="auto", cmap="Greys", vmin=0, vmax=1, extent=extent)
         depths = budget.depths
@@ -41,7 +41,7 @@ def threshold_picture(calibration: Calibration, path: Path) -> None:
     axes[0, 0].legend(loc="upper left", fontsize=7, framealpha=0.6)
     figure.supxlabel("timestep, from noise to image", fontsize=9)
     figure.supylabel("block", fontsize=9)
-    figure.colorbar(image, ax=axes, label="exits below this uncertainty (white: nobody, black: all)").ax.tick_params(
+    figure.colorbar(image, ax=axes, label="exits below this uncertainty (white: none, black: all)").ax.tick_params(
         labelsize=8
     )
     replace_file(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))

@@ -1,8 +1,8 @@
-"""The search for a schedule of widths (DDSM: Yang et al., ICLR 2024, arXiv 2310.03337; EnVision-Research/DDSM).
+"""Search for a schedule of widths (DDSM: Yang et al., ICLR 2024, arXiv 2310.03337; EnVision-Research/DDSM).
 
-A candidate has one width for each of some stretches of the timesteps. pymoo's NSGA-II looks for the candidate of the
-least quality + weight * cost, as the authors' code does: one number, though NSGA-II is made for several. Ours differ in
-the cost, which is the share of the whole network's multiply-adds, and in the number of genes (theirs: one a timestep).
+A candidate has one width for each of several intervals of timesteps. As in the authors' code, pymoo's NSGA-II minimizes
+the single objective quality + weight * cost. Two things differ: cost is the share of the full network's multiply-adds,
+and a gene is an interval of timesteps (theirs: one timestep).
 """
 
 import math
@@ -26,12 +26,12 @@ from .calibrating import AIMS, CALIBRATION_SEED
 
 MOST_BINS = 1000
 TIME_SPAN = 1000.0
-Genome = tuple[int, ...]  # of each stretch of time, from 0 up, the index of its width
+Genome = tuple[int, ...]  # the index of the width of each interval, from timestep 0 up
 
 
 class Candidate(NamedTuple):
-    """share: of the whole network's multiply-adds. quality: the less the better, see `WidthSearch`. value: what the
-    search makes small."""
+    """share: of the full network's multiply-adds. quality: lower is better, see `WidthSearch`. value: quality + weight
+    * share, which the search minimizes."""
 
     width: Width
     share: float
@@ -41,8 +41,8 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Found:
-    """best: of the search. measured, uniform: the best one and every width alone, on samples that the search did not
-    draw."""
+    """best: as seen by the search. measured, uniform: the best schedule and each constant width, on samples that the
+    search did not draw."""
 
     best: Candidate
     measured: Candidate
@@ -55,16 +55,16 @@ class Found:
 
 
 class WidthSearch:
-    """A search about to be made.
+    """Searches the schedule with the least quality + weight * share of the multiply-adds.
 
-    aim: "distribution": quality is the Fréchet distance of n images to real ones, by `yardstick`; "faithful": the mean
-    squared error to the whole network's images of the same noises, which fewer samples tell apart. weight: what all of
-    the whole network's multiply-adds are worth in units of quality, at least 0; the more, the narrower.
-    bins: stretches of equal length of the network's time. population, generations: of NSGA-II; every width alone is in
-    the first population, the rest of which is random, a third of it growing and a third falling with the time.
-    n samples, seeds `seed` and on, are drawn for every candidate; n more, never looked at before, measure what was
-    found. Everything is deterministic. Raises ValueError for what cannot be, and ImportError without pymoo, before any
-    work.
+    aim: what quality is. "distribution": the Fréchet distance of n images to real ones, by `yardstick`; "faithful": the
+    mean squared error to the full network's images of the same noises, which needs fewer samples. weight: at least 0;
+    larger values give narrower schedules.
+    bins: number of intervals of equal length of the network's time, 0..1000. population, generations: of NSGA-II. The
+    first population holds each constant width; its other schedules are random, a third of them rising and a third
+    falling with time.
+    n samples, with seeds from `seed` on, are drawn for every candidate; n others measure the result. Deterministic.
+    Raises ValueError for invalid arguments, and ImportError without pymoo, before any work.
     """
 
     def __init__(
@@ -86,9 +86,9 @@ class WidthSearch:
     ):
         _check_pymoo()
         if model.config.widths is None:
-            raise ValueError("this model has one width; `adadiff train` makes others with widths, as in digits_slim")
+            raise ValueError("this model has one width; `adadiff train --widths` makes slimmable ones")
         if model.config.network.context_tokens:
-            raise ValueError("the search draws samples of classes or of nothing; this model takes text")
+            raise ValueError("the search takes class-conditional or unconditional models; this one takes text")
         if aim not in AIMS:
             raise ValueError(f"aim must be one of {', '.join(AIMS)}, got {aim!r}")
         if type(weight) not in (int, float) or not 0 <= weight < math.inf:
@@ -104,13 +104,13 @@ class WidthSearch:
         self.population, self.generations, self.seed = population, generations, seed
         self._given = {"steps": steps, "solver": solver, "guidance_scale": guidance_scale}
         self._n, self._batch, self._yardstick = n, batch, yardstick
-        SampleBatch.of(model, n, **self._samples(seed))  # for its checks
+        SampleBatch.of(model, n, **self._samples(seed))  # raises for invalid settings
         self._reference: Reference | None = None
-        self._full: dict[int, Tensor] = {}  # images of the whole network, by the seed of the first
+        self._full: dict[int, Tensor] = {}  # images of the full network, by the first seed
         self._known: dict[Genome, Candidate] = {}
 
     def run(self, progress: bool = False, better: Callable[[Candidate], None] | None = None) -> Found:
-        """better: called with every candidate that is better than all before."""
+        """better: called with every candidate that is better than all before it."""
         uniform = self._uniform()
         total = self.population * self.generations + len(uniform) + 1
         with tqdm(total=total, disable=not progress, unit="schedule", dynamic_ncols=True) as bar:
@@ -132,7 +132,7 @@ class WidthSearch:
         return [Width((), (width,)) for width in self.model.config.widths]
 
     def _candidates(self, bar: tqdm) -> Iterator[Candidate]:
-        """Those of all generations in turn; what is known is not drawn again."""
+        """The candidates of all generations in turn. Known genomes are not drawn again."""
         from pymoo.algorithms.moo.nsga2 import NSGA2
         from pymoo.core.evaluator import Evaluator
         from pymoo.core.problem import Problem
@@ -162,7 +162,7 @@ class WidthSearch:
             algorithm.tell(infills=children)
 
     def _first(self) -> np.ndarray:
-        """int64 [population, bins]."""
+        """The first population, int64 [population, bins]."""
         count = len(self.model.config.widths)
         genes = np.random.default_rng(self.seed).integers(count, size=(self.population, self.bins))
         genes[0::3].sort(axis=1)
@@ -198,7 +198,7 @@ class WidthSearch:
 
 
 def schedule(genome: Sequence[int], widths: Sequence[float]) -> Width:
-    """One width for each of equal stretches of 0..1000; neighbours of one width are one."""
+    """The schedule of a genome: equal intervals of 0..1000, neighbours of the same width merged."""
     length = TIME_SPAN / len(genome)
     starts = [i for i in range(1, len(genome)) if genome[i] != genome[i - 1]]
     return Width(tuple(length * i for i in starts), tuple(widths[genome[i]] for i in (0, *starts)))

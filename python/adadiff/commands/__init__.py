@@ -1,1 +1,1 @@
-"""What the commands do: print the resolved configuration, make one call, print or write what came of it."""
+"""The commands. Each prints its resolved configuration, makes one call, and prints or writes the result."""

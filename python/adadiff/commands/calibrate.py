@@ -21,16 +21,16 @@ from .shared import check_limits, file_of, load_model
 from .terminal import say, show, show_lines, with_bars
 
 HEADER = 2**16  # bytes, for names and the configuration
-MOST_SAMPLES = 10**5  # whose runs are recorded
-TIMES = 10  # of a picture, at which noise is put on real images
+MOST_SAMPLES = 10**5  # recorded in memory
+TIMES = 10  # timesteps in the picture at which real images are noised
 
 
 def calibrate(options: argparse.Namespace) -> None:
-    check_outputs(options.force, options.picture, inputs=[options.model])  # which --out may replace
+    check_outputs(options.force, options.picture, inputs=[options.model])  # --out may replace it
     check_outputs(options.force, options.out, options.picture, inputs=[file_of(options.features)])
     check_limits(options, MOST_SAMPLES)
     if options.picture is not None:
-        matplotlib_figure()  # else it would be missed at the end
+        matplotlib_figure()  # a missing matplotlib shows before the calibration
     model = load_model(options)
     notes = checkpoint.read_tensors(checkpoint.find(options.model))[1].get("notes", {})
     if len(options.steps) != 1:
@@ -48,7 +48,7 @@ def calibrate(options: argparse.Namespace) -> None:
     }
     features = None if options.features is None else features_from(options.features)
     if features is not None:
-        features.dims(tuple(model.backbone.sample_shape))  # for its checks
+        features.dims(tuple(model.backbone.sample_shape))  # raises where the shape does not fit
     calibrating = Calibrating(model, options.budget, features=features, **settings, **texts_of(options, model))
     check_space(options.out, _bytes(model, options))
     shown = {"features": options.features or "the model's own, if known"}
@@ -63,7 +63,7 @@ def calibrate(options: argparse.Namespace) -> None:
             noised = None if real is None else (t, *noised_errors(model, *real, t.tolist(), options.seed))
             picture = partial(reliability_picture, calibrating.recording, noised=noised)
             replace_file(options.picture, picture, force=options.force)
-    finally:  # on a full disk the numbers are not lost
+    finally:  # print the numbers even if the disk is full
         show_lines(f"\n{calibration}\n")
     if options.picture is not None:
         say(f"wrote {options.picture}")
@@ -71,8 +71,8 @@ def calibrate(options: argparse.Namespace) -> None:
 
 
 def _save(model: Model, options: argparse.Namespace, notes: dict[str, Any]) -> None:
-    """Writes --out. Where that fails, as on a full disk, writes the model to the folder of temporary files instead,
-    for it may have taken hours, and raises OSError, which names that file."""
+    """Writes --out. If that fails, e.g. on a full disk, saves the model in a temporary folder, because calibration may
+    have taken hours, and raises OSError with the name of that file."""
     try:
         replace_file(options.out, lambda temporary: checkpoint.save(model, temporary, notes), force=options.force)
     except (OSError, ValueError) as error:
@@ -85,13 +85,13 @@ def _save(model: Model, options: argparse.Namespace, notes: dict[str, Any]) -> N
 
 
 def _bytes(model: Model, options: argparse.Namespace) -> int:
-    """About the size of --out: weights, and thresholds of some 24 characters."""
+    """Estimated size of --out in bytes: the weights, and about 24 characters for each threshold."""
     numbers = len(options.budget) * options.steps[0] * model.num_layers
     return sum(value.nbytes for value in model.parameters()) + 24 * numbers + HEADER
 
 
 def _held_out(model: Model, options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Images and labels that no training saw, for the picture of a calibration."""
+    """Test images of --data, float32 [n, C, H, W], and their labels (None without classes), for --picture."""
     if options.picture is None:
         raise ValueError("--data is for the picture; give --picture FILE.png, too")
     data, classes = sources.load(options.data, "test"), model.config.classes

@@ -1,4 +1,4 @@
-"""adadiff data: makes a data set out of what is installed."""
+"""adadiff data: makes a data set from installed fonts."""
 
 import argparse
 from collections import Counter

@@ -1,4 +1,4 @@
-"""adadiff diff: one sample in two ways, and where they part."""
+"""adadiff diff: draws one sample in two ways and shows where they diverge."""
 
 import argparse
 from dataclasses import dataclass
@@ -26,6 +26,8 @@ MOST = 10  # pictures in a row
 
 @dataclass(frozen=True)
 class Way:
+    """One of the two ways to draw the sample."""
+
     model: Model
     params: SamplingParams
     execution: ExecutionOptions
@@ -36,17 +38,17 @@ class Way:
 
 def diff(options: argparse.Namespace) -> None:
     if unknown := [key for key in options.other if key not in KEYS]:
-        raise ValueError(f"--other knows no {', '.join(unknown)}; there are {', '.join(KEYS)}")
+        raise ValueError(f"--other takes no {', '.join(unknown)}; its keys are {', '.join(KEYS)}")
     picture = options.picture
     check_outputs(options.force, picture, inputs=(options.model, str(options.other.get("model", options.model))))
-    named = {key: str(value) if key in OF_MODELS else value for key, value in options.other.items()}  # a file named 3
+    named = {key: str(value) if key in OF_MODELS else value for key, value in options.other.items()}  # model=3: a file
     other = argparse.Namespace(**{**vars(options), **named})
     ways = _way(options), _way(other)
     shapes = [way.model.backbone.sample_shape for way in ways]
     if shapes[0] != shapes[1]:
         raise ValueError(f"both models must draw samples of one shape, got {shapes[0]} and {shapes[1]}")
     if picture is not None and shapes[0][0] not in CHANNELS:
-        raise ValueError("these are latents; leave --picture out")
+        raise ValueError("the models draw latents, not images; leave --picture out")
     show(_shown(options), "")
     show({name: value for name, value in _shown(other).items() if name in options.other}, "other.")
     one, two = (way.run() for way in ways)
@@ -60,7 +62,7 @@ def diff(options: argparse.Namespace) -> None:
             rows = [run[i] for run in (one.x0, two.x0, gap) for i in at]
             grid = make_grid([to_pixels(image) for image in rows], len(at))
             replace_file(picture, lambda temporary: write_png(temporary, grid), force=options.force)
-    finally:  # on a full disk the numbers are not lost
+    finally:  # print the numbers even if the disk is full
         print_table([_row(i, one, two, float(apart[i])) for i in range(len(apart))])
         _tell(one, two, apart.numpy())
     if picture is not None:
@@ -78,7 +80,7 @@ def _way(options: argparse.Namespace) -> Way:
         guidance_scale=options.guidance_scale,
     )
     model = load_model(options)
-    SampleBatch.of(model, 1, params)  # for its checks
+    SampleBatch.of(model, 1, params)  # raises for params that do not fit the model
     check_policy(model, options.policy)
     return Way(model, params, execution_of(options))
 

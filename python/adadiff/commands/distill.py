@@ -37,7 +37,7 @@ def distill(options: argparse.Namespace) -> None:
     notes = distilling.notes
     replace_file(out, lambda path: write_cascade(path, student, oracle, settings, notes), force=options.force)
     state.unlink(missing_ok=True)
-    say(f"of held-out pairs, the oracle finds the real image in {distilling.held_out_auc:.1%}")
+    say(f"the oracle finds the real image in {distilling.held_out_auc:.1%} of held-out pairs of a real and a drawn one")
     say(f"wrote {out}; sample {options.model} with --policy cascade:{out}")
 
 
@@ -55,5 +55,5 @@ def _run(distilling: Distilling, config: DistillConfig) -> tuple[Model, Oracle, 
 
 def _kept(distilling: Distilling, state: Path) -> str:
     if len(distilling.left) == distilling.config.halvings:
-        return "nothing is kept before the first halving is done"
-    return f"what the last halving made is in {state}; the same command goes on from there"
+        return "nothing is saved before the first halving is done"
+    return f"the student of the last finished halving is in {state}; the same command goes on from there"

@@ -1,4 +1,4 @@
-"""adadiff evaluate: of a model, which is sampled, or of images that were drawn before."""
+"""adadiff evaluate: measures samples drawn from a model, or images that exist already."""
 
 import argparse
 import dataclasses
@@ -26,7 +26,7 @@ from .shared import check_limits, check_policy, cycled, decoder, execution_of, f
 from .terminal import print_table, say, show, with_bars
 
 MOST_SAMPLES = 10**6  # all are held in memory
-MOST_DRAWS = 2 * 10**8  # of samples by all resamples together
+MOST_DRAWS = 2 * 10**8  # samples drawn by all bootstrap resamples together
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -42,7 +42,7 @@ def evaluate(options: argparse.Namespace) -> None:
     try:
         if options.json:
             write_json(options.json, content, rank=None, force=options.force)
-    finally:  # on a full disk the numbers are not lost
+    finally:  # print the numbers even if the disk is full
         _print(results, content.get("real"))
     if options.json:
         say(f"wrote {options.json}")
@@ -60,7 +60,8 @@ def _of_model(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, An
     _check_resamples(options.resamples, n)
     if model.config.network.context_tokens:
         raise ValueError(
-            "evaluation draws samples of classes or of nothing; this model takes text, so name a folder that is drawn"
+            "evaluate draws samples of classes or without a condition, but this model takes text: draw a folder of "
+            "images with `adadiff sample`, then evaluate the folder"
         )
     decode = decoder(options, model)
     shape = model.backbone.sample_shape
@@ -97,7 +98,7 @@ def _of_model(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, An
         raise ValueError("the full network alone, with nothing to compare it with: give --reference and --features")
     for policy in policies:
         check_policy(model, policy)
-        sampler.SamplerRun(model, n, policy=policy, **settings)  # for its checks
+        sampler.SamplerRun(model, n, policy=policy, **settings)  # raises before the first policy is drawn
     show({**configuration, "policy": ", ".join(policies), "class_labels": options.class_labels or _in_turn(labels)})
     for line in yardstick.too_few(n):
         print(line)
@@ -106,7 +107,7 @@ def _of_model(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, An
     results, full, full_features, full_macs = {}, None, None, 0
     for policy in policies:
         samples, report = sampler.sample(model, n, policy=policy, progress=with_bars(), **settings)
-        full_macs = full_macs or report.macs_full  # of the steps asked for; a cascade makes others
+        full_macs = full_macs or report.macs_full  # at the requested steps; a cascade takes other numbers of steps
         pieces = _pieces(samples, labels, full, decode, options.batch)
         peak = 1.0 if pictures or full is None else float(full.abs().max())
         measured = measure(pieces, yardstick.features, yardstick.judge, 2 * peak)
@@ -127,14 +128,14 @@ def _of_images(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, A
     for_models = [name for name, default in options.sampling.items() if getattr(options, name) != default]
     if for_models:
         given = ", ".join(f"--{name.replace('_', '-')}" for name in for_models)
-        raise ValueError(f"{given}: for a model; {options.model} is drawn already")
+        raise ValueError(f"{given}: only for a model, but {options.model} holds images")
     images = open_images(options.model)
     if images.count < 2:
         raise ValueError(f"{options.model} holds {images.count} image; evaluation takes at least 2, better thousands")
     _check_resamples(options.resamples, images.count)
     judge = judge_of(images.shape, name=options.features)
     if options.features is None:
-        raise ValueError(f"images are told apart by features: give --features, {FEATURES.forms()}")
+        raise ValueError(f"distances between images need features: give --features, {FEATURES.forms()}")
     yardstick = Yardstick.of(images.shape, judge, options.features, options.reference)
     labels = images.labels
     if options.class_labels is not None:
@@ -160,23 +161,24 @@ def _of_images(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, A
 
 
 def _warm_up(model: Model, n: int, settings: dict[str, Any]) -> None:
-    """Else the first policy pays for the start."""
+    """One step of `n` samples, so that the time of the first policy excludes one-off start-up costs."""
     labels = settings["class_labels"]
     labels = None if labels is None else labels[:n]
-    own = {name: settings[name] for name in ("guidance_scale", "execution")}
-    sampler.sample(model, n, class_labels=labels, steps=1, **own)
+    shared = {name: settings[name] for name in ("guidance_scale", "execution")}
+    sampler.sample(model, n, class_labels=labels, steps=1, **shared)
 
 
 def _pieces(
     samples: Tensor, labels: Sequence[int] | None, full: Tensor | None, decode: Any, batch: int
 ) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
-    """What `measure` takes; latents are decoded piece by piece, for images of all would not fit in memory."""
+    """Pieces for `measure`: images, labels, and the full network's images of the same noise. Latents are decoded piece
+    by piece, because the images of all samples would not fit in memory."""
     for start in range(0, len(samples), batch):
         part = slice(start, start + batch)
-        own, paired = (None if s is None else s[part] for s in (samples, full))
+        images, paired = (None if s is None else s[part] for s in (samples, full))
         if decode is not None:
-            own, paired = (None if s is None else decode(s) for s in (own, paired))
-        yield own, None if labels is None else torch.tensor(labels[part], dtype=torch.int64, device="cpu"), paired
+            images, paired = (None if s is None else decode(s) for s in (images, paired))
+        yield images, None if labels is None else torch.tensor(labels[part], dtype=torch.int64, device="cpu"), paired
 
 
 def _read(images: ImageSet, labels: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None, None]]:
@@ -195,7 +197,7 @@ def _numbers(measured: Measured, reference: Reference | None, full: Tensor | Non
 
 
 def _real(judge: Judge) -> Quality:
-    """What the judge says of real images: nobody draws better ones."""
+    """The judge's accuracy on held-out real images, the upper bound for any model."""
     images, labels = judge.held_out()
     return measure([(images, labels, None)], judge=judge).quality()
 

@@ -1,10 +1,10 @@
-"""How help pages are laid out."""
+"""Layout of help pages."""
 
 import argparse
 import textwrap
 from typing import Any
 
-COMMAND_COLUMNS = 15  # of the longest command with its indent, which argparse does not count
+COMMAND_COLUMNS = 15  # longest command name with its indent; argparse leaves command names out of its own count
 
 
 class HelpFormatter(argparse.HelpFormatter):

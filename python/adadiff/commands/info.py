@@ -1,4 +1,4 @@
-"""adadiff info: what is installed, what it runs on, and which kernels serve there."""
+"""adadiff info: versions, devices, and the implementation of each kernel."""
 
 import argparse
 import importlib
@@ -12,7 +12,7 @@ from adadiff_kernels import OPERATORS, backends
 from .. import __version__
 from .terminal import show
 
-INDENT = 26  # of all values
+INDENT = 26  # column at which values start
 
 
 def info(options: argparse.Namespace) -> None:
@@ -63,8 +63,8 @@ def _cpu() -> str:
 
 
 def _gpu(index: int) -> str:
-    own = torch.cuda.get_device_properties(index)
-    return f"{own.name}, compute capability {own.major}.{own.minor}, {own.total_memory / 2**30:.0f} GiB"
+    gpu = torch.cuda.get_device_properties(index)
+    return f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
 
 
 def _why_no_gpu() -> str:

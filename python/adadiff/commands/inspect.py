@@ -1,4 +1,4 @@
-"""adadiff inspect: what a model is, in a page; everything on request."""
+"""adadiff inspect: a summary of a model, or every setting (--all, --json)."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ from .terminal import bold, print_table, printable, say, show, show_lines, way_o
 
 FAMILY_NAMES = {"uvit": "U-ViT", "dit": "DiT"}
 COLOURS = {1: "grey", 3: "colour"}
-MOST_SECONDS = 1e12  # that notes may speak of
+MOST_SECONDS = 1e12  # of training; notes of a file may hold any number, and larger ones are not shown
 NEEDED = {"duodiff": " --drop-first-exit", "diffusers": " --served-by diffusers"}  # options of convert, by layout
 HEADS = {"linear": "a linear layer", "mlp": "an MLP", "block": "a transformer block"}
 
@@ -105,7 +105,7 @@ def _network(content: Mapping[str, Any]) -> str:
 def _cost(content: Mapping[str, Any]) -> str:
     macs = content.get("macs")
     if macs is None:
-        return f"{_count(content['parameters'])} parameters; shapes of no preset, so nothing more can be told"
+        return f"{_count(content['parameters'])} parameters; no preset has these shapes, so the cost is unknown"
     blocks = sorted({macs[name] for name in ("block", "block with skip") if name in macs})
     block = " or ".join(_count(cost) for cost in blocks)
     return f"{_count(macs['full forward pass'])} multiply-adds a forward pass, {block} a block"
@@ -149,7 +149,7 @@ def _steps(selector: Mapping[str, Any]) -> str:
 
 
 def _show_budgets(calibration: Calibration) -> None:
-    """What each calibrated budget keeps, on samples that its thresholds were not chosen on."""
+    """Work and quality at each budget, on samples that were not used for choosing the thresholds."""
     print_table(
         [
             {
@@ -170,11 +170,11 @@ def _show_budgets(calibration: Calibration) -> None:
     print(
         "the thresholds. work: share of the full network's multiply-adds, on average: other steps, guidance or classes"
     )
-    print("take more or less. PSNR: to its images of the same noises, the median (none where that is infinite).")
+    print("take more or less. PSNR: to the full network's images of the same noise, median (blank if infinite).")
     if any(budget.adaptive.frechet is not None for budget in calibration.budgets):
-        print("Fréchet to full: distance between the features of its images and of these.")
+        print("Fréchet to full: distance between the features of these images and of the full network's.")
     print("error over timestep table: squared error, over that of exits chosen by timestep alone")
-    print("for the same work, with its 95 % interval; below 1, looking at each sample pays.")
+    print("for the same work, with its 95 % interval; below 1, deciding for each sample pays.")
 
 
 def _policy_to_try(content: Mapping[str, Any], calibration: Calibration | None) -> str:

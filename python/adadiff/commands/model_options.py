@@ -27,7 +27,7 @@ from .values import shares
 def add_inspect(commands: Commands) -> None:
     command = add_command(commands, "inspect", inspect.inspect)
     add_model(
-        command, "; of a file or folder that `adadiff convert` reads, it shows what can be told before converting"
+        command, "; for a file or folder that `adadiff convert` reads, shows what its tensors tell before converting"
     )
     command.add_argument(
         "--all", action="store_true", help="show every setting, and all thresholds of a calibrated model"
@@ -70,8 +70,8 @@ def add_calibrate(commands: Commands) -> None:
     goal.add_argument(
         "--refit",
         action="store_true",
-        help="first fit the uncertainty estimation modules anew, in closed form, so that they tell the samples of one "
-        "timestep apart by the error that exiting causes",
+        help="first refit the uncertainty estimation modules in closed form, so that the uncertainty predicts "
+        "differences in exit error between samples of the same timestep",
     )
 
     samples = command.add_argument_group("samples to calibrate on")
@@ -119,21 +119,21 @@ def add_convert(commands: Commands) -> None:
     command.add_argument(
         "--preset",
         metavar="NAME",
-        help="configuration for what the shapes of the tensors do not tell, such as the noise schedule: one of the "
-        "presets below, or a JSON file (default: what a folder of diffusers says, else the only preset with these "
-        "shapes)",
+        help="source of the settings that the shapes of the tensors do not give, such as the noise schedule: one of "
+        "the presets below, or a JSON file (default: the settings of a diffusers folder, else the only preset with "
+        "these shapes)",
     )
     command.add_argument(
         "--served-by",
         choices=conversion.SERVERS,
         help="required for a folder of diffusers: compute the DiT as diffusers does or as the DiT repository does, "
-        "which differ slightly in the time embedding and the norms (default: none)",
+        "which differ slightly in the time embedding and the normalization (default: none)",
     )
     command.add_argument(
         "--drop-first-exit",
         action="store_true",
-        help="required for networks of DuoDiff with exits: leave out their exit before block 0, which models of this "
-        "package do not have",
+        help="required for DuoDiff networks with exits: drop their exit before block 0, which models of this package "
+        "do not have",
     )
     command.add_argument("--dtype", choices=tuple(DTYPES), help="type to store the weights in (default: as in SOURCE)")
     add_force(command)

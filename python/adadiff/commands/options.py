@@ -20,7 +20,7 @@ MODELS = "canvases, canvases_plain, canvases_shallow, digits, digits_plain, digi
 
 
 class Once(argparse.Action):
-    """An option that is an error when it is given twice: the first value would be dropped."""
+    """An option that may be given once: argparse would silently drop the first of two values."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, options: argparse.Namespace, value: Any, name: Any = None
@@ -32,7 +32,7 @@ class Once(argparse.Action):
 
 
 def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
-    """The parser of a command, with its page; `run` is called with the parsed options."""
+    """Adds the parser of command `name`, with its help page; `run` is called with the parsed options."""
     page = PAGES[name]
     command = commands.add_parser(
         name,
@@ -78,7 +78,7 @@ def add_seed(options: Options, seed: int = 0, note: str = "") -> None:
 
 
 def add_steps(options: Options, several: bool = True) -> None:
-    """several: for samples that need not all have the same."""
+    """several: whether samples may take different numbers of steps."""
     more = f"; with several numbers, as in 20,30, the samples take turns; {AUTO_HELP}" if several else ""
     options.add_argument(
         "--steps",

@@ -1,4 +1,4 @@
-"""Prompts of a file, for commands that learn from many."""
+"""Prompts from a file, for the commands that calibrate or train on many of them."""
 
 import argparse
 
@@ -11,8 +11,8 @@ from ..reading import read_text
 
 
 def texts_of(options: argparse.Namespace, model: Model) -> dict[str, Tensor]:
-    """Embeddings of the lines of --prompts, and of the empty prompt. ValueError for options that do not fit the
-    model."""
+    """`text_embeds` of the lines of --prompts, and `null_text_embeds` of the empty prompt; {} for a model without text.
+    Raises ValueError for options that do not fit the model, and for a file without prompts."""
     if not model.config.network.context_tokens:
         if options.prompts is not None or options.text_encoder is not None:
             raise ValueError("this model takes no text; leave --prompts and --text-encoder out")

@@ -18,7 +18,7 @@ Run = Callable[[Sequence[str]], None]
 
 
 def reproduce(options: argparse.Namespace, run: Run) -> None:
-    """run: a command line of adadiff, without its name."""
+    """run: executes one adadiff command line, given as its arguments."""
     if options.preset is None:
         _show_table()
         return
@@ -38,9 +38,9 @@ def reproduce(options: argparse.Namespace, run: Run) -> None:
         _run(lines["convert"], run)
     _run(lines["sample"], run)
     manifest = Manifest.read(samples)
-    there = len(present(samples, manifest))
-    if there < manifest.shards:
-        say(f"{there} of {manifest.shards} shards are there; others still draw. The same command evaluates at the end")
+    done = len(present(samples, manifest))
+    if done < manifest.shards:
+        say(f"{done} of {manifest.shards} shards are done; run the same command again when the others are, to evaluate")
         return
     if process.rank:
         return
@@ -51,7 +51,7 @@ def reproduce(options: argparse.Namespace, run: Run) -> None:
 def commands(
     options: argparse.Namespace, published: Published, model: Path, samples: Path, result: Path
 ) -> dict[str, list[str]]:
-    """What is run, by name."""
+    """Arguments of the three commands to run, by command."""
     n = published.n if options.n is None else options.n
     convert = ["convert", str(options.weights), str(model), "--preset", options.preset]
     sample = ["sample", str(model), "--out", str(samples), "-n", str(n), "--format", "npz", "--shard", str(SHARD)]
@@ -72,7 +72,7 @@ def commands(
 
 def _published(preset: str) -> Published:
     if preset not in PUBLISHED:
-        raise ValueError(f"of preset {preset!r} nothing is known to reproduce; there are {', '.join(PUBLISHED)}")
+        raise ValueError(f"no published result is known for preset {preset!r}, only for {', '.join(PUBLISHED)}")
     return PUBLISHED[preset]
 
 
@@ -92,8 +92,8 @@ def _compare(
         "policy": options.policy, "source": published.source,
     }  # fmt: skip
     write_json(options.out / "reproduction.json", content)
-    few = "" if n == published.n else f" (of {n}, which are fewer: not to be compared)"
-    say(f"{preset}: Fréchet distance {found:.2f}{few}; published {published.fid:.2f}, {published.source}")
+    other = "" if n == published.n else f" (of {n} samples instead of {published.n}: not comparable)"
+    say(f"{preset}: Fréchet distance {found:.2f}{other}; published {published.fid:.2f}, {published.source}")
 
 
 def _distance(measured: dict[str, object]) -> float:

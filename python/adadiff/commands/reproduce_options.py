@@ -8,7 +8,7 @@ from .options import Commands, add_batch, add_command, add_decoder, add_device, 
 
 
 def add_reproduce(commands: Commands, run: reproduce.Run) -> None:
-    """run: runs a line of the other commands."""
+    """run: executes one adadiff command line, given as its arguments."""
     command = add_command(commands, "reproduce", partial(reproduce.reproduce, run=run))
     command.add_argument(
         "preset",
@@ -16,23 +16,23 @@ def add_reproduce(commands: Commands, run: reproduce.Run) -> None:
         metavar="PRESET",
         help="network to reproduce; without one, the table is shown (default: none)",
     )
-    given = command.add_argument_group("what it takes")
-    given.add_argument(
+    inputs = command.add_argument_group("input")
+    inputs.add_argument(
         "--weights",
         type=Path,
         metavar="SOURCE",
         help="released weights of the preset, as `adadiff convert` reads them; required with a preset (default: none)",
     )
-    given.add_argument(
+    inputs.add_argument(
         "--reference",
         type=Path,
         metavar="FILE",
         help="statistics of real images, the file that the table names; required with a preset (default: none)",
     )
-    add_features(given, "features of the distance", "those of the model's images, where they are known")
-    add_decoder(given)
+    add_features(inputs, "features in which the distance is measured, required with a preset", "none")
+    add_decoder(inputs)
 
-    run_group = command.add_argument_group("how it is run")
+    run_group = command.add_argument_group("sampling")
     run_group.add_argument("-n", "--n", type=int, metavar="N", help="number of samples (default: as many as published)")
     add_policy(run_group)
     add_batch(run_group)
@@ -43,6 +43,6 @@ def add_reproduce(commands: Commands, run: reproduce.Run) -> None:
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="folder for model, samples and result; what is there already is not made again; required with a preset "
+        help="folder for model, samples and result; parts that it holds already are kept; required with a preset "
         "(default: none)",
     )

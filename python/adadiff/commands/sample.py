@@ -30,8 +30,8 @@ from ..writing import check_replaceable
 from .shared import check_limits, decoder, with_progress
 from .terminal import say, way_of_drawing, with_bars
 
-PNG_MOST = 1000  # samples that become a picture each where nothing else is asked for
-PNG_LIMIT = 10**6  # samples that can become a picture each
+PNG_MOST = 1000  # samples up to which --format defaults to png
+PNG_LIMIT = 10**6  # samples that --format png takes
 OUTPUTS = re.compile(r"report\.json|manifest\.json|grid\.png|[0-9]{6,}\.png|shard-[0-9]{5,}\.npz")
 Folder = TypeVar("Folder", PictureFolder, ShardFolder)
 
@@ -91,7 +91,7 @@ def sample(options: argparse.Namespace) -> None:
 
 
 def _check_ray(options: argparse.Namespace, kind: str) -> None:
-    """ValueError for options that make no sense with --ray, or without."""
+    """ValueError for options that do not work with --ray, or need it."""
     if not options.ray:
         for name in ("actors", "actor_cpus"):
             if getattr(options, name) is not None:
@@ -123,12 +123,12 @@ def _picture_folder(out: Path, configuration: dict[str, Any], *settings: Any) ->
     if (out / MANIFEST).exists():
         raise ValueError(f"{out} holds shards; {ADVICE}, or --format npz")
     differs = {"steps": configuration["steps"] == [AUTO], "went_on": "cascade_sha256" in configuration}
-    return PictureFolder(out, configuration, *settings, by_sample=[name for name, own in differs.items() if own])
+    return PictureFolder(out, configuration, *settings, by_sample=[name for name, kept in differs.items() if kept])
 
 
 def _opened(options: argparse.Namespace, folder: Callable[[], Folder]) -> Folder:
-    """What `folder` makes. Where that raises ValueError, as for samples of other settings, --force removes all files
-    that bear names of samples."""
+    """The opened folder. If `folder()` raises ValueError, e.g. for samples of other settings, --force removes all files
+    with names of samples and opens it again."""
     for path in options.out.iterdir():
         if OUTPUTS.fullmatch(path.name):
             check_replaceable(path)
@@ -170,10 +170,10 @@ def _fill_with_pictures(
                 folder.add(missing[place], image, steps=int(report.steps[place]), went_on=went_on)
         folder.record(run.report)
     except BaseException as error:
-        with suppress(OSError):  # where the disk is full already
+        with suppress(OSError):  # the disk may be full
             folder.record(run.report)
-        there = f"{folder.count} of {n} pictures are in {out}"
-        raise with_progress(error, f"{there}; the same command draws the others") from error.__cause__
+        progress = f"{folder.count} of {n} pictures are in {out}"
+        raise with_progress(error, f"{progress}; the same command draws the others") from error.__cause__
     if n:
         chosen = f"; {_chosen(run.report)}" if missing and configuration["steps"] == [AUTO] else ""
         say(f"wrote {folder.write_grid()}: {_saving(run.report) + chosen if missing else f'{n} images, drawn before'}")
@@ -184,8 +184,8 @@ def _fill_with_pictures(
 def _fill_with_shards(
     options: argparse.Namespace, folder: ShardFolder, draw: Callable[[], int], calibration: Calibration | None
 ) -> None:
-    """draw: what is missing; returns how many shards that was. Rank 0 speaks for all; others only of damage, and of the
-    end where they are the last."""
+    """draw: draws the missing shards and returns their number. Rank 0 prints for all processes; another one prints only
+    damaged shards, and the summary if it finishes last."""
     out, n, first = folder.folder, folder.manifest.n, folder.process.rank == 0
     if first:
         _announce(folder.manifest.configuration, calibration)
@@ -217,14 +217,15 @@ def _fill_with_shards(
 
 
 def _asks(policy: str) -> tuple[str, ...]:
-    """What it is there to let samples do while they are drawn, see `never_acted_text`."""
+    """The kinds of saving that `policy` can make while samples are drawn ("exit", "reuse", "width"), for
+    `never_acted_text`."""
     of_kinds = {"cache": "reuse", "reuse": "reuse", "width": "width", "full": "", "cascade": ""}
     found = (of_kinds.get(part.partition(":")[0], "exit") for part in split_parts(policy))
     return tuple(dict.fromkeys(name for name in found if name))
 
 
 def _announce(configuration: dict[str, Any], calibration: Calibration | None) -> None:
-    """What is going to be drawn, in a line; report.json and manifest.json hold every setting."""
+    """Prints the run's main settings in one line; report.json and manifest.json hold all of them."""
     steps = " or ".join(map(str, configuration["steps"]))
     n, guidance = configuration["n"], configuration["guidance_scale"]
     asked = (*configuration["steps"], configuration["solver"], guidance)
@@ -236,9 +237,7 @@ def _announce(configuration: dict[str, Any], calibration: Calibration | None) ->
         return
     known = (calibration.steps, calibration.solver, calibration.guidance_scale)
     if asked != known:
-        print(
-            f"note: the policy was calibrated for {way_of_drawing(*known)}; the share of the work may be another here"
-        )
+        print(f"note: the policy was calibrated for {way_of_drawing(*known)}; here its share of the work may differ")
 
 
 def _saving(report: Report) -> str:
@@ -248,7 +247,7 @@ def _saving(report: Report) -> str:
         return f"{n} images in {seconds:.2f} s ({n / seconds:.1f} images/s), {went_on}"
     never = never_acted_text(report.idle or ("exit",)) if report.asks else None
     left_out = _left_out(report.macs, report.macs_full, report.mean_exit_layer, report.num_layers, never=never)
-    if report.never_acted and never is not None and never not in left_out:  # a shallow network alone left work out
+    if report.never_acted and never is not None and never not in left_out:  # only the shallow network saved work
         left_out += f"; {never}"
     if report.reuses:
         left_out += f"; {report.reuses / report.passes:.0%} of the steps reused an earlier one"
@@ -261,7 +260,7 @@ def _chosen(report: Report) -> str:
 
 
 def _left_out(macs: int, macs_full: int, mean_exit_layer: float, num_layers: int, *, never: str | None) -> str:
-    """never: what is said of a policy that never acted; None where it is not there to act."""
+    """never: text for a policy that never acted; None for a policy that has nothing to decide."""
     if macs >= macs_full:
         return "no work left out" + (f": {never}" if never is not None and mean_exit_layer == num_layers else "")
     return f"{1 - macs / macs_full:.0%} of the work left out (mean exit layer {mean_exit_layer:.2f} of {num_layers})"

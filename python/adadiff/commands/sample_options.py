@@ -86,8 +86,8 @@ def add_sample(commands: Commands) -> None:
         "--t-switch",
         type=float,
         metavar="T",
-        help="timestep, between 0 (least noise) and 1000 (most noise), from which upwards the shallow model runs; "
-        f"needs --shallow-model (default: {T_SWITCH:g})",
+        help="timestep, between 0 (least noise) and 1000 (most noise): the shallow model runs at T and above; needs "
+        f"--shallow-model (default: {T_SWITCH:g})",
     )
 
     output = command.add_argument_group("output")
@@ -109,8 +109,7 @@ def add_sample(commands: Commands) -> None:
         "--parquet",
         type=Path,
         metavar="FOLDER",
-        help="also write the samples of npz files as Parquet files, one for each, a row for each sample; needs pyarrow "
-        "(default: none)",
+        help="also write each npz file as a Parquet file with one row for each sample; needs pyarrow (default: none)",
     )
     add_decoder(output)
     add_force(output, "replace samples of other settings, and files with the names of samples, that FOLDER holds")
@@ -119,8 +118,8 @@ def add_sample(commands: Commands) -> None:
     machines.add_argument(
         "--ray",
         action="store_true",
-        help="let workers of a Ray cluster draw the samples: of the one that RAY_ADDRESS names, or that runs on this "
-        "machine, or of a new one, on this machine alone; bits are those of a run without",
+        help="draw the samples with workers of a Ray cluster: the one that RAY_ADDRESS names, else one that runs on "
+        "this machine, else a new one on this machine alone; samples are the same, bit for bit, as without --ray",
     )
     machines.add_argument(
         "--actors",
@@ -130,7 +129,7 @@ def add_sample(commands: Commands) -> None:
         "the cluster)",
     )
     machines.add_argument(
-        "--actor-cpus", type=int, metavar="N", help="processors of a worker, for as many threads (default: 1)"
+        "--actor-cpus", type=int, metavar="N", help="number of CPUs and threads of each worker (default: 1)"
     )
 
     execution = command.add_argument_group("execution")
@@ -155,12 +154,12 @@ def add_evaluate(commands: Commands) -> None:
         metavar="PATH",
         help="real images to compare with, in one of the forms of IMAGES, or a .npz file with the statistics mu and "
         "sigma of their features, as U-ViT, pytorch-fid and guided-diffusion publish them (default: held-out images "
-        "of digits or canvases)",
+        "of digits, canvases or letters)",
     )
     add_features(
         metrics,
         "features of images between which distances are measured, required for IMAGES",
-        "digits or canvases for models that draw these, else none",
+        "digits, canvases or letters for models that draw these, else none",
     )
     metrics.add_argument(
         "--class-labels",

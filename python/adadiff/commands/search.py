@@ -71,8 +71,8 @@ def _yardstick(model: Model, options: argparse.Namespace) -> Yardstick | None:
 
 
 def _measured(found: Found) -> dict[str, Any]:
-    """Of the schedule and of every width alone, on samples that the search did not draw."""
-    uniform = [{"width": one.width.widths[0], "share": one.share, "measured": one.quality} for one in found.uniform]
+    """Quality of the schedule and of each constant width, on samples that the search did not draw."""
+    uniform = [{"width": c.width.widths[0], "share": c.share, "measured": c.quality} for c in found.uniform]
     return {"searched": found.best.quality, "measured": found.measured.quality, "uniform": uniform}
 
 
@@ -84,9 +84,9 @@ def _write(
     quality: dict[str, Any],
     first: bool,
 ) -> None:
-    """The first time only where the file does not exist by now, unless --force."""
+    """Writes --out. first: refuse a file that exists by now, unless --force; later calls replace the search's own."""
     network = json.loads(network_of(model.config))
-    own = {"model": checkpoint.find(options.model).stem, "features": options.features, "reference": options.reference}
-    text = width_json(best.width, network, share=best.share, quality=quality, settings={**own, **settings})
+    names = {"model": checkpoint.find(options.model).stem, "features": options.features, "reference": options.reference}
+    text = width_json(best.width, network, share=best.share, quality=quality, settings={**names, **settings})
     force = options.force or not first
     replace_file(options.out, lambda temporary: temporary.write_text(text, encoding="utf-8"), force=force)

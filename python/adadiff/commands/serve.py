@@ -22,7 +22,7 @@ def serve(options: argparse.Namespace) -> None:
     settings, named = settings_of(options, os.environ), names_of(options.models)
     if not 0 < options.drain_timeout <= 86400:
         raise ValueError(f"--drain-timeout must be above 0 and at most 86400 seconds, got {options.drain_timeout:g}")
-    if not 0 <= options.port < 2**16:  # some systems take what is left of it beyond 16 bits
+    if not 0 <= options.port < 2**16:  # some systems silently cut it to 16 bits
         raise ValueError(f"--port must lie in 0..65535, got {options.port}")
     logs.configure(options.log_format, sys.stderr)
     bound = lifecycle.bind(options.host, options.port)  # before anything is loaded, which takes long
@@ -43,25 +43,26 @@ def serve(options: argparse.Namespace) -> None:
         app = create_app(models, settings)
         address = lifecycle.address_of(bound)
         if not settings.api_keys and options.host not in lifecycle.LOOPBACK:
-            logs.log("anybody who reaches this address may draw; --api-key-file asks for a key", 30, address=address)
+            logs.log("no API key: anyone who reaches this address may draw; see --api-key-file", 30, address=address)
         logs.log("serving", address=address, models=",".join(named))
         if not lifecycle.run(app, bound, options.drain_timeout):
             raise SystemExit(1)
 
 
 def _check_extra() -> None:
-    """ImportError, with the remedy, where a package of the extra `serve` is missing."""
+    """ImportError, with the pip command to run, if a package of the extra `serve` is missing."""
     for name in EXTRA:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
             if error.name != name:
                 raise
-            raise ImportError(f"adadiff serve takes {name}: pip install 'adadiff_kernels[serve]'") from error
+            raise ImportError(f"adadiff serve needs {name}: pip install 'adadiff_kernels[serve]'") from error
 
 
 def settings_of(options: argparse.Namespace, environment: Any) -> Settings:
-    """ValueError for limits, policies and keys that cannot be."""
+    """Settings of the service from options and environment variables. ValueError for invalid limits, policies or
+    keys."""
     return Settings(
         max_images=options.max_images,
         max_steps=options.max_steps,

@@ -16,30 +16,30 @@ def add_serve(commands: Commands) -> None:
         "models",
         nargs="+",
         metavar="MODEL",
-        help=f"models to draw with, each the name of one in the package ({MODELS}), a file, or NAME=FILE; the first is "
-        "for requests that name none",
+        help=f"models to draw with, each the name of one in the package ({MODELS}), a file, or NAME=FILE; requests "
+        "that name no model get the first",
     )
 
     address = command.add_argument_group("where to listen")
     address.add_argument(
         "--host",
         default="127.0.0.1",
-        help="address to listen on; 0.0.0.0 is every network of this machine (default: 127.0.0.1)",
+        help="address to listen on; 0.0.0.0 listens on all networks of this machine (default: 127.0.0.1)",
     )
     address.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one (default: 8000)")
     address.add_argument(
         "--api-key-file",
         type=Path,
         metavar="FILE",
-        help=f"keys, one a line, of which a request has to bring one; the variable {serve.KEY_VARIABLE} gives one, too "
-        "(default: none)",
+        help="file of API keys, one a line; requests must send one of them. The environment variable "
+        f"{serve.KEY_VARIABLE} adds one (default: none)",
     )
 
     limits = command.add_argument_group("limits")
-    limits.add_argument("--max-images", type=int, default=16, metavar="N", help="images of a request (default: 16)")
-    limits.add_argument("--max-steps", type=int, default=250, metavar="N", help="steps of an image (default: 250)")
+    limits.add_argument("--max-images", type=int, default=16, metavar="N", help="most images per request (default: 16)")
+    limits.add_argument("--max-steps", type=int, default=250, metavar="N", help="most steps of an image (default: 250)")
     limits.add_argument(
-        "--max-body", type=int, default=65536, metavar="BYTES", help="bytes of a request's body (default: 65536)"
+        "--max-body", type=int, default=65536, metavar="BYTES", help="largest body of a request (default: 65536)"
     )
     limits.add_argument(
         "--queue",
@@ -57,22 +57,22 @@ def add_serve(commands: Commands) -> None:
         "--policy",
         action="append",
         metavar="NAME=SPELLING",
-        help="a policy that clients may ask for by this name, files and classes included; the one called default is "
-        "for requests without a policy; repeat the option for several (default: none)",
+        help="policy that clients may ask for by NAME; unlike a client's own, it may read files and import classes. "
+        "Requests without a policy get the one named default; repeat the option for several (default: none)",
     )
 
     drawing.add_argument(
         "--shallow-model",
         action="append",
         metavar="NAME=FILE",
-        help="shallower model that replaces the model NAME at noisy timesteps, for all requests, as in DuoDiff; a FILE "
-        "alone is for the only model; repeat the option for several (default: none)",
+        help="shallower model that replaces the model NAME at noisy timesteps, for all requests, as in DuoDiff; FILE "
+        "alone will do if a single model is served; repeat the option for several (default: none)",
     )
     drawing.add_argument(
         "--t-switch",
         type=float,
         metavar="T",
-        help="timestep, between 0 (least noise) and 1000 (most noise), from which upwards shallow models run; needs "
+        help="timestep, between 0 (least noise) and 1000 (most noise): shallow models run at T and above; needs "
         f"--shallow-model (default: {T_SWITCH:g})",
     )
 
@@ -81,21 +81,21 @@ def add_serve(commands: Commands) -> None:
         "--text-encoder",
         type=Path,
         metavar="FOLDER",
-        help="text encoder of CLIP for models of text, a folder or a name on the Hugging Face hub "
-        f"(default: {CLIP} where there is such a model)",
+        help="text encoder (CLIP) for text-to-image models, a folder or a name on the Hugging Face hub "
+        f"(default: {CLIP}, if such a model is served)",
     )
     add_decoder(outside)
 
     operation = command.add_argument_group("logs and end")
     operation.add_argument(
-        "--log-format", choices=("text", "json"), default="text", help="lines of the log, on stderr (default: text)"
+        "--log-format", choices=("text", "json"), default="text", help="format of the log on stderr (default: text)"
     )
     operation.add_argument(
         "--drain-timeout",
         type=float,
         default=30.0,
         metavar="SECONDS",
-        help="time for requests in flight after SIGTERM or Ctrl-C; what is left then is given up (default: 30)",
+        help="time for requests in flight after SIGTERM or Ctrl-C; then they are cancelled (default: 30)",
     )
 
     execution = command.add_argument_group("execution")
@@ -104,14 +104,14 @@ def add_serve(commands: Commands) -> None:
         type=lanes,
         default=64,
         metavar="LANES",
-        help="lanes of one forward pass of each model, a guided image takes two; or the memory they may take, as in "
-        "2GiB (default: 64)",
+        help="most lanes in one forward pass of each model (a guided image takes two), or the memory that they may "
+        "take, as in 2GiB (default: 64)",
     )
     execution.add_argument(
         "--admission",
         choices=ADMISSIONS,
         default="arrival",
-        help="which of the requests that wait is drawn first: by arrival, or by the least work expected of it, which "
+        help="order of waiting requests: arrival, first come, first served; work, the least expected work first, which "
         "answers most of them sooner and long ones later (default: arrival)",
     )
     add_device(execution)
@@ -119,5 +119,5 @@ def add_serve(commands: Commands) -> None:
 
 
 def lanes(text: str) -> int | str:
-    """What `Engine` takes for its capacity."""
+    """Capacity for `Engine`: an int for a number of lanes; other text, such as "2GiB", as it is."""
     return int(text) if text.isdecimal() else text

@@ -1,4 +1,4 @@
-"""What several commands need."""
+"""Helpers that several commands share."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -22,12 +22,12 @@ MOST_BATCH, MOST_SHARD, MOST_RESAMPLES = 2**16, 10**5, 10**4
 
 
 def load_model(options: argparse.Namespace, name_or_file: str | None = None) -> Model:
-    """The model of a command, or another one, as --device and --dtype ask for it."""
+    """The command's model, or `name_or_file`, on --device and in --dtype."""
     return checkpoint.load(name_or_file or options.model, device_of(options), options.dtype)
 
 
 def check_limits(options: argparse.Namespace, n: int) -> None:
-    """ValueError for counts beyond their limits, `n` for samples: before anything of their size is made."""
+    """ValueError for counts above their limits (`n`: limit of samples), before memory is allocated for them."""
     for name, most in {"n": n, "batch": MOST_BATCH, "shard": MOST_SHARD, "resamples": MOST_RESAMPLES}.items():
         value = getattr(options, name, None)
         if value is not None and value > most:
@@ -40,7 +40,8 @@ def file_of(features: str | None) -> str | None:
 
 
 def with_progress(error: BaseException, progress: str) -> BaseException:
-    """What to raise for Ctrl-C, or for a disk that is full: it says what is done. Any other error as it is."""
+    """The exception to raise for `error`: Ctrl-C and OSError (a full disk) get `progress` added, others stay as they
+    are."""
     if isinstance(error, KeyboardInterrupt):
         return KeyboardInterrupt(progress)
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
@@ -53,19 +54,20 @@ def execution_of(options: argparse.Namespace) -> ExecutionOptions:
 
 
 def steps_of(options: argparse.Namespace, n: int, slots: Sequence[int]) -> list[int] | str:
-    """Those of the samples in `slots` of n, or "auto"."""
+    """Numbers of steps of the samples in `slots`, out of n samples, or "auto"."""
     return AUTO if options.steps == [AUTO] else cycled("steps", options.steps, n, slots)
 
 
 def decoder(options: argparse.Namespace, model: Model) -> Callable[[Tensor], Tensor] | None:
-    """What makes images of samples, where --decoder asks for it."""
+    """Function from latents [n, C, H, W] to images, or None without --decoder. ValueError for a model that draws no
+    latents, or whose configuration lacks their scale."""
     if options.decoder is None:
         return None
     shape, scale, shift = model.backbone.sample_shape, model.config.latent_scale, model.config.latent_shift
     if scale is None:
         if shape[0] in CHANNELS:
             raise ValueError("this model makes images, not latents; leave --decoder out")
-        raise ValueError("the model's configuration has no latent_scale; convert it with --preset and one that has")
+        raise ValueError("the model's configuration has no latent_scale; convert it again with a --preset that has one")
     autoencoder = latents.load_autoencoder(options.decoder)
-    latents.decode(torch.zeros(0, *shape, dtype=torch.float32, device="cpu"), autoencoder, scale, shift)  # its checks
+    latents.decode(torch.zeros(0, *shape, dtype=torch.float32, device="cpu"), autoencoder, scale, shift)  # checks shape
     return lambda samples: latents.decode(samples, autoencoder, scale, shift)

@@ -1,4 +1,4 @@
-"""What a step selector chooses and how it was measured, printed."""
+"""Printed tables of a step selector's choices and of its measured errors."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ MOST_NAMED = 20  # classes that are named in a line
 
 
 def show_choices(config: SelectorConfig, steps_of_classes: Sequence[int] | None) -> None:
-    """Tables of what each class takes, if it goes by classes, and of the errors."""
+    """Prints the number of steps of each class (None: a selector that reads prompts) and the measured errors."""
     if steps_of_classes is not None:
         by_steps: dict[int, list[int]] = {}
         for label, steps in enumerate(steps_of_classes):
@@ -20,21 +20,21 @@ def show_choices(config: SelectorConfig, steps_of_classes: Sequence[int] | None)
         print_table(_errors(measured, most))
         print(f"Measured with {way_of_drawing(most, config.solver, config.guidance_scale)} as the reference, on")
         print(
-            f"{measured.n} noises that were not learnt from. error: root mean square. ratio: the selector's error over"
+            f"{measured.n} noises that it was not trained on. error: root mean square. ratio: the selector's error over"
         )
-        print("that of this line, with its 95 % interval; below 1, choosing pays.")
+        print("that of the row, with its 95 % interval; below 1, choosing pays.")
         print(f"{measured.above_bar:.0%} of the selector's errors are above the bar, {config.bar:g}.")
 
 
 def _errors(measured: MeasuredSteps, most: int) -> list[dict[str, str]]:
-    own = f"{measured.error:.3g} [{measured.low:.3g}, {measured.high:.3g}]"
-    rows = [{"": "chosen by the selector", "mean steps": f"{measured.mean_steps:.2f}", "error": own, "ratio": ""}]
-    for name, steps, one in (
+    error = f"{measured.error:.3g} [{measured.low:.3g}, {measured.high:.3g}]"
+    rows = [{"": "chosen by the selector", "mean steps": f"{measured.mean_steps:.2f}", "error": error, "ratio": ""}]
+    for name, steps, other in (
         ("the same for all", f"{measured.fixed_steps}", measured.fixed),
         ("its choices, dealt at random", f"{measured.mean_steps:.2f}", measured.random),
     ):
-        ratio = "" if one.ratio is None else f"{one.ratio:.2f} ({one.low:.2f} to {one.high:.2f})"
-        rows.append({"": name, "mean steps": steps, "error": f"{one.error:.3g}", "ratio": ratio})
+        ratio = "" if other.ratio is None else f"{other.ratio:.2f} ({other.low:.2f} to {other.high:.2f})"
+        rows.append({"": name, "mean steps": steps, "error": f"{other.error:.3g}", "ratio": ratio})
     return [*rows, {"": "the most", "mean steps": str(most), "error": "0", "ratio": ""}]
 
 

@@ -1,4 +1,4 @@
-"""How commands print: values, tables, errors and bars. What wraps or is styled is so on a terminal only."""
+"""Output of commands: values, tables, errors and progress bars. Lines are wrapped and styled on a terminal only."""
 
 import os
 import shutil
@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 INDENT = 2
-NARROW = 40  # columns below which nothing is wrapped any more
-MOST_CHARACTERS = 2000  # of an error; names in a file of others may have any number
+NARROW = 40  # columns; narrower terminals are treated as this wide
+MOST_CHARACTERS = 2000  # of an error message, which may quote names of any length from a file
 
 
 def styled(stream: TextIO) -> bool:
@@ -27,13 +27,13 @@ def columns() -> int | None:
 
 
 def with_bars() -> bool:
-    """Whether commands show progress bars: somebody watches."""
+    """Whether commands show progress bars: stderr is a terminal."""
     return sys.stderr.isatty()
 
 
 def printable(text: str) -> str:
-    """Without escape sequences, line breaks and other characters that a terminal obeys instead of showing them: text
-    from files may hold any."""
+    """`text` with control characters (escape sequences, line breaks) written as escapes: text from files may hold
+    any."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
@@ -44,7 +44,7 @@ def print_error(kind: str, text: str) -> None:
 
 
 def show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: object) -> None:
-    """In the place of `warnings.showwarning`: a line of our style, without the source."""
+    """Replaces `warnings.showwarning`: one line in the style of errors, without the source line."""
     print_error("warning", " ".join(str(message).split()))
 
 
@@ -62,23 +62,23 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def way_of_drawing(steps: object, solver: str, guidance_scale: float) -> str:
-    """Such as "20 steps of ddim, guidance scale 4"; no guidance is not mentioned."""
+    """Such as "20 steps of ddim, guidance scale 4"; a scale of 1 (no guidance) is left out."""
     guided = "" if guidance_scale == 1 else f", guidance scale {guidance_scale:g}"
     return f"{steps} steps of {printable(solver)}{guided}"
 
 
 def say(text: str) -> None:
-    """A line, printable."""
+    """Prints one line, made printable."""
     print(printable(text))
 
 
 def show_lines(text: str) -> None:
-    """Text of several lines, printable."""
+    """Prints several lines, each made printable."""
     print("\n".join(map(printable, text.split("\n"))))
 
 
 def show(values: Mapping[str, Any], prefix: str = "", indent: int = 0) -> None:
-    """A line for each value: its name, and beside it, from column `indent` on or further, the value, wrapped to the
+    """Prints a line for each value: its name and, at column `indent` or further right, the value, wrapped to the
     terminal."""
     lines = flat(values, prefix)
     indent = max(indent, *(len(name) + INDENT for name in lines))
@@ -92,8 +92,8 @@ def show(values: Mapping[str, Any], prefix: str = "", indent: int = 0) -> None:
 
 
 def print_table(rows: Sequence[Mapping[str, str]]) -> None:
-    """Rows with the same keys, which are the head; columns without content are left out. On a terminal too narrow for
-    the table, each row becomes a block of lines."""
+    """Prints rows that share their keys, which are the header; empty columns are left out. On a terminal too narrow
+    for the table, each row becomes a block of lines."""
     head = [key for key in rows[0] if any(row[key] for row in rows)]
     rows = [{printable(key): printable(text) for key, text in row.items()} for row in rows]
     head = [printable(key) for key in head]

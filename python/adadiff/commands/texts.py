@@ -1,4 +1,4 @@
-"""What the command line explains: a page for each command, and help texts that are longer than a line."""
+"""Help texts of the command line: a page for each command, and option texts that several commands share."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from ..metrics.extractors import FEATURES
 
 SUMMARY = (
     "Draw images with diffusion transformers whose samples exit early: each one skips the remaining blocks of the "
-    "network as soon as the error that this is expected to cause is small."
+    "network as soon as the estimated error of doing so is small."
 )
 START = """first steps:
   adadiff info
@@ -50,8 +50,8 @@ PAGES = {
         usage="MODEL --out FOLDER [options]",
         description="Draw samples from a model and save them in the folder --out, as one PNG file for each sample or "
         "as array files. The folder also gets report.json, which holds the settings and the cost of the run, and, for "
-        "images, an overview in grid.png. Of up to 10,000 PNG files report.json tells one by one, under by_sample, the "
-        "steps that --steps auto chose and which ones a cascade's teacher drew on.",
+        "images, an overview in grid.png. For up to 10,000 PNG files, by_sample in report.json lists the steps that "
+        "--steps auto chose for each sample and which samples a cascade passed on to the teacher.",
         examples="""\
   # 40 digits, four of each class, with early exit
   adadiff sample digits --out samples --n 40 \\
@@ -120,9 +120,9 @@ PAGES = {
   # a converted text-to-image model
   adadiff serve mscoco.safetensors --decoder vae""",
         notes="SIGTERM or Ctrl-C finishes the requests in flight, then ends with exit code 0; a second one, or "
-        "--drain-timeout, gives them up, and the exit code is 1.\n\n"
+        "--drain-timeout, cancels them, and the exit code is 1.\n\n"
         "Clients may ask for the policies above except exit:batch-mean, and for those of cache: and reuse:. Policies "
-        "that read files or import code are for --policy alone.\n\n"
+        "that read files or import code can be given only by --policy.\n\n"
         "The file README.md in the folder adadiff/serving explains requests, replies, metrics and limits.",
     ),
     "inspect": Page(
@@ -202,16 +202,16 @@ PAGES = {
         summary="find a width for each timestep",
         usage="MODEL --weight W --out FILE\n                         [options]",
         description="Find which share of heads and channels a slimmable model needs at which timestep (DDSM): an "
-        "evolutionary search over schedules, each of which draws samples. The best one is written to the JSON file "
-        "--out, and printed are its quality and that of every width alone, on samples that the search did not draw.",
+        "evolutionary search over schedules, each of which draws samples. Write the best schedule to the JSON file "
+        "--out, and print its quality and that of each constant width, on samples that the search did not draw.",
         examples="""\
   adadiff search digits_slim --weight 2 --out widths.json
 
   # images as the whole network draws them
   adadiff search digits_slim --aim faithful --weight 0.1 \\
       --n 64 --steps 20 --out widths.json""",
-        notes="Models are slimmable that were trained with widths, as by `adadiff train digits_slim`. The schedule is "
-        "used by `adadiff sample MODEL --policy width:FILE`. The search needs pymoo: pip install "
+        notes="The model must be slimmable, that is, trained with widths, as by `adadiff train digits_slim`. The "
+        "schedule is used by `adadiff sample MODEL --policy width:FILE`. The search needs pymoo: pip install "
         "'adadiff_kernels[search]'. If it is interrupted, FILE holds the best schedule so far.",
     ),
     "train-steps": Page(
@@ -220,9 +220,9 @@ PAGES = {
         description="Train a step selector: a small network that reads the class or the prompt of a sample and chooses "
         "its number of steps among --candidates, as few as keep the image within --bar of that of the largest "
         "candidate. Images of every candidate are drawn from the same noises; then the selector learns from their "
-        "errors, by policy gradient. Print what it chooses and, on noises that it did not learn from, its error beside "
-        "that of equally many steps for all and of its own choices dealt out at random. The model with its selector is "
-        "written to the file --out.",
+        "errors, by policy gradient. Print its choices and, on noises that it was not trained on, its error beside "
+        "those of the same number of steps for all samples and of its own choices in random order. The model with its "
+        "selector is written to the file --out.",
         examples="""\
   adadiff train-steps digits_prototypes \\
       --out selected.safetensors
@@ -274,8 +274,8 @@ PAGES = {
         usage="MODEL --data DATA --out FILE\n                       [options]",
         description="Distil a model into a student of few steps (progressive distillation), train an oracle that tells "
         "the student's images from real ones, and write both to the file --out. With --policy cascade:FILE, `adadiff "
-        "sample` draws every sample by the student first; the share of them that the oracle finds worst goes on to the "
-        "model, which refines them or draws them anew.",
+        "sample` draws every sample with the student first; the model then refines, or draws anew, the share of them "
+        "with the worst scores of the oracle.",
         examples="""\
   # the cascade "digits_cascade" of the package
   adadiff distill digits --data digits \\
@@ -324,10 +324,10 @@ PAGES = {
         summary="draw and evaluate as the authors published",
         usage="[PRESET] [options]",
         description="Convert released weights, draw as many samples as their authors evaluated, with their solver, "
-        "steps and guidance, and print the Fréchet distance beside the published one. Every part is a command of "
-        "adadiff, which is shown, and the folder --out holds what it leaves; the same command goes on where it was "
-        "interrupted. Several processes (torchrun) share the samples; one more call evaluates them. Without a preset, "
-        "the table of what is known is shown.",
+        "steps and guidance, and print the Fréchet distance beside the published one. This runs `adadiff convert`, "
+        "`sample` and `evaluate`, shows these commands, and writes their results to the folder --out; the same command "
+        "goes on where it was interrupted. Several processes (torchrun) share the samples; one more call evaluates "
+        "them. Without a preset, the table of published results is shown.",
         examples="""\
   adadiff reproduce
 
@@ -335,17 +335,16 @@ PAGES = {
       --weights imagenet256_uvit_huge.pth --decoder vae \\
       --reference stats.npz --features inception:FILE \\
       --out runs/reproduced""",
-        notes="Labels are dealt out evenly, 50 of each class of ImageNet, where the authors draw them at random. "
-        "Distances of other tools, or of fewer samples, are other numbers. --policy draws with exits, from weights "
-        "that have some.",
+        notes="Labels are spread evenly, 50 of each class of ImageNet; the authors draw them at random. Distances from "
+        "other tools, or of fewer samples, are not comparable. --policy samples with exits, if the weights have some.",
     ),
 }
 EXAMPLES = {name: page.examples for name, page in PAGES.items()}
 
 POLICY_TABLE = """\
-A policy decides what of the network a sample leaves out: after which block it exits, that is, leaves the network, or \
-when it reuses what an earlier step of its own computed. After each block, the model estimates the error of exiting \
-there: the uncertainty, from 0 to 1.
+A policy decides which computation a sample skips: after which block it exits, that is, leaves the network, or when it \
+reuses results of one of its earlier steps. After each block, the model estimates the error of exiting there: the \
+uncertainty, from 0 to 1.
   full                every block runs
   exit:U              after the first block with an
                       uncertainty below U, 0 < U < 1
@@ -356,31 +355,33 @@ there: the uncertainty, from 0 to 1.
   exit:depth=K        after block K; 7.5: after 7 at half
                       of the timesteps, after 8 at others
   exit:batch-mean=U   all samples at once, by their mean
-                      uncertainty, as the authors' sampler
+                      uncertainty, as AdaDiff's sampler
                       (a baseline)
   exit:budget=SHARE   by the thresholds that `adadiff
                       calibrate` chose for SHARE of the
                       full network's work
   exit:table=SHARE    the same share, by timestep alone
-  cache:threshold=C   reuses the rest of the sample's last
-                      full step while what the first block
-                      adds differs by at most C, a share
-                      such as 0.1
+  cache:threshold=C   after the first block, reuses the
+                      other blocks of the sample's last
+                      full step while the relative change
+                      of that block's residual since then
+                      is at most C, such as 0.1
   cache:threshold=C,first=K,gate=input
-                      decides after K blocks, by what the
-                      first one reads, summed up by steps
+                      decides after K blocks, by changes
+                      of the first block's input, summed
+                      over steps
   cache:batch=C       all samples at once (a baseline)
   reuse:every=K       every K-th step is full, the others
-                      reuse its rest; takes dense_early=N
-                      and dense_late=N, full steps at the
-                      ends
+                      reuse its blocks; dense_early=N and
+                      dense_late=N: full steps at the
+                      start and at the end
   width:W             a share W of heads and channels (of
                       a slimmable model)
   width:FILE          a share for each timestep, as
                       `adadiff search` found it
-  cascade:FILE        a student of few steps draws; those
-                      of its images that an oracle finds
-                      worst go on to the model (`adadiff
+  cascade:FILE        a student of few steps draws; the
+                      model improves the images that an
+                      oracle finds worst (`adadiff
                       distill`); with share=SHARE,
                       mode=refine or mode=regenerate, and
                       sigma=NOISE, after commas
@@ -388,11 +389,11 @@ Different kinds are joined by +, as in
 cache:threshold=0.1+exit:0.135"""
 SOLVER_HELP = (
     f"sampling method: {SOLVERS.forms(short=True)}; ddim:ETA from 0, deterministic, to 1; unipc with order=1 to 3 and "
-    "variant=bh1 or bh2, as in unipc:order=3; steps of heun take two of the evaluations that --steps counts; "
-    "euler-maruyama is for models of schedule vp, flow-euler and flow-sde for those of schedule flow, as are ddim, "
-    "heun, unipc and dpm++2m, too, all but ddim with shift=NUMBER; ddim, ddpm, dpm++2m, unipc and heun accept a "
-    "spacing of the timesteps (leading, trailing, linspace or respaced; ddim also trailing-diffusers, the grid and "
-    "landing places of diffusers), as in ddpm:spacing=respaced (default: ddim)"
+    "variant=bh1 or bh2, as in unipc:order=3; each step of heun counts as two of --steps; euler-maruyama is for models "
+    "of schedule vp; models of schedule flow take flow-euler, flow-sde, ddim, heun, unipc and dpm++2m, all but ddim "
+    "with shift=NUMBER; ddim, ddpm, dpm++2m, unipc and heun accept a spacing of the timesteps (leading, trailing, "
+    "linspace or respaced; ddim also trailing-diffusers, which steps between the same timesteps as diffusers), as in "
+    "ddpm:spacing=respaced (default: ddim)"
 )
 AUTO_HELP = "auto: as many as the model's step selector, which `adadiff train-steps` makes, chooses for each sample"
 GUIDANCE_HELP = "scale of classifier-free guidance, defined as in diffusers; 1 is no guidance (default: 1)"
@@ -407,15 +408,15 @@ TRAIN_GROUPS = {  # fields of TrainConfig by the heading under which they are ex
         "listed by `adadiff convert --help`",
         "network": "changes to the preset's network, as in depth=2 dim=96; `adadiff inspect MODEL --all` lists the "
         "settings as network.KEY",
-        "schedule": f"noise schedule, where it is to differ from the preset's: {', '.join(SCHEDULES)}",
-        "prediction_type": f"what the network is to predict, where that is to differ: {', '.join(PREDICTION_TYPES)} "
-        "(schedule flow with all but epsilon)",
+        "schedule": f"noise schedule instead of the preset's: {', '.join(SCHEDULES)}",
+        "prediction_type": f"prediction type instead of the preset's: {', '.join(PREDICTION_TYPES)} (schedule flow: "
+        "all but epsilon)",
         "exits": "train exits, that is, for each block an uncertainty estimation module and an output head; --no-exits "
         "trains the plain network",
         "exit_options": "changes to the exits, as in head=mlp time=false; `adadiff inspect MODEL --all` lists the "
         "settings as exits.KEY",
-        "widths": "shares of heads and MLP channels at which the network is to work, as in 0.25,0.5,1, ascending and "
-        "ending with 1: each update trains the whole, the smallest and a random one of the others",
+        "widths": "widths at which the network is to work, as shares of heads and MLP channels, ascending up to 1, as "
+        "in 0.25,0.5,1: each update trains the full width, the smallest and a random one of the others",
         "recipe": "joint trains the network together with its exits; frozen trains only the exits and leaves the "
         "network of --init as it is",
         "init": "model to start from, the name of one in the package or a file; without it, the weights start at "
@@ -451,6 +452,6 @@ TRAIN_GROUPS = {  # fields of TrainConfig by the heading under which they are ex
         "save_every": "updates between checkpoints",
         "log_every": "updates between rows of log.jsonl",
         "sample_every": "updates between grids of samples, saved in the folder samples; 0 saves none",
-        "tensorboard": "also log to the folder tensorboard, for TensorBoard",
+        "tensorboard": "also write a log for TensorBoard to the folder tensorboard",
     },
 }

@@ -26,14 +26,14 @@ def train(options: argparse.Namespace) -> None:
         try:
             file = trainer.run(progress=with_bars())
         except (KeyboardInterrupt, OSError) as error:
-            # the checkpoint may lag behind: nothing is saved in the middle of an update
-            there = f"step {trainer.folder.saved} of {config.steps} is in {out}"
-            raise with_progress(error, f"{there}; the same command goes on from there") from None
+            # the saved step, not the current one: nothing is saved in the middle of an update
+            saved = f"step {trainer.folder.saved} of {config.steps} is in {out}"
+            raise with_progress(error, f"{saved}; the same command goes on from there") from None
         if process.rank == 0:
             say(f"wrote {file}")
 
 
 def train_config(options: argparse.Namespace) -> TrainConfig:
-    """The configuration's values, if there is one, under those of the command line. ValueError for what cannot be."""
+    """Values of CONFIG, if given, overridden by those of the command line. ValueError for invalid values."""
     names = (field.name for field in dataclasses.fields(TrainConfig))
     return load_config(options.config, {name: getattr(options, name) for name in names if hasattr(options, name)})

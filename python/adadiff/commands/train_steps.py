@@ -57,9 +57,9 @@ def train_steps(options: argparse.Namespace) -> None:
     try:
         selector = training.run(with_bars(), errors, keep)
     except (KeyboardInterrupt, OSError) as error:
-        there = f"errors of {0 if errors is None else len(errors)} of {options.n} noises are in {partial}"
-        raise with_progress(error, f"{there}; the same command goes on from there") from None
-    model = copy.copy(model)  # its parameters are the same
+        saved = f"errors of {0 if errors is None else len(errors)} of {options.n} noises are in {partial}"
+        raise with_progress(error, f"{saved}; the same command goes on from there") from None
+    model = copy.copy(model)  # shares the parameters
     model.step_selector = selector
     replace_file(options.out, lambda temporary: checkpoint.save(model, temporary, notes), force=options.force)
     partial.unlink(missing_ok=True)
@@ -68,7 +68,8 @@ def train_steps(options: argparse.Namespace) -> None:
 
 
 def _recorded(partial: Path, asked: Mapping[str, Any], force: bool) -> Tensor | None:
-    """What an earlier run of the same settings has drawn. ValueError for one of others, unless `force` replaces it."""
+    """Errors that an earlier run with the same settings saved, float64 [n, candidates], or None. ValueError for a file
+    of other settings, unless `force` discards it."""
     if not partial.exists():
         return None
     try:

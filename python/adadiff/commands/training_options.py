@@ -47,15 +47,15 @@ def add_train_steps(commands: Commands) -> None:
         "--bar",
         type=float,
         default=0.05,
-        help="largest root mean squared difference, to the image of the largest candidate, with which an image counts "
-        "as good enough; pixels reach from -1 to 1 (default: 0.05)",
+        help="an image is good enough up to this root mean squared difference from the image of the largest candidate; "
+        "pixels lie in [-1, 1] (default: 0.05)",
     )
     goal.add_argument(
         "--penalty",
         type=float,
         default=1.0,
-        help="what an image above the bar costs, where all steps together cost 1; with more, fewer images are above "
-        "(default: 1)",
+        help="cost of an image above the bar, relative to that of the largest candidate's steps; a larger penalty "
+        "leaves fewer images above (default: 1)",
     )
 
     samples = command.add_argument_group("samples to learn from")
@@ -95,27 +95,27 @@ def add_search(commands: Commands) -> None:
         type=float,
         required=True,
         metavar="W",
-        help="what all multiply-adds of the whole network are worth in units of the quality, at least 0: the schedule "
-        "with the least quality + W * share is looked for (required)",
+        help="weight of the work, at least 0: the search minimizes quality + W * share, where share is that of the "
+        "whole network's multiply-adds (required)",
     )
     goal.add_argument(
         "--aim",
         choices=AIMS,
         default=AIMS[1],
-        help="what quality is, the less the better: distribution, the Fréchet distance of all images to real ones; "
+        help="quality to minimize: distribution, the Fréchet distance of all images to real ones; "
         f"faithful, the mean squared difference to the whole network's images (default: {AIMS[1]})",
     )
-    add_features(goal, "features of images, for distribution", "digits or canvases for models that draw these")
+    add_features(goal, "features of images, for distribution", "digits, canvases or letters for models that draw these")
     goal.add_argument(
         "--reference",
         metavar="PATH",
         help="real images or their statistics, for distribution, as for `adadiff evaluate` (default: held-out images "
-        "of digits or canvases)",
+        "of digits, canvases or letters)",
     )
 
     effort = command.add_argument_group("how long to search")
     for name, default, text in (
-        ("bins", 10, "stretches of the timesteps, 1 to 1000, each of which has a width"),
+        ("bins", 10, "intervals of timesteps, 1 to 1000, each with one width"),
         ("population", 16, "schedules in a generation, more than the model has widths"),
         ("generations", 10, "generations of schedules, the first included"),
     ):
@@ -146,7 +146,7 @@ def add_train(commands: Commands) -> None:
         nargs="?",
         metavar="CONFIG",
         help=f"configuration: one in the package ({', '.join(shipped())}), or a TOML or JSON file with values for the "
-        "options below (default: none; settings in neither CONFIG nor an option have the defaults below)",
+        "options below (default: none, that is, the defaults below)",
     )
     fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
     for title, texts in TRAIN_GROUPS.items():
@@ -159,7 +159,7 @@ def add_train(commands: Commands) -> None:
                 help="folder of the run; if it holds the same run already, training resumes (default: runs/NAME, "
                 "after CONFIG or the preset)",
             )
-            add_force(group, "begin anew where FOLDER holds another run, or files with the names of a run's")
+            add_force(group, "begin anew, even if FOLDER holds another run or files with names of a run's files")
         for name, text in texts.items():
             _add_train_option(group, fields[name], text)
             if name == "exits":
@@ -201,12 +201,12 @@ def add_distill(commands: Commands) -> None:
     )
     texts = {
         "steps": "steps of the student's DDIM",
-        "halvings": "how often the steps are halved; a teacher of steps x 2^halvings is the first",
+        "halvings": "how often the steps are halved; the first teacher takes steps x 2^halvings",
         "updates": "optimizer updates of each halving",
         "batch": "images of one update",
-        "lr": "learning rate, from which each halving falls to 0",
+        "lr": "learning rate at the start of each halving, from where it falls to 0",
         "label_drop": "share of the labels that are replaced by the null class",
-        "seed": "of everything random",
+        "seed": "seed of weights, batches and noise",
     }
     _add_distill_options(student, texts)
 
@@ -217,11 +217,11 @@ def add_distill(commands: Commands) -> None:
     _add_distill_options(command.add_argument_group("the oracle"), texts)
 
     texts = {
-        "share": "of the student's images that go on to the model: 0, 1, or from 0.01 to 0.99",
-        "mode": "what becomes of those",
-        "sigma": "how much noise refine adds, alpha_bar = 1 - sigma",
+        "share": "share of the student's images that go on to the model: 0, 1, or from 0.01 to 0.99",
+        "mode": "refine adds noise to these images and denoises them; regenerate draws them anew",
+        "sigma": "noise that refine adds: alpha_bar = 1 - sigma",
     }
-    _add_distill_options(command.add_argument_group("what a policy does that does not say otherwise"), texts)
+    _add_distill_options(command.add_argument_group("defaults of --policy cascade:FILE"), texts)
 
     output = command.add_argument_group("output")
     output.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write (required)")

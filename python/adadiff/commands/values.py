@@ -1,4 +1,4 @@
-"""What options are written as: text from the command line to values."""
+"""Parsers of option values."""
 
 import argparse
 import tomllib
@@ -15,7 +15,7 @@ class Settings(argparse.Action):
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """The pair behind "depth=2", "time=false" or "head=mlp"."""
+    """Key and value of "depth=2", "time=false" or "head=mlp"; the value is read as TOML, or else stays text."""
     key, equals, value = text.partition("=")
     if not (key and equals):
         raise argparse.ArgumentTypeError(f"takes KEY=VALUE, as in depth=2, got {text!r}")
@@ -26,7 +26,7 @@ def setting(text: str) -> tuple[str, Any]:
 
 
 def shares(text: str) -> list[float]:
-    """The list behind "0.4,0.55"."""
+    """The numbers of "0.4,0.55"."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
@@ -34,7 +34,7 @@ def shares(text: str) -> list[float]:
 
 
 def interval(text: str) -> tuple[float, float]:
-    """The pair behind "100,800"."""
+    """The two numbers of "100,800"."""
     try:
         low, high = map(float, text.split(","))
     except ValueError:
@@ -43,7 +43,7 @@ def interval(text: str) -> tuple[float, float]:
 
 
 def steps(text: str) -> list[int] | list[str]:
-    """The list behind "20,30" or "auto"."""
+    """The numbers of "20,30", or ["auto"]."""
     if text == AUTO:
         return [AUTO]
     try:
@@ -55,7 +55,7 @@ def steps(text: str) -> list[int] | list[str]:
 
 
 def whole_numbers(text: str) -> list[int]:
-    """The list behind "20,30"."""
+    """The numbers of "20,30"."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:

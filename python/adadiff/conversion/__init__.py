@@ -1,1 +1,1 @@
-"""Checkpoints of others become ours."""
+"""Conversion of other projects' checkpoints."""

@@ -1,6 +1,6 @@
-"""Checkpoints of others become ours. What their shapes do not tell is taken from a preset, which must fit them.
+"""Conversion of other projects' checkpoints. Settings that tensor shapes do not give come from a preset that fits them.
 
-Which files there are says foreign.py; whose names mean what, layouts.py.
+foreign.py reads the files; layouts.py translates the names of tensors.
 """
 
 import hashlib
@@ -30,24 +30,24 @@ from .settings import assumed, contradictions, other_kind
 
 EXITS: Mapping[str, ExitConfig] = {"official": OFFICIAL, "duodiff": DUODIFF}
 SERVERS = ("diffusers", "dit")
-SERVED = ("diffusers", "pixart-diffusers", "mmdit-diffusers")  # layouts of folders that say all of themselves
+SERVED = ("diffusers", "pixart-diffusers", "mmdit-diffusers")  # layouts of folders with configuration files
 POSITION = f"{BACKBONE}pos_embed"
-SPARE = 2**20  # weights that a configuration may have and a file lacks, before they are named one by one
+SPARE = 2**20  # a file that lacks more weights than this is refused without naming each
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was read, and what was made of it."""
+    """Result of a conversion."""
 
     source: Path
     part: str | None
     layout: str
-    preset: str | None  # that tells what shapes do not; None: the source did
+    preset: str | None  # source of settings that shapes do not give; None: the source has them
     served_by: str | None
     config: ModelConfig
     parameters: int
-    dropped: str | None = None  # what has no place in our models and was left out, where that was asked for
-    assumed: str | None = None  # what the source does not say of itself
+    dropped: str | None = None  # tensors that our models have no place for, if drop_first_exit allowed it
+    assumed: str | None = None  # an assumption that the source does not confirm
 
 
 @torch.inference_mode(False)  # whatever mode the caller is in
@@ -59,20 +59,20 @@ def convert(
     dtype: torch.dtype | str | None = None,
     drop_first_exit: bool = False,
 ) -> Conversion:
-    """Reads `source` (foreign.py says what may be one, or a file of an earlier version of this package) and writes
+    """Converts `source` (a file or folder that foreign.py lists, or a file of an earlier version of this package) to
     `dest`, which `adadiff.load` opens.
 
-    preset: the name of one, or a JSON file with a configuration as in our own files' headers. It says what cannot be
-    seen from shapes (heads, schedule, time) and must agree with all that can, and with the settings that a training
-    file has beside its weights. It may be left out where the source says it, as diffusers' folders do, or where only
-    one preset has these shapes.
-    served_by: "diffusers" or "dit", needed for a diffusers folder: which sinusoid of time and epsilon the weights are
-    to be run with. diffusers runs every DiT with its own, also those that facebookresearch trained with others.
-    dtype: that weights are stored in: float32, bfloat16 or float16, or its name; None: as they are.
-    drop_first_exit: DuoDiff's networks can exit before block 0, with a probe and a head for which our models have no
-    place. Without this, they are refused.
-    Raises ValueError for what cannot be read safely or does not fit, naming the keys, for weights that are not finite,
-    and where `dest` exists.
+    preset: a preset's name, or a JSON file with a configuration as in the headers of our files. It gives the settings
+    that shapes do not (heads, schedule, time), and must agree with the shapes and with the settings that a training
+    file holds. Not needed if the source has them, as diffusers folders do, or if only one preset has these shapes.
+    served_by: "diffusers" or "dit", required for a diffusers folder of a DiT: whose time embedding and norm epsilon to
+    run the weights with. diffusers uses its own for every DiT, even for those that facebookresearch trained with
+    others.
+    dtype: of the stored weights: float32, bfloat16 or float16, or its name; None: as in `source`.
+    drop_first_exit: required for DuoDiff networks with exits: drops their exit before block 0, which our models lack.
+
+    Raises ValueError for a source that cannot be read safely, tensors that do not fit (it names them), weights that are
+    not finite, and a `dest` that exists.
     """
     source, dest, dtype = Path(source), Path(dest), dtype_from(dtype)
     if dest.exists():
@@ -138,7 +138,9 @@ def _upgrade(
     source: Path, dest: Path, preset: str | None, served_by: str | None, dtype: torch.dtype | None
 ) -> Conversion:
     if preset is not None or served_by is not None:
-        raise ValueError(f"{source} is of an earlier version of this package and says all itself; leave the rest out")
+        raise ValueError(
+            f"{source} is of an earlier version of this package and holds all settings; leave preset and served_by out"
+        )
     tensors, metadata = upgraded(source)
     if "config" not in metadata:
         raise ValueError(f"{source} holds tensors of an earlier version but no model; convert models")
@@ -150,9 +152,9 @@ def _upgrade(
 
 
 def recognise(source: Path) -> tuple[Source, str, dict[str, ModelConfig]]:
-    """What lies at `source`, its layout, and what it may be: by the name of each preset that has its shapes, or "" for
-    a folder of diffusers that no preset is like, whose schedule only its `scheduler` tells. Raises ValueError where
-    `convert` would, presets aside."""
+    """The content of `source`, its layout, and its possible configurations by preset: all presets with these shapes, or
+    "" for a diffusers folder that fits none, whose schedule only its scheduler gives. Raises ValueError where `convert`
+    would, except for an ambiguous preset."""
     found = read(source)
     layout = _layout(found)
     if found.network is not None:
@@ -166,10 +168,10 @@ def recognise(source: Path) -> tuple[Source, str, dict[str, ModelConfig]]:
 
 
 def translate(layout: str, tensors: Mapping[str, Tensor], config: ModelConfig, source: str) -> dict[str, Tensor]:
-    """The tensors of `Model(config)` from those of a layout. Raises ValueError that names all that do not fit."""
+    """The tensors of `Model(config)` from those of a layout. Raises ValueError, which names all that do not fit."""
     wanted, keys = shapes(config), Keys(tensors)
     weights, held = sum(shape.numel() for shape in wanted.values()), total_bytes(tensors)
-    if weights > held + SPARE:  # before any is allocated; each takes two bytes or more
+    if weights > held + SPARE:  # checked before allocating; each weight takes at least two bytes
         raise ValueError(f"{source} does not fit this model: it holds {held:,} bytes, for {weights:,} weights")
     ours = LAYOUTS[layout](keys, wanted)
     keys.finish(source)
@@ -180,10 +182,10 @@ def translate(layout: str, tensors: Mapping[str, Tensor], config: ModelConfig, s
 
 
 def from_transformer(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> DiT:
-    """The DiT that a `DiTTransformer2DModel` of diffusers is, run as diffusers runs it: its state dict and its
-    configuration. Raises ValueError where they are not those of one."""
+    """The `DiT` for a diffusers `DiTTransformer2DModel`, computed as diffusers does. state, config: its state dict and
+    configuration. Raises ValueError if they are of another network."""
     found = Source(Path("transformer"), state, network=config, scheduler=LINEAR)
-    ours, _ = _served(found, None, "diffusers")  # of which only the network is asked for
+    ours, _ = _served(found, None, "diffusers")  # only the network is used, so any schedule will do
     with torch.device("cpu"):
         tensors = translate("diffusers", state, ours, "the transformer")
     return built(lambda: Model(ours), tensors, "the transformer").backbone.eval()
@@ -205,14 +207,14 @@ def _configured(found: Source, layout: str, preset: str | None) -> tuple[ModelCo
 
 
 def _candidates(found: Source, layout: str) -> tuple[list[str], str]:
-    """Presets that have the shapes of a file and agree with what it says of itself; and why others do not."""
+    """Presets that agree with a file's shapes and settings; and why others with these shapes do not."""
     why = {name: _refusals(found, layout, PRESETS[name]) for name in _fitting(layout, found.tensors)}
     refused = [f"preset {name}: {reason}" for name, reason in why.items() if reason]
     return [name for name, reason in why.items() if not reason], "; nor of ".join(refused)
 
 
 def _refusals(found: Source, layout: str, config: ModelConfig) -> str:
-    """Why a file is not of `config`, shapes aside; empty where it may be."""
+    """Why a file cannot be of `config`, apart from shapes; empty if it can."""
     reasons = [other_kind(layout, config), *contradictions(found.settings, config)]
     return "; ".join(reason for reason in reasons if reason)
 
@@ -230,7 +232,7 @@ def _named(preset: str) -> ModelConfig:
 
 
 def _fitting(layout: str, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Presets whose network has the tensors, by name and shape, of the network in a state dict."""
+    """Presets whose network has the same tensors, by name and shape, as the network in a state dict."""
     prefix = "uvit." if layout == "duodiff" else ""
     theirs = {
         BACKBONE + key.removeprefix(prefix): value.shape
@@ -239,11 +241,11 @@ def _fitting(layout: str, tensors: Mapping[str, Tensor]) -> list[str]:
     }
     queries = [key for key in theirs if key.endswith(".attn.qkv.weight") and "context_block" not in key]
     position, blocks = theirs.get(POSITION), len(queries)
-    larger = (POSITION,) if layout == "mmdit" else ()  # whose grid of positions is not that of the patches
+    larger = (POSITION,) if layout == "mmdit" else ()  # its grid of positions is larger than that of the patches
     return [
         name
         for name, config in PRESETS.items()
-        # cheap to know of each; to build them all, only to compare, would take seconds
+        # cheap checks first: building every preset to compare shapes would take seconds
         if (larger or (1, typed(PatchConfig, config.network).positions, config.network.dim) == position)
         and config.network.blocks == blocks
         and _without(larger, shapes(replace(config, exits=None))) == _without(larger, theirs)
@@ -293,7 +295,7 @@ def _served(found: Source, preset: str | None, served_by: str | None) -> tuple[M
     if named is not None and scale not in (None, named.latent_scale):
         raise ValueError(f"the autoencoder's scaling_factor is {scale}, that of preset {preset} {named.latent_scale}")
     config = named or ModelConfig(network, schedule, null_label=network.num_classes - 1, latent_scale=scale)
-    guided = None if served_by == "diffusers" else config.guided_channels  # its pipeline guides all
+    guided = None if served_by == "diffusers" else config.guided_channels  # diffusers guides all channels
     return replace(config, network=network, exits=None, guided_channels=guided), preset
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint is: one of ours, or somebody else's that `convert` reads."""
+"""Description of a checkpoint: one of ours, or another project's that `convert` reads."""
 
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ from .convert import recognise
 
 
 def describe(name_or_file: str | Path) -> dict[str, Any]:
-    """Family and settings, parameters, multiply-adds, exits, thresholds and how it was made, as JSON has it.
+    """Family and settings, parameters, multiply-adds, exits, thresholds and training notes, as values for JSON.
 
-    name_or_file: a name that ships with the package, a file that `save` wrote, or what `convert` reads: of that, no
-    more is told than its shapes and its folder do, and `presets` names those that it may be of; the first is shown.
-    Raises ValueError for anything else.
+    name_or_file: name of a model in the package, a file that `save` wrote, or a source that `convert` reads. For the
+    latter, the description is limited to what shapes and configuration files give; `presets` lists the presets that
+    fit, and the first one is described. Raises ValueError for anything else.
     """
     path = Path(name_or_file)
     if path.is_dir() or (path.is_file() and not _is_ours(path)):
@@ -34,10 +34,10 @@ def describe(name_or_file: str | Path) -> dict[str, Any]:
 
 
 def network(model: Model) -> dict[str, Any]:
-    """All of it but what its weights are; they may lie on the device "meta"."""
-    own, exits = model.backbone, model.exits
-    stem, head = own.stem_and_head_macs()
-    blocks = [(block.skip_from is not None, block.macs(own.tokens)) for block in own.blocks]
+    """The part of a description that does not depend on the weights' values; they may be on the meta device."""
+    backbone, exits = model.backbone, model.exits
+    stem, head = backbone.stem_and_head_macs()
+    blocks = [(block.skip_from is not None, block.macs(backbone.tokens)) for block in backbone.blocks]
     macs = {
         "full forward pass": stem + sum(cost for _, cost in blocks) + head,
         "stem": stem,
@@ -45,14 +45,14 @@ def network(model: Model) -> dict[str, Any]:
         "head": head,
     }
     if exits is not None:
-        macs["score after a block"] = exits.macs(own.tokens - exits.num_prefix_tokens)
+        macs["score after a block"] = exits.macs(backbone.tokens - exits.num_prefix_tokens)
     return {
         **model.config.to_dict(),
         "prediction_type": model.config.prediction_type,
         "classes": model.config.classes,
         "num_layers": model.num_layers,
-        "tokens": own.tokens,
-        "parameters": {"network": _parameters(own), "exits": _parameters(exits)},
+        "tokens": backbone.tokens,
+        "parameters": {"network": _parameters(backbone), "exits": _parameters(exits)},
         "macs": macs,
     }
 
@@ -73,14 +73,14 @@ def _foreign(path: Path) -> dict[str, Any]:
         model = Model(next(iter(configs.values())))
     if found.network is not None and found.scheduler is None and not content["presets"]:
         return {**content, **network(model), "schedule": None}
-    # shapes do not tell it, and presets of the same shapes differ in it
+    # presets with the same shapes may have different schedules
     schedules = {config.schedule: name for name, config in configs.items()}
     several = ", ".join(f"{schedule} ({name})" for schedule, name in schedules.items())
     return {**content, **network(model), "schedule": several if len(schedules) > 1 else model.config.schedule}
 
 
 def _is_ours(path: Path) -> bool:
-    """Damaged files that are named as ours count as ours."""
+    """Whether `save` wrote the file; a damaged .safetensors file counts as ours."""
     try:
         with checkpoint.opened(path) as file:
             return "format_version" in (file.metadata() or {})

@@ -11,16 +11,16 @@ from ..weights import plain_names
 
 
 def is_earlier(path: Path) -> bool:
-    """Whether `upgraded` reads it."""
+    """Whether an earlier version wrote the file, so that `upgraded` reads it."""
     version = _version(path)
     return type(version) is int and version in range(1, FORMAT_VERSION)
 
 
 def upgraded(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata as this version writes them.
+    """Tensors and metadata of the file, as this version writes them.
 
-    Version 1 had `layers` and `guidance`, counted from 0, in its calibrations: now `num_layers` and `guidance_scale`,
-    counted from 1. Raises ValueError for a calibration that has neither.
+    Calibrations of version 1 had `layers`, now `num_layers`, and `guidance`, now `guidance_scale`, which is larger by 1
+    (1: no guidance). Raises ValueError for a calibration that lacks these.
     """
     with opened(path) as file:
         metadata, tensors = read_header(file, path), plain_names(read_all(file), str(path))
@@ -35,7 +35,7 @@ def upgraded(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _version(path: Path) -> object:
-    """None for files of others."""
+    """The file's format_version; None for files of other programs."""
     try:
         with opened(path) as file:
             return json.loads((file.metadata() or {}).get("format_version", "null"))

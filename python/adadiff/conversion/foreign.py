@@ -1,8 +1,8 @@
-"""Files and folders of others' weights, and the only place where a pickle is opened.
+"""Reads other projects' weights. This is the only module that opens pickles of model weights.
 
 U-ViT (baofff/U-ViT): a released state dict, a folder `<step>.ckpt` of its training, or the folder of all these.
-AdaDiff (Tangshengku/AdaDiff): the same, with UEMs. DuoDiff (razvanmatisan/duodiff): files of its training.
-DiT (facebookresearch/DiT): a released state dict, or a file of its training, of which the average ("ema") is taken.
+AdaDiff (Tangshengku/AdaDiff): the same, with UEMs. DuoDiff (razvanmatisan/duodiff): its training checkpoints.
+DiT (facebookresearch/DiT): a released state dict, or a training checkpoint, of which the average ("ema") is taken.
 diffusers: the folder of a network of KINDS, or that of its pipeline.
 """
 
@@ -23,21 +23,21 @@ from ..reading import read_json
 from ..weights import check_dtype, plain_names
 
 AVERAGES = ("ema", "model_ema", "ema_state_dict")
-WRAPPERS = (*AVERAGES, "model_state_dict", "state_dict", "model")  # of training files; the first one there is read
-PREFIXES = ("module.", "model.", "net.")  # of all names: parallel and averaged modules, Lightning's
+WRAPPERS = (*AVERAGES, "model_state_dict", "state_dict", "model")  # keys of training checkpoints; the first is read
+PREFIXES = ("module.", "model.", "net.")  # of every name, added by DataParallel, averaged models and Lightning
 SETTINGS = ("args", "config", "cfg", "hyper_parameters", "hparams", "model_args", "model_config")  # beside the weights
-NESTED = 4  # wrappers in one another, at most
-KINDS = (  # of diffusers; the second is the first's name of old
+NESTED = 4  # most levels of wrappers
+KINDS = (  # of diffusers; the second is the old name of the first
     *("DiTTransformer2DModel", "Transformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel"),
 )
-WEIGHTS = "diffusion_pytorch_model"  # of diffusers, without its ending
+WEIGHTS = "diffusion_pytorch_model"  # file name of diffusers, without extension
 COMPRESSED = "it is compressed, which torch.save does not do"
 
 
 @dataclass(frozen=True)
 class Source:
-    """What was found: the file that holds the weights, its tensors, the part of it that they are (None: all), and the
-    settings that stand beside them; for diffusers the configurations of network, scheduler and autoencoder."""
+    """Weights that were read. file: holds the weights. part: key path of the tensors in it; None: the whole file.
+    settings: stored beside the weights. network, scheduler, autoencoder: configurations of a diffusers folder."""
 
     file: Path
     tensors: Mapping[str, Tensor]
@@ -49,7 +49,7 @@ class Source:
 
 
 def read(source: Path) -> Source:
-    """Raises ValueError where there are no weights that can be read without running anything."""
+    """Reads a file or folder. Raises ValueError if it holds no weights that can be read without running code."""
     with torch.device("cpu"):
         if source.is_dir():
             found = _read_folder(source)
@@ -74,7 +74,7 @@ def _read_folder(folder: Path) -> Source:
     if (folder / "config.json").is_file():
         return _read_transformer(folder)
     steps = {int(path.stem): path for path in folder.glob("*.ckpt") if path.stem.isdecimal()}
-    inner = steps[max(steps)] if steps else folder  # as U-ViT itself goes on training
+    inner = steps[max(steps)] if steps else folder  # the latest, from which U-ViT resumes training
     if (inner / "nnet_ema.pth").is_file():
         return _read_file(inner / "nnet_ema.pth")
     raise ValueError(
@@ -109,7 +109,7 @@ def _read_parts(folder: Path) -> Source:
 
 
 def _part_names(index: Path) -> list[str]:
-    """Of the files beside it that an index names."""
+    """Names of the weight files that an index lists. ValueError for one that is not in the same folder."""
     names = read_object(index).get("weight_map")
     beside = {path.name for path in index.parent.iterdir() if path.is_file()}
     if not isinstance(names, dict) or not names:
@@ -145,7 +145,7 @@ def _read_file(file: Path) -> Source:
 
 
 def _settings(values: object, nested: int = NESTED) -> dict[str, Any]:
-    """Those in a table or the arguments of a command line, and in tables in it, which give way to those outside."""
+    """Plain values in a mapping or an argparse.Namespace, nested ones included; outer values take precedence."""
     values = vars(values) if isinstance(values, argparse.Namespace) else values
     if not isinstance(values, Mapping) or not nested:
         return {}
@@ -156,7 +156,7 @@ def _settings(values: object, nested: int = NESTED) -> dict[str, Any]:
 
 
 def _unprefixed(tensors: Mapping[str, Tensor], file: str) -> dict[str, Tensor]:
-    """The same without what wrappers of a network add to its names."""
+    """The tensors without the prefixes that wrappers of a network add to their names."""
     made = plain_names(tensors, file)
     if all(key.startswith("module.") or key == "n_averaged" for key in made):  # AveragedModel's counter
         made.pop("n_averaged", None)
@@ -166,7 +166,8 @@ def _unprefixed(tensors: Mapping[str, Tensor], file: str) -> dict[str, Tensor]:
 
 
 def _begins_as_safetensors(file: Path) -> bool:
-    """Whatever its name says: eight bytes of a length, then JSON, which no pickle or archive begins with."""
+    """Whether the content, whatever the file's name, is safetensors: an 8-byte length, then JSON. No pickle or archive
+    begins so."""
     with file.open("rb") as stream:
         return stream.read(9)[8:] == b"{"
 
@@ -181,12 +182,12 @@ def _tensors(values: Mapping[str, object], file: Path) -> Iterator[tuple[str, Te
 
 
 def _unpickle(file: Path) -> object:
-    """Tensors, plain values and the arguments of a command line; nothing else is built and nothing run."""
+    """Reads tensors, plain values and argparse.Namespace only; ValueError for anything else."""
     try:
         archive = _is_archive(file)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=archive)
-    except Exception as error:  # whatever a damaged or foreign file makes the unpickler say
+    except Exception as error:  # a damaged or foreign file can make the unpickler raise anything
         why = COMPRESSED if str(error) == COMPRESSED else "truncated, or another format"
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
             why = f"it holds a {refused[1]}, and only tensors are read"
@@ -194,8 +195,8 @@ def _unpickle(file: Path) -> object:
 
 
 def _is_archive(file: Path) -> bool:
-    """Whether it is a ZIP archive, as torch.save writes since 1.6. Raises ValueError for one that is compressed, as no
-    such file is: a few bytes could become gigabytes."""
+    """Whether the file is a ZIP archive, as torch.save writes since 1.6. Raises ValueError for a compressed one:
+    torch.save never compresses, and a few bytes could unpack to gigabytes."""
     with file.open("rb") as stream:
         if stream.read(4) != b"PK\3\4":
             return False
@@ -208,7 +209,7 @@ def _is_archive(file: Path) -> bool:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """Raises ValueError for what is not a JSON object."""
+    """The JSON object in a file. Raises ValueError for anything else."""
     try:
         values = read_json(file)
     except FileNotFoundError:

@@ -1,14 +1,14 @@
-"""How others name the tensors of a model: one function per layout, from their names to those of our `Model`.
+"""Layouts: how other projects name the tensors of a model. One function per layout translates to our `Model`'s names.
 
-plain      U-ViT's and DiT's own: those of our networks
-sit        SiT's own (willisma/SiT models.py): DiT's names
-official   AdaDiff (Tangshengku/AdaDiff libs/uvit.py): the same, and a certainty `lte_classifer.{i}` of every block
-duodiff    DuoDiff (razvanmatisan/duodiff models/early_exit.py): `uvit.*`, a probe `matrix.{i}` and a head of every
-           block's input
-diffusers  `DiTTransformer2DModel`: DiT with the products of attention apart, and the embedders once in every block
-pixart     PixArt's own (PixArt-alpha/PixArt-sigma, PixArt.py): ours, and the caption that stands for none
+plain      U-ViT and DiT: the names of our networks
+sit        SiT (willisma/SiT models.py): DiT's names
+official   AdaDiff (Tangshengku/AdaDiff libs/uvit.py): U-ViT's names, and a UEM `lte_classifer.{i}` for every block
+duodiff    DuoDiff (razvanmatisan/duodiff models/early_exit.py): `uvit.*`, and a probe `matrix.{i}` and a head that read
+           every block's input
+diffusers  `DiTTransformer2DModel`: q, k and v separate, and a copy of the embedders in every block
+pixart     PixArt (PixArt-alpha/PixArt-sigma, PixArt.py): our names, and an embedding for the null caption
 pixart-diffusers  `PixArtTransformer2DModel`
-mmdit      Stable Diffusion 3's own (Stability-AI/sd3-ref, mmdit.py): ours, with a larger grid of positions
+mmdit      Stable Diffusion 3 (Stability-AI/sd3-ref, mmdit.py): our names, with a larger grid of positions
 mmdit-diffusers  `SD3Transformer2DModel`
 """
 
@@ -41,7 +41,7 @@ def plain(keys: Keys, shapes: Shapes, prefix: str = "") -> dict[str, Tensor]:
 
 
 def official(keys: Keys, shapes: Shapes) -> dict[str, Tensor]:
-    """Their UEM tells certainties; sigmoid(-s) = 1 - sigmoid(s)."""
+    """AdaDiff's UEM outputs a certainty, so its weights are negated: sigmoid(-s) = 1 - sigmoid(s)."""
     tensors = plain(keys, shapes)
     for name in ("weight", "bias"):
         L, *shape = shapes[f"exits.{name}"]
@@ -50,8 +50,8 @@ def official(keys: Keys, shapes: Shapes) -> dict[str, Tensor]:
 
 
 def sit(keys: Keys, shapes: Shapes) -> dict[str, Tensor]:
-    """SiT counts time from noise to data, so that its velocity is ours with the other sign; its head also has the rows
-    of DiT's variance, which it does not use."""
+    """SiT's time runs from noise to data, so its velocity has the opposite sign of ours. Its head also has rows for
+    DiT's variance, which it does not use."""
     tensors = plain(keys, {own: shape for own, shape in shapes.items() if not own.startswith(LAST)})
     channels = shapes[f"{BACKBONE}x_embedder.proj.weight"][1]
     for name in ("weight", "bias"):
@@ -61,12 +61,12 @@ def sit(keys: Keys, shapes: Shapes) -> dict[str, Tensor]:
     return tensors
 
 
-FIRST_EXIT = "matrix.0 and in_blocks_heads.0"  # of DuoDiff: they exit before block 0
+FIRST_EXIT = "matrix.0 and in_blocks_heads.0"  # DuoDiff's exit before block 0
 
 
 def duodiff(keys: Keys, shapes: Shapes) -> dict[str, Tensor]:
-    """Their probe and head i read the input of block i, which is what our layer i exits with. Those of the first
-    block, whose input no block has seen, have no place here, see FIRST_EXIT; layer L has no probe."""
+    """DuoDiff's probe and head i read the input of block i, which is the output of our layer i. Those of block 0 have
+    no counterpart here (FIRST_EXIT), and layer L has no probe."""
     tensors = plain(keys, shapes, "uvit.")
     L = shapes["exits.weight"][0]
     for name in ("weight", "bias"):
@@ -105,8 +105,8 @@ EACH = {
 
 
 def diffusers(keys: Keys, shapes: Shapes) -> dict[str, Tensor]:
-    """Embedders that differ from block to block are a problem: DiT has one. The position embedding is not in their
-    files, but computed."""
+    """Reports a problem if the embedders differ between blocks, as DiT has one for all. The position embedding is not
+    stored in these files, but computed."""
     tensors = {}
     for own, shape in shapes.items():
         *path, name = own.removeprefix(BACKBONE).split(".")
@@ -131,7 +131,7 @@ def diffusers(keys: Keys, shapes: Shapes) -> dict[str, Tensor]:
     return tensors
 
 
-NO_CAPTION = "y_embedder.y_embedding"  # of PixArt: guidance here takes the embeddings of an empty text
+NO_CAPTION = "y_embedder.y_embedding"  # PixArt's null caption; here, guidance uses the embeddings of an empty prompt
 
 
 def pixart(keys: Keys, shapes: Shapes) -> dict[str, Tensor]:
@@ -160,7 +160,7 @@ PIXART_PARTS = {"attn.qkv": ("attn1", "qkv"), "cross_attn.kv_linear": ("attn2", 
 
 
 def pixart_diffusers(keys: Keys, shapes: Shapes) -> dict[str, Tensor]:
-    """The position embedding is not in their files, but computed."""
+    """The position embedding is not stored in these files; `translate` computes it."""
     tensors = {}
     for own, shape in shapes.items():
         *path, name = own.removeprefix(BACKBONE).split(".")
@@ -187,7 +187,7 @@ def mmdit(keys: Keys, shapes: Shapes) -> dict[str, Tensor]:
 
 
 def _middle(keys: Keys, key: str, shape: Size) -> Tensor:
-    """The positions of our patches, [1, side * side, D], in the middle of a larger grid of them."""
+    """Position embedding of our patches, [1, side * side, D], cut from the middle of a larger grid."""
     grid = keys.take_any(key)
     sides = [math.isqrt(rows) for rows in (shape[1], 0 if grid is None or grid.ndim != 3 else grid.shape[1])]
     if grid is None or sides[1] < sides[0] or grid.shape != (1, sides[1] ** 2, shape[2]):
@@ -223,7 +223,7 @@ MMDIT_PRODUCTS = {"x_block.attn.qkv": "attn.to_{}", "context_block.attn.qkv": "a
 
 
 def mmdit_diffusers(keys: Keys, shapes: Shapes) -> dict[str, Tensor]:
-    """Where a norm has no gate, their scale comes before their shift."""
+    """In modulations without a gate, diffusers has the scale before the shift; they are swapped here."""
     tensors = {}
     for own, shape in shapes.items():
         *path, name = own.removeprefix(BACKBONE).split(".")
@@ -256,7 +256,7 @@ LAYOUTS: Mapping[str, Layout] = {
 }
 
 
-ROOTS = {  # of names that a layout has, those that others do not have first
+ROOTS = {  # first parts of names -> layout; the most specific first
     "joint_blocks": "mmdit",
     "lte_classifer": "official",
     "transformer_blocks": "diffusers",
@@ -266,7 +266,7 @@ ROOTS = {  # of names that a layout has, those that others do not have first
 
 
 def layout_of(names: Mapping[str, Tensor]) -> str:
-    """The layout that a state dict is in, by the names in it. Raises ValueError for one that is not known here."""
+    """The layout of a state dict, by its names. Raises ValueError for an unknown one."""
     roots = {name.split(".")[0] for name in names}
     if {"uvit", "matrix"} <= roots:
         blocks = sum(name.startswith("uvit.") and name.endswith(".norm1.weight") for name in names)

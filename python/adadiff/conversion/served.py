@@ -1,4 +1,4 @@
-"""What the configurations in a folder of diffusers say of a DiT: its network, its noise schedule, its latents."""
+"""Configuration files of a diffusers folder of a DiT: network, noise schedule and scale of latents."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ REQUIRED = {
     "norm_type": "ada_norm_zero",
 }
 SIZES = ("sample_size", "in_channels", "patch_size", "attention_head_dim", "num_attention_heads", "num_layers")
-# Without effect on what is computed in evaluation; that of `Transformer2DModel`, the name of old, only as given here.
+# Settings without effect in evaluation. Those in NEUTRAL, of the old `Transformer2DModel`, only at these values.
 WITHOUT_EFFECT = ("dropout", "norm_num_groups", "upcast_attention")
 NEUTRAL = {
     **dict.fromkeys(("cross_attention_dim", "num_vector_embeds", "caption_channels"), (None,)),
@@ -29,7 +29,7 @@ SCHEDULES: Mapping[str, Mapping[str, Any]] = {
     "linear": LINEAR,
     "cosine": {"beta_schedule": "squaredcos_cap_v2"},
 }
-SCHEDULER: Mapping[str, tuple[Any, ...]] = {  # settings that change the noise schedule, as they must be
+SCHEDULER: Mapping[str, tuple[Any, ...]] = {  # values that the noise schedule requires
     "num_train_timesteps": (1000,),
     "prediction_type": ("epsilon",),
     "trained_betas": (None,),
@@ -46,8 +46,8 @@ AUTOENCODER: Mapping[str, tuple[Any, ...]] = {
 
 
 def served_network(theirs: Mapping[str, Any], file: Path, as_diffusers: bool) -> DiTConfig:
-    """The network of a config.json beside `file`. as_diffusers: with the sinusoid and the epsilon of diffusers; else
-    with those of facebookresearch/DiT. ValueError for a network that is no DiT of ours."""
+    """The network of the config.json beside `file`. as_diffusers: with the time embedding and norm epsilon of
+    diffusers; else of facebookresearch/DiT. ValueError for a network that our DiT cannot represent."""
     beside = f"in the config.json beside {file}"
     for name, value in REQUIRED.items():
         if theirs.get(name) != value:
@@ -65,7 +65,7 @@ def served_network(theirs: Mapping[str, Any], file: Path, as_diffusers: bool) ->
     known = {*REQUIRED, *SIZES, *WITHOUT_EFFECT, "num_embeds_ada_norm", "norm_eps", "out_channels"}
     for name in theirs.keys() - known:
         if not name.startswith("_") and theirs[name] not in NEUTRAL.get(name, ()):
-            raise ValueError(f"{name} is {shortly(theirs[name])} {beside}, which is not known to leave a DiT as it is")
+            raise ValueError(f"{name} is {shortly(theirs[name])} {beside}, which may change what a DiT computes")
     size, channels, patch, width, heads, depth = (theirs[name] for name in SIZES)
     if theirs.get("_class_name") == "Transformer2DModel" and size >= 128 and theirs.get("interpolation_scale") is None:
         raise ValueError(f"sample_size is {size} {beside}, for which a Transformer2DModel stretches its positions")
@@ -82,7 +82,7 @@ def served_network(theirs: Mapping[str, Any], file: Path, as_diffusers: bool) ->
 
 
 def served_schedule(scheduler: Mapping[str, Any]) -> str:
-    """The noise schedule of a scheduler_config.json. ValueError for one that we do not have."""
+    """Name of the noise schedule of a scheduler_config.json. ValueError for one that is not supported."""
     _check_settings(scheduler, SCHEDULER, "the scheduler")
     for schedule, settings in SCHEDULES.items():
         if all(scheduler.get(name) == value for name, value in settings.items()):
@@ -92,7 +92,7 @@ def served_schedule(scheduler: Mapping[str, Any]) -> str:
 
 
 def served_scale(autoencoder: Mapping[str, Any]) -> float | None:
-    """What latents are multiplied by, of the config.json of an autoencoder."""
+    """The factor by which latents are multiplied (`scaling_factor`), from the config.json of an autoencoder."""
     _check_settings(autoencoder, AUTOENCODER, "the autoencoder")
     scale = autoencoder.get("scaling_factor")
     if scale is not None and type(scale) not in (int, float):
@@ -101,8 +101,8 @@ def served_scale(autoencoder: Mapping[str, Any]) -> float | None:
 
 
 def one_preset(fitting: Sequence[str], preset: str | None, file: Path, compared: str) -> str:
-    """The preset of a folder that several may fit: the one named, or else the only one that fits. ValueError where
-    there is none; `compared` says what was compared."""
+    """`preset` if it is among `fitting`, or the only one in `fitting`. ValueError otherwise. compared: what was
+    compared, for the message."""
     if preset is None and len(fitting) == 1:
         return fitting[0]
     if preset is None or preset not in fitting:

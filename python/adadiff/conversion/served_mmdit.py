@@ -1,4 +1,4 @@
-"""What the configurations in a folder of diffusers say of an MMDiT, the network of Stable Diffusion 3."""
+"""Configuration files of a diffusers folder of an MMDiT, the network of Stable Diffusion 3."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,8 +20,8 @@ SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 
 
 def served_mmdit(theirs: Mapping[str, Any], file: Path) -> MMDiTConfig:
-    """The network of a config.json beside `file`, with as many tokens of text as SD3 has. ValueError for one that is
-    not ours, as those of Stable Diffusion 3.5."""
+    """The network of the config.json beside `file`, with the number of text tokens of SD3. ValueError for one that our
+    MMDiT cannot represent, such as Stable Diffusion 3.5."""
     beside = f"in the config.json beside {file}"
     for name in SIZES:
         if type(theirs.get(name)) is not int or theirs[name] < 1:
@@ -50,8 +50,8 @@ def mmdit_config(
     scheduler: Mapping[str, Any] | None,
     autoencoder: Mapping[str, Any] | None,
 ) -> tuple[ModelConfig, str]:
-    """The configuration of a folder, and the preset that tells how many tokens its text has. ValueError where the
-    folder and the preset do not agree, and where several presets, or none, fit it."""
+    """The configuration of a folder and its preset, which gives the number of text tokens. ValueError if folder and
+    preset disagree, or if not exactly one preset fits."""
     if scheduler is not None and scheduler.get("_class_name") not in (None, SCHEDULER):
         raise ValueError(f"the scheduler must be a {SCHEDULER}, got {shortly(scheduler.get('_class_name'))}")
     latents = autoencoder or {}

@@ -1,4 +1,4 @@
-"""What the configurations in a folder of diffusers say of a PixArt."""
+"""Configuration files of a diffusers folder of a PixArt."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,8 +23,8 @@ READ = ("out_channels", "caption_channels", "cross_attention_dim", "interpolatio
 
 
 def served_pixart(theirs: Mapping[str, Any], file: Path) -> PixArtConfig:
-    """The network of a config.json beside `file`, with the tokens of PixArt-alpha. ValueError for one that is not
-    ours, as those of 1024 pixels, which are told the size of the picture."""
+    """The network of the config.json beside `file`, with the number of text tokens of PixArt-alpha. ValueError for one
+    that our PixArt cannot represent, such as those of 1024 pixels, which are conditioned on the picture's size."""
     beside = f"in the config.json beside {file}"
     for name, value in REQUIRED.items():
         if theirs.get(name) != value:
@@ -39,7 +39,7 @@ def served_pixart(theirs: Mapping[str, Any], file: Path) -> PixArtConfig:
     size, channels, patch, width, heads, depth = (theirs[name] for name in SIZES)
     if size == 128 and theirs.get("use_additional_conditions") is None:
         raise ValueError(
-            f"sample_size is 128 {beside}: such a network is told the size of the picture, which is not read"
+            f"sample_size is 128 {beside}: such networks are conditioned on the picture's size, which is not supported"
         )
     if (cross := theirs.get("cross_attention_dim")) != width * heads:
         raise ValueError(f"cross_attention_dim must be {width * heads} {beside}, got {shortly(cross)}")
@@ -62,8 +62,8 @@ def pixart_config(
     scheduler: Mapping[str, Any] | None,
     autoencoder: Mapping[str, Any] | None,
 ) -> tuple[ModelConfig, str]:
-    """The configuration of a folder, and the preset that tells how many tokens its text has. ValueError where the
-    folder and the preset do not agree, and where several presets, or none, fit it."""
+    """The configuration of a folder and its preset, which gives the number of text tokens. ValueError if folder and
+    preset disagree, or if not exactly one preset fits."""
     scale = None if autoencoder is None else served_scale(autoencoder)
     schedule = None if scheduler is None else served_schedule(scheduler)
     fitting = [

@@ -1,7 +1,7 @@
-"""What a training file says of its network besides the weights, held against the configuration it is to become.
+"""Checks the settings stored in a training checkpoint against the configuration it is converted with.
 
-The settings are the arguments of the training: those of DiT's train.py and of its relatives, and of DuoDiff's main.py.
-Shapes tell the same network apart from none of these: what it predicts, what it reads as time, its attention heads.
+The settings are the arguments of the training: of DiT's train.py and its relatives, and of DuoDiff's main.py. They
+cover what shapes do not show: what the network predicts, its time input, its attention heads.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,8 +30,8 @@ SCHEDULES = {
     "scaled_linear": "stable_diffusion",
     "sqrt_linear": "stable_diffusion",
 }
-OTHERS = ("sit", "lightningdit")  # networks with the shapes of DiT that are told another time
-KINDS = {  # of the layouts of exits: the schedules that the code which writes them knows
+OTHERS = ("sit", "lightningdit")  # networks with the shapes of DiT and another time input
+KINDS = {  # layouts with exits -> schedules that their code can train with
     "official": ("vp", "stable_diffusion"),
     "duodiff": ("linear",),
 }
@@ -42,48 +42,50 @@ def contradictions(settings: Mapping[str, Any], config: ModelConfig) -> list[str
     return [f"{name} is {shortly(settings[name])}, {why}" for name, why in _contradictions(settings, config)]
 
 
-def _contradictions(said: Mapping[str, Any], config: ModelConfig) -> Iterator[tuple[str, str]]:
+def _contradictions(settings: Mapping[str, Any], config: ModelConfig) -> Iterator[tuple[str, str]]:
     sit = getattr(config.network, "sit_time", False)
     for name in PREDICTION:
-        if isinstance(value := said.get(name), str) and value.lower() not in (VELOCITY if sit else NOISE):
+        if isinstance(value := settings.get(name), str) and value.lower() not in (VELOCITY if sit else NOISE):
             yield name, f"and networks of this configuration predict the {'velocity' if sit else 'noise'}"
     for name, why in FLAGS.items():
-        if _is_true(said.get(name)):
-            yield name, f"so {why}, which is not read"
-    if (path := said.get("path_type")) is not None and not (sit and path == "Linear"):
-        yield "path_type", "which only SiT of a linear path may have" if sit else "as SiT has it; name a preset of it"
-    if isinstance(value := said.get("model"), str) and value.lower().startswith(OTHERS[sit:]):
-        yield "model", "which is told another time than the network of this configuration"
+        if _is_true(settings.get(name)):
+            yield name, f"so {why}, which is not supported"
+    if (path := settings.get("path_type")) is not None and not (sit and path == "Linear"):
+        reason = "but only the linear path of SiT is supported" if sit else "a setting of SiT; name a preset of SiT"
+        yield "path_type", reason
+    if isinstance(value := settings.get("model"), str) and value.lower().startswith(OTHERS[sit:]):
+        yield "model", "which has another time input than the network of this configuration"
     for name in TIMESTEPS:
-        if (value := said.get(name)) is not None and str(value) != "1000":
+        if (value := settings.get(name)) is not None and str(value) != "1000":
             yield name, "and there are 1000 timesteps in every schedule of ours"
     for name in SCHEDULE:
-        if isinstance(value := said.get(name), str) and SCHEDULES.get(value) != config.schedule:
+        if isinstance(value := settings.get(name), str) and SCHEDULES.get(value) != config.schedule:
             yield name, f"the configuration has schedule {config.schedule}"
-    if said.get("normalize_timesteps") is not None:  # DuoDiff's
+    if settings.get("normalize_timesteps") is not None:  # DuoDiff's
         divisor = getattr(config.network, "time_divisor", 1)
-        if _is_true(said["normalize_timesteps"]) != (divisor == 1000):
+        if _is_true(settings["normalize_timesteps"]) != (divisor == 1000):
             yield "normalize_timesteps", f"the configuration has time_divisor {divisor}"
         if config.schedule != "linear":
-            yield "normalize_timesteps", f"as DuoDiff has it, which trains with schedule linear, not {config.schedule}"
+            yield "normalize_timesteps", f"a setting of DuoDiff, which trains with linear, not {config.schedule}"
     for name, field, default in (("num_heads", "heads", None), ("learn_sigma", "learned_variance", False)):
-        own = getattr(config.network, field, default)
-        if (value := said.get(name)) is not None and str(value) != str(own):
-            yield name, f"the configuration has {field} {own}"
+        expected = getattr(config.network, field, default)
+        if (value := settings.get(name)) is not None and str(value) != str(expected):
+            yield name, f"the configuration has {field} {expected}"
 
 
 def assumed(layout: str, settings: Mapping[str, Any], config: ModelConfig) -> str | None:
-    """What is taken for granted of a file whose settings do not say it, or None: SiT has the tensors of DiT."""
-    said = {*PREDICTION, "model"} & settings.keys()
-    if layout != "plain" or config.family != "dit" or said:
+    """The assumption made for a file whose settings do not decide between DiT and SiT, which have the same tensors; or
+    None."""
+    decided = {*PREDICTION, "model"} & settings.keys()
+    if layout != "plain" or config.family != "dit" or decided:
         return None
     return "a DiT, which predicts the noise; a SiT would have the same tensors"
 
 
 def other_kind(layout: str, config: ModelConfig) -> str | None:
-    """Why a file of this layout is none of `config`, or None."""
+    """Why a file of this layout cannot be of `config`, or None."""
     if config.family != "uvit":
-        return None  # which shapes tell
+        return None  # shapes are enough
     known = KINDS.get(layout)
     if known is not None and config.schedule not in known:
         return f"networks of layout {layout} are trained with schedule {' or '.join(known)}, not {config.schedule}"

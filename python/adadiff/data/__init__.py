@@ -1,1 +1,1 @@
-"""Where images come from: scans in the package, canvases made of them, published sets in local files."""
+"""Data sets: scans of digits, canvases made of them, letters of fonts, and published data sets in local files."""

@@ -1,14 +1,13 @@
-"""Canvases: real digit scans in a square of cells, which ones, the label says. Judged in metrics/canvases.py.
+"""Canvases: real digit scans arranged in a square of cells by a rule that the label gives; see metrics/canvases.py.
 
-A harder data set than single digits that needs no download. Cells are read in rows. With `side` 2 there are 4 cells of
+A harder data set than single digits that needs no download. Cells are in row order. With `side` 2 there are 4 cells of
 8x8 pixels, a canvas of 16x16; with 3, 9 cells and 24x24 pixels.
 
 label      canvas
-0..9       alone: that digit in the first cell, the others are empty
-10..19     count: every cell is filled, the first with label - 10, each other with the digit after the one before it, 0
-           after 9
+0..9       alone (easy): that digit in the first cell, the others are empty
+10..19     count (hard): label - 10 in the first cell, then the next digit in every further cell, 0 after 9
 
-Most of an easy canvas is one colour. Of the hard ones every cell has a digit of its own to find out and to draw.
+Most of an easy canvas is background. In a hard one, every cell has another digit to work out and to draw.
 """
 
 from dataclasses import dataclass
@@ -26,8 +25,8 @@ CELL = 8  # pixels
 
 @dataclass(frozen=True)
 class Canvases:
-    """side: cells in a row and in a column, 2 or 3. hard: share of the labels that count, in [0, 1]; within both
-    kinds labels are equally frequent."""
+    """side: cells in a row and in a column, 2 or 3. hard: share of labels 10..19, in [0, 1]; labels of the same kind
+    are equally frequent."""
 
     side: int = 2
     hard: float = 0.5
@@ -56,10 +55,11 @@ class Canvases:
         return contents(labels, self.cells)
 
     def draw(self, n: int, split: str = "train", seed: int = 0, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """n canvases out of the scans of one split ("train" or "test", see `data.digits`), a function of the arguments.
+        """n canvases from the scans of one split ("train" or "test", see `data.digits`); the same arguments give the
+        same canvases.
 
-        labels: int64 [n], by default drawn. Returns images float32 [n, 1, H, W] in [-1, 1] and labels int64 [n].
-        Raises ValueError for anything that does not fit.
+        labels: int64 [n], by default drawn at random. Returns images float32 [n, 1, H, W] in [-1, 1] and labels int64
+        [n]. Raises ValueError for an invalid n, seed, split or labels.
         """
         if isinstance(n, bool) or not isinstance(n, int) or n < 0 or not isinstance(seed, int) or seed < 0:
             raise ValueError(f"n and seed must be integers >= 0, got {n!r} and {seed!r}")
@@ -94,7 +94,7 @@ def contents(labels: Tensor, cells: int) -> Tensor:
 
 
 def follows(contents_read: Tensor, labels: Tensor) -> Tensor:
-    """bool [n]: whether contents, int64 [n, cells] with BLANK for empty, are what labels, int64 [n], ask for."""
+    """bool [n]: whether contents, int64 [n, cells] with BLANK for empty, follow the rule of labels, int64 [n]."""
     return (contents_read == contents(labels, contents_read.shape[1])).all(1)
 
 

@@ -1,16 +1,17 @@
-"""Published data sets from local files, in the layouts they are published in. Nothing is downloaded.
+"""Published data sets from local files in their published layouts. Nothing is downloaded.
 
-name                  what lies at `path`
+name                  content of `path`
 cifar10               cifar-10-batches-py/ (data_batch_1..5, test_batch) or cifar-10-batches-bin/ (the same, .bin)
 celeba64              celeba/ with img_align_celeba/000001.jpg ... and list_eval_partition.txt
 imagenet64, 256, 512  train/ and val/ with a folder for each class, n01440764/...; or train/n01440764_1.JPEG ...
 imagenet256_features  0.npy, 1.npy, ...: (moments, label), from U-ViT's scripts/extract_imagenet_feature.py; also 512
-mscoco256_features    train/ and val/ with moments 0.npy ... and contexts 0_0.npy ..., empty_context.npy; by the same
+mscoco256_features    train/ and val/ with moments 0.npy ... and contexts 0_0.npy ..., and empty_context.npy; from
+                      U-ViT's scripts, too
 
-Which pictures of ImageNet count, and what their pixels are: see pictures.py. The class of a picture is the folder
-directly below train/ or val/, whatever lies between, or for a picture directly there what its name begins with. Labels
-are the places of the classes in the sorted list of their names, as text ("10" before "2"); the classes of train/ number
-those of val/, too. A class without a picture that can be read is refused.
+ImageNet: pictures.py says which files count and how pixels are read. The class of a picture is the folder directly
+below train/ or val/, at any depth, or, for a picture directly in train/ or val/, the prefix of its name. Labels are
+positions in the sorted list of class names, sorted as text ("10" before "2"); val/ uses the classes of train/. A class
+without a readable picture is refused.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from . import feature_sets, image_sets
 
 
 class Dataset(Protocol):
-    """shape: C, H, W of one x. classes: 0 where there are no labels. moments: x are moments of latents, see
+    """shape: C, H, W of one x. classes: 0 without labels. moments: whether x are moments of latents, see
     `latents.draw_latents`, instead of images in [-1, 1]."""
 
     shape: tuple[int, int, int]
@@ -33,15 +34,15 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        """index: int64 [k]. Returns x, float32 [k, C, H, W], and labels int64 [k], contexts float32 [k, N, E] or
-        None."""
+        """index: int64 [k]. Returns x, float32 [k, C, H, W], and its condition: labels int64 [k], contexts float32
+        [k, N, E], or None."""
 
 
 def load(name: str, path: str | Path, split: str = "train") -> Dataset:
     """The data set of that name (a line of the table above) from its files at `path`, or one folder below.
 
     split: "train" or "test" (CelebA, ImageNet and MS-COCO: their validation set; the features of ImageNet have none).
-    Raises ValueError for another name or split, and where the files are not there: it says what was expected where.
+    Raises ValueError for another name or split, and for missing files, with the names that were expected.
     """
     if name not in NAMES:
         raise ValueError(f"no data set {name!r}; there are {', '.join(NAMES)}")

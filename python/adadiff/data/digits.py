@@ -1,4 +1,4 @@
-"""Training data. Images are float32 [N, C, H, W] in [-1, 1], labels int64 [N]."""
+"""The digits data set."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ def digits(split: str = "train") -> tuple[Tensor, Tensor]:
 
     `split`: "train" (about 80 % of each class), "test" (the rest, never trained on) or "all". The split is fixed.
     Returns images float32 [N, 1, 8, 8] in [-1, 1] and labels int64 [N] in 0..9.
-    Raises ValueError for another split, ImportError (with the remedy) where scikit-learn is missing.
+    Raises ValueError for another split, ImportError (with the pip command) if scikit-learn is missing.
     """
     if split not in ("train", "test", "all"):
         raise ValueError(f"split must be 'train', 'test' or 'all', got {split!r}")

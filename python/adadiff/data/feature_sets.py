@@ -1,4 +1,4 @@
-"""Features that U-ViT's scripts extract, moments of latents and contexts of captions, see datasets.py."""
+"""Data extracted by U-ViT's scripts: moments of latents and text embeddings (contexts) of captions, see datasets.py."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ MOMENTS = 8  # channels: mean and log variance of four latents
 
 @dataclass(frozen=True)
 class LabelledMoments:
-    """Files (moments, label), numbered from 0."""
+    """ImageNet: files 0.npy, 1.npy, ..., each a pair (moments, label)."""
 
     folder: Path
     count: int
@@ -47,7 +47,7 @@ class LabelledMoments:
 
 @dataclass(frozen=True)
 class CaptionedMoments:
-    """Moments i.npy and several contexts each, i_0.npy ...; captions[i] says how many."""
+    """MS-COCO: moments i.npy, each with captions[i] contexts i_0.npy, i_1.npy, ..."""
 
     folder: Path
     captions: Sequence[int]
@@ -60,8 +60,8 @@ class CaptionedMoments:
         return len(self.captions)
 
     def batch(self, index: Tensor, caption: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """caption: float [k] in [0, 1), which of each one's captions, from the first to the last; None: drawn from
-        PyTorch's global generator."""
+        """index: int64 [k]. caption: float [k] in [0, 1), selects one of each image's captions; None: drawn from
+        PyTorch's global generator. Returns moments float32 [k, 8, 32, 32] and contexts float32 [k, N, E]."""
         x, contexts = [], []
         places = torch.rand(len(index), dtype=torch.float32, device="cpu") if caption is None else caption
         for i, place in zip(index.tolist(), places.tolist(), strict=True):
@@ -80,7 +80,7 @@ def imagenet(size: int) -> Callable[[Path, str], LabelledMoments]:
         if split != "train":
             raise ValueError("the extracted features of ImageNet are its training set; take split='train'")
         data = LabelledMoments(root, _numbered(root), (MOMENTS, size, size))
-        data.batch(torch.tensor([0], dtype=torch.int64, device="cpu"))  # for its checks
+        data.batch(torch.tensor([0], dtype=torch.int64, device="cpu"))  # checks the first file
         return data
 
     return load_folder
@@ -98,7 +98,7 @@ def mscoco(path: Path, split: str) -> CaptionedMoments:
     for file in root.glob("*_*.npy"):
         match = re.fullmatch(rf"({NUMBER})_({NUMBER})", file.stem)
         if match is None or int(match[1]) >= len(captions):
-            raise ValueError(f"{file} is a context of no {file.stem.split('_')[0]}.npy")
+            raise ValueError(f"{file} is a context without moments: there is no {file.stem.split('_')[0]}.npy")
         captions[int(match[1])].add(int(match[2]))
     for i, numbers in enumerate(captions):
         if numbers != set(range(len(numbers))) or not numbers:
@@ -106,12 +106,12 @@ def mscoco(path: Path, split: str) -> CaptionedMoments:
             what = f"lacks {i}_{missing}.npy" if numbers else f"has no context; expected {i}_0.npy"
             raise ValueError(f"{root / f'{i}.npy'} {what}")
     data = CaptionedMoments(root, [len(numbers) for numbers in captions], _context(path / "empty_context.npy", None))
-    data.batch(torch.tensor([0], dtype=torch.int64, device="cpu"))  # for its checks
+    data.batch(torch.tensor([0], dtype=torch.int64, device="cpu"))  # checks the first files
     return data
 
 
 def _numbered(folder: Path) -> int:
-    """How many files 0.npy, 1.npy, ... there are. ValueError where one is missing."""
+    """Number of files 0.npy, 1.npy, ... ValueError if one is missing."""
     numbers = {int(file.stem) for file in folder.glob("*.npy") if re.fullmatch(NUMBER, file.stem)}
     if len(numbers) != max(numbers) + 1:
         missing = min(set(range(len(numbers) + 1)) - numbers)

@@ -1,4 +1,4 @@
-"""Which fonts are no clean Latin typefaces: rules on what they draw, each with a name. The first that is broken counts.
+"""Named rules that exclude fonts which are no clean Latin typefaces, by what they draw. The first broken rule counts.
 
 images, everywhere: uint8 [62, 32, 32], the characters of `glyphs.CHARACTERS` as `glyphs.draw_font` draws them.
 """
@@ -14,9 +14,9 @@ from .glyphs import CHARACTERS, SIZE
 LEAST_INK = 5.0  # pixels of full ink; a thin dotless stroke has about ten
 LEAST_CAPITALS = 9.0  # pixels: median height of A to Z
 LEAST_DIFFERENCE = 0.003  # mean absolute difference of two characters, ink from 0 to 1
-LEAST_CASES = 0.17  # mean difference of capitals and lower case, both brought to one box
-CASES = "abdeghnqrt"  # lower case letters whose shape is another one than that of the capital
-MOST_BOXES = 0  # characters that look like what the font draws for codes it lacks
+LEAST_CASES = 0.17  # mean difference of capitals and lower case, both scaled to the same box
+CASES = "abdeghnqrt"  # lower case letters whose shape differs from the capital's
+MOST_BOXES = 0  # characters that look like the font's glyph for missing characters
 INK = 24  # grey value from which a pixel belongs to a character's box
 
 CAPITALS, LOWER, DIGITS = slice(0, 26), slice(26, 52), slice(52, 62)
@@ -24,15 +24,15 @@ CAPITALS, LOWER, DIGITS = slice(0, 26), slice(26, 52), slice(52, 62)
 
 @dataclass(frozen=True)
 class Broken:
-    """rule: a key of RULES. detail: for people."""
+    """rule: a key of RULES. detail: text for people."""
 
     rule: str
     detail: str
 
 
 def missing_glyph(images: np.ndarray, nowhere: np.ndarray) -> str:
-    """nowhere: uint8 [32, 32], what the font draws for a code it lacks; a font that draws nothing there shows its
-    missing characters as blanks."""
+    """nowhere: uint8 [32, 32], the font's glyph for missing characters. If it is blank, missing characters are found by
+    `blank_glyph`."""
     if not nowhere.any():
         return ""
     found = [c for c, image in zip(CHARACTERS, images, strict=True) if np.array_equal(image, nowhere)]
@@ -52,14 +52,14 @@ def at_the_border(images: np.ndarray) -> str:
 
 
 def too_small(images: np.ndarray) -> str:
-    """Swashes and ornaments of a few characters set the scale of all."""
+    """Swashes and ornaments of a few characters can shrink all others, which share their scale."""
     heights = [bottom - top for top, bottom, _, _ in map(_box, images[CAPITALS])]
     median = float(np.median(heights))
     return f"capitals are {median:g} pixels high, at least {LEAST_CAPITALS:g} wanted" if median < LEAST_CAPITALS else ""
 
 
 def same_glyph(images: np.ndarray) -> str:
-    """Within the capitals, the lower case and the digits no two may look alike; I, l and 1, or O and 0, may."""
+    """No two capitals, two lower case letters or two digits may look alike; I, l and 1, or O and 0, may."""
     ink = images.reshape(len(images), -1).astype(np.float32) / 255
     for part in (CAPITALS, LOWER, DIGITS):
         for i, j in combinations(range(part.start, part.stop), 2):
@@ -69,7 +69,7 @@ def same_glyph(images: np.ndarray) -> str:
 
 
 def one_case(images: np.ndarray) -> str:
-    """Fonts of capitals only, small capitals included: the label would ask for a letter that is not drawn."""
+    """Finds fonts that draw lower case letters as (small) capitals, which would contradict their labels."""
     both = ((CHARACTERS.index(c.upper()), CHARACTERS.index(c)) for c in CASES)
     differences = [np.abs(boxed(images[i]) - boxed(images[j])).mean() for i, j in both]
     mean = float(np.mean(differences))
@@ -85,14 +85,14 @@ ON_IMAGES: dict[str, Callable[[np.ndarray], str]] = {
 }
 RULES = {  # in the order in which they are applied
     "unreadable": "fontTools or FreeType refuses the file, or it names no family",
-    "missing glyph": "some of the 62 characters look like what the font draws for a code it lacks",
+    "missing glyph": "some of the 62 characters look like the font's glyph for missing characters",
     "blank glyph": f"some of the 62 characters have ink for less than {LEAST_INK:g} full pixels",
     "at the border": "some of the 62 characters touch the border of the image",
     "too small": f"the median height of the capitals is below {LEAST_CAPITALS:g} pixels",
     "same glyph": "two capitals, two lower case letters or two digits look alike",
     "one case": "lower case letters are drawn as capitals",
-    "duplicate": "it draws what a family that was kept before draws",
-    "not read": "classifiers that were trained on other families read too few of its capitals, lower case or digits",
+    "duplicate": "it draws the same as a family that was kept before",
+    "not read": "classifiers trained on other families read too few of its capitals, lower case letters or digits",
 }
 
 
@@ -107,14 +107,14 @@ def broken_rule(images: np.ndarray, nowhere: np.ndarray) -> Broken | None:
 
 
 def thumbnails(images: np.ndarray) -> np.ndarray:
-    """What duplicates are told by: ink averaged over 2x2 pixels, float32 [n, 62, 16, 16] in [0, 1], of fonts
+    """Images for finding duplicates: ink averaged over 2x2 pixels, float32 [n, 62, 16, 16] in [0, 1], of fonts
     [n, 62, 32, 32]."""
     return _halved(images) / 255
 
 
 @dataclass
 class Designs:
-    """Thumbnails of fonts that are kept, to find the nearest one among; `coarse` are their means over 4x4 pixels."""
+    """Thumbnails of the fonts kept so far, for nearest-neighbour search; `coarse`: their means over 4x4 pixels."""
 
     names: list[str]
     fine: np.ndarray
@@ -135,9 +135,9 @@ class Designs:
         self.names.append(name)
 
     def nearest(self, thumbnail: np.ndarray) -> tuple[str, float]:
-        """Name and mean absolute difference of the nearest design, ("", infinity) among none.
+        """Name and mean absolute difference of the nearest design; ("", infinity) if there is none.
 
-        Means differ at most as what they are means of does, so most designs are ruled out by their coarse ones.
+        The difference of the coarse images is a lower bound of that of the fine ones, which rules out most designs.
         """
         n = len(self.names)
         bounds = np.abs(self.coarse[:n] - _halved(_halved(thumbnail))).mean((1, 2, 3))
@@ -157,7 +157,7 @@ def _halved(images: np.ndarray) -> np.ndarray:
 
 
 def _box(image: np.ndarray) -> tuple[int, int, int, int]:
-    """top, bottom, left, right of the ink, ends excluded; all 0 where there is none."""
+    """top, bottom, left, right of the ink, ends excluded; all 0 without ink."""
     rows, columns = (np.flatnonzero((image >= INK).any(axis)) for axis in (1, 0))
     if not len(rows):
         return 0, 0, 0, 0
@@ -165,7 +165,7 @@ def _box(image: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def boxed(image: np.ndarray) -> np.ndarray:
-    """The ink's box brought to 16x16 by nearest neighbours, in [0, 1]."""
+    """The ink's bounding box scaled to 16x16 by nearest neighbours, float32 in [0, 1]."""
     top, bottom, left, right = _box(image)
     if bottom == top:
         return np.zeros((16, 16), np.float32)

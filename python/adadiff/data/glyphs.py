@@ -1,8 +1,7 @@
 """Characters of one font as 32x32 images.
 
-All characters of a font share one scale and one baseline: the tallest, the deepest and the widest of them just fit
-into the image less its margin. Each is centred by its own width. They are drawn at four times the size, then averaged
-over 4x4 pixels.
+All characters of a font share one scale and one baseline, such that the tallest, the deepest and the widest just fit
+between the margins. Each is centred horizontally. They are drawn at four times the size, then averaged over 4x4 pixels.
 """
 
 import string
@@ -15,13 +14,13 @@ CHARACTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits  # 
 SIZE = 32  # pixels
 MARGIN = 2  # pixels left free on each side
 OVERSAMPLING = 4
-NOWHERE = "\U0010fffd"  # a private code that no font maps: it shows what a font draws for characters it lacks
-EM = 256.0  # pixels, of the size at which characters are measured
+NOWHERE = "\U0010fffd"  # a private code point that no font maps: shows a font's glyph for missing characters
+EM = 256.0  # pixels, font size at which characters are measured
 
 
 def open_font(path: Path, size: float) -> ImageFont.FreeTypeFont:
-    """With Pillow's basic layout: no shaping, which would depend on further libraries. Raises ValueError for a file
-    that FreeType does not read."""
+    """Opens a font with Pillow's basic layout, because shaping would depend on further libraries. Raises ValueError for
+    a file that FreeType cannot read."""
     try:
         return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
     except OSError as error:
@@ -29,10 +28,10 @@ def open_font(path: Path, size: float) -> ImageFont.FreeTypeFont:
 
 
 def draw_font(path: Path, characters: str = CHARACTERS) -> np.ndarray:
-    """Ink of each character, 0 for none, 255 for all of the pixel: uint8 [len(characters), 32, 32].
+    """Images of characters, uint8 [len(characters), 32, 32]: 0 background, 255 ink.
 
-    Scale and baseline are always those of CHARACTERS. Raises ValueError for a file that is no font, for one that draws
-    nothing at all, and for one whose outlines FreeType refuses.
+    Scale and baseline are always those of CHARACTERS. Raises ValueError for a file that is no font, that draws nothing
+    at all, or whose outlines FreeType refuses.
     """
     try:
         return _draw(path, characters)
@@ -65,7 +64,7 @@ def _draw(path: Path, characters: str) -> np.ndarray:
 
 
 def _averaged(canvas: np.ndarray) -> np.ndarray:
-    """Means of blocks of a uint8 [k * SIZE, k * SIZE], rounded in integers: the same on every machine."""
+    """Means over k x k blocks of a uint8 [k * SIZE, k * SIZE], in integer arithmetic: identical on every machine."""
     k = OVERSAMPLING
     sums = canvas.reshape(SIZE, k, SIZE, k).sum((1, 3), dtype=np.uint32)
     return ((sums + k * k // 2) // (k * k)).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Pictures with or without labels: CIFAR-10, CelebA and ImageNet, see `datasets`."""
+"""Image data sets in memory or in files: CIFAR-10, CelebA and ImageNet, see datasets.py."""
 
 import math
 import os
@@ -18,7 +18,7 @@ from .numpy_files import unpickle
 from .pictures import FORMATS, MOST_PIXELS, find_pictures, is_picture, read_picture
 
 EMPTY = f"holds no picture ({', '.join(FORMATS)}); remove the folder, or fill it"
-FLAT_NAME = re.compile(r"(n\d{8})_")  # of a picture that lies in no folder of its class
+FLAT_NAME = re.compile(r"(n\d{8})_")  # names of pictures that are not in a folder of their class
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Images:
-    """Images that are numbers already: float32 [n, C, H, W] in [-1, 1], labels int64 [n]."""
+    """Images as tensors in memory: float32 [n, C, H, W] in [-1, 1], labels int64 [n]."""
 
     images: Tensor
     labels: Tensor
@@ -66,7 +66,7 @@ class Images:
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Images that are read when they are asked for; `crop` makes uint8 [H, W, 3] of a picture."""
+    """Image files, read when a batch needs them. crop: picture -> uint8 [H, W, 3]."""
 
     paths: Sequence[Path]
     labels: Tensor | None
@@ -111,7 +111,7 @@ def cifar10(path: Path, split: str) -> Pixels:
 def _read_cifar_binary(path: Path) -> tuple[Tensor, Tensor]:
     raw = np.fromfile(path, np.uint8)
     if not len(raw) or len(raw) % 3073:
-        raise ValueError(f"{path} has {len(raw)} bytes, expected some times 3073: a label and 32 x 32 x 3 pixels")
+        raise ValueError(f"{path} has {len(raw)} bytes, expected a multiple of 3073: a label and 32 x 32 x 3 pixels")
     return _cifar(torch.from_numpy(raw.reshape(-1, 3073)), path)
 
 
@@ -122,7 +122,7 @@ def _read_cifar_pickle(path: Path) -> tuple[Tensor, Tensor]:
     whole = isinstance(labels, list) and all(isinstance(v, int | np.integer) for v in labels)
     if not fits or not whole or len(labels) != len(data):
         raise ValueError(f"{path} must hold b'data', uint8 [n, 3072], and b'labels', n whole numbers")
-    labels = [min(max(int(label), -1), 255) for label in labels]  # what lies beyond is refused below
+    labels = [min(max(int(label), -1), 255) for label in labels]  # fits any integer into int64; _cifar checks 0..9
     return _cifar(
         torch.cat([torch.tensor(labels, dtype=torch.int64, device="cpu")[:, None], torch.from_numpy(data)], 1), path
     )
@@ -149,15 +149,15 @@ def celeba64(path: Path, split: str) -> ImageFiles:
     names = [name for name, part in rows if part == wanted]
     if not names:
         raise ValueError(f"{partition} lists no picture of this split")
-    there = set(os.listdir(root / "img_align_celeba"))
-    missing = next((name for name in names if name not in there), None)
+    present = set(os.listdir(root / "img_align_celeba"))
+    missing = next((name for name in names if name not in present), None)
     if missing is not None:
         raise ValueError(f"{partition} lists {missing}, but there is no {root / 'img_align_celeba' / missing}")
     return ImageFiles([root / "img_align_celeba" / name for name in names], None, 0, (3, 64, 64), crop_celeba)
 
 
 def _rows(partition: Path) -> list[list[str]]:
-    """Names and parts. Raises ValueError for a name that leads elsewhere or occurs twice."""
+    """Pairs of file name and part. Raises ValueError for a name with a folder, or one that occurs twice."""
     form = "lines such as '000001.jpg 0'"
     try:
         rows = [line.split() for line in read_text(partition).splitlines() if line.strip()]
@@ -172,9 +172,9 @@ def _rows(partition: Path) -> list[list[str]]:
 
 
 def crop_celeba(picture: Image.Image) -> np.ndarray:
-    """The 128 x 128 pixels about (89, 121) of an aligned picture, 178 x 218, at half their size (U-ViT, datasets.py).
+    """The 128 x 128 pixels around (89, 121) of an aligned picture, 178 x 218, at half size (U-ViT, datasets.py).
 
-    Returns uint8 [64, 64, 3]. ValueError for another size.
+    Returns uint8 [64, 64, 3]. Raises ValueError for another size.
     """
     if picture.size != (178, 218):
         raise ValueError(f"aligned pictures of CelebA are 178 x 218, got {picture.size}")
@@ -187,12 +187,12 @@ def imagenet(size: int) -> Callable[[Path, str], ImageFiles]:
         if not root.is_dir():
             raise ValueError(f"{path} holds no ImageNet: expected {root} with a folder of pictures for each class")
         of_class = _by_class(root)
-        # The classes of the training set number those of the validation set, which may lack some.
+        # The validation set may lack classes, so labels follow the training set's classes.
         names = sorted(of_class)
         if split == "test" and (path / "train").is_dir():
             names = sorted(_train_classes(path / "train", set(of_class))) or names
         number = {name: i for i, name in enumerate(names)}
-        files = sorted((file, number[name]) for name, own in of_class.items() for file in own)
+        files = sorted((file, number[name]) for name, pictures in of_class.items() for file in pictures)
         paths, labels = zip(*files, strict=True)
         return ImageFiles(
             paths,
@@ -206,7 +206,7 @@ def imagenet(size: int) -> Callable[[Path, str], ImageFiles]:
 
 
 def _by_class(root: Path) -> dict[str, list[Path]]:
-    """The pictures of each class. Raises ValueError for a class without one that can be read, or a picture without a
+    """The pictures of each class. Raises ValueError for a class without a readable picture, or a picture without a
     class."""
     form = (
         f"{root} must hold a folder of pictures ({', '.join(FORMATS)}) for each class, or files such as "
@@ -234,11 +234,11 @@ def _check_one_is_read(folder: Path, files: Sequence[Path]) -> None:
             return
         except ValueError as error:
             last = error
-    raise ValueError(f"of {len(files)} pictures of the class {folder} none can be read; {last}")
+    raise ValueError(f"none of the {len(files)} pictures of the class {folder} can be read; {last}")
 
 
 def _train_classes(train: Path, of_val: set[str]) -> set[str]:
-    """Raises ValueError where they cannot number those of the validation set."""
+    """Classes of the training set. Raises ValueError if they lack one of the validation set, or if one is empty."""
     flat = {match[1] for path in train.iterdir() if (match := FLAT_NAME.match(path.name)) and is_picture(path)}
     folders = _class_folders(train)
     unknown = min(of_val - folders - flat, default=None)
@@ -251,13 +251,13 @@ def _train_classes(train: Path, of_val: set[str]) -> set[str]:
 
 
 def _class_folders(root: Path) -> set[str]:
-    """Those directly below that are not hidden."""
+    """Names of the folders directly below `root` that are not hidden."""
     with os.scandir(root) as entries:
         return {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
 
 
 def _class_of(parts: Sequence[str]) -> str | None:
-    """parts: of a path below train or val. The folder directly below, or what the name of a file there begins with."""
+    """Class of a picture: its first folder, or else the prefix of its name. parts: of its path below train or val."""
     if len(parts) > 1:
         return parts[0]
     match = FLAT_NAME.match(parts[0])
@@ -265,10 +265,10 @@ def _class_of(parts: Sequence[str]) -> str | None:
 
 
 def crop_centre(picture: Image.Image, size: int) -> np.ndarray:
-    """The middle size x size pixels of a picture whose shorter side was brought to `size`: halved by averages while
-    it is twice as long, then bicubic (guided diffusion, image_datasets.py; U-ViT and DiT do the same).
+    """The central size x size pixels of a picture, scaled so that its shorter side is `size`: halved by box averages
+    while it is at least twice as long, then bicubic (guided-diffusion, image_datasets.py; U-ViT and DiT do the same).
 
-    Returns uint8 [size, size, 3]. ValueError for one so long and narrow that it would become too large.
+    Returns uint8 [size, size, 3]. Raises ValueError for a picture so narrow that the scaled one would be too large.
     """
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)

@@ -1,12 +1,12 @@
-"""Letters: A to Z, a to z and 0 to 9 of hundreds of free typefaces, 32x32 grey pixels, ink white on black.
+"""The letters data set: A to Z, a to z and 0 to 9 of hundreds of free typefaces, 32x32 grey pixels, white on black.
 
-Fonts are not part of this package. `letters_families.json` beside this file lists the families, the Debian packages
-that they come from, their licences, and the SHA-256 of every file. From those files `build` makes the data set, bit for
-bit with the releases of Pillow and FreeType that the list names. Families that were left out are listed, too, with the
-rule of `glyph_rules` that they break.
+Fonts are not part of this package. `letters_families.json` beside this file lists the families, their Debian packages
+and licences, and the SHA-256 of every font file. `build` draws the data set from those files; with the releases of
+Pillow and FreeType that the list names, it is identical bit for bit. Excluded families are listed, too, with the rule
+of `glyph_rules` that they break.
 
-A file holds the arrays images, uint8 [n, 1, 32, 32]; labels, uint8 [n], places in `glyphs.CHARACTERS`; family and font,
-int32 [n]; test, bool [n], whether the family is held out; and metadata, a text, JSON. Families are split, not images.
+A file holds the arrays images, uint8 [n, 1, 32, 32]; labels, uint8 [n], indices into `glyphs.CHARACTERS`; family and
+font, int32 [n]; test, bool [n]; and metadata, JSON text. Training and test split are by family, not by image.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ MOST_NAMED = 12  # packages in an error
 
 @dataclass(frozen=True)
 class Font:
-    """path: where its package puts it. style: a key of `typefaces.STYLES`."""
+    """path: where the Debian package installs it. style: a key of `typefaces.STYLES`."""
 
     style: str
     path: str
@@ -47,7 +47,7 @@ class Font:
 
 @dataclass(frozen=True)
 class Family:
-    """Of the data set."""
+    """A family of the data set. split: "train" or "test"."""
 
     name: str
     split: str
@@ -58,7 +58,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A family that is not in the data set: the rule of `glyph_rules.RULES` that it breaks, and how."""
+    """An excluded family: the rule of `glyph_rules.RULES` that it breaks, and details."""
 
     name: str
     package: str
@@ -68,8 +68,8 @@ class Dropped:
 
 @dataclass(frozen=True)
 class FamilyList:
-    """What letters_families.json holds. packages: name -> version. images_sha256: of all images in their order, as made
-    by these releases of Pillow and FreeType."""
+    """Content of letters_families.json. packages: name -> version. images_sha256: of all images in order, drawn with
+    these releases of Pillow and FreeType."""
 
     pillow: str
     freetype: str
@@ -80,7 +80,7 @@ class FamilyList:
 
     @classmethod
     def read(cls, path: Path = LIST) -> "FamilyList":
-        """Raises ValueError for a file that is no such list."""
+        """Reads a list. Raises ValueError for any other file."""
         content = read_json(path)
         try:
             if content["format_version"] != FORMAT_VERSION:
@@ -98,7 +98,7 @@ class FamilyList:
             raise ValueError(f"{path} is no list of families: {error}") from None
 
     def write(self, path: Path = LIST) -> None:
-        """A line a family, so that differences can be read."""
+        """Writes one line for each family, for readable diffs."""
 
         def rows(values: Iterable[Any]) -> str:
             return "[\n" + ",\n".join(json.dumps(value, ensure_ascii=False) for value in values) + "\n]"
@@ -125,7 +125,7 @@ def family_list() -> FamilyList:
 
 @dataclass(frozen=True)
 class Built:
-    """Arrays of a file, see above. exact: whether they are, bit for bit, what the list was made with."""
+    """Arrays of a data file, see above. exact: whether the images are those of the list, bit for bit."""
 
     arrays: Mapping[str, np.ndarray]
     exact: bool
@@ -142,14 +142,14 @@ class Built:
 
 
 def releases() -> tuple[str, str]:
-    """Of Pillow and of the FreeType in it, which decide the pixels."""
+    """Versions of Pillow and of its FreeType, on which pixels depend."""
     return PIL.__version__, features.version("freetype2") or "none"
 
 
 def find_fonts(families: FamilyList, root: Path = Path("/")) -> dict[str, Path]:
-    """sha256 -> file, of every font in the list. root: folder under which the packages' paths lie.
+    """sha256 -> file for every font in the list. root: folder under which the packages are unpacked.
 
-    Raises ValueError where some are missing or others: it names the packages to install.
+    Raises ValueError, which names the packages to install, if fonts are missing or differ from the list.
     """
     found, lacking, other = {}, {}, {}
     for family in families.families:
@@ -227,7 +227,7 @@ def build(
 def load_letters(path: str | Path, split: str = "train") -> Pixels:
     """One split, "train" or "test", of a file that `adadiff data letters` wrote.
 
-    Raises ValueError for another split, and for a file that is no such one.
+    Raises ValueError for another split, and for any other file.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
@@ -243,17 +243,18 @@ def load_letters(path: str | Path, split: str = "train") -> Pixels:
     if headers["images"].shape[1:] != (1, SIZE, SIZE) or any(headers[k].shape != (n,) for k in ("labels", "test")):
         raise ValueError(f"{path} holds no letters: images are {list(headers['images'].shape)}, not [n, 1, 32, 32]")
     arrays = read_npz(path, shapes)
-    own = arrays["test"] == (split == "test")
-    if not own.any():
+    chosen = arrays["test"] == (split == "test")
+    if not chosen.any():
         raise ValueError(f"{path} holds no image of the split {split!r}")
-    images, labels = torch.from_numpy(arrays["images"][own]), torch.from_numpy(arrays["labels"][own].astype(np.int64))
+    images = torch.from_numpy(arrays["images"][chosen])
+    labels = torch.from_numpy(arrays["labels"][chosen].astype(np.int64))
     if int(labels.max()) >= len(CHARACTERS):
         raise ValueError(f"{path} has labels up to {int(labels.max())}, expected 0..{len(CHARACTERS) - 1}")
     return Pixels(images, labels, len(CHARACTERS))
 
 
 def family_of(path: str | Path, split: str = "train") -> Tensor:
-    """int64 [n], the family of each image that `load_letters` gives, by its place in the list; errors are the same."""
+    """int64 [n]: index in the list of families, for each image that `load_letters` returns. Raises the same errors."""
     n = len(load_letters(path, split))
     headers = npz_headers(Path(path))
     if "family" not in headers or headers["family"].dtype.str != "<i4":

@@ -1,6 +1,6 @@
-"""Arrays from files that others made.
+"""Arrays from untrusted files.
 
-A pickle calls none but the constructors below, and a file is read only if its size fits what its header says.
+A pickle can call only the constructors below, and a file is read only if its size matches its header.
 """
 
 import errno
@@ -17,13 +17,13 @@ import numpy as np
 
 from ..reading import check_regular, of_system, reason
 
-# A compressed .npz may unpack to this many bytes, and beyond that to so many times its size. Images compress to about
+# A compressed .npz may unpack to FREE bytes, or to MOST_RATIO times its size if that is more. Images compress to about
 # a half, zeros to a thousandth.
 FREE, MOST_RATIO = 2**28, 100
 
 
 def _reconstruct(kind: object, shape: object, code: object) -> np.ndarray:
-    """Always empty, as numpy writes it: the array's state follows."""
+    """An empty array, as in numpy's pickles: the array's state follows."""
     return np.empty(0, "u1")
 
 
@@ -42,13 +42,13 @@ def _frombuffer(data: bytes, dtype: np.dtype, shape: tuple[int, ...], order: str
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """Bytes of Python 2 and of old protocols."""
+    """For bytes in pickles of Python 2 and of old protocols."""
     if encoding != "latin1":
         raise ValueError(f"it asks for the encoding {encoding!r}")
     return text.encode("latin1")
 
 
-# What a pickled array names. Older releases of numpy call numpy._core numpy.core.
+# Globals in pickles of arrays. numpy._core was numpy.core in older releases.
 ALLOWED: dict[tuple[str, str], object] = {
     ("numpy", "ndarray"): "the first argument of _reconstruct",
     ("numpy", "dtype"): _dtype,
@@ -60,7 +60,7 @@ ALLOWED: dict[tuple[str, str], object] = {
 
 
 class _Unpickler(pickle._Unpickler):
-    """The one in Python: the one in C allocates room for whatever memo index, up to 2^32, a tiny file names."""
+    """Based on the unpickler in Python: the one in C allocates memory for any memo index, up to 2^32, in a file."""
 
     def find_class(self, module: str, name: str) -> object:
         if (module, name) not in ALLOWED:
@@ -78,7 +78,7 @@ def unpickle(path: Path) -> object:
 
 
 def load_npy(path: Path) -> np.ndarray:
-    """A .npy file, also one of dtype object, which is a pickle. ValueError for anything else."""
+    """The array of a .npy file, also of dtype object (a pickle). Raises ValueError for anything else."""
     check_regular(path)
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -100,7 +100,7 @@ def load_npy(path: Path) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Header:
-    """What a .npy file says of its array."""
+    """Header of a .npy file."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -114,11 +114,11 @@ class Header:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size of the array in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def check(self, left: int) -> None:
-        """left: bytes of the file behind the header. ValueError unless they are the array."""
+        """left: bytes after the header. ValueError unless the array has this size and holds numbers."""
         if self.dtype.hasobject:
             raise ValueError("it holds objects, expected numbers")
         if min(self.shape, default=0) < 0 or self.size != left:
@@ -126,16 +126,16 @@ class Header:
 
 
 def npz_headers(path: Path) -> dict[str, Header]:
-    """Of every array in a .npz file. Raises ValueError for a file that is none, OSError where it cannot be read."""
+    """Header of every array in a .npz file. Raises ValueError for any other file, OSError if it cannot be read."""
     with _Npz(path) as npz:
         return npz.headers(npz.members)
 
 
 def read_npz(path: Path, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
-    """The arrays of those names, or all. zipfile checks their sums.
+    """The arrays of these names, or all; checksums are verified.
 
-    Raises ValueError for a file that is damaged or unpacks to far more than its size, OSError where it cannot be read
-    or does not fit in memory.
+    Raises ValueError for a file that is damaged or unpacks to far more than its size, OSError if it cannot be read or
+    does not fit in memory.
     """
     with _Npz(path) as npz:
         names = list(npz.members if names is None else names)
@@ -144,7 +144,7 @@ def read_npz(path: Path, names: Iterable[str] | None = None) -> dict[str, np.nda
 
 
 class _Npz:
-    """An open .npz file; what zipfile and zlib raise, of many types, becomes ValueError."""
+    """An open .npz file. The many exception types of zipfile and zlib become ValueError."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -1,16 +1,16 @@
-"""Pictures on disk: which files of a folder count, and what their pixels are; for training and evaluation alike.
+"""Pictures on disk, for training and evaluation: which files of a folder count, and how their pixels are read.
 
-Which files count: every regular file in the folder or below it that has the ending of a picture, or whose content is a
-picture of a format in FORMATS whatever its name. Hidden files and folders are skipped, and links are followed. Other
-files are left out with a warning. A pipe, a device, a dead link or a link to a folder above it is refused.
+Files that count: every regular file in the folder or below it that has a picture's extension, or, whatever its name, a
+picture of one of FORMATS as content. Hidden files and folders are skipped, and links are followed. Other files are left
+out with a warning. A pipe, a device, a dead link or a link to a folder above it is refused.
 
-What the pixels are: 8 bits, gray or RGB, as a viewer shows them.
+Pixels: 8 bits, gray or RGB, as a viewer shows them.
 
 in the file                        read as
 gray of 1, 2, 4 or 8 bits          gray
 gray of 16 bits                    gray, divided by 257 and rounded: 0x4000 becomes 64
 RGB, CMYK, YCbCr                   RGB; Pillow converts, colour profiles are ignored
-palette, WebP, AVIF                gray if every pixel is, for these have no gray of their own, else RGB
+palette, WebP, AVIF                gray if every pixel is (these formats have no gray mode), else RGB
 alpha channel or transparency      gray or RGB if every pixel is opaque, else refused
 EXIF orientation                   the picture is turned upright; damaged EXIF data is ignored
 several frames                     refused; of MPO, the first
@@ -55,19 +55,19 @@ TURNS = {  # its values, 1 being upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-SWAPPING = {TURNS[value] for value in (5, 6, 7, 8)}  # height and width
+SWAPPING = {TURNS[value] for value in (5, 6, 7, 8)}  # turns that swap height and width
 
 
 @dataclass(frozen=True)
 class Found:
-    """pictures: in the order of their paths. others: files that are no pictures."""
+    """pictures, others (files that are no pictures): each sorted by path."""
 
     pictures: list[Path]
     others: list[Path]
 
 
 def find_pictures(folder: Path) -> Found:
-    """The pictures in a folder and below it, see above. Warns of other files."""
+    """The pictures in a folder and below it, as described above. Warns if there are other files."""
     pictures: list[Path] = []
     others: list[Path] = []
     for path in _files(folder):
@@ -81,7 +81,8 @@ def find_pictures(folder: Path) -> Found:
 
 
 def is_picture(path: Path) -> bool:
-    """By its ending, so that a damaged picture still counts and is refused when it is read; or by its content."""
+    """Whether the extension or the content is a picture's. By extension, a damaged picture counts, too, so that reading
+    it fails instead of leaving it out."""
     if path.suffix.lower() in ENDINGS:
         return True
     try:
@@ -92,8 +93,8 @@ def is_picture(path: Path) -> bool:
 
 
 def read_picture(path: Path) -> Image.Image:
-    """Mode L or RGB. Raises ValueError, which names the file, for anything that is not read as said above, and OSError
-    where the system does not let it be read."""
+    """The picture in mode L or RGB. Raises ValueError, with the file's name, for pictures that are refused as described
+    above, and OSError if the system cannot read the file."""
     try:
         with _opened(path) as picture:
             if picture.format == "PNG":
@@ -112,13 +113,13 @@ def read_picture(path: Path) -> Image.Image:
 
 
 def picture_size(path: Path) -> tuple[str, tuple[int, int]]:
-    """Mode, L or RGB, and size, (width, height), of what `read_picture` would return, from the header where possible.
+    """Mode (L or RGB) and size (width, height) of the picture that `read_picture` returns, from the header if possible.
 
     Raises ValueError as `read_picture` does, except for damage beyond the header.
     """
     try:
         with _opened(path) as picture:
-            mode, size = _target(picture), picture.size  # what only the pixels tell is read below
+            mode, size = _target(picture), picture.size
             if not picture.has_transparency_data and not _has_no_gray(picture):
                 return mode, size[::-1] if _turn(picture) in SWAPPING else size
     except Exception as error:
@@ -133,7 +134,7 @@ def _refusal(path: Path, error: Exception) -> Exception:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """A picture of FORMATS whose header was read; raises whatever Pillow does."""
+    """A picture of one of FORMATS, its header read. Raises any exception of Pillow, and ValueError for its size."""
     check_regular(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of large pictures, which are refused here, and of damaged EXIF data
@@ -146,13 +147,13 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 @cache
 def _installed() -> tuple[str, ...]:
-    """Those of FORMATS that this Pillow knows."""
+    """The FORMATS that this Pillow supports."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _target(picture: Image.Image) -> str:
-    """The mode it is read as, L or RGB. Raises ValueError for what is refused by its header."""
+    """The mode to read it in, L or RGB. Raises ValueError for pictures that their header rules out."""
     if picture.format != "MPO" and getattr(picture, "is_animated", False):
         raise ValueError("it has several frames; save each as a picture of its own")
     if picture.mode in SIXTEEN_BITS and _spans_sixteen_bits(picture) and not picture.has_transparency_data:
@@ -163,7 +164,7 @@ def _target(picture: Image.Image) -> str:
 
 
 def _spans_sixteen_bits(picture: Image.Image) -> bool:
-    """Whether 0 is black and 65535 white. Other formats keep 12 bits, or signed numbers, in the same modes."""
+    """Whether 0 is black and 65535 white. Other formats use the same modes for 12 bits or signed numbers."""
     if picture.format == "TIFF":
         tags = getattr(picture, "tag_v2", {})
         return tags.get(BITS_PER_SAMPLE) == (16,) and tags.get(PHOTOMETRIC) == BLACK_IS_ZERO and picture.mode != "I"
@@ -189,13 +190,13 @@ def _has_no_gray(picture: Image.Image) -> bool:
 
 
 def _is_gray(picture: Image.Image) -> bool:
-    """But for the rounding of lossy WebP."""
+    """Whether all pixels are gray, up to the rounding of lossy WebP."""
     pixels = np.asarray(picture.convert("RGB"))
     return bool((pixels.max(-1) - pixels.min(-1) <= 1).all())
 
 
 def _check_end(path: Path) -> None:
-    """The checksum of the last chunk, which Pillow leaves unread; something else may follow it."""
+    """ValueError if the last chunk of a PNG, which Pillow does not read, is missing. Other data may follow it."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 2**16))
         if PNG_END not in file.read():
@@ -203,9 +204,9 @@ def _check_end(path: Path) -> None:
 
 
 def _turn(picture: Image.Image) -> Image.Transpose | None:
-    """What turns it upright."""
+    """The transposition that turns the picture upright, or None."""
     if picture.format == "TIFF":
-        return None  # Pillow turns it
+        return None  # Pillow turns TIFF itself
     try:
         return TURNS.get(picture.getexif().get(ORIENTATION, 1))
     except Exception:  # damaged EXIF data, which some pictures of ImageNet have
@@ -213,12 +214,13 @@ def _turn(picture: Image.Image) -> Image.Transpose | None:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Regular files, in no order. Raises ValueError for a link to a folder above it, and for what is no file."""
+    """Regular files below a folder, in no order. Raises ValueError for a link to a folder above it, and for pipes,
+    devices and dead links."""
     waiting = [(folder, frozenset(map(_identity, folder.resolve().parents)))]
     while waiting:
         current, above = waiting.pop()
-        own = _identity(current)
-        if own in above:
+        identity = _identity(current)
+        if identity in above:
             raise ValueError(f"{current} is a link to a folder above it; remove the link")
         with os.scandir(current) as entries:
             for entry in entries:
@@ -226,7 +228,7 @@ def _files(folder: Path) -> Iterator[Path]:
                 if entry.name.startswith("."):
                     continue
                 if entry.is_dir():
-                    waiting.append((path, above | {own}))
+                    waiting.append((path, above | {identity}))
                 elif entry.is_file():
                     yield path
                 else:

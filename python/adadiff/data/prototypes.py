@@ -1,4 +1,4 @@
-"""Digits beside prototypes: twenty classes of which ten are easy, for methods that spend more on what is hard."""
+"""Digits and prototypes: ten hard and ten easy classes, for methods that spend more work on hard samples."""
 
 import torch
 from torch import Tensor
@@ -7,16 +7,16 @@ from .digits import digits
 
 DIGITS = 10
 CLASSES = 2 * DIGITS
-NOISE = 0.03  # standard deviation, where pixels reach from -1 to 1
+NOISE = 0.03  # standard deviation; pixels lie in [-1, 1]
 
 
 def digits_prototypes(split: str = "train") -> tuple[Tensor, Tensor]:
-    """`data.digits` (labels 0..9), and for each of its images one of the class's prototype (labels 10..19): the mean
-    image of the class's training scans, with a little Gaussian noise.
+    """The images of `data.digits` (labels 0..9) and, for each of them, an image of its class's prototype (labels
+    10..19): the mean of the class's training scans plus a little Gaussian noise.
 
-    All that a network has to know of a prototype is its label, so that its classes take few sampling steps; a scan has
-    strokes of its own, which take many.
-    split: "train" or "test"; both have the same prototypes, with other noise.
+    A prototype is determined by its label, so few sampling steps suffice; a scan has individual strokes, which take
+    many.
+    split: "train" or "test"; both have the same prototypes, with different noise.
     Returns images float32 [N, 1, 8, 8] in [-1, 1] and labels int64 [N] in 0..19. Raises as `digits` does.
     """
     if split not in ("train", "test"):

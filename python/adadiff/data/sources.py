@@ -1,6 +1,6 @@
-"""Training data by name: "digits", "canvases:side=3,hard=0.75,n=50000,seed=1", "letters:FILE" (which `adadiff data
-letters` writes), a published data set and the folder that holds it (datasets.py says in which layout), or a `Source` of
-one's own as "module:Class"."""
+"""Training data by name: "digits", "digits_prototypes", "canvases:side=3,hard=0.75,n=50000,seed=1", "letters:FILE"
+(which `adadiff data letters` writes), a published data set and its folder, as in "cifar10:FOLDER" (see datasets.py), or
+a `Source` of your own as "module:Class"."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ MOST_CANVASES = 200_000  # all are in memory, in a few copies while they are dra
 
 
 class Source:
-    """To inherit from: where a data set comes from. Made from text, and checked, before anything is read."""
+    """Base class of sources of data. It is constructed from text and checked before anything is read."""
 
     def load(self, split: str) -> Dataset:
-        """One split, "train" or "test". Raises ValueError where it is not there."""
+        """One split, "train" or "test". Raises ValueError if the source does not have it."""
         raise NotImplementedError
 
 
@@ -39,7 +39,7 @@ class PrototypesSource(Source):
 
 @dataclass(frozen=True)
 class CanvasesSource(Source):
-    """n canvases, drawn from `seed` on; side and hard as in `Canvases`."""
+    """n canvases, drawn with `seed`; side and hard as in `Canvases`."""
 
     side: int = 2
     hard: float = 0.5
@@ -62,7 +62,7 @@ class LettersSource(Source):
 
     def __post_init__(self) -> None:
         if not self.path:
-            raise ValueError("letters lie in a file that `adadiff data letters` writes")
+            raise ValueError("letters need a file, as in letters:FILE; `adadiff data letters` writes it")
 
     def load(self, split: str) -> Dataset:
         return load_letters(self.path, split)
@@ -77,7 +77,7 @@ class PublishedSource(Source):
 
     def __post_init__(self) -> None:
         if not self.path:
-            raise ValueError(f"{self.name} lies in a folder of yours")
+            raise ValueError(f"{self.name} needs the folder that holds it, as in {self.name}:FOLDER")
 
     def load(self, split: str) -> Dataset:
         return datasets.load(self.name, self.path, split)
@@ -104,9 +104,8 @@ SOURCES: Registry[Source] = Registry(
 
 
 def load(text: str, split: str = "train") -> Dataset:
-    """One split, "train" or "test".
+    """One split, "train" or "test", of the data that `text` names, see above.
 
-    Raises ValueError for a text that `SOURCES` refuses, settings that cannot be, and a folder that does not hold what
-    is expected there.
+    Raises ValueError for an unknown name, invalid settings, and a file or folder without the expected content.
     """
     return SOURCES.read(text).load(split)

@@ -1,7 +1,7 @@
-"""Font files as far as their tables tell: family, style, licence. Needs fontTools, which comes with matplotlib.
+"""Family, style and licence of font files, from their tables. Needs fontTools, which comes with matplotlib.
 
-Only making the list of families anew needs this (`python -m benchmarks.studies.typefaces`); building the data set from
-that list does not.
+Only making the list of families (`python -m benchmarks.studies.typefaces`) needs this module; building the data set
+from that list does not.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ WIDTH = 5  # "medium" there
 ITALIC_BITS = 1 | 1 << 9  # of fsSelection: italic, oblique
 SLANT = re.compile(r"italic|oblique|slanted|kursiv|inclined", re.IGNORECASE)
 STYLES = {"regular": (REGULAR, False), "bold": (BOLD, False), "italic": (REGULAR, True), "bold italic": (BOLD, True)}
-LICENCES = {  # name -> what texts under it say; the first that fits counts
+LICENCES = {  # name -> pattern of texts that name it; the first match counts
     "OFL": r"\bofl\b|open font licen[cs]e",
     "Apache": r"apache",
     "GUST": r"gust font",
@@ -39,8 +39,8 @@ LICENCES = {  # name -> what texts under it say; the first that fits counts
 
 @dataclass(frozen=True)
 class Typeface:
-    """One font file. sha256: of its bytes. weight, width: of OS/2, in its units. licence: a key of LICENCES, or ""
-    where the file does not say."""
+    """One font file. sha256: of its bytes. weight, width: as in the table OS/2. licence: a key of LICENCES, or "" if
+    unknown."""
 
     path: Path
     sha256: str
@@ -53,8 +53,8 @@ class Typeface:
 
 
 def read_typeface(path: Path) -> Typeface:
-    """Raises ValueError for a file that is no font with outlines, or one without a family name, ImportError (with the
-    remedy) without fontTools."""
+    """Reads a font file. Raises ValueError for a file that is no outline font or has no family name, ImportError (with
+    the pip command) without fontTools."""
     try:
         from fontTools.ttLib import TTFont
     except ImportError as error:
@@ -79,7 +79,7 @@ def read_typeface(path: Path) -> Typeface:
             return Typeface(path, digest(path), " ".join(family.split()), style, weight, width, italic, licence)
     except ValueError:
         raise
-    except Exception as error:  # fontTools parses damaged tables and raises whatever comes of it
+    except Exception as error:  # fontTools raises any type for damaged tables
         raise ValueError(f"it cannot be read: {type(error).__name__} {error}") from error
 
 
@@ -89,12 +89,12 @@ def digest(path: Path) -> str:
 
 
 def licence_in(text: str) -> str:
-    """The licence that a text speaks of: a key of LICENCES, or ""."""
+    """The licence that a text names: a key of LICENCES, or ""."""
     return next((name for name, words in LICENCES.items() if re.search(words, text, re.IGNORECASE)), "")
 
 
 def by_family(typefaces: Iterable[Typeface]) -> Mapping[str, list[Typeface]]:
-    """Families in the order of their names, compared without case and spaces, under the name met first."""
+    """Typefaces by family, sorted. Family names are compared without case, spaces, hyphens and underscores."""
     found: dict[str, list[Typeface]] = defaultdict(list)
     for typeface in sorted(typefaces, key=lambda t: (t.family, str(t.path))):
         found[re.sub(r"[\s_-]", "", typeface.family).lower()].append(typeface)
@@ -102,9 +102,9 @@ def by_family(typefaces: Iterable[Typeface]) -> Mapping[str, list[Typeface]]:
 
 
 def chosen_styles(faces: Iterable[Typeface]) -> dict[str, Typeface]:
-    """At most one file for each of STYLES, "regular" always: the upright one of normal width whose weight is nearest to
-    400, or, where there is no upright one, the nearest of the others. The further styles are those within 100 of their
-    weight, of the width that "regular" has. Two files of equal standing: the shorter style name, then the path."""
+    """At most one file for each of STYLES. "regular" is always there: if possible upright, of normal width and of a
+    weight near 400, in this order of importance. Each other style must be within 100 of its weight and have the width
+    of "regular". Ties go to the shorter style name, then by path."""
     faces = list(faces)
 
     def standing(face: Typeface, weight: int, italic: bool, width: int) -> tuple:
@@ -124,7 +124,7 @@ def chosen_styles(faces: Iterable[Typeface]) -> dict[str, Typeface]:
 
 
 def group_of(family: str) -> str:
-    """Families of one group stay in one split: those whose names begin with the same word, digits left aside, such as
-    "Noto Sans" and "Noto Serif"."""
+    """The first word of a family's name, without digits. Families of one group, such as "Noto Sans" and "Noto Serif",
+    stay in one split."""
     words = re.findall(r"[^\W\d_]+", family)
     return words[0].lower() if words else family.lower()

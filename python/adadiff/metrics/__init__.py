@@ -1,1 +1,1 @@
-"""How good images are."""
+"""Quality of images."""

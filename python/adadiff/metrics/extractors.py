@@ -17,7 +17,7 @@ Extractor = Callable[[Tensor], Tensor]  # images float32 [N, C, H, W] in [-1, 1]
 
 @dataclass(frozen=True)
 class Features:
-    """name: as it was asked for. Called with images float32 [N, C, H, W] in [-1, 1], returns features [N, F]."""
+    """A named feature extractor. Called with images float32 [N, C, H, W] in [-1, 1]; returns features [N, F]."""
 
     name: str
     extract: Extractor
@@ -27,7 +27,7 @@ class Features:
 
     @torch.inference_mode()
     def dims(self, shape: tuple[int, int, int]) -> int:
-        """F, of images of that shape: found by trying two. Raises ValueError where that fails."""
+        """F for images of this shape, found by extracting features of two. Raises ValueError if that fails."""
         tried = torch.zeros(2, *shape, dtype=torch.float32, device="cpu")
         try:
             features = self.extract(tried)
@@ -66,14 +66,14 @@ FEATURES: Registry[Features] = Registry(
 
 
 def features_from(text: str) -> Features:
-    """The feature space of that name. Raises ValueError for a name or file that is none, ImportError (with the remedy)
-    for Inception without torch-fidelity.
+    """The features of that name. Raises ValueError for an unknown name or unusable file, ImportError (with the pip
+    command) for Inception without torch-fidelity.
 
-    inception: what Fréchet distances are usually told in, 2048 features of any image, gray ones included, brought to 8
-    bits and 299x299 as the network of 2015-12-05 had it; FILE: its weights, pt_inception-2015-12-05-6726825d.pth of
-    pytorch-fid, which torch-fidelity calls weights-inception-2015-12-05-6726825d.pth.
-    TorchScript: images float32 [N, C, H, W] in [-1, 1] to features [N, F]. "module:Class": one of your own, called
-    like it.
+    "inception:FILE": the 2048 Inception features of FID, for images of any size, gray or RGB, which are rounded to 8
+    bits and scaled to 299x299 as for the network of 2015-12-05. FILE: its weights,
+    pt_inception-2015-12-05-6726825d.pth of pytorch-fid or weights-inception-2015-12-05-6726825d.pth of torch-fidelity.
+    A TorchScript file maps images float32 [N, C, H, W] in [-1, 1] to features [N, F]; so does an object of your own
+    class, "module:Class".
     """
     if text not in FEATURES.names and Path(text).is_file():
         return _file(text)
@@ -82,7 +82,7 @@ def features_from(text: str) -> Features:
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """float [N, C, H, W] in [-1, 1] -> uint8, as a picture file has it."""
+    """float [N, C, H, W] in [-1, 1] -> uint8, rounded as in a picture file."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
@@ -115,7 +115,7 @@ def _inception(path: Path) -> Extractor:
 
 
 def _check_weights(path: Path) -> None:
-    """torch-fidelity reads the file as any pickle; so it gets none that holds more than tensors."""
+    """ValueError for a file that holds more than tensors, because torch-fidelity unpickles without restrictions."""
     if not path.is_file():
         raise ValueError(f"no such file: {path}")
     try:

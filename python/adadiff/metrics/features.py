@@ -1,8 +1,7 @@
-"""A small classifier of 8x8 digits; its penultimate layer is the feature space of the Fréchet distance.
+"""A small classifier of 8x8 digits; its penultimate layer gives the features for the Fréchet distance.
 
-Inception features mean nothing at 8x8 pixels, so the digits have a network of their own. It sees the train
-split only; `python -m adadiff.metrics.features` trains it again (one thread, fixed seed) and writes the shipped
-file.
+Inception features are meaningless at 8x8 pixels, so digits have their own network, trained on the train split only.
+`python -m adadiff.metrics.features` trains it again (one thread, fixed seed) and writes the shipped file.
 """
 
 import argparse
@@ -19,16 +18,15 @@ from ..data.digits import digits
 
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "digits_features.safetensors"
 CLASSES = 10
-# A covariance of F features from N images is singular for F >= N and poor near it. About 360 images are held
-# out; 32 stays below N/2 even for half of them.
+# A covariance of F features from N images is singular for F >= N and poor near it. About 360 images are held out; 32 is
+# far below even half of them.
 FEATURES = 32
 
 
 class DigitsNet(nn.Module):
     """Three convolutions and two linear layers; 28,000 parameters.
 
-    No layer looks across the batch. SiLU, since a feature that died under ReLU would make the covariance
-    singular.
+    No layer mixes samples of a batch. SiLU rather than ReLU, because a dead feature would make the covariance singular.
     """
 
     def __init__(self) -> None:
@@ -56,7 +54,7 @@ class DigitsNet(nn.Module):
 
 
 def shift(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Moves each image [1, H, W] of the batch by -1, 0 or 1 pixel in either direction; background enters."""
+    """Shifts each image of [N, 1, H, W] by -1, 0 or 1 pixel in both directions, filling with background (-1)."""
     N, _, H, W = images.shape
     windows = F.pad(images, (1, 1, 1, 1), value=-1.0).unfold(2, H, 1).unfold(3, W, 1)  # [N, 1, 3, 3, H, W]
     dy, dx = torch.randint(3, (2, N), generator=generator, device="cpu")
@@ -64,10 +62,10 @@ def shift(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train(images: Tensor, labels: Tensor, *, epochs: int = 60, seed: int = 0, batch: int = 64) -> DigitsNet:
-    """Cross-entropy with label smoothing 0.1, AdamW, cosine learning rate from 3e-3, shifts of one pixel.
+    """Cross-entropy with label smoothing 0.1, AdamW, cosine learning rate from 3e-3, random shifts by one pixel.
 
-    images: float32 [N, 1, 8, 8]; labels: int64 [N]. The result depends on the arguments, the PyTorch build
-    and the number of threads only; the global random state is left as it was.
+    images: float32 [N, 1, 8, 8]; labels: int64 [N]. The result depends only on the arguments, the PyTorch build and the
+    number of threads; the global random state is unchanged. Raises ValueError for empty or mismatched data.
     """
     if epochs < 1 or batch < 1 or len(images) == 0 or labels.shape != images.shape[:1]:
         raise ValueError(
@@ -93,14 +91,14 @@ def train(images: Tensor, labels: Tensor, *, epochs: int = 60, seed: int = 0, ba
 
 
 def fingerprint(images: Tensor) -> str:
-    """SHA-256 of the pixels; kept in the checkpoint, it tells which images a network was trained on."""
+    """SHA-256 of the pixels, stored in the checkpoint to identify the training images."""
     return hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
 
 
 def load(path: Path = CHECKPOINT) -> DigitsNet:
     """The network of `path`, in evaluation mode and without gradients.
 
-    Raises ValueError for a file that is missing, truncated or not of this network.
+    Raises ValueError for a file that is missing, truncated or of another network.
     """
     tensors, _ = read_tensors(path)
     return built(DigitsNet, tensors, str(path)).eval().requires_grad_(False)
@@ -116,7 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m adadiff.metrics.features", description=__doc__)
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="file to write (default: the shipped one)")
     out = parser.parse_args().out
-    torch.set_num_threads(1)  # sums in one order, whatever the machine
+    torch.set_num_threads(1)  # the same summation order on every machine
     images, labels = digits("train")
     network = train(images, labels)
     write_tensors(out, network.state_dict(), {"train_images": fingerprint(images)})

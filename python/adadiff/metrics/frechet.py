@@ -1,4 +1,4 @@
-"""Fréchet distance between feature statistics, and draws of it for intervals."""
+"""Fréchet distance between feature statistics, and its bootstrap."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +11,8 @@ from .intervals import Interval, centred_interval, resampled
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """The Gaussian of `count` features (None: unknown). mean: float64 [F]; covariance: float64 [F, F], unbiased."""
+    """Mean float64 [F] and unbiased covariance float64 [F, F] of the features of `count` images (None: unknown). Raises
+    ValueError for other shapes and dtypes, NaN or infinity."""
 
     mean: Tensor
     covariance: Tensor
@@ -32,7 +33,7 @@ class FeatureStatistics:
 
     @classmethod
     def of(cls, features: Tensor) -> "FeatureStatistics":
-        """features: [N, F], any floating dtype; sums are taken in float64."""
+        """features: [N, F], N >= 2, any floating dtype; computed in float64. Raises ValueError for other shapes."""
         if features.ndim != 2 or len(features) < 2:
             raise ValueError(f"statistics take features [N, F] of at least 2 samples, got {list(features.shape)}")
         features = features.double()
@@ -50,8 +51,9 @@ class FeatureStatistics:
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """|μa - μb|² + tr(Σa + Σb - 2 (Σa Σb)^½), in float64 (Heusel et al. 2017, arXiv 1706.08500, eq. 6).
 
-    The trace of the root is the sum of the roots of the eigenvalues of Σa Σb, which are those of the symmetric
-    Σb^½ Σa Σb^½; b's root is kept, so let b be what many are compared with.
+    The trace of the root is the sum of the square roots of the eigenvalues of Σa Σb, which are those of the symmetric
+    Σb^½ Σa Σb^½. The root of b is cached, so pass the statistics that many others are compared with as b. Raises
+    ValueError for different F.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"statistics of {len(a.mean)} and of {len(b.mean)} features: use one extractor for both")
@@ -61,11 +63,11 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
 
 def bootstrap_frechet(features: Tensor, reference: FeatureStatistics, *, resamples: int = 200, seed: int = 0) -> Tensor:
-    """Distances of N features drawn with replacement from features [N, F]. Returns float64 [resamples].
+    """Bootstrap: distances of N rows drawn with replacement from features [N, F]. Returns float64 [resamples].
 
-    The draws depend on (N, seed) only, so two samplers that started from the same noises are resampled in
-    pairs: `centred_interval(fa - fb, draws_a - draws_b)` is the interval of their difference, and the more
-    their images agree, the narrower.
+    The drawn rows depend on (N, seed) only, so two samplers that started from the same noises are resampled in pairs:
+    `centred_interval(fa - fb, draws_a - draws_b)` is the interval of their difference, which is narrower the more their
+    images agree.
     """
     draws = resampled(len(features), resamples, seed)
     distances = [frechet_distance(FeatureStatistics.of(features[d.to(features.device)]), reference) for d in draws]
@@ -75,7 +77,8 @@ def bootstrap_frechet(features: Tensor, reference: FeatureStatistics, *, resampl
 def paired_ratio(
     features: Tensor, baseline: Tensor, reference: FeatureStatistics, *, resamples: int = 200, seed: int = 0
 ) -> Interval:
-    """Fréchet distance of features over that of the baseline's, both [N, F], resampled in pairs, with its interval."""
+    """Fréchet distance of `features` divided by that of `baseline`, [N, F] each, with its 95 % interval. Rows are
+    resampled in pairs."""
     both = features, baseline
     ours, theirs = (frechet_distance(FeatureStatistics.of(side), reference) for side in both)
     draws = [bootstrap_frechet(side, reference, resamples=resamples, seed=seed) for side in both]

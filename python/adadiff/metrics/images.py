@@ -1,4 +1,4 @@
-"""Images on disk, to evaluate or to compare with: pictures, shards of `adadiff sample`, guided-diffusion's batches."""
+"""Sets of images on disk: folders of pictures, shards of `adadiff sample`, and guided-diffusion's .npz batches."""
 
 import math
 import re
@@ -25,7 +25,7 @@ CHANNELS = {"L": 1, "RGB": 3}
 
 @dataclass(frozen=True)
 class ImageSet:
-    """`count` images of one shape, C, H, W. labels: int64 [count], or None."""
+    """`count` images of one shape (C, H, W). labels: int64 [count], or None."""
 
     source: str
     shape: tuple[int, int, int]
@@ -34,7 +34,7 @@ class ImageSet:
     read: Callable[[], Iterator[np.ndarray]]  # uint8 [k, H, W, C]
 
     def pieces(self, progress: bool = False) -> Iterator[Tensor]:
-        """Reads them: float32 [k, C, H, W] in [-1, 1], in order. Raises ValueError where a file proves damaged."""
+        """Reads the images in order, float32 [k, C, H, W] in [-1, 1] each. Raises ValueError for a damaged file."""
         with tqdm(total=self.count, disable=not progress, unit="image", dynamic_ncols=True) as bar:
             most = _in_a_piece(self.shape)
             for pixels in self.read():
@@ -45,13 +45,12 @@ class ImageSet:
 
 
 def open_images(path: str | Path) -> ImageSet:
-    """The images at `path`: a folder of pictures of one size, subfolders included (data/pictures.py says which files
-    count), one that `adadiff sample` wrote, pictures or shards, or a .npz with arr_0, uint8 [n, H, W, C], and perhaps
-    arr_1, labels [n], as guided-diffusion's samples and reference batches are. Nothing but headers is read yet, of a
-    .npz all. Pictures are RGB if one of them is.
+    """The images at `path`, one of: a folder of pictures of one size, subfolders included (data/pictures.py says which
+    files count); a folder of pictures or shards that `adadiff sample` wrote; a .npz file with arr_0, uint8
+    [n, H, W, C], and optionally arr_1, labels [n], as in guided-diffusion's samples and reference batches.
 
-    Labels are known of what `adadiff sample` wrote, and from arr_1. Raises ValueError where there are no such images,
-    some are missing, or their sizes differ.
+    Of pictures and shards, only headers are read yet. All pictures are read as RGB if one of them is. Labels come from
+    `adadiff sample` or arr_1. Raises ValueError if there are no such images, if some are missing, or if sizes differ.
     """
     path = Path(path)
     if path.is_file() and path.suffix == ".npz":
@@ -69,7 +68,7 @@ def open_images(path: str | Path) -> ImageSet:
 
 
 def is_images(path: str | Path) -> bool:
-    """Whether images may lie there: a folder or a .npz file."""
+    """Whether `path` can hold images: a folder or a .npz file."""
     return Path(path).is_dir() or (Path(path).is_file() and Path(path).suffix == ".npz")
 
 
@@ -96,7 +95,7 @@ def _shards(folder: Path) -> ImageSet:
         raise ValueError(f"{folder} holds latents; evaluation takes images: draw pictures, with --decoder")
     if not manifest.n:
         raise ValueError(f"{folder} holds no samples")
-    shards.read(folder)  # for its checks
+    shards.read(folder)  # raises if shards are missing
     H, W, C = manifest.shape
     _check_pixels(H * W, folder)
     stored = sum(shards.shard_path(folder, i).stat().st_size for i in range(manifest.shards))
@@ -107,7 +106,7 @@ def _shards(folder: Path) -> ImageSet:
 
 
 def _drawn_pictures(folder: Path) -> ImageSet:
-    """What `adadiff sample` wrote; grid.png is none of them."""
+    """The pictures that `adadiff sample` wrote, without grid.png."""
     numbers = sorted(int(file.stem) for file in folder.glob("*.png") if re.fullmatch(r"[0-9]{6,}", file.stem))
     report = folder / "report.json"
     try:
@@ -130,7 +129,7 @@ def _cycled_labels(configuration: dict[str, Any], n: int, folder: Path) -> Tenso
     if not labels:
         return None
     if not isinstance(labels, list) or not all(type(label) is int and 0 <= label < 2**31 for label in labels):
-        raise ValueError(f"the labels that {folder} tells of are none: {labels!r}")
+        raise ValueError(f"the class labels in the configuration of {folder} are invalid: {labels!r}")
     return torch.tensor(labels, dtype=torch.int64, device="cpu").repeat(math.ceil(n / len(labels)))[:n]
 
 
@@ -162,7 +161,7 @@ def _pictures(folder: Path, files: Sequence[Path], labels: Tensor | None) -> Ima
 def _read(file: Path, mode: str, size: tuple[int, int]) -> np.ndarray:
     picture = read_picture(file)
     if picture.size != size or (mode == "L" and picture.mode != "L"):
-        raise ValueError(f"{file} is another picture than when it was opened")
+        raise ValueError(f"{file} has changed since it was opened")
     return np.asarray(picture.convert(mode))
 
 

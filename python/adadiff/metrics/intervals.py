@@ -1,4 +1,4 @@
-"""95 % intervals: by resampling, over independent seeds, of a share."""
+"""95 % confidence intervals: bootstrap, over independent seeds, and of a share."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -22,9 +22,9 @@ class Interval:
 
 
 def resampled(n: int, resamples: int, seed: int) -> Iterator[Tensor]:
-    """`resamples` times n rows drawn with replacement, int64 [n]: a function of (n, seed).
+    """Bootstrap indices: `resamples` times int64 [n], drawn with replacement; determined by (n, seed).
 
-    Raises ValueError for fewer than 2 of either.
+    Raises ValueError if n or resamples is below 2.
     """
     if resamples < 2 or n < 2:
         raise ValueError(f"a bootstrap takes at least 2 resamples of 2 samples, got {resamples} of {n}")
@@ -33,11 +33,11 @@ def resampled(n: int, resamples: int, seed: int) -> Iterator[Tensor]:
 
 
 def centred_interval(value: float, draws: Tensor) -> Interval:
-    """The 95 % interval around a plain estimate whose bootstrap draws are biased.
+    """The 95 % interval of an estimate whose bootstrap draws are biased.
 
-    Resampling adds to a distance the bias that N samples have, once more: the draws lie above `value`, and their own
-    percentiles can miss the truth in every single case. So their mean is moved onto `value`, and the ends mirrored
-    (the basic, or pivotal, interval). It covers the expected distance of N samples; see `Quality` for infinitely many.
+    Resampling adds the finite-sample bias of a distance a second time: the draws lie above `value`, and their
+    percentiles may never cover the truth. So the draws are centred on `value`, and the ends are mirrored (the basic, or
+    pivotal, interval). It covers the expected distance of N samples; see `Quality` for infinitely many.
     """
     levels = torch.tensor([0.025, 0.975], dtype=draws.dtype, device=draws.device)
     below, above = (draws - draws.mean()).quantile(levels).tolist()
@@ -45,9 +45,10 @@ def centred_interval(value: float, draws: Tensor) -> Interval:
 
 
 def seed_interval(values: Sequence[float]) -> Interval:
-    """Mean over 2 to 10 independent seeds and the Student t interval: mean ± t(k - 1) · s / √k.
+    """Mean over 2 to 10 independent seeds and its Student t interval, mean ± t(k - 1) · s / √k. Raises ValueError for
+    other numbers of values, NaN or infinity.
 
-    The spread between seeds contains that of sampling, so the intervals of single seeds are not added.
+    The spread between seeds includes that of sampling, so the intervals of single seeds are not added.
     """
     k = len(values)
     if not 2 <= k <= len(STUDENT_T) + 1:
@@ -61,8 +62,8 @@ def seed_interval(values: Sequence[float]) -> Interval:
 
 
 def share_interval(share: float, n: int) -> Interval:
-    """A share of n >= 1 and its Wilson interval, which has a width at shares of 0 and 1, too, where resampling would
-    find none."""
+    """A share of n >= 1 samples and its Wilson interval, which has a width even at shares of 0 and 1, where a bootstrap
+    gives none."""
     if n < 1:
         raise ValueError("a share takes at least one sample")
     z2 = NORMAL**2

@@ -1,4 +1,4 @@
-"""What a machine can judge: digits, canvases and letters, each with its features and its held-out images."""
+"""Judges: classifiers that decide whether images of digits, canvases or letters show what their labels say."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,24 +14,25 @@ from . import canvases, letters
 from .features import CLASSES as DIGIT_CLASSES
 from .features import digits_network
 
-HELD_OUT = 5000  # canvases; there are as many as one likes, of 359 scans
+HELD_OUT = 5000  # canvases, drawn from 359 held-out scans
 
 
 class Judge(Protocol):
-    """name: of its features, too, see `extractors`. shape: C, H, W of an image; labels lie in 0..classes - 1."""
+    """name: also that of its features, see extractors.py. shape: C, H, W of an image; labels are in 0..classes - 1."""
 
     name: str
     shape: tuple[int, int, int]
     classes: int
 
     def held_out(self) -> tuple[Tensor, Tensor]:
-        """Real images float32 [M, C, H, W], which no training saw, and their labels int64 [M]."""
+        """Real images, float32 [M, C, H, W], that were not used in training, and their labels, int64 [M]."""
 
     def right(self, images: Tensor, labels: Tensor) -> Tensor:
-        """bool [n]: whether each image [n, C, H, W] is what its label, int64 [n], asks for. ValueError for others."""
+        """bool [n]: whether each image [n, C, H, W] shows what its label, int64 [n], says. Raises ValueError for other
+        shapes or labels."""
 
     def groups(self, labels: Tensor) -> Mapping[str, Tensor]:
-        """name -> bool [n]: parts of the samples whose share of right ones is told apart."""
+        """name -> bool [n]: groups of samples whose accuracy is reported separately."""
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,15 @@ JUDGES: tuple[Judge, ...] = (DigitsJudge(), CanvasesJudge(2), CanvasesJudge(3), 
 
 
 def judge_of(shape: tuple[int, int, int], classes: int | None = None, name: str | None = None) -> Judge | None:
-    """Who judges images of that shape, of that many classes and of that name, where these are given."""
+    """The judge of images of this shape and, if given, of this number of classes and this name; None if there is
+    none."""
     fits = (j for j in JUDGES if j.shape == shape and classes in (None, j.classes) and name in (None, j.name))
     return next(fits, None)
 
 
 def hits(logits: Tensor, labels: Tensor) -> Tensor:
-    """bool [n]: rows whose largest logit is that of the label. logits: [n, classes]; labels: integers [n]."""
+    """bool [n]: whether the largest logit is that of the label. logits: [n, classes]; labels: integers [n]. Raises
+    ValueError for other shapes, dtypes or labels out of range."""
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or len(labels) == 0:
         raise ValueError(f"logits [N, classes] need labels [N], got {list(logits.shape)} and {list(labels.shape)}")
     if labels.dtype.is_floating_point or labels.min() < 0 or labels.max() >= logits.shape[1]:

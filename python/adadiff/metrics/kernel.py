@@ -1,7 +1,7 @@
 """Kernel distance between features: the squared maximum mean discrepancy under k(x, y) = (x·y / F + 1)³, known as KID.
 
-Bińkowski et al. 2018, arXiv 1801.01401. The estimate is the unbiased one of all N samples and all M references, in
-float64. Where others average it over random subsets of 1,000 (torchmetrics, torch-fidelity), their expectation is this.
+Bińkowski et al. 2018, arXiv 1801.01401. This is the unbiased estimate from all N samples and all M references, in
+float64. torchmetrics and torch-fidelity average it over random subsets of 1,000, which has the same expectation.
 """
 
 from collections.abc import Iterator
@@ -11,19 +11,19 @@ from torch import Tensor
 
 from .intervals import resampled
 
-BLOCK = 1024  # rows of a kernel matrix at a time: N² of them need not fit in memory
+BLOCK = 1024  # rows of the kernel matrix at a time, as N² values need not fit in memory
 
 
 def kernel_distance(features: Tensor, reference: Tensor) -> float:
-    """features: [N, F], reference: [M, F], any floating dtypes. It is unbiased, so it may lie below 0.
+    """features: [N, F], reference: [M, F], any floating dtypes. The estimate is unbiased, so it may be negative.
 
-    Raises ValueError for fewer than 2 of either, different F, or NaN.
+    Raises ValueError if N or M is below 2, for different F, and for NaN or infinity.
     """
     return float(kernel_distances(features, reference, features.new_ones(1, len(features))))
 
 
 def bootstrap_kernel(features: Tensor, reference: Tensor, *, resamples: int = 200, seed: int = 0) -> Tensor:
-    """Distances of N features drawn with replacement, as `bootstrap_frechet` draws. Returns float64 [resamples]."""
+    """Distances of N rows drawn with replacement, the same as in `bootstrap_frechet`. Returns float64 [resamples]."""
     return kernel_distances(features, reference, resample_counts(len(features), resamples, seed))
 
 
@@ -33,9 +33,10 @@ def resample_counts(n: int, resamples: int, seed: int) -> Tensor:
 
 
 def kernel_distances(features: Tensor, reference: Tensor, counts: Tensor, within: float | None = None) -> Tensor:
-    """The distances, float64 [R], of R sets in which features [N, F] occur so often: counts [R, N], each row of sum N.
+    """Distances, float64 [R], of R multisets of features [N, F]: row i occurs counts[r, i] times. counts: [R, N], with
+    row sums N.
 
-    reference: [M, F]. within: `mean_within` of it, where it is known already.
+    reference: [M, F]. within: its `mean_within`, if known.
     """
     _check(features, reference)
     x, y, counts = features.double(), reference.double(), counts.to(features.device, torch.float64)
@@ -46,7 +47,7 @@ def kernel_distances(features: Tensor, reference: Tensor, counts: Tensor, within
         pairs += (counts[:, rows] * (counts @ block.T)).sum(1)
     for rows, block in _blocks(x, y):
         across[rows] = block.mean(1)
-    pairs -= counts @ _cube((x * x).sum(1), x.shape[1])  # nobody is paired with itself
+    pairs -= counts @ _cube((x * x).sum(1), x.shape[1])  # without pairs of a row with itself
     within = mean_within(y) if within is None else within
     return pairs / (N * (N - 1)) + within - 2 / N * (counts @ across)
 

@@ -1,7 +1,7 @@
-"""The judge of letters (data/letters.py): what the shipped classifier reads, and held-out images of letters.
+"""Evaluation of letters (data/letters.py): the shipped classifier and its features, and held-out images of letters.
 
-The images are shipped as one picture, a sheet that `write_sheet` makes: a column for each of the 62 characters, in each
-row fonts drawn at random from those of held-out families. `python -m adadiff.metrics.letters letters.npz` makes it.
+The images are shipped as one picture, a sheet with a column for each of the 62 characters and a row for each image,
+drawn at random from fonts of held-out families. `python -m adadiff.metrics.letters letters.npz` makes it.
 """
 
 import argparse
@@ -44,13 +44,13 @@ def groups(labels: Tensor) -> Mapping[str, Tensor]:
 
 @cache
 def held_out() -> tuple[Tensor, Tensor]:
-    """The shipped images, float32 [80 * 62, 1, 32, 32] in [-1, 1], and their labels, int64: 0 to 61 again and again."""
+    """The shipped images, float32 [80 * 62, 1, 32, 32] in [-1, 1], and their labels, int64: 0 to 61 in turn."""
     data = read_sheet(SHEET)
     return data.batch(torch.arange(len(data), device="cpu"))
 
 
 def read_sheet(path: Path) -> Pixels:
-    """Raises ValueError for a file that is no sheet."""
+    """The images of a sheet, in row order. Raises ValueError for any other file."""
     picture = read_picture(path)
     columns, rows = len(CHARACTERS), picture.height // SIZE
     if picture.mode != "L" or picture.size != (columns * SIZE, rows * SIZE) or not rows:
@@ -61,14 +61,15 @@ def read_sheet(path: Path) -> Pixels:
 
 
 def write_sheet(data: Pixels, path: Path, rows: int = ROWS, seed: int = 0) -> None:
-    """rows images of each character, drawn without replacement. Raises ValueError where there are fewer."""
+    """Writes a sheet with `rows` images of each character, drawn without replacement. Raises ValueError if there are
+    fewer."""
     generator = torch.Generator().manual_seed(seed)
     columns = []
     for label in range(len(CHARACTERS)):
-        own = (data.labels == label).nonzero().squeeze(1)
-        if len(own) < rows:
-            raise ValueError(f"{len(own)} images of {CHARACTERS[label]}, {rows} are needed")
-        columns.append(data.images[own[torch.randperm(len(own), generator=generator, device="cpu")[:rows]], 0])
+        found = (data.labels == label).nonzero().squeeze(1)
+        if len(found) < rows:
+            raise ValueError(f"{len(found)} images of {CHARACTERS[label]}, {rows} are needed")
+        columns.append(data.images[found[torch.randperm(len(found), generator=generator, device="cpu")[:rows]], 0])
     cells = torch.stack(columns, 1)  # [rows, 62, 32, 32]
     sheet = cells.transpose(1, 2).reshape(rows * SIZE, len(CHARACTERS) * SIZE)
     picture = Image.fromarray(sheet.numpy())

@@ -1,7 +1,7 @@
-"""A small classifier of letters (data/letters.py); its penultimate layer is the feature space of distances.
+"""A small classifier of letters (data/letters.py); its penultimate layer gives the features for distances.
 
-It sees training families only. `python -m adadiff.metrics.letters_network letters.npz` trains it again (one thread,
-fixed seed) and writes the shipped file.
+It is trained on training families only. `python -m adadiff.metrics.letters_network letters.npz` trains it again (one
+thread, fixed seed) and writes the shipped file.
 """
 
 import argparse
@@ -27,7 +27,7 @@ CHUNK = 1024  # images at a time
 class LettersNet(nn.Module):
     """Four convolutions and two linear layers; 200,000 parameters at width 32.
 
-    No layer looks across the batch. SiLU, since a feature that died under ReLU would make the covariance singular.
+    No layer mixes samples of a batch. SiLU rather than ReLU, because a dead feature would make the covariance singular.
     """
 
     def __init__(self, width: int = 32) -> None:
@@ -62,11 +62,11 @@ class LettersNet(nn.Module):
 def train(
     data: Pixels, *, updates: int, seed: int = 0, batch: int = 128, width: int = 32, lr: float = 2e-3
 ) -> LettersNet:
-    """Cross-entropy with label smoothing 0.05, AdamW, warm-up and cosine of the learning rate, shifts of one pixel.
-    Convolutions compute in bfloat16, channels last: a third of the time where the CPU has it.
+    """Cross-entropy with label smoothing 0.05, AdamW, learning rate with warm-up and cosine, random shifts by one
+    pixel. Convolutions run in bfloat16, channels last, which takes a third of the time on CPUs that support it.
 
-    The result depends on the arguments, the PyTorch build and the number of threads only; the global random state is
-    left as it was. Raises ValueError where there is nothing to train on.
+    The result depends only on the arguments, the PyTorch build and the number of threads; the global random state is
+    unchanged. Raises ValueError if there is nothing to train on.
     """
     if updates < 1 or batch < 1 or len(data) == 0:
         raise ValueError(f"training takes updates, batch and images >= 1, got {updates=}, {batch=}, {len(data)} images")
@@ -99,15 +99,15 @@ def train(
 
 @torch.inference_mode()
 def read(network: LettersNet, data: Pixels) -> Tensor:
-    """The label that the network gives to each image: int64 [n]."""
+    """The network's prediction for each image: labels, int64 [n]."""
     chunks = torch.arange(len(data), device="cpu").split(CHUNK)
     return torch.cat([network(data.batch(rows)[0]).argmax(1) for rows in chunks])
 
 
 def load(path: Path = CHECKPOINT) -> LettersNet:
-    """The network of `path`, in evaluation mode and without gradients, computing in float32 whatever it is stored in.
+    """The network of `path`, in float32 whatever its stored dtype, in evaluation mode and without gradients.
 
-    Raises ValueError for a file that is missing, truncated or not of this network.
+    Raises ValueError for a file that is missing, truncated or of another network.
     """
     tensors, _ = read_tensors(path)
     tensors = {name: value.float() for name, value in tensors.items()}
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=4000, help="of 128 images each (default: 4000)")
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="file to write (default: the shipped one)")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # sums in one order, whatever the machine
+    torch.set_num_threads(1)  # the same summation order on every machine
     network = train(load_letters(options.data, "train"), updates=options.updates)
     stored = {name: value.half() for name, value in network.state_dict().items()}
     write_tensors(options.out, stored, {"updates": options.updates})

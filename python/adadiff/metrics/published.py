@@ -1,4 +1,4 @@
-"""What authors publish of their networks: the solver and guidance of their evaluation, and the distance it gave."""
+"""Published results of networks: solver, steps and guidance of their authors' evaluation, and the FID."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ SIT = "willisma/SiT, README and run.sh"
 
 @dataclass(frozen=True)
 class Published:
-    """Fréchet distance of Inception features of n samples, `fid`; reference: the statistics it is to, as their authors
-    call the file. guidance_scale: as in diffusers; 1: none. classes, 0 for none: labels are dealt out evenly among
-    them."""
+    """fid: Fréchet distance of Inception features, of n samples. reference: the authors' name of the file with the
+    statistics of real images. guidance_scale: as in diffusers; 1: none. classes: labels are spread evenly over them;
+    0: no classes."""
 
     solver: str
     steps: int

@@ -1,8 +1,8 @@
-"""How good images are: Fréchet and kernel distance with intervals, accuracy, paired difference.
+"""Quality of images: Fréchet and kernel distance with intervals, accuracy, paired difference.
 
-The distances say how far generated images as a whole are from real ones; they need thousands of them. The paired
-difference says how far early exit moved each image from the full network's image of the same noise; it is far more
-sensitive. Accuracy is only a check: it rises when images lose variety.
+Distances compare the distribution of generated images with that of real ones, and need thousands of images. The paired
+difference compares each image with the full network's image of the same noise, and is far more sensitive. Accuracy is
+only a sanity check: it rises when images lose variety.
 """
 
 from collections.abc import Iterable
@@ -24,14 +24,13 @@ CHUNK = 256  # images at a time
 
 @dataclass(frozen=True)
 class Quality:
-    """What was measured of `count` images. Entries that were not asked for, or cannot be told, are None.
+    """Measurements of `count` images. Entries that were not measured are None.
 
-    `frechet` is the plain distance of these samples, to be compared at equal count: it lies above the distance of
-    infinitely many samples by about `frechet_bias`. [frechet_low, frechet_high] is the 95 % interval for the expected
-    distance at this count; subtract the bias from both ends and it is the interval for infinitely many. `kernel` has no
-    bias. Intervals hold against this reference: they say nothing of what other real images would change. `shares`:
-    accuracy of each group that the judge tells apart. PSNR in dB: the median and the 5th percentile (the worse end)
-    over samples.
+    `frechet`: the plain distance of these samples; compare it only at equal counts, as it exceeds the distance of
+    infinitely many samples by about `frechet_bias`. [frechet_low, frechet_high]: 95 % interval of the expected distance
+    at this count; subtract the bias from both ends for infinitely many. `kernel` is unbiased. Intervals are for this
+    reference; they do not include the uncertainty from the choice of real images. `shares`: accuracy of each group of
+    the judge. PSNR in dB: median and 5th percentile (the worse end) over samples.
     """
 
     count: int
@@ -53,7 +52,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Measured:
-    """By image, in the order they came: features [N, F], right bool [N], psnr float64 [N], each None where it was not
+    """Measurements of each image, in order: features [N, F], right bool [N], psnr float64 [N] in dB, None if not
     measured; groups: name -> bool [N]."""
 
     count: int
@@ -64,12 +63,12 @@ class Measured:
     max_difference: float | None = None
 
     def quality(self, reference: Reference | None = None, *, resamples: int = 200, seed: int = 0) -> Quality:
-        """Sums it up, with distances to the reference."""
+        """Summary over all images, with distances if there is a reference. resamples, seed: of the bootstrap."""
         values = {} if reference is None else distances(self.features, reference, resamples=resamples, seed=seed)
         if self.right is not None:
             share = share_of(self.right)
             values |= {"accuracy": share.value, "accuracy_low": share.low, "accuracy_high": share.high}
-            values["shares"] = {k: share_of(self.right[own]) for k, own in self.groups.items() if bool(own.any())}
+            values["shares"] = {k: share_of(self.right[part]) for k, part in self.groups.items() if bool(part.any())}
         if self.psnr is not None:
             values |= {"psnr_median": lower_quantile(self.psnr, 0.5), "psnr_p5": lower_quantile(self.psnr, 0.05)}
         return Quality(self.count, max_difference=self.max_difference, **values)
@@ -82,10 +81,10 @@ def measure(
     judge: Judge | None = None,
     data_range: float = 2.0,
 ) -> Measured:
-    """Goes through images piece by piece: images float [k, C, H, W] in [-1, 1], values beyond count as ±1, as when
-    shown; their labels int64 [k], without which nothing is judged; paired [k, C, H, W], what they are compared with.
+    """Measures images piece by piece. A piece: images, float [k, C, H, W], clamped to [-1, 1] like a picture file;
+    labels, int64 [k], or None for no accuracy; paired, [k, C, H, W], the images to compare with, or None.
 
-    data_range: see `paired_psnr`. Raises ValueError where shapes disagree, labels are out of range or images hold NaN.
+    data_range: see `paired_psnr`. Raises ValueError for shapes that disagree, labels out of range, NaN or infinity.
     """
     features, right, groups, psnr, most, count = [], [], [], [], [], 0
     for images, labels, paired in pieces:
@@ -108,14 +107,14 @@ def measure(
         count,
         features=torch.cat(features) if features else None,
         right=torch.cat(right) if right else None,
-        groups={name: torch.cat([own[name] for own in groups]) for name in groups[0]} if groups else {},
+        groups={name: torch.cat([piece[name] for piece in groups]) for name in groups[0]} if groups else {},
         psnr=torch.cat(psnr) if psnr else None,
         max_difference=max(most) if most else None,
     )
 
 
 def distances(features: Tensor, reference: Reference, *, resamples: int = 200, seed: int = 0) -> dict[str, float]:
-    """The first entries of `Quality`, of features [N, F]; the kernel's where the reference has features, too."""
+    """Entries `frechet*` of `Quality` for features [N, F], and `kernel*` if the reference has features."""
     frechet = frechet_distance(FeatureStatistics.of(features), reference.statistics)
     draws = bootstrap_frechet(features, reference.statistics, resamples=resamples, seed=seed)
     values = {**_ends("frechet", frechet, draws), "frechet_bias": float(draws.mean()) - frechet}
@@ -142,12 +141,12 @@ def evaluate_samples(
     resamples: int = 200,
     seed: int = 0,
 ) -> Quality:
-    """Quality of generated images, float [N, C, H, W] in [-1, 1]; values beyond count as ±1, as when shown.
+    """Quality of generated images, float [N, C, H, W], clamped to [-1, 1] like a picture file.
 
-    labels: int64 [N], the classes asked for; None measures no accuracy. reference: real images, or their features or
-    statistics under the same extractor; default: the held-out digits. paired: images [N, C, H, W] of the full network
-    from the same noises. extractor, judge: default to those of the digits.
-    Raises ValueError where shapes disagree, labels are out of range or images hold NaN or infinity.
+    labels: int64 [N], the requested classes; None: no accuracy. reference: real images in [-1, 1], or statistics or
+    features made with the same extractor; default: the held-out digits. paired: the full network's images of the same
+    noises, [N, C, H, W]. extractor, judge: default to those of the digits.
+    Raises ValueError for shapes that disagree, labels out of range, NaN or infinity.
     """
     if images.ndim != 4 or len(images) < 2:
         raise ValueError(f"evaluation takes images [N, C, H, W] with N >= 2, got {list(images.shape)}")
@@ -171,11 +170,12 @@ def frechet_ratio(
     resamples: int = 200,
     seed: int = 0,
 ) -> Interval:
-    """Fréchet distance of images over that of the baseline's, with its interval; other arguments as above.
+    """Fréchet distance of `images` divided by that of `baseline`, with its 95 % interval; other arguments as in
+    `evaluate_samples`.
 
-    images, baseline: [N, C, H, W], row i of both from the same noise. Rows are resampled in pairs, so what
-    the two samplers share cancels: the ratio is known more precisely than either distance. Baselines of other
-    noises are allowed; their interval is just wider. Raises ValueError where the shapes differ.
+    images, baseline: [N, C, H, W], image i of both from the same noise. Rows are resampled in pairs, so common
+    variation cancels, and the ratio is known more precisely than either distance. Baselines of other noises are
+    allowed; their interval is wider. Raises ValueError if the shapes differ.
     """
     check_pair(images, baseline)
     extractor = extractor or digits_network().features
@@ -187,8 +187,8 @@ def frechet_ratio(
 def paired_psnr(images: Tensor, reference: Tensor, data_range: float = 2.0) -> Tensor:
     """Peak signal-to-noise ratio of each image in dB: 10 log10(data_range² / mean square difference).
 
-    images, reference: [N, ...], finite. Both are clamped to [-data_range/2, data_range/2] first, as a picture
-    file does, so that only visible differences count. Returns float64 [N]; equal images give infinity.
+    images, reference: [N, ...], finite. Both are first clamped to [-data_range/2, data_range/2], like a picture file,
+    so that only visible differences count. Returns float64 [N]; equal images give infinity.
     """
     check_pair(images, reference)
     half = data_range / 2
@@ -197,7 +197,7 @@ def paired_psnr(images: Tensor, reference: Tensor, data_range: float = 2.0) -> T
 
 
 def paired_max_difference(images: Tensor, reference: Tensor) -> float:
-    """Largest absolute difference of any element, nothing clamped: the strictest check of two samplers."""
+    """Largest absolute difference of any element, without clamping: the strictest comparison of two samplers."""
     check_pair(images, reference)
     return float((images.double() - reference.double()).abs().max())
 
@@ -210,12 +210,12 @@ def check_pair(images: Tensor, reference: Tensor) -> None:
 
 
 def share_of(right: Tensor) -> Interval:
-    """Of bool [n], n >= 1."""
+    """The share of True in bool [n], n >= 1, with its interval."""
     return share_interval(float(right.double().mean()), len(right))
 
 
 def lower_quantile(values: Tensor, level: float) -> float:
-    """Interpolation between neighbours would turn infinite values (equal images) into NaN."""
+    """Quantile without interpolation, which would turn infinite values (equal images) into NaN."""
     return float(values.quantile(level, interpolation="lower"))
 
 
@@ -223,7 +223,8 @@ def lower_quantile(values: Tensor, level: float) -> float:
 def as_reference(
     reference: Tensor | FeatureStatistics | Reference | None, extractor: Extractor, device: torch.device
 ) -> Reference:
-    """Of real images [M, C, H, W] in [-1, 1], by default the held-out digits, or of what is known of them."""
+    """The `Reference` of real images [M, C, H, W] in [-1, 1] (None: the held-out digits) or of their statistics.
+    Raises ValueError for images outside [-1, 1]."""
     if isinstance(reference, Reference):
         return reference
     if isinstance(reference, FeatureStatistics):

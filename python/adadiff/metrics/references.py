@@ -1,4 +1,4 @@
-"""What generated images are compared with: real images, or the statistics of their features."""
+"""References that generated images are compared with: real images, or statistics of their features."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,8 +18,7 @@ from .kernel import mean_within
 
 @dataclass(frozen=True)
 class Reference:
-    """statistics: for Fréchet distances; features: float [M, F] of real images, for kernel distances, None where nobody
-    has them."""
+    """statistics: for Fréchet distances. features: of real images, float [M, F], for kernel distances, or None."""
 
     statistics: FeatureStatistics
     features: Tensor | None = None
@@ -36,14 +35,14 @@ class Reference:
 
 @dataclass(frozen=True)
 class ReferenceFiles:
-    """What was found at `path`: statistics, images or both, checked as far as can be without work."""
+    """Content of `path`: statistics, images or both, of which headers were checked."""
 
     path: Path
     statistics: FeatureStatistics | None
     images: ImageSet | None
 
     def check(self, dims: int, shape: tuple[int, int, int], features: Features) -> None:
-        """ValueError unless it fits those features, `dims` of them, of images of that shape."""
+        """ValueError if the content does not fit `features`, `dims` of them, of images of this shape."""
         if self.statistics is not None and len(self.statistics.mean) != dims:
             raise ValueError(
                 f"{self.path} holds statistics of {len(self.statistics.mean)} features, but {features.name} makes "
@@ -60,7 +59,7 @@ class ReferenceFiles:
             raise ValueError(f"{self.path} holds 1 image; a covariance takes at least 2, better thousands")
 
     def read(self, extractor: Extractor, progress: bool = False) -> Reference:
-        """Features of the images are taken here."""
+        """Extracts features of the images, which takes time, and returns the reference."""
         if self.images is None:
             return Reference(self.statistics)
         reference = Reference.of(extract(extractor, self.images.pieces(progress)))
@@ -68,10 +67,11 @@ class ReferenceFiles:
 
 
 def open_reference(path: str | Path) -> ReferenceFiles:
-    """A .npz file with mu [F] and sigma [F, F] (U-ViT's fid_stats_*.npz, pytorch-fid), one of guided-diffusion, with
-    the same and images arr_0 (mu_s and sigma_s, of spatial features, are left aside), or what `open_images` takes.
+    """Opens a reference: a .npz file with mu [F] and sigma [F, F] (U-ViT's fid_stats_*.npz, pytorch-fid); one of
+    guided-diffusion, which also has images arr_0 (its mu_s and sigma_s are ignored); or anything that `open_images`
+    takes.
 
-    Where there are both, statistics are for Fréchet distances (guided-diffusion's are of more images than it holds) and
+    With both, statistics are used for Fréchet distances (guided-diffusion's are of more images than the file holds) and
     images for kernel distances. Raises ValueError for anything else.
     """
     path = Path(path)
@@ -106,7 +106,8 @@ def _statistics(path: Path) -> FeatureStatistics:
 
 @torch.inference_mode()
 def extract(extractor: Extractor, pieces: Iterable[Tensor]) -> Tensor:
-    """Features [N, F] of images, float32 [k, C, H, W] each; outside of any autocast, whose roundings would tell."""
+    """Features [N, F] of pieces of images, float32 [k, C, H, W] each. Autocast is disabled, as its rounding would
+    change distances."""
 
     def one(piece: Tensor) -> Tensor:
         with torch.autocast(piece.device.type, enabled=False):

@@ -1,4 +1,4 @@
-"""What images of one shape are measured by: a judge, features, and real images or their statistics."""
+"""Yardsticks: everything needed to measure images of one shape: a judge, features, and a reference."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +10,8 @@ from .references import Reference, ReferenceFiles, extract, open_reference
 
 @dataclass(frozen=True)
 class Yardstick:
-    """judge: who tells right images from wrong ones, or None. features, of `dims` numbers each: None where no distances
-    are measured. files: real images or statistics, or None: what `held_out` keeps."""
+    """judge: for accuracy, or None. features: for distances, `dims` numbers for each image; None: no distances. files:
+    real images or statistics; None: the held-out images of `held_out`."""
 
     judge: Judge | None = None
     features: Features | None = None
@@ -27,11 +27,11 @@ class Yardstick:
         features: str | None = None,
         reference: str | Path | None = None,
     ) -> "Yardstick":
-        """For images of that shape. features: a name, see `features_from`, by default the judge's own; reference: a
-        path, see `open_reference`, by default the held-out images of the judge, or of the data that features are named
-        after. Without either no distances are measured.
+        """For images of `shape`. features: a name, see `features_from`; default: those of the judge. reference: a path,
+        see `open_reference`; default: held-out images of the judge, or of the judge with the name of the features.
+        Without features, no distances are measured.
 
-        Raises ValueError where these do not go together. Nothing but headers and statistics is read.
+        Raises ValueError if these do not fit together. Only headers and statistics are read.
         """
         files = None if reference is None else open_reference(reference)
         name = features or (None if judge is None else judge.name)
@@ -53,7 +53,7 @@ class Yardstick:
         return cls(judge, space, dims, files, held_out)
 
     def too_few(self, n: int) -> list[str]:
-        """A line for each side, n samples and real images, that has too few of them for a covariance."""
+        """A warning for each of the two sets, n samples and real images, that is too small for a covariance."""
         if self.features is None:
             return []
         counts = {"samples": n}
@@ -69,7 +69,7 @@ class Yardstick:
         ]
 
     def reference(self, progress: bool = False) -> Reference | None:
-        """Features of real images are taken here."""
+        """The reference for distances, or None. Extracts features of real images, which takes time."""
         if self.features is None:
             return None
         if self.files is not None:

@@ -1,1 +1,1 @@
-"""Images on disk: pictures, and folders of shards that a later run completes."""
+"""Samples on disk: folders of pictures or shards, which a later run can complete."""

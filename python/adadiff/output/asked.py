@@ -1,4 +1,4 @@
-"""What a folder of samples is to hold, as plain values: any process, on any machine, draws the same from them."""
+"""The request for a folder of samples, as plain values: any process on any machine draws the same samples from it."""
 
 import dataclasses
 import hashlib
@@ -26,7 +26,7 @@ from ..sampling.sampler import SamplerRun
 
 @dataclass(frozen=True)
 class Networks:
-    """Loaded; shallow: that of the noisy timesteps."""
+    """Loaded models. shallow: for the noisy timesteps (DuoDiff), or None."""
 
     model: Model
     shallow: Model | None = None
@@ -34,7 +34,8 @@ class Networks:
 
 @dataclass(frozen=True)
 class Texts:
-    """made: contexts float32 [m, N, E] of m prompts, which samples take in turn; null: [N, E], of the empty one."""
+    """made: contexts of m prompts, float32 [m, N, E], which samples use in turn. null: context of the empty prompt,
+    [N, E]."""
 
     made: Tensor
     null: Tensor
@@ -42,10 +43,10 @@ class Texts:
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """model, shallow_model: names of models in the package, or files. n samples; sample i has the seed `seed` + i, and
-    of steps, class_labels and prompt, one for all or lists, which repeat, those at i. The others are as in
-    `SamplingParams`, `sample` and `ExecutionOptions`; device: None: a GPU if there is one. Messages name the options of
-    `adadiff sample`.
+    """Request for n samples. model, shallow_model: names of models in the package, or files. Sample i has the seed
+    `seed` + i. steps, class_labels, prompt: one value for all samples, or a list, which repeats. The other fields are
+    as in `SamplingParams`, `sample` and `ExecutionOptions`; device None: a GPU if there is one. Error messages name the
+    options of `adadiff sample`.
     """
 
     model: str
@@ -73,7 +74,7 @@ class Asked:
         whole("n", self.n, 0)
         whole("seed", self.seed, 0)
         for name in ("steps", "class_labels", "prompt"):
-            if (values := getattr(self, name)) is not None:  # one for all, or a list, as JSON gives it back
+            if (values := getattr(self, name)) is not None:  # one value or several becomes a list, as in JSON
                 object.__setattr__(self, name, [values] if isinstance(values, int | str) else list(values))
         if self.guidance_interval is not None:
             low, high = self.guidance_interval
@@ -84,14 +85,14 @@ class Asked:
         return ExecutionOptions(batch_invariant=self.batch_invariant, runner=self.runner)
 
     def load(self, device: str | None = None) -> Networks:
-        """On `device`, or where they are asked for."""
+        """Loads the models on `device`; None: on the requested one."""
         where = device or device_of(self)
         model = checkpoint.load(self.model, where, self.dtype)
         shallow = None if self.shallow_model is None else checkpoint.load(self.shallow_model, where, self.dtype)
         return Networks(model, shallow)
 
     def configuration(self, model: Model) -> dict[str, Any]:
-        """What the folder keeps of it, as JSON: runs of equal ones draw the same samples."""
+        """The settings that the folder stores, as values for JSON. Equal configurations give the same samples."""
         parts = check_policy(model, self.policy)
         values = {
             **resolved(self),
@@ -99,7 +100,7 @@ class Asked:
             "tied": self.tied,
             **_given(self, "guidance_interval", "prompt", "text_encoder", "decoder"),
         }
-        if parts.width is not None:  # the file of a schedule may be another one when this is gone on with
+        if parts.width is not None:  # the schedule's file may change before a later run completes the folder
             pairs = zip((0.0, *parts.width.times), parts.width.widths, strict=True)
             values["widths"] = [list(pair) for pair in pairs]
         if parts.cascade is not None:
@@ -110,7 +111,7 @@ class Asked:
         return values
 
     def files(self, model: Model) -> dict[str, str]:
-        """Names of models and files that drawing reads, with their SHA-256."""
+        """SHA-256 of every model and file that sampling reads, by name."""
         cascade = check_policy(model, self.policy).cascade
         names = (self.model, self.shallow_model, None if cascade is None else cascade.path)
         return {name: digest(name) for name in names if name is not None}
@@ -118,10 +119,11 @@ class Asked:
     def run(
         self, networks: Networks, slots: Sequence[int], texts: Texts | None = None, progress: bool = False
     ) -> SamplerRun:
-        """Of the samples in these slots of n. texts: for models of text. Raises ValueError for what does not fit."""
-        given: dict[str, Tensor] = {}
+        """The sampling run of these slots, 0..n - 1. texts: for models that take text. Raises ValueError for settings
+        that do not fit the model."""
+        embeds: dict[str, Tensor] = {}
         if texts is not None:
-            given = {
+            embeds = {
                 "text_embeds": texts.made[[slot % len(texts.made) for slot in slots]],
                 "null_text_embeds": texts.null,
             }
@@ -135,7 +137,7 @@ class Asked:
             guidance_scale=self.guidance_scale,
             guidance_interval=self.guidance_interval,
             tied=self.tied,
-            **given,
+            **embeds,
         )
         return SamplerRun(
             *(networks.model, len(slots), params),
@@ -147,9 +149,9 @@ class Asked:
         )
 
     def check(self, networks: Networks) -> None:
-        """ValueError for settings of any sample that do not fit, before anything is drawn."""
+        """ValueError if the settings of any sample do not fit the model, before anything is drawn."""
         if self.guidance_interval is not None and self.guidance_scale == 1:
-            raise ValueError("--guidance-interval says at which times there is guidance; give --guidance-scale, too")
+            raise ValueError("--guidance-interval limits guidance, and there is none; give --guidance-scale, too")
         self.run(networks, self.some_slots, self.no_texts(networks.model))
         if self.guidance_scale != 1 and networks.model.config.classes and self.class_labels is None:
             raise ValueError(
@@ -157,18 +159,19 @@ class Asked:
             )
 
     def check_anywhere(self, networks: Networks) -> None:
-        """As `check`, for networks on another device than samples are asked for on."""
-        own = networks.model.device.type == torch.device(device_of(self)).type
-        (self if own else dataclasses.replace(self, runner="eager")).check(networks)
+        """As `check`, for networks that may be on another device than the requested one."""
+        same = networks.model.device.type == torch.device(device_of(self)).type
+        (self if same else dataclasses.replace(self, runner="eager")).check(networks)
 
     @property
     def some_slots(self) -> list[int]:
-        """That have all settings between them, and the largest seed."""
+        """Slots that together cover all settings and the largest seed."""
         longest = max(len(values) for values in (self.class_labels or (), self.steps))
         return sorted({*range(min(self.n, longest)), *range(max(0, self.n - 1), self.n)})
 
     def no_texts(self, model: Model) -> Texts | None:
-        """Zeros in place of the contexts of the prompts. ValueError for settings that do not fit the model."""
+        """Zeros as placeholders of the prompts' contexts; None for a model without text. ValueError for settings that
+        do not fit the model."""
         network, prompts = model.config.network, self.prompt
         if not network.context_tokens:
             if prompts is not None or self.text_encoder is not None:
@@ -178,24 +181,24 @@ class Asked:
             raise ValueError("this model takes text; give --prompt")
         if self.class_labels is not None:
             raise ValueError("this model takes text; leave --class-labels out")
-        cycled("prompts", prompts, self.n, ())  # for its check
+        cycled("prompts", prompts, self.n, ())  # raises for more prompts than samples
         zeros = torch.zeros((), dtype=torch.float32, device="cpu").expand(network.context_tokens, network.context_dim)
         return Texts(zeros.expand(len(prompts), *zeros.shape), zeros)
 
 
 def _given(asked: Any, *names: str) -> dict[str, Any]:
-    """Those that were given, as JSON keeps them."""
+    """The attributes `names` that are not None, as values for JSON."""
     values = {name: getattr(asked, name) for name in names if getattr(asked, name) is not None}
     return {name: str(value) if isinstance(value, Path | tuple) else value for name, value in values.items()}
 
 
 def device_of(asked: Any) -> str:
-    """asked: has `device`."""
+    """The requested device, or a GPU if there is one. asked: an object with `device`."""
     return asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def resolved(asked: Any) -> dict[str, Any]:
-    """What samples are drawn from, and how. asked: an `Asked`, or options of a command."""
+    """The settings that determine samples. asked: an `Asked`, or the options of a command."""
     return {
         "model": asked.model,
         "model_sha256": digest(asked.model),
@@ -214,8 +217,8 @@ def resolved(asked: Any) -> dict[str, Any]:
 
 
 def check_policy(model: Model, policy: str) -> Parts:
-    """What it spells. ValueError for text that is no policy, for a depth that the network does not have: it would leave
-    nothing out; and for widths that it was not trained at."""
+    """The parts of the policy. ValueError for text that is no policy, for a depth beyond the network's, which would
+    have no effect, and for widths that the network was not trained with."""
     parts = parts_from(policy, model.calibration)
     if parts.width is not None:
         width_choice(model, parts.width)
@@ -226,12 +229,13 @@ def check_policy(model: Model, policy: str) -> Parts:
 
 
 def digest(name_or_file: str) -> str:
-    """Of a checkpoint."""
+    """SHA-256 of a checkpoint file."""
     with checkpoint.find(name_or_file).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cycled(name: str, values: Sequence, n: int, slots: Sequence[int]) -> list:
+    """The values of the samples in `slots`; `values` repeat over the n samples. ValueError for more than n of them."""
     if n and len(values) > n:
         raise ValueError(f"{len(values)} {name} for {n} samples; give at most one each")
     return [values[slot % len(values)] for slot in slots]

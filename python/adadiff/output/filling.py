@@ -1,4 +1,4 @@
-"""Filling a folder of shards: by any number of processes, which need not talk; a later run completes it."""
+"""Fills a folder of shards, with any number of processes that need not communicate. A later run can complete it."""
 
 import dataclasses
 import itertools
@@ -30,28 +30,29 @@ LAUNCHERS = (  # torchrun and accelerate launch; Open MPI; MPICH and Intel MPI, 
 
 @dataclass(frozen=True)
 class Process:
-    """One of `world` processes that draw together; `rank`, from 0, tells which."""
+    """Process `rank`, counted from 0, of `world` processes that share the work."""
 
     rank: int = 0
     world: int = 1
 
     @staticmethod
     def of(environment: Mapping[str, str]) -> "Process":
-        """What the launcher says, or the only one. Raises ValueError for a rank without a world or beyond it."""
+        """The process according to the launcher's environment variables; without them, the only one. Raises ValueError
+        for a rank without a world size, or not below it."""
         for names in LAUNCHERS:
-            given = [environment.get(name, "") for name in names]
-            if any(given):
-                if not all(map(str.isdecimal, given)) or int(given[0]) >= int(given[1]):
-                    raise ValueError(f"{names[0]} must be a whole number below {names[1]}, got {' and '.join(given)}")
-                return Process(*map(int, given))
+            values = [environment.get(name, "") for name in names]
+            if any(values):
+                if not all(map(str.isdecimal, values)) or int(values[0]) >= int(values[1]):
+                    raise ValueError(f"{names[0]} must be a whole number below {names[1]}, got {' and '.join(values)}")
+                return Process(*map(int, values))
         return Process()
 
 
 class ShardFolder:
-    """The folder as one process sees it; of the shards it draws every world-th, from its rank on.
+    """The folder as seen by one process, which draws shards rank, rank + world, ...
 
-    Raises ValueError where the folder cannot be written or holds anything else. One whose samples differ in nothing
-    but a smaller n, with all shards full, may grow.
+    Raises ValueError if the folder cannot be written or holds anything else. A folder that differs only in a smaller n,
+    with all shards full, can grow.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, process: Process):
@@ -62,7 +63,7 @@ class ShardFolder:
                 if path.name in (MANIFEST, REPORT, GRID) or SHARD.fullmatch(path.name):
                     check_replaceable(path)
             check_agrees(folder, manifest)
-            for path in folder.iterdir():  # of a run that was killed
+            for path in folder.iterdir():  # unfinished files of a killed run
                 part = PART.fullmatch(path.name)
                 if part and int(part[1]) % process.world == process.rank:
                     path.unlink()
@@ -72,16 +73,17 @@ class ShardFolder:
 
     @property
     def count(self) -> int:
-        """Samples in shards that are there."""
+        """Number of samples in the existing shards."""
         return sum(len(self.manifest.slots(i)) for i in present(self.folder, self.manifest))
 
     @property
     def own(self) -> range:
-        """The shards of this process. All are dealt, not only missing ones: processes need not agree on what is."""
+        """The shards of this process. The split covers all shards, not only missing ones, because processes may see
+        different ones as missing."""
         return range(self.process.rank, self.manifest.shards, self.process.world)
 
     def drop_damaged(self) -> list[str]:
-        """Removes damaged shards of this process, so that they are drawn again; returns what was wrong."""
+        """Removes damaged shards of this process, so that they are drawn again. Returns a message for each."""
         damaged = []
         for number in sorted(present(self.folder, self.manifest)):
             if number not in self.own:
@@ -97,13 +99,13 @@ class ShardFolder:
 
     @property
     def missing(self) -> list[int]:
-        """The shards of this process that are not there."""
+        """The shards of this process that do not exist yet."""
         return [number for number in self.own if not shard_path(self.folder, number).exists()]
 
     def draw(self, sampling: Callable[[range], SamplerRun], progress: bool = True) -> int:
-        """Draws the missing shards of this process, and returns how many; `sampling` makes the run of some slots.
+        """Draws the missing shards of this process and returns their number. sampling: slots -> sampling run.
 
-        The bar, of rank 0 alone, counts the shards of others whenever one of its own is done.
+        Only rank 0 has a progress bar; it counts the shards of other processes whenever it finishes one of its own.
         """
         drawn = blocks = passes = 0
         with self.bar(progress) as bar:
@@ -120,7 +122,7 @@ class ShardFolder:
         return drawn
 
     def bar(self, progress: bool = True) -> tqdm:
-        """That counts the folder's samples; of rank 0 alone."""
+        """A progress bar over the folder's samples; shown by rank 0 only."""
         return tqdm(
             total=self.manifest.n,
             initial=self.count,
@@ -131,7 +133,7 @@ class ShardFolder:
         )
 
     def write(self, number: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """arrays: of `shard_arrays`."""
+        """Writes a shard atomically. arrays: as from `shard_arrays`."""
 
         def save(temporary: Path) -> None:
             with temporary.open("wb") as file:
@@ -140,9 +142,9 @@ class ShardFolder:
         replace_file(shard_path(self.folder, number), save, self.process.rank)
 
     def finish(self) -> dict[str, Any] | None:
-        """Writes report.json, what all runs did together, and the grid. None while there is a shard to be drawn.
+        """Writes report.json, with totals over all runs, and the grid; returns the totals. None if a shard is missing.
 
-        Whoever is last does it; if two are, both write the same.
+        The process that finishes last writes them; if two finish at the same time, both write the same.
         """
         manifest = self.manifest
         totals = no_totals(manifest.num_layers)
@@ -154,7 +156,7 @@ class ShardFolder:
                 add_totals(totals, report, len(manifest.slots(number)))
             if manifest.n and manifest.array == "images":
                 self._write_grid()
-        except (FileNotFoundError, ValueError):  # damaged ones are about to be drawn again by another process
+        except (FileNotFoundError, ValueError):  # another process is about to draw a damaged shard again
             return None
         write_json(self.folder / REPORT, {"configuration": manifest.configuration, **totals}, self.process.rank)
         return totals
@@ -167,8 +169,8 @@ class ShardFolder:
 
 
 def check_agrees(folder: Path, manifest: Manifest) -> None:
-    """ValueError for a folder that holds anything but samples of this manifest, or of a smaller n. Writes nothing."""
-    # In this order: another process may write them all in the meantime, the manifest first.
+    """ValueError for a folder that holds other samples than this manifest's, a smaller n aside. Writes nothing."""
+    # The manifest is checked last: another process may meanwhile write all of these, the manifest first.
     drawn = any(SHARD.fullmatch(path.name) for path in folder.iterdir())
     finished = any((folder / name).exists() for name in (REPORT, GRID))
     if not (folder / MANIFEST).exists():
@@ -177,7 +179,7 @@ def check_agrees(folder: Path, manifest: Manifest) -> None:
         return
     theirs = Manifest.read(folder)
     if not (drawn or finished):
-        return  # of a run that has drawn nothing
+        return  # left by a run that drew nothing
     differing = manifest.differing(theirs)
     if differing == ["n"] and theirs.n < manifest.n:
         if theirs.n % theirs.shard:
@@ -190,8 +192,8 @@ def check_agrees(folder: Path, manifest: Manifest) -> None:
 def shard_arrays(
     manifest: Manifest, number: int, run: SamplerRun, each: Callable[[int], object] = lambda images: None
 ) -> dict[str, np.ndarray]:
-    """Draws a shard: what `read_shard` reads. run: of its slots. each: called with the number of images that have just
-    been finished. Raises ValueError where a sample holds NaN or infinity."""
+    """Draws a shard and returns its arrays, as `read_shard` reads them. run: of its slots. each: called with the number
+    of images just finished. Raises ValueError if a sample holds NaN or infinity."""
     slots = manifest.slots(number)
     values = np.empty((len(slots), *manifest.shape), manifest.dtype)
     for places, images in run:
@@ -211,7 +213,7 @@ def shard_arrays(
 
 
 def _values(manifest: Manifest, images: Tensor, slots: list[int]) -> np.ndarray:
-    """images: float32 [k, C, H, W]. Returns them as they are stored."""
+    """images: float32 [k, C, H, W]. Returns them in the shape and dtype of the shard."""
     bad = [slot for slot, image in zip(slots, images, strict=True) if not bool(image.isfinite().all())]
     if bad:
         raise ValueError(f"sample {bad[0]} holds NaN or infinity; no sample of its shard is kept")

@@ -1,7 +1,7 @@
-"""One launch fills a folder at a time.
+"""File locks that let only one launch fill a folder at a time.
 
-Every process locks a file of its rank. The kernel holds the lock, so it ends with the process, a killed one, too; the
-file may stay, and the next run takes it.
+Every process locks the file of its rank. The operating system releases the lock when the process ends, even if it is
+killed; a file that is left behind is used again by the next run.
 """
 
 import errno
@@ -16,16 +16,17 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 LOCK = re.compile(r"\.rank-(\d+)\.lock")
-NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}  # on a file system without them nobody guards
+NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}  # file systems without locks: folders are unguarded
 
 
 @contextmanager
 def only_launch(folder: Path, rank: int = 0, world: int = 1) -> Iterator[None]:
-    """Holds the folder, made if it is missing, for one of `world` processes that fill it together. A folder that was
-    made and is left empty, as after a failed start, is removed.
+    """Locks the folder for one of `world` processes that fill it together. A missing folder is created, and removed
+    again if it stays empty, as after a failed start.
 
-    Of another launch, whatever its world, some process meets one of this one's here: besides its own rank it asks for
-    those whose work would be its own. Raises ValueError where they still run, or the folder cannot be written.
+    Besides the lock of its rank, a process takes those of other ranks whose shards would be its own, so that launches
+    of different world sizes exclude each other. Raises ValueError if another launch is running, or if the folder cannot
+    be written.
     """
     with ExitStack() as held:
         try:
@@ -60,7 +61,7 @@ def _locked(path: Path) -> Iterator[None]:
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
-            with suppress(FileNotFoundError):  # who held it may have removed it in the meantime
+            with suppress(FileNotFoundError):  # its previous holder may have removed it in the meantime
                 if os.path.samestat(path.stat(), os.fstat(file.fileno())):
                     break
         with suppress(OSError):  # the lock is held, even where a full disk leaves no room for the holder's name
@@ -73,7 +74,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _open(path: Path) -> int:
-    """A regular file, made if it is missing; neither through a link nor a pipe or device, which might block."""
+    """Opens or creates a regular file. Links are refused, and pipes and devices, which might block."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
         if stat.S_ISREG(os.fstat(descriptor).st_mode):

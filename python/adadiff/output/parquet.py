@@ -1,4 +1,4 @@
-"""A finished folder of shards as Parquet files, one a shard, a row for each sample: for tools that read such tables."""
+"""Export of a finished folder of shards to Parquet: a file for each shard, a row for each sample."""
 
 import io
 import json
@@ -18,14 +18,14 @@ KEY = b"adadiff"  # of the schema's metadata
 
 
 def export(folder: str | Path, out: str | Path, force: bool = False) -> int:
-    """Writes the shards of `folder` into `out`, made if it is missing, as shard-00000.parquet and so on. Files that are
-    there already are kept, so an interrupted export goes on. Returns how many were written.
+    """Writes the shards of `folder` to `out` (created if missing) as shard-00000.parquet and so on. Existing files of
+    the same samples are kept, so an interrupted export can be completed. Returns the number of files written.
 
-    Columns: `slot`, `seed`, int64; `label`, int64, where there were any; `image`, a PNG file, or `latent`, float32
-    [C * H * W]; `exit_layers`, uint8, of each step, and `exit_layers_unconditional` where there was guidance. The
-    schema's metadata has, at "adadiff", the configuration, shape and slots as JSON.
-    force: replace files of other samples. Raises ValueError for a folder that lacks shards, and for files of other
-    samples in `out`; ImportError, with the remedy, without pyarrow.
+    Columns: `slot`, `seed`, int64; `label`, int64, if there are labels; `image`, bytes of a PNG file, or `latent`,
+    float32 [C * H * W]; `exit_layers`, uint8 for each step, and, with guidance, `exit_layers_unconditional`. The
+    schema's metadata holds configuration, shape and slots as JSON under "adadiff".
+    force: replace files of other samples. Raises ValueError if `folder` lacks shards or `out` holds files of other
+    samples; ImportError, with the pip command, without pyarrow.
     """
     folder, out = Path(folder), Path(out)
     manifest = Manifest.read(folder)
@@ -46,7 +46,7 @@ def export(folder: str | Path, out: str | Path, force: bool = False) -> int:
 
 
 def check(manifest: Manifest, out: Path, force: bool = False) -> None:
-    """What `export` raises for `out`, before there are any samples. Writes nothing."""
+    """Raises the errors of `export` that concern `out`, before there are any samples. Writes nothing."""
     _pyarrow_parquet()
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is no folder")
@@ -62,7 +62,7 @@ def _pyarrow_parquet() -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError("Parquet takes pyarrow: pip install 'adadiff_kernels[ray]'") from error
+        raise ImportError("Parquet needs pyarrow: pip install 'adadiff_kernels[ray]'") from error
     return pyarrow.parquet
 
 
@@ -71,7 +71,8 @@ def _path(out: Path, number: int) -> Path:
 
 
 def _described(manifest: Manifest, number: int) -> dict[str, Any]:
-    """What tells a file's samples. Of a folder that has grown, its full shards are the same ones."""
+    """Metadata that identifies the samples of a file. n is left out, so that full shards stay valid when a folder
+    grows."""
     slots = manifest.slots(number)
     return {
         "configuration": {**manifest.configuration, "n": None},
@@ -83,11 +84,11 @@ def _described(manifest: Manifest, number: int) -> dict[str, Any]:
 
 
 def _metadata(path: Path) -> dict[str, Any] | None:
-    """None where it is no file that `export` wrote."""
+    """Metadata of a file that `export` wrote; None for any other file."""
     try:
         found = (_pyarrow_parquet().read_schema(path).metadata or {}).get(KEY)
         return None if found is None else json.loads(found)
-    except (OSError, ValueError):  # those of Arrow are ValueErrors
+    except (OSError, ValueError):  # Arrow's exceptions are ValueErrors
         return None
 
 
@@ -106,14 +107,14 @@ def _table(manifest: Manifest, number: int, arrays: dict[str, np.ndarray]) -> "p
     for name, half in halves.items():
         layers = arrays["exit_layer"][..., half].T
         if half == 0 or layers.any():
-            rows = [np.trim_zeros(row, "b") for row in layers]  # steps that a sample did not have
+            rows = [np.trim_zeros(row, "b") for row in layers]  # without the steps that a sample did not take
             columns[name] = pyarrow.array(rows, pyarrow.list_(pyarrow.uint8()))
     table = pyarrow.table(columns)
     return table.replace_schema_metadata({KEY: json.dumps(_described(manifest, number)).encode()})
 
 
 def _png(image: np.ndarray) -> bytes:
-    """image: uint8 [H, W, C], C 1 or 3."""
+    """Bytes of a PNG file. image: uint8 [H, W, C], C 1 or 3."""
     file = io.BytesIO()
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, "PNG")
     return file.getvalue()

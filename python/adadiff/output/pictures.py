@@ -1,4 +1,4 @@
-"""SampleBatch as PNG files: a folder of them that a later run can complete, and a grid."""
+"""Samples as PNG files: a folder of them that a later run can complete, and a grid."""
 
 import json
 import math
@@ -20,21 +20,21 @@ from ..writing import check_replaceable, drop_parts, replace_file
 CHANNELS = (1, 3)  # of a picture; anything else is a latent
 GRID_MOST = 100  # pictures in a grid
 GRID_CELL = 64  # pixels; smaller pictures are enlarged by a whole factor
-GRID_GAP = 4  # white pixels between two pictures; many have no border of their own
+GRID_GAP = 4  # white pixels between two pictures
 GRID = "grid.png"
-MOST_LISTED = 10_000  # pictures of which report.json tells one by one; it is written anew with every few of them
+MOST_LISTED = 10_000  # most pictures with lists by sample in report.json, which is rewritten every few pictures
 ADVICE = "choose another folder, empty this one, or give --force"
 TOTALS = ("passes", "blocks", "blocks_full", "macs", "macs_full", "seconds")
 
 
 def to_pixels(image: Tensor) -> np.ndarray:
-    """image: float [C, H, W], C 1 or 3, from -1 (0) to 1 (255), what lies beyond is clamped.
+    """image: float [C, H, W], C 1 or 3; -1 becomes 0 and 1 becomes 255, other values are clamped.
 
     Returns uint8 [H, W] or [H, W, 3]. Raises ValueError for other channels and for NaN or infinity.
     """
     if image.ndim != 3 or image.shape[0] not in CHANNELS:
         raise ValueError(f"a picture has 1 or 3 channels, [C, H, W], got {list(image.shape)}")
-    values = image.detach().float().cpu().numpy()  # of which NumPy makes pixels in a third of the time
+    values = image.detach().float().cpu().numpy()  # NumPy takes a third of the time for the rest
     if not np.isfinite(values).all():
         raise ValueError("the sample holds NaN or infinity, so there is no picture of it")
     pixels = np.rint((values.clip(-1, 1) + 1) * np.float32(127.5)).astype(np.uint8).transpose(1, 2, 0)
@@ -42,8 +42,8 @@ def to_pixels(image: Tensor) -> np.ndarray:
 
 
 def make_grid(pictures: list[np.ndarray], columns: int | None = None) -> np.ndarray:
-    """pictures: one or more, uint8 [H, W] or [H, W, 3], all alike. Returns a grid by rows (default: near-square),
-    GRID_GAP white pixels between them and none around."""
+    """pictures: one or more of the same shape, uint8 [H, W] or [H, W, 3]. Returns them in row order as one image of
+    `columns` columns (default: about square), GRID_GAP white pixels apart."""
     columns = columns or math.ceil(math.sqrt(len(pictures)))
     rows = math.ceil(len(pictures) / columns)
     scale = max(1, GRID_CELL // max(pictures[0].shape[:2]))
@@ -56,28 +56,28 @@ def make_grid(pictures: list[np.ndarray], columns: int | None = None) -> np.ndar
 
 
 def write_png(path: Path, pixels: np.ndarray, rank: int = 0, flush: bool = True) -> None:
-    """pixels: uint8 [H, W] or [H, W, 3]. rank, flush: see `replace_file`."""
+    """Writes a PNG file. pixels: uint8 [H, W] or [H, W, 3]. rank, flush: see `replace_file`."""
     replace_file(path, lambda temporary: Image.fromarray(pixels).save(temporary, format="PNG"), rank, flush=flush)
 
 
 def write_json(path: Path, values: object, rank: int | None = 0, force: bool = True) -> None:
-    """rank, force: see `replace_file`."""
+    """Writes a JSON file. rank, force: see `replace_file`."""
     replace_file(path, lambda temporary: temporary.write_text(json.dumps(values, indent=2) + "\n"), rank, force)
 
 
 def no_totals(num_layers: int) -> dict[str, Any]:
-    """What report.json tells of all runs together, before the first."""
+    """Totals over all runs, as in report.json, before the first run."""
     return {
         "num_layers": num_layers,
         "samples": 0,
         **dict.fromkeys(TOTALS, 0),
         "mean_exit_layer": None,
-        "exit_layer_histogram": [0] * num_layers,  # lanes that exited after block 1, 2, ...
+        "exit_layer_histogram": [0] * num_layers,  # number of lanes that exited after block 1, 2, ...
     }
 
 
 def add_totals(totals: dict[str, Any], report: Report, samples: int) -> None:
-    """A run that finished so many samples."""
+    """Adds a run that finished `samples` samples to totals."""
     totals["samples"] += samples
     for name in TOTALS:
         totals[name] += getattr(report, name)
@@ -89,13 +89,12 @@ def add_totals(totals: dict[str, Any], report: Report, samples: int) -> None:
 
 
 class PictureFolder:
-    """One PNG per sample, named by its slot, and report.json: the configuration, what all runs did together.
+    """A folder with one PNG for each sample, named by its slot, and report.json: configuration, and totals of all runs.
 
-    Only whole pictures count as drawn: `missing` are the other slots, and `damaged` says what is wrong with files that
-    are there but are to be drawn again. `configuration` must survive JSON unchanged; of it, `n` pictures of `shape`,
-    C, H, W, are wanted. by_sample: names of lists in report.json, "steps" or "went_on" of each picture by its slot,
-    null where there is none; up to MOST_LISTED pictures. Raises ValueError where the folder cannot be written or holds
-    anything else.
+    missing: slots without an intact picture. damaged: a message for each file that is to be drawn again.
+    configuration: must survive JSON unchanged; its `n` is the number of pictures. shape: C, H, W of a picture.
+    by_sample: names of lists in report.json with a value for each slot ("steps", "went_on"; null for missing pictures),
+    for up to MOST_LISTED pictures. Raises ValueError if the folder cannot be written or holds anything else.
     """
 
     def __init__(
@@ -145,8 +144,7 @@ class PictureFolder:
         return no_totals(num_layers)
 
     def _check(self) -> tuple[list[int], list[str]]:
-        """Slots without a whole picture, and what is wrong with those that have one. ValueError for files that no run
-        has left there."""
+        """Slots without an intact picture, and a message for each damaged one. ValueError for files of other origin."""
         missing, damaged = [], []
         for slot in range(self.n):
             path = self.path(slot)
@@ -172,7 +170,8 @@ class PictureFolder:
         return self.folder / f"{slot:06d}.png"
 
     def add(self, slot: int, image: Tensor, **by_sample: Any) -> None:
-        """image: float [C, H, W]. by_sample: what the lists of report.json are to tell of it; `record` writes them."""
+        """Writes the picture of a slot. image: float [C, H, W]. by_sample: its values in the lists of report.json,
+        which `record` writes."""
         write_png(self.path(slot), to_pixels(image), flush=False)  # a later run finds and redraws damaged ones
         self.count += 1
         for name, values in self._lists.items():
@@ -182,8 +181,9 @@ class PictureFolder:
         return {**values, "by_sample": self._lists} if self._lists else values
 
     def record(self, report: Report) -> None:
-        """Writes what this run has done so far beside what others did before; steps that are repeated after an
-        interruption count again. Called before pictures are added, so that a killed run has counted all of its own."""
+        """Writes report.json with the totals of this run so far and of earlier runs; steps repeated after an
+        interruption count again. Call it before adding pictures, so that the totals of a killed run include all of its
+        pictures."""
         totals = dict(self._before)
         add_totals(totals, report, 0)
         write_json(self._report, self._with_lists({**totals, "samples": self.count}))
@@ -205,7 +205,7 @@ def _checked_list(content: dict[str, Any], name: str, n: int) -> list[Any]:
 
 
 def _checked_totals(content: dict[str, Any], num_layers: int) -> dict[str, Any]:
-    """Those of `no_totals` in a report that was read. Raises ValueError where they are none."""
+    """The totals in a report that was read, with the keys of `no_totals`. Raises ValueError for invalid ones."""
     totals = {name: content[name] for name in no_totals(num_layers)}
     numbers = [*(totals[name] for name in ("samples", *TOTALS)), *totals["exit_layer_histogram"]]
     if any(type(v) not in (int, float) or not 0 <= v < 2**63 for v in numbers):

@@ -1,7 +1,7 @@
-"""The files of a folder of shards: what they hold, how to read them.
+"""Files of a folder of shards, and how to read them.
 
-Shard i holds the slots from i * shard on. It is a run of the sampler of its own, so its bits depend neither on the
-number of processes, nor on which of them draws it, nor on interruptions. Only whole shards bear their names.
+Shard i holds `shard` slots from i * shard on. Each is a separate sampling run, so its bits depend neither on the number
+of processes, nor on which one draws it, nor on interruptions. Files are renamed to their final names when complete.
 """
 
 import dataclasses
@@ -27,13 +27,14 @@ COUNTS = ("macs", "macs_full", "rows_moved", "seconds")  # of a Report, kept wit
 SHARD = re.compile(r"shard-(\d{5,})\.npz")
 DTYPES = {"images": "uint8", "latents": "float32"}
 MOST_SAMPLES = 10**7
-PER_SHARD = 1000  # samples, where nothing else is asked for
+PER_SHARD = 1000  # default number of samples in a shard
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder holds. configuration: what was asked for, of it `n` samples, `shard` of them in each shard.
-    array: "images", uint8 [k, H, W, C], or "latents", float32 [k, C, H, W]; shape: that of one. num_layers: blocks."""
+    """Content of a folder. configuration: the request, with `n` samples, `shard` of them in each shard. array:
+    "images", uint8 [k, H, W, C], or "latents", float32 [k, C, H, W]; shape: of one of them. num_layers: blocks of the
+    network. Raises ValueError for invalid values."""
 
     configuration: dict[str, Any]
     array: str
@@ -54,7 +55,7 @@ class Manifest:
 
     @staticmethod
     def of(model: Model, configuration: dict[str, Any]) -> "Manifest":
-        """`configuration` must survive JSON unchanged."""
+        """The manifest for samples of `model`. configuration: must survive JSON unchanged."""
         channels, height, width = model.backbone.sample_shape
         if channels in CHANNELS:
             return Manifest(configuration, "images", [height, width, channels], model.num_layers)
@@ -62,7 +63,7 @@ class Manifest:
 
     @staticmethod
     def read(folder: Path) -> "Manifest":
-        """Raises ValueError where there is none, or one of another format."""
+        """Reads manifest.json. Raises ValueError if it is missing, invalid or of another format version."""
         path = folder / MANIFEST
         if not path.is_file():
             raise ValueError(f"{folder} holds no {MANIFEST}")
@@ -100,24 +101,24 @@ class Manifest:
 
 
 def read(folder: str | Path) -> Iterator[dict[str, np.ndarray]]:
-    """The shards of a finished folder in slot order, each slot in one of them and once. One shard:
+    """Iterates over the shards of a finished folder in slot order. The arrays of a shard:
 
-    `images` uint8 [k, H, W, C] or `latents` float32 [k, C, H, W]; `slots`, `seeds` int64 [k], `labels` int64 [k] where
-    there were any; `exit_layer` uint8 [steps, k, 2] as in `Report`, and the shard's `macs`, `seconds` and so on.
-    Raises ValueError for a folder that lacks shards, at once, and for a damaged shard when it is its turn.
+    `images` uint8 [k, H, W, C] or `latents` float32 [k, C, H, W]; `slots`, `seeds` int64 [k]; `labels` int64 [k], if
+    there are labels; `exit_layer` uint8 [steps, k, 2] as in `Report`; and its `macs`, `macs_full`, `rows_moved` and
+    `seconds`. Raises ValueError at once if shards are missing, and for a damaged shard when it is read.
     """
     folder = Path(folder)
     manifest = Manifest.read(folder)
-    there = present(folder, manifest)
-    if missing := manifest.shards - len(there):
-        first = shard_path(folder, next(i for i in range(manifest.shards) if i not in there)).name
+    found = present(folder, manifest)
+    if missing := manifest.shards - len(found):
+        first = shard_path(folder, next(i for i in range(manifest.shards) if i not in found)).name
         some = f"{missing} of {manifest.shards} shards, the first of them {first}"
         raise ValueError(f"{folder} lacks {some}; the command that began it draws them")
     return (read_shard(folder, manifest, i) for i in range(manifest.shards))
 
 
 def present(folder: Path, manifest: Manifest) -> set[int]:
-    """Numbers of the manifest's shards that are there; takes time for files only, whatever the manifest says."""
+    """Numbers of the existing shards. Takes time in proportion to the files, however many shards the manifest has."""
     found = {int(name[1]) for entry in os.scandir(folder) if (name := SHARD.fullmatch(entry.name))}
     return {number for number in found if number < manifest.shards and shard_path(folder, number).exists()}
 
@@ -127,7 +128,7 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def read_shard(folder: Path, manifest: Manifest, number: int) -> dict[str, np.ndarray]:
-    """Raises ValueError for one that is damaged, or another than the manifest asks for."""
+    """Arrays of a shard, see `read`. Raises ValueError if it is damaged or does not fit the manifest."""
     path, slots = shard_path(folder, number), manifest.slots(number)
     arrays = read_arrays(path)
     k, steps = len(slots), np.shape(arrays.get("exit_layer"))[:1]
@@ -148,5 +149,5 @@ def read_shard(folder: Path, manifest: Manifest, number: int) -> dict[str, np.nd
 
 
 def read_arrays(path: Path, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
-    """Those named, or all. See `read_npz`."""
+    """The arrays of these names, or all, see `read_npz`."""
     return read_npz(path, names)

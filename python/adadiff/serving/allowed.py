@@ -1,4 +1,4 @@
-"""Which policies clients may name. Spellings that import code or open files are the operator's alone."""
+"""Policies that clients may ask for. Only the operator may use policies that import code or open files."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,15 +17,15 @@ from .errors import invalid, shown
 from .settings import DEFAULT_PRESET
 
 KINDS = ("exit", "cache", "reuse")
-REUSE = {"cache:threshold=0.1": "cache:threshold=CHANGE", "reuse:every=2": "reuse:every=STEPS"}  # a trial: its form
+REUSE = {"cache:threshold=0.1": "cache:threshold=CHANGE", "reuse:every=2": "reuse:every=STEPS"}  # example -> form
 FORMS = "full, exit:..., cache:..., reuse:..., joined by +"
 
 
 def policy_of(text: str | None, model: Model, presets: Mapping[str, str]) -> Parts:
-    """What a client's `policy` means. presets: those of the operator that fit this model.
+    """The policy for a client's `policy` field. presets: the operator's, as far as they fit this model.
 
-    Raises ServiceError for anything that is neither a preset nor composed of built-in kinds, before it is parsed:
-    "module:Class" imports code, "cascade:FILE" and "width:FILE" open files.
+    Raises ServiceError for anything that is neither a preset nor made of KINDS. This is checked before parsing, because
+    "module:Class" imports code, and "cascade:FILE" and "width:FILE" open files.
     """
     text = presets.get(DEFAULT_PRESET, "full") if text is None else text
     if text in presets:
@@ -65,7 +65,7 @@ def check_fit(parts: Parts, model: Model) -> None:
 
 
 def blank_condition(model: Model) -> dict[str, Any]:
-    """Some class or text that the model takes, for a trial."""
+    """A placeholder class or text that the model takes, for test runs."""
     network = model.config.network
     if network.context_tokens:
         return {"text_embeds": torch.zeros(network.context_tokens, network.context_dim, device="cpu").float()}
@@ -73,8 +73,8 @@ def blank_condition(model: Model) -> dict[str, Any]:
 
 
 def presets_for(model: Model, presets: Mapping[str, str], shallow: bool = False) -> dict[str, str]:
-    """Those that this model can follow. shallow: another one takes its place at noisy timesteps, which excludes
-    widths."""
+    """The presets that this model can follow. shallow: a shallow model replaces it at noisy timesteps, which excludes
+    width policies."""
     found = {}
     for name, text in presets.items():
         try:
@@ -88,7 +88,7 @@ def presets_for(model: Model, presets: Mapping[str, str], shallow: bool = False)
 
 
 def forms_for(model: Model) -> list[str]:
-    """Spellings that fit this model, calibrated shares one by one, for people to choose from."""
+    """Forms of policies that fit this model, for people to choose from, with each calibrated share."""
     forms = ["full", "exit:depth=BLOCKS"]
     if model.exits is not None:
         forms += ["exit:THRESHOLD", "exit:patience=THRESHOLD"]

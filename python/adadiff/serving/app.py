@@ -1,4 +1,4 @@
-"""The application: routes over the models of a service. Served by uvicorn here, and by Ray the same."""
+"""The FastAPI application, served by uvicorn (`adadiff serve`) or by Ray Serve."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -30,8 +30,8 @@ _BODY = {"content": {"application/json": {"schema": ImageRequest.model_json_sche
 
 
 def create_app(models: Sequence[ServedModel], settings: Settings | None = None) -> FastAPI:
-    """models: one or more, the first for requests that name none; their engines end with the application's lifespan.
-    `app.state.service` is the `Service`. Raises ValueError."""
+    """The application for one or more models; requests that name none get the first. The application's lifespan closes
+    their engines. `app.state.service` is the `Service`. Raises ValueError for models or settings that do not fit."""
     service = Service(models, settings or Settings())
 
     @asynccontextmanager
@@ -45,7 +45,7 @@ def create_app(models: Sequence[ServedModel], settings: Settings | None = None) 
 
     app = FastAPI(
         title="adadiff",
-        docs_url=None,  # these pages load scripts of another site
+        docs_url=None,  # these pages load scripts from another site
         redoc_url=None,
         redirect_slashes=False,
         lifespan=lifespan,
@@ -61,7 +61,7 @@ def create_app(models: Sequence[ServedModel], settings: Settings | None = None) 
 
 
 class _RequestRoute(APIRoute):
-    """Its endpoint takes the request and nothing else, so that there are no parameters to be looked for."""
+    """A route whose endpoint takes only the request, which spares FastAPI's parsing of parameters."""
 
     def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:
         return self.endpoint
@@ -69,7 +69,7 @@ class _RequestRoute(APIRoute):
 
 def _add_images(app: FastAPI, service: Service) -> None:
     async def generate(request: Request) -> Response:
-        own = passing(request.scope)
+        record = passing(request.scope)
         try:
             asked = parse(await read_json(request, service.settings))
             served = model_of(asked.model, service.models)
@@ -77,14 +77,14 @@ def _add_images(app: FastAPI, service: Service) -> None:
             order = await order_of(asked, served, service.settings, service.presets[served.name], accept)
             drawing = service.submit(order)
         except ClientGone:
-            return _nobody(own)
+            return _nobody(record)
         except EngineFull as full:
             raise service.full(full) from None
         if not order.stream:
-            return await _whole(service, drawing, request, own)
+            return await _whole(service, drawing, request, record)
 
         def ended(error: BaseException | None) -> None:
-            _finish(service, drawing, own, error)
+            _finish(service, drawing, record, error)
 
         return EventStream(drawing, service.settings.write_seconds, ended)
 
@@ -98,41 +98,41 @@ def _add_images(app: FastAPI, service: Service) -> None:
     )
 
 
-async def _whole(service: Service, drawing: Drawing, request: Request, own: Passing) -> Response:
-    """Waits for the images, or for the client to go away."""
+async def _whole(service: Service, drawing: Drawing, request: Request, record: Passing) -> Response:
+    """Waits until all images are drawn and replies, unless the client disconnects first."""
     away = asyncio.create_task(gone(request.receive))
     away.add_done_callback(drawing.mailbox.ring)
     error: BaseException | None = None
     try:
         await drawing.done(away)
-        return await reply(drawing, own.id)
+        return await reply(drawing, record.id)
     except ClientGone as left:
         error = left
-        return _nobody(own)
+        return _nobody(record)
     except BaseException as other:
         error = other
         raise
     finally:
         away.cancel()
-        _finish(service, drawing, own, error)
+        _finish(service, drawing, record, error)
         await asyncio.wait((away,))
 
 
-def _finish(service: Service, drawing: Drawing, own: Passing, error: BaseException | None) -> None:
-    """Books of a request that has ended, and its line in the log."""
+def _finish(service: Service, drawing: Drawing, record: Passing, error: BaseException | None) -> None:
+    """Records the end of a request in metrics and log."""
     service.ended(drawing)
-    own.fields |= logged(drawing)
+    record.fields |= logged(drawing)
     if error is None:
-        service.metrics.replied(drawing.order.model.name, own.began)
+        service.metrics.replied(drawing.order.model.name, record.began)
     elif isinstance(error, ServiceError):
-        own.reason = error.code
+        record.reason = error.code
     elif isinstance(error, ClientGone):
-        _nobody(own)
+        _nobody(record)
 
 
-def _nobody(own: Passing) -> Response:
-    """For a client that has gone away."""
-    own.reason = "client_gone"
+def _nobody(record: Passing) -> Response:
+    """The reply for a client that has disconnected; only its status is logged."""
+    record.reason = "client_gone"
     return Response(status_code=GONE)
 
 
@@ -151,13 +151,13 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
 def _add_health(app: FastAPI, service: Service) -> None:
     async def health() -> Response:
-        """503 where a restart is the cure: an engine has died."""
+        """503 if an engine has died, so that the service needs a restart."""
         states = service.states
         dead = "dead" in states.values() and not service.draining
         return json_response({"status": "dead" if dead else "alive", "models": states}, 503 if dead else 200)
 
     async def ready() -> Response:
-        """503 until every model has drawn an image, when an engine is dead, and while the service ends."""
+        """503 until every model has drawn an image, if an engine has died, and while the service is stopping."""
         states = service.states
         state = "draining" if service.draining else next((s for s in states.values() if s != "ready"), "ready")
         return json_response({"status": state, "models": states}, 200 if state == "ready" else 503)
@@ -171,12 +171,12 @@ def _add_health(app: FastAPI, service: Service) -> None:
 
 
 async def _not_served(request: Request, error: Exception) -> Response:
-    """404 and 405 in the shape of all other errors."""
+    """404 and 405 in the format of all other errors."""
     assert isinstance(error, HTTPException)
-    own, headers = passing(request.scope), error.headers or {}
+    record, headers = passing(request.scope), error.headers or {}
     if error.status_code == 405:
         message, code = f"{request.method} is not served here", "method_not_allowed"
     else:
         message, code = "there is nothing at this address", "not_found"
-    own.reason = code
+    record.reason = code
     return ServiceError(error.status_code, message, code, headers=headers).response()

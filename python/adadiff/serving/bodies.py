@@ -1,4 +1,4 @@
-"""Bodies of requests and replies, as OpenAI's images API has them, with fields of our own beside."""
+"""Bodies of requests and replies: those of OpenAI's images API, with additional fields."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -11,33 +11,33 @@ MOST_PROMPT = 4096  # characters
 
 
 class ImageRequest(BaseModel):
-    """Body of POST /v1/images/generations. null is the same as a field that is left out."""
+    """Body of POST /v1/images/generations. null is the same as a missing field."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     model: str | None = Field(None, max_length=256, description="one of /v1/models; default: the first of them")
     prompt: str | None = Field(
-        None, max_length=MOST_PROMPT, description="for models of text, or the name of a class where they have names"
+        None, max_length=MOST_PROMPT, description="for text-to-image models; or a class name, if the model has them"
     )
-    class_label: int | None = Field(None, ge=0, description="for models of classes; default: no class")
+    class_label: int | None = Field(None, ge=0, description="for class-conditional models; default: no class")
     n: int | None = Field(None, ge=1, description="number of images; image i has the seed `seed` + i; default: 1")
-    size: str | None = Field(None, max_length=32, description="WIDTHxHEIGHT, which has to be the model's, or auto")
-    seed: int | None = Field(None, ge=0, lt=2**63, description="default: a random one, which the reply tells")
+    size: str | None = Field(None, max_length=32, description="WIDTHxHEIGHT, which must be the model's, or auto")
+    seed: int | None = Field(None, ge=0, lt=2**63, description="default: a random one, which the reply contains")
     num_inference_steps: int | None = Field(None, ge=1, description="evaluations of the network")
     guidance_scale: float | None = Field(None, ge=0, allow_inf_nan=False, description="1 (default): no guidance")
     solver: str | None = Field(None, max_length=64, description="default: ddim")
     policy: str | None = Field(
-        None, max_length=256, description="what each image may leave out: exit:..., cache:..., reuse:..., or a preset"
+        None, max_length=256, description="what each image may skip: exit:..., cache:..., reuse:..., or a preset"
     )
     response_format: Literal["b64_json", "png"] | None = Field(None, description="default: b64_json")
     output_format: Literal["png"] | None = None
     stream: bool | None = Field(None, description="server-sent events, with previews; default: false")
     partial_images: int | None = Field(None, ge=0, description="previews in a stream; default: 0")
-    user: str | None = Field(None, max_length=256, description="taken for the sake of OpenAI's clients; not used")
+    user: str | None = Field(None, max_length=256, description="accepted for OpenAI's clients; not used")
 
 
 def parse(body: Mapping[str, Any]) -> ImageRequest:
-    """ServiceError, which names the first field that is wrong, for anything else."""
+    """The request in a JSON object. Raises ServiceError, which names the first invalid field."""
     if unknown := sorted(set(body) - set(ImageRequest.model_fields)):
         known = ", ".join(ImageRequest.model_fields)
         raise invalid(f"unknown field {shown(unknown[0])}; there are {known}", unknown[0][:64], "unknown_field")
@@ -48,7 +48,7 @@ def parse(body: Mapping[str, Any]) -> ImageRequest:
 
 
 def _refused(body: Mapping[str, Any], error: ValidationError | OverflowError) -> ServiceError:
-    if isinstance(error, OverflowError):  # an integer beyond all floats
+    if isinstance(error, OverflowError):  # an integer too large for a float
         return invalid("guidance_scale is too large", "guidance_scale")
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     param = str(first["loc"][0])
@@ -58,8 +58,9 @@ def _refused(body: Mapping[str, Any], error: ValidationError | OverflowError) ->
 
 
 class ImageDetails(BaseModel):
-    """How one image was drawn. exit_layers: blocks that ran at each step, of the conditional half; of the unconditional
-    one where there is guidance. share_left_out: of the network's blocks. seconds_waiting: in the queue."""
+    """How one image was drawn. exit_layers: number of blocks that ran at each step, for the conditional half;
+    exit_layers_unconditional: for the other half, with guidance. share_left_out: of the network's blocks.
+    seconds_waiting: in the queue. seconds_running: from the first to the last step."""
 
     seed: int
     steps: int
@@ -78,7 +79,7 @@ class ImageData(BaseModel):
 
 
 class RequestDetails(BaseModel):
-    """Of all images of a request: means of exit layer and share, the longest of the seconds."""
+    """Summary of a request: mean exit layer and share over its images, and the longest of their times."""
 
     request_id: str
     model: str
@@ -103,8 +104,7 @@ class ImagesReply(BaseModel):
 
 
 class PreviewDetails(BaseModel):
-    """index: which of the request's images. step: after which of `steps` this is what the image would become.
-    exit_layers: as far as known."""
+    """index: number of the image within the request. step: number of finished steps. exit_layers: as far as known."""
 
     index: int
     seed: int

@@ -1,8 +1,8 @@
-"""uvicorn's HTTP/1.1 protocol with limits on the time and the bytes that a request may take to begin.
+"""uvicorn's HTTP/1.1 protocol with limits on the time and the size of a request's head.
 
-uvicorn closes connections on which nothing at all comes after a reply, and no others. One that has sent nothing yet, or
-sends a byte now and then, would keep its socket for good (an attack known as slowloris). httptools, the
-faster of its parsers, takes headers of any length.
+uvicorn closes only connections that stay silent after a reply. A client that sends nothing at first, or a byte now and
+then, could keep its socket forever (an attack known as slowloris). httptools, the faster of uvicorn's parsers, accepts
+heads of any length.
 """
 
 import asyncio
@@ -17,12 +17,12 @@ HEAD_BYTES = 2**16
 
 
 class Connection(HttpToolsProtocol):
-    """Closed where request line and headers are not complete `head_seconds` after it was opened, or after the first
-    byte that follows a reply: more bytes give no more time. A head of more than HEAD_BYTES gets a 400. Its application
-    is one of `create_app`."""
+    """Closes a connection if request line and headers are incomplete `head_seconds` after it was opened, or after the
+    first byte that follows a reply. Further bytes do not extend the time. A head of more than HEAD_BYTES is answered
+    with 400. For applications made by `create_app`."""
 
     _deadline: asyncio.TimerHandle | None = None
-    _head = 0  # bytes of a head that is not complete
+    _head = 0  # bytes of the incomplete head
     _in_body = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:
@@ -36,7 +36,7 @@ class Connection(HttpToolsProtocol):
             self._end()
             return
         self._begin()
-        if self._in_body:  # the rest of one that was refused
+        if self._in_body:  # the rest of a refused body
             return
         self._head += len(data)
         if self._head > HEAD_BYTES and not self.transport.is_closing():

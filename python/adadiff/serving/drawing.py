@@ -1,4 +1,4 @@
-"""The images of one request while the engine draws them: awaited, cancelled together, and with newest previews."""
+"""The images of one request while the engine draws them: waiting, previews, and cancelling."""
 
 import asyncio
 import time
@@ -17,7 +17,7 @@ from .reading import ClientGone
 
 @dataclass(frozen=True)
 class Preview:
-    """After `step` steps. exit_layers: of the conditional half, as far as known; that of the last step is not."""
+    """Preview after `step` steps. exit_layers: of the conditional half, as far as known; the last step's is not."""
 
     step: int
     sample: Arriving
@@ -28,8 +28,8 @@ class Preview:
 
 
 class Mailbox:
-    """What the engine's thread hands to the event loop: that something has changed, and of each image the newest
-    preview alone. So a slow reader costs nothing but its own previews."""
+    """Passes changes and previews from the engine's thread to the event loop. Only the newest preview of each image is
+    kept, so a slow reader just misses previews."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, due: frozenset[int]):
         self._loop, self._due = loop, due
@@ -38,7 +38,7 @@ class Mailbox:
         self._rung = False
 
     def on_step(self, index: int, handle: Handle) -> None:
-        """In the engine's thread, which it must not keep."""
+        """Called in the engine's thread, which it must not block."""
         step, _ = handle.progress
         if step in self._due:
             layers = handle.report.exit_layer[:, 0, 0].tolist()
@@ -46,24 +46,24 @@ class Mailbox:
             self.ring()
 
     def ring(self, *_: object) -> None:
-        """In any thread."""
+        """Wakes the reader. Thread-safe."""
         if self._rung:
             return
         self._rung = True
         try:
             self._loop.call_soon_threadsafe(self._changed.set)
-        except RuntimeError:  # the loop is closed: nobody reads any more
+        except RuntimeError:  # the loop is closed, so there is no reader
             return
 
     async def changed(self, timeout: float | None = None) -> bool:
-        """Waits for the next change. False where none came in time. In the event loop."""
+        """Waits for the next change; False after `timeout` seconds without one. Call it in the event loop."""
         try:
             async with asyncio.timeout(timeout):
                 await self._changed.wait()
         except TimeoutError:
             return False
         self._changed.clear()
-        self._rung = False  # before what has changed is looked at, so that no change is missed
+        self._rung = False  # before the reader looks at the changes, so that it misses none
         return True
 
     def take(self, index: int) -> Preview | None:
@@ -71,7 +71,7 @@ class Mailbox:
 
 
 class Drawing:
-    """Made by `submit`. began: on `time.perf_counter`."""
+    """The images of one request, made by `submit`. began: time of submission, on `time.perf_counter`."""
 
     def __init__(self, order: Order, mailbox: Mailbox):
         self.order, self.mailbox = order, mailbox
@@ -81,7 +81,8 @@ class Drawing:
 
     @staticmethod
     def submit(order: Order) -> "Drawing":
-        """All images or none. Raises EngineFull, and ServiceError where the engine is closed."""
+        """Submits all images of a request, or none. Raises EngineFull, and ServiceError if the engine is closed or
+        refuses the parameters."""
         mailbox = Mailbox(asyncio.get_running_loop(), due_steps(order.steps, order.previews))
         drawing, engine = Drawing(order, mailbox), order.model.engine
         try:
@@ -93,8 +94,8 @@ class Drawing:
             raise
         except EngineClosed as closed:
             drawing.cancel()
-            raise ServiceError(503, f"{order.model.name} draws no more: {closed}", "engine_closed") from closed
-        except ValueError as error:  # a limit that the engine alone knows
+            raise ServiceError(503, f"{order.model.name} is not available: {closed}", "engine_closed") from closed
+        except ValueError as error:  # a limit that only the engine knows
             drawing.cancel()
             raise ServiceError(400, " ".join(str(error).split()), "invalid_value") from None
         except BaseException:
@@ -105,12 +106,12 @@ class Drawing:
         return drawing
 
     def cancel(self) -> None:
-        """Its lanes are free at the next tick. Those that are done stay done."""
+        """Cancels all images that are not finished; their lanes are free at the next tick."""
         for handle in self.handles:
             handle.cancel()
 
     def drawn(self, index: int) -> Drawn | None:
-        """How that image was drawn; None where it has not been."""
+        """How image `index` was drawn; None if it is not finished, or has failed."""
         if index not in self._drawn:
             handle = self.handles[index]
             if not handle.over or handle.cancelled() or handle.exception(0) is not None:
@@ -120,23 +121,23 @@ class Drawing:
 
     @property
     def all_drawn(self) -> list[Drawn]:
-        """Of those images that have been drawn."""
+        """How the finished images were drawn."""
         found = (self.drawn(i) for i in range(len(self.handles)))
-        return [one for one in found if one is not None]
+        return [drawn for drawn in found if drawn is not None]
 
     @property
     def over(self) -> bool:
         return all(handle.over for handle in self.handles)
 
     def check(self) -> None:
-        """Raises ServiceError where one of the images has failed."""
+        """Raises ServiceError if an image has failed or was cancelled."""
         for handle in self.handles:
             if handle.over:
                 check_done(handle, self.order)
 
     async def done(self, away: asyncio.Future[None] | None = None) -> None:
-        """Waits for all images. Raises ServiceError as soon as one has failed, and ClientGone once `away`, which rings
-        the mailbox, has ended; the other images are cancelled then."""
+        """Waits for all images. Raises ServiceError as soon as one fails, and ClientGone if `away` is done before them
+        (it must ring the mailbox then); cancels the other images."""
         try:
             while not self.over:
                 await self.mailbox.changed()
@@ -149,9 +150,9 @@ class Drawing:
 
 
 def check_done(handle: Handle, order: Order) -> None:
-    """ServiceError for a handle that has ended without an image."""
+    """ServiceError if a finished handle has no image."""
     if handle.cancelled():
-        raise ServiceError(503, "the service is stopping, and gave this request up", "aborted")
+        raise ServiceError(503, "the service is stopping and has cancelled this request", "aborted")
     if (error := handle.exception(0)) is None:
         return
     if isinstance(error, FloatingPointError) and order.guidance_scale != 1:
@@ -163,6 +164,7 @@ def check_done(handle: Handle, order: Order) -> None:
 
 
 def due_steps(steps: int, previews: int) -> frozenset[int]:
-    """Evenly spread over 1..steps - 1: the last step is the image itself. Fewer where there are not so many."""
+    """Steps at which previews are made: at most `previews`, evenly spread over 1..steps - 1 (the last step gives the
+    image itself)."""
     count = min(previews, steps - 1)
     return frozenset((k + 1) * steps // (count + 1) for k in range(count))

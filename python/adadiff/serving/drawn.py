@@ -1,4 +1,4 @@
-"""How one image was drawn, in numbers, for its reply, the metrics and the log."""
+"""Numbers about a finished image, for its reply, the metrics and the log."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,8 @@ from ..sampling.reports import RequestReport
 
 @dataclass(frozen=True)
 class Drawn:
-    """layers: uint8 [steps, 2], blocks that the conditional and the unconditional half ran at each step, 0 where there
-    was none. Seconds in the queue and from then on."""
+    """layers: uint8 [steps, 2], number of blocks that the conditional and the unconditional half ran at each step; 0:
+    not computed. waited, seconds: in the queue, and from then on. blocks, passes: sums over both halves."""
 
     seed: int
     num_layers: int
@@ -43,5 +43,5 @@ class Drawn:
 
     @property
     def share_left_out(self) -> float:
-        """Of the network's blocks."""
+        """Share of the network's blocks that were skipped."""
         return 1 - self.blocks / max(self.passes * self.num_layers, 1)

@@ -1,4 +1,4 @@
-"""Errors in the shape of OpenAI's API: {"error": {"message", "type", "param", "code"}}."""
+"""Errors in the format of OpenAI's API: {"error": {"message", "type", "param", "code"}}."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ INVALID, LIMITED, SERVER = "invalid_request_error", "rate_limit_error", "server_
 
 @dataclass(eq=False)
 class ServiceError(Exception):
-    """Becomes a response. param: the field of the body that is to blame. code: for programs, also the `reason` in
+    """An error that becomes a response. param: the invalid field of the body. code: for programs; also the `reason` in
     metrics."""
 
     status: int
@@ -41,12 +41,12 @@ def invalid(message: str, param: str | None = None, code: str = "invalid_value")
 
 
 def json_response(body: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """ASCII alone: text of clients may hold lone surrogates, which UTF-8 cannot encode."""
+    """A JSON response in ASCII, because clients' text may hold lone surrogates, which UTF-8 cannot encode."""
     content = json.dumps(body, separators=(",", ":"), allow_nan=False)
     return Response(content, status, headers, media_type="application/json")
 
 
 def shown(value: object) -> str:
-    """What a client sent, as a message may quote it: short and printable."""
+    """A client's value as quoted in messages: short, printable ASCII."""
     text = ascii(value) if not isinstance(value, str) else ascii(value[: MOST_SHOWN + 1])
     return text if len(text) <= MOST_SHOWN else text[: MOST_SHOWN - 3] + "..."

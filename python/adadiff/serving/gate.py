@@ -1,4 +1,4 @@
-"""What every request passes: its id, the API key, the state of the service, errors of ours, and a line in the log."""
+"""Middleware for every request: its id, the API key, the state of the service, unexpected errors, and the log."""
 
 import hashlib
 import hmac
@@ -18,13 +18,13 @@ from .service import Service
 
 GUARDED = "/v1/"
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_RANDOM = random.Random()  # not the system's: asking that hands the interpreter's lock to the engine's thread
-GONE = 499  # nginx's status for a client that has gone away; seen in logs and metrics alone
+_RANDOM = random.Random()  # not the operating system's: a system call would hand the GIL to the engine's thread
+GONE = 499  # nginx's status for a client that disconnected; only in logs and metrics
 
 
 @dataclass
 class Passing:
-    """One request, for its line in the log. fields: what its handler knows."""
+    """Record of one request for its line in the log. fields: added by its handler."""
 
     id: str
     began: float = field(default_factory=time.perf_counter)
@@ -39,12 +39,12 @@ def passing(scope: Scope) -> Passing:
 
 
 def request_id(given: str | None) -> str:
-    """The client's, where it is harmless in headers and logs; a new one otherwise."""
+    """The client's id if it is safe in headers and logs; otherwise a new one."""
     return given if given is not None and _ID.fullmatch(given) else f"{_RANDOM.getrandbits(128):032x}"
 
 
 class Gate:
-    """ASGI middleware. Nothing gets past it unhandled: a defect of ours is logged, and a 500 for the client."""
+    """ASGI middleware. Every exception is handled: an unexpected one is logged, and the client gets status 500."""
 
     def __init__(self, app: ASGIApp, service: Service):
         self.app, self.service = app, service
@@ -55,30 +55,30 @@ class Gate:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        own = scope["adadiff.passing"] = Passing(request_id(headers.get("x-request-id")))
+        record = scope["adadiff.passing"] = Passing(request_id(headers.get("x-request-id")))
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
-                own.status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = own.id
+                record.status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = record.id
             await send(message)
 
         try:
             self._check(scope["path"], headers)
             await self.app(scope, receive, answer)
         except ServiceError as error:
-            own.reason, own.error = error.code, error if error.status == 500 else None
+            record.reason, record.error = error.code, error if error.status == 500 else None
             await error.response()(scope, receive, answer)
         except Exception as error:
-            own.reason, own.error = "internal_error", error
-            if not own.status:  # else the server closes the connection, since the reply is not whole
-                message = f"an error of the service; its log says more, request {own.id}"
-                await ServiceError(500, message, own.reason).response()(scope, receive, answer)
+            record.reason, record.error = "internal_error", error
+            if not record.status:  # else the server closes the connection, as the reply is incomplete
+                message = f"an error of the service; its log says more, request {record.id}"
+                await ServiceError(500, message, record.reason).response()(scope, receive, answer)
         finally:
-            self._record(scope, own)
+            self._record(scope, record)
 
     def _check(self, path: str, headers: Headers) -> None:
-        """ServiceError for a request without one of the keys, and for all but health checks of a service that ends."""
+        """For paths under GUARDED: ServiceError without a valid key, or while the service is stopping."""
         if not path.startswith(GUARDED):
             return
         if self._keys and not self._knows(headers.get("authorization")):
@@ -91,32 +91,32 @@ class Gate:
             raise ServiceError(503, message, "draining", headers={"Retry-After": "1", "Connection": "close"})
 
     def _knows(self, given: str | None) -> bool:
-        """In a time that does not depend on the keys: digests of equal length, and all of them are compared."""
+        """Whether the header holds one of the keys. Takes constant time: all keys are compared, by digest."""
         scheme, _, key = (given or "").partition(" ")
         digest = _digest(key.strip())
-        known = [hmac.compare_digest(digest, own) for own in self._keys]
+        known = [hmac.compare_digest(digest, key_digest) for key_digest in self._keys]
         return scheme.lower() == "bearer" and any(known)
 
-    def _record(self, scope: Scope, own: Passing) -> None:
+    def _record(self, scope: Scope, record: Passing) -> None:
         service, route = self.service, scope.get("route")
         path = getattr(route, "path", "other")
-        service.metrics.http(path, own.status)
-        if own.reason is not None:
-            service.metrics.failed(own.reason)
-        if own.status in (200, 304) and path in service.quiet:
+        service.metrics.http(path, record.status)
+        if record.reason is not None:
+            service.metrics.failed(record.reason)
+        if record.status in (200, 304) and path in service.quiet:
             return
         client = scope.get("client")
-        level = logging.ERROR if own.error is not None else logging.INFO
+        level = logging.ERROR if record.error is not None else logging.INFO
         log(
-            *("request", level, own.error),
-            id=own.id,
+            *("request", level, record.error),
+            id=record.id,
             client=None if client is None else client[0],
             method=scope["method"],
             path=scope["path"][:200],
-            status=own.status,
-            reason=own.reason,
-            seconds=round(time.perf_counter() - own.began, 6),
-            **own.fields,
+            status=record.status,
+            reason=record.reason,
+            seconds=round(time.perf_counter() - record.began, 6),
+            **record.fields,
         )
 
 

@@ -1,7 +1,7 @@
-"""How the service runs and ends: a socket, uvicorn's server, and signals.
+"""Start and end of the service: socket, uvicorn's server, and signals.
 
-The first SIGTERM or Ctrl-C drains: no more requests are taken, those in flight are finished. The second one, or
-`drain_timeout`, aborts: those in flight are given up, and their clients are told. The third ends at once.
+The first SIGTERM or Ctrl-C drains: new requests are refused, those in flight are finished. The second one, or
+`drain_timeout`, aborts: requests in flight are cancelled, and their clients get an error. The third ends at once.
 """
 
 import asyncio
@@ -16,21 +16,21 @@ from .connection import Connection
 from .logs import log
 from .service import Service
 
-KEEP_ALIVE = 65  # seconds; load balancers keep idle connections for 60, and must not send on one that closes
-ABORT_SECONDS = 10.0  # that clients have to take what they are told after an abort
+KEEP_ALIVE = 65  # seconds; longer than the 60 of load balancers, which must not send on a connection that closes
+ABORT_SECONDS = 10.0  # for sending errors to clients after an abort
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that has its address, and takes connections once `run` listens: until then clients are refused, not kept
-    waiting. Raises OSError, which names the address, where it cannot be had."""
+    """A socket bound to the address. It does not listen before `run`, so clients are refused until then rather than
+    kept waiting. Raises OSError, which names the address, if it cannot be bound."""
     bound = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         bound = socket.socket(family, kind, protocol)
-        if os.name == "posix":  # elsewhere the option would let two servers have one address
+        if os.name == "posix":  # on Windows, the option would let two servers share an address
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
     except OSError as error:
@@ -41,13 +41,13 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def address_of(bound: socket.socket) -> str:
-    """Its URL, with the port that it was given."""
+    """URL of the socket, with the actual port."""
     host, port, *_ = bound.getsockname()
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def run(app: FastAPI, bound: socket.socket, drain_timeout: float) -> bool:
-    """Serves until a signal comes. True where all requests that were taken have been finished. Main thread only."""
+    """Serves until a signal. Returns whether all accepted requests were finished. Main thread only."""
     service: Service = app.state.service
     server = _Server(_config(app, drain_timeout), service, drain_timeout)
     server.run(sockets=[bound])
@@ -70,7 +70,8 @@ def _config(app: FastAPI, drain_timeout: float) -> uvicorn.Config:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's with signals of our own: it would end as the signal ends a process, and only Ctrl-C would abort."""
+    """uvicorn's server with its own signal handling: uvicorn would re-raise the signal at the end, and abort only on
+    Ctrl-C."""
 
     def __init__(self, config: uvicorn.Config, service: Service, drain_timeout: float):
         super().__init__(config)
@@ -82,7 +83,7 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Between two bytecodes of the main thread, so the work is left to the loop."""
+        """A signal handler, which interrupts the main thread anywhere, so it leaves the work to the event loop."""
         self._signals += 1
         self.should_exit = True
         if self._loop is None or self._signals > 2:

@@ -10,13 +10,13 @@ LOG = logging.getLogger("adadiff.serving")
 
 
 def log(event: str, level: int = logging.INFO, error: BaseException | None = None, **fields: Any) -> None:
-    """fields: values that JSON keeps; those that are None are left out."""
-    given = {name: value for name, value in fields.items() if value is not None}
-    LOG.log(level, event, extra={"fields": given}, exc_info=error)
+    """Logs an event. fields: JSON values; None is left out."""
+    known = {name: value for name, value in fields.items() if value is not None}
+    LOG.log(level, event, extra={"fields": known}, exc_info=error)
 
 
 class TextFormatter(logging.Formatter):
-    """`2026-05-04T10:00:00Z info request id=... status=200 ...`; what a client sent is escaped."""
+    """`2026-05-04T10:00:00.000Z info request id=... status=200 ...`; values are escaped where needed."""
 
     def format(self, record: logging.LogRecord) -> str:
         values = (f"{name}={_plain(value)}" for name, value in getattr(record, "fields", {}).items())
@@ -25,7 +25,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """An object a line: time, level, event, and the fields."""
+    """One JSON object per line: time, level, event, and the fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {"time": _stamp(record), "level": record.levelname.lower(), "event": record.getMessage()}
@@ -36,7 +36,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(form: Format, stream: TextIO) -> None:
-    """Logs of the service, of uvicorn and of the package to `stream`, one line each."""
+    """Sends the logs of the package, of uvicorn and Python's warnings to `stream`."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     for name, level in (("adadiff", logging.INFO), ("uvicorn", logging.WARNING), ("py.warnings", logging.WARNING)):

@@ -1,4 +1,4 @@
-"""Models as the operator of a service names them, each opened with an engine, a text encoder and a decoder."""
+"""Opens the models that the operator names, each with an engine and, if needed, a text encoder and a decoder."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,11 +31,11 @@ def opened(
     shallow: Mapping[str, str] | None = None,
     t_switch: float | None = None,
 ) -> list[ServedModel]:
-    """Each model with an engine of its own. device: None: a GPU if there is one. text_encoder, decoder: folders.
-    admission: as in `Engine`. shallow: by the name of a model, the file of the shallower one that serves times of
-    t_switch and above.
+    """Opens models, given as name -> file, each with its own engine. device None: a GPU if there is one. text_encoder,
+    decoder: folders. admission: as in `Engine`. shallow: name of a model -> file of the shallower model that replaces
+    it at timesteps >= t_switch.
 
-    ValueError for files that do not fit, before the first engine is made."""
+    Raises ValueError for files that do not fit, before the first engine is made."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     models = {name: checkpoint.load(file, device, dtype) for name, file in named.items()}
     shallower = {name: checkpoint.load(file, device, dtype) for name, file in (shallow or {}).items()}
@@ -53,14 +53,14 @@ def opened(
                 more |= {"shallow_model": shallower[name], "t_switch": t_switch}
             served.append(ServedModel.open(name, model, capacity, queue, execution, admission=admission, **more))
     except BaseException:
-        for one in served:
-            one.engine.close(drain=False)
+        for model_served in served:
+            model_served.engine.close(drain=False)
         raise
     return served
 
 
 def _encoder(folder: str | Path | None, models: Mapping[str, Model]) -> TextEncoder | None:
-    """One for all models of text."""
+    """The text encoder that all text-to-image models share, or None. ValueError if it does not fit them."""
     text = [name for name, model in models.items() if model.config.network.context_tokens]
     if not text:
         if folder is not None:
@@ -77,8 +77,8 @@ def _encoder(folder: str | Path | None, models: Mapping[str, Model]) -> TextEnco
 
 
 def _decoder(folder: str | Path | None, device: str) -> Callable[[ModelConfig], Callable[[Tensor], Tensor]] | None:
-    """From a model's configuration to what makes its images."""
+    """A function from a model's configuration to its decoder, latents -> images; None without a folder."""
     if folder is None:
         return None
     autoencoder = latents.load_autoencoder(folder, device)
-    return lambda own: lambda samples: latents.decode(samples, autoencoder, own.latent_scale, own.latent_shift)
+    return lambda config: lambda samples: latents.decode(samples, autoencoder, config.latent_scale, config.latent_shift)

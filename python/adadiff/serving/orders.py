@@ -1,4 +1,4 @@
-"""What a request asks for, checked against the model and the limits: parameters of each of its images."""
+"""Orders: requests checked against the model and the limits, with sampling parameters for each image."""
 
 import random
 from collections.abc import Mapping
@@ -18,17 +18,17 @@ from .errors import ServiceError, invalid, shown
 from .served import ServedModel
 from .settings import Settings
 
-SEED_BITS = 32  # of random seeds: every client reads such numbers exactly, JavaScript included
-_RANDOM = random.Random()  # seeded by the system, whatever the program does with the global one
+SEED_BITS = 32  # of random seeds, which every client reads exactly, JavaScript included
+_RANDOM = random.Random()  # independent of the global generator, which the program may seed
 
 
 @dataclass(frozen=True)
 class Order:
-    """previews: of each image in a stream. png: the reply is the picture's bytes."""
+    """previews: number for each image of a stream. png: whether the reply is the bytes of a PNG file."""
 
     model: ServedModel
-    params: tuple[SamplingParams, ...]  # one an image
-    seed: int  # of the first
+    params: tuple[SamplingParams, ...]  # one for each image
+    seed: int  # of the first image
     steps: int
     policy: str
     solver: str
@@ -45,8 +45,8 @@ async def order_of(
     presets: Mapping[str, str],
     accept: str | None = None,
 ) -> Order:
-    """presets: of the operator, that this model can follow. accept: the header. Raises ServiceError, which names the
-    field, for what the model or the limits exclude."""
+    """The order for a request. presets: the operator's policies that this model can follow. accept: the request's
+    header. Raises ServiceError, which names the field, for anything that the model or the limits exclude."""
     n = 1 if asked.n is None else asked.n
     steps = settings.steps if asked.num_inference_steps is None else asked.num_inference_steps
     scale = 1.0 if asked.guidance_scale is None else asked.guidance_scale
@@ -66,7 +66,7 @@ async def order_of(
     solver = "ddim" if asked.solver is None else asked.solver
     _check_solver(solver, served, steps)
     policy = policy_of(asked.policy, served.model, presets)
-    given = await _condition(asked, served)
+    condition = await _condition(asked, served)
     params = tuple(
         SamplingParams(
             seed=seed + i,
@@ -74,7 +74,7 @@ async def order_of(
             solver=solver,
             policy=policy,
             guidance_scale=scale,
-            **given,
+            **condition,
         )
         for i in range(n)
     )
@@ -83,7 +83,7 @@ async def order_of(
 
 
 def model_of(name: str | None, models: Mapping[str, ServedModel]) -> ServedModel:
-    """The first model for None. ServiceError (404, as OpenAI's) for one that is not there."""
+    """The model of that name; None: the first. ServiceError (404, as in OpenAI's API) for an unknown name."""
     if name is None:
         return next(iter(models.values()))
     if name not in models:
@@ -98,7 +98,7 @@ def _check_limit(param: str, value: float, most: float) -> None:
 
 
 def _form(asked: ImageRequest, n: int, settings: Settings, accept: str | None) -> tuple[bool, int, bool]:
-    """Whether the reply is a stream, with how many previews, or a picture."""
+    """Whether the reply is a stream, the number of previews of each image, and whether the reply is a PNG file."""
     stream, previews = bool(asked.stream), asked.partial_images or 0
     png = asked.response_format == "png"
     if asked.response_format is None and not stream and accept is not None:
@@ -130,7 +130,7 @@ def _check_table(solver: Solver, schedule: NoiseSchedule, steps: int) -> None:
 
 
 async def _condition(asked: ImageRequest, served: ServedModel) -> dict[str, Any]:
-    """Settings for a class or for text."""
+    """Sampling parameters for the class or the text of a request. ServiceError for one that does not fit the model."""
     prompt, label, classes = asked.prompt or None, asked.class_label, served.model.config.classes
     if served.takes_text:
         if label is not None:

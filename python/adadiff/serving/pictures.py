@@ -11,18 +11,19 @@ from ..output.pictures import to_pixels
 from .errors import ServiceError
 from .served import ServedModel
 
-SMALL = 2**14  # values of an image that is encoded faster than a thread is asked to
+SMALL = 2**14  # values; smaller images are encoded faster than a thread is started
 
 
 def png(image: Tensor) -> bytes:
-    """image: float [C, H, W], C 1 or 3, from -1 to 1. The same bytes as a file of `adadiff sample`."""
+    """Bytes of a PNG file, the same as `adadiff sample` writes. image: float [C, H, W] in [-1, 1], C 1 or 3."""
     buffer = io.BytesIO()
     Image.fromarray(to_pixels(image)).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 async def png_of(model: ServedModel, sample: Callable[[], Tensor]) -> bytes:
-    """sample: gives float [C, H, W], and may wait for a device. Keeps the event loop free of what takes long.
+    """Bytes of a PNG file. sample: returns float [C, H, W], and may wait for a device. Slow work runs in a thread, to
+    keep the event loop free.
 
     Raises ServiceError for NaN and infinity.
     """

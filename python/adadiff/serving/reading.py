@@ -11,18 +11,19 @@ from starlette.requests import ClientDisconnect, Request
 from .errors import ServiceError, invalid, shown
 from .settings import Settings
 
-# Strings are matched whole, so that brackets in them do not count; one without an end reaches to the end of the text,
-# which keeps the search linear.
+# Strings are matched as a whole, so that brackets in them do not count. An unterminated string extends to the end of
+# the text, which keeps the search linear.
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 _CLOSE = {"Connection": "close"}  # the rest of the body is not read
 
 
 class ClientGone(Exception):
-    """Nobody waits for the response any more."""
+    """The client has disconnected."""
 
 
 async def read_json(request: Request, settings: Settings) -> dict[str, Any]:
-    """The object in a body. Raises ServiceError for anything else and beyond the limits, ClientGone."""
+    """The JSON object in a body. Raises ServiceError for anything else and beyond the limits, ClientGone if the client
+    disconnects."""
     check_content_type(request.headers.get("content-type"))
     data = await _read(request, settings)
     try:
@@ -43,7 +44,7 @@ async def read_json(request: Request, settings: Settings) -> dict[str, Any]:
 
 
 def check_content_type(given: str | None) -> None:
-    """ServiceError for anything but JSON; so a page of another site cannot send a body without asking first."""
+    """ServiceError for anything but JSON. This also makes browsers send a CORS preflight for pages of other sites."""
     kind, _, settings = (given or "").partition(";")
     charset = re.search(r"charset\s*=\s*\"?([\w-]+)", settings, re.IGNORECASE)
     if kind.strip().lower() != "application/json" or (charset and charset[1].lower() not in ("utf-8", "utf8")):
@@ -55,8 +56,8 @@ async def _read(request: Request, settings: Settings) -> bytes:
     too_large = ServiceError(
         413, f"the body has more than {settings.max_body:,} bytes", "body_too_large", headers=_CLOSE
     )
-    said = request.headers.get("content-length", "")
-    if said.isdecimal() and int(said[:20]) > settings.max_body:
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced[:20]) > settings.max_body:
         raise too_large
     chunks, size = [], 0
     try:
@@ -75,7 +76,7 @@ async def _read(request: Request, settings: Settings) -> bytes:
 
 
 def depth(text: str, enough: int) -> int:
-    """How deep arrays and objects are nested in JSON text; counting ends above `enough`."""
+    """Nesting depth of arrays and objects in JSON text; counting stops above `enough`."""
     now = deepest = 0
     for token in _TOKEN.finditer(text):
         if (char := token[0]) in "[{":

@@ -1,4 +1,4 @@
-"""Replies to a request whose images have been drawn."""
+"""Replies to completed requests."""
 
 import base64
 import math
@@ -14,17 +14,17 @@ from .pictures import png_of
 
 
 async def reply(drawing: Drawing, request_id: str) -> Response:
-    """All images of a request in one body, or the bytes of its only one."""
+    """The reply with all images of a request, as JSON or, for a single image, as a PNG file."""
     order, handles = drawing.order, drawing.handles
     pictures = [await png_of(order.model, handle.result) for handle in handles]
-    details = [details_of(one) for one in drawing.all_drawn]
+    details = [details_of(image) for image in drawing.all_drawn]
     headers = {"Server-Timing": server_timing(details, time.perf_counter() - drawing.began)}
     if order.png:
-        (one,) = details
+        (image,) = details
         headers |= {
-            "X-AdaDiff-Seed": str(one.seed),
-            "X-AdaDiff-Mean-Exit-Layer": f"{one.mean_exit_layer:.4g}",
-            "X-AdaDiff-Share-Left-Out": f"{one.share_left_out:.4g}",
+            "X-AdaDiff-Seed": str(image.seed),
+            "X-AdaDiff-Mean-Exit-Layer": f"{image.mean_exit_layer:.4g}",
+            "X-AdaDiff-Share-Left-Out": f"{image.share_left_out:.4g}",
         }
         return Response(pictures[0], headers=headers, media_type="image/png")
     body = ImagesReply(
@@ -40,7 +40,7 @@ async def reply(drawing: Drawing, request_id: str) -> Response:
 
 
 async def completed(drawing: Drawing, index: int) -> CompletedEvent:
-    """The event of one image that is done."""
+    """The event of a finished image."""
     handle, order = drawing.handles[index], drawing.order
     picture = await png_of(order.model, handle.result)
     return CompletedEvent(
@@ -85,7 +85,8 @@ def summary(drawing: Drawing, details: list[ImageDetails], request_id: str) -> R
 
 
 def server_timing(details: list[ImageDetails], total: float) -> str:
-    """As of W3C's Server Timing, in milliseconds: the longest in the queue, the longest of drawing, and all."""
+    """Value of the header Server-Timing (W3C), in milliseconds: the longest wait in the queue, the longest drawing
+    time, and the total."""
     parts = {
         "queue": max(one.seconds_waiting for one in details),
         "draw": max(one.seconds_running for one in details),
@@ -95,7 +96,7 @@ def server_timing(details: list[ImageDetails], total: float) -> str:
 
 
 def logged(drawing: Drawing) -> dict[str, object]:
-    """What the log tells of a request, whatever has become of it."""
+    """Fields of a request for the log, whether or not it was completed."""
     order, images = drawing.order, drawing.all_drawn
     return {
         "model": order.model.name,

@@ -1,4 +1,4 @@
-"""A model that a service draws with: its engine, its classes or text encoder, and what makes pictures of samples."""
+"""A model of a service: its engine, its class names or text encoder, and its decoder."""
 
 import asyncio
 from collections.abc import Callable, Iterable
@@ -23,7 +23,7 @@ Encode = Callable[[list[str]], Tensor]  # prompts -> contexts float32 [n, N, E]
 
 @dataclass(eq=False)
 class _Turns:
-    """Of the event loop's requests at a text encoder."""
+    """Queue of requests for a text encoder."""
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     waiting: int = 0
@@ -31,10 +31,10 @@ class _Turns:
 
 @dataclass(frozen=True, eq=False)
 class ServedModel:
-    """name: that clients call it by. class_names: of all its classes, or none. encode: for models of text, which need
-    it. decode: for models of latents, which need it.
+    """name: for clients. class_names: of all classes, or empty. encode: required for text-to-image models. decode:
+    required for models that draw latents.
 
-    Raises ValueError for what does not fit the engine's model.
+    Raises ValueError if these do not fit the engine's model.
     """
 
     name: str
@@ -67,10 +67,10 @@ class ServedModel:
         admission: str = "arrival",
         **more: Any,
     ) -> "ServedModel":
-        """With an engine of its own; shallow_model, t_switch, admission: as in `Engine`, `more` as in `ServedModel`.
-        Raises ValueError."""
-        own = {"shallow_model": shallow_model, "t_switch": t_switch, "admission": admission}
-        engine = Engine(model, capacity, queue=queue, execution=execution, warm=True, **own)
+        """Makes a `ServedModel` with a new engine. capacity, queue, execution, shallow_model, t_switch, admission: as
+        in `Engine`; `more`: as in `ServedModel`. Raises ValueError if they do not fit the model."""
+        options = {"shallow_model": shallow_model, "t_switch": t_switch, "admission": admission}
+        engine = Engine(model, capacity, queue=queue, execution=execution, warm=True, **options)
         try:
             return ServedModel(name, engine, **more)
         except BaseException:
@@ -98,9 +98,10 @@ class ServedModel:
         return f"{shape[2]}x{shape[1]}"
 
     async def contexts(self, prompt: str) -> tuple[Tensor, Tensor]:
-        """Of a prompt and of the empty one, float32 [N, E], in a thread. One prompt at a time: encoders take all cores.
+        """Contexts of a prompt and of the empty prompt, float32 [N, E] each. Encoded in a thread, one prompt at a time,
+        since an encoder uses all cores.
 
-        Raises EngineFull where as many wait for the encoder as may wait for the engine.
+        Raises EngineFull if as many prompts are waiting as the engine's queue holds.
         """
         if self._encoder.waiting >= self.engine.queue:
             raise EngineFull(f"{self._encoder.waiting} prompts wait for the text encoder already")
@@ -113,9 +114,9 @@ class ServedModel:
         return text, null
 
     def describe(self, settings: Settings, presets: Iterable[str], created: int) -> dict[str, Any]:
-        """An entry of /v1/models. presets: names of the operator's policies that fit."""
+        """The model's entry in /v1/models. presets: names of the operator's policies that fit it."""
         config, calibration = self.model.config, self.model.calibration
-        own = {
+        details = {
             "size": self.size,
             "takes": "text" if self.takes_text else "class_label" if config.classes else "nothing",
             "classes": config.classes,
@@ -140,4 +141,4 @@ class ServedModel:
             "max_partial_images": settings.max_partial_images,
             "capacity": self.engine.capacity,
         }
-        return {"id": self.name, "object": "model", "created": created, "owned_by": "adadiff", "adadiff": own}
+        return {"id": self.name, "object": "model", "created": created, "owned_by": "adadiff", "adadiff": details}

@@ -1,4 +1,4 @@
-"""What the parts of one service share: models, settings, metrics, requests in flight, and whether it is ready."""
+"""Shared state of a service: models, settings, metrics, requests in flight, and readiness."""
 
 import asyncio
 import time
@@ -15,14 +15,14 @@ from .orders import Order
 from .served import ServedModel
 from .settings import Settings
 
-CLOSE_SECONDS = 30.0  # for the tick that is under way when a service ends
+CLOSE_SECONDS = 30.0  # for the running tick of an engine when a service ends
 
 
 class Service:
-    """models: one or more, the first for requests that name none. Raises ValueError for two of one name, and for a
-    preset that no model can follow."""
+    """models: one or more; requests that name none get the first. Raises ValueError for two models of the same name,
+    and for a preset that no model can follow."""
 
-    quiet = frozenset({"/health", "/ready", "/metrics", "/page/{name}"})  # of which successes are not logged
+    quiet = frozenset({"/health", "/ready", "/metrics", "/page/{name}"})  # paths whose successes are not logged
 
     def __init__(self, models: Sequence[ServedModel], settings: Settings):
         self.models = {served.name: served for served in models}
@@ -42,18 +42,18 @@ class Service:
         self._drawings: set[Drawing] = set()
 
     def submit(self, order: Order) -> Drawing:
-        """Counted as in flight until `ended`. Raises EngineFull and ServiceError."""
+        """Submits an order, which counts as in flight until `ended`. Raises EngineFull and ServiceError."""
         drawing = Drawing.submit(order)
         self._drawings.add(drawing)
         return drawing
 
     def full(self, why: EngineFull) -> ServiceError:
-        """What a client is told whose request found no room."""
+        """The error (429, with Retry-After) for a request that a full queue refused."""
         headers = {"Retry-After": str(self.metrics.retry_after())}
         return ServiceError(429, f"too many requests: {why}", "queue_full", headers=headers)
 
     def ended(self, drawing: Drawing) -> None:
-        """However it has ended. Lanes that it has still are given up; images that were drawn are counted."""
+        """To be called when a request has ended for any reason. Cancels unfinished images and counts finished ones."""
         drawing.cancel()
         self._drawings.discard(drawing)
         for image in drawing.all_drawn:
@@ -61,7 +61,8 @@ class Service:
 
     @property
     def states(self) -> dict[str, str]:
-        """By model: "ready", "warming" until it has drawn a first image, "dead" after a defect of its engine."""
+        """State of each model: "warming" until it has drawn its first image, then "ready"; "dead" if its engine has
+        died."""
 
         def state(served: ServedModel) -> str:
             if not served.engine.alive:
@@ -71,7 +72,7 @@ class Service:
         return {name: state(served) for name, served in self.models.items()}
 
     async def warm_up(self) -> None:
-        """Draws an image of one step with each model; then whatever is made at the first use has been made."""
+        """Draws an image of one step with each model, so that everything made at first use exists."""
 
         async def draw(served: ServedModel) -> None:
             params = SamplingParams(seed=0, steps=1, **blank_condition(served.model))
@@ -86,20 +87,20 @@ class Service:
         await asyncio.gather(*map(draw, self.models.values()))
 
     def drain(self) -> None:
-        """Takes no more requests; those in flight go on."""
+        """Refuses new requests; those in flight continue."""
         self.draining = True
 
     def abort(self) -> None:
-        """Gives up those in flight, too; their clients are told."""
+        """Refuses new requests and cancels those in flight; their clients get an error."""
         self.draining = True
         if self._drawings:
             self.aborted = True
-            log("requests in flight are given up", 30, requests=len(self._drawings))
+            log("cancelling requests in flight", 30, requests=len(self._drawings))
         for drawing in list(self._drawings):
             drawing.cancel()
 
     async def close(self) -> None:
-        """Ends the engines."""
+        """Closes the engines."""
         self.draining = True
 
         def end(served: ServedModel) -> None:

@@ -1,4 +1,4 @@
-"""What the operator of a service decides, checked on construction. Imports nothing of the extra `serve`."""
+"""Settings of a service, checked on construction. Needs no package of the extra `serve`."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,9 @@ from ..policies.spelling import parts_from
 from ..reading import read_text
 from ..sampling.sample_batch import whole
 
-MOST_STEPS = 1000  # that a noise schedule has
+MOST_STEPS = 1000  # timesteps of a noise schedule
 MOST_NAME = 64  # characters
-DEFAULT_PRESET = "default"  # the preset that requests without a policy get, where the operator names one so
+DEFAULT_PRESET = "default"  # name of the preset for requests without a policy
 LEAST_KEY = 8  # characters
 KEY_VARIABLE = "ADADIFF_API_KEY"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -20,15 +20,15 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 @dataclass(frozen=True)
 class Settings:
-    """Limits are inclusive; what exceeds one is refused, never clipped.
+    """Limits are inclusive. A request that exceeds one is refused; nothing is clipped.
 
-    max_images, max_steps, max_partial_images, max_guidance_scale: of one request. steps: of requests that name none.
-    max_body: bytes of a body; max_depth: nested arrays and objects in it; body_seconds: until all of it has arrived.
-    head_seconds: until the request line and all headers have, under `adadiff serve`.
-    write_seconds: a client that reads nothing of a stream for so long is disconnected. policies: presets by name, any
-    spelling that `policy` takes, files and classes included. api_keys: of which requests to /v1/ bring one; none: no
-    key is asked for.
-    Raises ValueError for what cannot be.
+    max_images, max_steps, max_partial_images, max_guidance_scale: of one request. steps: default of requests.
+    max_body: bytes of a body; max_depth: nested arrays and objects in it; body_seconds: time for it to arrive.
+    head_seconds: time for request line and headers to arrive, under `adadiff serve`.
+    write_seconds: a client that reads nothing of a stream for this long is disconnected. policies: presets, name ->
+    policy, which may read files and import classes. api_keys: requests to /v1/ must send one of them; empty: no key is
+    required.
+    Raises ValueError for invalid values.
     """
 
     max_images: int = 16
@@ -61,14 +61,14 @@ class Settings:
             try:
                 parts_from(spelling)
             except ValueError as error:
-                if "not calibrated" not in str(error):  # which depends on the model
+                if "not calibrated" not in str(error):  # this depends on the model, which is not known here
                     raise ValueError(f"policy {name}={spelling}: {error}") from None
         object.__setattr__(self, "policies", MappingProxyType(dict(self.policies)))
         for key in self.api_keys:
             if len(key) < LEAST_KEY or not key.isascii() or not key.isprintable() or " " in key:
                 raise ValueError(
-                    f"an API key has {LEAST_KEY} or more printable ASCII characters and no space; one of those given "
-                    "has not"
+                    f"an API key must have {LEAST_KEY} or more printable ASCII characters and no space; one of the "
+                    "keys does not"
                 )
 
 
@@ -79,7 +79,7 @@ def check_name(what: str, name: str) -> None:
 
 
 def presets_of(texts: Sequence[str], option: str = "--policy") -> dict[str, str]:
-    """Policies given as NAME=SPELLING. ValueError, which names the option, for anything else."""
+    """name -> policy, from texts NAME=SPELLING. ValueError, which names the option, for anything else."""
     policies: dict[str, str] = {}
     for text in texts:
         name, equals, spelling = text.partition("=")
@@ -90,8 +90,8 @@ def presets_of(texts: Sequence[str], option: str = "--policy") -> dict[str, str]
 
 
 def names_of(models: Sequence[str]) -> dict[str, str]:
-    """Names and files of models given as NAME=FILE, as a file, or as one of the package. ValueError for two of one
-    name."""
+    """name -> file, from NAME=FILE, a file, or the name of a model in the package. ValueError for two models of the
+    same name."""
     named: dict[str, str] = {}
     for text in models:
         name, equals, file = text.partition("=")
@@ -104,8 +104,8 @@ def names_of(models: Sequence[str]) -> dict[str, str]:
 
 
 def shallow_of(texts: Sequence[str], named: Mapping[str, str], t_switch: float | None) -> dict[str, str]:
-    """Files of shallow models by the name of the model that each is for, given as NAME=FILE, or as a file where there
-    is one model. ValueError where there is no such model, or two are for one."""
+    """Name of a model -> file of its shallow model, from NAME=FILE, or a file alone if there is a single model.
+    ValueError for an unknown name, and for two shallow models of one model."""
     found: dict[str, str] = {}
     for text in texts:
         name, equals, file = text.partition("=")
@@ -121,7 +121,8 @@ def shallow_of(texts: Sequence[str], named: Mapping[str, str], t_switch: float |
 
 
 def keys_of(file: Path | None, environment: Mapping[str, str]) -> tuple[str, ...]:
-    """API keys: that of the variable KEY_VARIABLE, and those in a file, one a line. ValueError for a file without."""
+    """API keys: from the environment variable KEY_VARIABLE, and from a file, one a line. ValueError for a file without
+    keys."""
     keys = [environment[KEY_VARIABLE]] if environment.get(KEY_VARIABLE) else []
     if file is not None:
         found = read_text(file).split()

@@ -1,4 +1,4 @@
-"""Server-sent events of a request while it is drawn, and what happens when its client goes away."""
+"""Server-sent events of a request while it is drawn, and handling of clients that disconnect."""
 
 import asyncio
 import base64
@@ -20,15 +20,15 @@ SILENCE = 15.0  # seconds after which a comment keeps proxies from closing the c
 
 
 async def gone(receive: Receive) -> None:
-    """Returns when the client has disconnected. For after its body has been read."""
+    """Returns when the client has disconnected. Call it after the body has been read."""
     while (await receive())["type"] != "http.disconnect":
         continue
 
 
 class EventStream(Response):
-    """Sends previews and images as they come. A client that goes away, or reads nothing for write_seconds, ends it.
+    """Streams previews and images. Ends early if the client disconnects or reads nothing for write_seconds.
 
-    ended: called once, however it ends, with the error that was sent or raised.
+    ended: called once at the end, with the error that was sent or raised, or None.
     """
 
     media_type = "text/event-stream"
@@ -54,7 +54,7 @@ class EventStream(Response):
             await asyncio.gather(away, sending, return_exceptions=True)
 
     async def _send_all(self, send: Send) -> BaseException | None:
-        """The error that ended it, of which the client has been told."""
+        """Sends all events. Returns the error that ended the stream, or None; the client has been sent it."""
 
         async def out(body: bytes, more: bool = True) -> None:
             try:
@@ -78,7 +78,7 @@ class EventStream(Response):
 
 
 async def events(drawing: Drawing) -> AsyncIterator[bytes]:
-    """Until all images are done. Raises ServiceError as soon as one has failed."""
+    """Yields server-sent events until all images are done. Raises ServiceError as soon as one fails."""
     mailbox, order = drawing.mailbox, drawing.order
     left, sent = set(range(len(drawing.handles))), [0] * len(drawing.handles)
     while left:
@@ -93,7 +93,7 @@ async def events(drawing: Drawing) -> AsyncIterator[bytes]:
             elif (preview := mailbox.take(index)) is not None:
                 try:
                     event = await _partial(drawing, index, preview, sent[index])
-                except ServiceError:  # a prediction may be infinite where the image will not be
+                except ServiceError:  # an early prediction may be infinite though the final image is not
                     continue
                 sent[index] += 1
                 yield _message(event)

@@ -1,5 +1,5 @@
-"""The page for people at /: files of the folder page/, served as they are, under a policy that keeps a browser to them
-and to this service."""
+"""The web page at /: the files in page/, served unchanged, with a content security policy that limits the browser to
+them and to this service."""
 
 import hashlib
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ KINDS = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-# Nothing inline, nothing from elsewhere, no frames around it, and text never becomes markup.
+# No inline code, nothing from other sites, no embedding in frames, and text never becomes markup.
 CONTENT_POLICY = (
     "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'; trusted-types 'none'"
@@ -26,7 +26,7 @@ HEADERS = {
     "Content-Security-Policy": CONTENT_POLICY,
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # may be kept, but is asked for again; with the ETag that costs no body
+    "Cache-Control": "no-cache",  # may be cached, but is revalidated; with the ETag, that transfers no body
 }
 
 
@@ -42,7 +42,7 @@ class File:
         return File(content, KINDS[path.suffix], f'"{hashlib.sha256(content).hexdigest()[:32]}"')
 
     def answer(self, known: str | None) -> Response:
-        """known: the header If-None-Match. 304 where it names what the file still is."""
+        """The response: 304 if `known`, the header If-None-Match, contains the file's ETag."""
         headers = {**HEADERS, "ETag": self.tag}
         tags = {tag.strip().removeprefix("W/") for tag in (known or "").split(",")}
         if self.tag in tags or "*" in tags:
@@ -51,12 +51,12 @@ class File:
 
 
 def files() -> dict[str, File]:
-    """By name, read once: a name in a request is only ever looked up here."""
+    """Files of the page by name, read once. Names in requests are only looked up here, never opened."""
     return {path.name: File.read(path) for path in sorted(FOLDER.iterdir()) if path.suffix in KINDS}
 
 
 def add_page(app: FastAPI) -> None:
-    """Routes / and /page/NAME. They ask for no API key; the page does, since what it calls needs one."""
+    """Adds the routes / and /page/NAME. They need no API key; the page asks for the key that the API needs."""
     known = files()
 
     async def page(request: Request) -> Response:

@@ -1,4 +1,5 @@
-"""What a training is: one frozen dataclass, read from a TOML or JSON file, a shipped name or the command line."""
+"""Configuration of a training: one frozen dataclass, read from a TOML or JSON file, a shipped name or the command
+line."""
 
 import dataclasses
 import math
@@ -34,16 +35,19 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """`exits` False trains the plain network with L_simple alone: the baseline of equal budget.
+    """exits: False trains the plain network with L_simple alone, the baseline with the same training budget.
 
     recipe: "joint" trains network and exits together, from scratch or, with `init`, from a checkpoint; "frozen" trains
     the exits of the checkpoint `init` and leaves its network as it is.
-    start: how a fresh network begins: as its authors', or "linear" (U-ViT only), for networks narrower than theirs.
-    network, exit_options: settings of the preset's network and of its exits that are to differ. schedule,
-    prediction_type: as in `ModelConfig`, where they are to differ from the preset's ("": they are not).
-    widths: of a slimmable network, as in `ModelConfig`. Every update is then a sandwich, see `Trainer.turns`. Empty:
-    the whole network alone.
-    batch: images of one update, all processes and `accumulate` parts together.
+    start: initial weights of a fresh network: "published" as its authors', or "linear" (U-ViT only), for networks
+    narrower than theirs.
+    network, exit_options: changes to the settings of the preset's network and of its exits. schedule, prediction_type:
+    as in `ModelConfig`; "": the preset's.
+    widths: of a slimmable network, as in `ModelConfig`; each update then trains several widths (`Trainer.turns`).
+    Empty: full width only.
+    batch: images of one update, counted over all processes and `accumulate` parts.
+
+    Raises ValueError for a wrong type, a value out of range, or settings that do not fit together.
     """
 
     preset: str = "digits"
@@ -99,7 +103,7 @@ class TrainConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.batch % self.accumulate:
-            raise ValueError(f"a batch of {self.batch} does not part into {self.accumulate} equal parts")
+            raise ValueError(f"a batch of {self.batch} cannot be split into {self.accumulate} equal parts")
         self._check_model()
 
     def _check_model(self) -> None:
@@ -109,7 +113,7 @@ class TrainConfig:
         loss_named(self.loss)
         if self.start == "linear" and (self.init or PRESETS[self.preset].family != "uvit"):
             raise ValueError(
-                "start = 'linear' is for a fresh U-ViT; a checkpoint in `init` is the start of a run itself"
+                "start = 'linear' is for a fresh U-ViT; with a checkpoint in `init`, training starts from its weights"
             )
         if self.recipe == "frozen" and not (self.init and self.exits):
             raise ValueError("the recipe 'frozen' trains exits on the network of a checkpoint: it needs init and exits")
@@ -133,7 +137,7 @@ class TrainConfig:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Of update `step`, counted from 0: linear warm-up, then half a cosine."""
+    """Learning rate of update `step`, counted from 0: linear warm-up, then half a cosine to 0."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     done = (step - config.warmup) / max(1, config.steps - config.warmup)
@@ -147,7 +151,7 @@ def shipped() -> dict[str, Path]:
 
 
 def versioned(values: Any, what: str) -> Any:
-    """values of a file without its format_version. ValueError for another one."""
+    """The values of the file `what` without its format_version. ValueError for another version."""
     if not isinstance(values, dict):
         return values
     version = values.get("format_version")
@@ -161,9 +165,10 @@ def versioned(values: Any, what: str) -> Any:
 
 
 def load_config(name_or_file: str | Path | None, changes: Mapping[str, Any]) -> TrainConfig:
-    """`changes` to what a shipped name or a file (.toml or .json) holds, or to the defaults where that is None.
+    """The configuration of a shipped name or a file (.toml or .json), or the defaults for None, with `changes` applied.
 
-    Raises ValueError where there is neither, for a file that is unreadable, and for unknown keys and unusable values.
+    Raises ValueError for a name that is neither shipped nor a file, for an unreadable file, and for unknown keys and
+    invalid values.
     """
     if name_or_file is None:
         return from_dict(TrainConfig, changes, "the configuration")
@@ -175,7 +180,7 @@ def load_config(name_or_file: str | Path | None, changes: Mapping[str, Any]) -> 
     values = versioned(values, str(path))
     if isinstance(values, dict):
         if changes.get("exits") is False:
-            values.pop("exit_options", None)  # of exits that there are none of now
+            values.pop("exit_options", None)  # exits are switched off
         values |= changes
     try:
         return from_dict(TrainConfig, values, "a training")

@@ -1,4 +1,4 @@
-"""Trains the oracle of a cascade: real images against a student's, by binary cross-entropy."""
+"""Trains the oracle of a cascade to tell real images from a student's, with binary cross-entropy."""
 
 import copy
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from torch.nn import functional as F
 from ..sampling.oracle import Oracle, OracleConfig
 
 BATCH, LR, WEIGHT_DECAY, LABEL_DROP = 64, 1e-3, 0.05, 0.1
-CHECK_EVERY = 50  # updates, after which the held-out loss is looked at
+CHECK_EVERY = 50  # updates between evaluations of the held-out loss
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """images: float32 [n, C, H, W]; labels: int64 [n], or None where there are no classes."""
+    """images: float32 [n, C, H, W]; labels: int64 [n], or None without classes."""
 
     images: Tensor
     labels: Tensor | None
@@ -29,8 +29,8 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Trained:
-    """held_out_auc: how often a real image that it was not trained on scores above a student's; update: at which its
-    loss on these was smallest."""
+    """held_out_auc: area under the ROC curve, held-out real images against held-out images of the student; update: at
+    which the held-out loss was smallest, the one that is kept."""
 
     oracle: Oracle
     held_out_auc: float
@@ -38,8 +38,8 @@ class Trained:
 
 
 def train_oracle(config: OracleConfig, real: Labelled, drawn: Labelled, *, updates: int, seed: int) -> Trained:
-    """AdamW. A fifth of both sets is held out; what is kept is the oracle with the smallest loss on it, for a few
-    hundred real images are soon known by heart. Labels are left out of some, so that it can do without."""
+    """Trains with AdamW and returns the oracle with the smallest loss on a held-out fifth of both sets (early stopping:
+    it soon overfits a few hundred real images). Labels are dropped at random, so that it also works without them."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -51,12 +51,12 @@ def train_oracle(config: OracleConfig, real: Labelled, drawn: Labelled, *, updat
     for update in range(1, updates + 1):
         loss = torch.zeros((), device="cpu")
         for images, target in ((real, 1.0), (drawn, 0.0)):
-            one = images.take(torch.randint(len(images), (BATCH,), generator=generator, device="cpu"))
-            labels = one.labels
+            batch = images.take(torch.randint(len(images), (BATCH,), generator=generator, device="cpu"))
+            labels = batch.labels
             if labels is not None:
                 drop = torch.rand(BATCH, generator=generator, device="cpu") < LABEL_DROP
                 labels = labels.masked_fill(drop, config.classes)
-            scores = oracle(one.images, labels)
+            scores = oracle(batch.images, labels)
             loss = loss + F.binary_cross_entropy_with_logits(scores, torch.full_like(scores, target)) / 2
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -71,15 +71,15 @@ def train_oracle(config: OracleConfig, real: Labelled, drawn: Labelled, *, updat
 
 
 def separation(above: Tensor, below: Tensor) -> float:
-    """How often a value of `above` [n] is larger than one of `below` [m], ties counting half: the area under the ROC
-    curve."""
+    """Area under the ROC curve: the share of pairs in which the value of `above` [n] exceeds that of `below` [m], ties
+    counting half."""
     larger = (above[:, None] > below).double() + (above[:, None] == below).double() / 2
     return float(larger.mean())
 
 
 @torch.no_grad()
 def _held_out_loss(oracle: Oracle, real: Labelled, drawn: Labelled) -> float:
-    """Both sets count alike, however many they are."""
+    """Binary cross-entropy; both sets have the same weight, whatever their sizes."""
     right, wrong = oracle(real.images, real.labels), oracle(drawn.images, drawn.labels)
     return float(F.softplus(-right).mean() + F.softplus(wrong).mean()) / 2
 

@@ -27,9 +27,9 @@ SEED_OF_SAMPLES = 10**9  # far from the seeds of other commands
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """steps: of the student; its first teacher makes steps x 2^halvings. updates: of each halving. samples: images of
-    the student that the oracle learns from; as many others give the quantiles. share, mode, sigma: as in `Cascade`, of
-    requests that say nothing else. Raises ValueError for values that cannot be."""
+    """steps: of the student; its first teacher takes steps x 2^halvings. updates: optimizer updates of each halving.
+    samples: images of the student that the oracle learns from; as many others give the quantiles of its scores. share,
+    mode, sigma: defaults of the cascade, as in `Cascade`. Raises ValueError for invalid values."""
 
     steps: int = 4
     halvings: int = 2
@@ -53,7 +53,9 @@ class DistillConfig:
             if type(value) is not int or not low <= value <= most:
                 raise ValueError(f"{name} must be an integer from {low} to {most:,}, got {value!r}")
         if self.steps << self.halvings > 1000:
-            raise ValueError(f"{self.steps} steps halved {self.halvings} times begin with more than 1,000")
+            raise ValueError(
+                f"{self.halvings} halvings to {self.steps} steps begin with more than 1,000; give fewer of either"
+            )
         if not 0 < self.lr < 1 or not 0 <= self.label_drop < 1:
             raise ValueError(f"lr must lie in (0, 1), label_drop in [0, 1), got {self.lr!r} and {self.label_drop!r}")
         check_share(self.share)
@@ -63,16 +65,18 @@ class DistillConfig:
 
     @property
     def all_steps(self) -> list[int]:
-        """Of the students, one after the other."""
+        """Numbers of steps of the students, in the order in which they are trained."""
         return [self.steps << k for k in reversed(range(self.halvings))]
 
 
 class Distilling:
-    """state: where the student is kept between two halvings, as a model that `load` reads; the same settings go on from
-    there. on_update: called with the stage, the updates made and its loss.
+    """Distillation of `model` into a cascade, resumable after each halving.
 
-    Raises ValueError where model, data and settings do not fit together, and for a state of other settings unless
-    `force`, before any work.
+    state: file of the last finished student, which `load` reads; with the same settings, `run` continues from it.
+    identity: describes model and data; stored in `state`, where it has to agree, and in `notes`.
+
+    Raises ValueError, before any work, where model, data and settings do not fit together, and for a state of other
+    settings unless `force`.
     """
 
     def __init__(
@@ -97,7 +101,8 @@ class Distilling:
     def run(
         self, on_update: Callable[[str, int, float], None] = lambda *_: None
     ) -> tuple[Model, Oracle, CascadeSettings]:
-        """Student, oracle and settings. Interrupted, it has kept what the last halving made."""
+        """Returns student, oracle and settings. on_update: called with the stage, the number of updates made and the
+        loss. If interrupted, `state` holds the student of the last finished halving."""
         config = self.config
         while self.left:
             steps = self.left[0]
@@ -117,12 +122,13 @@ class Distilling:
         oracle, self.held_out_auc, self.oracle_update = self._oracle()
         scores = self._scores(oracle)
         quantiles = np.quantile(scores.double().numpy(), np.linspace(0.01, 0.99, QUANTILES))
-        own = {"share": config.share, "mode": config.mode, "sigma": config.sigma}
-        return self.student, oracle, CascadeSettings(config.steps, SOLVER, quantiles=tuple(quantiles.tolist()), **own)
+        defaults = {"share": config.share, "mode": config.mode, "sigma": config.sigma}
+        settings = CascadeSettings(config.steps, SOLVER, quantiles=tuple(quantiles.tolist()), **defaults)
+        return self.student, oracle, settings
 
     @property
     def notes(self) -> dict[str, object]:
-        """How it was made, after `run`."""
+        """Settings and results of the distillation, for the file; available after `run`."""
         return {**self._identity, "oracle_auc": round(self.held_out_auc, 4), "oracle_update": self.oracle_update}
 
     def _oracle(self) -> tuple[Oracle, float, int]:
@@ -137,18 +143,18 @@ class Distilling:
 
     @torch.no_grad()
     def _scores(self, oracle: Oracle) -> Tensor:
-        """Of images that the oracle was not trained on."""
+        """Scores of images that the oracle was not trained on, [samples]."""
         drawn = self._drawn(self.config.samples)
         return oracle(drawn.images, drawn.labels)
 
     def _drawn(self, first: int) -> Labelled:
-        """Images of the student, of classes as often as the data has them."""
+        """Images of the student, with class labels drawn from the data. first: offset of the seeds."""
         n, seed = self.config.samples, self.config.seed
         generator, labels = torch.Generator().manual_seed(seed * 1009 + first + 1), None
         if self.student.config.network.num_classes:
             labels = self.data.batch(torch.randint(len(self.data), (n,), generator=generator, device="cpu"))[1]
-        given = {"steps": self.config.steps, "solver": SOLVER, "class_labels": labels, "seed": SEED_OF_SAMPLES + first}
-        images, _ = sample(self.student, n, batch=256, **given)
+        params = {"steps": self.config.steps, "solver": SOLVER, "class_labels": labels, "seed": SEED_OF_SAMPLES + first}
+        images, _ = sample(self.student, n, batch=256, **params)
         return Labelled(images, labels)
 
     def _save(self) -> None:
@@ -178,9 +184,9 @@ def plain(model: Model) -> Model:
 def _check(model: Model, data: Dataset, config: DistillConfig) -> None:
     network, shape = model.config.network, tuple(model.backbone.sample_shape)
     if network.context_tokens:
-        raise ValueError("distillation takes labels or none, not text, which this model needs")
+        raise ValueError("distillation takes class-conditional or unconditional models; this one takes text")
     if data.moments:
-        raise ValueError("distillation takes images; this data is of latents")
+        raise ValueError("distillation takes images; this data set holds latents")
     if tuple(data.shape) != shape or (network.num_classes and not 1 <= data.classes <= model.config.classes):
         raise ValueError(
             f"the data is {'x'.join(map(str, data.shape))} in {data.classes} classes, but the model draws "

@@ -1,5 +1,6 @@
-"""What exits are trained by. With error e_i = g_i(L_i) - eps of layer i, u_i the UEM's output and r_i = g_i - g_L,
-where eps, the noise, is whatever the network predicts (its prediction_type): the target of its training.
+"""Training losses of exits. Notation: g_i is the prediction at layer i, e_i = g_i - eps its error, u_i the output of
+its UEM, and r_i = g_i - g_L its difference to the full network. eps stands for the training target, which is the noise
+or whatever else the network predicts (its prediction_type).
 
 paper (Tang et al., ECCV 2024, Eqs. 10 and 12)
     L_simple = mean e_L^2
@@ -8,7 +9,7 @@ paper (Tang et al., ECCV 2024, Eqs. 10 and 12)
 official (Tangshengku/AdaDiff sde.py, mos_lte and mos_layer_wise)
     L_u      = the same, divided by L
     L_UAL    = sum_i W_i mean e_i^2,  W_i = m_i / sum_j m_j,  m_i = 1 - mean u_i over the whole batch, not detached.
-               A batch that comes in parts has its means taken beforehand, without gradients, see `BatchMeans`
+               If a batch is split into parts, its means come from a pass without gradients before, see `BatchMeans`
 relative (ours)
     L_u      = sum_(i<L) mean (u_i - log_error(r_i^2))^2    target detached; P = 1: r_i^2 averaged over the patch first
     L_UAL    = sum_(i<L) mean r_i^2                         the teacher g_L detached
@@ -16,18 +17,18 @@ supervised (ours)
     L_u      = as in relative
     L_UAL    = sum_(i<L) mean e_i^2
 
-`relative` is for networks that can predict already: from scratch, layers that agree with a teacher who knows nothing
-keep it from learning anything (13 blocks, D = 64: L_simple stayed at 1). `supervised` begins anywhere.
+`relative` needs a network that predicts already: from scratch, pulling the layers towards an untrained teacher keeps
+the network from learning (13 blocks, D = 64: L_simple stayed at 1). `supervised` works from any start.
 
-All: L_simple + uem_weight * L_u + ual_weight * L_UAL. The noise cannot be known at low noise levels, so |e_i| tells
-little about a layer; r_i is what exiting there costs, and a function of what the layer sees.
+The total is L_simple + uem_weight * L_u + ual_weight * L_UAL. At low noise levels no network can predict the noise, so
+|e_i| says little about a layer; r_i is the cost of exiting there, and depends only on what the layer sees.
 
-Where the network learns a variance v (DiT), to each of them is added
+If the network learns a variance v (DiT), every loss also has the term
     L_v      = L_vlb(v_L) + sum_(i<L) mean (v_i - v_L)^2        the teacher v_L detached in the sum
-L_vlb is what DiT's own variance is trained by, with the mean held (Nichol and Dhariwal 2021, section 3.1), so that
-training on keeps it. The exits' is taught by the network's: the bound would have them add noise for what exiting early
-gets wrong, and hardly sees v but at the last timesteps; a head copied from the network and held would read rows it was
-not made for.
+L_vlb is the loss of DiT's own variance, with the mean detached (Nichol and Dhariwal 2021, section 3.1), so that further
+training preserves it. The variances of exits are trained towards the network's. L_vlb would not do for them: it makes
+them add noise for the error of exiting early, and depends on v mainly at the last timesteps. Nor would a frozen copy of
+the network's head: it would read hidden states that it was not trained on.
 """
 
 import math
@@ -42,20 +43,20 @@ from ..diffusion.prediction import conversion
 from ..diffusion.schedules import NoiseSchedule
 from ..diffusion.schedules import T as TIMESTEPS
 
-ERROR_FLOOR = 1e-6  # squared errors below are as good as none
-DECADES = 6  # from there to 1, the mean square of the noise itself; a velocity's is up to 2
+ERROR_FLOOR = 1e-6  # smaller squared errors count as this
+DECADES = 6  # from the floor to 1, the mean square of the noise; that of a velocity reaches 2
 
 
 @dataclass(frozen=True)
 class LossTerms:
-    """`total` carries the gradient, the others are detached; entry i of [L] is layer i + 1's share of its sum."""
+    """`total` carries the gradient, the others are detached. Entry i of [L] is the term of layer i + 1."""
 
     total: Tensor
     simple: Tensor
     uem: Tensor  # [L]
     ual: Tensor  # [L]
-    errors: Tensor  # [L], mean squared error of every layer, to the target
-    relative: Tensor  # [L], the same, to the last layer's prediction
+    errors: Tensor  # [L], mean squared error of every layer to the target
+    relative: Tensor  # [L], mean squared difference of every layer to the last layer's prediction
 
 
 Loss = Callable[..., LossTerms]
@@ -63,20 +64,21 @@ Loss = Callable[..., LossTerms]
 
 @dataclass(frozen=True)
 class BatchMeans:
-    """Of a whole batch, of which a loss is given a part: m and mean e^2 of every layer, [L] each, detached."""
+    """m and mean e^2 of every layer over the whole batch, [L] each, detached, for a loss of a part of that batch."""
 
     certainty: Tensor
     errors: Tensor
 
 
 def batch_means(predictions: Sequence[Tensor], scores: Sequence[Tensor], noise: Tensor) -> BatchMeans:
-    """Of the batch given. Those of equal parts have the mean of theirs as that of the whole."""
+    """`BatchMeans` of these samples, arguments as in `paper_loss`. The means of equal parts average to those of the
+    whole batch."""
     certainty = torch.stack([1 - score.mean() for score in scores])
     return BatchMeans(certainty.detach(), _squared(predictions, noise).mean(1).detach())
 
 
 def log_error(squared: Tensor) -> Tensor:
-    """Mean squared errors on a logarithmic scale, what u means in `relative`: 0 at 1e-6 or below, 1 at 1 or above."""
+    """Squared errors on a logarithmic scale, the target of u in `relative`: 0 at 1e-6 or below, 1 at 1 or above."""
     return 1 + torch.log10(squared.clamp(ERROR_FLOOR, 1)) / DECADES
 
 
@@ -106,12 +108,13 @@ def official_loss(
     ual_weight: float = 1.0,
     whole: BatchMeans | None = None,
 ) -> LossTerms:
-    """Arguments as `paper_loss`. whole: of the batch that this is a part of. L_UAL is then that of the whole batch, and
-    the mean of the parts' gradients is its gradient: L_UAL is no mean over the parts, but m and mean e^2 are."""
+    """Arguments as in `paper_loss`. whole: means of the batch that these samples are a part of. L_UAL is then that of
+    the whole batch, and the mean of the parts' gradients is its gradient. (L_UAL itself is not a mean over the parts,
+    but m and mean e^2 are.)"""
     squared = _squared(predictions, noise)
     uem = _uem_to_noise(predictions, scores, noise, patchify) / len(predictions)
     certainty, errors = torch.stack([1 - score.mean() for score in scores]), squared.mean(1)
-    if whole is not None:  # their values, with the gradients of the part
+    if whole is not None:  # values of the whole batch, gradients of this part
         certainty = whole.certainty + certainty - certainty.detach()
         errors = whole.errors + errors - errors.detach()
     ual = certainty / certainty.sum() * errors
@@ -126,7 +129,7 @@ def relative_loss(
     uem_weight: float = 1.0,
     ual_weight: float = 1.0,
 ) -> LossTerms:
-    """Arguments as `paper_loss`. The shares of the last layer, which is the teacher, are 0."""
+    """Arguments as in `paper_loss`. The terms of the last layer, which is the teacher, are 0."""
     uem = _uem_to_teacher(predictions, scores, patchify)
     teacher = predictions[-1].detach()
     ual = _without_last(_squared(predictions, teacher).mean(1))
@@ -141,7 +144,7 @@ def supervised_loss(
     uem_weight: float = 1.0,
     ual_weight: float = 1.0,
 ) -> LossTerms:
-    """Arguments as `paper_loss`. The shares of the last layer are 0: L_simple is its own."""
+    """Arguments as in `paper_loss`. The terms of the last layer are 0: its loss is L_simple."""
     squared = _squared(predictions, noise)
     uem = _uem_to_teacher(predictions, scores, patchify)
     return _terms(predictions, squared, uem, _without_last(squared.mean(1)), uem_weight, ual_weight)
@@ -155,7 +158,7 @@ LOSSES: Mapping[str, Loss] = {
 }
 
 
-OF_WHOLE_BATCHES = frozenset({"official"})  # those that take `whole`; all others are means over samples
+OF_WHOLE_BATCHES = frozenset({"official"})  # losses that take `whole`; the others are means over samples
 
 
 def loss_named(name: str) -> Loss:
@@ -166,32 +169,32 @@ def loss_named(name: str) -> Loss:
 
 
 class VarianceLoss(nn.Module):
-    """L_v of a discrete schedule, layer by layer. ValueError for a schedule without timesteps, "vp" or "flow"."""
+    """L_v of every layer. Raises ValueError for a schedule without discrete timesteps ("vp" or "flow")."""
 
     def __init__(self, schedule: NoiseSchedule, prediction_type: str = "epsilon"):
         super().__init__()
         if schedule.name in ("vp", "flow"):
             raise ValueError(
-                f"a learned variance is one of discrete timesteps, which schedule {schedule.name!r} has not"
+                f"a learned variance needs discrete timesteps, which schedule {schedule.name!r} does not have"
             )
         t, alpha_bar = schedule.grid(TIMESTEPS, "leading")
-        a, before = alpha_bar[:-1].flip(0), alpha_bar[1:].flip(0)  # by timestep, the last of a run first
+        a, before = alpha_bar[:-1].flip(0), alpha_bar[1:].flip(0)  # in ascending order of timesteps
         beta = 1 - a / before
         posterior = beta * (1 - before) / (1 - a)
         posterior[0] = posterior[1]
-        _, noise = conversion(prediction_type, "epsilon", a.sqrt(), (1 - a).sqrt())  # errors of eps over the network's
+        _, noise = conversion(prediction_type, "epsilon", a.sqrt(), (1 - a).sqrt())  # error of eps per error predicted
         rows = torch.stack([(beta / posterior).log(), beta**2 / ((1 - beta) * (1 - a)) / posterior * noise**2])
-        rows[:, 0] = 0  # no noise is added there, so nothing is lost
+        rows[:, 0] = 0  # the last step adds no noise, so its variance costs nothing
         self.first = float(t.min())
         self.register_buffer("rows", rows.float(), persistent=False)  # [2, timesteps]
 
     def forward(self, variances: Sequence[Tensor], prediction: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """L variances, [B, C, H, W]; prediction (the last layer's), noise (its target): [B, C, H, W]; t: float [B].
-        Returns [L]."""
-        own, teacher = variances[-1], variances[-1].detach()
+        """variances: L of [B, C, H, W]; prediction (the last layer's) and noise (its target): [B, C, H, W]; t: float
+        [B]. Returns [L]."""
+        last, teacher = variances[-1], variances[-1].detach()
         spread, mean = self.rows[:, (t - self.first).long()][..., None, None, None].unbind()  # [B, 1, 1, 1] each
         # Kullback-Leibler divergence of two normal distributions, ln(p / q) of their variances and means over q's
-        log_ratio = spread * (own + 1) / 2
+        log_ratio = spread * (last + 1) / 2
         squared = mean * (prediction.detach() - noise).square()
         bound = (log_ratio - 1 + (1 + squared) * torch.exp(-log_ratio)) / 2 / math.log(2)  # bits, as in DiT
         exits = [(variance - teacher).square().mean() for variance in variances[:-1]]
@@ -199,7 +202,7 @@ class VarianceLoss(nn.Module):
 
 
 def _squared(predictions: Sequence[Tensor], noise: Tensor) -> Tensor:
-    """[L, B], mean squared errors."""
+    """[L, B]: mean squared error of every layer and sample."""
     return torch.stack([(prediction - noise).square().flatten(1).mean(1) for prediction in predictions])
 
 
@@ -230,7 +233,7 @@ def _uem_to_teacher(
 
 
 def _without_last(terms: Tensor) -> Tensor:
-    """[L], the last of which becomes 0."""
+    """terms [L] with the last one set to 0."""
     return torch.cat([terms[:-1], terms.new_zeros(1)])
 
 

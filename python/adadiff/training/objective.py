@@ -1,4 +1,4 @@
-"""The loss of a training: of the whole network, with or without exits, and of its narrow ones."""
+"""The training loss of a network, with or without exits, at full width and at the narrower ones."""
 
 import dataclasses
 
@@ -24,11 +24,11 @@ class Objective(nn.Module):
             self.variance = VarianceLoss(model.schedule, model.config.prediction_type)
         self._weights = config.uem_weight, config.ual_weight
         self._half = config.precision == "bfloat16"
-        # in no attribute that a module would look into: their weights are the model's
+        # in tuples, so that nn.Module does not register them: they have no weights of their own
         self._narrow = {width: self._at(width, config) for width in config.widths if width != 1}
 
     def _at(self, width: float, config: TrainConfig) -> tuple["Objective"]:
-        """That of a narrow network without values, which come with every call."""
+        """Objective of a narrow network on the meta device; its weights are passed at every call."""
         with torch.device("meta"):
             model = Model(narrow_config(self.model.config, width))
         made = Objective(model, dataclasses.replace(config, widths=[]))
@@ -44,10 +44,9 @@ class Objective(nn.Module):
         whole: Tensor | None = None,
         width: float = 1.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """x, target (what the network is to predict): [B, C, H, W]; t: float [B]; labels: int64 [B], or text, float
-        [B, N, E]. whole: [2, L], `means` of the batch that this is a part of, for losses that need it. width: of the
-        network, one of the configuration's.
-        Returns the loss and its terms, detached."""
+        """x, target (of the network's prediction): float [B, C, H, W]; t: float [B]; labels: int64 [B], or text, float
+        [B, N, E]. whole: [2, L], `means` of the batch that these samples are a part of, for losses that need it.
+        width: one of the configuration's. Returns the loss and its terms, detached."""
         if width != 1:
             (narrow,) = self._narrow[width]
             return torch.func.functional_call(narrow, self._cut(width), (x, t, labels, target, whole))
@@ -75,14 +74,14 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def means(self, x: Tensor, t: Tensor, labels: Tensor | None, target: Tensor) -> Tensor:
-        """Arguments as `forward`. [2, L], `batch_means` of what is given."""
+        """Arguments as in `forward`. Returns [2, L], the `batch_means` of these samples."""
         with self._autocast(x):
             predictions, scores, _, _ = all_layers(self.model.backbone, self.model.exits, x, t, labels)
         found = batch_means([prediction.float() for prediction in predictions], scores, target)
         return torch.stack([found.certainty, found.errors])
 
     def _cut(self, width: float) -> dict[str, Tensor]:
-        """What a narrow objective has in place of its own parameters: the model's, and views of them."""
+        """Parameters for a narrow objective: views of the model's weights."""
         cut_weights = cut(dict(self.model.backbone.named_parameters()), narrow_shapes(self.model.config, width))
         exits = {} if self.model.exits is None else dict(self.model.exits.named_parameters())
         backbone = {f"model.backbone.{name}": value for name, value in cut_weights.items()}

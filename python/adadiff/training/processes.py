@@ -1,4 +1,4 @@
-"""This process among those that train together: started by `accelerate launch` or torchrun, or alone."""
+"""Data-parallel training: this process among those that `accelerate launch` or torchrun started, or alone."""
 
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -10,15 +10,15 @@ from ..output.filling import Process
 
 
 class Processes:
-    """`rank` of `world` processes; the first is `main`. `device` is this one's own.
+    """`rank` of `world` processes; rank 0 is `main`. `device`: of this process.
 
-    Several are joined by Hugging Face accelerate (NCCL on GPUs, gloo on CPUs). Raises ImportError, with the remedy,
-    where it is missing and needed.
+    Several processes communicate through Hugging Face accelerate (NCCL on GPUs, gloo on CPUs). Raises ImportError, with
+    the pip command to run, if it is needed and missing.
     """
 
     def __init__(self) -> None:
-        place = Process.of(os.environ)
-        self.rank, self.world = place.rank, place.world
+        process = Process.of(os.environ)
+        self.rank, self.world = process.rank, process.world
         self._accelerator = None
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.world > 1:
@@ -39,9 +39,10 @@ class Processes:
         return module if self._accelerator is None else self._accelerator.prepare(module)
 
     def apart(self, module: nn.Module) -> AbstractContextManager:
-        """Inside, a joined module keeps its gradients to itself, to be averaged with those of a later backward."""
+        """Context in which backward accumulates gradients locally; the next backward outside of it averages them over
+        the processes."""
         return nullcontext() if self._accelerator is None else self._accelerator.no_sync(module)
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean over all processes, which must all ask."""
+        """Mean over all processes. A collective call: every process must make it."""
         return value if self._accelerator is None else self._accelerator.reduce(value, reduction="mean")

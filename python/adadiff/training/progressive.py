@@ -1,10 +1,10 @@
-"""Progressive distillation (Salimans and Ho, ICLR 2022, arXiv 2202.00512, algorithm 2): a student learns to make in one
-DDIM step what its teacher makes in two.
+"""Progressive distillation (Salimans and Ho, ICLR 2022, arXiv 2202.00512, algorithm 2): a student learns to do in one
+DDIM step what its teacher does in two.
 
-What the networks predict is told as eps, with which a student of few steps learns little at the noisiest times: an
-error of eps becomes one of sqrt((1 - a) / a) times its size in x0, 14 at the first timestep of the schedule
-"stable_diffusion". So the loss is that of the paper in x0, with its truncated weights max(a / (1 - a), 1); in eps they
-are max(1, (1 - a) / a).
+Predictions are converted to eps here. An unweighted loss of eps would neglect the noisiest timesteps, where an error of
+eps becomes one of sqrt((1 - a) / a) times its size in x0: 14 at the first timestep of the schedule "stable_diffusion".
+So the loss is the paper's loss of x0 with truncated weights max(a / (1 - a), 1), which is a loss of eps with weights
+max(1, (1 - a) / a). a is alpha_bar.
 """
 
 import copy
@@ -21,13 +21,13 @@ from ..diffusion.schedules import NoiseSchedule
 from ..model import Model
 
 MOST_NORM = 1.0  # gradients are scaled down to this norm
-SPACING = "trailing"  # of `DDIM`, whose list for N steps is every second of that for 2 N
+SPACING = "trailing"  # of `DDIM`: the timesteps for N steps are every second one of those for 2 N
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """N pairs of the teacher's steps. t, middle: float64 [N], the network's times of both evaluations. a, a_middle,
-    a_after: float64 [N], alpha_bar there and where the second step lands."""
+    """N pairs of the teacher's steps. t, middle: float64 [N], the network's times at the first and second evaluation.
+    a, a_middle, a_after: float64 [N], alpha_bar before, between and after the two steps."""
 
     t: Tensor
     middle: Tensor
@@ -37,15 +37,17 @@ class Pairs:
 
 
 def step_pairs(schedule: NoiseSchedule, steps: int) -> Pairs:
-    """Those of a student of `steps` steps. Raises ValueError for a schedule or a number of steps of which the student's
-    list is not every second of the teacher's."""
+    """Pairs for a student of `steps` steps. Raises ValueError where the student's timesteps are not every second one of
+    the teacher's, and for a schedule without that spacing."""
     if SPACING not in schedule.spacings:
-        raise ValueError(f"distillation needs a schedule with spacing {SPACING!r}, which {schedule.name!r} has not")
+        raise ValueError(f"distillation needs spacing {SPACING!r}, which schedule {schedule.name!r} does not have")
     t, alpha_bar = schedule.grid(2 * steps, SPACING)
-    own_t, own_alpha_bar = schedule.grid(steps, SPACING)
-    if not torch.equal(t[::2], own_t):
-        raise ValueError(f"the list of {steps} steps is not every second of that of {2 * steps}; take a power of two")
-    return Pairs(own_t, t[1::2], own_alpha_bar[:-1], alpha_bar[1::2], own_alpha_bar[1:])
+    student_t, student_alpha_bar = schedule.grid(steps, SPACING)
+    if not torch.equal(t[::2], student_t):
+        raise ValueError(
+            f"the timesteps of {steps} steps are not every second one of those of {2 * steps}; take a power of two"
+        )
+    return Pairs(student_t, t[1::2], student_alpha_bar[:-1], alpha_bar[1::2], student_alpha_bar[1:])
 
 
 def ddim_step(x: Tensor, eps: Tensor, a: Tensor, after: Tensor) -> Tensor:
@@ -55,8 +57,8 @@ def ddim_step(x: Tensor, eps: Tensor, a: Tensor, after: Tensor) -> Tensor:
 
 
 def eps_between(x: Tensor, x_after: Tensor, a: Tensor, after: Tensor) -> Tensor:
-    """The eps with which one DDIM step from x at `a` lands at x_after: the paper's target, x0 = (z'' - (s'' / s) z) /
-    (a'' - (s'' / s) a'), told as eps."""
+    """The eps with which one DDIM step takes x at `a` to x_after: the paper's target x0 = (z'' - (s'' / s) z) /
+    (a'' - (s'' / s) a), converted to eps."""
     ratio = ((1 - after) / (1 - a)).sqrt()
     x0 = (x_after - ratio * x) / (after.sqrt() - ratio * a.sqrt())
     return (x - a.sqrt() * x0) / (1 - a).sqrt()
@@ -66,8 +68,8 @@ def eps_between(x: Tensor, x_after: Tensor, a: Tensor, after: Tensor) -> Tensor:
 def two_step_target(
     predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, pairs: Pairs, index: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """predict: eps of (x, t float [B]), the teacher; x: float [B, C, H, W] at pairs index: int64 [B]. Returns the
-    student's target eps, like x, and the weights of its squared errors, float [B]."""
+    """predict: the teacher, (x, t float [B]) -> eps; x: float [B, C, H, W], noisy images; index: int64 [B], the pair of
+    each. Returns the student's target eps, shaped like x, and the weights of its squared errors, float [B]."""
     a, a_middle, a_after = (_by_sample(value[index], x) for value in (pairs.a, pairs.a_middle, pairs.a_after))
     between = ddim_step(x, predict(x, pairs.t[index].float()), a, a_middle)
     after = ddim_step(between, predict(between, pairs.middle[index].float()), a_middle, a_after)
@@ -76,7 +78,7 @@ def two_step_target(
 
 
 def predict_eps(model: Model, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-    """Of the whole network, whatever it predicts; a learned variance is left out."""
+    """eps of the full network, [B, C, H, W], converted from its prediction_type, without a learned variance."""
     prediction = model.backbone(x, t.to(x.device), labels)[:, : x.shape[1]]
     if (kind := model.config.prediction_type) == "epsilon":
         return prediction
@@ -96,10 +98,10 @@ def halve(
     seed: int,
     on_update: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Model:
-    """A copy of `teacher` that makes `steps` DDIM steps where it makes twice as many.
+    """A copy of `teacher`, trained to take `steps` DDIM steps instead of twice as many.
 
-    Adam, the learning rate falling in a line from `lr` to 0. Every random number of update k comes from (seed, k).
-    on_update: called with k + 1 and its loss. Raises FloatingPointError on a loss that is not finite.
+    Adam; the learning rate falls linearly from `lr` to 0. The random numbers of update k come from (seed, k).
+    on_update: called with k + 1 and the loss. Raises FloatingPointError for gradients that are not finite.
     """
     student, pairs, config = copy.deepcopy(teacher).train(), step_pairs(teacher.schedule, steps), teacher.config
     student.requires_grad_(True)
@@ -137,5 +139,5 @@ def halve(
 
 
 def _by_sample(value: Tensor, x: Tensor) -> Tensor:
-    """value: [B], to be multiplied with x: [B, ...]."""
+    """value [B] on x's device, reshaped to broadcast with x [B, ...]."""
     return value.to(x.device, x.dtype).view(-1, *[1] * (x.dim() - 1))

@@ -1,4 +1,4 @@
-"""The folder of a training: its configuration, its state, the averaged model, the log and pictures along the way."""
+"""The folder of a training: configuration, state to resume from, averaged model, log, and samples drawn meanwhile."""
 
 import dataclasses
 import json
@@ -29,12 +29,12 @@ ADVICE = "choose another folder, or give --force to begin anew"
 
 
 class RunFolder:
-    """Claims `path` for a configuration. Only the `main` process writes; all read. Two launches must not use it at a
-    time: `adadiff train` holds it by `only_launch`.
+    """Opens `path` for a run of `config`. Only the `main` process writes; all read. Two launches must not use a folder
+    at the same time: `adadiff train` locks it with `only_launch`.
 
-    Raises ValueError where the folder holds a run of another configuration, one that cannot be read, or files of these
-    names that no run wrote. A run that ended before its first checkpoint is none. force: all this is replaced, and
-    training begins anew. `saved` is the step of the last checkpoint, 0 before the first.
+    Raises ValueError if the folder holds a run of another configuration, an unreadable one, or files with these names
+    that no run wrote. A run that ended before its first checkpoint does not count. force: replace all of these, and
+    begin anew. `saved`: step of the last checkpoint, 0 before the first.
     """
 
     def __init__(self, path: Path, config: TrainConfig, main: bool = True, force: bool = False):
@@ -58,13 +58,13 @@ class RunFolder:
 
     def _agrees(self, force: bool) -> bool:
         """Whether the folder holds a state of this configuration."""
-        # In this order: meanwhile the main process may remove a state and then replace the configuration.
+        # Configuration before state: the main process may meanwhile remove the state, then replace the configuration.
         file = self.path / CONFIG
         try:
             if not file.exists():
                 pictures = [f"{SAMPLES}/{path.name}" for path in (self.path / SAMPLES).glob("[0-9]" * 8 + ".png")]
-                if there := [*(name for name in (STATE, MODEL, LOG) if (self.path / name).exists()), *pictures[:1]]:
-                    raise ValueError(f"{self.path} holds {', '.join(there)} but no {CONFIG}; {ADVICE}")
+                if found := [*(name for name in (STATE, MODEL, LOG) if (self.path / name).exists()), *pictures[:1]]:
+                    raise ValueError(f"{self.path} holds {', '.join(found)} but no {CONFIG}; {ADVICE}")
                 return False
             theirs = from_dict(TrainConfig, versioned(read_json(file), str(file)), str(file))
             differing = [k for k, v in vars(self.config).items() if getattr(theirs, k) != v]
@@ -80,7 +80,7 @@ class RunFolder:
         return False
 
     def read_state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors and numbers of the last checkpoint, if there is one. Raises ValueError for a damaged one."""
+        """Tensors and numbers of the last checkpoint, or None. Raises ValueError for a damaged one."""
         if not self._resumes:
             return None
         tensors, numbers = checkpoint.read_tensors(self.path / STATE)
@@ -89,8 +89,8 @@ class RunFolder:
         return tensors, numbers
 
     def save(self, state: dict[str, Tensor], numbers: dict[str, Any], average: Model) -> None:
-        """Both files whole or as they were. Raises FloatingPointError, with nothing written, where a value is not
-        finite."""
+        """Writes state and averaged model, each file atomically. Raises FloatingPointError, with nothing written, if a
+        value of the state is not finite."""
         if not self.main:
             return
         broken = [key for key, value in state.items() if not bool(value.isfinite().all())]
@@ -104,18 +104,18 @@ class RunFolder:
         checkpoint.save(average, self.path / MODEL, notes)
 
     def check_space(self, size: int) -> None:
-        """OSError where the disk has no room for `size` bytes."""
+        """OSError if the disk has no room for `size` bytes."""
         if self.main:
             check_space(self.path / STATE, size)
 
     def start_logs(self, step: int) -> None:
-        """Logs go on from `step`; rows of updates that were lost to a kill, and will be made again, are dropped. So are
-        damaged rows, with a warning."""
+        """Opens the logs to continue after `step`. Drops rows of later steps, which a killed run logged but did not
+        save, and, with a warning, damaged rows."""
         if not self.main:
             return
         file = self.path / LOG
         if file.exists():
-            rows = file.read_bytes().split(b"\n")[:-1]  # a row without its end was being written
+            rows = file.read_bytes().split(b"\n")[:-1]  # an unfinished row has no line end
             steps = [_step_of(row) for row in rows]
             if damaged := [number for number, found in enumerate(steps, start=1) if found is None]:
                 rows_of = "row, line" if len(damaged) == 1 else "rows, the first in line"
@@ -130,7 +130,7 @@ class RunFolder:
             self._board = SummaryWriter(self.path / TENSORBOARD, purge_step=step + 1)
 
     def log(self, step: int, row: dict[str, Any]) -> None:
-        """row: numbers, or lists of one number per layer."""
+        """row: numbers, or lists with a number for each layer."""
         if not self.main:
             return
         with open(self.path / LOG, "a") as file:
@@ -141,14 +141,14 @@ class RunFolder:
                     self._board.add_scalar(tag, number, step)
 
     def draw(self, step: int, model: Model) -> None:
-        """A grid of the model's pictures, seeds 0, 1, ... and all classes in turn, full depth."""
+        """Writes a grid of samples of the full network: seeds 0, 1, ..., all classes in turn."""
         if not self.main:
             return
         classes = model.config.classes
         labels = [i % classes for i in range(PICTURES)] if classes else None
         images, _ = sample(model, PICTURES, steps=PICTURE_STEPS, class_labels=labels)
         if not bool(images.isfinite().all()):
-            return  # weights so far off, early on, that there is nothing to see
+            return  # early in training, weights may be so far off that images overflow
         folder = self.path / SAMPLES
         folder.mkdir(exist_ok=True)
         write_png(folder / f"{step:08d}.png", make_grid([to_pixels(image) for image in images]))
@@ -159,7 +159,7 @@ class RunFolder:
 
 
 def check_state(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], steps: int, file: str) -> None:
-    """ValueError where a state is not what `RunFolder.save` wrote."""
+    """ValueError for a state that differs from what `RunFolder.save` wrote."""
     step: Any = numbers.get("step")
     seconds: Any = numbers.get("seconds")
     if type(step) is not int or not 0 <= step <= steps:
@@ -180,7 +180,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _step_of(row: bytes) -> int | None:
-    """None for a damaged row."""
+    """The step of a row of the log; None for a damaged row."""
     try:
         step = json.loads(row)["step"]
     except (ValueError, LookupError, TypeError, RecursionError):

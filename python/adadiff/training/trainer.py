@@ -1,8 +1,8 @@
 """Training: from scratch, from a checkpoint, or of exits alone on a frozen network. Resumable, bit for bit.
 
-Every random number of step k comes from a generator seeded by (seed, k), so the state on disk is the step, the weights,
-their average (EMA) and the optimizer's moments, and nothing else. Each process draws the whole batch's numbers and
-takes its share, so that the number of processes changes a run by rounding only.
+The random numbers of step k come from a generator seeded by (seed, k), so the state on disk is only the step, the
+weights, their average (EMA) and the optimizer's moments. Each process draws the numbers of the whole batch and uses its
+part, so that the number of processes changes a run by rounding only.
 """
 
 import copy
@@ -37,29 +37,30 @@ MOST_NORM = 1.0  # gradients are scaled down to this norm
 
 
 class Trainer:
-    """Weights, their average and the optimizer, at some step. `folder` receives state, log and the averaged model.
+    """A training run at some step: weights, their average and the optimizer. `folder` receives state, log and the
+    averaged model.
 
-    Raises ValueError where the configuration, the data, the checkpoint to start from and the folder do not fit
-    together, before any step, and where PyTorch is set to anything but gradients, float32 and the CPU by default.
-    force: replaces what the folder holds of another run, see `RunFolder`.
+    Raises ValueError, before any step, if configuration, data, initial checkpoint and folder do not fit together, and
+    if gradients are disabled or PyTorch's default dtype and device are not float32 and cpu. force: replace another run
+    in the folder, see `RunFolder`.
     """
 
     def __init__(self, config: TrainConfig, folder: Path, force: bool = False):
         _check_process()
         self.config, self.step, self.seconds = config, 0, 0.0
-        self._whole = True  # False while an update has changed some of the weights and not yet all
+        self._whole = True  # False while an update is changing the weights, when saving would mix two steps
         self.processes = Processes()
         self._part = config.batch // (self.processes.world * config.accumulate)
         if self._part * self.processes.world * config.accumulate != config.batch:
             raise ValueError(
-                f"a batch of {config.batch} does not part into {config.accumulate} equal parts for each of "
+                f"a batch of {config.batch} cannot be split into {config.accumulate} equal parts for each of "
                 f"{self.processes.world} processes"
             )
         self.data = sources.load(config.data)
         self._check_data()
         torch.manual_seed(config.seed)
         self.model = start_model(config)
-        self._start = fingerprint(self.model.backbone) if config.init else None  # of the network that it begins with
+        self._start = fingerprint(self.model.backbone) if config.init else None  # of the initial network
         self.average = copy.deepcopy(self.model).requires_grad_(False).to(self.processes.device)
         self._own = Objective(self.model, config)
         self.objective = self.processes.join(self._own)
@@ -86,7 +87,7 @@ class Trainer:
             )
         self._check_text()
         if self.config.sample_every and shape[0] not in CHANNELS:
-            raise ValueError(f"there are no pictures of {shape[0]} channels; set sample_every to 0")
+            raise ValueError(f"samples of {shape[0]} channels cannot be drawn as pictures; set sample_every to 0")
 
     def _check_text(self) -> None:
         network = self.config.model.network
@@ -96,15 +97,15 @@ class Trainer:
         if given is None or tuple(given.shape) != wanted:
             what = "no text" if given is None else f"text of {list(given.shape)}"
             raise ValueError(
-                f"{self.config.preset!r} takes text of {list(wanted)}, and data {self.config.data!r} has {what}; data "
-                "with text is what U-ViT's scripts extract, as in mscoco256_features:FOLDER"
+                f"{self.config.preset!r} takes text of {list(wanted)}, but data {self.config.data!r} has {what}; data "
+                "with text is extracted by U-ViT's scripts and named mscoco256_features:FOLDER"
             )
         if self.config.sample_every:
-            raise ValueError("there are no pictures along the way of a training on text; set sample_every to 0")
+            raise ValueError("no samples are drawn during a training on text; set sample_every to 0")
 
     def turns(self, step: int) -> list[float]:
-        """The widths whose losses update `step` sums up: of a slimmable network the whole, the smallest and a random
-        one of those between (the sandwich rule: Yu and Huang, ICCV 2019, arXiv 1903.05134, as DDSM trains)."""
+        """The widths whose losses are summed in update `step`: [1.0], or for a slimmable network the full, the smallest
+        and a random one between (the sandwich rule: Yu and Huang, ICCV 2019, arXiv 1903.05134, as in DDSM)."""
         if not self.config.widths:
             return [1.0]
         smallest, *between, _ = self.model.config.widths
@@ -112,8 +113,8 @@ class Trainer:
         return [1.0, smallest, *drawn]
 
     def inputs(self, step: int, part: int = 0, turn: int = 0) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """This process's share of update `step`, one of `accumulate` parts: x, t, labels or text, and target, see
-        `Objective`. In each turn the same images, with times and noise of its own."""
+        """This process's inputs for part `part` of `accumulate` of update `step`: x, t, labels or text, and target, as
+        `Objective.forward` takes them. Every turn (width) has the same images, with other times and noise."""
         config, model = self.config, self.config.model
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         drawn = {"generator": generator, "device": "cpu"}
@@ -150,8 +151,8 @@ class Trainer:
         return cast(CaptionedMoments, self.data).batch(pick[own], caption[own])
 
     def update(self) -> dict[str, Tensor]:
-        """One optimizer step. Returns this process's loss terms. Raises FloatingPointError on a loss or gradient that
-        is not finite; the weights stay."""
+        """One optimizer step. Returns this process's loss terms. Raises FloatingPointError, with the weights unchanged,
+        if a loss or gradient is not finite."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -171,7 +172,7 @@ class Trainer:
             simple = torch.stack([part["simple"] for part in narrow]).view(len(turns) - 1, -1)
             terms["narrow"] = simple.mean(1)
         norm = nn.utils.clip_grad_norm_(self.trained, MOST_NORM)
-        if not bool(torch.isfinite(norm)):  # a loss that is not finite, on whatever process, leaves no norm either
+        if not bool(torch.isfinite(norm)):  # gradients are averaged, so this sees a non-finite loss of any process
             raise FloatingPointError(
                 f"the loss is {float(terms['loss'])} and the gradient's norm {float(norm)} at step {self.step}; "
                 "nothing was changed and the last checkpoint is kept"
@@ -179,7 +180,7 @@ class Trainer:
         self._whole = False
         self.optimizer.step()
         self.step += 1
-        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))  # follow quickly while everything moves
+        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))  # a short average while the weights move fast
         for mean, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
             if value.requires_grad:
                 mean.lerp_(value.detach(), 1 - decay)
@@ -187,7 +188,8 @@ class Trainer:
         return terms
 
     def _means(self) -> Tensor | None:
-        """What the loss needs of the whole batch before any of its parts; None where it needs nothing, or has it."""
+        """`Objective.means` over the whole batch, [2, L]; None if the loss does not need them, or the batch has a
+        single part."""
         parts = self.config.accumulate
         if self.config.loss not in OF_WHOLE_BATCHES or self.model.exits is None or parts * self.processes.world == 1:
             return None
@@ -201,7 +203,7 @@ class Trainer:
         return {"loss": loss.detach(), **terms}
 
     def run(self, progress: bool = True) -> Path:
-        """Trains to the end, saving as it goes and when interrupted. Returns the file of the averaged model."""
+        """Trains to the end, saving at intervals and when interrupted. Returns the path of the averaged model."""
         _check_process()
         config = self.config
         weights, trained = (sum(v.nbytes for v in values) for values in (self.model.parameters(), self.trained))
@@ -225,7 +227,7 @@ class Trainer:
                     if self.step % config.save_every == 0:
                         self.save()
         except (KeyboardInterrupt, OSError) as error:
-            if self._whole:  # else the last checkpoint stands
+            if self._whole:  # else keep the last checkpoint
                 with suppress(OSError) if isinstance(error, OSError) else nullcontext():
                     self.save()
             raise
@@ -264,7 +266,7 @@ class Trainer:
         self.step, self.seconds = numbers["step"], numbers["seconds"]
 
     def _load_moments(self, tensors: dict[str, Tensor], file: str) -> None:
-        """Those of AdamW, of every parameter that has had a gradient."""
+        """Loads AdamW's moments of every parameter that has had a gradient."""
         if not tensors:
             raise ValueError(f"{file} is damaged: the optimizer's moments are missing")
         keys, state = checkpoint.Keys(tensors), self.optimizer.state_dict()
@@ -281,12 +283,11 @@ class Trainer:
 
 
 def start_model(config: TrainConfig) -> Model:
-    """What a training begins with: fresh, or the network of `config.init`; with the recipe "frozen" that network
-    requires no gradient.
+    """The model at step 0: fresh, or with the network of `config.init`, which the recipe "frozen" freezes.
 
-    Exits of the checkpoint are kept where it has some of the same kind; else they are made anew, the heads as copies
-    of the network's own. Raises ValueError for a checkpoint of another network, and for a network that this machine has
-    no memory for.
+    Exits of the checkpoint are kept if they have the same settings; otherwise they are new, with heads copied from the
+    network's head. Raises ValueError for a checkpoint of another network, and for a network larger than this machine's
+    memory.
     """
     _check_memory(config)
     model = Model(config.model)
@@ -318,7 +319,7 @@ def start_model(config: TrainConfig) -> Model:
 
 
 def _check_process() -> None:
-    """ValueError for settings of this process under which weights, moments or gradients would be others."""
+    """ValueError for global PyTorch settings that would change weights, moments or gradients."""
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     if dtype != torch.float32 or device.type != "cpu":
         raise ValueError(
@@ -332,7 +333,7 @@ def _check_process() -> None:
 def _check_memory(config: TrainConfig) -> None:
     with torch.device("meta"):
         weights = sum(value.numel() for value in Model(config.model).parameters())
-    memory, needed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 8 * weights  # them and their average
+    memory, needed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 8 * weights  # float32: weights, average
     if needed > memory:
         raise ValueError(
             f"this network has {weights / 1e9:,.1f} billion weights; training it takes more than the "

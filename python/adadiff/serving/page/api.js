@@ -1,11 +1,11 @@
-// Requests to the service: the key, errors in its own words, and images as they are drawn.
+// Requests to the service: the API key, error messages, and the stream of a request.
 
 import { eventsOf, Silence } from "./events.js";
 
 const KEY = "adadiff.key"; // in sessionStorage, nowhere else
-const PATIENCE = 45000; // milliseconds; a service that draws says something every 15 seconds
+const PATIENCE = 45000; // milliseconds; while drawing, the service sends something at least every 15 seconds
 
-// param: the field to blame. code: as in the API, or "unreachable" and "cut_off".
+// param: the invalid field. code: as in the API, or "unreachable" and "cut_off".
 export class Refusal extends Error {
   constructor(message, { param = null, code = null, status = 0 } = {}) {
     super(message);
@@ -17,7 +17,7 @@ export function storedKey() {
   try {
     return sessionStorage.getItem(KEY);
   } catch {
-    return null; // a browser that keeps nothing for pages
+    return null; // the browser forbids storage
   }
 }
 
@@ -31,7 +31,7 @@ export async function listModels() {
   return (await (await ask("v1/models")).json()).data;
 }
 
-// body: JSON text of a request with stream: true. onOpen: called once the service has taken it. onEvent: gets each event.
+// body: JSON text of a request with stream: true. onOpen: called when it is accepted. onEvent: called with each event.
 // Returns when `count` images are finished. Throws Refusal, and AbortError once `signal` is aborted.
 export async function draw(body, count, signal, { onOpen, onEvent }) {
   const headers = { "Content-Type": "application/json" };
@@ -45,7 +45,7 @@ export async function draw(body, count, signal, { onOpen, onEvent }) {
       onEvent(event);
     }
   } catch (error) {
-    if (error instanceof Silence) throw new Refusal("The service has fallen silent.", { code: "cut_off" });
+    if (error instanceof Silence) throw new Refusal("The service has stopped sending.", { code: "cut_off" });
     if (error instanceof Refusal || error.name === "AbortError") throw error;
     if (error instanceof TypeError || error instanceof SyntaxError) throw cutOff();
     throw error;
@@ -73,7 +73,7 @@ async function ask(address, options = {}) {
   try {
     error = (await reply.json()).error ?? {};
   } catch {
-    // a proxy's page; the status has to do
+    // not the API's JSON, such as a proxy's page: only the status is known
   }
   const wait = reply.headers.get("Retry-After");
   if (wait && error.message) error.message += ` Try again in ${wait} s.`;

@@ -2,8 +2,8 @@
 
 import { drawn, element } from "./dom.js";
 
-const WIDTH = 0.84; // of a bar, of the room of a step
-const CLOSE = 60; // steps beyond which bars touch, and are drawn without soft edges
+const WIDTH = 0.84; // width of a bar, as a share of a step
+const CLOSE = 60; // steps; with more, bars touch and are drawn without antialiasing
 
 export class Bars {
   constructor(steps, layers) {
@@ -26,13 +26,13 @@ export class Bars {
     );
   }
 
-  // layers: of the first steps; those that are there already are the same.
+  // layers: of the first steps, including those that are shown already.
   show(layers) {
     for (; this.known < layers.length; this.known += 1) this.#add("ran", this.known, layers[this.known]);
     this.svg.setAttribute("aria-label", `Blocks that ran at each step: ${layers.join(", ")}`);
   }
 
-  // Of the unconditional half of guidance: a line across each bar.
+  // Adds a line across each bar for the unconditional half of guidance.
   mark(layers) {
     layers.forEach((layer, step) => this.#add("mark", step, layer));
     this.root.append(element("p", { className: "axis legend", textContent: "the unconditional half of guidance" }));

@@ -1,4 +1,4 @@
-// Elements of the page. Text is set as text only; nothing here or elsewhere makes markup of it.
+// Helpers for elements of the page. Text is only set as text, never parsed as markup.
 
 const SVG = "http://www.w3.org/2000/svg";
 

@@ -1,8 +1,8 @@
-// Server-sent events out of the body of a reply. (EventSource cannot send a body or a key.)
+// Parser of server-sent events in the body of a reply. (EventSource cannot send a body or a key.)
 
 export class Silence extends Error {}
 
-// Yields the data of each event, parsed. Throws Silence where nothing has come for `patience` milliseconds.
+// Yields the data of each event, parsed. Throws Silence if nothing arrives for `patience` milliseconds.
 export async function* eventsOf(body, patience) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
@@ -18,7 +18,7 @@ export async function* eventsOf(body, patience) {
       }
     }
   } finally {
-    reader.cancel().catch(() => {}); // closes the connection, so that the service stops drawing for nobody
+    reader.cancel().catch(() => {}); // closes the connection, so that the service stops drawing
   }
 }
 

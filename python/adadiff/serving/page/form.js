@@ -1,4 +1,4 @@
-// The settings: what a model takes of them, the body of a request, the fragment of the address, and who is to blame.
+// The form: fields that a model takes, the body of a request, the fragment of the address, and error messages.
 
 import { byId, element } from "./dom.js";
 import { choicesFor, firstChoice, isOwn } from "./policies.js";
@@ -16,10 +16,10 @@ const CONTROLS = {
 };
 const NUMBERS = ["class_label", "num_inference_steps", "n", "seed", "guidance_scale"];
 const NUMBER = /^(-?)0*(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)$/;
-const SEEDS = 1000000; // short enough to be read and told
-const SMALL = 64 * 64; // pixels of pictures that cost a service nothing to preview at every step
-const FEW = 10; // previews of larger ones
-const MANY = 2048; // previews of all images of a request
+const SEEDS = 1000000; // random seeds are below this, so that they are short
+const SMALL = 64 * 64; // pixels; smaller pictures are cheap enough to preview at every step
+const FEW = 10; // previews of larger pictures
+const MANY = 2048; // most previews of a request
 
 export class Form {
   // entries: of /v1/models, at least one.
@@ -56,7 +56,7 @@ export class Form {
     byId("seed").value = String(crypto.getRandomValues(new Uint32Array(1))[0] % SEEDS);
   }
 
-  // To the model that is chosen: which fields there are, and what they begin with.
+  // Adapts fields and their initial values to the chosen model.
   adapt() {
     const { entry } = this;
     const [width, height] = entry.size.split("x");
@@ -93,7 +93,7 @@ export class Form {
     byId("policy-value").value = value;
   }
 
-  // After another policy has been chosen: its value to begin with.
+  // Sets the initial value of a newly chosen policy.
   begin() {
     this.#choose(this.choice);
     this.explain();
@@ -112,7 +112,7 @@ export class Form {
     byId("policy-hint").textContent = isOwn(choice) ? examples : this.policy + note;
   }
 
-  // What has been filled in, as text by field of the API.
+  // The filled-in values, as text, by field of the API.
   get filled() {
     const found = {};
     for (const [param, id] of Object.entries(CONTROLS)) {
@@ -122,7 +122,7 @@ export class Form {
     return found;
   }
 
-  // JSON of a request. Numbers go as they were typed: JavaScript's own would round large seeds. Throws {param, message}.
+  // JSON of a request. Numbers are sent as typed, since JavaScript would round large seeds. Throws {param, message}.
   body(policy) {
     const parts = Object.entries({ ...this.filled, policy }).map(([param, value]) => {
       const raw = NUMBERS.includes(param) ? number(param, value) : JSON.stringify(value);
@@ -131,7 +131,7 @@ export class Form {
     return `{${parts.join(",")},"stream":true,"partial_images":${this.#previews()}}`;
   }
 
-  // One for each step, as far as the service lets them; few where pictures are large.
+  // Number of previews: one for each step, or FEW for large pictures, within the service's limits.
   #previews() {
     const { size, max_partial_images: most } = this.entry;
     const [width, height] = size.split("x").map(Number);
@@ -141,11 +141,11 @@ export class Form {
   }
 
   get fragment() {
-    const none = this.entry.takes === "class_label" ? { class_label: "" } : {}; // where no class has been chosen
+    const none = this.entry.takes === "class_label" ? { class_label: "" } : {}; // if no class is chosen
     return String(new URLSearchParams({ ...none, ...this.filled }));
   }
 
-  // What a link says. Returns what of it does not fit, in words.
+  // Fills in the settings of a link. Returns a message about those that do not fit.
   read(fragment) {
     const given = new URLSearchParams(fragment);
     const missed = [];
@@ -165,7 +165,7 @@ export class Form {
       }
     }
     this.explain();
-    return missed.length ? `Of this link, not all fits: ${missed.join("; ")}.` : "";
+    return missed.length ? `Some settings of this link do not fit: ${missed.join("; ")}.` : "";
   }
 
   #readPolicy(text) {
@@ -175,10 +175,10 @@ export class Form {
     byId("policy-text").value = filled ? "" : text;
   }
 
-  // Shows an error beside the field it names, and goes there. False where that field is not among those on the page.
+  // Shows an error beside the field it names, and focuses it. False if that field is not on the page.
   blame({ param, message }) {
     if (!Object.hasOwn(CONTROLS, param ?? "") || field(param).hidden) return false;
-    // the API's words, less the name of the field, beside which they stand
+    // the API's message without the name of the field, which is shown beside it
     const words = message.replace(new RegExp(`^${param}(: | (?=must ))`), "");
     byId(`${CONTROLS[param]}-error`).textContent = words.charAt(0).toUpperCase() + words.slice(1);
     const inputs = [...field(param).querySelectorAll("input, select, textarea")].filter((input) => input.offsetParent);

@@ -1,4 +1,4 @@
-// The page of `adadiff serve`: settings on one side, pictures as they are drawn on the other.
+// The page of `adadiff serve`: a form with settings, and pictures as they are drawn.
 
 import { draw, listModels, Refusal, storeKey, storedKey } from "./api.js";
 import { byId, images, percent, seconds } from "./dom.js";
@@ -7,7 +7,7 @@ import { differenceOf, differencePicture } from "./pictures.js";
 import { PictureSet } from "./sets.js";
 
 let form = null; // once the models are known
-let running = null; // AbortController of what is being drawn
+let running = null; // AbortController of the request in progress
 let sets = [];
 let keeping = 0; // timer
 
@@ -70,7 +70,7 @@ async function start(policies) {
     return;
   }
   keepInAddress();
-  const own = (running = new AbortController());
+  const controller = (running = new AbortController());
   drawing(true);
   const began = performance.now();
   try {
@@ -78,7 +78,7 @@ async function start(policies) {
     for (const [turn, policy] of policies.entries()) {
       const set = new PictureSet(policy, shape, seed, count);
       const onOpen = () => {
-        if (turn === 0) clear(); // a request that is refused leaves what is there
+        if (turn === 0) clear(); // not before: a refused request keeps the old pictures
         sets.push(set);
         byId("sets").append(set.root);
         if (turn === 0) reveal();
@@ -88,13 +88,13 @@ async function start(policies) {
         byId("progress").value = (turn + set.progress) / policies.length;
       };
       say(`Drawing ${images(count)} with ${policy} …`);
-      await draw(bodies[turn], count, own.signal, { onOpen, onEvent });
+      await draw(bodies[turn], count, controller.signal, { onOpen, onEvent });
       await set.finish();
     }
     conclude();
   } catch (error) {
     const after = seconds((performance.now() - began) / 1000);
-    fail(error, own.signal.aborted ? `Stopped after ${after}.` : "");
+    fail(error, controller.signal.aborted ? `Stopped after ${after}.` : "");
   } finally {
     for (const set of sets) set.end();
     running = null;
@@ -102,7 +102,7 @@ async function start(policies) {
   }
 }
 
-// What a set has to know beforehand. Of numbers that the service will refuse, something that can be shown.
+// Shape, seed and count for a set of pictures. Invalid numbers, which the service will refuse, are replaced.
 function order() {
   const [width, height] = form.entry.size.split("x").map(Number);
   const within = (value, most) => (Number.isInteger(value) && value > 0 ? Math.min(value, most) : 1);
@@ -171,7 +171,7 @@ function clear() {
 }
 
 function drawing(now) {
-  // not disabled: that would take the focus from whom has pressed one
+  // not `disabled`, which would move the focus away from a pressed button
   for (const id of ["draw", "compare"]) byId(id).setAttribute("aria-disabled", String(now));
   const focused = document.activeElement === byId("stop");
   byId("stop").hidden = !now;
@@ -198,7 +198,7 @@ function complain(text) {
   byId("problem").textContent = text;
 }
 
-// A moment later: browsers refuse to have the address changed at every key.
+// Delayed, because browsers limit how often the address may change.
 function keepInAddress() {
   clearTimeout(keeping);
   keeping = setTimeout(() => history.replaceState(null, "", `#${form.fragment}`), 150);

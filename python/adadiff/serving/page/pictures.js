@@ -1,4 +1,4 @@
-// Pictures on canvases: pixel for pixel what the service sent, and how two of them differ.
+// Pictures on canvases, with exactly the pixels that the service sent, and differences between two of them.
 
 const EXACT = { colorSpaceConversion: "none", premultiplyAlpha: "none" };
 
@@ -6,7 +6,7 @@ export function pngOf(base64) {
   return new Blob([Uint8Array.from(atob(base64), (char) => char.charCodeAt(0))], { type: "image/png" });
 }
 
-// Draws the newest of the pictures that are put in: decoding may end in another order.
+// Shows the newest picture that was put in; decoding may finish in another order.
 export class Picture {
   #newest = 0;
 

@@ -1,10 +1,10 @@
-// What /v1/models lists as policies, in words: choices of a list, some with a value to be filled in.
+// Readable choices for the policies that /v1/models lists, some with a value to fill in.
 
 const PLACE = /[A-Z]{3,}/; // as THRESHOLD in exit:THRESHOLD
 const NUMBER = /^\d*\.?\d+$/;
 const OWN = "";
 
-// By form: group, words, name of the value, a value to begin with (of a network with L blocks).
+// By form: group, text, name of the value, initial value (for a network with L blocks).
 const KNOWN = {
   "full": ["Everything", "Full: every block at every step"],
   "exit:THRESHOLD": ["Exit early", "Exit when certain enough", "Uncertainty", () => "0.1"],
@@ -31,7 +31,7 @@ export class Choice {
     return this.value === null ? this.form : this.form.replace(PLACE, () => value);
   }
 
-  // The value with which this is spelled `text`; null where it never is.
+  // The value with which this choice gives the policy `text`; null if no value does.
   valueIn(text) {
     if (this.value === null) return this.form === text ? "" : null;
     const [before, after] = this.form.split(PLACE);
@@ -41,7 +41,7 @@ export class Choice {
   }
 }
 
-// entry: of /v1/models. The last choice is text of one's own.
+// entry: of /v1/models. The last choice is free text.
 export function choicesFor(entry) {
   const made = entry.policies.map((form) => {
     if (Object.hasOwn(KNOWN, form)) {
@@ -58,7 +58,7 @@ export function choicesFor(entry) {
   return [...made, new Choice(OWN, "Others", "Text of your own")];
 }
 
-// The choice to begin with: what the operator named "default", a calibrated half of the work, or what exits or reuses.
+// The initial choice: the operator's "default", else the calibrated budget nearest to 0.55, else an exit or a cache.
 export function firstChoice(choices) {
   const half = (choice) => Math.abs(Number(choice.form.split("=")[1]) - 0.55);
   const budgets = choices.filter((choice) => choice.form.startsWith("exit:budget=")).sort((a, b) => half(a) - half(b));

@@ -1,4 +1,4 @@
-// The images of one request: pictures, bars and numbers, filled in as events of its stream come.
+// The images of one request: pictures, bars and numbers, updated by the events of its stream.
 
 import { Bars } from "./bars.js";
 import { element, percent, seconds } from "./dom.js";
@@ -69,7 +69,7 @@ export class PictureSet {
     return this.cards.reduce((sum, card) => sum + card.steps, 0) / (this.cards.length * this.shape.steps);
   }
 
-  // Once all are done: waits for the pictures, and shows the numbers.
+  // Called when all images are done: waits for the pictures to be decoded, and shows the numbers.
   async finish() {
     const wall = (performance.now() - this.began) / 1000;
     await Promise.all(this.pending);

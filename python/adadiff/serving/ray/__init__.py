@@ -1,6 +1,6 @@
-"""Many machines by Ray (extra `ray`): `serve run adadiff.serving.ray:app` for a service, `sample` for many images.
+"""Many machines with Ray (extra `ray`): `serve run adadiff.serving.ray:app` for a service, `sample` for many images.
 
-Importing this package imports nothing of Ray; using one of the two names does.
+Importing this package does not import Ray; using one of the two names does.
 """
 
 import os
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "sample"]
 
-# Ray's own reports of usage, for what this process starts; who wants them says so by the same variable.
+# Ray's usage reports are off for clusters that this process starts, unless the variable is set.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 

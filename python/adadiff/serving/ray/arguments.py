@@ -1,4 +1,4 @@
-"""What the application is told, by `serve run adadiff.serving.ray:app KEY=VALUE` or a config file. Needs no Ray."""
+"""Arguments of the application: `serve run adadiff.serving.ray:app KEY=VALUE`, or a config file. Imports no Ray."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -12,16 +12,16 @@ from ..settings import Settings, names_of, presets_of, shallow_of
 
 
 class Arguments(BaseModel):
-    """models: as for `adadiff serve`, a list, or separated by commas; found by the replicas, so paths should be
-    absolute. policies: by name, a mapping, or NAME=SPELLING separated by semicolons. max_images, max_steps, max_body,
-    steps, queue, capacity (lanes of a replica), admission, shallow_model (as models), t_switch, text_encoder, decoder,
-    api_key_file, log_format: as the options of `adadiff serve`.
+    """models: as for `adadiff serve`, a list or comma-separated text; opened by the replicas, so paths should be
+    absolute. policies: a mapping name -> policy, or NAME=SPELLING separated by semicolons. max_images, max_steps,
+    max_body, steps, queue, capacity (lanes of a replica), admission, shallow_model (as models), t_switch, text_encoder,
+    decoder, api_key_file, log_format: as the options of `adadiff serve`.
 
-    num_replicas: a fixed number; or from min_replicas to max_replicas, as many as keep target_ongoing_requests in each
-    (None: capacity). max_ongoing_requests: that a replica has at once, others wait where they came in, queue of them at
-    most (None: twice the capacity, so that lanes that fall free are filled at once). num_cpus, num_gpus: of a replica;
-    with a GPU it draws on that. drain_timeout: seconds for requests in flight when a replica ends.
-    Raises ValueError, of pydantic's kind, for what cannot be.
+    num_replicas: a fixed number. Or min_replicas to max_replicas: autoscaling, with target_ongoing_requests for each
+    replica (None: capacity). max_ongoing_requests: most requests in a replica; up to `queue` others wait at the proxy
+    (None: twice the capacity, so that free lanes are filled at once). num_cpus, num_gpus: of a replica; with a GPU it
+    draws on that. drain_timeout: seconds for requests in flight when a replica ends.
+    Raises pydantic's ValidationError, a ValueError, for invalid values.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -121,11 +121,11 @@ class Arguments(BaseModel):
 
     @property
     def ongoing(self) -> int:
-        """Requests that a replica has at once."""
+        """Most requests in a replica at once."""
         return 2 * self.capacity if self.max_ongoing_requests is None else self.max_ongoing_requests
 
     def deployment(self) -> dict[str, Any]:
-        """Options of Ray Serve's deployment."""
+        """Options for Ray Serve's `deployment`."""
         options: dict[str, Any] = {
             "name": "adadiff",
             "max_ongoing_requests": self.ongoing,
@@ -133,7 +133,7 @@ class Arguments(BaseModel):
             "graceful_shutdown_timeout_s": self.drain_timeout,
             "health_check_period_s": self.health_check_period,
             "health_check_timeout_s": self.health_check_timeout,
-            "max_constructor_retry_count": 3,  # a missing file stays missing
+            "max_constructor_retry_count": 3,  # retrying does not help if a file is missing
             "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
         }
         if self.max_replicas is None:

@@ -1,8 +1,8 @@
-"""Many images over many machines: Ray's workers draw shards, this process writes them into one folder.
+"""Many images on many machines: Ray's workers draw shards, and this process writes them to one folder.
 
-The folder is the one that `adadiff sample` fills, so either goes on with what the other began, and all that reads such
-folders reads this one. Shards are the unit: a worker that dies has its shard drawn again by another, and a later run
-keeps all that are there. Only this process writes, so workers need no file system in common.
+The folder has the format of `adadiff sample`, so each can complete what the other began. The unit of work is a shard:
+if a worker dies, another draws its shard again, and a later run keeps existing shards. Only this process writes, so
+workers need no shared file system.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from ...reading import reason
 from .planning import Node, Workers, check_launch, check_payload
 from .workers import Drawer, failure, fault, unpacked, versions
 
-ANSWER_SECONDS = 120.0  # that a machine has to say whether it can draw
+ANSWER_SECONDS = 120.0  # for a machine to answer whether it can draw
 RETRIES = 3  # of a shard whose worker died
 
 
@@ -44,14 +44,15 @@ def sample(
     progress: bool = True,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Draws n samples into the folder `out`, as `adadiff sample --ray`. Called again after any interruption, it draws
-    what is missing.
+    """Draws n samples into the folder `out`, like `adadiff sample --ray`. Called again after an interruption, it draws
+    only the missing shards.
 
-    actors: workers, each with a copy of the model, `cpus` CPUs and, for device="cuda", a GPU (None: as many as fit in
-    the cluster). settings: as in `Asked`; the others have the meaning of the options of `adadiff sample`.
-    Uses the cluster that this process is connected to, or that RAY_ADDRESS names, or starts one on this machine.
-    Returns the totals that report.json has. Raises ValueError, before anything is drawn, for settings that do not fit,
-    a folder of another run, and machines that lack the files; FloatingPointError where a sample is not finite.
+    actors: number of workers, each with a copy of the model, `cpus` CPUs and, for device="cuda", a GPU (None: as many
+    as fit in the cluster). shard: samples in each file. settings: fields of `Asked`, which are named like the options
+    of `adadiff sample`.
+    Uses the cluster that this process is connected to, or the one that RAY_ADDRESS names, or starts one on this
+    machine. Returns the totals in report.json. Raises ValueError, before anything is drawn, for settings that do not
+    fit, a folder of another run, and machines that lack files; FloatingPointError for a sample that is not finite.
     """
     asked = Asked(model=str(model), n=n, **settings)
     networks = asked.load("cpu")  # the machine of this process need not have a GPU
@@ -69,7 +70,7 @@ def sample(
 
 @dataclass(frozen=True)
 class Job:
-    """Shards that Ray's workers draw. texts: of the prompts, for models of text. files: that workers need, see
+    """Shards to be drawn by Ray's workers. texts: contexts of the prompts, or None. files: that workers need, see
     `Asked.files`."""
 
     asked: Asked
@@ -80,17 +81,17 @@ class Job:
 
     @staticmethod
     def of(asked: Asked, networks: Networks, manifest: Manifest, workers: Workers) -> "Job":
-        """networks: on any device. Raises ValueError for settings that do not fit, before a cluster is asked for
-        anything; loads the text encoder where there are prompts."""
+        """networks: on any device. Loads the text encoder if there are prompts. Raises ValueError for settings that do
+        not fit, before connecting to a cluster."""
         check_launch()
         check_payload(manifest)
-        asked = dataclasses.replace(asked, device=device_of(asked))  # not what each worker finds
+        asked = dataclasses.replace(asked, device=device_of(asked))  # decided here, not by each worker
         asked.check_anywhere(networks)
         return Job(asked, manifest, workers, contexts_of(asked, networks.model), asked.files(networks.model))
 
     def check_cluster(self) -> list[Node]:
-        """The machines that can draw. Raises ValueError where one of those with room for an actor cannot, or more
-        actors are asked for than fit. For a process that is connected."""
+        """The machines that can draw. Raises ValueError if a machine with enough resources for an actor cannot draw, or
+        if more actors are requested than fit. The process must be connected."""
         nodes = self.workers.usable(_nodes())
         self.workers.count(nodes, self.manifest.shards)
         look, expected = ray.remote(num_cpus=0)(fault), versions()
@@ -105,14 +106,14 @@ class Job:
                 wrong = ray.get(answer, timeout=ANSWER_SECONDS)
             except GetTimeoutError:
                 wrong = f"no answer in {ANSWER_SECONDS:g} seconds"
-            except RayError as error:  # as where the package is not installed
+            except RayError as error:  # for example, the package is not installed there
                 wrong = reason(error.__cause__ if isinstance(error.__cause__, Exception) else error)
             if wrong is not None:
                 raise ValueError(f"the machine {node.address} cannot draw: {wrong}")
         return nodes
 
     def draw(self, folder: ShardFolder, progress: bool = True) -> int:
-        """Draws the folder's missing shards, and returns how many. Starts or joins a cluster if there are any."""
+        """Draws the folder's missing shards and returns their number. If there are any, joins or starts a cluster."""
         missing = folder.missing
         if not missing:
             return 0
@@ -130,30 +131,30 @@ class Job:
         return len(missing)
 
     def _rows(self, missing: list[int], actors: int) -> Iterator[dict[str, Any]]:
-        """What a `Drawer` returns for each, as soon as it does, in any order."""
+        """Yields what a `Drawer` returns for each missing shard, in order of completion."""
         shards = ray.data.from_items([{"shard": number} for number in missing], override_num_blocks=len(missing))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RayDeprecationWarning)  # of max_task_retries, which has no successor yet
+            warnings.simplefilter("ignore", RayDeprecationWarning)  # of max_task_retries: no replacement yet
             drawn = shards.map_batches(
                 Drawer,
                 fn_constructor_args=(self.asked, self.manifest, self.texts, self.files),
                 batch_size=1,
-                # none is promised to a worker that is busy while another has nothing to do
+                # no shard is queued at a busy worker while another is idle
                 compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
                 num_cpus=self.workers.cpus,
                 num_gpus=self.workers.gpus or None,
-                max_task_retries=RETRIES,  # Ray Data's own is for ever
+                max_task_retries=RETRIES,  # Ray Data's default is to retry forever
             )
         drawn.context.enable_progress_bars = False
-        # without prefetching, a shard is on the disk before the next one is waited for
+        # without prefetching, each shard is written before waiting for the next one
         for batch in drawn.iter_batches(batch_size=1, prefetch_batches=0, batch_format="numpy"):
             yield {name: values[0] for name, values in batch.items()}
 
 
 @contextmanager
 def lost_workers() -> Iterator[None]:
-    """OSError for a shard that costs worker after worker, as where their machine kills them for its memory. A defect of
-    ours, raised in a worker, stays what it is."""
+    """Raises OSError for a shard whose workers die again and again, for example killed for lack of memory. Exceptions
+    raised by our code in a worker pass unchanged."""
     try:
         yield
     except RayTaskError:
@@ -164,12 +165,12 @@ def lost_workers() -> Iterator[None]:
 
 @contextmanager
 def connected() -> Iterator[None]:
-    """To the cluster that this process has joined already, or that RAY_ADDRESS names, or one of this machine, which
-    ends with it."""
+    """Connects to the cluster that this process has joined already, or that RAY_ADDRESS names, or to a new one on this
+    machine, which is shut down at the end."""
     if ray.is_initialized():
         yield
         return
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it says something of every run
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it logs every run
     try:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (RayError, ConnectionError, RuntimeError) as error:

@@ -17,10 +17,10 @@ from .arguments import Arguments
 
 @serve.ingress()
 class Replica:
-    """A process with an engine for each model. Ray sends it requests once it has drawn an image with each.
+    """A process with an engine for each model. Ray sends it requests after it has drawn an image with each model.
 
-    When it ends, Ray sends it no more, waits for those in flight, and then for the application's lifespan, which ends
-    the engines.
+    To end it, Ray stops sending requests, waits for those in flight, and then for the application's lifespan, which
+    closes the engines.
     """
 
     def __init__(self, arguments: Arguments, api_keys: tuple[str, ...]):
@@ -28,7 +28,7 @@ class Replica:
         self._service: Service | None = None
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        """Called by Ray where the replica lives. Raises ValueError for models that cannot be opened there."""
+        """Called by Ray in the replica's process. Raises ValueError for models that cannot be opened there."""
         arguments = self._arguments
         logs.configure(arguments.log_format, sys.stderr)
         models = opened(
@@ -52,8 +52,7 @@ class Replica:
         return app
 
     def check_health(self) -> None:
-        """Called by Ray now and then. Raises RuntimeError where an engine has died: then another replica takes the
-        place of this one."""
+        """Called by Ray periodically. Raises RuntimeError if an engine has died; Ray then replaces the replica."""
         service = self._service
         if service is None or service.draining:
             return
@@ -63,9 +62,10 @@ class Replica:
 
 
 def app(arguments: Arguments) -> Application:
-    """For `serve run adadiff.serving.ray:app`, with arguments or without, and `import_path` of a config file.
+    """Application builder for `serve run adadiff.serving.ray:app`, with or without arguments, and for `import_path` in
+    a config file.
 
-    API keys are those of `adadiff serve`, read here and handed to the replicas, wherever they run.
+    API keys are given as for `adadiff serve`; they are read here and passed to the replicas.
     """
     keys = keys_of(arguments.api_key_file, os.environ)
     return serve.deployment(**arguments.deployment())(Replica).bind(arguments, keys)

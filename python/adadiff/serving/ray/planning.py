@@ -1,4 +1,4 @@
-"""How many workers draw, and whether they can. Imports nothing of Ray."""
+"""Number of workers, and checks that they can draw. Does not import Ray."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -11,14 +11,14 @@ from ...output.filling import Process
 from ...output.shards import Manifest
 from ...sampling.sample_batch import whole
 
-MOST_PAYLOAD = 2**30  # bytes of a shard on its way; a column of Arrow holds twice as many
+MOST_PAYLOAD = 2**30  # bytes of a shard in transit; an Arrow column holds up to twice as many
 MOST_ACTORS = 4096
 DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
 class Node:
-    """A machine of the cluster, with all that it has."""
+    """A machine of the cluster, with its total resources."""
 
     id: str
     address: str
@@ -28,7 +28,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Workers:
-    """actors: processes that draw, None: as many as fit; cpus, gpus: of each. Raises ValueError for what cannot be."""
+    """actors: number of processes; None: as many as fit. cpus, gpus: of each. Raises ValueError for invalid values."""
 
     actors: int | None = None
     cpus: int = 1
@@ -42,7 +42,7 @@ class Workers:
 
     @staticmethod
     def of(asked: Asked, actors: int | None = None, cpus: int = 1) -> "Workers":
-        """Each with a GPU where samples are asked for on one."""
+        """Workers for a request; each has a GPU if the device is cuda. Raises ValueError for other devices."""
         device = device_of(asked)
         kind, colon, _ = device.partition(":")
         if kind not in DEVICES:
@@ -52,7 +52,7 @@ class Workers:
         return Workers(actors, cpus, 0 if kind == "cpu" else 1)
 
     def usable(self, nodes: Sequence[Node]) -> list[Node]:
-        """On which an actor fits. ValueError, which says what there is, where there is none."""
+        """The machines on which an actor fits. ValueError, which lists their resources, if there are none."""
         found = [node for node in nodes if self._fit(node)]
         if not found:
             biggest = ", ".join(sorted({f"{n.cpus:g} CPUs and {n.gpus:g} GPUs" for n in nodes})) or "nothing"
@@ -60,7 +60,7 @@ class Workers:
         return found
 
     def count(self, nodes: Sequence[Node], missing: int) -> int:
-        """Actors for so many missing shards. ValueError for more than fit, which would wait for ever."""
+        """Number of actors for `missing` shards. ValueError for more than fit, which would wait forever."""
         fit = sum(map(self._fit, nodes))
         if self.actors is not None and self.actors > fit:
             raise ValueError(
@@ -79,7 +79,7 @@ class Workers:
 
 
 def check_payload(manifest: Manifest) -> None:
-    """ValueError for shards too big to be sent."""
+    """ValueError for shards that are too large to send."""
     size = prod(manifest.shape) * (1 if manifest.array == "images" else 4)
     if min(manifest.shard, manifest.n) * size > MOST_PAYLOAD:
         raise ValueError(
@@ -89,13 +89,13 @@ def check_payload(manifest: Manifest) -> None:
 
 
 def check_launch(environment: Mapping[str, str] = os.environ) -> None:
-    """ValueError under torchrun, which starts processes that would all do the same."""
+    """ValueError under torchrun, whose processes would all do the same work."""
     if Process.of(environment).world > 1:
         raise ValueError("Ray spreads the work itself; start this without torchrun")
 
 
 def fault_of_files(files: Mapping[str, str]) -> str | None:
-    """What is wrong with files on this machine. files: names, of models in the package, too, with their SHA-256."""
+    """What is wrong with files on this machine, or None. files: path, or name of a model in the package -> SHA-256."""
     for name, expected in files.items():
         try:
             found = digest(name)
@@ -103,5 +103,5 @@ def fault_of_files(files: Mapping[str, str]) -> str | None:
             advice = "" if os.path.isabs(name) else f" (looked for in {os.getcwd()}; an absolute path helps)"
             return f"{error}{advice}"
         if found != expected:
-            return f"{name} is another file there than here ({find(name)})"
+            return f"{name} differs from the file of that name here ({find(name)})"
     return None

@@ -1,4 +1,4 @@
-"""What runs in Ray's workers: an actor that draws shards, and a look at the machine beforehand."""
+"""Code that runs in Ray's workers: an actor that draws shards, and a check of the machine."""
 
 import io
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from ...output.shards import Manifest
 from ...sampling.faults import is_memory_error
 from .planning import fault_of_files
 
-PACKAGES = ("adadiff_kernels", "torch")  # whose versions bits depend on
+PACKAGES = ("adadiff_kernels", "torch")  # packages whose versions may change samples
 FAILURES = {"ValueError": ValueError, "FloatingPointError": FloatingPointError, "MemoryError": MemoryError}
 
 
@@ -28,30 +28,30 @@ def versions() -> dict[str, str]:
 
 
 def fault(files: Mapping[str, str], expected: Mapping[str, str]) -> str | None:
-    """Why this machine cannot draw what the driver asks for, if it cannot."""
-    for name, own in versions().items():
-        if own != expected[name]:
-            return f"it has {name} {own}, and this machine {expected[name]}: bits would depend on who draws them"
+    """Why this machine cannot draw for the driver, or None. expected: the driver's `versions`."""
+    for name, found in versions().items():
+        if found != expected[name]:
+            return f"it has {name} {found}, and this machine {expected[name]}: samples could differ between machines"
     return fault_of_files(files)
 
 
 class Drawer:
-    """An actor. It loads the networks once; each call draws a shard, by a run of the sampler of its own.
+    """An actor. It loads the networks once; each call draws a shard in a separate sampling run.
 
-    Not by an engine that several shards share: then bits would depend on what else is in flight, unless they are
-    batch-invariant, and what a shard cost could not be told. Failures of samples come back as text: raised, Ray would
-    try the shard again.
+    Shards do not share an engine, because their bits would depend on what else is in flight (unless batch-invariant),
+    and their costs could not be separated. Failures of samples are returned as text, because Ray would retry a shard
+    whose call raises.
     """
 
     def __init__(self, asked: Asked, manifest: Manifest, texts: Texts | None, files: Mapping[str, str]):
-        if (wrong := fault_of_files(files)) is not None:  # Ray may start an actor on a machine that came later
+        if (wrong := fault_of_files(files)) is not None:  # Ray may start an actor on a machine that joined later
             raise ValueError(wrong)
         self._asked, self._manifest, self._texts = asked, manifest, texts
         self._networks = asked.load()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """batch: `shard`, int64 [1]. Returns beside it `npz`, the arrays of the shard as bytes, or an `error` of
-        `kind`; `blocks` and `passes` as in `Report`."""
+        """batch: `shard`, int64 [1]. Returns a row with `shard`; `npz`, bytes of the shard's arrays, or `error`, a
+        message, with `kind`, the type of exception; and `blocks` and `passes` as in `Report`."""
         number = int(batch["shard"][0])
         row = {"shard": number, "npz": b"", "blocks": 0, "passes": 0, "kind": "", "error": ""}
         try:
@@ -80,5 +80,5 @@ def unpacked(npz: bytes) -> dict[str, np.ndarray]:
 
 
 def failure(kind: str, error: str) -> Exception:
-    """What a `Drawer` told of."""
+    """The exception for an `error` of a `Drawer`."""
     return FAILURES.get(kind, ValueError)(error)
