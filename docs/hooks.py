@@ -25,7 +25,7 @@ ELSEWHERE = {  # page of the site: the file it is made of
     "project/security.md": "SECURITY.md",
 }
 PAGE_OF = {source: page for page, source in ELSEWHERE.items()}
-CODE = re.compile(r"(^```.*?^```$|`[^`\n]*`)", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"(^```.*?^```$|`(?:[^`\n]|\n(?!\n))*`)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 ADDRESS = re.compile(r"[a-z]+:|#")
 

@@ -247,3 +247,14 @@ def test_drawings_are_readable_on_light_and_dark_pages(drawing: Path) -> None:
 def test_nothing_is_loaded_from_other_hosts() -> None:
     assert CONFIG["theme"]["font"] is False
     assert not {"repo_url", "extra_javascript", "extra_css"} & set(CONFIG)
+
+
+@pytest.mark.parametrize("page", ALL)
+def test_sentences_stay_sentences(page: str) -> None:
+    """Python-Markdown makes a heading of a line that begins with #7, and no list of one that follows a sentence."""
+    before, list_item = "", re.compile(r"(?:[-*]|\d+\.) ")
+    for line in re.sub(r"^```.*?^```$", "", text_of(page), flags=re.MULTILINE | re.DOTALL).splitlines():
+        assert not re.match(r"#+[^# ]", line), line
+        goes_on = before.strip() and not list_item.match(before.strip()) and not before.startswith("  ")
+        assert not (goes_on and list_item.match(line)), line
+        before = line
