@@ -46,7 +46,7 @@ DOCS_NEED := import tomllib; project = tomllib.load(open("pyproject.toml", "rb")
 
 docs: install ## build the site into build/site; warnings are errors
 	@$(BIN)/python -c '$(DOCS_NEED)' | $(BIN)/python -m pip install --quiet $(PIP_FLAGS) --requirement /dev/stdin
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 resources: install ## write what the GPU kernels take: registers, memory, loads (needs nvcc 13.0, no GPU)
 	$(BIN)/python -m pip install --quiet triton==3.9.0
