@@ -41,14 +41,14 @@ SHORT = {  # options that make the commands of the tutorial quick
 }
 
 
-def loaded_hooks() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("hooks_of_the_site", DOCS / "hooks.py")
+def _loaded(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"site_{Path(name).stem}", DOCS / name)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-HOOKS = loaded_hooks()
+HOOKS = _loaded("hooks.py")
 ALL = {page: HOOKS.source_of(page) for page in (*OWN, *HOOKS.ELSEWHERE)}  # page: its file in the repository
 
 
@@ -109,7 +109,8 @@ def test_every_page_of_results_and_every_card_is_on_the_site() -> None:
 
 
 def test_links_of_the_repository_become_links_of_the_site() -> None:
-    text = "[a](../deploy/Dockerfile) [b](../python/adadiff/serving/README.md#stopping) `[c](d.md)` [e](https://f.g) [h](#i)"
+    text = "[a](../deploy/Dockerfile) [b](../python/adadiff/serving/README.md#stopping) "
+    text += "`[c](d.md)` [e](https://f.g) [h](#i)"
     assert HOOKS.rewritten(text, "docs/deployment.md") == (
         "[a](files/deploy/Dockerfile) [b](guides/serving.md#stopping) `[c](d.md)` [e](https://f.g) [h](#i)"
     )
@@ -246,7 +247,9 @@ def test_drawings_are_readable_on_light_and_dark_pages(drawing: Path) -> None:
 
 def test_nothing_is_loaded_from_other_hosts() -> None:
     assert CONFIG["theme"]["font"] is False
-    assert not {"repo_url", "extra_javascript", "extra_css"} & set(CONFIG)
+    assert not {"repo_url", "extra_javascript"} & set(CONFIG)
+    styles = [(DOCS / name).read_text() for name in CONFIG["extra_css"]]
+    assert not re.findall(r"url\(|@import", "".join(styles))
 
 
 @pytest.mark.parametrize("page", ALL)
@@ -258,3 +261,17 @@ def test_sentences_stay_sentences(page: str) -> None:
         goes_on = before.strip() and not list_item.match(before.strip()) and not before.startswith("  ")
         assert not (goes_on and list_item.match(line)), line
         before = line
+
+
+def test_docstrings_become_lists() -> None:
+    """What is said of each parameter is an entry of its own, whatever line it stands on."""
+    pytest.importorskip("griffe")
+    listed = _loaded("docstrings.py").listed
+    text = "Draws n.\n\nx: [B]; t, u: float [B]. on_step:\ncalled. b=False: none (see `x`).\nIt ends.\n"
+    text += "Returns y.\nRaises ValueError."
+    names = {"x", "t", "u", "on_step", "b"}
+    assert listed(text, names) == (
+        "Draws n.\n\n- `x`: [B];\n\n- `t`, `u`: float [B].\n\n- `on_step`: called.\n\n- `b=False`: none (see `x`).\n\n"
+        "It ends.\n\nReturns y.\n\nRaises ValueError."
+    )
+    assert listed("With s:\n\n    x: y\n", {"x"}) == "With s:\n\n    x: y\n"
