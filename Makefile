@@ -4,10 +4,10 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-SOURCES := adadiff_kernels benchmarks examples python tests setup.py
+SOURCES := adadiff_kernels benchmarks docs examples python tests setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install bench test test-all lint resources sanitize gpu-verdict gpu-bench gpu-python
+.PHONY: help install bench test test-all lint docs resources sanitize gpu-verdict gpu-bench gpu-python
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -39,6 +39,14 @@ lint: install ## check style, format and types
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+
+# The packages of the extra alone: installing ".[docs]" would build the extension anew.
+DOCS_NEED := import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	print(*project["optional-dependencies"]["docs"], sep="\n")
+
+docs: install ## build the site into build/site; warnings are errors
+	@$(BIN)/python -c '$(DOCS_NEED)' | $(BIN)/python -m pip install --quiet $(PIP_FLAGS) --requirement /dev/stdin
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 resources: install ## write what the GPU kernels take: registers, memory, loads (needs nvcc 13.0, no GPU)
 	$(BIN)/python -m pip install --quiet triton==3.9.0

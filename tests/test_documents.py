@@ -21,10 +21,11 @@ from adadiff.metrics.letters_network import letters_network
 from adadiff.sampling.cascade_file import read_cascade
 
 ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 CHECKPOINTS, RESULTS = ROOT / "python" / "adadiff" / "checkpoints", ROOT / "benchmarks" / "results"
 DOCUMENTS = sorted(
     path
-    for folder in (ROOT, RESULTS, ROOT / ".github", ROOT / "docs", *(ROOT / "python" / "adadiff").iterdir())
+    for folder in (ROOT, RESULTS, ROOT / ".github", DOCS, *DOCS.iterdir(), *(ROOT / "python" / "adadiff").iterdir())
     for path in folder.glob("*.md")
 )
 CARDS = ("digits", "canvases", "digits_prototypes", "letters")
