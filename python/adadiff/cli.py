@@ -17,11 +17,11 @@ from .commands import info
 from .commands.formatting import HelpFormatter
 from .commands.model_options import add_calibrate, add_convert, add_data, add_inspect
 from .commands.options import add_command
+from .commands.pages import START, SUMMARY
 from .commands.reproduce_options import add_reproduce
 from .commands.sample_options import add_diff, add_evaluate, add_sample
 from .commands.serve_options import add_serve
 from .commands.terminal import print_error
-from .commands.texts import START, SUMMARY
 from .commands.training_options import add_distill, add_search, add_train, add_train_steps
 from .reading import reason
 from .sampling.faults import is_memory_error

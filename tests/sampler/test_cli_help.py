@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 
 from adadiff import cli
-from adadiff.commands import options, texts
+from adadiff.commands import options, pages, texts
 from adadiff.commands.formatting import HelpFormatter
 from adadiff.diffusion.solvers import SOLVERS
 from adadiff.policies.spelling import POLICIES, parts_from
@@ -27,11 +27,11 @@ each_command = pytest.mark.parametrize("command", COMMANDS)
 
 
 def test_every_command_has_a_page() -> None:
-    assert list(COMMANDS) == list(texts.PAGES)
+    assert list(COMMANDS) == list(pages.PAGES)
 
 
 @pytest.mark.parametrize("columns", [60, 80, 100])
-@pytest.mark.parametrize("line", ["", *texts.PAGES])
+@pytest.mark.parametrize("line", ["", *pages.PAGES])
 def test_pages_fit_the_terminal(
     line: str, columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -43,14 +43,14 @@ def test_pages_fit_the_terminal(
     assert printed.startswith(f"usage: adadiff {line}")
     assert max(map(len, printed.splitlines())) <= columns
     if line:
-        assert texts.EXAMPLES[line] in printed, "examples are not wrapped"
+        assert pages.EXAMPLES[line] in printed, "examples are not wrapped"
 
 
 def test_the_list_of_commands_is_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    page, width = cli.parser().format_help(), max(map(len, texts.PAGES))
-    for name in texts.PAGES:
-        assert re.search(rf"^    {name:{width}}  {re.escape(texts.PAGES[name].summary)}$", page, re.MULTILINE)
+    page, width = cli.parser().format_help(), max(map(len, pages.PAGES))
+    for name in pages.PAGES:
+        assert re.search(rf"^    {name:{width}}  {re.escape(pages.PAGES[name].summary)}$", page, re.MULTILINE)
 
 
 @each_command
@@ -118,7 +118,7 @@ def examples(text: str) -> list[list[str]]:
 
 @each_command
 def test_every_example_parses(command: str) -> None:
-    page = texts.PAGES[command].examples
+    page = pages.PAGES[command].examples
     calls = examples(page)
     assert len(calls) == len(re.findall(r"^  [^ #]", page, re.MULTILINE)) > 0
     for call in calls:
@@ -127,7 +127,7 @@ def test_every_example_parses(command: str) -> None:
 
 
 def test_first_steps_parse() -> None:
-    calls = examples(texts.START)
+    calls = examples(pages.START)
     assert len(calls) >= 3
     for call in calls:
         cli.parser().parse_args(call)
@@ -135,7 +135,7 @@ def test_first_steps_parse() -> None:
 
 @each_command
 def test_prose_names_options_that_exist(command: str) -> None:
-    page = texts.PAGES[command]
+    page = pages.PAGES[command]
     own = {option for action in COMMANDS[command]._actions for option in action.option_strings}
     named = set(re.findall(r"--[a-z][a-z-]*", page.description + page.notes))
     assert named <= own | {"--policy", "--steps"}, "these may be those of `adadiff sample`"

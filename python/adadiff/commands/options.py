@@ -10,7 +10,8 @@ from ..forward.options import Runner
 from ..pipelines.text import CLIP
 from ..policies.spelling import DEFAULT
 from .formatting import HelpFormatter
-from .texts import AUTO_HELP, FEATURES_HELP, GUIDANCE_HELP, PAGES, SOLVER_HELP
+from .pages import PAGES
+from .texts import AUTO_HELP, FEATURES_HELP, GUIDANCE_HELP, SOLVER_HELP
 from .values import steps, whole_numbers
 
 Commands = Any  # what `ArgumentParser.add_subparsers` returns, whose type is private
