@@ -5,8 +5,8 @@
 A solver is a frozen dataclass with a method `table`: for every step the network's time and the coefficients of
 x' = base x + cur eps. Samples with different solvers and steps share a batch, since each gathers its own row.
 
-Timesteps of Song et al. 2021 (arXiv 2010.02502), appendix D.2: equally spaced in the root of t, so that more of them lie
-near the image. On canvases they are nearer to 200 steps than evenly spaced ones.
+Timesteps of Song et al. 2021 (arXiv 2010.02502), appendix D.2: equally spaced in the root of t, so that more of them
+lie near the image. On canvases they are nearer to 200 steps than evenly spaced ones.
 
 Takes 8 s of CPU time and prints:
 

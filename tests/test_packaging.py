@@ -51,8 +51,8 @@ with contextlib.redirect_stdout(io.StringIO()) as help, contextlib.suppress(Syst
 files = [module.__file__ for module in (adadiff, adadiff_command, adadiff_kernels)]
 print(json.dumps({
     "files": files, "models": models, "finite": bool(images.isfinite().all()), "recipes": recipes,
-    "left_out": report.macs < report.macs_full, "presets": sorted(PRESETS), "page": sorted(path.name for path in FOLDER.iterdir()),
-    "help": help.getvalue(), "typefaces": len(json.loads(typefaces.LIST.read_text())),
+    "left_out": report.macs < report.macs_full, "presets": sorted(PRESETS),
+    "page": sorted(path.name for path in FOLDER.iterdir()), "help": help.getvalue(), "typefaces": len(json.loads(typefaces.LIST.read_text())),
 }))
 """
 
