@@ -1,9 +1,14 @@
-"""A network of one's own, with exits: what a backbone has to say, in one file outside of the package.
+"""Describe a network of your own in one file, train it with exits, and draw with early exit.
 
-python examples/own_network.py       trains it on 8x8 digits for a minute, then draws with early exit
+    python examples/own_network.py
 
 A small U-ViT: patches and a time token, blocks, and long skips from the first half to the second. Blocks that also show
 their `branches` are run in fused passes on a GPU; see python/adadiff/models/interface.py.
+
+Takes 92 s of CPU time at most and prints:
+
+    16 samples in ... s (.../s); mean exit layer 3.50 of 5; 70.0% of the blocks, 67.4% of the multiply-adds...
+    images [16, 1, 8, 8] from -5.11 to 14.15
 """
 
 import tempfile

@@ -23,7 +23,7 @@ def reproduce(options: argparse.Namespace, run: Run) -> None:
         _show_table()
         return
     published = _published(options.preset)
-    missing = [name for name in ("weights", "reference", "out") if getattr(options, name) is None]
+    missing = [name for name in ("weights", "reference", "features", "out") if getattr(options, name) is None]
     if missing:
         raise ValueError(f"{options.preset} takes --{', --'.join(missing)}; without a preset, the table is shown")
     if options.n is not None and options.n < 2:
