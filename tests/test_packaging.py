@@ -52,7 +52,8 @@ files = [module.__file__ for module in (adadiff, adadiff_command, adadiff_kernel
 print(json.dumps({
     "files": files, "models": models, "finite": bool(images.isfinite().all()), "recipes": recipes,
     "left_out": report.macs < report.macs_full, "presets": sorted(PRESETS),
-    "page": sorted(path.name for path in FOLDER.iterdir()), "help": help.getvalue(), "typefaces": len(json.loads(typefaces.LIST.read_text())),
+    "page": sorted(path.name for path in FOLDER.iterdir()), "help": help.getvalue(),
+    "typefaces": len(json.loads(typefaces.LIST.read_text())),
 }))
 """
 
