@@ -1,7 +1,6 @@
 """Every example runs and prints what it says, the notebook shows what is kept in it, and a network of one's own keeps
 what networks promise."""
 
-import doctest
 import importlib.util
 import re
 import sys
@@ -24,7 +23,8 @@ SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 # Trainings, made so short that no number is what it would be.
 SHORTENED = {"frozen_exits": {"steps": 2, "n": 8}, "own_network": {"steps": 3}}
 NOTEBOOK = EXAMPLES / "tour.ipynb"
-LONGER = {"own_network"}  # than 60 lines: a whole network
+NUMBER = r"-?\d+(?:\.\d+)?"
+LONGER = {"own_network"}  # than 65 lines: a whole network
 EXTRAS = {"diffusers_pipeline": "diffusers", "depth_by_timestep": "matplotlib", "http_service": "fastapi"}
 EXTRAS |= dict.fromkeys(SHORTENED, "sklearn")  # the scans
 
@@ -53,8 +53,21 @@ def seconds(name: str) -> int:
 
 
 def assert_printed(wanted: str, found: str) -> None:
-    if not doctest.OutputChecker().check_output(wanted, found, doctest.ELLIPSIS):
+    """Texts are equal but for the number of spaces; "..." stands for anything. Numbers may differ by a twentieth, or by
+    one in their last digit: another CPU rounds differently, which moves an exit now and then."""
+    pattern, numbers = "", []
+    for part in re.split(rf"(\.\.\.| +|{NUMBER})", wanted):
+        if re.fullmatch(NUMBER, part):
+            numbers.append(part)
+            pattern += f"({NUMBER})"
+        else:
+            pattern += {"...": ".*?", " " * len(part): " +"}.get(part, re.escape(part)) if part else ""
+    if (match := re.fullmatch(pattern, found, re.DOTALL)) is None:
         assert found == wanted  # shows where they differ
+        return
+    for number, printed in zip(numbers, match.groups(), strict=True):
+        digits = len(number.partition(".")[2])
+        assert float(printed) == pytest.approx(float(number), rel=0.05, abs=1.01 * 10**-digits), found
 
 
 @pytest.fixture
@@ -96,9 +109,10 @@ def test_an_example_that_trains_runs_shortened(name: str, folder: Path, capsys: 
 
 
 def test_expected_outputs_are_compared() -> None:
-    assert_printed("a ... s; b 2\n", "a 1.5 s; b 2\n")
-    with pytest.raises(AssertionError):
-        assert_printed("a ... s; b 2\n", "a 1.5 s; b 3\n")
+    assert_printed("a ... s; b 2, c 0.31\n", "a 1.5 s;   b 3, c 0.32\n")
+    for wrong in ("a 1.5 s; b 4, c 0.31\n", "a 1.5 s; b 2, c 0.33\n", "a 1.5 s; d 2, c 0.31\n"):
+        with pytest.raises(AssertionError):
+            assert_printed("a ... s; b 2, c 0.31\n", wrong)
     with pytest.raises(AssertionError):
         assert_printed("a\n", "a\nb\n")
 
@@ -110,7 +124,7 @@ def test_examples_say_how_they_are_run_and_are_short(name: str) -> None:
     assert (empty, command) == ("", f"    python examples/{name}.py")
     assert seconds(name) > 0
     assert said(name).strip()
-    assert 20 <= len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= (140 if name in LONGER else 62)
+    assert 20 <= len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= (140 if name in LONGER else 65)
 
 
 def test_the_table_of_examples_is_theirs() -> None:
