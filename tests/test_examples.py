@@ -24,7 +24,7 @@ SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 SHORTENED = {"frozen_exits": {"steps": 2, "n": 8}, "own_network": {"steps": 3}}
 NOTEBOOK = EXAMPLES / "tour.ipynb"
 NUMBER = r"-?\d+(?:\.\d+)?"
-LONGER = {"own_network"}  # than 65 lines: a whole network
+LONGER = {"own_network", "diffusers_pipeline"}  # than 65 lines: a whole network, a whole pipeline
 EXTRAS = {"diffusers_pipeline": "diffusers", "depth_by_timestep": "matplotlib", "http_service": "fastapi"}
 EXTRAS |= dict.fromkeys(SHORTENED, "sklearn")  # the scans
 
