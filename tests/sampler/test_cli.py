@@ -25,11 +25,11 @@ from adadiff.commands import (
     evaluate,
     info,
     inspect,
+    pages,
     reproduce,
     sample,
     search,
     serve,
-    texts,
     train,
     train_steps,
 )
@@ -235,14 +235,14 @@ def test_ctrl_c_without_results_says_so(tiny, monkeypatch, capsys):
     assert error_line(capsys.readouterr().err) == "adadiff: interrupted; no results are on disk"
 
 
-@pytest.mark.parametrize("command", [*texts.EXAMPLES])
+@pytest.mark.parametrize("command", [*pages.EXAMPLES])
 def test_help_explains_every_option_and_its_examples_parse(command):
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as end:
         cli.main([command, "--help"])
     assert end.value.code == 0
-    assert texts.EXAMPLES[command] in printed.getvalue()
-    examples = texts.EXAMPLES[command].replace("\\\n", "")
+    assert pages.EXAMPLES[command] in printed.getvalue()
+    examples = pages.EXAMPLES[command].replace("\\\n", "")
     lines = re.findall(r"^  (?:torchrun .*-m )?adadiff (.*)$", examples, re.MULTILINE)
     assert lines
     for line in lines:

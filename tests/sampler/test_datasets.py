@@ -331,7 +331,7 @@ def test_a_class_without_a_picture_that_is_read_is_refused(how: str, split: str,
     elif how != "no file":
         damage(folder / "b.png", how)
     name = "train" if split == "train" else "test"
-    with pytest.raises(ValueError, match=r"n2 (holds no picture|none can be read)"):
+    with pytest.raises(ValueError, match=r"n2 (holds no picture|can be read)"):
         load("imagenet64", tmp_path, name)
     write(folder / "c.png")  # one is enough to begin with
     assert load("imagenet64", tmp_path, name).classes == 2

@@ -91,9 +91,12 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "said"),
     [
         ("reproduce letters", "no published result is known for preset 'letters'"),
-        ("reproduce dit_xl_2_256", "takes --weights, --reference, --out"),
-        ("reproduce dit_xl_2_256 --weights a --reference b --out {out} --n 1", "--n must be at least 2"),
-        ("reproduce dit_xl_2_256 --weights a --reference b --out {out}", "no such file"),
+        ("reproduce dit_xl_2_256", "takes --weights, --reference, --features, --out"),
+        (
+            "reproduce dit_xl_2_256 --weights a --reference b --features c --out {out} --n 1",
+            "--n must be at least 2",
+        ),
+        ("reproduce dit_xl_2_256 --weights a --reference b --features digits --out {out}", "no such file"),
     ],
 )
 def test_what_does_not_fit(arguments: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
