@@ -276,7 +276,7 @@ def test_samples_are_those_of_a_plain_loop() -> None:
     [
         ({"patch": 4}, "multiple of patch"),
         ({"heads": 5}, "multiple of heads 5 and of 4"),
-        ({"dim": 18, "heads": 3}, "multiple of 4"),
+        ({"dim": 18, "heads": 3}, "of heads 3 and of 4"),
         ({"depth": 0}, "depth must be a positive integer"),
         ({"num_classes": 0}, "num_classes must be a positive integer"),
         ({"learned_variance": 1}, "learned_variance"),

@@ -217,7 +217,7 @@ def test_exits_learn_on_text(preset: str, tmp_path: Path) -> None:
 def test_text_that_does_not_fit(tmp_path: Path, features: tuple[str, Tensor]) -> None:
     make_mscoco(tmp_path)
     given = {"preset": "mscoco_uvit_small", "network": {"dim": 16, "depth": 2, "heads": 2}}
-    with pytest.raises(ValueError, match=r"takes text of \[77, 768\], and data 'imagenet.*' has no text"):
+    with pytest.raises(ValueError, match=r"takes text of \[77, 768\], but data 'imagenet.*' has no text"):
         Trainer(TrainConfig(**given, data=f"imagenet256_features:{features[0]}"), tmp_path / "a")
     with pytest.raises(ValueError, match=r"has text of \["):
         Trainer(TrainConfig(**given, data=f"mscoco256_features:{tmp_path}"), tmp_path / "b")

@@ -246,8 +246,8 @@ def test_a_key_file_has_keys(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     assert run(f"serve digits --api-key-file {tmp_path}/none") == 2
 
 
-@pytest.mark.parametrize("name", ["fastapi", "uvicorn", "prometheus_client"])
+@pytest.mark.parametrize("name", ["fastapi", "uvicorn", "httptools", "prometheus_client"])
 def test_a_missing_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     assert run("serve digits") == 2
-    assert f"takes {name}: pip install 'adadiff_kernels[serve]'" in error_line(capsys.readouterr().err)
+    assert f"needs {name}: pip install 'adadiff_kernels[serve]'" in error_line(capsys.readouterr().err)

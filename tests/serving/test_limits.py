@@ -175,7 +175,7 @@ def test_a_line_of_the_log_is_one_line(formatter: logging.Formatter) -> None:
         ({"policies": {"a b": "full"}}, "a policy's name has letters"),
         ({"policies": {"x": "exit:9"}}, "policy x=exit:9"),
         ({"policies": {"x": "os:path:y=1"}}, "policy x="),
-        ({"api_keys": ("short",)}, "an API key has 8 or more"),
+        ({"api_keys": ("short",)}, "an API key must have 8 or more"),
         ({"api_keys": ("with a space",)}, "an API key"),
     ],
     ids=str,

@@ -112,7 +112,7 @@ def test_a_drawer_checks_its_files_and_draws_what_a_run_would(tiny: str) -> None
     assert arrays["labels"].tolist() == [1, 3]
     assert row["blocks"] == arrays["exit_layer"].sum()
     np.testing.assert_equal(unpacked(packed(arrays)), arrays)
-    with pytest.raises(ValueError, match="is another file there"):
+    with pytest.raises(ValueError, match="differs from the file of that name here"):
         Drawer(asked, manifest, None, {tiny: "0"})
 
 

@@ -10,7 +10,7 @@ from ..serving.settings import KEY_VARIABLE as KEY_VARIABLE
 from ..serving.settings import Settings, keys_of, names_of, presets_of, shallow_of
 from .shared import execution_of
 
-EXTRA = ("fastapi", "uvicorn", "prometheus_client")
+EXTRA = ("fastapi", "uvicorn", "httptools", "prometheus_client")
 
 
 def serve(options: argparse.Namespace) -> None:
