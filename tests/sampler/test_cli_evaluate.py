@@ -245,7 +245,7 @@ def test_folders_of_samples_are_scored(form, tiny, tmp_path, capsys):
     capsys.readouterr()
     for line, words in (
         ("", "give --features, digits, canvases"),
-        ("--features digits --steps 20", "--steps: for a model"),
+        ("--features digits --steps 20", "--steps: only for a model"),
         ("--features digits --policy full --n 3", "--n, --policy: for a model"),
         ("--features digits --guidance-scale 2", "--guidance-scale: for a model"),
         ("--features digits --dtype bfloat16 --device cpu", "--device, --dtype: for a model"),

@@ -60,7 +60,7 @@ def test_their_velocity_with_the_other_sign_at_the_other_time(preset: str, tmp_p
 
 def test_a_dit_is_no_sit(preset: str, tmp_path: Path) -> None:
     checkpoint(tmp_path / "a.pt", model="SiT-S/2", path_type="GVP")
-    with pytest.raises(ValueError, match="path_type is 'GVP', which only SiT of a linear path may have"):
+    with pytest.raises(ValueError, match="path_type is 'GVP', but only the linear path of SiT is supported"):
         convert(tmp_path / "a.pt", tmp_path / "a.safetensors", preset)
     checkpoint(tmp_path / "b.pt", prediction="noise")
     with pytest.raises(ValueError, match="networks of this configuration predict the velocity"):
