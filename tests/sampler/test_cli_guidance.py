@@ -146,7 +146,7 @@ def test_text_models_are_not_evaluated_and_calibrated_for_prompts(
     text: str, encoder: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert run(f"evaluate {text} --n 3") == 2
-    assert "this model takes text, so name a folder that is drawn" in error_line(capsys.readouterr().err)
+    assert "this model takes text: draw a folder of images" in error_line(capsys.readouterr().err)
     model = saved(tmp_path / "exits.safetensors", dataclasses.replace(TEXT, exits=ExitConfig()))
     line = f"calibrate {model} --budget 0.9 --out {tmp_path}/c.safetensors --n 8 --steps 2 --guidance-scale 2"
     assert run(line) == 2

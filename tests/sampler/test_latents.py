@@ -98,7 +98,7 @@ def test_sample_decodes_with_the_scale_of_the_model(tmp_path: Path, capsys: pyte
     for wrong, words in (
         (f"{line} --format npz", "--format npz keeps latents; leave --decoder out"),
         (f"sample {images} --decoder {tmp_path}", "this model makes images, not latents; leave --decoder out"),
-        (f"sample {unscaled} --decoder {tmp_path / 'vae'}", "has no latent_scale; convert it with --preset"),
+        (f"sample {unscaled} --decoder {tmp_path / 'vae'}", "has no latent_scale; convert it again with a --preset"),
         (line.replace("/vae", "/none"), "cannot open an autoencoder"),
         (line.replace("/vae", "/three"), "latents must be float [n, 3, h, w] for this autoencoder"),
     ):

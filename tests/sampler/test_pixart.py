@@ -161,7 +161,7 @@ def test_guided_sampling_from_text() -> None:
     ("changes", "said"),
     [
         ({"norm_type": "ada_norm"}, "norm_type must be 'ada_norm_single'"),
-        ({"sample_size": 128}, "told the size of the picture"),
+        ({"sample_size": 128}, "conditioned on the picture's size"),
         ({"cross_attention_dim": 35}, "cross_attention_dim must be 36"),
         ({"caption_channels": None}, "caption_channels must be a positive integer"),
         ({"attention_type": "gated"}, "attention_type is 'gated'"),
