@@ -1,6 +1,7 @@
 """Bad input never ends in a traceback, hangs, takes much memory, or touches files that were not named: command lines
 and damaged files, as many as there is time for. Longer with ADADIFF_FUZZ=EXAMPLES, as `make test-all` asks."""
 
+import gc
 import io
 import json
 import os
@@ -30,6 +31,16 @@ FUZZ = settings(
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collection() -> Iterator[None]:
+    """Every example collects garbage; with all that earlier tests have left alive, each collection takes a second."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
 
 NUMBERS = "0 -1 1 2 1e3 1e99 nan inf -inf 1,2 1,,2 , 0.5 0.5,0.5 99999999999 null true {} é"
 POLICIES = "full exit:0.5 exit: exit:nan exit:depth=2 exit:depth=1e9 exit:budget=0.5 exit:0.5,min_layer=99"
