@@ -137,18 +137,17 @@ class Block(nn.Module):
             modulation = modulation.index_select(0, row_to_lane)
         for branch, values in zip(self.branches, modulation.unbind(1), strict=True):
             shift, scale, gate = values[:, :, None].unbind(1)  # [n, 1, D] each
-            h = F.layer_norm(x, x.shape[-1:], eps=branch.eps)
             target = out if branch is self.branches[-1] else None
-            x = torch.addcmul(x, gate, branch.body(torch.addcmul(shift, h, 1 + scale)), out=target)
+            x = torch.addcmul(x, gate, branch.body(modulated(x, shift, scale, branch.eps)), out=target)
         return x
 
     def macs(self, tokens: int) -> int:
         return self.attn.macs(tokens) + self.mlp.macs(tokens)
 
 
-def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float = EPS) -> Tensor:
     """DiT's norm: LayerNorm without weights, times 1 + scale, plus shift. All [n, T, D] or broadcastable to it."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale)
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
 
 
 class Modulation(nn.Module):
