@@ -33,7 +33,7 @@ test: install ## run the quick tests; ARGS="-k policies" for some
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 test-all: install ## run all tests, in two processes
-	ADADIFF_FUZZ=100 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	ADADIFF_FUZZ=300 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: install ## check style, format and types
 	$(BIN)/ruff check $(SOURCES)
