@@ -1,6 +1,7 @@
 """What surrounds a release agrees with it: one version, the workflow of the wheels, hooks, and forms for issues."""
 
 import re
+import shlex
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,12 @@ def test_wheels_are_tested_with_commands_that_exist() -> None:
     for line in lines:
         cli.parser().parse_args(line.split())
     assert 'python -c "import adadiff_kernels._C"' in WHEELS["test-command"]
-    assert any(Requirement(text).name == "torch" for text in PROJECT["dependencies"])
+
+
+def test_wheels_are_tested_with_a_cpu_build_that_installing_them_keeps() -> None:
+    (torch,) = (text for text in PROJECT["dependencies"] if Requirement(text).name == "torch")
+    command = shlex.split(WHEELS["before-test"])
+    assert command == ["pip", "install", torch, "--index-url", "https://download.pytorch.org/whl/cpu"]
 
 
 def test_the_workflow_builds_wheels_and_a_source_distribution() -> None:
