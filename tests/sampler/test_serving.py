@@ -191,6 +191,15 @@ def test_a_callback_may_cancel(step: int) -> None:
     assert (engine.report.cancelled, is_empty(engine)) == (1, True)
 
 
+def test_a_request_that_is_over_does_not_count_as_running() -> None:
+    """Its slot is free a moment later; a service that compares reports would see an image being drawn."""
+    engine, seen = Engine(served(), 2), []
+    engine.submit(seed=0, steps=2).add_done_callback(lambda _: seen.append(engine.report))
+    while engine.step():
+        pass
+    assert [(report.running, report.finished) for report in seen] == [(0, 1)]
+
+
 def test_callbacks_may_submit() -> None:
     """One request after the other, each from the callback of the last; a full queue cannot be waited for there."""
     engine, handles, full = stepped(1, queue=1), [], []

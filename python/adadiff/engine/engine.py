@@ -221,7 +221,8 @@ class Engine:
     def report(self) -> EngineReport:
         with self._lock:
             totals = dataclasses.replace(self._batch.totals)
-            return EngineReport(self._waiting.count, len(self._running), **self._ended, batch=totals)
+            running = sum(not handle.over for handle in self._running.handles)  # one that is over may still hold its slot
+            return EngineReport(self._waiting.count, running, **self._ended, batch=totals)
 
     def close(self, drain: bool = True, timeout: float | None = None) -> None:
         """Accepts no more requests; finishes those in the engine (drain), or cancels them after the present tick.
