@@ -96,6 +96,13 @@ class BranchPlan:
         return any(touched) if j is None else touched[j]
 
     @cached_property
+    def alike(self) -> list[list[bool] | None]:
+        """By block: which branches are taken, if all lanes take the same; else None."""
+        same = (self.takes == self.takes[..., :1]).all((1, 2))
+        first = self.takes[..., 0].tolist()
+        return [taken if alike else None for taken, alike in zip(first, same.tolist(), strict=True)]
+
+    @cached_property
     def reused(self) -> np.ndarray:
         """int64 [B, L + 1]: the number of branches a lane took, by the number of blocks it ran."""
         return _up_to_each_layer(self.takes.sum(1))

@@ -36,7 +36,8 @@ class BranchRunner(BlockRunner):
         plan: BranchPlan,
     ):
         super().__init__(backbone, exits, execution, structure, host)
-        self._plan, self._entry = plan, torch.from_numpy(plan.entry)
+        self._plan = plan
+        self._rows: tuple[np.ndarray, slice | np.ndarray] | None = None
         self._uploaded: dict[bytes, Tensor] = {}
         self._known: dict[tuple[int, bytes], Work] = {}
 
@@ -60,13 +61,15 @@ class BranchRunner(BlockRunner):
         self, block: FusableBlock, layer: int, hidden: Tensor, skip: Skip | None, row_to_lane: Tensor, scored: bool
     ) -> Rows:
         n, out = len(hidden), torch.empty_like(hidden)
-        lanes = row_to_lane.numpy()
-        takes, keeps = self._plan.takes[layer - 1][:, lanes], self._plan.keeps[layer - 1][:, lanes]
-        for taken, alike in _kinds(takes):
+        lanes, entries = self._of_rows(row_to_lane)
+        keeps, alike_all = self._plan.keeps[layer - 1][:, lanes], self._plan.alike[layer - 1]
+        kinds = _kinds(self._plan.takes[layer - 1][:, lanes]) if alike_all is None else [(alike_all, None)]
+        for taken, alike in kinds:
             for part in groups(n if alike is None else len(alike), self._group_size or n):
                 rows = part if alike is None else alike[part]
                 at = rows if alike is None else torch.from_numpy(rows)
-                given = (hidden[at], _joined(skip, at, n), row_to_lane[at], taken, keeps[:, rows])
+                entry = _part(entries, rows)
+                given = (hidden[at], _joined(skip, at, n), row_to_lane[at], entry, taken, keeps[:, rows])
                 if alike is None:
                     self._alike(block, layer, *given, out[at])
                 else:
@@ -80,6 +83,14 @@ class BranchRunner(BlockRunner):
             self.anybody |= self._scores.anybody
         return out, torch.cat(u)
 
+    def _of_rows(self, row_to_lane: Tensor) -> tuple[np.ndarray, slice | np.ndarray]:
+        """The lanes and the store's entries of the running rows, by row. They change only when rows leave."""
+        n = len(row_to_lane)
+        if self._rows is None or len(self._rows[0]) != n:
+            lanes = row_to_lane.numpy().copy()
+            self._rows = lanes, _together(self._plan.entry[lanes])
+        return self._rows
+
     def _alike(
         self,
         block: FusableBlock,
@@ -87,13 +98,14 @@ class BranchRunner(BlockRunner):
         x: Tensor,
         skip: tuple[Tensor, Tensor | None] | None,
         lanes: Tensor,
+        entry: slice | Tensor,
         taken: list[bool],
         keeps: np.ndarray,
         out: Tensor | None,
     ) -> Tensor:
         """The block's output (written to `out` if given) for rows x [n, T, D], of lanes int32 [n], that all reuse the
-        same branches. taken: by branch, whether it is reused; keeps: bool [J, n]."""
-        entry, last = _together(self._entry[lanes]), len(block.branches) - 1
+        same branches. entry: of these rows in the store; taken: by branch, whether it is reused; keeps: bool [J, n]."""
+        last = len(block.branches) - 1
         if skip is not None:
             x = block.join(x, skip[0], None, skip[1]).to(x.dtype)
         for j, branch in enumerate(block.branches):
@@ -279,12 +291,19 @@ def _kinds(takes: np.ndarray) -> list[tuple[list[bool], np.ndarray | None]]:
     return [(takes[:, alike[0]].tolist(), alike) for alike in rows]
 
 
-def _together(entry: Tensor) -> slice | Tensor:
+def _together(entry: np.ndarray) -> slice | np.ndarray:
     """entry: int64 [n]. Returns a slice if the entries are consecutive."""
     first, n = int(entry[0]), len(entry)
-    if int(entry[-1]) == first + n - 1 and bool((entry.diff() == 1).all()):
-        return slice(first, first + n)
-    return entry
+    return slice(first, first + n) if (entry == np.arange(first, first + n)).all() else entry
+
+
+def _part(entries: slice | np.ndarray, rows: slice | np.ndarray) -> slice | Tensor:
+    """The entries of some of the rows."""
+    if isinstance(entries, slice) and isinstance(rows, slice):
+        return slice(entries.start + rows.start, entries.start + rows.stop)
+    every = np.arange(entries.start, entries.stop) if isinstance(entries, slice) else entries
+    entry = _together(every[rows])
+    return entry if isinstance(entry, slice) else torch.from_numpy(entry)
 
 
 def _keep(rows: Tensor, b: Tensor, entry: slice | Tensor, keeps: np.ndarray) -> None:

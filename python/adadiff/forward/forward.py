@@ -27,7 +27,7 @@ from .options import ExecutionOptions
 from .output import ForwardOutput
 from .placement import DevicePlacement, HostPlacement, device_set
 from .predictions import predictions
-from .rest_of_network import RestOfNetwork
+from .rest_of_network import RestOfNetwork, reuses_rest
 from .reuse_lanes import ReuseLanes, log_not_captured
 from .runner import BlockRunner
 from .structure import structure_of
@@ -159,7 +159,7 @@ def directly(asked: Asked) -> Done:
     scores = rest = None
     if record_scores:
         scores = torch.full((structure.num_layers, B), torch.nan, dtype=torch.float32, device=device)
-    if reuse is not None:
+    if reuse is not None and reuses_rest(reuse):
         rest = RestOfNetwork(reuse, backbone, t, hidden, runner, invariant)
     with nullcontext() if host else device_set(B, device) as active:
         placement: HostPlacement | DevicePlacement

@@ -74,6 +74,12 @@ def check_reuse(policy: ReusePolicy, backbone: Backbone) -> None:
         )
 
 
+def reuses_rest(lanes: ReuseLanes) -> bool:
+    """Whether any lane may reuse the rest of the network; if not, all follow policies that reuse branches, or none."""
+    present = set(lanes.index.tolist())
+    return any(k in present and not reuses_branches(policy) for k, policy in enumerate(lanes.policies))
+
+
 class RestOfNetwork:
     """Reuse of the rest of the network in one forward pass of B lanes. layers: layers after which a policy decides.
     hidden: [B, T, D], the first block's input.
