@@ -193,7 +193,7 @@ def test_a_callback_may_cancel(step: int) -> None:
 
 def test_a_request_that_is_over_does_not_count_as_running() -> None:
     """Its slot is free a moment later; a service that compares reports would see an image being drawn."""
-    engine, seen = Engine(served(), 2), []
+    engine, seen = stepped(2), []
     engine.submit(seed=0, steps=2).add_done_callback(lambda _: seen.append(engine.report))
     while engine.step():
         pass
