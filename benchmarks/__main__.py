@@ -208,6 +208,8 @@ def measure_digits(rows: Rows, chosen: argparse.Namespace) -> None:
 def compared(rows: Rows, chosen: argparse.Namespace) -> Comparison:
     sweep = QUICK if chosen.quick else Sweep() if chosen.full_sweep else COARSE
     given = {"steps": chosen.steps, "budgets": chosen.budgets}
+    if chosen.steps:
+        sweep = dataclasses.replace(sweep, between=())
     sweep = dataclasses.replace(sweep, **{name: tuple(value) for name, value in given.items() if value})
     if chosen.rounds:
         sweep = dataclasses.replace(sweep, repeats=chosen.rounds, limit=math.inf)

@@ -88,9 +88,10 @@ def default_networks(data: str) -> Networks:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The settings that are tried for every method."""
+    """The settings that are tried for every method. between: further numbers of steps, for plain networks."""
 
     steps: Sequence[int] = (4, 6, 8, 10, 14, 20, 30, 50)
+    between: Sequence[int] = (5, 7, 9, 12, 17)
     solvers: Sequence[str] = ("ddim", "dpm++2m")
     budgets: Sequence[float] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of policies and tables, shares of the multiply-adds
     aims: Sequence[str] = ("faithful", "distribution")
@@ -108,7 +109,7 @@ class Sweep:
     limit: float = 1200.0  # seconds of timing
 
     def __post_init__(self) -> None:
-        if not self.steps or max(self.steps) >= self.reference_steps:
+        if not self.steps or max((*self.steps, *self.between)) >= self.reference_steps:
             raise ValueError(
                 f"steps must be fewer than the {self.reference_steps} of the reference images, got {self.steps}"
             )
@@ -116,6 +117,7 @@ class Sweep:
 
 COARSE = Sweep(
     steps=(4, 6, 10, 20),
+    between=(5, 7, 8, 9, 12, 15),
     budgets=(0.4, 0.55, 0.7, 0.9),
     depths=(0.3, 0.45),
     switches=(700.0, 500.0, 300.0),
@@ -130,6 +132,7 @@ COARSE = Sweep(
 )
 QUICK = Sweep(
     steps=(4, 8),
+    between=(6,),
     solvers=("ddim",),
     budgets=(0.6,),
     calibrated_on=64,
@@ -149,15 +152,18 @@ QUICK = Sweep(
 
 def methods(networks: Networks, sweep: Sweep, folder: Path) -> list[Method]:
     """All methods and settings. folder: with the files of `calibrate`."""
-    return [
-        method
-        for solver, steps in product(sweep.solvers, sweep.steps)
-        for method in _methods(networks, sweep, folder, {"solver": solver, "steps": steps, "batch": BATCH})
-    ]
+    found = []
+    for solver, steps in product(sweep.solvers, sorted({*sweep.steps, *sweep.between})):
+        common = {"solver": solver, "steps": steps, "batch": BATCH}
+        found += _plain(networks, sweep, common)
+        if steps in sweep.steps:
+            found += _adaptive(networks, sweep, folder, common)
+    return found
 
 
-def _methods(networks: Networks, sweep: Sweep, folder: Path, common: dict) -> Iterator[Method]:
-    full, num_layers = networks.full, load(networks.full).num_layers
+def _plain(networks: Networks, sweep: Sweep, common: dict) -> Iterator[Method]:
+    """Methods that run plain networks."""
+    full = networks.full
     yield Method("fewer steps", full, **common)
     if networks.plain:
         yield Method("plain network", networks.plain, **common)
@@ -167,6 +173,10 @@ def _methods(networks: Networks, sweep: Sweep, folder: Path, common: dict) -> It
             setting = f"t ≥ {t:g}{', plain' if name == networks.plain else ''}"
             switched = {"shallow_model": networks.shallow, "t_switch": t}
             yield Method("DuoDiff", name, setting=setting, **switched, **common)
+
+
+def _adaptive(networks: Networks, sweep: Sweep, folder: Path, common: dict) -> Iterator[Method]:
+    full, num_layers = networks.full, load(networks.full).num_layers
     for depth in sorted({max(1, round(share * num_layers)) for share in sweep.depths}):
         yield Method("fixed depth", full, policy=f"exit:depth={depth}", setting=f"{depth} blocks", **common)
     for every in sweep.every:
