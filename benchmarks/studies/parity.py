@@ -4,11 +4,11 @@ python -m benchmarks.studies.parity --reference CLONE [--reference CLONE ...] [-
 python -m benchmarks.studies.parity --diffusers
 
 --diffusers compares with the modules of diffusers, for networks that are published there. CLONE is a checkout of
-baofff/U-ViT, facebookresearch/DiT (needs timm), Tangshengku/AdaDiff or razvanmatisan/duodiff (need einops), recognised
-by its files. Its module is imported, filled with random weights and saved as its authors save it; `adadiff.convert`
-reads the file, and outputs are compared on the same inputs: in float32 to 1e-5 of the largest value, in bfloat16 by the
-rule of tests/numerics.py (error at most twice theirs plus four roundings). Writes a table, keeping the rows of models
-that were not run. The exit code is 1 if any comparison fails.
+baofff/U-ViT, facebookresearch/DiT or willisma/SiT (need timm), Tangshengku/AdaDiff or razvanmatisan/duodiff (need
+einops), recognised by its files. Its module is imported, filled with random weights and saved as its authors save it;
+`adadiff.convert` reads the file, and outputs are compared on the same inputs: in float32 to 1e-5 of the largest value,
+in bfloat16 by the rule of tests/numerics.py (error at most twice theirs plus four roundings). Writes a table, keeping
+the rows of models that were not run. The exit code is 1 if any comparison fails.
 """
 
 import argparse
@@ -156,11 +156,12 @@ def cases(clone: Path) -> Iterator[Case]:
         if uvit.is_file():
             yield from _uvit_cases(uvit, load)
         elif dit.is_file():
-            yield from _dit_cases(dit, load)
+            sit = "SiT_models" in dit.read_text()
+            yield from (_sit_cases if sit else _dit_cases)(dit, load)
         elif duodiff.is_file():
             yield from _duodiff_cases(duodiff, load)
         else:
-            raise ValueError(f"{clone} is no checkout of U-ViT, DiT, AdaDiff or duodiff")
+            raise ValueError(f"{clone} is no checkout of U-ViT, DiT, SiT, AdaDiff or duodiff")
 
 
 def _uvit_cases(file: Path, load: Callable[[str], ModuleType]) -> Iterator[Case]:
@@ -187,6 +188,17 @@ def _dit_cases(file: Path, load: Callable[[str], ModuleType]) -> Iterator[Case]:
             made = lambda make=make, pixels=pixels: make(input_size=pixels // 8)  # noqa: E731
             run = lambda module, *given: Outputs(module(*given))  # noqa: E731
             yield Case(preset, made, run, saved(lambda state: {"ema": state}))
+
+
+def _sit_cases(file: Path, load: Callable[[str], ModuleType]) -> Iterator[Case]:
+    """Their time goes from 0, noise, to 1, data, and their velocity has the other sign."""
+
+    def run(module: nn.Module, x: Tensor, t: Tensor, labels: Tensor) -> Outputs:
+        return Outputs(-module(x, (1 - t / 1000).to(x.dtype), labels))
+
+    for name, make in load("models").SiT_models.items():  # "SiT-XL/2"
+        preset = name.lower().replace("-", "_").replace("/", "_") + "_256"
+        yield Case(preset, lambda make=make: make(input_size=32), run, saved(lambda state: {"ema": state}))
 
 
 def _duodiff_cases(file: Path, load: Callable[[str], ModuleType]) -> Iterator[Case]:
