@@ -31,7 +31,14 @@ from benchmarks.suites import drawing, equal_seconds, judging, mates, screening
 from sampler.tiny import scramble
 
 SWEEP = dataclasses.replace(
-    alternatives.QUICK, steps=(3,), aims=("faithful",), calibrated_on=8, first=(1,), reference_steps=5, limit=1.0
+    alternatives.QUICK,
+    steps=(3,),
+    between=(),
+    aims=("faithful",),
+    calibrated_on=8,
+    first=(1,),
+    reference_steps=5,
+    limit=1.0,
 )
 RUN = {"samples": 40, "runs": 1, "processes": 1}
 
@@ -366,7 +373,7 @@ def check_speed(speed: list[rows.Row]) -> None:
 def check_pages(measured: list[rows.Row], folder: Path) -> None:
     found = {table.header[0]: table for table in tables.all_tables(measured)}
     ours, composed = "digits, ours by budget", "digits, composed policies by budget"
-    assert set(found) == {ours, composed, "digits, best for their seconds"}
+    assert set(found) == {ours, composed, "digits, best for their seconds", "digits, at the same"}
     untimed = [row for row in measured if row["kind"] == "quality"]
     for title in (ours, composed):
         shown = [table for table in tables.all_tables(measured) if table.header[0] == title]

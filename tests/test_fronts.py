@@ -145,6 +145,23 @@ def test_what_is_near_a_front_of_its_family() -> None:
     assert screening.near_a_front(given, math.inf) == given
 
 
+def test_the_short_table_takes_the_best_setting_of_each_budget() -> None:
+    found = [
+        cost("fewer steps", 1.0, 8.0), cost("fewer steps", 4.0, 4.0),
+        cost("ours, faithful", 4.0, 3.0, "0.4"), cost("ours, faithful", 4.0, 2.0, "0.4"),
+        cost("ours, early model", 1.0, 9.6, "0.7, t ≥ 500"),
+    ]  # fmt: skip
+    row = {
+        "machine": {"cpu": "a CPU"}, "threads": 1, "dtype": "float32", "versions": {"torch": "2"}, "usable": True,
+    }  # fmt: skip
+    table = fronts.short_table(found, [], [row], "digits")
+    assert table.header == ("digits, at the same", "budget 40%", "budget 70%")
+    assert table.body == [
+        ("multiply-adds, squared error", "**0.50**", "**1.20**"),
+        ("multiply-adds, Fréchet distance", "**0.50**", "**1.20**"),
+    ]
+
+
 def cost(method: str, macs: float, value: float, setting: str | None = None) -> fronts.Point:
     made = point(method, 1.0, value, setting)
     draws = {name: np.full(4, value) for name in screening.MEASURES}

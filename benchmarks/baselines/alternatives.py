@@ -109,9 +109,10 @@ class Sweep:
     limit: float = 1200.0  # seconds of timing
 
     def __post_init__(self) -> None:
-        if not self.steps or max((*self.steps, *self.between)) >= self.reference_steps:
+        steps = *self.steps, *self.between
+        if not self.steps or max(steps) >= self.reference_steps:
             raise ValueError(
-                f"steps must be fewer than the {self.reference_steps} of the reference images, got {self.steps}"
+                f"steps must be fewer than the {self.reference_steps} of the reference images, got {steps}"
             )
 
 
