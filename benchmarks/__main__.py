@@ -10,6 +10,7 @@ python benchmarks/run.py --suite http         the HTTP service compared with its
 python benchmarks/run.py --suite quality --data canvases     all methods at equal seconds: 50 minutes
 python benchmarks/run.py --suite quality --data letters --screen 256 --samples 2048     five hours
 python benchmarks/run.py --suite diffusers    caches in diffusers transformers: 8 minutes (--quick: 1)
+python benchmarks/run.py --suite head-to-head --data canvases    other packages and methods: 25 minutes (--quick: 2)
 python benchmarks/run.py --suite models       every published network: on a GPU all, on a CPU the small ones
 python benchmarks/run.py --suite digits --samples 10000 --seeds 3 --quality-only --out DIR
 """
@@ -51,6 +52,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "admission",
         "diffusers",
         "digits",
+        "head-to-head",
         "headline",
         "http",
         "models",
@@ -72,7 +74,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--quality-only", action="store_true", help="no timing; existing rows in --out are not measured again"
     )
-    parser.add_argument("--data", choices=DATA, default=DATA[0], help="suite quality: data set (default: digits)")
+    parser.add_argument(
+        "--data", choices=DATA, default=DATA[0], help="suites quality and head-to-head: data set (default: digits)"
+    )
     parser.add_argument(
         "--models",
         nargs="+",
@@ -101,6 +105,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("the suite http needs the service: pip install 'adadiff_kernels[serve]'")
     if chosen.suite == "diffusers" and find_spec("diffusers") is None:
         parser.error("the suite diffusers needs diffusers: pip install 'adadiff_kernels[diffusers]'")
+    if chosen.suite == "head-to-head" and any(find_spec(name) is None for name in ("diffusers", "cache_dit")):
+        parser.error("the suite head-to-head needs diffusers and cache-dit: pip install 'adadiff_kernels[bench]'")
     if chosen.presets is not None and chosen.suite != "models":
         parser.error("--presets is for --suite models")
     try:
@@ -153,6 +159,11 @@ def measure(rows: Rows, comparison: Comparison | None, chosen: argparse.Namespac
         serving.run(rows, serving.QUICK if chosen.quick else serving.FULL)
     if chosen.suite == "headline":
         headline.run(rows)
+    if chosen.suite == "head-to-head":
+        from benchmarks.suites import head_to_head  # imports cache-dit
+
+        sizes = head_to_head.QUICK if chosen.quick else head_to_head.FULL
+        head_to_head.HeadToHead(rows, chosen.data, default_networks(chosen.data).full, sizes).run()
     if chosen.suite == "diffusers":
         pipelines.run(rows, pipelines.QUICK if chosen.quick else pipelines.FULL)
     if comparison is not None:

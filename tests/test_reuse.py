@@ -1,5 +1,7 @@
 """Layer-level reuse against the plain sampler, and against its definition written with the networks' own modules."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from adadiff.diffusion.schedules import NoiseSchedule
 from adadiff.models.dit import DiT
 from adadiff.models.uvit import UViT
 from benchmarks.baselines import reuse
+from benchmarks.baselines.reuse import Reusing
 from benchmarks.suites import drawing
 from sampler.tiny import DIT, UVIT, inputs, scramble
 
@@ -73,10 +76,12 @@ def test_samples_do_not_depend_on_their_batch(solver: str) -> None:
     """Three batches of 5: the second must not see what the first one left behind."""
     backbone, schedule = network("uvit"), NoiseSchedule("linear")
     seeds, labels = drawing.seeds_and_labels(0, 11, classes=4)
-    together = drawing.lockstep(backbone, schedule, seeds, labels, 5, 5, solver, reuse=2)
+    together = drawing.lockstep(backbone, schedule, seeds, labels, 5, 5, solver, partial(Reusing, backbone, 2))
     for i in (0, 4, 5, 10):
         own = slice(i, i + 1)
-        alone = drawing.lockstep(backbone, schedule, seeds[own], labels[own], 5, 1, solver, reuse=2)
+        alone = drawing.lockstep(
+            backbone, schedule, seeds[own], labels[own], 5, 1, solver, partial(Reusing, backbone, 2)
+        )
         torch.testing.assert_close(together[own], alone, rtol=1e-4, atol=1e-4)
     plain = drawing.lockstep(backbone, schedule, seeds, labels, 5, 5, solver)
     assert float((together - plain).abs().max()) > 0.01  # it does reuse

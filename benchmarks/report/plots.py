@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 from benchmarks.baselines.servers import AGREE, LOCK_STEP, MEAN, OURS, PLAIN, STATIC
-from benchmarks.report import front_plots
+from benchmarks.report import front_plots, head_to_head_tables
 from benchmarks.report.cells import name_of
 from benchmarks.report.tables import latest, qualities, select, title
 from benchmarks.rows import Row
@@ -47,6 +47,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
         "network.png": network(rows),
         "serving.png": serving(rows),
         **front_plots.pictures(rows),
+        **head_to_head_tables.pictures(rows),
     }
     written = []
     for name, figure in pictures.items():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from benchmarks.report import (
     digits_section,
+    head_to_head_section,
     headline_section,
     http_section,
     models_section,
@@ -26,6 +27,7 @@ MAKERS: dict[str, Callable[[Sequence[Row]], Section | None]] = {
     "http": http_section.section,
     "models": models_section.section,
     "diffusers": pipelines_section.section,
+    "head-to-head": head_to_head_section.section,
 }
 REPORT, TABLES = "report.html", "tables.txt"
 

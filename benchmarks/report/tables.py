@@ -5,7 +5,14 @@ from dataclasses import dataclass
 
 from adadiff.metrics.intervals import Interval, seed_interval
 from benchmarks.gpu import tables as gpu_tables
-from benchmarks.report import admission_tables, fronts, http_tables, pipelines_tables, serving_tables
+from benchmarks.report import (
+    admission_tables,
+    fronts,
+    head_to_head_tables,
+    http_tables,
+    pipelines_tables,
+    serving_tables,
+)
 from benchmarks.report.cells import Table, number, select, warning, where
 from benchmarks.report.model_tables import models
 from benchmarks.rows import Row, key
@@ -50,6 +57,7 @@ def all_tables(rows: Iterable[Row]) -> list[Table]:
         *http_tables.ALL,
         models,
         pipelines_tables.tables,
+        head_to_head_tables.tables,
         *gpu_tables.ALL,
     )
     return [table for make in makers for table in make(rows) if table.body]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from multiprocessing import get_context
 
 import numpy as np
@@ -96,14 +96,14 @@ def lockstep(
     steps: int,
     batch: int,
     solver: str = "ddim",
-    reuse: int = 1,
+    start: Callable[[], Callable[..., Tensor]] | None = None,
 ) -> Tensor:
-    """The ordinary sampling loop of a plain network with our solver step, `batch` samples at a time. Returns images
-    [n, C, H, W]."""
+    """The ordinary sampling loop of a plain network with our solver step, `batch` samples at a time. start: returns
+    what is called instead of the network, for each batch anew, if it has state. Returns images [n, C, H, W]."""
     tables = pack([solver_from(solver).table(schedule, steps)])
     images = []
     for seed, label in zip(seeds.split(batch), labels.split(batch), strict=True):
-        network = backbone if reuse == 1 else Reusing(backbone, reuse)
+        network = backbone if start is None else start()
         state = tables.start(initial_noise(seed, backbone.sample_shape))
         table = np.zeros(len(seed), dtype=np.int64)
         for step in range(steps):
@@ -135,7 +135,8 @@ def in_plain_loop(method: Method, seeds: Tensor, labels: Tensor, batch: int, com
     called = network(method.model)
     if method.shallow_model is not None:
         called = Switched(network(method.shallow_model), called, method.t_switch)
-    return lockstep(called, model.schedule, seeds, labels, method.steps, batch, method.solver, method.reuse)
+    start = None if method.reuse == 1 else partial(Reusing, called, method.reuse)
+    return lockstep(called, model.schedule, seeds, labels, method.steps, batch, method.solver, start)
 
 
 @cache

@@ -6,7 +6,7 @@ Measured on the first 200 seeds, 20 steps of DDIM: with the first four blocks ru
 blocks of this U-ViT read the noisy image, which changes most from step to step, and no gate tells them the time.
 """
 
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 import adadiff
 from adadiff.sampling.reports import Report
 from benchmarks.baselines import reuse
+from benchmarks.baselines.reuse import Reusing
 from benchmarks.suites.drawing import lockstep
 
 SAMPLES, STEPS, FIRST_SEED = 200, 20, 5000  # seeds by which nothing was chosen
@@ -51,7 +52,8 @@ def test_the_engine_draws_what_reuse_in_lock_step_draws(every: int) -> None:
     images, report = drawn(f"reuse:every={every},level=layer", n=n)
     labels = torch.arange(n) % 10
     seeds = FIRST_SEED + torch.arange(n)
-    theirs = lockstep(model().backbone, model().schedule, seeds, labels, STEPS, n, reuse=every)
+    backbone = model().backbone
+    theirs = lockstep(backbone, model().schedule, seeds, labels, STEPS, n, start=partial(Reusing, backbone, every))
     torch.testing.assert_close(images, theirs, rtol=0, atol=1e-4)
-    assert report.macs == n * reuse.macs(model().backbone, STEPS, every)
+    assert report.macs == n * reuse.macs(backbone, STEPS, every)
     assert error(images, n) > 0.02  # it does reuse
