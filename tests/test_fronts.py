@@ -134,7 +134,7 @@ def test_what_is_near_a_front_of_its_family() -> None:
         cost("ours, cache", 1.0, 0.8), cost("ours, cache", 1.1, 0.9),
         cost("ours, faithful", 1.0, 0.5, "0.4"), cost("ours, faithful", 1.0, 3.0, "0.7"),
     ]  # fmt: skip
-    kept = screening.near_a_front(given, 1.1)
+    kept = screening.near_a_front(given, screening.JUDGED)
     names = [(p.method, p.macs, p.setting) for p in given if p in kept]
     assert names == [
         ("fewer steps", 1.0, None), ("fewer steps", 4.0, None), ("fewer steps", 4.1, None),
@@ -142,7 +142,7 @@ def test_what_is_near_a_front_of_its_family() -> None:
         ("ours, cache", 1.0, None),
         ("ours, faithful", 1.0, "0.4"), ("ours, faithful", 1.0, "0.7"),
     ]  # fmt: skip
-    assert screening.near_a_front(given, math.inf) == given
+    assert screening.near_a_front(given, dict.fromkeys(screening.MEASURES, math.inf)) == given
 
 
 def test_the_short_table_takes_the_best_setting_of_each_budget() -> None:

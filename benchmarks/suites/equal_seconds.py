@@ -10,7 +10,7 @@ samples, and only those near a front are judged, on many other samples.
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from shutil import copyfile
 
@@ -101,8 +101,8 @@ class Comparison:
             self.quality(artist, method, samples, screening.RUN, kind="screening")
         return self.near(chosen, "screening", screening.JUDGED)
 
-    def near(self, chosen: list[Method], kind: str, by: float) -> list[Method]:
-        """The methods whose rows of this kind are within a factor `by` of a front."""
+    def near(self, chosen: list[Method], kind: str, by: Mapping[str, float]) -> list[Method]:
+        """The methods whose rows of this kind are near a front, see `screening.near_a_front`."""
         near = screening.near_a_front(points(self.rows.rows, self.data, kind), by)
         kept = {(point.method, point.setting, point.steps, point.solver) for point in near}
         return [m for m in chosen if (m.name, m.setting, m.steps, m.solver) in kept]
