@@ -224,7 +224,7 @@ def test_the_whole_suite_and_its_resumption(
         return [row for row in file.rows if row["kind"] != "mates"]
 
     monkeypatch.setattr(mates, "BATCHES", ())
-    monkeypatch.setattr(screening, "TIMED", math.inf)
+    monkeypatch.setattr(screening, "TIMED", dict.fromkeys(screening.MEASURES, math.inf))
     drawn = compare(timing=False)
     assert {row["kind"] for row in drawn} == {"quality"}
     assert (tmp_path / "reliability-digits.png").read_bytes().startswith(b"\x89PNG")
@@ -243,7 +243,7 @@ def test_the_whole_suite_and_its_resumption(
 
     monkeypatch.undo()
     monkeypatch.setattr(mates, "BATCHES", ())
-    monkeypatch.setattr(screening, "TIMED", math.inf)
+    monkeypatch.setattr(screening, "TIMED", dict.fromkeys(screening.MEASURES, math.inf))
     monkeypatch.setattr(judging, "RESAMPLES", 5)  # the thresholds are remembered
     lines = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "rows.jsonl").write_text("".join(lines[:2] + lines[3:-1]))
@@ -259,7 +259,7 @@ def test_few_samples_screen_what_many_others_judge(
 ) -> None:
     """The full network's settings stay; what is judged is near a front of what was screened, by other seeds."""
     monkeypatch.setattr(mates, "BATCHES", ())
-    monkeypatch.setattr(screening, "JUDGED", 1.0)
+    monkeypatch.setattr(screening, "JUDGED", dict.fromkeys(screening.MEASURES, 1.0))
     file = rows.Rows(tmp_path)
     sweep = dataclasses.replace(SWEEP, steps=(2, 3))
     equal_seconds.Comparison(file, "digits", networks, sweep).run(**RUN, timing=False, screen=20)
