@@ -213,6 +213,7 @@ def test_arguments_are_texts_or_values() -> None:
     )
     assert texts == values
     assert arguments().models == ["digits"]
+    assert (arguments().settings().steps, arguments(max_steps=20).settings().steps) == (50, 20)
     fixed, varying = texts.deployment(), arguments(max_replicas="3", num_gpus="0.5").deployment()
     assert (fixed["num_replicas"], fixed["max_ongoing_requests"]) == (1, 12)
     assert "autoscaling_config" not in fixed
