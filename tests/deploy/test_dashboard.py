@@ -18,7 +18,8 @@ from serving.apps import tiny
 BOARD = json.loads((ROOT / "deploy" / "grafana.json").read_text())
 PANELS = [panel for panel in BOARD["panels"] if panel["type"] != "row"]
 EXPRESSIONS = [target["expr"] for panel in PANELS for target in panel["targets"]]
-ALERTS = re.findall(r"^\| `(.*?)` \|", (ROOT / "docs" / "deployment.md").read_text().partition("| condition |")[2], re.M)
+DEPLOYMENT = (ROOT / "docs" / "deployment.md").read_text()
+ALERTS = re.findall(r"^\| `(.*?)` \|", DEPLOYMENT.partition("| condition |")[2], re.MULTILINE)
 UNITS = {"short", "ops", "reqps", "percentunit", "s", "bytes"}  # as Grafana calls them
 SCRAPED = {"instance"}  # a label that Prometheus adds
 

@@ -222,7 +222,8 @@ class Engine:
     def report(self) -> EngineReport:
         with self._lock:
             totals = dataclasses.replace(self._batch.totals)
-            running = sum(not handle.over for handle in self._running.handles)  # one that is over may still hold its slot
+            # one that is over may still hold its slot
+            running = sum(not handle.over for handle in self._running.handles)
             return EngineReport(self._waiting.count, running, **self._ended, batch=totals)
 
     def close(self, drain: bool = True, timeout: float | None = None) -> None:
