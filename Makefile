@@ -26,6 +26,9 @@ PROGRESS := -e 's/^ *Downloading ([^ ]*\/)?([^-\/ ]+)-[^ ]*\.whl \(([0-9]{3}.* M
 	-e 's/^ *Building editable for adadiff_kernels.* started.*/  building the C++ extension/p' \
 	-e 's/^Installing collected packages.*/  unpacking/p'
 
+$(BIN)/python:
+	@$(PYTHON) -m venv $(VENV)
+
 bench: install ## run the main job; ARGS=--quick for its short form
 	@$(BIN)/python benchmarks/run.py $(ARGS)
 
@@ -40,11 +43,11 @@ lint: install ## check style, format and types
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 
-# The packages of the extra alone: installing ".[docs]" would build the extension anew.
+# The packages of the extra alone: pages are made from the sources, so neither PyTorch nor the extension is needed.
 DOCS_NEED := import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 	print(*project["optional-dependencies"]["docs"], sep="\n")
 
-docs: install ## build the site into build/site; warnings are errors
+docs: $(BIN)/python ## build the site into build/site; warnings are errors
 	@$(BIN)/python -c '$(DOCS_NEED)' | $(BIN)/python -m pip install --quiet $(PIP_FLAGS) --requirement /dev/stdin
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 

@@ -18,6 +18,7 @@ ELSEWHERE = {  # page of the site: the file it is made of
     "guides/policies.md": "python/adadiff/policies/README.md",
     "guides/diffusers.md": "python/adadiff/pipelines/README.md",
     "guides/serving.md": "python/adadiff/serving/README.md",
+    "guides/examples.md": "examples/README.md",
     **{f"benchmarks/{name}.md".replace("README", "index"): f"benchmarks/results/{name}.md" for name in RESULTS},
     **{f"models/{name}.md".replace("README", "index"): f"python/adadiff/checkpoints/{name}.md" for name in CARDS},
     "project/changelog.md": "CHANGELOG.md",

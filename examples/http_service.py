@@ -3,7 +3,7 @@
     python examples/http_service.py
 
 The service speaks OpenAI's images API; its client works, too: adadiff/serving/README.md. This script needs Python alone
-as client, and `pip install 'adadiff_kernels[serve]'` for the service, which it starts on a free port and stops again.
+as client, and `pip install -e '.[serve]'` in the clone for the service, which it starts on a free port and stops again.
 
 Takes 6 s of CPU time, writes http_service_0.png and http_service_1.png and prints:
 

@@ -1,4 +1,4 @@
-"""`make install`: what a person sees of it, and that a failed one stays one."""
+"""`make install`: what a person sees of it, and that a failed one stays one; `make docs` does without it."""
 
 import os
 import shutil
@@ -66,3 +66,12 @@ def test_a_failed_installation_fails_every_time(make) -> None:
         assert done.returncode != 0
         assert "ERROR: a reason" in done.stderr
     assert make("bench", 1).stdout == ""
+
+
+def test_the_site_is_built_without_an_installation(make, tmp_path: Path) -> None:
+    done = make("docs", 0)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "ran -m mkdocs build --strict"
+    assert "a few minutes" not in done.stderr
+    assert not (tmp_path / "venv" / ".installed").exists()
+    assert "a few minutes" in make("install", 0).stderr

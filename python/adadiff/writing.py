@@ -23,11 +23,13 @@ NAME_MARGIN = 2 * len(".0123456789abcdef.part")  # characters that nested tempor
 UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}  # the file system has no hard links
 
 
-def check_outputs(force: bool, *paths: Path | None, inputs: Sequence[str | Path | None] = ()) -> None:
+def check_outputs(
+    force: bool, *paths: Path | None, inputs: Sequence[str | Path | None] = (), replaced_by: str = "--force"
+) -> None:
     """Checks before a command's work that each of `paths` (except None) can be written, and that they differ.
 
-    Raises ValueError for a file that exists, unless `force`; for one that the command reads (`inputs`); for a link, a
-    device, a pipe or a folder; and if the file's folder is missing or not writable.
+    Raises ValueError for a file that exists, unless `force` (its message names `replaced_by`); for one that the command
+    reads (`inputs`); for a link, a device, a pipe or a folder; and if the file's folder is missing or not writable.
     """
     outputs = [path for path in paths if path is not None]
     for number, path in enumerate(outputs):
@@ -40,7 +42,7 @@ def check_outputs(force: bool, *paths: Path | None, inputs: Sequence[str | Path 
             raise ValueError(f"cannot write {path}: there is no folder {folder}")
         check_replaceable(path)
         if path.exists() and not force:
-            raise ValueError(f"cannot write {path}: it exists; --force replaces it")
+            raise ValueError(f"cannot write {path}: it exists; {replaced_by} replaces it")
         if not os.access(folder, os.W_OK | os.X_OK):
             raise ValueError(f"cannot write {path}: no permission to write in {folder}")
         if len(os.fsencode(path.name)) + NAME_MARGIN > os.pathconf(folder, "PC_NAME_MAX"):

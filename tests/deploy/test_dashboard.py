@@ -1,6 +1,7 @@
 """The dashboard shows what /metrics has, by labels that it has, and says in what unit."""
 
 import json
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,6 +18,8 @@ from serving.apps import tiny
 BOARD = json.loads((ROOT / "deploy" / "grafana.json").read_text())
 PANELS = [panel for panel in BOARD["panels"] if panel["type"] != "row"]
 EXPRESSIONS = [target["expr"] for panel in PANELS for target in panel["targets"]]
+DEPLOYMENT = (ROOT / "docs" / "deployment.md").read_text()
+ALERTS = re.findall(r"^\| `(.*?)` \|", DEPLOYMENT.partition("| condition |")[2], re.MULTILINE)
 UNITS = {"short", "ops", "reqps", "percentunit", "s", "bytes"}  # as Grafana calls them
 SCRAPED = {"instance"}  # a label that Prometheus adds
 
@@ -77,6 +80,12 @@ def test_every_metric_is_exported_with_the_labels_it_is_chosen_by(exported: dict
         for labels, metrics in groups(expression):
             assert metrics
             assert not [name for name in metrics if labels - exported[name] - SCRAPED], expression
+
+
+def test_alerts_are_of_what_is_exported(exported: dict[str, set[str]]) -> None:
+    read_by = [read(alert.replace("\\|", "|")) for alert in ALERTS]
+    assert len(read_by) == 4
+    assert not {name for alert in read_by for name, _ in alert} - set(exported) - {"up"}
 
 
 def test_every_metric_is_shown(exported: dict[str, set[str]]) -> None:

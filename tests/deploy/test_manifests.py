@@ -130,6 +130,10 @@ def test_ray_runs_the_application_in_the_image_of_its_version() -> None:
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     containers = [one for group in groups for one in group["template"]["spec"]["containers"]]
     assert {one["image"] for one in containers} == {"adadiff:ray"}
+    for one in containers:  # whichever machine reads the keys
+        (variable,) = one["env"]
+        assert variable["name"] == KEY_VARIABLE
+        assert variable["valueFrom"]["secretKeyRef"] == {"name": "adadiff", "key": "api-key", "optional": True}
     for group in cluster["workerGroupSpecs"]:
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
     extras = PROJECT["optional-dependencies"]

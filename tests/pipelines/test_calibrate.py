@@ -237,7 +237,7 @@ def test_what_is_no_pipeline_is_refused() -> None:
 def test_a_file_that_exists_is_kept(tmp_path: Path) -> None:
     file = tmp_path / "cache.json"
     file.write_text("mine")
-    with pytest.raises(ValueError, match="exists"):
+    with pytest.raises(ValueError, match="it exists; force=True replaces it"):
         calibrated(pipeline("flux"), "flux", path=file)
     assert file.read_text() == "mine"
 

@@ -190,6 +190,7 @@ def test_options_become_settings(tmp_path: Path) -> None:
     assert set(settings.api_keys) == {"first-key-here", "second-key-here", "third-key-here"}
     assert (settings.max_images, settings.steps, settings.max_body) == (3, 50, 65536)
     assert serve.settings_of(shell_options("digits"), {}).api_keys == ()
+    assert serve.settings_of(shell_options("digits --max-steps 20"), {}).steps == 20, "the default gives way"
     assert serve.names_of(["digits", "b=runs/x.safetensors", "runs/y.safetensors"]) == {
         "digits": "digits",
         "b": "runs/x.safetensors",
@@ -211,7 +212,7 @@ def shell_options(line: str) -> Any:
         ("digits --policy a=full --policy a=full", "--policy takes NAME=SPELLING, each name once"),
         ("digits --policy a=exit:budget=0.5", "policy a=exit:budget=0.5 fits none of digits"),
         ("digits --policy a=cascad:x", "policy a=cascad:x"),
-        ("digits --max-steps 20", "steps must be at most max_steps"),
+        ("digits --steps 30 --max-steps 20", "steps must be at most max_steps, 20, got 30"),
         ("digits --capacity 0", "capacity must be"),
         ("digits --capacity much", "capacity is a number of lanes or bytes"),
         ("digits --queue 0", "queue must be"),

@@ -59,6 +59,7 @@ def test_a_full_queue_takes_all_images_of_a_request_or_none() -> None:
         assert second.status == 429
         error = json.loads(second.body)["error"]
         assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
+        assert error["message"] == "too many requests: 3 images wait already, the most that the queue holds"
         assert 1 <= int(dict(second.sent[0]["headers"])[b"retry-after"]) <= 60
         assert engine.report.waiting == 2, "the one that found room was taken back"
         third = Exchange(app, {"num_inference_steps": 2})

@@ -78,9 +78,10 @@ def test_commands_of_the_page_parse() -> None:
 
 
 def test_the_body_of_the_page_is_drawn_and_its_python_runs() -> None:
-    (body,) = re.findall(r"-d '(\{.*?\})'", PAGE)
+    body, stream = re.findall(r"-d '(\{.*?\})'", PAGE)
     namespace: dict[str, object] = {}
-    exec(blocks("python")[1], namespace)
+    (application,) = (block for block in blocks("python") if "create_app" in block)
+    exec(application, namespace)
     made = namespace["app"]
 
     async def work() -> None:
@@ -89,6 +90,10 @@ def test_the_body_of_the_page_is_drawn_and_its_python_runs() -> None:
             reply = await client.post(app.GENERATIONS, json=json.loads(body))
             assert reply.status_code == 200
             assert reply.json()["adadiff"]["share_left_out"] > 0
+            reply = await client.post(app.GENERATIONS, json=json.loads(stream))
+            kinds = re.findall(r"^event: (.*)$", reply.text, flags=re.MULTILINE)
+            assert set(kinds) <= {"image_generation.partial_image", "image_generation.completed"}
+            assert kinds[-1] == "image_generation.completed"
 
     run(work())
 

@@ -108,6 +108,29 @@ def test_a_killed_worker_costs_nothing(cluster: str, tiny: str, whole: Path, tmp
     assert_equal(tmp_path, whole)
 
 
+def test_a_run_that_waits_says_so(cluster: str, tiny: str, tmp_path: Path, caplog: Any) -> None:
+    """Another program holds all CPUs, and gives them back once it has been told."""
+
+    @ray.remote(num_cpus=2)
+    class Holder:
+        def here(self) -> bool:
+            return True
+
+    holder = Holder.remote()
+    assert ray.get(holder.here.remote(), timeout=SECONDS)
+    until(lambda: not ray.available_resources().get("CPU"))
+
+    def leave() -> None:
+        until(lambda: "waiting for 1 CPU: 0 CPUs" in caplog.text)
+        ray.kill(holder)
+
+    leaver = threading.Thread(target=leave)
+    leaver.start()
+    totals = sample(tiny, 2, tmp_path, actors=1, progress=False, device="cpu", steps=2)
+    leaver.join(SECONDS)
+    assert totals["samples"] == 2
+
+
 def shards_in(folder: Path) -> int:
     return sum(name.endswith(".npz") for name in times(folder)) if folder.exists() else 0
 

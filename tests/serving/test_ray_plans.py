@@ -43,6 +43,19 @@ def test_as_many_workers_as_fit_and_have_work(
     assert workers.count(nodes(*machines), missing) == count
 
 
+@pytest.mark.parametrize(
+    ("workers", "free", "words"),
+    [
+        (Workers.of(ON_CPU), {"CPU": 1.0}, None),
+        (Workers.of(ON_CPU, cpus=2), {"CPU": 1.0}, "waiting for 2 CPUs: 1 CPUs and 0 GPUs of the cluster are free"),
+        (Workers.of(ON_GPU), {"CPU": 8.0}, "waiting for 1 CPU and 1 GPU: 8 CPUs and 0 GPUs of the cluster are free"),
+        (Workers.of(ON_CPU), {}, "waiting for 1 CPU: 0 CPUs and 0 GPUs of the cluster are free"),
+    ],
+)
+def test_a_busy_cluster_is_told(workers: Workers, free: dict[str, float], words: str | None) -> None:
+    assert workers.waits_for(free) == words
+
+
 def test_only_machines_with_room_are_asked() -> None:
     """Such as a head that takes no work."""
     found = Workers.of(ON_GPU, cpus=2).usable(nodes((0, 0), (8, 0), (1, 1), (2, 1)))
@@ -200,6 +213,7 @@ def test_arguments_are_texts_or_values() -> None:
     )
     assert texts == values
     assert arguments().models == ["digits"]
+    assert (arguments().settings().steps, arguments(max_steps=20).settings().steps) == (50, 20)
     fixed, varying = texts.deployment(), arguments(max_replicas="3", num_gpus="0.5").deployment()
     assert (fixed["num_replicas"], fixed["max_ongoing_requests"]) == (1, 12)
     assert "autoscaling_config" not in fixed

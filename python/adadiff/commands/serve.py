@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from ..serving.settings import KEY_VARIABLE as KEY_VARIABLE
-from ..serving.settings import Settings, keys_of, names_of, presets_of, shallow_of
+from ..serving.settings import Settings, keys_of, names_of, presets_of, shallow_of, steps_of
 from .shared import execution_of
 
 EXTRA = ("fastapi", "uvicorn", "httptools", "prometheus_client")
@@ -67,7 +67,7 @@ def settings_of(options: argparse.Namespace, environment: Any) -> Settings:
         max_images=options.max_images,
         max_steps=options.max_steps,
         max_body=options.max_body,
-        steps=options.steps,
+        steps=steps_of(options.steps, options.max_steps),
         policies=presets_of(options.policy or ()),
         api_keys=keys_of(options.api_key_file, environment),
     )

@@ -5,6 +5,7 @@ from pathlib import Path
 from ..engine.admission import ADMISSIONS
 from ..forward.two_stage import T_SWITCH
 from ..pipelines.text import CLIP
+from ..serving.settings import DEFAULT_STEPS
 from . import serve
 from .options import MODELS, Commands, add_command, add_decoder, add_device, add_execution
 from .texts import POLICY_TABLE
@@ -51,7 +52,10 @@ def add_serve(commands: Commands) -> None:
 
     drawing = command.add_argument_group("how to draw", POLICY_TABLE)
     drawing.add_argument(
-        "--steps", type=int, default=50, metavar="N", help="steps of requests that name none (default: 50)"
+        "--steps",
+        type=int,
+        metavar="N",
+        help=f"steps of requests that name none (default: {DEFAULT_STEPS}, or --max-steps if that is less)",
     )
     drawing.add_argument(
         "--policy",

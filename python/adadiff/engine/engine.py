@@ -35,9 +35,10 @@ class Engine:
 
     capacity: lanes in one forward pass (a guided request takes two), or memory for them as "512MiB" or "2GiB" (a
     request that reuses earlier steps then counts for more lanes, by the memory of its cached features).
-    queue: the most waiting requests. max_wait: seconds after which a request is served before later ones of a higher
-    priority, see request_queue.py. admission: "arrival", first come, first served, or "work", least expected work
-    first, see admission.py. execution: how forward passes are run.
+    queue: the most waiting requests. max_wait: a request is due so many seconds after it was submitted, or at its
+    deadline if that is sooner; each level of priority makes it due max_wait seconds earlier; the earliest comes first.
+    admission: "arrival", first come, first served, or "work", least expected work first: a request is then due sooner
+    within max_wait, the less work it is expected to take. execution: how forward passes are run.
     shallow_model, t_switch: another network at the noisy timesteps of all requests, see `sample`.
     threaded=False: no thread; call `step` for each tick. warm: capture the CUDA graphs of runner="captured" before the
     first tick, which takes seconds; `ready` tells when that is done.
@@ -221,7 +222,8 @@ class Engine:
     def report(self) -> EngineReport:
         with self._lock:
             totals = dataclasses.replace(self._batch.totals)
-            running = sum(not handle.over for handle in self._running.handles)  # one that is over may still hold its slot
+            # one that is over may still hold its slot
+            running = sum(not handle.over for handle in self._running.handles)
             return EngineReport(self._waiting.count, running, **self._ended, batch=totals)
 
     def close(self, drain: bool = True, timeout: float | None = None) -> None:

@@ -129,8 +129,8 @@ def calibrate(
 
     Draws each prompt in full once, the choosing half again up to six times (error of reuse by step, then up to five
     runs to meet the budget), and the other half once more. Deterministic. `pipe` is unchanged afterwards, also when
-    interrupted. Raises ValueError for invalid arguments, before drawing where possible, and FileExistsError for an
-    existing file without `force`.
+    interrupted. Raises ValueError for invalid arguments and, without `force`, for an existing file, before drawing
+    where possible; FileExistsError for a file that appears in the meantime.
     """
     transformer = _transformer(pipe)
     check_prompts(prompts, LEAST)
@@ -143,7 +143,7 @@ def calibrate(
     if file is not None:
         if file.suffix != ".json":
             raise ValueError(f"path must end in .json, by which `enable` recognises it, got {file}")
-        check_outputs(force, file)
+        check_outputs(force, file, replaced_by="force=True")
     observe = Steps((), first, last, gate)
     record = enable(pipe, observe, blocks=blocks, tied=tied)
     try:

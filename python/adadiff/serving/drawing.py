@@ -91,7 +91,7 @@ class Drawing:
                 drawing.handles.append(engine.submit(params, on_step=on_step))
         except EngineFull:
             drawing.cancel()
-            raise
+            raise EngineFull(f"{engine.queue} images wait already, the most that the queue holds") from None
         except EngineClosed as closed:
             drawing.cancel()
             raise ServiceError(503, f"{order.model.name} is not available: {closed}", "engine_closed") from closed

@@ -15,6 +15,7 @@ MOST_NAME = 64  # characters
 DEFAULT_PRESET = "default"  # name of the preset for requests without a policy
 LEAST_KEY = 8  # characters
 KEY_VARIABLE = "ADADIFF_API_KEY"
+DEFAULT_STEPS = 50
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -35,7 +36,7 @@ class Settings:
     max_steps: int = 250
     max_partial_images: int = 64
     max_guidance_scale: float = 100.0
-    steps: int = 50
+    steps: int = DEFAULT_STEPS
     max_body: int = 65536
     max_depth: int = 16
     body_seconds: float = 10.0
@@ -70,6 +71,11 @@ class Settings:
                     f"an API key must have {LEAST_KEY} or more printable ASCII characters and no space; one of the "
                     "keys does not"
                 )
+
+
+def steps_of(steps: int | None, max_steps: int) -> int:
+    """Steps of requests that name none: `steps`, or the default, which a lower limit lowers."""
+    return min(DEFAULT_STEPS, max_steps) if steps is None else steps
 
 
 def check_name(what: str, name: str) -> None:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from ...checkpoint import DTYPES
 from ...forward.options import ExecutionOptions, Runner
 from ..logs import Format
-from ..settings import Settings, names_of, presets_of, shallow_of
+from ..settings import Settings, names_of, presets_of, shallow_of, steps_of
 
 
 class Arguments(BaseModel):
@@ -28,7 +28,7 @@ class Arguments(BaseModel):
 
     models: list[str] = Field(["digits"], min_length=1)
     policies: dict[str, str] = {}
-    steps: int = 50
+    steps: int | None = None
     max_images: int = 16
     max_steps: int = 250
     max_body: int = 65536
@@ -93,7 +93,7 @@ class Arguments(BaseModel):
             max_images=self.max_images,
             max_steps=self.max_steps,
             max_body=self.max_body,
-            steps=self.steps,
+            steps=steps_of(self.steps, self.max_steps),
             policies=self.policies,
             api_keys=api_keys,
         )

@@ -120,6 +120,8 @@ class Job:
         blocks = passes = 0
         with connected():
             count = self.workers.count(self.check_cluster(), len(missing))
+            if (busy := self.workers.waits_for(ray.available_resources())) is not None:
+                logging.getLogger("adadiff").warning("%s", busy)
             with folder.bar(progress) as bar, lost_workers():
                 for row in self._rows(missing, count):
                     if row["error"]:

@@ -69,6 +69,13 @@ class Workers:
             )
         return max(1, min(self.actors or fit, missing))
 
+    def waits_for(self, free: Mapping[str, float]) -> str | None:
+        """Why no actor can start yet, or None. free: resources of the cluster that nobody uses, by Ray's names."""
+        cpus, gpus = free.get("CPU", 0.0), free.get("GPU", 0.0)
+        if cpus >= self.cpus and gpus >= self.gpus:
+            return None
+        return f"waiting for {self._each}: {cpus:g} CPUs and {gpus:g} GPUs of the cluster are free"
+
     def _fit(self, node: Node) -> int:
         by_gpu = node.gpus // self.gpus if self.gpus else float("inf")
         return int(min(node.cpus // self.cpus, by_gpu))
