@@ -3,9 +3,10 @@
     python examples/frozen_exits.py
 
 Here the finished network is a tiny DiT that is trained first. For a published one, convert it and use your own data:
-`adadiff convert`, `adadiff train --recipe frozen --init FILE`, `adadiff calibrate FILE --refit`.
+`adadiff convert`, `adadiff train --recipe frozen --init FILE` with the options that docs/guides/frozen-dit.md explains,
+and `adadiff calibrate FILE --refit`.
 
-Takes 181 s of CPU time at most and prints (shares and blocks differ a little from machine to machine):
+Takes 57 s of CPU time and prints (shares and blocks differ a little from machine to machine):
 
     the network's weights are as before: True
     budget 60%: 60% of the work, squared error 0.007

@@ -3,12 +3,13 @@
     python examples/own_network.py
 
 A small U-ViT: patches and a time token, blocks, and long skips from the first half to the second. Blocks that also show
-their `branches` are run in fused passes on a GPU; see python/adadiff/models/interface.py.
+their `branches` are run in fused passes on a GPU; see python/adadiff/models/interface.py. After a training so short, a
+few pixels lie far outside [-1, 1]; picture files clamp them.
 
-Takes 92 s of CPU time at most and prints:
+Takes 16 s of CPU time and prints (the last number differs a little from machine to machine):
 
     16 samples in ... s (.../s); mean exit layer 3.50 of 5; 70.0% of the blocks, 67.4% of the multiply-adds...
-    images [16, 1, 8, 8] from -5.11 to 14.15
+    images [16, 1, 8, 8]: 96% of the values within [-1.1, 1.1]
 """
 
 import tempfile
@@ -121,11 +122,12 @@ PRESETS["mine"] = ModelConfig(MyConfig(), "stable_diffusion", exits=ExitConfig()
 
 def main(steps: int = 400) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        config = TrainConfig("mine", "digits", steps=steps, batch=64, label_drop=0.0, loss="supervised")
+        config = TrainConfig("mine", "digits", steps=steps, warmup=50, label_drop=0.0, loss="supervised")
         model = adadiff.load(Trainer(config, Path(folder)).run())
     images, report = adadiff.sample(model, 16, steps=20, policy="exit:depth=3.5", batch=16)
     print(report)
-    print(f"images {list(images.shape)} from {images.min():.2f} to {images.max():.2f}")
+    near = (images.abs() <= 1.1).float().mean()  # values are nominally in [-1, 1], and not clipped
+    print(f"images {list(images.shape)}: {near:.0%} of the values within [-1.1, 1.1]")
 
 
 if __name__ == "__main__":

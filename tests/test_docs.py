@@ -72,9 +72,10 @@ def python_of(page: str) -> list[str]:
 
 
 def commands_of(page: str) -> list[str]:
-    """Lines `adadiff ...` of blocks of a shell, and those that another program starts, without `adadiff`."""
+    """Lines `adadiff ...` of blocks of a shell, and those that another program starts, without `adadiff`, nor a
+    PYTHONPATH before it."""
     shell = "\n".join(blocks(text_of(page), "bash")).replace("\\\n", " ")
-    return re.findall(r"(?:^|-m )adadiff (.*)$", shell, flags=re.MULTILINE)
+    return re.findall(r"(?:^|-m |^PYTHONPATH=\. )adadiff (.*)$", shell, flags=re.MULTILINE)
 
 
 def parsers() -> dict[str, argparse.ArgumentParser]:

@@ -260,7 +260,7 @@ def test_by_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     line = f"calibrate {tmp_path}/m.safetensors --budget 0.6 --out {tmp_path}/c.safetensors --n 16 --steps 3 --batch 16"
     assert command(line) == 0
     printed = capsys.readouterr().out
-    assert "over static table" in printed
+    assert "error over timestep table" in printed
     drawn = f"sample {tmp_path}/c.safetensors --n 4 --steps 3 --class-labels 1"
     assert command(f"{drawn} --out {tmp_path}/s --policy exit:budget=0.6") == 0
     assert command(f"{drawn} --out {tmp_path}/r --policy exit:budget=0.5") == 2

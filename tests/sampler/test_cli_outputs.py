@@ -228,7 +228,7 @@ def test_a_calibration_that_does_not_fit_is_kept_elsewhere(served, tmp_path, mon
     last = error_line(captured.err)
     assert f"No space left on device: '{tmp_path}/full/c.safetensors'; the calibrated model is in {file}" in last
     assert list((tmp_path / "full").iterdir()) == []
-    assert "over static table" in captured.out
+    assert "error over timestep table" in captured.out
     assert run(line) == 0
     ours, theirs = adadiff.load(file), adadiff.load(tmp_path / "full" / "c.safetensors")
     assert ours.calibration == theirs.calibration
@@ -322,7 +322,7 @@ def test_results_are_written_before_they_are_printed(command, lines, tmp_path, m
     assert run(line) == 141
     monkeypatch.undo()
     assert out.stat().st_size
-    results = {"evaluate": "kernel distance", "diff": "apart", "calibrate": "over static table"}.get(
+    results = {"evaluate": "kernel distance", "diff": "apart", "calibrate": "error over timestep table"}.get(
         command.split()[0], ""
     )
     assert not [text for text in before if results in text]

@@ -129,8 +129,9 @@ class Calibration:
 
     def __str__(self) -> str:
         by_set = self.aim == "distribution"
-        head = ("share asked", "measured", "exit layer", "error, 95 % interval", "PSNR in dB", "over static table")
-        rows = [(*head, "Fréchet to full, static's") if by_set else head]
+        head = ("share asked", "measured", "exit layer", "error, 95 % interval", "PSNR in dB")
+        sets = ("Fréchet to full, timestep table's",) if by_set else ()
+        rows = [(*head, "error over timestep table", *sets)]
         for b in self.budgets:
             a = b.adaptive
             sets = (f"{a.frechet:.3g}, {b.static.frechet:.3g}",) if by_set else ()
