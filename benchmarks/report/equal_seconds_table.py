@@ -32,7 +32,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     note = (
         "Each method's setting with the smallest error within half of the full network's time, compiled where that "
         "is faster. Error: mean squared difference from the full network's images at 100 steps (95 % intervals). "
-        f"Fréchet distance to real images: ±{half}, so nothing is told apart by it."
+        f"Fréchet distance to real images: ±{half}, more than they differ by."
     )
     own = [row for row in rows if (row["suite"], row["kind"]) == (SUITE, "speed") and row["parameters"]["data"] == DATA]
     return [Table(where(own), header, body, note)]
