@@ -26,6 +26,7 @@ from benchmarks.report import (
     equal_seconds_table,
     front_plots,
     fronts,
+    head_to_head_tables,
     headline,
     http_tables,
     pipelines_tables,
@@ -64,6 +65,7 @@ PAGES: dict[Path, tuple[Tables, ...]] = {
     RESULTS / "serving.md": (*serving_tables.ALL, admission_tables.tables),
     RESULTS / "http.md": http_tables.ALL,
     RESULTS / "diffusers.md": (pipelines_tables.tables,),
+    RESULTS / "head-to-head.md": (head_to_head_tables.tables,),
     RESULTS / "gpu.md": (*gpu_tables.ALL, gpu_tables.network_side_by_side),
 }
 
@@ -82,6 +84,10 @@ PICTURES: dict[str, tuple[Callable[[Sequence[Row]], str], Callable[[Sequence[Row
     "headline.png": (headline.source, headline.picture),
     "equal-seconds-canvases.png": (partial(rows_digest, suites={fronts.SUITE}), partial(_front, "canvases")),
     "equal-seconds-digits.png": (partial(rows_digest, suites={fronts.SUITE}), partial(_front, "digits")),
+    "head-to-head-canvases.png": (
+        partial(rows_digest, suites={head_to_head_tables.SUITE}),
+        partial(head_to_head_tables.picture, data="canvases"),
+    ),
     "exit-layers.png": (partial(rows_digest, suites={"digits"}), plots.exit_layers),
     "serving.png": (partial(rows_digest, suites={serving_tables.SUITE}), plots.serving),
 }
