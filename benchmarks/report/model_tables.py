@@ -47,3 +47,21 @@ def models(rows: Sequence[Row]) -> list[Table]:
         place = gpu(own) if device == "cuda" else where(own)
         tables.append(Table(f"batch {batch}, {place}", header, body, note + warning(own)))
     return tables
+
+
+def policies(rows: Sequence[Row]) -> list[Table]:
+    """The study policy_patterns: samples of a batch with different policies."""
+    own = select(rows, "network", "policy")
+    if not own:
+        return []
+    body = []
+    for row in own:
+        low, high = row["share_of_attainable_spread"]
+        share = f"{row['share_of_attainable']:.3f} ({low:.3f} to {high:.3f})"
+        body.append((row["variant"], number(row["seconds"]["median"], 2), number(row["speedup"], 2), share))
+    note = (
+        "A tick of U-ViT-S/2 in which half of the samples reuse branches of the tick before, half reuse the rest of the "
+        "network, or half run at half width. "
+    )
+    header = ("policies of half a batch", "seconds", "speed-up", "of attainable")
+    return [Table(f"batch {own[0]['parameters']['batch']}, {where(own)}", header, body, note + warning(own))]

@@ -34,7 +34,7 @@ from benchmarks.report import (
     serving_tables,
 )
 from benchmarks.report.cells import Table, select
-from benchmarks.report.model_tables import models
+from benchmarks.report.model_tables import models, policies
 from benchmarks.report.tables import digits, latest, markdown, network, overhead
 from benchmarks.rows import ROOT, Row, read
 
@@ -61,7 +61,7 @@ PAGES: dict[Path, tuple[Tables, ...]] = {
     ROOT / "README.md": (equal_seconds_table.tables,),
     RESULTS / "equal-seconds.md": (fronts.tables,),
     RESULTS / "digits.md": (digits, overhead),
-    RESULTS / "network.md": (network, models),
+    RESULTS / "network.md": (network, policies, models),
     RESULTS / "serving.md": (*serving_tables.ALL, admission_tables.tables),
     RESULTS / "http.md": http_tables.ALL,
     RESULTS / "diffusers.md": (pipelines_tables.tables,),
