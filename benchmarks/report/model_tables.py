@@ -60,8 +60,8 @@ def policies(rows: Sequence[Row]) -> list[Table]:
         share = f"{row['share_of_attainable']:.3f} ({low:.3f} to {high:.3f})"
         body.append((row["variant"], number(row["seconds"]["median"], 2), number(row["speedup"], 2), share))
     note = (
-        "A tick of U-ViT-S/2 in which half of the samples reuse the branches of the tick before, half reuse the rest of "
-        "the network, or half run at half width. "
+        "A tick of U-ViT-S/2 in which half of the samples reuse the branches of the tick before, half reuse the rest "
+        "of the network, or half run at half width. "
     )
     header = ("policies of half a batch", "seconds", "speed-up", "of attainable")
     return [Table(f"batch {own[0]['parameters']['batch']}, {where(own)}", header, body, note + warning(own))]
