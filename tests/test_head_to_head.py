@@ -34,7 +34,7 @@ def network(kind: str) -> nn.Module:
     return made.requires_grad_(False).eval()
 
 
-def draw(backbone: Backbone, start: others.Network | None = None, seeds: Tensor | None = None) -> Tensor:
+def draw(backbone: Backbone, start: contenders.Start | None = None, seeds: Tensor | None = None) -> Tensor:
     seeds = torch.arange(B) if seeds is None else seeds
     return drawing.lockstep(backbone, NoiseSchedule("linear"), seeds, seeds % 3, STEPS, len(seeds), "ddim", start)
 

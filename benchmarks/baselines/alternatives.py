@@ -118,7 +118,6 @@ class Sweep:
 
 COARSE = Sweep(
     steps=(4, 6, 8, 10, 14, 20),
-    between=(5, 7, 9, 12, 17),
     budgets=(0.4, 0.55, 0.7, 0.9),
     depths=(0.3, 0.45),
     switches=(700.0, 500.0, 300.0),

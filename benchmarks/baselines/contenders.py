@@ -7,17 +7,15 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import adadiff
-from adadiff.checkpoint import write_tensors
 from adadiff.models.interface import Backbone
 from benchmarks.baselines import others, routers
 from benchmarks.baselines.alternatives import Networks, Sweep, calibrate, calibrated_file
-from benchmarks.baselines.others import Network
 from benchmarks.baselines.reuse import Reusing
 from benchmarks.baselines.routers import Trajectories
+from benchmarks.baselines.walk import Network
 from benchmarks.rows import say
 from benchmarks.suites.drawing import (
     Artist,
@@ -25,6 +23,7 @@ from benchmarks.suites.drawing import (
     fingerprint,
     in_engine,
     in_plain_loop,
+    kept,
     load,
     lockstep,
     seeds_and_labels,
@@ -177,12 +176,12 @@ class Contenders:
         """What `learn` returns, kept in a file."""
         given = self.settings
         known = f"{fingerprint(self.model)}-{given.steps}-{given.trained_on}-{routers.UPDATES}"
-        path = self.folder / f"{known}-{name}.safetensors"
-        if not path.exists():
+
+        def told() -> dict[str, Tensor]:
             say(f"training of {name}")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_tensors(path, learn(), {})
-        return load_file(path)
+            return learn()
+
+        return kept(self.folder / f"{known}-{name}.safetensors", told)
 
     @torch.no_grad()
     def _trajectories(self) -> Trajectories:

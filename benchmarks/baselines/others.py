@@ -19,8 +19,8 @@ from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor, nn
 
 from adadiff.models.interface import Backbone, Block, Conditioning
+from benchmarks.baselines.walk import Network
 
-Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 WARM_UP = 3  # first steps without reuse: TaylorSeer's default in diffusers; as many for cache-dit
 
 

@@ -7,8 +7,8 @@ always run; norms only with their branches.
 import torch
 from torch import Tensor
 
-from adadiff.forward.runner import read_by
 from adadiff.models.interface import Backbone, Block, Conditioning
+from benchmarks.baselines.walk import Lanes, computed, walk
 
 
 class Reusing:
@@ -23,31 +23,27 @@ class Reusing:
         self._calls = 0
 
     def __call__(self, x: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
-        backbone, whole = self.backbone, self._calls % self.every == 0
+        whole = self._calls % self.every == 0
         keeping = whole and self.every > 1
         self._calls += 1
-        rows, cond = backbone.embed(x, t, context)
-        lanes = torch.arange(len(x), dtype=torch.int32)
-        needed = {block.skip_from for block in backbone.blocks}
-        skips: dict[int, Tensor] = {}
         if keeping:
             self._kept = []
-        for number, block in enumerate(backbone.blocks):
-            fresh = block.skip_from is not None  # rows that may be overwritten
+
+        def step(number: int, block: Block, rows: Tensor, skip: Tensor | None, lanes: Lanes) -> Tensor:
+            fresh = skip is not None  # rows that may be overwritten
             if fresh:
-                rows = block.join(rows, skips.pop(block.skip_from))
-            if whole:
-                outputs = []
-                for branch in block.branches:
-                    outputs.append(branch(read_by(branch, rows, cond, lanes), cond, lanes))
-                    rows = _added(rows, outputs[-1], branch.gate(cond), fresh=False)
-                if keeping:
-                    self._kept.append(_kept(block, cond, outputs))
-            else:
-                rows = _reused(rows, block, cond, self._kept[number], fresh)
-            if number in needed:
-                skips[number] = rows
-        return backbone.head(rows[:, backbone.num_prefix_tokens :], cond, lanes)
+                rows = block.join(rows, skip)
+            if not whole:
+                return _reused(rows, block, lanes.cond, self._kept[number], fresh)
+            outputs = []
+            for branch in block.branches:
+                outputs.append(computed(branch, rows, lanes))
+                rows = _added(rows, outputs[-1], branch.gate(lanes.cond), fresh=False)
+            if keeping:
+                self._kept.append(_kept(block, lanes.cond, outputs))
+            return rows
+
+        return walk(self.backbone, x, t, context, step)
 
 
 def macs(backbone: Backbone, steps: int, every: int) -> int:

@@ -9,15 +9,16 @@ narrow MLPs and its cache are left out: its rule is compared here.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adadiff.forward.runner import read_by
-from adadiff.models.interface import Backbone, Branch, Conditioning
+from adadiff.models.interface import Backbone, Block
+from benchmarks.baselines.walk import Lanes, computed, walk
 
-Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 OutputOf = Callable[[int, Callable[[], Tensor]], Tensor]
 UPDATES = 1500
 BATCH = 16
@@ -43,25 +44,17 @@ class Trajectories:
 
 def by_branch(backbone: Backbone, x: Tensor, t: Tensor, context: Tensor | None, output_of: OutputOf) -> Tensor:
     """The network with the output of each branch, before its gate, taken from output_of(number, compute)."""
-    rows, cond = backbone.embed(x, t, context)
-    lanes, number = torch.arange(len(x), dtype=torch.int32), 0
-    sources = {block.skip_from for block in backbone.blocks}
-    skips: dict[int, Tensor] = {}
-    for index, block in enumerate(backbone.blocks):
-        if block.skip_from is not None:
-            rows = block.join(rows, skips[block.skip_from])
+    numbers = count()
+
+    def step(_: int, block: Block, rows: Tensor, skip: Tensor | None, lanes: Lanes) -> Tensor:
+        if skip is not None:
+            rows = block.join(rows, skip)
         for branch in block.branches:
-            output = output_of(number, lambda branch=branch, rows=rows: _computed(branch, rows, cond, lanes))
-            gate = branch.gate(cond)
+            output, gate = output_of(next(numbers), partial(computed, branch, rows, lanes)), branch.gate(lanes.cond)
             rows = rows + output if gate is None else torch.addcmul(rows, gate[:, None], output)
-            number += 1
-        if index in sources:
-            skips[index] = rows
-    return backbone.head(rows[:, backbone.num_prefix_tokens :], cond, lanes)
+        return rows
 
-
-def _computed(branch: Branch, rows: Tensor, cond: Conditioning, lanes: Tensor) -> Tensor:
-    return branch(read_by(branch, rows, cond, lanes), cond, lanes)
+    return walk(backbone, x, t, context, step)
 
 
 class Caching:
@@ -141,11 +134,11 @@ class Routing:
         self._backbone, self._routers = backbone, routers
 
     def __call__(self, x: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
-        def routed(rows: Tensor, number: int, cond: Conditioning, run: Callable[[], Tensor]) -> Tensor:
-            probability = self._routers[number](rows, cond.time).sigmoid().mean()
-            return run() if float(probability) >= 0.5 else rows
+        def step(number: int, block: Block, rows: Tensor, skip: Tensor | None, lanes: Lanes) -> Tensor:
+            probability = self._routers[number](rows, lanes.cond.time).sigmoid().mean()
+            return block(rows, lanes.cond, skip) if float(probability) >= 0.5 else rows
 
-        return _by_block(self._backbone, x, t, context, routed)
+        return walk(self._backbone, x, t, context, step)
 
 
 def learn_to_route(backbone: Backbone, drawn: Trajectories, share: float, seed: int = 0) -> nn.ModuleList:
@@ -161,41 +154,29 @@ def learn_to_route(backbone: Backbone, drawn: Trajectories, share: float, seed: 
         given = drawn.take(step, torch.randint(len(drawn.labels), (BATCH,), generator=generator))
         with torch.no_grad():
             wanted = backbone(*given)
-        probabilities: list[Tensor] = []
-
-        def routed(
-            rows: Tensor, number: int, cond: Conditioning, run: Callable[[], Tensor], seen: list[Tensor] = probabilities
-        ) -> Tensor:
-            probability = routers[number](rows, cond.time).sigmoid()
-            seen.append(probability)
-            hard = (probability > 0.5).to(probability.dtype)
-            gate = hard.detach() + probability - probability.detach()  # the gradient passes straight through
-            return torch.lerp(rows, run(), gate[:, None, None])
-
-        found = _by_block(backbone, *given, routed)
-        mean = torch.stack(probabilities).mean()
-        loss = (found - wanted).square().mean() + (mean - share).square()
+        found, probability = _straight_through(backbone, routers, *given)
+        loss = (found - wanted).square().mean() + (probability - share).square()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     return routers.requires_grad_(False)
 
 
-Route = Callable[[Tensor, int, Conditioning, Callable[[], Tensor]], Tensor]
+def _straight_through(
+    backbone: Backbone, routers: nn.ModuleList, x: Tensor, t: Tensor, context: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The prediction if each sample runs a block where its own probability is above one half, and the mean probability.
+    The gradient of a decision is that of its probability."""
+    probabilities: list[Tensor] = []
 
+    def step(number: int, block: Block, rows: Tensor, skip: Tensor | None, lanes: Lanes) -> Tensor:
+        probability = routers[number](rows, lanes.cond.time).sigmoid()
+        probabilities.append(probability)
+        hard = (probability > 0.5).to(probability.dtype)
+        gate = hard.detach() + probability - probability.detach()
+        return torch.lerp(rows, block(rows, lanes.cond, skip), gate[:, None, None])
 
-def _by_block(backbone: Backbone, x: Tensor, t: Tensor, context: Tensor | None, routed: Route) -> Tensor:
-    """The network with the rows after each block taken from routed(rows, number, cond, run)."""
-    rows, cond = backbone.embed(x, t, context)
-    sources = {block.skip_from for block in backbone.blocks}
-    skips: dict[int, Tensor] = {}
-    for index, block in enumerate(backbone.blocks):
-        given = () if block.skip_from is None else (skips[block.skip_from],)
-        rows = routed(rows, index, cond, lambda block=block, rows=rows, given=given: block(rows, cond, *given))
-        if index in sources:
-            skips[index] = rows
-    lanes = torch.arange(len(x), dtype=torch.int32)
-    return backbone.head(rows[:, backbone.num_prefix_tokens :], cond, lanes)
+    return walk(backbone, x, t, context, step), torch.stack(probabilities).mean()
 
 
 def routers_from(tensors: dict[str, Tensor], backbone: Backbone) -> nn.ModuleList:

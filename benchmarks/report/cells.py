@@ -35,6 +35,20 @@ def grouped(rows: Iterable[Row], *parameters: str) -> dict[tuple[object, ...], l
     return groups
 
 
+def data_sets(rows: Iterable[Row], suite: str) -> list[str]:
+    """Those whose quality the suite measured."""
+    return list(dict.fromkeys(row["parameters"]["data"] for row in select(rows, suite, "quality")))
+
+
+def share(row: Row) -> str:
+    """The share of attainable, with its spread if the row has one."""
+    if row.get("share_of_attainable") is None:
+        return ""
+    spread = row.get("share_of_attainable_spread")
+    beside = f" ({spread[0]:.3f} to {spread[1]:.3f})" if spread else ""
+    return number(row["share_of_attainable"], 3) + beside
+
+
 def name_of(model: str) -> str:
     """The paper's name of a preset's network."""
     return NAMES.get(model, model)

@@ -10,11 +10,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from benchmarks.report.cells import select
-from benchmarks.report.fronts import HIGHER, SCALE, SUITE, Point, data_sets, front, points
+from adadiff.metrics.intervals import Interval
+from benchmarks.report.cells import data_sets, select
+from benchmarks.report.fronts import HIGHER, SCALE, SUITE, Point, front, points
 from benchmarks.rows import Row
 
 COLOURS = {
@@ -49,7 +51,7 @@ SHOWN = {"ours, faithful": 3, "ours, distribution": 1, "ours, one threshold": 1,
 
 
 def pictures(rows: Sequence[Row]) -> dict[str, Figure]:
-    return {f"equal-seconds-{data}.png": picture(rows, data) for data in data_sets(rows)}
+    return {f"equal-seconds-{data}.png": picture(rows, data) for data in data_sets(rows, SUITE)}
 
 
 def picture(rows: Sequence[Row], data: str) -> Figure:
@@ -99,7 +101,7 @@ def _curves(panel: Axes, found: Sequence[Point], axis: str, measure: str) -> Non
         panel.errorbar(
             [p.cost(axis) * scale for p in best],
             [p.measures[measure].value for p in best],
-            _bars([p.measures[measure] for p in best]),
+            bars([p.measures[measure] for p in best]),
             fmt="o-" if ours else "s--",
             markersize=4 if ours else 3,
             linewidth=1.8 if ours else 1,
@@ -118,13 +120,18 @@ def _curves(panel: Axes, found: Sequence[Point], axis: str, measure: str) -> Non
         shown = [p.measures[measure] for p in found if (p.measures[measure].value >= worst) == higher]
         panel.set_ylim(min(i.low for i in shown) / 1.03, max(i.high for i in shown) * 1.03)
     for scaled in (panel.xaxis, panel.yaxis) if measure not in HIGHER else (panel.xaxis,):
-        scaled.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
-        scaled.set_major_formatter("{x:g}")
-        scaled.set_minor_locator(NullLocator())
+        tick_in_full(scaled)
     panel.grid(alpha=0.3)
 
 
-def _bars(intervals: Sequence) -> np.ndarray:
+def tick_in_full(scaled: Axis) -> None:
+    """Marks a logarithmic axis at 1, 2, 3, 5, 7 and their multiples by ten, written out."""
+    scaled.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    scaled.set_major_formatter("{x:g}")
+    scaled.set_minor_locator(NullLocator())
+
+
+def bars(intervals: Sequence[Interval]) -> np.ndarray:
     """Error bars [2, n]. Bootstrap intervals are not centred; by rounding, an estimate may lie just outside its own."""
     return np.array([[max(0, i.value - i.low) for i in intervals], [max(0, i.high - i.value) for i in intervals]])
 

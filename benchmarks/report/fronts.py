@@ -14,7 +14,7 @@ import torch
 from adadiff.metrics.intervals import Interval, centred_interval, share_interval
 from benchmarks.baselines.alternatives import BY_BUDGET, COMPOSED, OURS
 from benchmarks.report import mates_table
-from benchmarks.report.cells import Table, number, select, warning, where
+from benchmarks.report.cells import Table, data_sets, number, select, warning, where
 from benchmarks.rows import Row
 
 SUITE = "quality"
@@ -62,10 +62,6 @@ class Point:
         rounds = np.array(self.rounds)
         drawn = np.random.default_rng(len(rounds)).integers(len(rounds), size=(n, len(rounds)))
         return np.median(rounds[drawn], axis=1) * self.seconds / np.median(rounds)
-
-
-def data_sets(rows: Iterable[Row]) -> list[str]:
-    return list(dict.fromkeys(row["parameters"]["data"] for row in select(rows, SUITE, "quality")))
 
 
 def points(rows: Sequence[Row], data: str, kind: str = "quality") -> list[Point]:
@@ -167,7 +163,7 @@ def verdict(ratio: Interval | None) -> str:
 
 def tables(rows: Sequence[Row]) -> list[Table]:
     made = []
-    for data in data_sets(rows):
+    for data in data_sets(rows, SUITE):
         all_points = points(rows, data)
         timed = [point for point in all_points if point.seconds is not None]
         good, measured = (

@@ -8,10 +8,12 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
 
-from benchmarks.report.cells import Table, mark, number, select, warning, where
+from adadiff.metrics.intervals import Interval
+from benchmarks.report.cells import Table, data_sets, mark, number, select, warning, where
+from benchmarks.report.front_plots import bars, tick_in_full
 from benchmarks.rows import Row
 
 SUITE = "head-to-head"
@@ -53,12 +55,8 @@ def found(rows: Sequence[Row], data: str) -> list[Found]:
     ]
 
 
-def data_sets(rows: Sequence[Row]) -> list[str]:
-    return sorted({row["parameters"]["data"] for row in select(rows, SUITE, "quality")})
-
-
 def tables(rows: Sequence[Row]) -> list[Table]:
-    return [_table(found(rows, data), data) for data in data_sets(rows)]
+    return [_table(found(rows, data), data) for data in data_sets(rows, SUITE)]
 
 
 def _table(methods: Sequence[Found], data: str) -> Table:
@@ -73,9 +71,9 @@ def _table(methods: Sequence[Found], data: str) -> Table:
         for batch in batches:
             row = one.timed.get(batch)
             cells += ["", ""] if row is None else [_ms(row), number(row["of_full"], 2)]
-        own = one.quality
-        error = f"{own['error']:.4f} ({own['error_low']:.4f} to {own['error_high']:.4f})"
-        body.append((*cells, error, number(own["frechet"], 2), number(own["changed"], 0, percent=True)))
+        own, error = one.quality, _error(one.quality)
+        shown = f"{error.value:.4f} ({error.low:.4f} to {error.high:.4f})"
+        body.append((*cells, shown, number(own["frechet"], 2), number(own["changed"], 0, percent=True)))
     timed = [row for one in methods for row in one.timed.values()]
     given = methods[0].quality
     sizes = {"steps": given["parameters"]["steps"], "samples": given["parameters"]["samples"], "alone": given["alone"]}
@@ -83,12 +81,16 @@ def _table(methods: Sequence[Found], data: str) -> Table:
     return Table(f"{where(timed or [given])}, {versions}", header, body, NOTE.format(**sizes) + warning(timed))
 
 
+def _error(quality: Row) -> Interval:
+    return Interval(quality["error"], quality["error_low"], quality["error_high"])
+
+
 def _ms(row: Row) -> str:
     return f"{row['seconds_per_image'] * 1e3:.2f}" + mark(row)
 
 
 def pictures(rows: Sequence[Row]) -> dict[str, Figure | None]:
-    return {f"head-to-head-{data}.png": picture(rows, data) for data in data_sets(rows)}
+    return {f"head-to-head-{data}.png": picture(rows, data) for data in data_sets(rows, SUITE)}
 
 
 def picture(rows: Sequence[Row], data: str) -> Figure | None:
@@ -102,33 +104,38 @@ def picture(rows: Sequence[Row], data: str) -> Figure | None:
     colours = dict(zip(names, plt.colormaps["tab20"].colors, strict=False))
     for panel, batch in zip(axes[0], batches, strict=True):
         for name in names:
-            own = sorted(
-                ((one.timed[batch]["seconds_per_image"] * 1e3, one.quality) for one in methods
-                 if one.name == name and batch in one.timed),
-                key=lambda point: point[0],
-            )  # fmt: skip
-            if not own:
-                continue
-            best: list[tuple[float, Row]] = []  # those that no faster one of the method beats
-            for ms, quality in own:
-                if not best or quality["error"] < best[-1][1]["error"]:
-                    best.append((ms, quality))
-            panel.plot([ms for ms, _ in own], [q["error"] for _, q in own], ".", color=colours[name], alpha=0.4)
-            errors = [quality["error"] for _, quality in best]
-            bars = [
-                [max(0.0, quality["error"] - quality["error_low"]) for _, quality in best],
-                [max(0.0, quality["error_high"] - quality["error"]) for _, quality in best],
-            ]
-            ours = name.startswith(OURS)
-            panel.errorbar(
-                [ms for ms, _ in best], errors, bars, fmt="o-" if ours else "s--", markersize=5 if ours else 3.5,
-                linewidth=2 if ours else 1, capsize=2, elinewidth=0.8, color=colours[name], label=name,
-            )  # fmt: skip
+            own = [one for one in methods if one.name == name and batch in one.timed]
+            if own:
+                _curve(panel, own, batch, colours[name])
         panel.set(xscale="log", yscale="log", title=f"batch {batch}", xlabel="ms per image, one thread")
-        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
-        panel.xaxis.set_major_formatter("{x:g}")
-        panel.xaxis.set_minor_locator(NullLocator())
+        tick_in_full(panel.xaxis)
         panel.grid(alpha=0.3)
     axes[0, 0].set_ylabel("squared error to the full network with many steps")
     figure.legend(*axes[0, -1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     return figure
+
+
+def _curve(panel: Axes, methods: Sequence[Found], batch: int, colour: str) -> None:
+    """A method's settings as points, and a line through those that no faster one of them beats."""
+    points = sorted(
+        ((one.timed[batch]["seconds_per_image"] * 1e3, _error(one.quality)) for one in methods),
+        key=lambda point: point[0],
+    )
+    best: list[tuple[float, Interval]] = []
+    for ms, error in points:
+        if not best or error.value < best[-1][1].value:
+            best.append((ms, error))
+    panel.plot([ms for ms, _ in points], [error.value for _, error in points], ".", color=colour, alpha=0.4)
+    ours = methods[0].name.startswith(OURS)
+    panel.errorbar(
+        [ms for ms, _ in best],
+        [error.value for _, error in best],
+        bars([error for _, error in best]),
+        fmt="o-" if ours else "s--",
+        markersize=5 if ours else 3.5,
+        linewidth=2 if ours else 1,
+        capsize=2,
+        elinewidth=0.8,
+        color=colour,
+        label=methods[0].name,
+    )

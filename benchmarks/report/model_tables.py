@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from benchmarks.gpu.tables import device as gpu
-from benchmarks.report.cells import Table, number, select, warning, where
+from benchmarks.report.cells import Table, number, select, share, warning, where
 from benchmarks.rows import Row
 
 WAYS = {"plain, eager": "plain", "plain, compiled": "compiled", "nobody leaves": "engine", "two-phase": "two-phase"}
@@ -54,11 +54,7 @@ def policies(rows: Sequence[Row]) -> list[Table]:
     own = select(rows, "network", "policy")
     if not own:
         return []
-    body = []
-    for row in own:
-        low, high = row["share_of_attainable_spread"]
-        share = f"{row['share_of_attainable']:.3f} ({low:.3f} to {high:.3f})"
-        body.append((row["variant"], number(row["seconds"]["median"], 2), number(row["speedup"], 2), share))
+    body = [(row["variant"], number(row["seconds"]["median"], 2), number(row["speedup"], 2), share(row)) for row in own]
     note = (
         "A tick of U-ViT-S/2 in which half of the samples reuse the branches of the tick before, half reuse the rest "
         "of the network, or half run at half width. "

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from benchmarks.report.cells import select
-from benchmarks.report.fronts import SUITE, Point, axis_name, data_sets, front_table, points
+from benchmarks.report.cells import data_sets, select
+from benchmarks.report.fronts import SUITE, Point, axis_name, front_table, points
 from benchmarks.report.sections import Section, busy, columns, percent, sentence
 from benchmarks.rows import Row
 
@@ -14,7 +14,7 @@ Verdicts = dict[str, tuple[str, str]]  # budget -> ratio with its interval, verd
 
 def sections(rows: Sequence[Row]) -> dict[str, Section]:
     """By data set."""
-    return {data: section(rows, data) for data in data_sets(rows)}
+    return {data: section(rows, data) for data in data_sets(rows, SUITE)}
 
 
 def section(rows: Sequence[Row], data: str) -> Section:

@@ -13,7 +13,7 @@ from benchmarks.report import (
     pipelines_tables,
     serving_tables,
 )
-from benchmarks.report.cells import Table, number, select, warning, where
+from benchmarks.report.cells import Table, number, select, share, warning, where
 from benchmarks.report.model_tables import models
 from benchmarks.rows import Row, key
 
@@ -190,14 +190,6 @@ def overhead(rows: Sequence[Row]) -> list[Table]:
             note + warning(measured),
         )
     ]
-
-
-def share(row: Row) -> str:
-    if row.get("share_of_attainable") is None:
-        return ""
-    spread = row.get("share_of_attainable_spread")
-    beside = f" ({spread[0]:.3f} to {spread[1]:.3f})" if spread else ""
-    return number(row["share_of_attainable"], 3) + beside
 
 
 def network(rows: Sequence[Row]) -> list[Table]:

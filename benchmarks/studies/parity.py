@@ -181,10 +181,15 @@ def _run_official(module: nn.Module, *given: Tensor | None) -> Outputs:
     return Outputs(noise, torch.stack(layers[:-1]), u[:-1])
 
 
+def _preset(name: str, pixels: int) -> str:
+    """name: as the authors write it, "DiT-XL/2"."""
+    return name.lower().replace("-", "_").replace("/", "_") + f"_{pixels}"
+
+
 def _dit_cases(file: Path, load: Callable[[str], ModuleType]) -> Iterator[Case]:
-    for name, make in load("models").DiT_models.items():  # "DiT-XL/2"
+    for name, make in load("models").DiT_models.items():
         for pixels in (256, 512) if name == "DiT-XL/2" else (256,):
-            preset = name.lower().replace("-", "_").replace("/", "_") + f"_{pixels}"
+            preset = _preset(name, pixels)
             made = lambda make=make, pixels=pixels: make(input_size=pixels // 8)  # noqa: E731
             run = lambda module, *given: Outputs(module(*given))  # noqa: E731
             yield Case(preset, made, run, saved(lambda state: {"ema": state}))
@@ -196,9 +201,8 @@ def _sit_cases(file: Path, load: Callable[[str], ModuleType]) -> Iterator[Case]:
     def run(module: nn.Module, x: Tensor, t: Tensor, labels: Tensor) -> Outputs:
         return Outputs(-module(x, (1 - t / 1000).to(x.dtype), labels))
 
-    for name, make in load("models").SiT_models.items():  # "SiT-XL/2"
-        preset = name.lower().replace("-", "_").replace("/", "_") + "_256"
-        yield Case(preset, lambda make=make: make(input_size=32), run, saved(lambda state: {"ema": state}))
+    for name, make in load("models").SiT_models.items():
+        yield Case(_preset(name, 256), lambda make=make: make(input_size=32), run, saved(lambda state: {"ema": state}))
 
 
 def _duodiff_cases(file: Path, load: Callable[[str], ModuleType]) -> Iterator[Case]:

@@ -9,14 +9,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 import adadiff
-from adadiff.checkpoint import find
+from adadiff.checkpoint import find, write_tensors
 from adadiff.diffusion.noise import initial_noise
 from adadiff.diffusion.schedules import NoiseSchedule
 from adadiff.diffusion.solvers import solver_from
@@ -166,6 +168,14 @@ def load(name: str) -> adadiff.Model:
     return adadiff.load(name)
 
 
+def kept(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a file; made and written first if it is missing."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, make(), {})
+    return load_file(path)
+
+
 @cache
 def fingerprint(name: str) -> str:
     """Part of the SHA-256 of a checkpoint; distinguishes versions of the same name."""
@@ -209,6 +219,12 @@ class Artist:
             torch.from_numpy(np.concatenate(exits, axis=1)),
             (sum(run for run, _ in macs), sum(full for _, full in macs)),
         )
+
+
+def kept_images(folder: Path, artist: Artist, method: Method, seeds: Tensor, labels: Tensor, run: int) -> Tensor:
+    """Images of a network in full, for others to be compared with: drawn once, then read from the folder."""
+    path = folder / f"{fingerprint(method.model)}-{method.steps}-{len(seeds)}-{run}.safetensors"
+    return kept(path, lambda: {"images": artist.draw(method, seeds, labels).images})["images"]
 
 
 def _start_worker() -> None:

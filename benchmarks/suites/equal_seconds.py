@@ -15,11 +15,9 @@ from pathlib import Path
 from shutil import copyfile
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from adadiff.checkpoint import write_tensors
 from adadiff.diffusion.solvers import solver_from
 from benchmarks.baselines import reuse
 from benchmarks.baselines.alternatives import BATCH, BY_BUDGET, Networks, Sweep, calibrate, methods
@@ -32,13 +30,13 @@ from benchmarks.suites.drawing import (
     Drawn,
     Method,
     compiled_network,
-    fingerprint,
     in_engine,
     in_plain_loop,
+    kept_images,
     load,
     seeds_and_labels,
 )
-from benchmarks.suites.judging import Judging, judging_of
+from benchmarks.suites.judging import Judging, judging_of_model
 from benchmarks.suites.network import compiles
 from benchmarks.suites.quality import depth
 
@@ -66,8 +64,7 @@ class Comparison:
         self.judging()
 
     def judging(self) -> Judging:
-        model = load(self.networks.full)
-        return judging_of(self.data, tuple(model.backbone.sample_shape), model.config.classes)
+        return judging_of_model(self.data, self.networks.full)
 
     @property
     def cache(self) -> Path:
@@ -139,14 +136,10 @@ class Comparison:
         }
 
     def reference(self, artist: Artist, samples: int, run: int) -> Tensor:
-        """Images of the full network with many steps: drawn once, then read from disk."""
-        steps, full = self.sweep.reference_steps, self.networks.full
-        path = self.cache / f"{fingerprint(full)}-{steps}-{samples}-{run}.safetensors"
-        if not path.exists():
-            method = Method("reference", full, steps=steps, batch=BATCH)
-            images = artist.draw(method, *seeds_and_labels(run, samples, self.judging().judge.classes)).images
-            write_tensors(path, {"images": images}, {})
-        return load_file(path)["images"]
+        """Images of the full network with many steps."""
+        method = Method("reference", self.networks.full, steps=self.sweep.reference_steps, batch=BATCH)
+        drawn = seeds_and_labels(run, samples, self.judging().judge.classes)
+        return kept_images(self.cache, artist, method, *drawn, run)
 
     def speed(self, chosen: list[Method]) -> None:
         """Measures seconds of drawing `at_once` samples. The first variant, which is measured twice, is the full

@@ -10,16 +10,14 @@ from dataclasses import dataclass
 from functools import cache, partial
 from importlib import metadata
 
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from adadiff.checkpoint import write_tensors
 from benchmarks.baselines.contenders import COMPILED, EAGER, Contender, Contenders, Settings, drawn, forget
 from benchmarks.harness import interleave, threads
-from benchmarks.rows import Rows, say
-from benchmarks.suites.drawing import Method, draw, fingerprint, load, seeds_and_labels
-from benchmarks.suites.judging import Judging, judging_of
+from benchmarks.rows import Row, Rows, say
+from benchmarks.suites.drawing import Artist, Method, fingerprint, kept_images, seeds_and_labels
+from benchmarks.suites.judging import Judging, judging_of_model
 from benchmarks.suites.mates import CHANGED
 from benchmarks.suites.network import compiles
 
@@ -68,8 +66,7 @@ class HeadToHead:
 
     def quality(self, one: Contender) -> None:
         samples, alone = self.sizes.samples, self.sizes.alone
-        parameters = self._parameters(one, samples=samples)
-        if self.rows.find(SUITE, "quality", one.name, parameters) is not None:
+        if self._row("quality", one, samples=samples) is not None:
             return
         seeds, labels = self._seeds(samples)
         images = drawn(one, self.model, seeds, labels, max(BATCHES))
@@ -78,7 +75,7 @@ class HeadToHead:
             SUITE,
             "quality",
             one.name,
-            parameters,
+            self._parameters(one, samples=samples),
             dtype="float32",
             decides=one.decides,
             alone=alone,
@@ -89,7 +86,7 @@ class HeadToHead:
         )
 
     def speed(self, chosen: Sequence[Contender], batch: int) -> None:
-        missing = [m for m in chosen if self.rows.find(SUITE, "speed", m.name, self._timed(m, batch)) is None]
+        missing = [one for one in chosen if self._row("speed", one, batch=batch) is None]
         if not missing:
             return
         timed, given = [chosen[0], *(m for m in missing if m != chosen[0])], self._seeds(batch)
@@ -105,18 +102,18 @@ class HeadToHead:
             turn=self.sizes.turn,
             label=f"batch {batch}",
         )
-        fastest = {one: min((_name(one, way) for way in ways), key=measured.median) for one in timed}
+        fastest = {one: min(ways, key=lambda way: measured.median(_name(one, way))) for one in timed}
         for one in missing:
-            name = fastest[one]
-            share = measured.ratio(name, fastest[chosen[0]])
+            name = _name(one, fastest[one])
+            share = measured.ratio(name, _name(chosen[0], fastest[chosen[0]]))
             self.rows.write(
                 SUITE,
                 "speed",
                 one.name,
-                self._timed(one, batch),
+                self._parameters(one, batch=batch),
                 dtype="float32",
                 **measured.row(name),
-                way=COMPILED if name == _name(one, COMPILED) else EAGER,
+                way=fastest[one],
                 seconds_per_image=measured.median(name) / batch,
                 of_full=share.median,
                 of_full_spread=[share.quantile(0.2), share.quantile(0.8)],
@@ -127,24 +124,20 @@ class HeadToHead:
         own = {"data": self.data, "setting": one.setting, "steps": self.sizes.settings.steps}
         return own | {"checkpoint": fingerprint(self.model)} | more
 
-    def _timed(self, one: Contender, batch: int) -> dict[str, object]:
-        return self._parameters(one, batch=batch)
+    def _row(self, kind: str, one: Contender, **more: object) -> Row | None:
+        return self.rows.find(SUITE, kind, one.name, self._parameters(one, **more))
 
     def _judging(self) -> Judging:
-        model = load(self.model)
-        return judging_of(self.data, tuple(model.backbone.sample_shape), model.config.classes)
+        return judging_of_model(self.data, self.model)
 
     def _seeds(self, n: int) -> tuple[Tensor, Tensor]:
         return seeds_and_labels(0, n, self._judging().judge.classes)
 
     def _reference(self) -> Tensor:
-        """Images of the full network with many steps: drawn once, then read from disk."""
-        steps, samples = self.sizes.reference_steps, self.sizes.samples
-        path = self.rows.folder / "cache" / f"{fingerprint(self.model)}-{steps}-{samples}.safetensors"
-        if not path.exists():
-            method = Method("reference", self.model, steps=steps, batch=64)
-            write_tensors(path, {"images": draw(method, *self._seeds(samples)).images}, {})
-        return load_file(path)["images"]
+        """Images of the full network with many steps."""
+        method = Method("reference", self.model, steps=self.sizes.reference_steps, batch=64)
+        with Artist.of(1) as artist:
+            return kept_images(self.rows.folder / "cache", artist, method, *self._seeds(self.sizes.samples), run=0)
 
 
 def _name(one: Contender, way: str) -> str:

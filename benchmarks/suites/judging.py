@@ -12,6 +12,7 @@ from adadiff.metrics.frechet import FeatureStatistics, bootstrap_frechet, freche
 from adadiff.metrics.intervals import centred_interval, resampled, share_interval
 from adadiff.metrics.judges import JUDGES, Judge, judge_of
 from adadiff.metrics.quality import lower_quantile, paired_psnr
+from benchmarks.suites.drawing import load
 
 ACCURACY = {"digits": "of the class", "canvases": "after the rule", "letters": "of the class"}  # what counts as right
 DATA = tuple(ACCURACY)
@@ -66,6 +67,12 @@ def judging_of(data: str, shape: tuple[int, int, int], classes: int) -> Judging:
     features = features_from(data)
     with torch.inference_mode():
         return Judging(judge, features, FeatureStatistics.of(features(judge.held_out()[0])))
+
+
+def judging_of_model(data: str, name: str) -> Judging:
+    """Of a model: a shipped name or a file."""
+    model = load(name)
+    return judging_of(data, tuple(model.backbone.sample_shape), model.config.classes)
 
 
 def _with_interval(name: str, value: float, draws: Tensor) -> dict[str, float | Sequence[float]]:

@@ -4,13 +4,22 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from adadiff.checkpoint import write_tensors
 from adadiff.metrics.quality import evaluate_samples, frechet_ratio
 from benchmarks.rows import Rows, say
-from benchmarks.suites.drawing import STEPS, Artist, Drawn, Method, fingerprint, load, policy_of, seeds_and_labels
+from benchmarks.suites.drawing import (
+    STEPS,
+    Artist,
+    Drawn,
+    Method,
+    fingerprint,
+    kept_images,
+    load,
+    policy_of,
+    seeds_and_labels,
+)
 
 SUITE = "digits"
 
@@ -86,12 +95,9 @@ class Run:
         )
 
     def reference(self, method: Method) -> Tensor:
-        """Images of the full or the plain network: drawn once, then read from disk."""
-        name = f"{fingerprint(method.model)}-{method.steps}-{len(self._seeds)}-{self._run}"
-        path = self._rows.folder / "cache" / f"{name}.safetensors"
-        if not path.exists():
-            write_tensors(path, {"images": self._artist.draw(method, self._seeds, self._labels).images}, {})
-        return load_file(path)["images"]
+        """Images of the full or the plain network."""
+        folder = self._rows.folder / "cache"
+        return kept_images(folder, self._artist, method, self._seeds, self._labels, self._run)
 
     def _keep_for_pictures(self, method: Method, drawn: Drawn, full: Tensor, number: int = 40) -> None:
         tensors = {
