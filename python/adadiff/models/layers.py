@@ -41,6 +41,16 @@ def share_of(count: int, width: float) -> int:
     return math.ceil(round(count * width, 9))
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v. q, k, v: [n, heads, T, d]. Returns the same shape.
+
+    Training in bfloat16 on a CPU takes the products one by one: the fused backward of PyTorch 2.13 needs ten times as
+    long there (512 heads of 66 tokens: 40 against 3 ms)."""
+    if q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1), dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class FirstHeads(nn.Module):
     """Queries, keys and values of the first heads, [n, T, D] -> [3, n, T, inner].
 
@@ -85,7 +95,7 @@ class Attention(nn.Module):
             q, k, v = qkv.view(3, n, T, self.heads, self._head_dim).transpose(2, 3)  # [n, H, T, D/H]
         else:
             q, k, v = qkv.view(n, T, 3, self.heads, self._head_dim).permute(2, 0, 3, 1, 4)
-        values = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, T, -1)
+        values = attend(q, k, v).transpose(1, 2).reshape(n, T, -1)
         return product(self.proj, values, add_bias)
 
     def macs(self, tokens: int) -> int:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .dit import SINUSOID, Head, TimestepEmbedder, initialise, modulated, position_embedding
 from .interface import Family, Preset
-from .layers import Mlp, PatchEmbed, check_images, check_integers, check_text, timestep_embedding
+from .layers import Mlp, PatchEmbed, attend, check_images, check_integers, check_text, timestep_embedding
 from .patches import ModulatedNetwork, PatchConfig
 
 
@@ -126,7 +126,7 @@ class Block(nn.Module):
             for stream, part, values in zip(streams, rows, by_stream, strict=True)
         ]
         q, k, v = torch.cat(qkv, 3)  # [n, H, N + T, D/H] each
-        read = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        read = attend(q, k, v).transpose(1, 2).flatten(2)
         made = []
         for stream, part, values, seen in zip(streams, rows, by_stream, (read[:, :N], read[:, N:]), strict=True):
             if not stream.last:
