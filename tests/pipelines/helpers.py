@@ -20,6 +20,7 @@ class Scripted(ReusePolicy):
     full: tuple[tuple[bool, ...], ...]
     first: int = 1
     last: int = 0
+    order: int = 0
 
     def reuse_mask(self, change: Tensor | None, context: ReuseContext) -> Tensor:
         return ~torch.tensor([self.full[step][i] for i, step in enumerate(context.step.tolist())])
@@ -28,10 +29,10 @@ class Scripted(ReusePolicy):
         return "scripted"
 
     def column(self, lane: int) -> "Scripted":
-        return Scripted(tuple((step[lane],) for step in self.full), self.first, self.last)
+        return Scripted(tuple((step[lane],) for step in self.full), self.first, self.last, self.order)
 
 
-def scripted(pattern: str, steps: int, B: int, first: int = 1, last: int = 0) -> Scripted:
+def scripted(pattern: str, steps: int, B: int, first: int = 1, last: int = 0, order: int = 0) -> Scripted:
     """Everybody runs everything at the first step."""
     generator = torch.Generator().manual_seed(11)
     rules = {
@@ -42,7 +43,7 @@ def scripted(pattern: str, steps: int, B: int, first: int = 1, last: int = 0) ->
         "random": lambda step, lane: bool(torch.rand(1, generator=generator) < 0.5),
     }
     full = [[True] * B] + [[rules[pattern](step, lane) for lane in range(B)] for step in range(1, steps)]
-    return Scripted(tuple(map(tuple, full)), first, last)
+    return Scripted(tuple(map(tuple, full)), first, last, order)
 
 
 def enabled(name: str, policy: Any, **settings: Any) -> Any:

@@ -117,12 +117,14 @@ def test_a_budget_is_met_and_the_file_does_it_again(name: str, tmp_path: Path) -
     adadiff.disable(pipe)
 
 
-def test_what_was_held_out_is_measured_as_told() -> None:
-    """Drawn again by hand: the error and the share of the prompts that did not choose."""
-    pipe, others = pipeline("flux"), [1, 3, 5]
-    found = calibrated(pipe, "flux")
+@pytest.mark.parametrize("order", [0, 1])
+def test_what_was_held_out_is_measured_as_told(order: int, tmp_path: Path) -> None:
+    """Drawn again by hand, from the file: the error and the share of the prompts that did not choose."""
+    pipe, others, file = pipeline("flux"), [1, 3, 5], tmp_path / "cache.json"
+    found = calibrated(pipe, "flux", order=order, path=file)
+    assert load_cache(file).order == order
     full = torch.cat([draw(pipe, "flux", [i], STEPS) for i in others])
-    record = adadiff.enable(pipe, found.cache)
+    record = adadiff.enable(pipe, file)
     drawn = torch.cat([draw(pipe, "flux", [i], STEPS) for i in others])
     error = (drawn - full).double().flatten(1).norm(dim=1) / full.double().flatten(1).norm(dim=1)
     assert float(error.mean()) == pytest.approx(found.cache.held_out.error, rel=1e-6)
@@ -201,6 +203,7 @@ def test_interrupted_it_leaves_everything_as_it_was(tmp_path: Path, monkeypatch:
         ({"batch": 0}, "batch must be a whole number"),
         ({"first": 0}, "first must be a whole number"),
         ({"gate": "none"}, "gate must be one of"),
+        ({"order": 2}, "order must be one of 0, 1"),
         ({"path": "cache.txt"}, "path must end in .json"),
         ({"path": "nowhere/cache.json"}, "there is no folder nowhere"),
     ],
@@ -293,6 +296,8 @@ def test_another_pipeline_is_refused(changed: dict[str, Any], says: str, cache: 
         (lambda read: json.dumps({**read, "thresholds": 3}), "its fields"),
         (lambda read: json.dumps({**read, "first": 0}), "first must be"),
         (lambda read: json.dumps({**read, "gate": "x"}), "gate must be"),
+        (lambda read: json.dumps({**read, "order": 2}), "order must be 0 or 1"),
+        (lambda read: json.dumps({**read, "order": True}), "order must be 0 or 1"),
         (lambda read: json.dumps({**read, "held_out": 3}), "its fields"),
         (lambda read: json.dumps({**read, "budget": "x"}), "budget must be"),
     ],

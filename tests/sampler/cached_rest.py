@@ -46,12 +46,14 @@ class Plan:
     dense_early: int = 1
     dense_late: int = 0
     exits: float | None = None
+    order: int = 0
 
     def __str__(self) -> str:
         if self.cache is not None:
             text = f"cache:threshold={self.cache!r},first={self.first},gate={self.gate}"
         else:
             text = f"reuse:every={self.every},dense_early={self.dense_early},dense_late={self.dense_late}"
+        text += f",order={self.order}"
         return text if self.exits is None else f"{text}+exit:{self.exits!r}"
 
 
@@ -114,10 +116,13 @@ def by_hand(
             h, k = layers[d - 1], d
             if hit:
                 h, k = layers[plan.first - 1].clone(), kept["ended"]
-                h[:, backbone.num_prefix_tokens :] += kept["rest"]
+                h[:, backbone.num_prefix_tokens :] += kept["rest"] + (i - kept["made"]) * kept["growth"]
             elif d > plan.first:
-                rest = h - layers[plan.first - 1]
-                kept |= {"rest": rest[:, backbone.num_prefix_tokens :], "ended": d, "made": i, "total": 0.0}
+                rest = (h - layers[plan.first - 1])[:, backbone.num_prefix_tokens :]
+                growth = torch.zeros_like(rest)
+                if plan.order and kept.get("ended") == d:
+                    growth = (rest - kept["rest"]) / (i - kept["made"])
+                kept |= {"rest": rest, "growth": growth, "ended": d, "made": i, "total": 0.0}
                 if plan.gate == "residual":
                     kept["reference"] = layers[plan.first - 1] - begun
             head = backbone.head if k == L else exits.head(backbone, k)

@@ -28,7 +28,12 @@ STEPS = 7
 def test_who_never_reuses_has_what_the_plain_network_makes_bit_for_bit(kind: str, way: str) -> None:
     own = {"steps": 4, "class_labels": [0, 1, 2], "guidance_scale": [1.0, 2.0, 3.0], "execution": WAYS[way]}
     images, _ = adadiff.sample(models()[kind], 3, **own)
-    for policy in ("cache:threshold=0", "cache:threshold=0,gate=input,first=2", "reuse:every=1", "cache:batch=0"):
+    for policy in (
+        "cache:threshold=0,order=1",
+        "cache:threshold=0,gate=input,first=2",
+        "reuse:every=1",
+        "cache:batch=0",
+    ):
         found, report = adadiff.sample(models()[kind], 3, policy=policy, **own)
         assert torch.equal(found, images)
         assert not report.reused.any()
@@ -47,6 +52,7 @@ def test_who_never_reuses_has_what_the_plain_network_makes_bit_for_bit(kind: str
         dense_early=st.integers(1, 3),
         dense_late=st.integers(0, 2),
         exits=st.one_of(st.none(), st.floats(0.35, 0.65)),
+        order=st.integers(0, 1),
     ),
     seed=st.integers(0, 2**40),
     label=st.integers(0, 2),
@@ -59,7 +65,7 @@ def test_decisions_and_images_are_those_made_by_hand(kind, plan, seed, label, sc
     """Of every gate, guided and not, composed with exits, in an interval that begins or ends on the way: a half that
     appears late finds nothing to reuse."""
     if plan.cache is None:
-        plan = Plan(None, "", 1, plan.every, plan.dense_early, plan.dense_late, plan.exits)
+        plan = Plan(None, "", 1, plan.every, plan.dense_early, plan.dense_late, plan.exits, plan.order)
     wanted = by_hand(models()[kind], plan, STEPS, seed, label, scale, tied, interval)
     assume(wanted.margin > 1e-4)  # else rounding decides
     own = {"steps": STEPS, "seed": seed, "class_labels": label, "guidance_scale": scale, "tied": tied}
@@ -78,6 +84,8 @@ PLANS = {
         Plan(cache, first=2, exits=0.42),
         Plan(0.6, gate="input", exits=0.46),
         Plan(every=3, dense_early=2, dense_late=1, exits=0.46),
+        Plan(cache, exits=0.42, order=1),
+        Plan(every=3, order=1),
     ]
     for kind, cache in (("uvit", 0.35), ("dit", 0.8))
 }

@@ -29,6 +29,7 @@ INVARIANT = ExecutionOptions(batch_invariant=True)
 POLICIES = (
     *("cache:threshold=0.4", "cache:threshold=0.5,first=2,gate=input", "reuse:every=2", "full", "exit:0.45"),
     *("cache:threshold=0.7+exit:0.42", "reuse:every=3,dense_early=2,dense_late=1+exit:depth=3"),
+    *("cache:threshold=0.6,order=1+exit:0.42", "reuse:every=2,order=1"),
 )
 
 

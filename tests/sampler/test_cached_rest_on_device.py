@@ -20,7 +20,7 @@ LAGGED = ExecutionOptions(count_sync="lagged")
 STEPS, SCALES = 7, [1.0, 2.5, 1.0, 2.5]
 POLICIES = [
     *("cache:threshold=0.8", "cache:threshold=0.6,gate=input+exit:0.46", "reuse:every=3,dense_early=2,dense_late=1"),
-    *("cache:threshold=0.8,first=2+exit:0.42", "cache:batch=0.8"),
+    *("cache:threshold=0.8,first=2+exit:0.42", "cache:batch=0.8", "reuse:every=3,order=1+exit:0.46"),
 ]
 
 

@@ -35,6 +35,10 @@ class Unknown(ReusePolicy):
     gate = "output"
 
 
+class Quadratic(ReusePolicy):
+    order = 2
+
+
 @pytest.mark.parametrize(
     ("policy", "steps", "message"),
     [
@@ -43,6 +47,7 @@ class Unknown(ReusePolicy):
         ("reuse:every=2,dense_early=4", 4, "lets no sample reuse in 4 steps.* take smaller dense_early"),
         ("reuse:every=2,dense_early=2,dense_late=2", 4, "lets no sample reuse in 4 steps"),
         (Unknown(), 4, "must be None or one of residual, input, got 'output'"),
+        (Quadratic(), 4, "order of .* must be 0 or 1, got 2"),
         ("cache:batch=-1", 4, "threshold must be finite and at least 0"),
         ("cache:batch=0.1,threshold=0.1", 4, "takes no 'threshold=0.1'"),
         ("cache:threshold=0.1+reuse:every=2", 4, "one reuse policy"),
@@ -267,7 +272,12 @@ def serving_bytes(made: Model, n: int, request: dict) -> int:
 @pytest.mark.parametrize("kind", ["uvit", "dit", "plain"])
 @pytest.mark.parametrize(
     ("policy", "guidance_scale"),
-    [("reuse:every=2", 1.0), ("cache:threshold=0.5", 2.0), ("cache:threshold=0.5,gate=input", 1.0)],
+    [
+        ("reuse:every=2", 1.0),
+        ("reuse:every=2,order=1", 1.0),
+        ("cache:threshold=0.5", 2.0),
+        ("cache:threshold=0.5,gate=input", 1.0),
+    ],
 )
 def test_bytes_hold_requests_that_reuse_too(kind: str, policy: str, guidance_scale: float) -> None:
     """As many as an engine of so many bytes has in flight take no more."""

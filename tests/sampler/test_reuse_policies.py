@@ -21,9 +21,11 @@ def context(step: list[int], age: list[int], left: list[int] | None = None) -> R
         ("cache:threshold=0", Cache(0)),
         ("cache:threshold=0.1234567,first=2,last=3,gate=input", Cache(0.1234567, 2, 3, "input")),
         ("cache:gate=residual,threshold=1e-7", Cache(1e-7)),
+        ("cache:threshold=0.2,order=1", Cache(0.2, order=1)),
         ("cache:batch=0.08", BatchCache(0.08)),
         ("cache:first=2,batch=0.08", BatchCache(0.08, 2)),
         ("reuse:every=2", Reuse(2)),
+        ("reuse:every=4,order=1", Reuse(4, order=1)),
         ("reuse:every=3,level=layer,dense_early=4,dense_late=1", Reuse(3, "layer", 4, 1)),
     ],
 )
@@ -51,6 +53,8 @@ def test_spellings(text: str, policy: ReusePolicy) -> None:
         ("cache:threshold=0.1,gate=output", "gate must be one of residual, input, got 'output'"),
         ("cache:threshold=0.1,every=2", "cache takes no 'every=2'"),
         ("cache:batch=0.1,gate=input", "cache takes no 'gate=input'"),
+        ("cache:threshold=0.1,order=2", "order must be one of 0, 1, got 2"),
+        ("reuse:every=2,level=layer,order=1", "order=1 is for level=block, got level=layer"),
         ("cache:batch=nan", "finite and at least 0, got nan"),
         ("reuse:every=0", "every must be a whole number of 1 or more, got 0"),
         ("reuse:level=block", "reuse needs every"),
@@ -69,6 +73,8 @@ def test_settings_are_checked_in_python_too() -> None:
     for wrong in (True, "0.1", None, math.inf):
         with pytest.raises(ValueError, match="threshold must be"):
             Cache(wrong)
+    with pytest.raises(ValueError, match="order must be one of 0, 1, got True"):
+        Reuse(2, order=True)
     with pytest.raises(ValueError, match="depth must be a whole number"):
         CachedRest(2.5)
 

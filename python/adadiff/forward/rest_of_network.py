@@ -2,7 +2,9 @@
 
 After F blocks a lane either continues (a *full* step) or leaves by the same compaction as an exit. If it leaves, its
 prediction is head(h_F + rest) over the patches, where rest = h_k - h_F of its last full step, k is the layer at which
-that step ended (the last layer or an exit), and the head is that of layer k. A lane whose exit policy lets it exit at
+that step ended (the last layer or an exit), and the head is that of layer k. With a policy of order 1, its prediction
+is head(h_F + rest + age * growth), where growth is what rest grew by a step between its last two full steps, and 0 if
+there was one only, or if they ended at different layers. A lane whose exit policy lets it exit at
 layer F or earlier makes no full step; its cached rest is kept.
 """
 
@@ -14,7 +16,7 @@ from torch import Tensor
 from adadiff_kernels import upload
 
 from ..models.interface import Backbone
-from ..policies.reuse import GATES, ReuseContext, ReusePolicy
+from ..policies.reuse import GATES, ORDERS, ReuseContext, ReusePolicy
 from .branch_plan import Branches, kinds_of_branches, reuses_branches
 from .decision import call_policy
 from .feature_store import Kind, StoreUpdate, entry_bytes
@@ -25,13 +27,15 @@ from .runner import BlockRunner
 
 
 def kinds_of(policy: ReusePolicy, backbone: Backbone, dtype: torch.dtype) -> dict[str, Kind]:
-    """The store values of a lane of `policy`. rest: [N, D], over the patches; ended: k. reference: [T, D], which the
-    gate compares with. total, for the gate "input": the change accumulated since the last full step. For a policy that
-    reuses branches: the branches."""
+    """The store values of a lane of `policy`. rest, growth: [N, D], over the patches; ended: k. reference: [T, D],
+    which the gate compares with. total, for the gate "input": the change accumulated since the last full step. For a
+    policy that reuses branches: the branches."""
     T, D = backbone.tokens, backbone.dim
     if reuses_branches(policy):
         return kinds_of_branches(Branches.of(backbone.blocks, T).of_policy(policy), (T, D), dtype)
     kinds = {"rest": Kind((T - backbone.num_prefix_tokens, D), dtype), "ended": Kind((), torch.int32)}
+    if policy.order:
+        kinds["growth"] = kinds["rest"]
     if policy.gate is not None:
         kinds["reference"] = Kind((T, D), dtype)
     if policy.gate == "input":
@@ -65,6 +69,8 @@ def check_reuse(policy: ReusePolicy, backbone: Backbone) -> None:
             f"policy '{policy}' leaves nothing out: this network has {num_layers} blocks, and the first {policy.first} "
             f"always run; take first of {num_layers - 1} or less"
         )
+    if policy.order not in ORDERS:
+        raise ValueError(f"order of '{policy}' must be 0 or 1, got {policy.order!r}")
     if policy.gate not in (None, *GATES):
         raise ValueError(f"gate of '{policy}' must be None or one of {', '.join(GATES)}, got {policy.gate!r}")
     if policy.gate == "input" and not hasattr(backbone.blocks[0], "branches"):
@@ -211,7 +217,13 @@ class RestOfNetwork:
         """patches: [B, N, D], of lanes when they left. Returns them with the cached rest added for lanes that reuse."""
         if not self.layers or (patches.is_cpu and not bool(self.reused.any())):
             return patches
-        return torch.where(self.reused[:, None, None], patches + self._kept("rest"), patches)
+        rest = self._kept("rest")
+        ordered = [k for k, policy in self._policies.items() if policy.order]
+        if ordered:
+            grows = torch.stack([self._own.index == k for k in ordered]).any(0)[:, None, None]
+            age = self._own.age[:, None, None].to(rest.dtype)
+            rest = torch.where(grows, torch.addcmul(rest, self._kept("growth"), age), rest)
+        return torch.where(self.reused[:, None, None], patches + rest, patches)
 
     def updates(self, placement: HostPlacement | DevicePlacement) -> tuple[StoreUpdate, ...]:
         """The updates of the store, for the entries of lanes that follow a policy."""
@@ -233,7 +245,10 @@ class RestOfNetwork:
             put("made", entries.step.index_select(0, lanes), full)
             put("network", entries.network.index_select(0, lanes), full)
             put("ended", placement.exit_layer.index_select(0, lanes), full)
-            put("rest", (placement.saved.index_select(0, lanes) - base)[:, self._prefix :], full)
+            rest = (placement.saved.index_select(0, lanes) - base)[:, self._prefix :]
+            if policy.order:
+                put("growth", self._growth_of(rest, lanes, placement), full)
+            put("rest", rest, full)
             if policy.gate == "residual":
                 put("reference", base - self._input.index_select(0, lanes), full)
         if policy.gate == "input":  # its reference is the previous step, full or not
@@ -241,6 +256,14 @@ class RestOfNetwork:
             put("reference", self._read.index_select(0, lanes), seen)
             put("total", self._total.index_select(0, lanes).masked_fill(full, 0.0), seen)
         return StoreUpdate(entries.entry.index_select(0, lanes), values)
+
+    def _growth_of(self, rest: Tensor, lanes: Tensor, placement: HostPlacement | DevicePlacement) -> Tensor:
+        """[k, N, D]: what `rest` has grown by a step since the last full step of lanes: int64 [k]."""
+        entries = self._own
+        ended = placement.exit_layer.index_select(0, lanes) == self._kept("ended", lanes)
+        known = (entries.valid.index_select(0, lanes) & ended)[:, None, None]
+        age = entries.age.index_select(0, lanes)[:, None, None].to(rest.dtype)
+        return torch.where(known, (rest - self._kept("rest", lanes)) / age, 0.0)
 
 
 def _growth(read: Tensor, before: Tensor) -> Tensor:

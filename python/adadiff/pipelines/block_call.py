@@ -11,6 +11,7 @@ from torch import Tensor
 from ..policies.reuse import ReusePolicy
 from .compaction import Gather, Held, Rows, counted, mark_dynamic, version
 from .families import Family
+from .kept_rest import KeptRest
 from .lane_cache import Decision, Kept, LaneCache
 from .layout import BlockId, Layout, Outputs, Planned, outputs_of, split
 from .private import Interceptor
@@ -288,6 +289,7 @@ class BlockCall:
         self._note(planned)
         assert call.rows is not None
         assert call.gather is not None
+        assert call.decision is not None
         R = self._rows_of(outputs, self.given)
         fresh: list[Any] = [None] * len(outputs.sources)
         if len(call.rows.lanes):
@@ -297,7 +299,7 @@ class BlockCall:
             for p, source in enumerate(outputs.sources):
                 full = None
                 if source is not None and final:
-                    rest = call.cache.rest[planned.segment, p]
+                    rest = call.cache.rest[planned.segment, p].reused(call.decision.age)
                     full = call.base[planned.segment][source].get().to(rest.device) + rest
                     full = full if fresh[p] is None else full.to(fresh[p])
                 elif source is not None and fresh[p] is not None:
@@ -322,22 +324,14 @@ def _unwritten(shape: torch.Size, like: Tensor, probe: bool) -> Tensor:
 
 def store_rest(call: Call, segment: str, outputs: Outputs, parts: Sequence[Any], rows: Rows | None) -> None:
     """Stores what the skippable blocks of a segment have added. parts: outputs of all lanes, or of those of `rows`."""
-    dim, kept = call.family.batch_dim, call.cache.rest
+    dim, kept, decision = call.family.batch_dim, call.cache.rest, call.decision
+    assert decision is not None
     with counted():
         for p, source in enumerate(outputs.sources):
-            if source is None:
-                continue
-            base, before = call.base[segment][source].get().to(parts[p].device), kept.get((segment, p))
-            if rows is not None:
-                rows.put(kept[segment, p], dim, parts[p] - rows.take(base, dim, base.shape[dim] // call.B))
-            elif before is not None and _fits(before, parts[p], base):
-                torch.sub(parts[p], base, out=before)
-            else:
-                kept[segment, p] = parts[p] - base
-
-
-def _fits(out: Tensor, a: Tensor, b: Tensor) -> bool:
-    return (out.shape, out.dtype, out.device) == (a.shape, torch.result_type(a, b), a.device)
+            if source is not None:
+                base = call.base[segment][source].get().to(parts[p].device)
+                rest = kept.setdefault((segment, p), KeptRest(call.B, dim, call.policy.order))
+                rest.store(parts[p], base, rows, decision.age, decision.grows)
 
 
 def _lanes_first(value: Tensor, call: Call) -> Tensor:

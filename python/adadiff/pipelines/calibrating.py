@@ -35,6 +35,7 @@ class Steps(ReusePolicy):
     first: int = 1
     last: int = 0
     gate: str = "residual"
+    order: int = 0
 
     def reuse_mask(self, change: Tensor | None, context: ReuseContext) -> Tensor:
         return torch.isin(context.step, torch.tensor(self.steps, dtype=torch.int64, device="cpu"))
@@ -109,6 +110,7 @@ def calibrate(
     first: int = 1,
     last: int = 0,
     gate: str = "residual",
+    order: int = 0,
     blocks: Sequence[str] | None = None,
     tied: bool = False,
     seed: int = 0,
@@ -124,8 +126,8 @@ def calibrate(
     others measure their error. The i-th image has the seed `seed` + i. batch: texts or labels per call. call: further
     arguments of every call, such as num_inference_steps: thresholds are valid for these steps, this scheduler and this
     size. Results are compared as latents (output_type="latent") unless `call` says otherwise or the pipeline has none.
-    first, last, gate, blocks, tied: as for `enable` and `adadiff.policies.reuse.Cache`. path: a .json file to write,
-    for `enable(pipe, policy=path)`; force: replace an existing file. progress: show a progress bar.
+    first, last, gate, order, blocks, tied: as for `enable` and `adadiff.policies.reuse.Cache`. path: a .json file to
+    write, for `enable(pipe, policy=path)`; force: replace an existing file. progress: show a progress bar.
 
     Draws each prompt in full once, the choosing half again up to six times (error of reuse by step, then up to five
     runs to meet the budget), and the other half once more. Deterministic. `pipe` is unchanged afterwards, also when
@@ -138,13 +140,13 @@ def calibrate(
         raise ValueError(f"budget must be a share of the blocks in (0, 1), got {budget!r}")
     if type(batch) is not int or batch < 1:
         raise ValueError(f"batch must be a whole number of 1 or more, got {batch!r}")
-    Cache(0.0, first, last, gate)  # checks them
+    Cache(0.0, first, last, gate, order)  # checks them
     file = None if path is None else Path(path)
     if file is not None:
         if file.suffix != ".json":
             raise ValueError(f"path must end in .json, by which `enable` recognises it, got {file}")
         check_outputs(force, file, replaced_by="force=True")
-    observe = Steps((), first, last, gate)
+    observe = Steps((), first, last, gate, order)
     record = enable(pipe, observe, blocks=blocks, tied=tied)
     try:
         reused = enabled(transformer)
@@ -217,6 +219,7 @@ def _calibrated(
             first=observe.first,
             last=observe.last,
             gate=observe.gate,
+            order=observe.order,
             tied=tied,
         )
 

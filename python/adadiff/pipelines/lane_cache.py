@@ -10,14 +10,18 @@ from torch import Tensor
 from ..forward.rest_of_network import mean_abs
 from ..policies.reuse import ReuseContext, ReusePolicy
 from .compaction import Rows, version
+from .kept_rest import KeptRest
 
 
 @dataclass(frozen=True)
 class Decision:
-    """The decision in one call. reuse: bool [B]; change: float32 [B], None without a gate. Both on the CPU."""
+    """The decision in one call, on the CPU. reuse: bool [B]; change: float32 [B], None without a gate. age: int64 [B],
+    steps since the last full step; grows: bool [B], lanes of which it is comparable with this step."""
 
     reuse: Tensor
     change: Tensor | None
+    age: Tensor
+    grows: Tensor
 
 
 @dataclass
@@ -27,7 +31,7 @@ class LaneCache:
     age: int64 [B], on the CPU, steps since the last full step; written: bool [B], whether there was one.
     reference, norm: the gate's input at each lane's last full step (with gate "input": at the previous step), and its
     mean absolute value; total: float32 [B], for gate "input" the change summed up since the last full step.
-    rest: by (segment, p), what the skipped blocks of a segment added to output p at each lane's last full step.
+    rest: by (segment, p), what the skippable blocks of a segment added to output p.
     """
 
     B: int
@@ -36,7 +40,7 @@ class LaneCache:
     norm: Tensor | None = None
     total: Tensor | None = None
     conditioning: tuple[Any, ...] = ()
-    rest: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    rest: dict[tuple[str, int], KeptRest] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.age = torch.zeros(self.B, dtype=torch.int64, device="cpu")
@@ -47,8 +51,8 @@ class LaneCache:
         self.written = torch.zeros_like(self.written)
 
     def bytes(self) -> int:
-        kept = [*self.rest.values(), *([] if self.reference is None else [self.reference])]
-        return sum(value.numel() * value.element_size() for value in kept)
+        reference = 0 if self.reference is None else self.reference.numel() * self.reference.element_size()
+        return reference + sum(rest.bytes() for rest in self.rest.values())
 
     def decide(
         self,
@@ -79,9 +83,10 @@ class LaneCache:
         if tied:
             first, second = reuse.view(2, -1)
             reuse = (first & second).repeat(2)
+        decision = Decision(reuse, change if policy.gate else None, self.age.clone(), self.written & same)
         self._note(policy, gate, reuse)
         self.conditioning = tuple(conditioning)
-        return Decision(reuse, change if policy.gate else None)
+        return decision
 
     def _change(self, policy: ReusePolicy, gate: Tensor | None, output: Tensor) -> Tensor:
         """float32 [B], on the device: the change by the policy's gate; NaN for lanes with NaN."""

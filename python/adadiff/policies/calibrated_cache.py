@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch import tensor as make_tensor
 
-from .reuse import GATES, ReuseContext, ReusePolicy
+from .reuse import GATES, ORDERS, ReuseContext, ReusePolicy
 
 FORMAT, FORMAT_VERSION = "adadiff cache thresholds", 1
 SAME_TIME = 0.01  # relative to the largest time: more than rounding, less than another resolution's shift
@@ -47,6 +47,7 @@ class CalibratedCache(ReusePolicy):
     first: int = 1
     last: int = 0
     gate: str = "residual"
+    order: int = 0
     tied: bool = False
 
     def __post_init__(self) -> None:
@@ -64,6 +65,8 @@ class CalibratedCache(ReusePolicy):
             raise ValueError(f"budget must be a share in (0, 1], got {self.budget!r}")
         if self.gate not in GATES or not isinstance(self.tied, bool):
             raise ValueError(f"gate must be one of {', '.join(GATES)} and tied a bool")
+        if type(self.order) is not int or self.order not in ORDERS:
+            raise ValueError(f"order must be 0 or 1, got {self.order!r}")
 
     @property
     def needs_steps_left(self) -> bool:

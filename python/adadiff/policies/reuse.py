@@ -1,7 +1,9 @@
 """Policies that let a lane reuse features of an earlier step. They are pure functions of a few numbers per lane.
 
 The first blocks run in every step. Then a lane either runs the following blocks (a *full* step) or *reuses*: it adds
-what they added in its last full step. B lanes; the tensors of one call are on one device, in pipelines on the CPU.
+what they added in its last full step, or (order=1) what they would add now if that grew as between its last two full
+steps, as the first order of TaylorSeer (Liu et al., ICCV 2025, arXiv 2503.06923). B lanes; the tensors of one call are
+on one device, in pipelines on the CPU.
 """
 
 import math
@@ -14,6 +16,7 @@ from torch import Tensor
 GATES = ("residual", "input")
 LEVELS = ("block", "layer", "unit")
 UNITS = ("attention", "cross", "mlp")
+ORDERS = (0, 1)
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,15 @@ class ReusePolicy:
     gate: the change since the lane's last full step that the policy reads. "residual": the relative change (mean
     absolute values) of what the first blocks add to their input. "input": the relative change of the first block's
     attention input, summed up from step to step. None: no change. needs_steps_left: whether it reads
-    `context.steps_left`. whole_batch: whether the change is measured over all lanes together, so that they decide as
-    one; a baseline for comparisons.
+    `context.steps_left`. order: 0, what is reused stays as it was; 1, it is extrapolated linearly in the step, from the
+    lane's last two full steps (after the first one, which knows no growth, as with 0). whole_batch: whether the change
+    is measured over all lanes together, so that they decide as one; a baseline for comparisons.
     """
 
     first: int = 1
     last: int = 0
     gate: str | None = None
+    order: int = 0
     needs_steps_left: bool = False
     whole_batch: ClassVar[bool] = False
 
@@ -57,14 +62,15 @@ class Cache(ReusePolicy):
     """First-block cache per lane: a lane reuses where its change is at most `threshold`.
 
     gate="residual" is the first-block cache of ParaAttention and diffusers; gate="input" follows TeaCache (Liu et al.,
-    CVPR 2025) without its polynomial. Spelled "cache:threshold=0.08,first=1,last=0,gate=residual". Raises ValueError
-    for a threshold below 0 and other invalid values.
+    CVPR 2025) without its polynomial. Spelled "cache:threshold=0.08,first=1,last=0,gate=residual,order=0". Raises
+    ValueError for a threshold below 0 and other invalid values.
     """
 
     threshold: float
     first: int = 1
     last: int = 0
     gate: str = "residual"
+    order: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.threshold, bool) or not isinstance(self.threshold, float | int):
@@ -74,6 +80,7 @@ class Cache(ReusePolicy):
         _whole("first", self.first, 1)
         _whole("last", self.last, 0)
         _one_of("gate", self.gate, GATES)
+        _one_of("order", self.order, ORDERS)
 
     def reuse_mask(self, change: Tensor | None, context: ReuseContext) -> Tensor:
         assert change is not None
@@ -83,7 +90,8 @@ class Cache(ReusePolicy):
         first = f",first={self.first}" if self.first != 1 else ""
         last = f",last={self.last}" if self.last else ""
         gate = f",gate={self.gate}" if self.gate != "residual" else ""
-        return f"cache:threshold={self.threshold!r}{first}{last}{gate}"
+        order = f",order={self.order}" if self.order else ""
+        return f"cache:threshold={self.threshold!r}{first}{last}{gate}{order}"
 
 
 @dataclass(frozen=True)
@@ -115,8 +123,8 @@ class Reuse(ReusePolicy):
     The first `dense_early` and the final `dense_late` steps are full. level: what is reused: "block" (the rest of the
     network after the first blocks), "layer" (all branches of a block), or "unit" (the branches named by `unit`).
     layers: (first, last), the blocks whose branches are reused; None: all. A branch older than every - 1 steps, such as
-    one beyond an early exit, is computed in any step. Raises ValueError for invalid values.
-    Spelled "reuse:every=2,level=unit,dense_early=1,dense_late=0,unit=mlp,layers=2-12".
+    one beyond an early exit, is computed in any step. order: as in `ReusePolicy`, at level "block". Raises ValueError
+    for invalid values. Spelled "reuse:every=2,level=unit,dense_early=1,dense_late=0,unit=mlp,layers=2-12".
     """
 
     every: int
@@ -125,6 +133,7 @@ class Reuse(ReusePolicy):
     dense_late: int = 0
     unit: str | None = None
     layers: tuple[int, int] | None = None
+    order: int = 0
 
     def __post_init__(self) -> None:
         _whole("every", self.every, 1)
@@ -139,6 +148,9 @@ class Reuse(ReusePolicy):
             _layers(self.layers)
             if self.level == "block":
                 raise ValueError("layers are chosen at level=layer and level=unit, got level=block")
+        _one_of("order", self.order, ORDERS)
+        if self.order and self.level != "block":
+            raise ValueError(f"order={self.order} is for level=block, got level={self.level}")
 
     @property
     def needs_steps_left(self) -> bool:
@@ -157,7 +169,8 @@ class Reuse(ReusePolicy):
         late = f",dense_late={self.dense_late}" if self.dense_late else ""
         unit = f",unit={self.unit}" if self.unit else ""
         layers = f",layers={self.layers[0]}-{self.layers[1]}" if self.layers else ""
-        return f"reuse:every={self.every}{level}{early}{late}{unit}{layers}"
+        order = f",order={self.order}" if self.order else ""
+        return f"reuse:every={self.every}{level}{early}{late}{unit}{layers}{order}"
 
 
 @dataclass(frozen=True)
@@ -188,6 +201,6 @@ def _layers(layers: object) -> None:
         raise ValueError(f"layers must be (first, last), counted from 1, got {layers!r}")
 
 
-def _one_of(name: str, value: object, names: tuple[str, ...]) -> None:
-    if value not in names:
-        raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}")
+def _one_of(name: str, value: object, known: tuple[str, ...] | tuple[int, ...]) -> None:
+    if value not in known or isinstance(value, bool):
+        raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")
