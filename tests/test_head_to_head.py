@@ -210,7 +210,7 @@ def test_the_suite_writes_rows_that_tables_and_picture_show(
     head_to_head.HeadToHead(rows, "digits", "digits", TINY).run()
     qualities = [row for row in rows.rows if row["kind"] == "quality"]
     timed = [row for row in rows.rows if row["kind"] == "speed"]
-    assert len({row["variant"] for row in qualities}) == 14
+    assert len({row["variant"] for row in qualities}) == 16
     assert len(timed) == 2 * len(qualities)
     by_sample = [row for row in qualities if row["decides"] != contenders.BATCH]
     assert all(row["changed"] == 0 for row in by_sample), "only a decision for the batch changes batch-mates"

@@ -16,6 +16,7 @@ from adadiff.calibration.reliability import reliability_picture
 from adadiff.calibration.stopping import exit_layers, total
 from adadiff.checkpoint import find
 from adadiff.forward.two_stage import what_it_draws
+from adadiff.policies.reuse import Cache
 from adadiff.sampling.sample_batch import SampleBatch
 from benchmarks.suites.drawing import Artist, Method, fingerprint, load
 from benchmarks.suites.judging import DATA
@@ -124,7 +125,7 @@ COARSE = Sweep(
     shares=(0.5, 0.7),
     first=(3,),
     every=(2, 3),
-    changes=(0.04, 0.08, 0.16),
+    changes=(0.04, 0.08, 0.16, 0.3),
     composed=(0.08, 0.16),
     sent_on=(0.3,),
     repeats=5,
@@ -181,12 +182,16 @@ def _adaptive(networks: Networks, sweep: Sweep, folder: Path, common: dict) -> I
         yield Method("fixed depth", full, policy=f"exit:depth={depth}", setting=f"{depth} blocks", **common)
     for every in sweep.every:
         yield Method("reuse", full, reuse=every, setting=f"every {every}", **common)
+        extrapolated = f"every {every}, blocks, extrapolated"
+        yield Method("ours, reuse", full, policy=f"reuse:every={every},order=1", setting=extrapolated, **common)
         later = f",layers={num_layers // 3 + 1}-{num_layers}"  # the first blocks read the noisy image itself
         for what, plan in {"all layers": "", "later layers": later}.items():
             own = {"policy": f"reuse:every={every},level=layer{plan}", "setting": f"every {every}, {what}"}
             yield Method("ours, reuse", full, **own, **common)
     for change in sweep.changes:
-        yield Method("ours, cache", full, policy=f"cache:threshold={change:g}", setting=f"{change:g}", **common)
+        for order, what in ((0, ""), (1, ", extrapolated")):
+            own = {"policy": str(Cache(change, order=order)), "setting": f"{change:g}{what}"}
+            yield Method("ours, cache", full, **own, **common)
         yield Method("cache, whole batch", full, policy=f"cache:batch={change:g}", setting=f"{change:g}", **common)
     if networks.slim and networks.widths:
         own = {"policy": f"width:{networks.widths}", "setting": Path(networks.widths).stem}
@@ -199,13 +204,13 @@ def _adaptive(networks: Networks, sweep: Sweep, folder: Path, common: dict) -> I
         file = str(calibrated_file(networks.full, aim, common["solver"], common["steps"], sweep, folder))
         yield Method("static table", file, policy=f"exit:table={share:g}", setting=f"{share:g}, {aim}", **common)
         yield Method(f"ours, {aim}", file, policy=f"exit:budget={share:g}", setting=f"{share:g}", **common)
-        for change in sweep.composed if aim == sweep.aims[0] else ():
-            both = f"cache:threshold={change:g}+exit:budget={share:g}"
-            own = {"policy": both, "setting": f"{share:g}, change {change:g}"}
+        for change, order in product(sweep.composed if aim == sweep.aims[0] else (), (0, 1)):
+            both = f"{Cache(change, order=order)}+exit:budget={share:g}"
+            own = {"policy": both, "setting": f"{share:g}, change {change:g}{', extrapolated' if order else ''}"}
             yield Method("ours, cache and exits", file, **own, **common)
             for t in sweep.switches if networks.shallow else ():
                 early = {"shallow_model": networks.shallow, "t_switch": t, "policy": both}
-                setting = f"{share:g}, change {change:g}, t ≥ {t:g}"
+                setting = f"{own['setting']}, t ≥ {t:g}"
                 yield Method("ours, cache, exits, early model", file, setting=setting, **early, **common)
         for t in sweep.switches if networks.shallow and aim == sweep.aims[0] else ():
             own = {"shallow_model": networks.shallow, "t_switch": t, "policy": f"exit:budget={share:g}"}

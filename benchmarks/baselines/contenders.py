@@ -101,6 +101,10 @@ class Contenders:
             yield self._ours("ours, exits", f"exit:budget={budget:g}", SAMPLE, file)
         for threshold in given.thresholds:
             yield self._ours("ours, cache", f"cache:threshold={threshold:g}", SAMPLE)
+        for threshold in given.thresholds:
+            yield self._ours("ours, extrapolated cache", f"cache:threshold={threshold:g},order=1", SAMPLE)
+        for every in given.every:
+            yield self._ours("ours, extrapolated reuse", f"reuse:every={every},order=1", FIXED)
         for budget in given.budgets:
             both = f"cache:threshold={given.thresholds[-1]:g}+exit:budget={budget:g}"
             yield self._ours("ours, cache and exits", both, SAMPLE, file)

@@ -35,6 +35,10 @@ uncertainty, from 0 to 1.
                       decides after K blocks, by changes
                       of the first block's input, summed
                       over steps
+  cache:threshold=C,order=1
+                      extrapolates what it reuses from
+                      the sample's last two full steps;
+                      reuse: takes order=1, too
   cache:batch=C       all samples at once (a baseline)
   reuse:every=K       every K-th step is full, the others
                       reuse its blocks; dense_early=N and
