@@ -224,4 +224,4 @@ def test_the_suite_writes_rows_that_tables_and_picture_show(
     panels = head_to_head_tables.picture(rows.rows, "digits").axes
     assert [panel.get_title() for panel in panels] == ["batch 1", "batch 8"]
     section = head_to_head_section.section(rows.rows)
-    assert len(section.lines) == 15, "a header and a line for each method"
+    assert len(section.lines) == 17, "a header and a line for each method"
