@@ -183,13 +183,20 @@ def built(
     return module
 
 
-def save(model: Model, path: str | Path, notes: Mapping[str, object] | None = None) -> None:
+def save(
+    model: Model,
+    path: str | Path,
+    notes: Mapping[str, object] | None = None,
+    stored: torch.dtype | str | None = None,
+) -> None:
     """Writes weights, configuration, calibration and step selector, atomically. notes: stored in the header, such as
-    how the model was trained.
+    how the model was trained. stored: float16 or bfloat16, for a file of half the size, whose weights are rounded but
+    `load`ed in the model's dtype; None: in that dtype.
 
     model: it or its backbone may be compiled, and wrapped by DistributedDataParallel. Raises ValueError for a model
     that `load` would refuse, OSError if the file cannot be written.
     """
+    stored = dtype_from(stored)
     model, what = unwrapped(model), "the model to save"
     tensors = matched(shapes(model.config), plain_names(model.state_dict(), what), what)
     check_weights(tensors, what)
@@ -200,6 +207,9 @@ def save(model: Model, path: str | Path, notes: Mapping[str, object] | None = No
         metadata["step_selector"] = selector.config.to_dict()
         tensors |= {SELECTOR + key: value for key, value in selector.tensors().items()}
         check_weights(tensors, what)
+    if stored is not None:
+        metadata["dtype"] = str(_stored(tensors)).removeprefix("torch.")
+        tensors = cast(tensors, stored, what)
     write_tensors(Path(path), tensors, metadata)
 
 
@@ -216,7 +226,7 @@ def unwrapped(model: Any) -> Model:
 def load(name_or_file: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None) -> Model:
     """Opens a model with its exits, in eval mode: by the name of a shipped one ("digits"), or from a file of `save`.
 
-    dtype: float32, bfloat16 or float16, or its name; None: as the weights are stored.
+    dtype: float32, bfloat16 or float16, or its name; None: as the model was saved.
     Raises ValueError if there is no such file, device or dtype, if the weights do not fit the configuration in the
     file, and for weights that are not finite floating-point numbers. Sizes are compared before allocating anything.
     """
@@ -231,7 +241,7 @@ def load(name_or_file: str | Path, device: torch.device | str = "cpu", dtype: to
         tensors = plain_names(read_all(file), str(path))
     check_weights(tensors, str(path))
     scores = {key.removeprefix(SELECTOR): tensors.pop(key) for key in _selector_shapes(selector)}
-    tensors = cast(tensors, dtype or _stored(tensors), str(path))
+    tensors = cast(tensors, dtype or _saved_dtype(metadata, path) or _stored(tensors), str(path))
     model = built(lambda: Model(config), tensors, str(path), device)
     model.calibration = calibration
     if selector is not None:
@@ -285,6 +295,14 @@ def _selector_shapes(selector: SelectorConfig | None) -> dict[str, Size]:
         return {}
     with torch.device("meta"):
         return {SELECTOR + key: value.shape for key, value in new_scores(selector).state_dict().items()}
+
+
+def _saved_dtype(metadata: Mapping[str, Any], path: Path) -> torch.dtype | None:
+    """The dtype of a model whose weights are stored in another one."""
+    try:
+        return dtype_from(metadata.get("dtype"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _stored(tensors: Mapping[str, Tensor]) -> torch.dtype:

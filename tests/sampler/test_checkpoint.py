@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from adadiff import checkpoint
-from adadiff.checkpoint import load, read_tensors, save, write_tensors
+from adadiff.checkpoint import dtype_from, load, read_tensors, save, write_tensors
 from adadiff.config import PRESETS, ModelConfig
 from adadiff.model import Model, build
 from adadiff.uem import OFFICIAL, PAPER
@@ -139,6 +139,27 @@ def test_weights_are_loaded_in_the_dtype_asked_for(file: Path, model: Model, dty
     stored, own = load(file.with_name("again.safetensors")).state_dict(), again.state_dict()
     assert {value.dtype for value in stored.values()} == {getattr(torch, dtype)}
     assert all(torch.equal(stored[key], own[key]) for key in own)
+
+
+@pytest.mark.parametrize("stored", ["float16", torch.bfloat16])
+def test_a_file_of_half_the_size_is_loaded_in_the_models_dtype(stored: object, file: Path, model: Model) -> None:
+    half = file.with_name("half.safetensors")
+    save(model, half, stored=stored)
+    assert half.stat().st_size < 0.6 * file.stat().st_size
+    assert {value.dtype for value in read_tensors(half)[0].values()} == {dtype_from(stored)}
+    again = load(half)
+    for key, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value.to(dtype_from(stored)).float())
+    assert next(load(half, dtype="bfloat16").parameters()).dtype == torch.bfloat16
+    save(again, half)  # a loaded model forgets how it was stored
+    assert half.stat().st_size == pytest.approx(file.stat().st_size, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["float8", 16, ["float16"]])
+def test_an_unknown_dtype_in_a_file_is_named(dtype: object, file: Path) -> None:
+    rewrite(file, lambda _, metadata: metadata.update(dtype=json.dumps(dtype)))
+    with pytest.raises(ValueError, match=r"model\.safetensors: dtype must be one of"):
+        load(file)
 
 
 def test_weights_of_several_dtypes_are_loaded_in_one_that_holds_them(file: Path, model: Model) -> None:
