@@ -311,7 +311,7 @@ PAGES = {
 
   # every family, kept or left out
   adadiff data letters --list""",
-        notes="`adadiff train letters_plain` trains on letters.npz in the current folder.\n\n"
+        notes="`adadiff train letters_base` trains on letters.npz in the current folder.\n\n"
         "Fonts are found by their paths and SHA-256. With the releases of Pillow and FreeType that the list of "
         "families names, the images are the same, bit for bit.",
     ),
