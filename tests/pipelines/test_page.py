@@ -44,7 +44,7 @@ def test_the_classes_are_those_that_pass() -> None:
 
 def test_the_policies_exist() -> None:
     named = [line.split("|")[1].strip(" `") for line in PAGE.read_text().splitlines() if line.startswith("| `")]
-    assert len(named) == 6
+    assert len(named) == 7
     for policy in named:
         if not policy.endswith(".json"):
             assert reuse_or_exit_policy_from(policy) is not None
