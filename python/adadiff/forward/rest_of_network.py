@@ -227,9 +227,14 @@ class RestOfNetwork:
 
     def updates(self, placement: HostPlacement | DevicePlacement) -> tuple[StoreUpdate, ...]:
         """The updates of the store, for the entries of lanes that follow a policy."""
-        index = self._lanes.index
-        lanes = {k: upload((index == k).nonzero().squeeze(1), self.reused.device) for k in self._policies}
-        return tuple(self._update(policy, lanes[k], placement) for k, policy in self._policies.items())
+        made = []
+        for k, policy in self._policies.items():
+            lanes = upload((self._lanes.index == k).nonzero().squeeze(1), self.reused.device)
+            if lanes.is_cpu and policy.gate != "input":  # only full steps write; a device would wait for their number
+                lanes = lanes[self.full[lanes]]
+            if len(lanes):
+                made.append(self._update(policy, lanes, placement))
+        return tuple(made)
 
     def _update(self, policy: ReusePolicy, lanes: Tensor, placement: HostPlacement | DevicePlacement) -> StoreUpdate:
         """The update for lanes: int64 [k] of `policy`: new values after a full step, the old ones otherwise."""
