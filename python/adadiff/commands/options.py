@@ -17,7 +17,9 @@ from .values import steps, whole_numbers
 Commands = Any  # what `ArgumentParser.add_subparsers` returns, whose type is private
 Options = argparse._ActionsContainer  # a parser, or a group of its options
 
-MODELS = "canvases, canvases_plain, canvases_shallow, digits, digits_plain, digits_prototypes or digits_slim"
+MODELS = (
+    "canvases, canvases_plain, canvases_shallow, digits, digits_plain, digits_prototypes, digits_slim or letters_base"
+)
 
 
 class Once(argparse.Action):
