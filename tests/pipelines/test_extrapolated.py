@@ -9,7 +9,7 @@ from adadiff.policies.reuse import Cache, ReusePolicy
 from pipelines.helpers import STEPS, B, Scripted, difference, of_lane, own, run, scripted, with_policy
 from pipelines.zoo import call, inputs, network, parts_of
 
-# one stream; two streams in two lists; long skips; rows along the second dimension
+# one stream; two streams, and two lists one after the other; lists that take turns; rows along the second dimension
 CLASSES = (
     *("DiTTransformer2DModel", "FluxTransformer2DModel", "LatteTransformer3DModel"),
     "ErnieImageTransformer2DModel",

@@ -4,8 +4,8 @@ After F blocks a lane either continues (a *full* step) or leaves by the same com
 prediction is head(h_F + rest) over the patches, where rest = h_k - h_F of its last full step, k is the layer at which
 that step ended (the last layer or an exit), and the head is that of layer k. With a policy of order 1, its prediction
 is head(h_F + rest + age * growth), where growth is what rest grew by a step between its last two full steps, and 0 if
-there was one only, or if they ended at different layers. A lane whose exit policy lets it exit at
-layer F or earlier makes no full step; its cached rest is kept.
+there was one only, or if they ended at different layers. A lane whose exit policy lets it exit at layer F or earlier
+makes no full step; its cached rest is kept.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from torch import Tensor
 from adadiff_kernels import upload
 
 from ..models.interface import Backbone
-from ..policies.reuse import GATES, ORDERS, ReuseContext, ReusePolicy
+from ..policies.reuse import ReuseContext, ReusePolicy, check_gate_and_order, extrapolated, growth
 from .branch_plan import Branches, kinds_of_branches, reuses_branches
 from .decision import call_policy
 from .feature_store import Kind, StoreUpdate, entry_bytes
@@ -69,10 +69,7 @@ def check_reuse(policy: ReusePolicy, backbone: Backbone) -> None:
             f"policy '{policy}' leaves nothing out: this network has {num_layers} blocks, and the first {policy.first} "
             f"always run; take first of {num_layers - 1} or less"
         )
-    if policy.order not in ORDERS:
-        raise ValueError(f"order of '{policy}' must be 0 or 1, got {policy.order!r}")
-    if policy.gate not in (None, *GATES):
-        raise ValueError(f"gate of '{policy}' must be None or one of {', '.join(GATES)}, got {policy.gate!r}")
+    check_gate_and_order(policy)
     if policy.gate == "input" and not hasattr(backbone.blocks[0], "branches"):
         raise ValueError(
             f"policy '{policy}': gate=input needs blocks that expose their branches, which this network does not have; "
@@ -222,7 +219,7 @@ class RestOfNetwork:
         if ordered:
             grows = torch.stack([self._own.index == k for k in ordered]).any(0)[:, None, None]
             age = self._own.age[:, None, None].to(rest.dtype)
-            rest = torch.where(grows, torch.addcmul(rest, self._kept("growth"), age), rest)
+            rest = torch.where(grows, extrapolated(rest, self._kept("growth"), age), rest)
         return torch.where(self.reused[:, None, None], patches + rest, patches)
 
     def updates(self, placement: HostPlacement | DevicePlacement) -> tuple[StoreUpdate, ...]:
@@ -268,7 +265,7 @@ class RestOfNetwork:
         ended = placement.exit_layer.index_select(0, lanes) == self._kept("ended", lanes)
         known = (entries.valid.index_select(0, lanes) & ended)[:, None, None]
         age = entries.age.index_select(0, lanes)[:, None, None].to(rest.dtype)
-        return torch.where(known, (rest - self._kept("rest", lanes)) / age, 0.0)
+        return growth(rest, self._kept("rest", lanes), age, known)
 
 
 def _growth(read: Tensor, before: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..policies.reuse import extrapolated, growth
 from .compaction import Rows
 
 
@@ -42,7 +43,7 @@ class KeptRest:
         if rows is not None:
             before = rows.take(before, self._dim, before.shape[self._dim] // self._B)
         steps = self._by_row(age[lanes], added).to(added.dtype)
-        grown = torch.where(self._by_row(grows[lanes], added), (added - before) / steps, 0.0)
+        grown = growth(added, before, steps, self._by_row(grows[lanes], added))
         if rows is None:
             self.growth = grown
         else:
@@ -55,7 +56,7 @@ class KeptRest:
         assert self.value is not None
         if self.growth is None:
             return self.value
-        return torch.addcmul(self.value, self.growth, self._by_row(age, self.value).to(self.value.dtype))
+        return extrapolated(self.value, self.growth, self._by_row(age, self.value).to(self.value.dtype))
 
     def _by_row(self, values: Tensor, like: Tensor) -> Tensor:
         """values: [n], by lane. Returns them by row of `like`, on its device, with ones as the other dimensions."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..policies.reuse import GATES, ORDERS, ReusePolicy
+from ..policies.reuse import ReusePolicy, check_gate_and_order
 from .adapters import AdapterWatch
 from .block_call import BlockCall, Call
 from .conditioning import alike, broken_lanes, conditioning, tracked
@@ -277,10 +277,7 @@ def can_reuse(module: nn.Module) -> bool:
 
 def _check_policy(policy: ReusePolicy) -> None:
     """Raises ValueError for a user's policy with an unknown gate or an invalid `order`, `first` or `last`."""
-    if policy.gate not in (None, *GATES):
-        raise ValueError(f"gate of '{policy}' must be None or one of {', '.join(GATES)}, got {policy.gate!r}")
-    if policy.order not in ORDERS:
-        raise ValueError(f"order of '{policy}' must be 0 or 1, got {policy.order!r}")
+    check_gate_and_order(policy)
     for name, value, least in (("first", policy.first, 1), ("last", policy.last, 0)):
         if type(value) is not int or value < least:
             raise ValueError(f"{name} of '{policy}' must be a whole number of {least} or more, got {value!r}")

@@ -57,6 +57,25 @@ class ReusePolicy:
         raise NotImplementedError
 
 
+def check_gate_and_order(policy: ReusePolicy) -> None:
+    """Raises ValueError for a user's policy with an unknown gate or order."""
+    if policy.order not in ORDERS:
+        raise ValueError(f"order of '{policy}' must be 0 or 1, got {policy.order!r}")
+    if policy.gate not in (None, *GATES):
+        raise ValueError(f"gate of '{policy}' must be None or one of {', '.join(GATES)}, got {policy.gate!r}")
+
+
+def growth(now: Tensor, before: Tensor, steps: Tensor, known: Tensor) -> Tensor:
+    """What a reused feature grew by a step: (now - before) / steps where `known`, else 0. Shapes broadcast; `steps` has
+    the dtype of `now`, `known` is bool."""
+    return torch.where(known, (now - before) / steps, 0.0)
+
+
+def extrapolated(feature: Tensor, growth: Tensor, steps: Tensor) -> Tensor:
+    """The feature `steps` steps later. `steps` has its dtype."""
+    return torch.addcmul(feature, growth, steps)
+
+
 @dataclass(frozen=True)
 class Cache(ReusePolicy):
     """First-block cache per lane: a lane reuses where its change is at most `threshold`.
