@@ -137,21 +137,23 @@ class Registry(Generic[T]):
     def names(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(entry.name for entry in self.entries))
 
-    def forms(self, *names: str, short: bool = False) -> str:
-        """The forms of the entries of these names, or of all, for help and errors; short: without optional settings."""
+    def forms(self, *names: str, short: bool = False, own: bool = True) -> str:
+        """The forms of the entries of these names, or of all, for help and errors; short: without optional settings;
+        own: with users' classes."""
         known = [entry.form for entry in self.entries if not names or entry.name in names]
         known = [OPTIONAL.sub("", form) if short else form for form in known]
-        users = ["module:Class[:SETTING=VALUE,...] of your own"] if self.kind and not names else []
+        users = ["module:Class[:SETTING=VALUE,...] of your own"] if self.kind and own and not names else []
         return ", ".join([*known, *users, *([self.also] if self.also and not names else [])])
 
-    def read(self, text: str) -> T:
-        """The object for `text`. Raises ValueError, listing the known forms, for an unknown name or wrong settings."""
+    def read(self, text: str, *, own: bool = True) -> T:
+        """The object for `text`. own=False: refuse users' classes, whose modules would be imported: for text of others,
+        such as clients and files. Raises ValueError, listing the known forms, for an unknown name or wrong settings."""
         name, colon, rest = text.partition(":")
         entries = [entry for entry in self.entries if entry.name == name]
         if not entries:
-            if self.kind is not None and colon and _names_a_class(name, rest):
+            if own and self.kind is not None and colon and _names_a_class(name, rest):
                 return self._own(text, name, rest)
-            raise ValueError(f"no {self.what} {text!r}; there are {self.forms()}")
+            raise ValueError(f"no {self.what} {text!r}; there are {self.forms(own=own)}")
         try:
             return _chosen(entries, rest).read(rest) if colon else _without_settings(entries)
         except ValueError as error:
@@ -169,14 +171,13 @@ class Registry(Generic[T]):
             ) from None
         except AttributeError:
             raise ValueError(f"cannot use {self.what} {text!r}: module {module!r} has no {name!r}") from None
+        if not (isinstance(made_by, type) and issubclass(made_by, self.kind)):  # type: ignore[arg-type]
+            raise ValueError(f"cannot use {self.what} {text!r}: {name} is no {_kind_names(self.kind)}")
         given = [setting.partition("=") for setting in settings.split(",")] if settings else []
         try:
-            made = made_by(**{key: guessed(value) for key, _, value in given})
+            return made_by(**{key: guessed(value) for key, _, value in given})
         except TypeError as error:
             raise ValueError(f"cannot use {self.what} {text!r}: {error}") from None
-        if not isinstance(made, self.kind):  # type: ignore[arg-type]
-            raise ValueError(f"cannot use {self.what} {text!r}: {name} is no {_kind_names(self.kind)}")
-        return made  # type: ignore[return-value]
 
 
 def guessed(text: str) -> int | float | bool | str:

@@ -28,4 +28,5 @@ class BelowATime(ExitPolicy):
 
 
 class NoPolicy:
-    pass
+    def __init__(self, **_: object) -> None:
+        raise AssertionError("what is no policy must not be called")

@@ -67,6 +67,8 @@ def test_text_and_parts_are_each_others_inverse() -> None:
         ("sampler.no_such:Rule", "there is no module 'sampler.no_such'"),
         ("sampler.own_rules:Missing", "has no 'Missing'"),
         ("sampler.own_rules:NoPolicy", "is no ExitPolicy"),
+        ("sampler.own_rules:NoPolicy:args=ls,shell=true", "is no ExitPolicy"),
+        ("os:system:command=ls", "is no ExitPolicy"),
         ("sampler.own_rules:BelowATime:depths=2", "unexpected keyword argument 'depths'"),
         ("sampler.own_rules:BelowATime:depth=0", "depth must be at least 1, got 0"),
     ],

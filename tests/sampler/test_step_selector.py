@@ -257,5 +257,12 @@ def test_tensors_without_its_description_are_unexpected(tmp_path: Path) -> None:
         adadiff.load(file)
 
 
+def test_a_file_cannot_name_a_class_as_its_solver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else opening it would import the module."""
+    monkeypatch.setattr("adadiff.spelling.importlib", None)
+    with pytest.raises(ValueError, match="no solver 'os:system'"):
+        SelectorConfig.from_dict({**CONFIG.to_dict(), "solver": "os:system"})
+
+
 def test_descriptions_survive_json() -> None:
     assert SelectorConfig.from_dict(json.loads(json.dumps(CONFIG.to_dict()))) == CONFIG

@@ -1,6 +1,7 @@
 """What a service refuses: with a 4xx in OpenAI's shape that names the field, before anything is drawn."""
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,6 +54,7 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"guidance_scale": "4"}, "guidance_scale"),
     ({"solver": "euler"}, "solver"),
     ({"solver": "ddim:nan"}, "solver"),
+    ({"solver": "sampler.own_rules:BelowATime"}, "solver"),
     ({"solver": "ddim:spacing=none"}, "num_inference_steps"),
     ({"solver": None, "policy": "exit"}, "policy"),
     ({"policy": ""}, "policy"),
@@ -62,6 +64,8 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"policy": "exit:budget=0.55"}, "policy"),
     ({"policy": "exit:depth=6"}, "policy"),
     ({"policy": "exit:batch-mean=0.1"}, "policy"),
+    ({"policy": "cache:batch=0.1"}, "policy"),
+    ({"policy": "reuse:every=100000000000000000000"}, "policy"),
     ({"policy": "exit:٣"}, "policy"),
     ({"policy": "x" * 300}, "policy"),
     ({"response_format": "url"}, "response_format"),
@@ -140,6 +144,23 @@ def test_policies_that_import_code_or_open_files_are_refused_unread(policy: str,
             reply = await draw(client, policy=policy)
             error = check(reply, 400)
             assert (error["param"], "not served" in error["message"]) == ("policy", True)
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    "solver", ["subprocess:Popen:args=ls", "os:system", "sampler.own_rules:Own", "json:JSONDecoder"]
+)
+def test_a_client_cannot_import_a_solver(solver: str, monkeypatch: Any) -> None:
+    def never(name: str) -> None:
+        raise AssertionError(f"{name} was imported")
+
+    async def work() -> None:
+        async with client_of(ready=False) as client:
+            monkeypatch.setattr("adadiff.spelling.importlib", SimpleNamespace(import_module=never))
+            error = check(await draw(client, solver=solver), 400)
+            assert error["param"] == "solver"
+            assert "of your own" not in error["message"]
 
     run(work())
 

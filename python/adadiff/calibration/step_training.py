@@ -79,7 +79,8 @@ class StepTraining:
         whole("batch", batch, 1)
         if not (0 < bar < math.inf and 0 <= penalty < math.inf):
             raise ValueError(f"bar must be above 0 and penalty at least 0, got {bar} and {penalty}")
-        if solver_from(solver).table(model.schedule, candidates[-1]).coefficients[:, COLUMNS.index("noise")].any():
+        table = solver_from(solver, own=False).table(model.schedule, candidates[-1])
+        if table.coefficients[:, COLUMNS.index("noise")].any():
             raise ValueError(
                 f"solver {solver!r} adds noise, so images of different numbers of steps cannot be compared; take "
                 "'ddim' or 'dpm++2m'"

@@ -173,10 +173,10 @@ SOLVERS: Registry[Solver] = Registry(
 
 
 @lru_cache(maxsize=256)
-def solver_from(text: str) -> Solver:
+def solver_from(text: str, *, own: bool = True) -> Solver:
     """The solver spelled as in SOLVERS: "ddim:0.5" (eta), "ddim:spacing=trailing", "unipc:order=3,variant=bh1". Raises
-    ValueError for anything else."""
-    return SOLVERS.read(text)
+    ValueError for anything else. own=False: also for users' classes, see `Registry.read`."""
+    return SOLVERS.read(text, own=own)
 
 
 def _trailing_of_diffusers(schedule: NoiseSchedule, steps: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -78,7 +78,7 @@ class SelectorConfig:
             raise ValueError("a step selector reads labels or text: one of num_classes and context_dim is above 0")
         if not isinstance(self.solver, str):
             raise ValueError(f"a step selector's solver is text, got {self.solver!r}")
-        solver_from(self.solver)
+        solver_from(self.solver, own=False)  # from a file of others
         if self.measured is not None:
             _check_measured(self.measured)
 

@@ -43,7 +43,7 @@ class CascadeSettings:
             raise ValueError(f"steps of a student must be an integer from 1 to 1000, got {self.steps!r}")
         if not isinstance(self.solver, str):
             raise ValueError(f"the solver of a student is text, got {self.solver!r}")
-        solver_from(self.solver)
+        solver_from(self.solver, own=False)  # from a file of others
         check_share(self.share)
         check_sigma(self.sigma)
         if self.mode not in MODES:

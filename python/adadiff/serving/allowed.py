@@ -41,7 +41,7 @@ def policy_of(text: str | None, model: Model, presets: Mapping[str, str]) -> Par
         parts = _fitting(text, model)
     except ValueError as error:
         raise invalid(" ".join(str(error).split()), "policy") from None
-    if parts.exit.whole_batch:
+    if parts.exit.whole_batch or (parts.reuse is not None and parts.reuse.whole_batch):
         raise invalid(
             f"policy {shown(text)} decides for all requests at once, so that an image would depend on those of others; "
             "it is not served",

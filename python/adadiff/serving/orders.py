@@ -115,7 +115,7 @@ def _form(asked: ImageRequest, n: int, settings: Settings, accept: str | None) -
 
 def _check_solver(text: str, served: ServedModel, steps: int) -> None:
     try:
-        solver = solver_from(text)
+        solver = solver_from(text, own=False)
     except ValueError as error:
         raise invalid(str(error), "solver") from None
     try:
