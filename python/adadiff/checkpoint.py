@@ -201,6 +201,8 @@ def save(
     tensors = matched(shapes(model.config), plain_names(model.state_dict(), what), what)
     check_weights(tensors, what)
     metadata = {"config": model.config.to_dict(), "notes": dict(notes or {})}
+    if stored is not None:
+        metadata["dtype"] = str(_common_dtype(tensors)).removeprefix("torch.")
     if model.calibration is not None:
         metadata["calibration"] = model.calibration.to_dict()
     if (selector := model.step_selector) is not None:
@@ -208,7 +210,6 @@ def save(
         tensors |= {SELECTOR + key: value for key, value in selector.tensors().items()}
         check_weights(tensors, what)
     if stored is not None:
-        metadata["dtype"] = str(_stored(tensors)).removeprefix("torch.")
         tensors = cast(tensors, stored, what)
     write_tensors(Path(path), tensors, metadata)
 
@@ -241,7 +242,7 @@ def load(name_or_file: str | Path, device: torch.device | str = "cpu", dtype: to
         tensors = plain_names(read_all(file), str(path))
     check_weights(tensors, str(path))
     scores = {key.removeprefix(SELECTOR): tensors.pop(key) for key in _selector_shapes(selector)}
-    tensors = cast(tensors, dtype or _saved_dtype(metadata, path) or _stored(tensors), str(path))
+    tensors = cast(tensors, dtype or _saved_dtype(metadata, path) or _common_dtype(tensors), str(path))
     model = built(lambda: Model(config), tensors, str(path), device)
     model.calibration = calibration
     if selector is not None:
@@ -298,14 +299,15 @@ def _selector_shapes(selector: SelectorConfig | None) -> dict[str, Size]:
 
 
 def _saved_dtype(metadata: Mapping[str, Any], path: Path) -> torch.dtype | None:
-    """The dtype of a model whose weights are stored in another one."""
+    """The dtype of a model whose weights are stored in another one. Like weights, it may be float64."""
+    name = metadata.get("dtype")
     try:
-        return dtype_from(metadata.get("dtype"))
+        return torch.float64 if name == "float64" else dtype_from(name)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _stored(tensors: Mapping[str, Tensor]) -> torch.dtype:
+def _common_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
     """The common dtype of all tensors, by promotion."""
     return reduce(torch.promote_types, {value.dtype for value in tensors.values()})
 

@@ -15,6 +15,7 @@ from adadiff.checkpoint import dtype_from, load, read_tensors, save, write_tenso
 from adadiff.config import PRESETS, ModelConfig
 from adadiff.model import Model, build
 from adadiff.uem import OFFICIAL, PAPER
+from sampler.test_step_selector import selecting
 from sampler.tiny import UVIT, inputs, scramble
 
 CONFIG = ModelConfig(dataclasses.replace(UVIT, depth=2), "cosine", null_label=4, exits=PAPER)
@@ -153,6 +154,14 @@ def test_a_file_of_half_the_size_is_loaded_in_the_models_dtype(stored: object, f
     assert next(load(half, dtype="bfloat16").parameters()).dtype == torch.bfloat16
     save(again, half)  # a loaded model forgets how it was stored
     assert half.stat().st_size == pytest.approx(file.stat().st_size, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_a_file_of_rounded_weights_keeps_any_dtype(dtype: str, file: Path) -> None:
+    """Also beside a step selector, which is always float32."""
+    model = selecting().to(getattr(torch, dtype))
+    save(model, file, stored="float16")
+    assert {value.dtype for value in load(file).state_dict().values()} == {getattr(torch, dtype)}
 
 
 @pytest.mark.parametrize("dtype", ["float8", 16, ["float16"]])
