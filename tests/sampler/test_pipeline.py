@@ -13,12 +13,14 @@ from diffusers import AutoencoderKL
 
 import adadiff
 from adadiff.config import ModelConfig
+from adadiff.diffusion.solvers import solver_from
 from adadiff.models.uvit import UViT, UViTConfig
 from adadiff.pipelines.latents import decode
 from adadiff.pipelines.pipeline import AdaDiffPipeline, AdaDiffTransformer
 from adadiff.sampling.sampler import sample
 from adadiff.uem import PAPER
 from naming import named
+from sampler.slim import WIDTHS, slim_served
 from sampler.test_calibration import HALF, made
 from sampler.test_step_selector import CHOSEN, selecting
 from sampler.tiny import SERVED, served
@@ -166,6 +168,43 @@ def test_a_callback_after_every_step(solver: str, ends: list[int]) -> None:
     assert [t for _, t, _ in met] == sorted((t for _, t, _ in met), reverse=True)
     assert torch.equal(met[-1][2], out.images)
     assert torch.equal(out.images, pipeline()(generator=seeded(), **given).images)
+
+
+@pytest.mark.parametrize(("solver", "ends"), [("ddim", [0, 1, 2]), ("heun", [1, 2, 3])])
+def test_from_an_initial_image_callbacks_are_those_of_the_steps_made(solver: str, ends: list[int]) -> None:
+    """Half of 6 steps, or of 8 evaluations of heun: one step of two, then single ones. The last callback has the image,
+    and nothing comes after it."""
+    met = []
+
+    def callback(pipe: AdaDiffPipeline, step: int, t: float, values: dict) -> None:
+        met.append((step, t, values["latents"]))
+
+    steps = {"ddim": 6, "heun": 8}[solver]
+    given = {
+        "num_inference_steps": steps,
+        "solver": solver,
+        "output_type": "latent",
+        "init_image": torch.zeros(1, 4, 4),
+    }
+    given |= {"class_labels": [0, 1], "strength": 0.5}
+    out = pipeline()(generator=seeded(), callback_on_step_end=callback, **given)
+    assert [step for step, _, _ in met] == ends
+    rows = solver_from(solver).table(served().schedule, steps).t.tolist()
+    assert [t for _, t, _ in met] == [rows[len(rows) // 2 + end] for end in ends]
+    assert torch.equal(met[-1][2], out.images)
+    assert torch.equal(out.images, pipeline()(generator=seeded(), **given).images)
+    with pytest.raises(ValueError, match="leave the callback out"):
+        pipeline()(generator=seeded(), callback_on_step_end=callback, **{**given, "strength": [0.5, 1.0]})
+
+
+def test_a_width_policy_runs_narrow_networks() -> None:
+    pipe = AdaDiffPipeline(slim_served())
+    given = {"class_labels": [0, 2], "num_inference_steps": 3, "policy": f"width:{WIDTHS[0]:g}"}
+    out = pipe(generator=seeded(), output_type="latent", **given)
+    seeds = torch.randint(2**63 - 1, (2,), generator=seeded())
+    images, report = sample(slim_served(), 2, seed=seeds, class_labels=[0, 2], steps=3, policy=given["policy"])
+    torch.testing.assert_close(out.images, images)
+    assert out.report.macs == report.macs < report.macs_full
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpm-fast"])

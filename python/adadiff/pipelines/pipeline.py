@@ -69,9 +69,12 @@ class AdaDiffTransformer(ModelMixin, ConfigMixin):
         """The state dict for `save_pretrained`: with names of an uncompiled model, and shared weights duplicated."""
         return apart(plain_names(super().state_dict(*arguments, **options), "the transformer"))
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, **options: Any) -> ForwardOutput:
-        """One forward pass, see `adadiff.forward.forward.run_forward`."""
-        return run_forward(self.model, x, t, context, **options)
+    def forward(
+        self, x: Tensor, t: Tensor, context: Tensor | None = None, *, network: Model | None = None, **options: Any
+    ) -> ForwardOutput:
+        """One forward pass, see `adadiff.forward.forward.run_forward`. network: runs instead of `model`, with whose
+        weights it shares memory (a narrow one)."""
+        return run_forward(self.model if network is None else network, x, t, context, **options)
 
 
 @dataclass
@@ -139,8 +142,9 @@ class AdaDiffPipeline(DiffusionPipeline):
         generator: one for all or one per image; each image's seed is drawn from it, so equal generators give equal
         images. output_type: "pil", "np" (float32 [n, H, W, C] in [0, 1]), "pt" ([n, C, H, W] in [0, 1]), "latent" (the
         samples themselves, nominally in [-1, 1], or latents). callback_on_step_end(pipe, step, t, {"latents": ...}) is
-        called after each whole solver step; it may return {"latents": ...} to continue from, replace the mapping's
-        entry, or edit it in place. Returns images and a `Report`.
+        called after each whole solver step (step: index of its last evaluation, from 0; t: its time); it may return
+        {"latents": ...} to continue from, replace the mapping's entry, or edit it in place. Returns images and a
+        `Report`.
         Raises ValueError for invalid arguments, before any work, and FloatingPointError as `sample` does.
         """
         model: Model = self.transformer.model
@@ -177,9 +181,12 @@ class AdaDiffPipeline(DiffusionPipeline):
         samples = SampleBatch.of(model, n, params)
         if samples.draft is not None:
             raise ValueError(f"policy '{samples.parts}' draws with two models; it is for `sample` and `Engine`")
-        table = samples.solver.table(model.schedule, int(samples.steps.max()))
+        if samples.parts.width is not None and model.device != self._execution_device:
+            raise ValueError(f"policy '{samples.parts}': narrow networks share weights that offloading would move")
+        if callback_on_step_end is not None and len(samples.first.unique()) > 1:
+            raise ValueError("images of different strengths end at different steps; leave the callback out")
         try:
-            images, report = self._run(samples, table.t.tolist(), table.end.tolist(), callback_on_step_end)
+            images, report = self._run(samples, callback_on_step_end)
             _, error = check_finite(torch.arange(n, device="cpu"), images, samples.seeds)
             if error is not None:
                 raise error
@@ -196,12 +203,10 @@ class AdaDiffPipeline(DiffusionPipeline):
         encode = TextEncoder(self.tokenizer, self.text_encoder)
         return {"text_embeds": encode(prompts), **({"null_text_embeds": encode([negative])[0]} if guided else {})}
 
-    def _run(
-        self, samples: SampleBatch, times: list[float], ends: list[bool], callback: Callback | None
-    ) -> tuple[Tensor, Report]:
+    def _run(self, samples: SampleBatch, callback: Callback | None) -> tuple[Tensor, Report]:
         @torch.inference_mode(False)  # else hooks would turn weights into inference tensors when they move them
-        def forward(_: Model, *args: Any, **options: Any) -> ForwardOutput:
-            return self.transformer(*args, **options)  # as a module call, which runs the hooks that move weights
+        def forward(network: Model, *args: Any, **options: Any) -> ForwardOutput:
+            return self.transformer(*args, network=network, **options)  # a module call runs the hooks that move weights
 
         model: Model = self.transformer.model
         # the device is given, since offloaded weights are moved to it only when they are called
@@ -210,14 +215,17 @@ class AdaDiffPipeline(DiffusionPipeline):
         sample = np.empty_like(slots)
         sample[slots] = np.arange(samples.n)
         reuses = samples.parts.reuse is not None
-        results = RunRecord(len(times), samples.n, model.num_layers, samples.record_scores, reuses)
+        steps, ticks = int(samples.steps.max()), int((samples.steps - samples.first).max())
+        table = samples.solver.table(model.schedule, steps)
+        times, ends = table.t.tolist()[steps - ticks :], table.end.tolist()[steps - ticks :]
+        results = RunRecord(steps, samples.n, model.num_layers, samples.record_scores, reuses)
 
         def learn(records: Iterable[PassRecord]) -> None:
             for record in records:
                 results.add(record, sample[record.slots])
 
         self._interrupt, started = False, time.perf_counter()
-        with self.progress_bar(total=len(times)) as bar:
+        with self.progress_bar(total=ticks) as bar:
             for step, (t, end) in enumerate(zip(times, ends, strict=True)):
                 tick = batch.tick()
                 if tick.failed:
