@@ -200,6 +200,8 @@ def test_interrupted_it_leaves_everything_as_it_was(tmp_path: Path, monkeypatch:
         ({"prompts": [True] * 4}, "all texts, all class labels"),
         ({"prompts": [1, 2, 3, 4]}, "FluxPipeline takes no 'class_labels'"),
         ({"strength": 0.5}, "takes no 'strength'"),
+        ({"num_images_per_prompt": 2}, "one result of each prompt, got num_images_per_prompt=2"),
+        ({"seed": "a"}, "seed must be an integer"),
         ({"batch": 0}, "batch must be a whole number"),
         ({"first": 0}, "first must be a whole number"),
         ({"gate": "none"}, "gate must be one of"),

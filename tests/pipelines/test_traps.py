@@ -158,6 +158,22 @@ class Mine(ReusePolicy):
         return "mine"
 
 
+@pytest.mark.parametrize("gate", ["residual", "input"])
+def test_a_change_is_nan_where_nothing_can_be_reused(gate: str) -> None:
+    seen: list[Tensor] = []
+
+    class Noting(Mine):
+        def reuse_mask(self, change: Tensor | None, context: ReuseContext) -> Tensor:
+            seen.append(change)
+            return torch.ones_like(context.step, dtype=torch.bool)
+
+    module = own(SD3)
+    adadiff.enable(module, Noting(gate=gate))
+    for step in range(3):
+        call(SD3, range(B), step, module)
+    assert [bool(change.isnan().all()) for change in seen] == [True, False, False]
+
+
 def test_policies_of_ones_own_are_checked() -> None:
     module = own(SD3)
     for settings, message in (

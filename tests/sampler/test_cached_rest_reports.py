@@ -16,7 +16,7 @@ from adadiff.diffusion.solvers import DDIM
 from adadiff.forward.networks import Network
 from adadiff.forward.options import ExecutionOptions
 from adadiff.model import Model
-from adadiff.policies.reuse import BatchCache, ReusePolicy
+from adadiff.policies.reuse import BatchCache, ReuseContext, ReusePolicy
 from adadiff.policies.spelling import parts_from
 from adadiff.sampling import reuse_checks
 from adadiff.sampling.batch import Batch
@@ -39,6 +39,14 @@ class Quadratic(ReusePolicy):
     order = 2
 
 
+class Nowhere(ReusePolicy):
+    first = 0
+
+
+class Worded(ReusePolicy):
+    first = "2"
+
+
 @pytest.mark.parametrize(
     ("policy", "steps", "message"),
     [
@@ -48,6 +56,10 @@ class Quadratic(ReusePolicy):
         ("reuse:every=2,dense_early=2,dense_late=2", 4, "lets no sample reuse in 4 steps"),
         (Unknown(), 4, "must be None or one of residual, input, got 'output'"),
         (Quadratic(), 4, "order of .* must be 0 or 1, got 2"),
+        (Nowhere(), 4, "first of .* must be a whole number of 1 or more, got 0"),
+        (Worded(), 4, "first of .* must be a whole number of 1 or more, got '2'"),
+        (f"reuse:every={10**20}", 4, "every must be at most 2147483647"),
+        (f"reuse:every=2,dense_late={10**20}", 1, "dense_late must be at most 2147483647"),
         ("cache:batch=-1", 4, "threshold must be finite and at least 0"),
         ("cache:batch=0.1,threshold=0.1", 4, "takes no 'threshold=0.1'"),
         ("cache:threshold=0.1+reuse:every=2", 4, "one reuse policy"),
@@ -62,6 +74,22 @@ def test_what_cannot_work_is_refused_before_any_work(policy: object, steps: int,
     ):
         with pytest.raises(ValueError, match=message):
             ask()
+
+
+@pytest.mark.parametrize("gate", ["residual", "input"])
+def test_a_change_is_nan_where_nothing_can_be_reused(gate: str) -> None:
+    """Not what is left of earlier samples in the same slot of the store."""
+    seen: list[list[float]] = []
+
+    class Noting(ReusePolicy):
+        def reuse_mask(self, change: torch.Tensor, context: ReuseContext) -> torch.Tensor:
+            seen.append(change.tolist())
+            return context.step >= 0
+
+    policy = Noting()
+    policy.gate = gate
+    adadiff.sample(served(), 2, steps=3, batch=1, class_labels=[0, 1], policy=policy)
+    assert [bool(np.isnan(change).all()) for change in seen] == [True, False, False] * 2
 
 
 def test_a_forward_pass_alone_has_no_earlier_steps() -> None:

@@ -186,6 +186,7 @@ def test_refused_files(tmp_path: Path, name: str) -> None:
         ({"solver": "ddim:spacing=trailing-diffusers"}, "do not land on its timesteps"),
         ({"options": ",mode=refine,sigma=0.9999999"}, "no noise level of sigma = 1"),
         ({"options": ",sigma=0.4", "file_mode": "regenerate"}, "give mode=refine"),
+        ({"options": ",share=1,sigma=0.5+reuse:every=2,dense_early=8", "steps": 12}, r"reuse in \d steps"),
     ],
 )
 def test_requests_that_a_cascade_cannot_follow(tmp_path: Path, given: dict, match: str) -> None:
@@ -202,6 +203,14 @@ def test_what_cannot_be_settings() -> None:
     for change in ({"channels": 0}, {"classes": -1}, {"width": 1.5}):
         with pytest.raises(ValueError, match="of an oracle must be an integer"):
             OracleConfig(**{"channels": 1, "image_size": 4, "classes": 3, **change})
+
+
+def test_a_file_cannot_name_a_class_as_its_solver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else opening it would import the module."""
+    monkeypatch.setattr("adadiff.spelling.importlib", None)
+    for solver in ("os:system", "sampler.own_rules:Own:steps=3"):
+        with pytest.raises(ValueError, match="no solver"):
+            dataclasses.replace(settings(), solver=solver)
 
 
 def test_an_oracle_of_no_classes_needs_no_label(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from adadiff_kernels import upload
 
 from ..models.interface import Backbone
-from ..policies.reuse import ReuseContext, ReusePolicy, check_gate_and_order, extrapolated, growth
+from ..policies.reuse import ReuseContext, ReusePolicy, check_reuse_policy, extrapolated, growth
 from .branch_plan import Branches, kinds_of_branches, reuses_branches
 from .decision import call_policy
 from .feature_store import Kind, StoreUpdate, entry_bytes
@@ -59,6 +59,7 @@ def check_reuse(policy: ReusePolicy, backbone: Backbone) -> None:
     if reuses_branches(policy):
         Branches.of(backbone.blocks, backbone.tokens).of_policy(policy)
         return
+    check_reuse_policy(policy)
     if policy.last:
         raise ValueError(
             f"policy '{policy}': last blocks that always run are for pipelines; here the head reads the reused output "
@@ -69,7 +70,6 @@ def check_reuse(policy: ReusePolicy, backbone: Backbone) -> None:
             f"policy '{policy}' leaves nothing out: this network has {num_layers} blocks, and the first {policy.first} "
             f"always run; take first of {num_layers - 1} or less"
         )
-    check_gate_and_order(policy)
     if policy.gate == "input" and not hasattr(backbone.blocks[0], "branches"):
         raise ValueError(
             f"policy '{policy}': gate=input needs blocks that expose their branches, which this network does not have; "
@@ -160,7 +160,8 @@ class RestOfNetwork:
             entries.steps_left.index_select(0, lanes),
             self._t.to(lanes.device).index_select(0, lanes),
         )
-        mask = call_policy(policy, policy.reuse_mask, None if policy.gate is None else change.clone(), context)
+        known = None if policy.gate is None else change.where(usable, torch.nan)
+        mask = call_policy(policy, policy.reuse_mask, known, context)
         call_policy(policy, _check_mask, mask, len(lanes), lanes.device)
         found[rows] = mask & usable & ~change.isnan()
         return found

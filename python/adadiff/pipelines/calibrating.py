@@ -13,6 +13,7 @@ from ..metrics.intervals import resampled
 from ..model import Model
 from ..policies.calibrated_cache import CalibratedCache, HeldOut
 from ..policies.reuse import Cache, ReuseContext, ReusePolicy
+from ..sampling.sample_batch import whole
 from ..writing import check_outputs
 from .calibrated_file import save_cache
 from .drawing import Prompt, check_prompts, draw
@@ -140,6 +141,9 @@ def calibrate(
         raise ValueError(f"budget must be a share of the blocks in (0, 1), got {budget!r}")
     if type(batch) is not int or batch < 1:
         raise ValueError(f"batch must be a whole number of 1 or more, got {batch!r}")
+    whole("seed", seed, 0)
+    if many := [name for name in call if name.startswith("num_") and name.endswith("_per_prompt") and call[name] != 1]:
+        raise ValueError(f"calibration takes one result of each prompt, got {many[0]}={call[many[0]]!r}")
     Cache(0.0, first, last, gate, order)  # checks them
     file = None if path is None else Path(path)
     if file is not None:
@@ -187,6 +191,8 @@ class Runs:
             steps = list(self._reused.record.steps)
             if not steps:
                 raise ValueError(f"{type(self.pipe).__name__} did not call its transformer")
+            if len(images) != len(part):
+                raise ValueError(f"calibration takes one result of each prompt; {len(part)} made {len(images)}")
             self._bar.update(len(part))
             yield images, Run.of(steps, self._reused.record.num_blocks)
 

@@ -75,11 +75,12 @@ class LaneCache:
         change, same = both[0], both[1] == 1
         left = None if steps_left is None else torch.full_like(self.age, steps_left)
         context = ReuseContext(torch.full_like(self.age, self.step), self.age.clone(), left, t.clone())
-        mask = policy.reuse_mask(change.clone() if policy.gate else None, context)
+        usable = self.written & same & ~change.isnan()
+        mask = policy.reuse_mask(change.where(usable, torch.nan) if policy.gate else None, context)
         if not isinstance(mask, Tensor) or mask.shape != (self.B,) or mask.dtype != torch.bool:
             given = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
             raise ValueError(f"{policy} must return a tensor bool [{self.B}], got {given}")
-        reuse = mask.cpu() & self.written & same & ~change.isnan()
+        reuse = mask.cpu() & usable
         if tied:
             first, second = reuse.view(2, -1)
             reuse = (first & second).repeat(2)

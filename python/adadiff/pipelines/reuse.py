@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..policies.reuse import ReusePolicy, check_gate_and_order
+from ..policies.reuse import ReusePolicy, check_reuse_policy
 from .adapters import AdapterWatch
 from .block_call import BlockCall, Call
 from .conditioning import alike, broken_lanes, conditioning, tracked
@@ -66,7 +66,7 @@ class ReusedTransformer:
         kind = type(transformer).__name__
         if self.family.refused:
             raise ValueError(f"{kind} cannot skip blocks by sample: {self.family.refused}")
-        _check_policy(policy)
+        check_reuse_policy(policy)
         names = self.family.blocks if blocks is None else [blocks] if isinstance(blocks, str) else blocks
         self._lists = find_lists(transformer, names, given=blocks is not None)
         if not has_time(transformer):
@@ -273,14 +273,6 @@ def can_reuse(module: nn.Module) -> bool:
         return bool(find_lists(module, family.blocks, given=False))
     except ValueError:
         return False
-
-
-def _check_policy(policy: ReusePolicy) -> None:
-    """Raises ValueError for a user's policy with an unknown gate or an invalid `order`, `first` or `last`."""
-    check_gate_and_order(policy)
-    for name, value, least in (("first", policy.first, 1), ("last", policy.last, 0)):
-        if type(value) is not int or value < least:
-            raise ValueError(f"{name} of '{policy}' must be a whole number of {least} or more, got {value!r}")
 
 
 def _insides(lists: Mapping[str, nn.ModuleList]) -> list[Any]:

@@ -17,6 +17,7 @@ GATES = ("residual", "input")
 LEVELS = ("block", "layer", "unit")
 UNITS = ("attention", "cross", "mlp")
 ORDERS = (0, 1)
+MOST_STEPS = 2**31 - 1  # that a setting may count
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,15 @@ class ReusePolicy:
         raise NotImplementedError
 
 
-def check_gate_and_order(policy: ReusePolicy) -> None:
-    """Raises ValueError for a user's policy with an unknown gate or order."""
-    if policy.order not in ORDERS:
+def check_reuse_policy(policy: ReusePolicy) -> None:
+    """Raises ValueError for a user's policy with an unknown gate or an invalid `order`, `first` or `last`."""
+    if type(policy.order) is not int or policy.order not in ORDERS:
         raise ValueError(f"order of '{policy}' must be 0 or 1, got {policy.order!r}")
     if policy.gate not in (None, *GATES):
         raise ValueError(f"gate of '{policy}' must be None or one of {', '.join(GATES)}, got {policy.gate!r}")
+    for name, value, least in (("first", policy.first, 1), ("last", policy.last, 0)):
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name} of '{policy}' must be a whole number of {least} or more, got {value!r}")
 
 
 def growth(now: Tensor, before: Tensor, steps: Tensor, known: Tensor) -> Tensor:
@@ -212,6 +216,8 @@ class CachedRest(ReusePolicy):
 def _whole(name: str, value: object, least: int) -> None:
     if type(value) is not int or value < least:
         raise ValueError(f"{name} must be a whole number of {least} or more, got {value!r}")
+    if value > MOST_STEPS:
+        raise ValueError(f"{name} must be at most {MOST_STEPS}, got a number of {len(str(value))} digits")
 
 
 def _layers(layers: object) -> None:
@@ -221,5 +227,5 @@ def _layers(layers: object) -> None:
 
 
 def _one_of(name: str, value: object, known: tuple[str, ...] | tuple[int, ...]) -> None:
-    if value not in known or isinstance(value, bool):
+    if type(value) is not type(known[0]) or value not in known:
         raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")

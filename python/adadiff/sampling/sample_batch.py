@@ -95,7 +95,8 @@ class SampleBatch:
                 raise ValueError("a cascade's student draws from noise; leave init_image out")
             draft = draft_of(model, parts.cascade, params.solver, steps)
         if parts.reuse is not None:
-            check_reuse_of(model, parts.reuse, params.solver, steps - first)
+            made = steps - first if draft is None else draft.teacher_steps
+            check_reuse_of(model, parts.reuse, params.solver, made)
         return SampleBatch(
             n=n,
             parts=parts,
