@@ -2,6 +2,7 @@
 
 import copy
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import adadiff
+from adadiff.config import ModelConfig
 from adadiff.conversion.convert import from_transformer
+from adadiff.models.dit import DiTConfig
 from adadiff.pipelines import early_exit
 from adadiff.pipelines.early_exit import DiffusersDiT, record_of
 from adadiff.uem import ExitConfig, Exits
+from sampler.test_calibration import HALF, MOST
+from sampler.test_calibration import made as calibration
 from sampler.tiny import scramble
 
 LAYERS = 5
@@ -322,6 +327,46 @@ def test_offloaded_weights_cannot_be_copied() -> None:
     pipe = DiTPipeline(copy.deepcopy(parts()[0]).to("meta"), parts()[1], DDIMScheduler(clip_sample=False))
     with pytest.raises(ValueError, match="fused=True copies all weights, and some are offloaded"):
         adadiff.enable(pipe, "full", fused=True)
+
+
+def calibrated() -> adadiff.Model:
+    """Exits for the transformer, and thresholds for two shares of the work at three times."""
+    network = DiTConfig(6, 4, 2, 24, LAYERS, 2, num_classes=1001)
+    model = adadiff.Model(ModelConfig(network, "linear", null_label=1000, exits=SHARED)).requires_grad_(False).eval()
+    model.exits.load_state_dict(exits().state_dict())
+    model.calibration = calibration(HALF, MOST)
+    return model
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("policy", ["exit:budget=0.5", "exit:budget=0.9", "exit:table=0.5"])
+def test_budgets_are_those_of_the_models_calibration(
+    policy: str, fused: bool, pipe: DiTPipeline, tmp_path: Path
+) -> None:
+    """Given the model or its file, lanes exit as by the thresholds in it."""
+    (x, t, labels), model = lanes(), calibrated()
+    adadiff.save(model, tmp_path / "exits.safetensors")
+    kind, share = policy.removeprefix("exit:").split("=")
+    by_hand = model.calibration.policy(kind, float(share))
+    found = []
+    for asked, own in ((by_hand, model.exits), (policy, model), (policy, tmp_path / "exits.safetensors")):
+        record = adadiff.enable(pipe, asked, exits=own, fused=fused)
+        output = pipe.transformer(x, timestep=t, class_labels=labels).sample
+        found.append((output, record.exit_layer.tolist()))
+        adadiff.disable(pipe)
+    assert found[0][1] == found[1][1] == found[2][1]
+    assert min(found[0][1]) < LAYERS
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][0], found[2][0])
+    with pytest.raises(ValueError, match=r"calibrated for budgets 0\.5, 0\.9"):
+        adadiff.enable(pipe, "exit:budget=0.7", exits=model)
+    with pytest.raises(ValueError, match="is not calibrated"):
+        adadiff.enable(pipe, policy, exits=model.exits)
+    model.exits = None
+    with pytest.raises(ValueError, match="given for exits has none"):
+        adadiff.enable(pipe, policy, exits=model)
+    with pytest.raises(ValueError, match=r"exits are an adadiff\.Model that has some, or its file, got int"):
+        adadiff.enable(pipe, policy, exits=3)
 
 
 def test_bad_input(pipe: DiTPipeline) -> None:

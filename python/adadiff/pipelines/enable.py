@@ -6,6 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from ..checkpoint import load
+from ..model import Model
+from ..policies.calibrated import Calibration
 from ..policies.calibrated_cache import CalibratedCache
 from ..policies.exits import Depth, Full
 from ..policies.interface import ExitPolicy
@@ -24,7 +27,7 @@ def enable(
     pipe: Any,
     policy: str | Path | ExitPolicy | ReusePolicy = "cache:threshold=0.08",
     *,
-    exits: Exits | None = None,
+    exits: Exits | Model | str | Path | None = None,
     blocks: Sequence[str] | None = None,
     tied: bool = False,
     fused: bool = False,
@@ -35,7 +38,8 @@ def enable(
     policy: "full", "cache:threshold=0.08" (first-block cache), "reuse:every=2", and "exit:depth=8" (blocks after the
     eighth run in the sample's first step only; their contribution is reused) need no training; a path to a file of
     `calibrate` (.json). Other "exit:" policies, and "exit:depth" with `exits`, are for a DiTPipeline and need exits
-    trained for its transformer. See `adadiff.policies`.
+    trained for its transformer. See `adadiff.policies`. exits: these, or the model that has them, or its file, with
+    whose calibration "exit:budget=" and "exit:table=" work.
     blocks: names of the transformer's block lists, if they are not found. tied: the halves of a guided batch [2B]
     decide together. fused: run a copy of a DiT's weights in our DiT, see `early_exit`.
     Returns a record that every call adds to; for several transformers, that of the first.
@@ -46,7 +50,8 @@ def enable(
     check_version()
     if isinstance(policy, Path) or (isinstance(policy, str) and policy.endswith(ENDING)):
         policy = load_cache(policy)
-    policy = reuse_or_exit_policy_from(policy)
+    exits, calibration = _exits_of(exits)
+    policy = reuse_or_exit_policy_from(policy, calibration)
     transformers = _transformers(pipe)
     if isinstance(policy, CalibratedCache) and len(transformers) > 1:
         raise ValueError(f"'{policy}' is for one transformer, this pipeline has {', '.join(transformers)}")
@@ -82,6 +87,20 @@ def enable(
             one.remove()
         raise
     return made[0].record
+
+
+def _exits_of(given: Exits | Model | str | Path | None) -> tuple[Exits | None, Calibration | None]:
+    """The exits, and the calibration of their model. Raises ValueError for a model without exits, and for anything
+    else."""
+    if given is None or isinstance(given, Exits):
+        return given, None
+    if isinstance(given, str | Path):
+        given = load(given)
+    if not isinstance(given, Model):
+        raise ValueError(f"exits are an adadiff.Model that has some, or its file, got {type(given).__name__}")
+    if given.exits is None:
+        raise ValueError("the model given for exits has none")
+    return given.exits, given.calibration
 
 
 def disable(pipe: Any) -> None:
