@@ -7,7 +7,7 @@ exits. The thresholds were calibrated beforehand and ship with the model; `adadi
 
 Takes 5 s of CPU time, writes budget.png and prints:
 
-    40 samples in ... s (.../s); mean exit layer 6.66 of 13; 51.2% of the blocks, 54.5% of the multiply-adds...
+    40 samples in ... s (.../s); 6.66 of 13 blocks a step (51.2%), 54.5% of the multiply-adds...
     wrote budget.png
 """
 

@@ -8,7 +8,7 @@ few pixels lie far outside [-1, 1]; picture files clamp them.
 
 Takes 16 s of CPU time and prints (the last number differs a little from machine to machine):
 
-    16 samples in ... s (.../s); mean exit layer 3.50 of 5; 70.0% of the blocks, 67.4% of the multiply-adds...
+    16 samples in ... s (.../s); 3.50 of 5 blocks a step (70.0%), 67.4% of the multiply-adds...
     images [16, 1, 8, 8]: 96% of the values within [-1.1, 1.1]
 """
 

@@ -161,6 +161,12 @@ def test_every_method_draws_what_the_sampler_draws(networks: alternatives.Networ
     torch.testing.assert_close(
         drawing.draw(plain, seeds, labels).images, adadiff.sample(full, 6, **given)[0], rtol=1e-4, atol=1e-4
     )
+    guided = dataclasses.replace(plain, guidance_scale=2.5)
+    wanted, _ = adadiff.sample(full, 6, guidance_scale=2.5, **given)
+    torch.testing.assert_close(drawing.draw(guided, seeds, labels).images, wanted, rtol=1e-4, atol=1e-4)
+    in_engine = drawing.in_engine(guided, seeds, labels, 4).images
+    torch.testing.assert_close(in_engine, wanted, rtol=1e-4, atol=1e-4)
+    assert float((wanted - drawing.draw(plain, seeds, labels).images).abs().max()) > 1e-3
     loop = drawing.draw(dataclasses.replace(plain, reuse=2), seeds, labels).images
     assert float((loop - drawing.draw(plain, seeds, labels).images).abs().max()) > 1e-3
 

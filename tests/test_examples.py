@@ -201,5 +201,5 @@ def test_a_network_of_ones_own(mine: ModuleType, tmp_path: Path) -> None:
 def test_the_example_of_a_network_runs(mine: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     mine.main(steps=3)
     shown = capsys.readouterr().out
-    assert "mean exit layer 3.50 of 5" in shown
+    assert "3.50 of 5 blocks a step" in shown
     assert "images [16, 1, 8, 8]" in shown

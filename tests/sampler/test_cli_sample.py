@@ -68,7 +68,7 @@ def test_sample_writes_the_images_that_python_draws(tiny, tmp_path, capsys):
     )
     left_out = f"{1 - report.macs / report.macs_full:.0%} of the work left out"
     assert last.startswith(f"wrote {out / 'grid.png'}: 7 images in ")
-    assert last.endswith(f"images/s), {left_out} (mean exit layer {report.mean_exit_layer:.2f} of 3)")
+    assert last.endswith(f"images/s), {left_out} ({report.mean_exit_layer:.2f} of 3 blocks a step)")
 
 
 def test_grid_shows_the_pictures_in_order(tiny, tmp_path):

@@ -255,8 +255,7 @@ def test_report_by_hand() -> None:
     assert scored.macs - report.macs == 5 * 2 * 16 * 48  # two scores a lane
     for part in (
         "2 samples",
-        "mean exit layer 2.00 of 7",
-        "28.6% of the blocks",
+        "2.00 of 7 blocks a step (28.6%)",
         f"{report.macs / report.macs_full:.1%}",
     ):
         assert part in str(report)

@@ -113,7 +113,7 @@ def add_convert(commands: Commands) -> None:
         type=Path,
         metavar="SOURCE",
         help="checkpoint to read: a released file, a training folder of U-ViT, or a folder of diffusers with a "
-        "DiTTransformer2DModel or its pipeline",
+        "transformer of DiT, PixArt or SD3, or its pipeline",
     )
     command.add_argument("dest", type=Path, metavar="DEST", help="safetensors file to write")
     command.add_argument(
@@ -126,7 +126,7 @@ def add_convert(commands: Commands) -> None:
     command.add_argument(
         "--served-by",
         choices=conversion.SERVERS,
-        help="required for a folder of diffusers: compute the DiT as diffusers does or as the DiT repository does, "
+        help="required for a DiT of diffusers, and only for one: compute it as diffusers does or as the DiT repository does, "
         "which differ slightly in the time embedding and the normalization (default: none)",
     )
     command.add_argument(

@@ -263,4 +263,4 @@ def _left_out(macs: int, macs_full: int, mean_exit_layer: float, num_layers: int
     """never: text for a policy that never acted; None for a policy that has nothing to decide."""
     if macs >= macs_full:
         return "no work left out" + (f": {never}" if never is not None and mean_exit_layer == num_layers else "")
-    return f"{1 - macs / macs_full:.0%} of the work left out (mean exit layer {mean_exit_layer:.2f} of {num_layers})"
+    return f"{1 - macs / macs_full:.0%} of the work left out ({mean_exit_layer:.2f} of {num_layers} blocks a step)"

@@ -104,8 +104,8 @@ class Report(ExitRecord):
         if not self.passes:
             return f"{n} samples, nothing to compute"
         return (
-            f"{n} samples in {self.seconds:.2f} s ({n / self.seconds:.1f}/s); mean exit layer "
-            f"{self.mean_exit_layer:.2f} of {self.num_layers}; {self.blocks / self.blocks_full:.1%} of the blocks, "
+            f"{n} samples in {self.seconds:.2f} s ({n / self.seconds:.1f}/s); "
+            f"{self.mean_exit_layer:.2f} of {self.num_layers} blocks a step ({self.blocks / self.blocks_full:.1%}), "
             f"{self.macs / self.macs_full:.1%} of the multiply-adds of the full network"
             f"{'' if self.reused is None else f'; {self.reuses / self.passes:.1%} of the steps reused an earlier one'}"
             f"{f'; {never}' if self.never_acted else ''}"
