@@ -15,11 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-import adadiff
 from benchmarks.report.cells import select
 from benchmarks.rows import Row
-from benchmarks.suites.drawing import fingerprint, load, seeds_and_labels
-from benchmarks.suites.headline import EARLY, FULL, MODEL, POLICY, SAMPLES, STEPS, SUITE
+from benchmarks.suites.drawing import fingerprint, load
+from benchmarks.suites.headline import EARLY, FULL, MODEL, SAMPLES, STEPS, SUITE, drawn
 
 SHOWN = 16  # the first samples, not selected
 
@@ -36,22 +35,20 @@ def picture(rows: Sequence[Row]) -> Figure:
     if not {FULL.name, EARLY.name} <= set(timed):
         raise ValueError("the picture needs the rows of `python benchmarks/run.py --suite headline`")
     full, early = timed[FULL.name], timed[EARLY.name]
-    model = adadiff.load(MODEL)
-    images, report = drawn(model, POLICY)
-    plain, _ = drawn(model, "full")
-    layers = report.exit_layer[..., 0].numpy()[:, :SHOWN]  # [steps, n]
+    (images, report), (plain, _) = drawn(EARLY), drawn(FULL)
+    layers = report.exit_layer[:, :SHOWN].float().mean(-1).numpy()  # [steps, n], means of the two halves of guidance
     figure = plt.figure(figsize=(13, 3.1), layout="constrained")
     axes = figure.subplots(3, SHOWN, height_ratios=(1, 1, 0.9), gridspec_kw={"wspace": 0.06, "hspace": 0.04})
     palette = plt.get_cmap("viridis")
     for i in range(SHOWN):
         _image(axes[0, i], plain[i], palette(1.0))
-        _image(axes[1, i], images[i], palette(layers[:, i].mean() / model.num_layers))
-        _steps(axes[2, i], layers[:, i], model.num_layers, palette)
+        _image(axes[1, i], images[i], palette(layers[:, i].mean() / report.num_layers))
+        _steps(axes[2, i], layers[:, i], report.num_layers, palette)
     axes[0, 0].set_ylabel("full network", fontsize=9)
     axes[1, 0].set_ylabel("early exit", fontsize=9)
     axes[2, 0].set_ylabel("blocks run\nat each step", fontsize=9)
-    axes[2, 0].set_yticks([1, model.num_layers], ["1", str(model.num_layers)], fontsize=7)
-    share, n, L = early["macs_share"], SAMPLES, model.num_layers
+    axes[2, 0].set_yticks([1, report.num_layers], ["1", str(report.num_layers)], fontsize=7)
+    share, n, L = early["macs_share"], SAMPLES, report.num_layers
     figure.suptitle(
         f"{n} images of {STEPS} steps:  all {L} blocks in {full['seconds']['median']:.2f} s;  "
         f"early exit, {early['mean_exit_layer']:.1f} of {L} blocks ({share:.0%} of the work), in "
@@ -69,15 +66,9 @@ def printed(rows: Sequence[Row]) -> str:
     row = next(row for row in select(rows, SUITE, "speed") if row["variant"] == EARLY.name)
     n, seconds, depth, L = SAMPLES, row["seconds"]["median"], row["mean_exit_layer"], load(MODEL).num_layers
     return (
-        f"{n} samples in {seconds:.2f} s ({n / seconds:.1f}/s); mean exit layer {depth:.2f} of {L}; "
-        f"{depth / L:.1%} of the blocks, {row['macs_share']:.1%} of the multiply-adds of the full network"
+        f"{n} samples in {seconds:.2f} s ({n / seconds:.1f}/s); {depth:.2f} of {L} blocks a step "
+        f"({depth / L:.1%}), {row['macs_share']:.1%} of the multiply-adds of the full network"
     )
-
-
-def drawn(model: adadiff.Model, policy: str) -> tuple[Tensor, adadiff.Report]:
-    """Draws the samples that the rows timed."""
-    seeds, labels = seeds_and_labels(0, SAMPLES, model.config.classes)
-    return adadiff.sample(model, SAMPLES, seed=seeds, class_labels=labels, steps=STEPS, policy=policy)
 
 
 def _image(axis: Axes, image: Tensor, colour: tuple[float, ...]) -> None:

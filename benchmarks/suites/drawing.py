@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -40,7 +40,7 @@ class Method:
 
     Policy "full" without a shallow_model is drawn by the plain network in lockstep, everything else by the engine.
     shallow_model: a name or a file, runs at timesteps >= t_switch. reuse: every `reuse` steps the plain network runs in
-    full, see reuse.py. batch: samples at a time (None: all).
+    full, see reuse.py. batch: samples at a time (None: all). guidance_scale: of classifier-free guidance; 1: none.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Method:
     t_switch: float | None = None
     reuse: int = 1
     batch: int | None = None
+    guidance_scale: float = 1.0
 
     @property
     def plain(self) -> bool:
@@ -83,15 +84,27 @@ class Switched:
 
     def __init__(self, early: Callable[..., Tensor], late: Callable[..., Tensor], t_switch: float):
         self._early, self._late, self._t_switch = early, late, t_switch
-        self.sample_shape = late.sample_shape
 
     def __call__(self, x: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
         return (self._early if float(t[0]) >= self._t_switch else self._late)(x, t, context)
 
 
+class Guided:
+    """A network with classifier-free guidance (Ho and Salimans, arXiv 2207.12598) behind the interface of the network.
+    Both halves, with the label and with null_label, run as one batch; scale as in diffusers."""
+
+    def __init__(self, network: Callable[..., Tensor], null_label: int, scale: float):
+        self._network, self._null_label, self._scale = network, null_label, scale
+
+    def __call__(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        both = torch.cat([context, torch.full_like(context, self._null_label)])
+        given, null = self._network(x.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
+        return null + self._scale * (given - null)
+
+
 @torch.inference_mode()
 def lockstep(
-    backbone: Backbone | Switched,
+    backbone: Backbone,
     schedule: NoiseSchedule,
     seeds: Tensor,
     labels: Tensor,
@@ -137,8 +150,12 @@ def in_plain_loop(method: Method, seeds: Tensor, labels: Tensor, batch: int, com
     called = network(method.model)
     if method.shallow_model is not None:
         called = Switched(network(method.shallow_model), called, method.t_switch)
-    start = None if method.reuse == 1 else partial(Reusing, called, method.reuse)
-    return lockstep(called, model.schedule, seeds, labels, method.steps, batch, method.solver, start)
+
+    def start() -> Callable[..., Tensor]:
+        once = called if method.reuse == 1 else Reusing(called, method.reuse)
+        return once if method.guidance_scale == 1 else Guided(once, model.config.null_label, method.guidance_scale)
+
+    return lockstep(model.backbone, model.schedule, seeds, labels, method.steps, batch, method.solver, start)
 
 
 @cache
@@ -158,6 +175,7 @@ def in_engine(method: Method, seeds: Tensor, labels: Tensor, batch: int, runner:
         batch=batch,
         shallow_model=None if method.shallow_model is None else load(method.shallow_model),
         t_switch=method.t_switch,
+        guidance_scale=method.guidance_scale,
         execution=adadiff.ExecutionOptions(runner=runner),
     )
     return Drawn(images, report.exit_layer[..., 0], (report.macs, report.macs_full))
