@@ -209,7 +209,7 @@ def test_the_tutorial_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caps
     assert module.images.shape == (40, 1, 8, 8)
     printed = capsys.readouterr().out
     assert printed.startswith("40 samples in ")
-    assert printed.count("multiply-adds, squared error") == 2
+    assert printed.count("multiply-adds, squared error") == 3
 
 
 def test_own_classes_are_named_as_the_pages_say(monkeypatch: pytest.MonkeyPatch) -> None:
