@@ -212,13 +212,14 @@ def test_quality_of_digits_is_that_of_the_committed_rows() -> None:
         assert said == [f"{depth:.2f}", *distance, ratio, f"{accuracy:.1%}"], name
 
 
-def test_quality_by_budget_is_that_of_the_calibration() -> None:
+@pytest.mark.parametrize("name", ["canvases", "letters"])
+def test_quality_by_budget_is_that_of_the_calibration(name: str) -> None:
     found = []
-    for budget in describe("canvases")["calibration"]["budgets"]:
+    for budget in describe(name)["calibration"]["budgets"]:
         adaptive, ratio = budget["adaptive"], "{:.2f} ({:.2f} to {:.2f})".format(*budget["ratio"])
         depth, error = f"{adaptive['depth']:.2f}", f"{adaptive['error']:.3g}"
         found.append([f"`exit:budget={budget['share']:g}`", depth, error, ratio])
-    assert rows(card("canvases"), "policy") == found
+    assert rows(card(name), "policy") == found
 
 
 def test_steps_by_class_are_those_of_the_selector() -> None:

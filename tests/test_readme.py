@@ -9,11 +9,11 @@ import torch
 
 import adadiff
 from adadiff.config import PRESETS
-from adadiff.conversion.convert import from_transformer
 from adadiff.models.dit import DiT
-from adadiff.uem import ExitConfig, Exits
 from sampler.shell import run
-from sampler.test_early_exit import pipe
+from sampler.test_calibration import MOST
+from sampler.test_calibration import made as calibration
+from sampler.test_early_exit import calibrated, pipe
 from sampler.test_training_data import features
 from sampler.tiny import scramble
 
@@ -54,7 +54,7 @@ def test_python_runs_as_written(pipe, tmp_path: Path, monkeypatch: pytest.Monkey
     printed = capsys.readouterr().out
     report, images = names["report"], names["images"]
     assert printed == f"{report}\n"
-    assert images.shape == (256, 1, 16, 16)
+    assert images.shape == (64, 1, 32, 32)
     assert bool(images.isfinite().all())
     shown = re.search(r"value:output-->\n```text\n(.*?)\n```", README, re.DOTALL).group(1)
     without_time = [re.sub(r"\d+\.\d+ s \([\d.]+/s\)", "", text) for text in (shown, printed.strip())]
@@ -69,9 +69,10 @@ def test_python_runs_as_written(pipe, tmp_path: Path, monkeypatch: pytest.Monkey
         assert capsys.readouterr().out == f"{adadiff.summary(pipe)}\n"
     finally:
         adadiff.disable(pipe)
-    transformer = pipe.transformer
-    names["exits"] = Exits(from_transformer(transformer.state_dict(), transformer.config), ExitConfig())
-    names["exits"].requires_grad_(False)
+    model = calibrated()
+    model.calibration = calibration((0.8, *MOST[1:]))
+    monkeypatch.chdir(tmp_path)
+    adadiff.save(model, "dit-exits.safetensors")
     (with_exits,) = re.findall(r"`(adadiff\.enable\(.*?)`", README)
     try:
         record = eval(with_exits, names)

@@ -22,11 +22,17 @@ from benchmarks.suites.drawing import Artist, Method, fingerprint, load
 from benchmarks.suites.judging import DATA
 
 BATCH = 64  # samples at a time, for quality
-COMPOSED = ("ours, early model", "ours, cache and exits", "ours, cache, exits, early model")  # several policies each
+COMPOSED = (  # several policies each
+    "ours, early model",
+    "ours, cache and exits",
+    "ours, reuse and exits",
+    "ours, cache, exits, early model",
+)
 BY_BUDGET = ("ours, faithful", "ours, distribution", *COMPOSED)  # methods whose settings begin with the budget
-SINGLE = ("ours, one threshold", "ours, cache", "ours, reuse", "ours, width", "ours, cascade")  # of one policy
+SINGLE = ("ours, one threshold", "ours, cache", "ours, width", "ours, cascade")  # of one policy
 OURS = (*BY_BUDGET, *SINGLE)
 CANDIDATES = 200  # single thresholds that are tried
+DENSE = 0.3  # share of the steps that extrapolating reuse makes in full first, as TaylorSeer does
 RECORDED, RECORDED_STEPS = 64, 20  # samples and steps on which they are chosen
 
 
@@ -178,16 +184,20 @@ def _plain(networks: Networks, sweep: Sweep, common: dict) -> Iterator[Method]:
 
 def _adaptive(networks: Networks, sweep: Sweep, folder: Path, common: dict) -> Iterator[Method]:
     full, num_layers = networks.full, load(networks.full).num_layers
+    begin = min(max(2, round(DENSE * common["steps"])), common["steps"] - 1)
     for depth in sorted({max(1, round(share * num_layers)) for share in sweep.depths}):
         yield Method("fixed depth", full, policy=f"exit:depth={depth}", setting=f"{depth} blocks", **common)
     for every in sweep.every:
         yield Method("reuse", full, reuse=every, setting=f"every {every}", **common)
-        extrapolated = f"every {every}, blocks, extrapolated"
-        yield Method("ours, reuse", full, policy=f"reuse:every={every},order=1", setting=extrapolated, **common)
+        for early in sorted({1, begin}):
+            what = "" if early == 1 else f", the first {early} in full"
+            own = {"policy": f"reuse:every={every},order=1,dense_early={early}"}
+            own["setting"] = f"every {every}, blocks, extrapolated{what}"
+            yield Method("static reuse", full, **own, **common)
         later = f",layers={num_layers // 3 + 1}-{num_layers}"  # the first blocks read the noisy image itself
         for what, plan in {"all layers": "", "later layers": later}.items():
             own = {"policy": f"reuse:every={every},level=layer{plan}", "setting": f"every {every}, {what}"}
-            yield Method("ours, reuse", full, **own, **common)
+            yield Method("static reuse", full, **own, **common)
     for change in sweep.changes:
         for order, what in ((0, ""), (1, ", extrapolated")):
             own = {"policy": str(Cache(change, order=order)), "setting": f"{change:g}{what}"}
@@ -204,6 +214,10 @@ def _adaptive(networks: Networks, sweep: Sweep, folder: Path, common: dict) -> I
         file = str(calibrated_file(networks.full, aim, common["solver"], common["steps"], sweep, folder))
         yield Method("static table", file, policy=f"exit:table={share:g}", setting=f"{share:g}, {aim}", **common)
         yield Method(f"ours, {aim}", file, policy=f"exit:budget={share:g}", setting=f"{share:g}", **common)
+        if aim == sweep.aims[0]:
+            both = f"reuse:every=2,order=1,dense_early={begin}+exit:budget={share:g}"
+            own = {"policy": both, "setting": f"{share:g}, every 2, extrapolated, the first {begin} in full"}
+            yield Method("ours, reuse and exits", file, **own, **common)
         for change in sweep.composed if aim == sweep.aims[0] else ():  # extrapolating: less error for the same work
             both = f"{Cache(change, order=1)}+exit:budget={share:g}"
             own = {"policy": both, "setting": f"{share:g}, change {change:g}, extrapolated"}

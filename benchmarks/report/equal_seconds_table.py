@@ -8,6 +8,7 @@ from benchmarks.report.cells import Table, number, where
 from benchmarks.report.fronts import SUITE, Point, points
 from benchmarks.rows import Row
 
+AIMS = ("faithful", "distribution")  # of calibrations
 DATA, PART = "canvases", 2
 FULL = ("fewer steps", None, 20, "dpm++2m")  # method, setting, steps, solver of the full network
 KINDS = {  # name of a line -> its methods; the setting with the smallest error is shown
@@ -15,6 +16,7 @@ KINDS = {  # name of a line -> its methods; the setting with the smallest error 
     "shallow at noisy steps (DuoDiff)": ("DuoDiff", "shallow network"),
     "exits by timestep alone": ("static table", "fixed depth"),
     "one exit decision for the batch": ("batch mean",),
+    "reuse at fixed steps": ("reuse", "static reuse"),
     "**by sample**": OURS,
 }
 
@@ -27,12 +29,12 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     limit = full.seconds / PART
     best = {name: best_within(timed, methods, limit) for name, methods in KINDS.items()}
     body = [_line(name, point) for name, point in {"full network": full, **best}.items() if point is not None]
-    header = ("canvases, trained", "steps", "ms/image", "blocks a step", "error x 1000", "Fréchet")
+    header = ("canvases, trained", "as", "steps", "ms/image", "blocks a step", "error x 1000", "Fréchet")
     half = f"{_half_width(best):.0f}"
     note = (
-        "Each method's setting with the smallest error within half of the full network's time, compiled where that "
-        "is faster. Error: mean squared difference from the full network's images at 100 steps (95 % intervals). "
-        f"Fréchet distance to real images: ±{half}, more than they differ by."
+        "Each line: the setting with the smallest error within half of the full network's time, compiled where that is "
+        "faster. Error: mean squared difference from the full network's images at 100 steps, with 95 % intervals. "
+        f"Fréchet distances differ by less than their intervals of ±{half}."
     )
     own = [row for row in rows if (row["suite"], row["kind"]) == (SUITE, "speed") and row["parameters"]["data"] == DATA]
     return [Table(where(own), header, body, note)]
@@ -52,12 +54,20 @@ def _half_width(best: Mapping[str, Point | None]) -> float:
 def _line(name: str, point: Point) -> tuple[str, ...]:
     return (
         name,
-        f"{point.steps}",
+        _setting(point),
+        f"{point.steps} {point.solver}",
         number(point.seconds * 1e3, 2),
         number(point.exit_layer, 1),
         _interval(point.measures["error"]),
         number(point.measures["frechet"].value, 1),
     )
+
+
+def _setting(point: Point) -> str:
+    name = point.method.removeprefix("ours, ")
+    if point.ours and name in AIMS:
+        return f"`exit:budget={point.setting}`, aim {name}"
+    return "" if point.setting is None else f"{name}, {point.setting}"
 
 
 def _interval(interval: Interval) -> str:

@@ -34,10 +34,11 @@ COLOURS = {
     "ours, one threshold": "navy",
     "cache, whole batch": "rosybrown",
     "ours, cache": "teal",
-    "ours, reuse": "yellowgreen",
+    "static reuse": "yellowgreen",
     "ours, width": "deeppink",
     "ours, cascade": "sienna",
     "ours, cache and exits": "slateblue",
+    "ours, reuse and exits": "darkturquoise",
     "ours, cache, exits, early model": "indigo",
 }
 COSTS = {"seconds": "ms per image, one thread", "macs": "million multiply-adds per image"}

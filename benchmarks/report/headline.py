@@ -62,9 +62,9 @@ def picture(rows: Sequence[Row]) -> Figure:
 
 
 def printed(rows: Sequence[Row]) -> str:
-    """The output of `print(report)` in the README's example, with the seconds of the rows."""
+    """The output of `print(report)` in the README's example, with the seconds of the rows, uncompiled as there."""
     row = next(row for row in select(rows, SUITE, "speed") if row["variant"] == EARLY.name)
-    n, seconds, depth, L = SAMPLES, row["seconds"]["median"], row["mean_exit_layer"], load(MODEL).num_layers
+    n, seconds, depth, L = SAMPLES, row["ways"]["engine"], row["mean_exit_layer"], load(MODEL).num_layers
     return (
         f"{n} samples in {seconds:.2f} s ({n / seconds:.1f}/s); {depth:.2f} of {L} blocks a step "
         f"({depth / L:.1%}), {row['macs_share']:.1%} of the multiply-adds of the full network"

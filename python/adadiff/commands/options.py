@@ -18,7 +18,8 @@ Commands = Any  # what `ArgumentParser.add_subparsers` returns, whose type is pr
 Options = argparse._ActionsContainer  # a parser, or a group of its options
 
 MODELS = (
-    "canvases, canvases_plain, canvases_shallow, digits, digits_plain, digits_prototypes, digits_slim or letters_base"
+    "canvases, canvases_plain, canvases_shallow, digits, digits_plain, digits_prototypes, digits_slim, letters, "
+    "letters_base, letters_plain or letters_shallow"
 )
 
 
