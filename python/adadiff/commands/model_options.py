@@ -126,8 +126,8 @@ def add_convert(commands: Commands) -> None:
     command.add_argument(
         "--served-by",
         choices=conversion.SERVERS,
-        help="required for a DiT of diffusers, and only for one: compute it as diffusers does or as the DiT repository does, "
-        "which differ slightly in the time embedding and the normalization (default: none)",
+        help="required for a DiT of diffusers, and only for one: compute it as diffusers does or as the DiT "
+        "repository does, which differ slightly in the time embedding and the normalization (default: none)",
     )
     command.add_argument(
         "--drop-first-exit",
