@@ -12,7 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ("README", "equal-seconds", "digits", "network", "serving", "http", "diffusers", "recipes", "uncertainty")
-RESULTS += ("head-to-head", "parity", "solver-parity", "resources", "gpu")
+RESULTS += ("depth", "head-to-head", "parity", "solver-parity", "resources", "gpu")
 CARDS = ("README", "digits", "canvases", "digits_prototypes", "letters")
 ELSEWHERE = {  # page of the site: the file it is made of
     "guides/policies.md": "python/adadiff/policies/README.md",
