@@ -32,8 +32,8 @@ BY_BUDGET = ("ours, faithful", "ours, distribution", *COMPOSED)  # methods whose
 SINGLE = ("ours, one threshold", "ours, cache", "ours, width", "ours, cascade")  # of one policy
 OURS = (*BY_BUDGET, *SINGLE)
 CANDIDATES = 200  # single thresholds that are tried
-DENSE = 0.3  # share of the steps that extrapolating reuse makes in full first, as TaylorSeer does
 RECORDED, RECORDED_STEPS = 64, 20  # samples and steps on which they are chosen
+DENSE = 0.3  # share of the steps that extrapolating reuse makes in full first, as TaylorSeer does
 
 
 @dataclass(frozen=True)
@@ -214,11 +214,12 @@ def _adaptive(networks: Networks, sweep: Sweep, folder: Path, common: dict) -> I
         file = str(calibrated_file(networks.full, aim, common["solver"], common["steps"], sweep, folder))
         yield Method("static table", file, policy=f"exit:table={share:g}", setting=f"{share:g}, {aim}", **common)
         yield Method(f"ours, {aim}", file, policy=f"exit:budget={share:g}", setting=f"{share:g}", **common)
-        if aim == sweep.aims[0]:
-            both = f"reuse:every=2,order=1,dense_early={begin}+exit:budget={share:g}"
-            own = {"policy": both, "setting": f"{share:g}, every 2, extrapolated, the first {begin} in full"}
-            yield Method("ours, reuse and exits", file, **own, **common)
-        for change in sweep.composed if aim == sweep.aims[0] else ():  # extrapolating: less error for the same work
+        if aim != sweep.aims[0]:  # the others are composed with the first aim only
+            continue
+        both = f"reuse:every=2,order=1,dense_early={begin}+exit:budget={share:g}"
+        own = {"policy": both, "setting": f"{share:g}, every 2, extrapolated, the first {begin} in full"}
+        yield Method("ours, reuse and exits", file, **own, **common)
+        for change in sweep.composed:  # extrapolating: less error for the same work
             both = f"{Cache(change, order=1)}+exit:budget={share:g}"
             own = {"policy": both, "setting": f"{share:g}, change {change:g}, extrapolated"}
             yield Method("ours, cache and exits", file, **own, **common)
@@ -226,7 +227,7 @@ def _adaptive(networks: Networks, sweep: Sweep, folder: Path, common: dict) -> I
                 early = {"shallow_model": networks.shallow, "t_switch": t, "policy": both}
                 setting = f"{own['setting']}, t ≥ {t:g}"
                 yield Method("ours, cache, exits, early model", file, setting=setting, **early, **common)
-        for t in sweep.switches if networks.shallow and aim == sweep.aims[0] else ():
+        for t in sweep.switches if networks.shallow else ():
             own = {"shallow_model": networks.shallow, "t_switch": t, "policy": f"exit:budget={share:g}"}
             yield Method("ours, early model", file, setting=f"{share:g}, t ≥ {t:g}", **own, **common)
     for first in sweep.first:

@@ -3,12 +3,11 @@
 from collections.abc import Mapping, Sequence
 
 from adadiff.metrics.intervals import Interval
-from benchmarks.baselines.alternatives import OURS
+from benchmarks.baselines.alternatives import OURS, Sweep
 from benchmarks.report.cells import Table, number, where
 from benchmarks.report.fronts import SUITE, Point, points
 from benchmarks.rows import Row
 
-AIMS = ("faithful", "distribution")  # of calibrations
 DATA, PART = "canvases", 2
 FULL = ("fewer steps", None, 20, "dpm++2m")  # method, setting, steps, solver of the full network
 KINDS = {  # name of a line -> its methods; the setting with the smallest error is shown
@@ -64,7 +63,7 @@ def _line(name: str, point: Point) -> tuple[str, ...]:
 
 def _setting(point: Point) -> str:
     name = point.method.removeprefix("ours, ")
-    if name in AIMS:
+    if name in Sweep.aims:
         return f"`exit:budget={point.setting}`, {name}"
     return point.setting or ""
 

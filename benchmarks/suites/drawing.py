@@ -164,7 +164,15 @@ def compiled_network(name: str) -> Callable[..., Tensor]:
 
 
 def in_engine(method: Method, seeds: Tensor, labels: Tensor, batch: int, runner: Runner = "eager") -> Drawn:
-    images, report = adadiff.sample(
+    images, report = sampled(method, seeds, labels, batch, runner)
+    return Drawn(images, report.exit_layer[..., 0], (report.macs, report.macs_full))
+
+
+def sampled(
+    method: Method, seeds: Tensor, labels: Tensor, batch: int, runner: Runner = "eager"
+) -> tuple[Tensor, adadiff.Report]:
+    """Images [n, C, H, W] by our engine, and their report."""
+    return adadiff.sample(
         load(method.model),
         len(seeds),
         steps=method.steps,
@@ -178,7 +186,6 @@ def in_engine(method: Method, seeds: Tensor, labels: Tensor, batch: int, runner:
         guidance_scale=method.guidance_scale,
         execution=adadiff.ExecutionOptions(runner=runner),
     )
-    return Drawn(images, report.exit_layer[..., 0], (report.macs, report.macs_full))
 
 
 @cache

@@ -12,7 +12,15 @@ from torch import Tensor
 import adadiff
 from benchmarks.harness import interleave, threads
 from benchmarks.rows import Rows, say
-from benchmarks.suites.drawing import Method, compiled_network, in_engine, in_plain_loop, load, seeds_and_labels
+from benchmarks.suites.drawing import (
+    Method,
+    compiled_network,
+    in_engine,
+    in_plain_loop,
+    load,
+    sampled,
+    seeds_and_labels,
+)
 from benchmarks.suites.network import compiles
 
 SUITE = "headline"
@@ -29,18 +37,7 @@ def run(rows: Rows, repeats: int = 9, limit: float = 600.0) -> None:
 
 def drawn(method: Method) -> tuple[Tensor, adadiff.Report]:
     """The samples that are timed."""
-    model = load(MODEL)
-    seeds, labels = seeds_and_labels(0, SAMPLES, model.config.classes)
-    return adadiff.sample(
-        model,
-        SAMPLES,
-        seed=seeds,
-        class_labels=labels,
-        steps=STEPS,
-        policy=method.policy,
-        guidance_scale=GUIDANCE,
-        batch=SAMPLES,
-    )
+    return sampled(method, *seeds_and_labels(0, SAMPLES, load(MODEL).config.classes), SAMPLES)
 
 
 def measure(rows: Rows, repeats: int, limit: float) -> None:

@@ -65,8 +65,7 @@ def check_reuse_policy(policy: ReusePolicy) -> None:
     if policy.gate not in (None, *GATES):
         raise ValueError(f"gate of '{policy}' must be None or one of {', '.join(GATES)}, got {policy.gate!r}")
     for name, value, least in (("first", policy.first, 1), ("last", policy.last, 0)):
-        if type(value) is not int or value < least:
-            raise ValueError(f"{name} of '{policy}' must be a whole number of {least} or more, got {value!r}")
+        _whole(f"{name} of '{policy}'", value, least)
 
 
 def growth(now: Tensor, before: Tensor, steps: Tensor, known: Tensor) -> Tensor:
