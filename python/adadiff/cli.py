@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from . import __version__
 from .commands import info
 from .commands.formatting import HelpFormatter
-from .commands.model_options import add_calibrate, add_convert, add_data, add_inspect
+from .commands.model_options import add_calibrate, add_calibrate_reuse, add_convert, add_data, add_inspect
 from .commands.options import add_command
 from .commands.pages import START, SUMMARY
 from .commands.reproduce_options import add_reproduce
@@ -111,9 +111,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"adadiff {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True, prog="adadiff")
     add_command(commands, "info", info.info)
-    for add in (add_sample, add_serve, add_inspect, add_evaluate, add_diff, add_calibrate, add_search, add_train_steps):
+    for add in (add_sample, add_serve, add_inspect, add_evaluate, add_diff, add_calibrate, add_calibrate_reuse):
         add(commands)
-    for add in (add_train, add_distill, add_convert, add_data):
+    for add in (add_search, add_train_steps, add_train, add_distill, add_convert, add_data):
         add(commands)
     add_reproduce(commands, _run_line)
     return top

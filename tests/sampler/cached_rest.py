@@ -1,6 +1,7 @@
 """Caches of the rest of the network, by hand: one sample, plain blocks, a dictionary as the cache, DDIM as printed."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -13,6 +14,7 @@ from adadiff.diffusion.noise import initial_noise
 from adadiff.diffusion.solvers import DDIM
 from adadiff.model import Model
 from adadiff.models.dit import DiT, DiTConfig
+from adadiff.policies.estimated import EstimatedReuse
 from adadiff.uem import ExitConfig
 from sampler.tiny import SERVED, Inputs, _layers, plain_uncertainties, scramble, served
 
@@ -37,7 +39,7 @@ def models() -> dict[str, Model]:
 
 @dataclass(frozen=True)
 class Plan:
-    """cache: threshold, None where `every` decides. exits: threshold of an exit policy, None without one."""
+    """cache: threshold, None where `every` or `estimated` decides. exits: threshold of an exit policy, None without."""
 
     cache: float | None = None
     gate: str = "residual"
@@ -47,6 +49,13 @@ class Plan:
     dense_late: int = 0
     exits: float | None = None
     order: int = 0
+    estimated: EstimatedReuse | None = None
+
+    @property
+    def policy(self) -> str | list:
+        if self.estimated is None:
+            return str(self)
+        return [self.estimated] if self.exits is None else [self.estimated, f"exit:{self.exits!r}"]
 
     def __str__(self) -> str:
         if self.cache is not None:
@@ -82,8 +91,9 @@ def by_hand(
     scale: float = 1.0,
     tied: bool = False,
     interval: tuple[float, float] = (-1e9, 1e9),
+    seen: list[Tensor] | None = None,
 ) -> Made:
-    """What a sample with `plan` becomes. scale: of the guidance."""
+    """What a sample with `plan` becomes. scale: of the guidance. seen: gets the growth [1, N, D] of each full step."""
     backbone, exits, L, null = model.backbone, model.exits, model.num_layers, model.config.null_label
     table = DDIM().table(model.schedule, steps)
     x = initial_noise(torch.tensor([seed]), backbone.sample_shape, torch.device("cpu"))
@@ -120,8 +130,11 @@ def by_hand(
             elif d > plan.first:
                 rest = (h - layers[plan.first - 1])[:, backbone.num_prefix_tokens :]
                 growth = torch.zeros_like(rest)
+                kept["known"] = kept.get("ended") == d == L
                 if plan.order and kept.get("ended") == d:
                     growth = (rest - kept["rest"]) / (i - kept["made"])
+                if seen is not None:
+                    seen.append(growth)
                 kept |= {"rest": rest, "growth": growth, "ended": d, "made": i, "total": 0.0}
                 if plan.gate == "residual":
                     kept["reference"] = layers[plan.first - 1] - begun
@@ -166,7 +179,22 @@ def _change(made, plan, cache, begun, layers, cond, backbone, step, steps) -> bo
         change = float((layers[plan.first - 1] - begun - reference).abs().mean() / reference.abs().mean())
     if not found:
         return False
+    if plan.estimated is not None:
+        return _estimated(made, plan.estimated, cache, step)
     if plan.cache is not None:
         return made.compare(change, plan.cache) <= plan.cache
     late = steps - 1 - step < plan.dense_late
     return step >= plan.dense_early and step - cache["made"] < plan.every and not late
+
+
+def _estimated(made: Made, policy: EstimatedReuse, cache: dict, step: int) -> bool:
+    """The formula of policies/estimated.py, number by number."""
+    if step < 2 or not cache["known"]:
+        return False
+    estimates, last, age = policy.estimates, cache["made"], step - cache["made"]
+    error = estimates.profile[step] + 2 * math.log(age * (age + 1) / 2)
+    if policy.by == "sample":
+        error += estimates.offsets[last]
+        for weight, channel in zip(estimates.weights[last], cache["growth"][0].T, strict=True):
+            error += weight * float(channel.abs().mean())
+    return made.compare(error, policy.level) <= policy.level

@@ -54,7 +54,7 @@ class Worded(ReusePolicy):
         ("cache:threshold=0.1,last=1", 4, "last blocks that always run are for pipelines.*leave last out"),
         ("reuse:every=2,dense_early=4", 4, "lets no sample reuse in 4 steps.* take smaller dense_early"),
         ("reuse:every=2,dense_early=2,dense_late=2", 4, "lets no sample reuse in 4 steps"),
-        (Unknown(), 4, "must be None or one of residual, input, got 'output'"),
+        (Unknown(), 4, "must be None or one of residual, input, estimate, got 'output'"),
         (Quadratic(), 4, "order of .* must be 0 or 1, got 2"),
         (Nowhere(), 4, "first of .* must be a whole number of 1 or more, got 0"),
         (Worded(), 4, "first of .* must be a whole number of 1 or more, got '2'"),

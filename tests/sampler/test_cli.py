@@ -18,6 +18,7 @@ import adadiff
 from adadiff import cli
 from adadiff.commands import (
     calibrate,
+    calibrate_reuse,
     convert,
     data,
     diff,
@@ -48,6 +49,7 @@ COMMANDS = {
     "train": train.train,
     "train-steps": train_steps.train_steps,
     "calibrate": calibrate.calibrate,
+    "calibrate-reuse": calibrate_reuse.calibrate_reuse,
     "evaluate": evaluate.evaluate,
     "distill": distill.distill,
     "convert": convert.convert,

@@ -144,7 +144,7 @@ def test_prose_names_options_that_exist(command: str) -> None:
 def test_the_list_of_policies_is_complete() -> None:
     listed = re.findall(r"^  (\S+)", texts.POLICY_TABLE, re.MULTILINE)
     kinds = {f"{e.name}:{e.spelled}" for e in POLICIES.entries if e.spelled and not (e.bare or e.path)}
-    others = {"full", "exit:U", "exit:U,min_layer", "width:W", "width:FILE", "cascade:FILE"}
+    others = {"full", "exit:U", "exit:U,min_layer", "width:W", "width:FILE", "cascade:FILE", "estimate:FILE"}
     assert {form.partition("=")[0] for form in listed} == others | kinds
     for form in listed:
         if "SHARE" not in form and "FILE" not in form:

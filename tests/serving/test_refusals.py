@@ -130,6 +130,7 @@ def test_messages_say_what_would_do() -> None:
     "policy",
     [
         *("os:system", "subprocess:Popen:args=ls", "sampler.own_rules:Own", "cascade:/etc/passwd", "width:/etc/passwd"),
+        "estimate:/etc/passwd,share=0.5",
         *("exit:0.1+os:system", "full+cascade:x", "exit:0.1+", "+", "FULL", "hidden:", " full", "json:JSONDecoder"),
     ],
 )

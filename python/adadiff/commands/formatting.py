@@ -4,7 +4,7 @@ import argparse
 import textwrap
 from typing import Any
 
-COMMAND_COLUMNS = 15  # longest command name with its indent; argparse leaves command names out of its own count
+COMMAND_COLUMNS = 19  # longest command name with its indent; argparse leaves command names out of its own count
 
 
 class HelpFormatter(argparse.HelpFormatter):

@@ -1,11 +1,12 @@
-"""Options of the commands that show, calibrate or convert models, or make data: inspect, calibrate, convert, data."""
+"""Options of the commands that show, calibrate or convert models, or make data: inspect, calibrate, calibrate-reuse,
+convert, data."""
 
 from pathlib import Path
 
 from ..calibration.calibrating import AIMS, CALIBRATION_SEED
 from ..checkpoint import DTYPES
 from ..conversion import convert as conversion
-from . import calibrate, convert, data, inspect
+from . import calibrate, calibrate_reuse, convert, data, inspect
 from .options import (
     Commands,
     add_batch,
@@ -98,6 +99,33 @@ def add_calibrate(commands: Commands) -> None:
         "--data",
         help="also plot, in --picture, uncertainties against errors relative to the true noise, on held-out images of "
         "this data set, named as for `adadiff train --data` (default: none)",
+    )
+    add_force(output)
+
+    execution = command.add_argument_group("execution")
+    add_batch(execution)
+    add_device(execution)
+
+
+def add_calibrate_reuse(commands: Commands) -> None:
+    command = add_command(commands, "calibrate-reuse", calibrate_reuse.calibrate_reuse)
+    add_model(command)
+
+    samples = command.add_argument_group("samples to learn from")
+    add_count(
+        samples,
+        1024,
+        "number of samples from which errors are learned, at least 32; a quarter as many measure the result",
+    )
+    add_prompts(samples)
+    add_seed(samples, CALIBRATION_SEED, ", far from the seeds of other commands")
+    add_steps(samples, several=False)
+    add_solver(samples)
+    add_guidance(samples)
+
+    output = command.add_argument_group("output")
+    output.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="file of JSON for the estimates (required)"
     )
     add_force(output)
 

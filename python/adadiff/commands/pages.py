@@ -193,6 +193,23 @@ PAGES = {
         notes="The file is used like any other model. `adadiff sample FILE --policy exit:budget=0.55` decides by the "
         "uncertainty of each sample, --policy exit:table=0.55 by the timestep alone.",
     ),
+    "calibrate-reuse": Page(
+        summary="learn which samples may reuse earlier steps, and where",
+        usage="MODEL --out FILE [options]",
+        description="Estimate how much the final image changes if a step reuses what an earlier one computed: by step, "
+        "and by sample, from how the features of a sample grew between its last two full steps. Then measure, on other "
+        "samples, what different shares of the work lose, if every sample decides for itself (by sample), and if all "
+        "reuse in the same steps (by step). Write the estimates to the JSON file --out. The model needs no exits.",
+        examples="""\
+  adadiff calibrate-reuse letters --steps 20 \\
+      --solver dpm++2m --out reuse.json
+
+  # for guided samples
+  adadiff calibrate-reuse letters --steps 20 \\
+      --guidance-scale 2 --out guided.json""",
+        notes="`adadiff sample MODEL --policy estimate:FILE,share=0.6` follows the estimates, with any share "
+        "between the measured ones. They hold for this network, solver and number of steps; others are refused.",
+    ),
     "search": Page(
         summary="find a width for each timestep",
         usage="MODEL --weight W --out FILE\n                         [options]",

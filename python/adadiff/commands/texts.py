@@ -44,6 +44,12 @@ uncertainty, from 0 to 1.
                       reuse its blocks; dense_early=N and
                       dense_late=N: full steps at the
                       start and at the end
+  estimate:FILE       reuses where the error of that is
+                      estimated to be small; FILE is from
+                      `adadiff calibrate-reuse`; with
+                      share=SHARE of the work and, for
+                      all samples in the same steps,
+                      by=step, after commas
   width:W             a share W of heads and channels (of
                       a slimmable model)
   width:FILE          a share for each timestep, as

@@ -16,7 +16,7 @@ from torch import Tensor
 from adadiff_kernels import upload
 
 from ..models.interface import Backbone
-from ..policies.reuse import ReuseContext, ReusePolicy, check_reuse_policy, extrapolated, growth
+from ..policies.reuse import ESTIMATE, GATES, ReuseContext, ReusePolicy, check_reuse_policy, extrapolated, growth
 from .branch_plan import Branches, kinds_of_branches, reuses_branches
 from .decision import call_policy
 from .feature_store import Kind, StoreUpdate, entry_bytes
@@ -28,18 +28,20 @@ from .runner import BlockRunner
 
 def kinds_of(policy: ReusePolicy, backbone: Backbone, dtype: torch.dtype) -> dict[str, Kind]:
     """The store values of a lane of `policy`. rest, growth: [N, D], over the patches; ended: k. reference: [T, D],
-    which the gate compares with. total, for the gate "input": the change accumulated since the last full step. For a
-    policy that reuses branches: the branches."""
+    which the gate compares with. total, for the gate "input": the change accumulated since the last full step.
+    estimate, for that gate: what the policy estimated. For a policy that reuses branches: the branches."""
     T, D = backbone.tokens, backbone.dim
     if reuses_branches(policy):
         return kinds_of_branches(Branches.of(backbone.blocks, T).of_policy(policy), (T, D), dtype)
     kinds = {"rest": Kind((T - backbone.num_prefix_tokens, D), dtype), "ended": Kind((), torch.int32)}
     if policy.order:
         kinds["growth"] = kinds["rest"]
-    if policy.gate is not None:
+    if policy.gate in GATES:
         kinds["reference"] = Kind((T, D), dtype)
     if policy.gate == "input":
         kinds["total"] = Kind((), torch.float32)
+    if policy.gate == ESTIMATE:
+        kinds["estimate"] = Kind((), torch.float32)
     return kinds
 
 
@@ -169,8 +171,9 @@ class RestOfNetwork:
     def _change(self, policy: ReusePolicy, hidden: Tensor, lanes: Tensor, usable: Tensor) -> Tensor:
         """float32 [n]: the change measured by the policy's gate; NaN if the lane holds NaN. usable: bool [n], rows that
         have something to reuse."""
-        if policy.gate is None:
-            return torch.where(hidden.isnan().flatten(1).any(1), torch.nan, 0.0).float()
+        if policy.gate in (None, ESTIMATE):
+            known = self._kept("estimate", lanes) if policy.gate else 0.0
+            return torch.where(hidden.isnan().flatten(1).any(1), torch.nan, known).float()
         if policy.gate == "input":
             return self._total.index_select(0, lanes)
         given = hidden, self._input.index_select(0, lanes), self._kept("reference", lanes)
@@ -250,7 +253,10 @@ class RestOfNetwork:
             put("ended", placement.exit_layer.index_select(0, lanes), full)
             rest = (placement.saved.index_select(0, lanes) - base)[:, self._prefix :]
             if policy.order:
-                put("growth", self._growth_of(rest, lanes, placement), full)
+                grown, known = self._growth_of(rest, lanes, placement)
+                put("growth", grown, full)
+                if policy.gate == ESTIMATE:
+                    put("estimate", self._estimate(policy, grown, lanes).where(known, torch.nan), full)
             put("rest", rest, full)
             if policy.gate == "residual":
                 put("reference", base - self._input.index_select(0, lanes), full)
@@ -260,13 +266,23 @@ class RestOfNetwork:
             put("total", self._total.index_select(0, lanes).masked_fill(full, 0.0), seen)
         return StoreUpdate(entries.entry.index_select(0, lanes), values)
 
-    def _growth_of(self, rest: Tensor, lanes: Tensor, placement: HostPlacement | DevicePlacement) -> Tensor:
-        """[k, N, D]: what `rest` has grown by a step since the last full step of lanes: int64 [k]."""
-        entries = self._own
-        ended = placement.exit_layer.index_select(0, lanes) == self._kept("ended", lanes)
-        known = (entries.valid.index_select(0, lanes) & ended)[:, None, None]
+    def _growth_of(
+        self, rest: Tensor, lanes: Tensor, placement: HostPlacement | DevicePlacement
+    ) -> tuple[Tensor, Tensor]:
+        """[k, N, D]: what `rest` has grown by a step since the last full step of lanes: int64 [k]; and bool [k],
+        whether that is known, and both steps ran to the last layer."""
+        entries, ended = self._own, placement.exit_layer.index_select(0, lanes)
+        known = entries.valid.index_select(0, lanes) & (ended == self._kept("ended", lanes))
         age = entries.age.index_select(0, lanes)[:, None, None].to(rest.dtype)
-        return growth(rest, self._kept("rest", lanes), age, known)
+        grown = growth(rest, self._kept("rest", lanes), age, known[:, None, None])
+        return grown, known & (ended == self._num_layers)
+
+    def _estimate(self, policy: ReusePolicy, grown: Tensor, lanes: Tensor) -> Tensor:
+        """float32 [k]: the policy's estimates after full steps of lanes: int64 [k]. grown: [k, N, D]."""
+        step = self._own.step.index_select(0, lanes)
+        found = call_policy(policy, self._by_lane, policy.estimate, grown, step)
+        call_policy(policy, _check_estimate, found, len(lanes), lanes.device)
+        return found
 
 
 def _growth(read: Tensor, before: Tensor) -> Tensor:
@@ -289,6 +305,12 @@ def _change_of_all(hidden: Tensor, begun: Tensor, reference: Tensor, usable: Ten
 def mean_abs(value: Tensor) -> Tensor:
     """float32 [n]: the mean absolute value of each lane."""
     return value.flatten(1).abs().mean(1, dtype=torch.float32)
+
+
+def _check_estimate(found: object, n: int, device: torch.device) -> None:
+    if not isinstance(found, Tensor) or found.shape != (n,) or found.dtype != torch.float32 or found.device != device:
+        given = f"{found.dtype} {list(found.shape)} on {found.device}" if isinstance(found, Tensor) else repr(found)
+        raise ValueError(f"estimate must return float32 [{n}] on {device}, got {given}")
 
 
 def _check_mask(mask: object, n: int, device: torch.device) -> None:

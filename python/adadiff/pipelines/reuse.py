@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..policies.reuse import ReusePolicy, check_reuse_policy
+from ..policies.reuse import ESTIMATE, ReusePolicy, check_reuse_policy
 from .adapters import AdapterWatch
 from .block_call import BlockCall, Call
 from .conditioning import alike, broken_lanes, conditioning, tracked
@@ -67,6 +67,10 @@ class ReusedTransformer:
         if self.family.refused:
             raise ValueError(f"{kind} cannot skip blocks by sample: {self.family.refused}")
         check_reuse_policy(policy)
+        if policy.gate == ESTIMATE:
+            raise ValueError(
+                f"'{policy}' is for adadiff's own models; `adadiff.calibrate` chooses thresholds for pipelines"
+            )
         names = self.family.blocks if blocks is None else [blocks] if isinstance(blocks, str) else blocks
         self._lists = find_lists(transformer, names, given=blocks is not None)
         if not has_time(transformer):

@@ -1,7 +1,7 @@
 """Policies of several parts as one text, joined by +. A file name with a + needs quotes: "width:'a+b.json'"."""
 
 QUOTES = "'\""
-FILES = ("width:", "cascade:")  # parts that name a file
+FILES = ("width:", "cascade:", "estimate:")  # parts that name a file
 
 
 def split_parts(policy: str) -> list[str]:

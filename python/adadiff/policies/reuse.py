@@ -13,7 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-GATES = ("residual", "input")
+GATES = ("residual", "input")  # changes that are measured
+ESTIMATE = "estimate"
 LEVELS = ("block", "layer", "unit")
 UNITS = ("attention", "cross", "mlp")
 ORDERS = (0, 1)
@@ -37,7 +38,8 @@ class ReusePolicy:
 
     gate: the change since the lane's last full step that the policy reads. "residual": the relative change (mean
     absolute values) of what the first blocks add to their input. "input": the relative change of the first block's
-    attention input, summed up from step to step. None: no change. needs_steps_left: whether it reads
+    attention input, summed up from step to step. "estimate": what `estimate` returned in the lane's last full step,
+    if growth was known there; needs order=1. None: no change. needs_steps_left: whether it reads
     `context.steps_left`. order: 0, what is reused stays as it was; 1, it is extrapolated linearly in the step, from the
     lane's last two full steps (after the first one, which knows no growth, as with 0). whole_batch: whether the change
     is measured over all lanes together, so that they decide as one; a baseline for comparisons.
@@ -57,13 +59,22 @@ class ReusePolicy:
         """
         raise NotImplementedError
 
+    def estimate(self, growth: Tensor, step: Tensor) -> Tensor:
+        """float32 [k]: with the gate "estimate", the `change` of k lanes until their next full step. growth: [k, N, D],
+        what the rest of the network grew by a step between a lane's last two full steps, over the patches; step: int64
+        [k], the last of these."""
+        raise NotImplementedError
+
 
 def check_reuse_policy(policy: ReusePolicy) -> None:
     """Raises ValueError for a user's policy with an unknown gate or an invalid `order`, `first` or `last`."""
     if type(policy.order) is not int or policy.order not in ORDERS:
         raise ValueError(f"order of '{policy}' must be 0 or 1, got {policy.order!r}")
-    if policy.gate not in (None, *GATES):
-        raise ValueError(f"gate of '{policy}' must be None or one of {', '.join(GATES)}, got {policy.gate!r}")
+    if policy.gate not in (None, *GATES, ESTIMATE):
+        known = ", ".join((*GATES, ESTIMATE))
+        raise ValueError(f"gate of '{policy}' must be None or one of {known}, got {policy.gate!r}")
+    if policy.gate == ESTIMATE and not policy.order:
+        raise ValueError(f"gate={ESTIMATE} of '{policy}' reads what was extrapolated; it needs order=1")
     for name, value, least in (("first", policy.first, 1), ("last", policy.last, 0)):
         _whole(f"{name} of '{policy}'", value, least)
 

@@ -8,6 +8,7 @@ from functools import lru_cache
 from ..spelling import Entry, Registry
 from .calibrated import Calibration
 from .cascade import Cascade
+from .estimated_file import estimated_from
 from .exits import BatchMean, Depth, Full, Patience, Threshold
 from .interface import ExitPolicy
 from .joining import split_parts
@@ -82,6 +83,9 @@ POLICIES: Registry[Part | Calibrated] = Registry(
                 "dense_early": "STEPS", "dense_late": "STEPS",
             },
         ),
+        Entry(
+            "estimate", estimated_from, "path", path=True, words={"path": "FILE", "share": "SHARE", "by": "sample|step"}
+        ),
         Entry("width", width_from, "text", path=True, words={"text": "SHARE|FILE"}),
         Entry(
             "cascade",
@@ -142,7 +146,7 @@ def _part(policy: str | Part, calibration: Calibration | None) -> Part:
         return policy
     if not isinstance(policy, str):
         raise ValueError(f"a policy is text such as 'exit:0.1' or an ExitPolicy, got {policy!r}")
-    if policy.startswith("width:"):  # may name a file, whose content may change: not cached
+    if policy.startswith(("width:", "estimate:")):  # may name a file, whose content may change: not cached
         return POLICIES.read(policy)
     found = _spelled(policy)
     if not isinstance(found, Calibrated):

@@ -27,6 +27,7 @@ from ..forward.output import ForwardOutput
 from ..forward.reuse_lanes import NONE
 from ..forward.warming import warm
 from ..model import Model
+from ..policies.estimated import EstimatedReuse
 from ..policies.interface import ExitPolicy, LaneIds
 from ..policies.parts import FULL
 from ..policies.policy_set import PolicySet
@@ -138,7 +139,8 @@ class Batch:
     def check(self, samples: SampleBatch) -> None:
         """Raises ValueError for samples that this batch cannot draw."""
         check_execution(self.execution, (samples.policy,), self.device)
-        if self._choice is not None and samples.choice is not None:
+        alone = samples.choice is not None or isinstance(samples.parts.reuse, EstimatedReuse)
+        if self._choice is not None and alone:
             raise ValueError(f"shallow_model cannot be combined with policy '{samples.parts}'; leave one of them out")
 
     @torch.inference_mode(False)

@@ -7,9 +7,13 @@ from torch import Tensor
 
 from adadiff_kernels import COLUMNS
 
+from ..diffusion.solvers import solver_from
 from ..diffusion.tables import Solver
+from ..forward.narrow import network_of
 from ..forward.rest_of_network import check_reuse
 from ..model import Model
+from ..policies.estimated import EstimatedReuse
+from ..policies.parts import Parts
 from ..policies.reuse import Reuse, ReusePolicy
 
 
@@ -28,6 +32,27 @@ def check_reuse_of(model: Model, policy: ReusePolicy, solver: Solver, steps: Ten
     table = solver.table(model.schedule, most)
     if bool(table.coefficients[:, COLUMNS.index("noise")].any()):
         _warn_stochastic(type(policy).__name__, type(solver).__name__)
+
+
+def check_estimates(model: Model, parts: Parts, solver: Solver, steps: Tensor) -> None:
+    """Raises ValueError for estimated errors of another network, solver or number of steps. steps: int64 [n]."""
+    policy = parts.reuse
+    assert isinstance(policy, EstimatedReuse)
+    estimates = policy.estimates
+    if estimates.network != network_of(model.config):
+        raise ValueError(f"policy '{policy}': its errors were estimated for another network")
+    if parts.width is not None or parts.cascade is not None:
+        raise ValueError(f"policy '{policy}': its errors were estimated for the whole network alone; leave others out")
+    if solver != solver_from(estimates.solver):
+        raise ValueError(
+            f"policy '{policy}': its errors were estimated with the solver {estimates.solver}; take that, or "
+            "`adadiff calibrate-reuse` makes others"
+        )
+    if other := sorted(set(steps.tolist()) - {estimates.steps}):
+        raise ValueError(
+            f"policy '{policy}': its errors were estimated for {estimates.steps} steps, got {other[0]}; "
+            "`adadiff calibrate-reuse` makes others"
+        )
 
 
 @cache

@@ -13,13 +13,14 @@ from ..forward.narrow import width_choice
 from ..forward.networks import NetworkChoice
 from ..model import Model
 from ..policies.calibrated import CalibratedThresholds
+from ..policies.estimated import EstimatedReuse
 from ..policies.interface import ExitPolicy, exit_layers_of
 from ..policies.parts import Parts
 from ..policies.spelling import parts_from
 from .auto_steps import steps_of
 from .cascades import Draft, draft_of
 from .params import Numbers, SamplingParams, as_tensor, is_plain, per_sample
-from .reuse_checks import check_reuse_of, warn_calibrated_whole
+from .reuse_checks import check_estimates, check_reuse_of, warn_calibrated_whole
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ class SampleBatch:
             if init_image is not None:
                 raise ValueError("a cascade's student draws from noise; leave init_image out")
             draft = draft_of(model, parts.cascade, params.solver, steps)
+        if isinstance(parts.reuse, EstimatedReuse):
+            check_estimates(model, parts, params.solver, steps)
         if parts.reuse is not None:
             made = steps - first if draft is None else draft.teacher_steps
             check_reuse_of(model, parts.reuse, params.solver, made)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..model import Model
+from ..policies.estimated import EstimatedReuse
 from ..policies.exits import Depth
 from ..policies.parts import Parts
 from ..policies.spelling import parts_from
@@ -25,7 +26,7 @@ def policy_of(text: str | None, model: Model, presets: Mapping[str, str]) -> Par
     """The policy for a client's `policy` field. presets: the operator's, as far as they fit this model.
 
     Raises ServiceError for anything that is neither a preset nor made of KINDS. This is checked before parsing, because
-    "module:Class" imports code, and "cascade:FILE" and "width:FILE" open files.
+    "module:Class" imports code, and "cascade:FILE", "estimate:FILE" and "width:FILE" open files.
     """
     text = presets.get(DEFAULT_PRESET, "full") if text is None else text
     if text in presets:
@@ -61,7 +62,10 @@ def check_fit(parts: Parts, model: Model) -> None:
     """ValueError for a policy that this model cannot follow."""
     if isinstance(parts.exit, Depth) and parts.exit.threshold > model.num_layers:
         raise ValueError(f"policy '{parts}': this network has {model.num_layers} blocks; give a smaller depth")
-    SampleBatch.of(model, 1, SamplingParams(seed=0, steps=1, policy=parts, **blank_condition(model)))
+    given: dict[str, Any] = {"steps": 1}
+    if isinstance(parts.reuse, EstimatedReuse):  # works with these only
+        given = {"steps": parts.reuse.estimates.steps, "solver": parts.reuse.estimates.solver}
+    SampleBatch.of(model, 1, SamplingParams(seed=0, policy=parts, **given, **blank_condition(model)))
 
 
 def blank_condition(model: Model) -> dict[str, Any]:

@@ -1,0 +1,190 @@
+"""Reuse where its estimated error is small: the estimates, which `adadiff calibrate-reuse` fits, and the policy.
+
+Reusing in one step changes a sample's final image. The mean squared change, e, is estimated in its logarithm:
+
+    log e = profile[s] + deviation + 2 log(a (a + 1) / 2)
+
+at step s, a steps after the last full one. profile: measured by reuse in one step alone. deviation: how far this sample
+is above the others; linear in how much each channel of what the skipped blocks added grew between the sample's last two
+full steps. The last term is the error of linear extrapolation, squared. A sample reuses where log e is at most a level,
+the same one at all steps, since that spends a given error on the most steps.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from adadiff_kernels import upload
+
+from .joining import quoted
+from .reuse import ESTIMATE, ReuseContext, ReusePolicy
+
+BY = ("sample", "step")
+FIRST_REUSE = 2  # the first step that may reuse: growth is known after two full steps
+
+
+@dataclass(frozen=True)
+class Spent:
+    """A level and what it gave on held-out samples. share: of the multiply-adds. error: mean squared difference to the
+    images of full runs from the same noise; low, high: its 95 % interval."""
+
+    level: float
+    share: float
+    error: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, eq=False)
+class ErrorEstimates:
+    """Estimates for one network, solver and number of steps S. D: the network's dim. Equal if all fields are.
+
+    t: the network's times, [S]. profile: [S], log errors; those of the first two steps, which are always full, are not
+    read. weights: [S][D] and offsets: [S], of the deviation that a full step at s leaves. by_sample, by_step: levels
+    and their results, with rising shares; by_step is for deviations of 0: all samples reuse in the same steps.
+    network: as `network_of` spells it. Raises ValueError for fields that do not fit each other.
+    """
+
+    network: str
+    solver: str
+    guidance_scale: float  # 1: none
+    samples: int
+    seed: int
+    t: tuple[float, ...]
+    profile: tuple[float, ...]
+    weights: tuple[tuple[float, ...], ...]
+    offsets: tuple[float, ...]
+    by_sample: tuple[Spent, ...]
+    by_step: tuple[Spent, ...]
+
+    def __post_init__(self) -> None:
+        S = self.steps
+        if S <= FIRST_REUSE or any(len(one) != S for one in (self.profile, self.weights, self.offsets)):
+            raise ValueError(f"estimates are by step, for more than {FIRST_REUSE} of them, got {S} times")
+        if len({len(row) for row in self.weights}) != 1 or not self.by_sample or not self.by_step:
+            raise ValueError("every step has as many weights, and there is a level at least")
+        numbers = [*self.t, *self.profile, *self.offsets, *(v for row in self.weights for v in row)]
+        numbers += [self.guidance_scale, *(v for one in (*self.by_sample, *self.by_step) for v in asdict(one).values())]
+        if any(type(v) not in (int, float) or not math.isfinite(v) for v in numbers):
+            raise ValueError("estimates are finite numbers")
+        for spent in (self.by_sample, self.by_step):
+            shares = [one.share for one in spent]
+            if shares != sorted(set(shares)):
+                raise ValueError(f"shares must rise, got {shares}")
+
+    @property
+    def steps(self) -> int:
+        return len(self.t)
+
+    def __str__(self) -> str:
+        """A table of the measured levels."""
+        head = ("", "share", "error, 95 % interval")
+        rows = [head]
+        for by, spent in zip(BY, (self.by_sample, self.by_step), strict=True):
+            rows += [(f"by {by}", f"{s.share:.3f}", f"{s.error:.3g} [{s.low:.3g}, {s.high:.3g}]") for s in spent]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ("  ".join(f"{text:{w}}" for text, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        return "\n".join(lines)
+
+    @cached_property
+    def text(self) -> str:
+        """All fields as JSON."""
+        return json.dumps(asdict(self))
+
+    @cached_property
+    def digest(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ErrorEstimates) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def level(self, by: str, share: float) -> float:
+        """The level for a share of the multiply-adds: by sample, interpolated between measured ones; by step, that of
+        the nearest share, because schedules have certain shares only. Raises ValueError for a share beyond them."""
+        spent = self.by_sample if by == BY[0] else self.by_step
+        low, high = spent[0].share, spent[-1].share
+        if not low <= share <= high:
+            raise ValueError(
+                f"share must lie from {low:.3f} to {high:.3f}, for which levels were measured, got {share:g}"
+            )
+        if by == BY[1]:
+            return min(spent, key=lambda one: abs(one.share - share)).level
+        right = next(i for i, one in enumerate(spent) if one.share >= share)
+        less, more = spent[max(0, right - 1)], spent[right]
+        part = 0.0 if less == more else (share - less.share) / (more.share - less.share)
+        return less.level + part * (more.level - less.level)
+
+    @cached_property
+    def _places(self) -> dict[torch.device, tuple[Tensor, Tensor, Tensor]]:
+        return {}
+
+    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """profile [S], weights [S, D], offsets [S], float32."""
+        if device not in self._places:
+            profile, weights, offsets = (
+                upload(torch.tensor(value, dtype=torch.float32, device="cpu"), device)
+                for value in (self.profile, self.weights, self.offsets)
+            )
+            self._places[device] = profile, weights, offsets
+        return self._places[device]
+
+
+def errors_of_age(age: Tensor) -> Tensor:
+    """The log error of extrapolating `age` steps beyond that of one step: 2 log(a (a + 1) / 2), float32."""
+    age = age.float()
+    return 2 * (age * (age + 1) / 2).log()
+
+
+def features(growth: Tensor) -> Tensor:
+    """float32 [k, D]: the mean absolute growth of each channel. growth: [k, N, D], by a step."""
+    return growth.abs().mean(1, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class EstimatedReuse(ReusePolicy):
+    """A sample reuses where the estimated error of that is at most a level, which spends about `share` of the full
+    network's multiply-adds. What it reuses is extrapolated, as with order=1. by="step": all samples in the same steps,
+    those that are best for the mean sample, as in SmoothCache (Liu et al., arXiv 2411.10510); for comparison. source:
+    the file, for messages. Spelled "estimate:FILE,share=0.55,by=step". Raises ValueError for other values."""
+
+    estimates: ErrorEstimates
+    share: float
+    by: str = BY[0]
+    source: str | None = None
+    gate = ESTIMATE
+    order = 1
+
+    def __post_init__(self) -> None:
+        if self.by not in BY:
+            raise ValueError(f"by must be {' or '.join(BY)}, got {self.by!r}")
+        if type(self.share) not in (int, float):
+            raise ValueError(f"share must be a number, got {self.share!r}")
+        self.estimates.level(self.by, self.share)
+
+    @cached_property
+    def level(self) -> float:
+        return self.estimates.level(self.by, self.share)
+
+    def estimate(self, growth: Tensor, step: Tensor) -> Tensor:
+        if self.by == BY[1]:
+            return torch.zeros(len(growth), dtype=torch.float32, device=growth.device)
+        _, weights, offsets = self.estimates.tensors(growth.device)
+        return (features(growth) * weights[step]).sum(1) + offsets[step]
+
+    def reuse_mask(self, change: Tensor | None, context: ReuseContext) -> Tensor:
+        assert change is not None
+        profile = self.estimates.tensors(change.device)[0]
+        error = change + profile[context.step] + errors_of_age(context.age)
+        return error <= self.level  # false for NaN
+
+    def __str__(self) -> str:
+        by = f",by={self.by}" if self.by != BY[0] else ""
+        return f"estimate:{quoted(self.source or 'FILE')},share={self.share:g}{by}"

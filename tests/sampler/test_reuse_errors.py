@@ -1,0 +1,186 @@
+"""Estimates of the error of reuse: how they are fitted, which levels they get, and `adadiff calibrate-reuse`."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import adadiff
+from adadiff.calibration.reuse_errors import (
+    ReuseErrors,
+    Watching,
+    Work,
+    fitted,
+    full_steps,
+    level_for,
+    of_steps,
+    rising,
+)
+from adadiff.policies.estimated import EstimatedReuse, Spent
+from adadiff.policies.estimated_file import read_estimates
+from sampler import shell
+from sampler.cached_rest import Plan, by_hand, models
+from sampler.shell import config, error_line, interrupt_call, run, saved
+
+ctrl_c = shell.ctrl_c
+WORK = Work(0.2)
+PROFILE = torch.tensor([0.0, 0.0, -1.0, -2.0, -3.0, -4.0, -5.0, -3.0], dtype=torch.float64)
+
+
+def deviations(halves: int = 1, n: int = 50) -> torch.Tensor:
+    drawn = torch.randn(len(PROFILE), halves, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return 2 * drawn
+
+
+def test_regression_finds_what_depends_on_growth() -> None:
+    """Noise aside, errors that depend linearly on three channels; the first step has seen no growth."""
+    generator = torch.Generator().manual_seed(0)
+    S, n, D = 4, 4000, 5
+    grown = torch.rand(S, 1, n, D, generator=generator, dtype=torch.float64)
+    true = torch.tensor([3.0, -2.0, 0.0, 1.0, 0.0], dtype=torch.float64)
+    log = grown[2, 0] @ true - 7 + 0.1 * torch.randn(n, generator=generator, dtype=torch.float64)
+    weights, offsets, found = fitted(grown, log.exp())
+    torch.testing.assert_close(weights[2] * 1.2, true, rtol=0.05, atol=0.05)  # a penalty of a fifth shrinks by a sixth
+    assert np.corrcoef(found[2, 0], log)[0, 1] > 0.99
+    assert abs(np.corrcoef(found[3, 0], log)[0, 1]) < 0.1  # another step's growth tells nothing
+    assert weights[0].tolist() == [0.0] * D
+    assert found[1:].mean((1, 2)).abs().max() < 1e-9
+    assert offsets[0] == 0
+
+
+def test_both_halves_of_guidance_learn_the_error_of_their_sample() -> None:
+    grown = torch.rand(3, 2, 40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    log = 2 * grown[1, 0, :, 0]
+    _, _, apart = fitted(grown, log.exp())
+    weights, _, _ = fitted(grown.flatten(1, 2)[:, None], log.repeat(2).exp())
+    torch.testing.assert_close(apart[1, 1], apart[1, 1])
+    torch.testing.assert_close(weights, fitted(grown, log.exp())[0])
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize("level", [-6.0, -2.5, 0.0, 3.0])
+def test_simulated_steps_are_those_of_the_rule(level: float, halves: int) -> None:
+    """One lane and number at a time; a sample reuses if both of its halves may."""
+    given = deviations(halves)
+    found = full_steps(level, PROFILE, given)
+    for i in range(given.shape[2]):
+        last = 0
+        for s in range(len(PROFILE)):
+            a = s - last
+            may = s >= 2 and all(
+                float(PROFILE[s] + given[last, half, i]) + 2 * math.log(a * (a + 1) / 2) <= level
+                for half in range(halves)
+            )
+            assert bool(found[s, i]) != may
+            last = last if may else s
+
+
+def test_levels_spend_what_is_asked() -> None:
+    for share in (0.45, 0.6, 0.8, 0.9):
+        level = level_for(share, PROFILE, deviations(), WORK)
+        assert WORK.share(full_steps(level, PROFILE, deviations())) == pytest.approx(share, abs=0.01)
+    one = torch.zeros(len(PROFILE), 1, 1, dtype=torch.float64)
+    schedules = of_steps(PROFILE, WORK)
+    for share, level in schedules.items():
+        assert WORK.share(full_steps(level, PROFILE, one)) == share
+    assert min(schedules) < 0.45
+    assert max(schedules) == 1.0
+    every = {WORK.share(full_steps(float(level), PROFILE, one)) for level in np.linspace(-9, 9, 2001)}
+    assert every == set(schedules)
+
+
+def test_work_is_what_reports_count() -> None:
+    policy = [Plan(every=2, order=1).policy, "reuse:every=3,order=1"]
+    for kind in ("uvit", "dit"):
+        for text in policy:
+            _, report = adadiff.sample(models()[kind], 3, steps=7, class_labels=1, policy=text)
+            share = Work.of(models()[kind]).share(~report.reused[:, :, 0])
+            assert share == pytest.approx(report.macs / report.macs_full)
+
+
+def test_rising_shares() -> None:
+    spent = [Spent(2.0, 0.5, 3.0, 2, 4), Spent(1.0, 0.4, 5.0, 4, 6), Spent(3.0, 0.5, 1.0, 0, 2)]
+    assert rising(spent) == (spent[1], spent[2])
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_growth_is_watched_in_the_order_of_the_samples(scale: float) -> None:
+    """Features of each sample, in batches of 2, against one sample by hand."""
+    errors = ReuseErrors(models()["uvit"], n=32, steps=5, guidance_scale=scale, batch=5)
+    errors.n, errors.samples = 5, errors.samples.of(models()["uvit"], 5, policy=Watching(), **errors._settings(0, 5))
+    errors.batch = 2
+    grown, images = errors._watched(_Bar())
+    assert grown.shape == (5, 1 if scale == 1 else 2, 5, models()["uvit"].config.network.dim)
+    for i in range(5):
+        seen: list[torch.Tensor] = []
+        plan = Plan(every=1, order=1)
+        made = by_hand(models()["uvit"], plan, 5, errors.seed + i, i % 3, scale, seen=seen)
+        torch.testing.assert_close(images[i], made.x, rtol=2e-3, atol=2e-3)
+        features = torch.stack([one.abs().mean(1)[0] for one in seen]).unflatten(0, (5, -1)).double()
+        torch.testing.assert_close(grown[:, :, i], features, rtol=1e-2, atol=1e-4)
+
+
+class _Bar:
+    def update(self, n: int = 1) -> None:
+        pass
+
+
+LINE = "--n 32 --steps 6 --batch 16 --solver dpm++2m"
+
+
+def test_the_command_writes_what_samples_follow(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model, out = saved(tmp_path / "m.safetensors", config()), tmp_path / "reuse.json"
+    assert run(f"calibrate-reuse {model} {LINE} --out {out}") == 0
+    printed = capsys.readouterr().out
+    found = read_estimates(str(out))
+    assert (found.steps, found.solver, found.samples, found.guidance_scale) == (6, "dpm++2m", 32, 1.0)
+    assert [one.share for one in found.by_sample] == sorted(one.share for one in found.by_sample)
+    assert found.by_sample[0].error > found.by_sample[-1].error > 0
+    for by in ("sample", "step"):
+        for one in getattr(found, f"by_{by}"):
+            assert f"{one.share:.3f}" in printed
+            # drawn anew on the samples that measured it
+            own = {"steps": 6, "solver": "dpm++2m", "seed": found.seed + 32, "class_labels": [i % 10 for i in range(8)]}
+            policy = EstimatedReuse(found, one.share, by)
+            images, report = adadiff.sample(adadiff.load(model), 8, policy=policy, batch=16, **own)
+            full, _ = adadiff.sample(adadiff.load(model), 8, batch=16, **own)
+            assert report.macs / report.macs_full == pytest.approx(one.share, abs=1e-9)
+            assert float((images - full).double().square().mean()) == pytest.approx(one.error, rel=1e-3)
+    again = tmp_path / "again.json"
+    assert run(f"calibrate-reuse {model} {LINE} --out {again}") == 0
+    assert again.read_text() == out.read_text()
+    share = found.by_sample[1].share
+    line = f"sample {model} --n 4 --steps 6 --solver dpm++2m --out {tmp_path / 'drawn'} --policy"
+    assert run(f"{line} estimate:{out},share={share}") == 0
+    report = json.loads((tmp_path / "drawn" / "report.json").read_text())
+    assert f"estimate:{out}" in json.dumps(report)
+
+
+def test_bad_settings_and_a_stop_leave_nothing(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, out = saved(tmp_path / "m.safetensors", config()), tmp_path / "reuse.json"
+    cases = {
+        "--n 31": "n must be",
+        "--steps 3": "steps must be",
+        "--steps 6,7": "one number of steps",
+        "--solver nothing": "no solver 'nothing'",
+        "--batch 0": "batch must be",
+        f"--out {model}": str(model),
+    }
+    for more, words in cases.items():
+        assert run(f"calibrate-reuse {model} {LINE} --out {out} {more}") == 2, more
+        assert words in error_line(capsys.readouterr().err)
+    interrupt_call(monkeypatch, ReuseErrors, "_errors", 3)
+    assert run(f"calibrate-reuse {model} {LINE} --out {out}") == 130
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.safetensors"]
+
+
+def test_a_plain_network() -> None:
+    """A network without exits learns the same way."""
+    found = ReuseErrors(models()["plain"], n=32, steps=6).run()
+    _, report = adadiff.sample(
+        models()["plain"], 4, steps=6, class_labels=1, policy=EstimatedReuse(found, found.by_sample[0].share)
+    )
+    assert report.reused.any()
