@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from adadiff.calibration.reuse_errors import LEAST_STEPS
 from adadiff.commands.values import shares, whole_numbers
 from adadiff.writing import replace_file
 from benchmarks.baselines.alternatives import COARSE, QUICK, Networks, Sweep, default_networks
@@ -220,7 +221,9 @@ def compared(rows: Rows, chosen: argparse.Namespace) -> Comparison:
     sweep = QUICK if chosen.quick else Sweep() if chosen.full_sweep else COARSE
     given = {"steps": chosen.steps, "budgets": chosen.budgets}
     if chosen.steps:
-        sweep = dataclasses.replace(sweep, between=())
+        solver = sweep.estimated[0][0]
+        estimated = tuple((solver, steps) for steps in chosen.steps if steps >= LEAST_STEPS)
+        sweep = dataclasses.replace(sweep, between=(), estimated=estimated)
     sweep = dataclasses.replace(sweep, **{name: tuple(value) for name, value in given.items() if value})
     if chosen.rounds:
         sweep = dataclasses.replace(sweep, repeats=chosen.rounds, limit=math.inf)

@@ -35,9 +35,11 @@ SWEEP = dataclasses.replace(
     steps=(3,),
     between=(),
     aims=("faithful",),
+    budgets=(0.8,),
     calibrated_on=8,
     first=(1,),
     reference_steps=5,
+    estimated=(("ddim", 4),),
     limit=1.0,
 )
 RUN = {"samples": 40, "runs": 1, "processes": 1}
@@ -387,8 +389,8 @@ def check_pages(measured: list[rows.Row], folder: Path) -> None:
         assert [table.header[5] for table in shown] == [*["Fréchet distance"] * 2, *["squared error"] * 2]
         by_macs = [table for table in tables.all_tables(untimed) if table.header[0] == title]
         assert [table.header[3] for table in by_macs] == ["million MACs"] * 2
-    assert [line[0] for line in found[ours].body] == ["0.6", "cache", "one threshold"]
-    assert [line[0] for line in found[composed].body] == ["0.6"]
+    assert [line[0] for line in found[ours].body] == ["0.8", "cache", "one threshold"]
+    assert [line[0] for line in found[composed].body] == ["0.8"]
     words = {"below", "above", "on it", "undecided", "no other so fast"}  # reuse draws what reuse in lock step draws
     assert {line[-1] for line in found["digits, ours by budget"].body} <= words
     shown = front_plots.picture(measured, "digits")

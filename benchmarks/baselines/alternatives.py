@@ -13,11 +13,15 @@ import adadiff
 from adadiff.calibration.calibrating import CALIBRATION_SEED, Calibrating, work_of
 from adadiff.calibration.recording import record
 from adadiff.calibration.reliability import reliability_picture
+from adadiff.calibration.reuse_errors import ReuseErrors
 from adadiff.calibration.stopping import exit_layers, total
 from adadiff.checkpoint import find
 from adadiff.forward.two_stage import what_it_draws
+from adadiff.policies.estimated_file import estimates_json, read_estimates
+from adadiff.policies.joining import quoted
 from adadiff.policies.reuse import Cache
 from adadiff.sampling.sample_batch import SampleBatch
+from adadiff.writing import replace_file
 from benchmarks.suites.drawing import Artist, Method, fingerprint, load
 from benchmarks.suites.judging import DATA
 
@@ -28,7 +32,12 @@ COMPOSED = (  # several policies each
     "ours, reuse and exits",
     "ours, cache, exits, early model",
 )
-BY_BUDGET = ("ours, faithful", "ours, distribution", *COMPOSED)  # methods whose settings begin with the budget
+BY_BUDGET = (  # methods whose settings begin with the budget
+    "ours, faithful",
+    "ours, distribution",
+    "ours, estimated errors",
+    *COMPOSED,
+)
 SINGLE = ("ours, one threshold", "ours, cache", "ours, width", "ours, cascade")  # of one policy
 OURS = (*BY_BUDGET, *SINGLE)
 CANDIDATES = 200  # single thresholds that are tried
@@ -95,7 +104,8 @@ def default_networks(data: str) -> Networks:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The settings that are tried for every method. between: further numbers of steps, for plain networks."""
+    """The settings that are tried for every method. between: further numbers of steps, for plain networks. estimated:
+    solvers and numbers of steps of reuse by estimated errors."""
 
     steps: Sequence[int] = (4, 6, 8, 10, 14, 20, 30, 50)
     between: Sequence[int] = (5, 7, 9, 12, 17)
@@ -113,10 +123,12 @@ class Sweep:
     sent_on: Sequence[float] = (0.1, 0.3, 0.5)  # shares of a cascade's samples that go on to the teacher
     reference_steps: int = 100  # of the full network's reference images
     repeats: int = 9
+    estimated: Sequence[tuple[str, int]] = (("dpm++2m", 10), ("dpm++2m", 14), ("dpm++2m", 20), ("dpm++2m", 30))
+    estimated_on: int = 1024  # samples
     limit: float = 1200.0  # seconds of timing
 
     def __post_init__(self) -> None:
-        steps = *self.steps, *self.between
+        steps = *self.steps, *self.between, *(steps for _, steps in self.estimated)
         if not self.steps or max(steps) >= self.reference_steps:
             raise ValueError(
                 f"steps must be fewer than the {self.reference_steps} of the reference images, got {steps}"
@@ -135,6 +147,7 @@ COARSE = Sweep(
     composed=(0.08, 0.16),
     sent_on=(0.3,),
     repeats=5,
+    estimated=(("dpm++2m", 14), ("dpm++2m", 20), ("dpm++2m", 28)),
     limit=1800.0,
 )
 QUICK = Sweep(
@@ -152,6 +165,8 @@ QUICK = Sweep(
     composed=(0.08,),
     sent_on=(0.3,),
     reference_steps=16,
+    estimated=(("ddim", 8),),
+    estimated_on=32,
     repeats=3,
     limit=30.0,
 )
@@ -165,6 +180,8 @@ def methods(networks: Networks, sweep: Sweep, folder: Path) -> list[Method]:
         found += _plain(networks, sweep, common)
         if steps in sweep.steps:
             found += _adaptive(networks, sweep, folder, common)
+    for solver, steps in sweep.estimated:
+        found += _estimated(networks.full, sweep, folder, {"solver": solver, "steps": steps, "batch": BATCH})
     return found
 
 
@@ -240,6 +257,27 @@ def _adaptive(networks: Networks, sweep: Sweep, folder: Path, common: dict) -> I
             yield Method("batch mean", full, policy=policy, setting=setting, **common)
 
 
+def _estimated(full: str, sweep: Sweep, folder: Path, common: dict) -> Iterator[Method]:
+    """Reuse where its estimated error is small, for the shares that can be had. By step, it is the same for all."""
+    file = estimates_file(full, common["solver"], common["steps"], sweep, folder)
+    known = read_estimates(str(file))
+    for share in sweep.budgets:
+        for by, name, setting in (
+            ("sample", "ours, estimated errors", f"{share:g}"),
+            ("step", "static reuse", f"{share:g}, by estimated errors"),
+        ):
+            try:
+                known.level(by, share)
+            except ValueError:  # beyond the measured shares
+                continue
+            policy = f"estimate:{quoted(str(file))},share={share:g},by={by}"
+            yield Method(name, full, policy=policy, setting=setting, **common)
+
+
+def estimates_file(full: str, solver: str, steps: int, sweep: Sweep, folder: Path) -> Path:
+    return folder / f"{fingerprint(full)}-reuse-{solver}-{steps}-{sweep.estimated_on}.json"
+
+
 def calibrated_file(full: str, aim: str, solver: str, steps: int, sweep: Sweep, folder: Path) -> Path:
     budgets = "-".join(f"{share:g}" for share in sweep.budgets)
     return folder / f"{fingerprint(full)}-{aim}-{solver}-{steps}-{sweep.calibrated_on}-{budgets}.safetensors"
@@ -258,6 +296,11 @@ def calibrate(networks: Networks, sweep: Sweep, folder: Path, artist: Artist) ->
     ]
     # the longest first, so that the processes finish at about the same time
     artist.map(_calibrate, sorted(tasks, key=lambda task: -task[3]), "calibrations")
+    estimates = {one: estimates_file(networks.full, *one, sweep, folder) for one in sweep.estimated}
+    missing = [
+        (networks.full, *one, sweep.estimated_on, str(file)) for one, file in estimates.items() if not file.exists()
+    ]
+    artist.map(_estimate, sorted(missing, key=lambda task: -task[2]), "estimates of errors")
     shown = calibrated_file(networks.full, sweep.aims[0], sweep.solvers[0], max(sweep.steps), sweep, folder)
     return shown.with_suffix(".png")
 
@@ -269,6 +312,12 @@ def _calibrate(task: tuple[str, str, str, int, tuple[float, ...], int, str]) -> 
     calibrating.run()
     reliability_picture(calibrating.recording, Path(file).with_suffix(".png"))
     adadiff.save(calibrating.model, file)
+
+
+def _estimate(task: tuple[str, str, int, int, str]) -> None:
+    full, solver, steps, n, file = task
+    found = ReuseErrors(adadiff.load(full), n=n, steps=steps, solver=solver, batch=BATCH).run()
+    replace_file(Path(file), lambda temporary: temporary.write_text(estimates_json(found)), force=True)
 
 
 @cache

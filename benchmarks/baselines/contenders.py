@@ -120,7 +120,7 @@ class Contenders:
         given = self.settings
         sweep = Sweep(
             steps=(given.steps,), between=(), solvers=(SOLVER,), budgets=given.budgets, aims=("faithful",),
-            calibrated_on=given.trained_on,
+            calibrated_on=given.trained_on, estimated=(),
         )  # fmt: skip
         with Artist.of(1) as artist:
             calibrate(Networks(self.model, None, None), sweep, self.folder, artist)

@@ -30,6 +30,7 @@ COLOURS = {
     "reuse": "tab:olive",
     "ours, faithful": "tab:blue",
     "ours, distribution": "tab:cyan",
+    "ours, estimated errors": "blue",
     "ours, early model": "mediumpurple",
     "ours, one threshold": "navy",
     "cache, whole batch": "rosybrown",

@@ -22,6 +22,7 @@ from ..sampling.sampler import sample
 from .calibrating import CALIBRATION_SEED
 from .recording import run
 
+LEAST_STEPS = FIRST_REUSE + 2
 PLACES = 10  # steps in which reuse alone is measured
 LEVELS = 8  # measured, between the least share and nearly all of the work
 MOST = 0.95  # of the multiply-adds, at the lowest level
@@ -103,7 +104,7 @@ class ReuseErrors:
     ):
         whole("n", n, 32)
         whole("batch", batch, 1)
-        whole("steps", steps, FIRST_REUSE + 2)
+        whole("steps", steps, LEAST_STEPS)
         if model.config.network.context_tokens and (text_embeds is None or not len(text_embeds)):
             raise ValueError("this model takes text; give text_embeds, [P, N, E], of the prompts to calibrate for")
         if len(model.backbone.blocks) < 2:
