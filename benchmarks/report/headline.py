@@ -1,5 +1,6 @@
-"""The picture at the top of the README: samples of the full network and of early exit from the same noises, and below
-each pair the blocks of every step. Seconds come from rows, images from the model of the package."""
+"""The picture at the top of the README: samples of the full network and of early exit from the same noises, below each
+pair the blocks of every step, and beside them error against cost, ours and the front of all others. Numbers come from
+rows, images from the model of the package."""
 
 import hashlib
 import json
@@ -15,17 +16,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from benchmarks.report import fronts
 from benchmarks.report.cells import select
 from benchmarks.rows import Row
 from benchmarks.suites.drawing import fingerprint, load
 from benchmarks.suites.headline import EARLY, FULL, MODEL, SAMPLES, STEPS, SUITE, drawn
 
-SHOWN = 16  # the first samples, not selected
+SHOWN = 12  # the first samples, not selected
+DATA, MEASURE = "letters", "error"  # of the fronts
+LEAST = 0.3  # of the most multiply-adds; settings with fewer are far from the full network's images
 
 
 def source(rows: Sequence[Row]) -> str:
     """Hash of all that the picture shows: its rows and the model."""
-    found = json.dumps([*select(rows, SUITE, "speed"), SHOWN, fingerprint(MODEL)], sort_keys=True)
+    compared = [row for row in select(rows, fronts.SUITE) if row["parameters"].get("data") == DATA]
+    found = json.dumps([*select(rows, SUITE, "speed"), *compared, SHOWN, fingerprint(MODEL)], sort_keys=True)
     return hashlib.sha256(found.encode()).hexdigest()[:16]
 
 
@@ -37,7 +42,9 @@ def picture(rows: Sequence[Row]) -> Figure:
     full, early = timed[FULL.name], timed[EARLY.name]
     (images, report), (plain, _) = drawn(EARLY), drawn(FULL)
     layers = report.exit_layer[:, :SHOWN].float().mean(-1).numpy()  # [steps, n], means of the two halves of guidance
-    figure = plt.figure(figsize=(13, 3.1), layout="constrained")
+    whole = plt.figure(figsize=(13, 3.2), layout="constrained")
+    figure, beside = whole.subfigures(1, 2, width_ratios=(2.6, 1))
+    _fronts(beside.subplots(), fronts.points(rows, DATA))
     axes = figure.subplots(3, SHOWN, height_ratios=(1, 1, 0.9), gridspec_kw={"wspace": 0.06, "hspace": 0.04})
     palette = plt.get_cmap("viridis")
     for i in range(SHOWN):
@@ -58,7 +65,30 @@ def picture(rows: Sequence[Row]) -> Figure:
     bar = figure.colorbar(plt.cm.ScalarMappable(plt.Normalize(0, L), palette), ax=axes, pad=0.01, aspect=30)
     bar.set_label("blocks run (frame: mean)", fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    return figure
+    return whole
+
+
+def _fronts(axis: Axes, found: Sequence[fronts.Point]) -> None:
+    """Error against seconds, or multiply-adds if none were timed: all settings, the best of ours and of others."""
+    timed = [point for point in found if point.seconds is not None]
+    cost, shown = ("seconds", timed) if timed else ("macs", found)
+    most = max(point.cost(cost) for point in shown if point.method == "fewer steps")
+    shown = [point for point in shown if LEAST * most <= point.cost(cost) <= most]
+    for name, colour, own in (
+        ("all others", "dimgray", [point for point in shown if not point.ours]),
+        ("by sample", "tab:blue", [point for point in shown if point.ours]),
+    ):
+        at = [(point.cost(cost) * fronts.SCALE[cost], 1e3 * point.measures[MEASURE].value) for point in own]
+        axis.scatter(*zip(*at, strict=True), s=8, color=colour, alpha=0.35, linewidth=0)
+        best = fronts.front(own, cost, MEASURE)
+        at = [(point.cost(cost) * fronts.SCALE[cost], 1e3 * point.measures[MEASURE].value) for point in best]
+        axis.plot(*zip(*at, strict=True), "o-", color=colour, markersize=3, label=name)
+    axis.set(yscale="log", xlabel="ms an image" if timed else "million multiply-adds an image")
+    axis.set_ylabel("squared error x 1000", fontsize=8)
+    axis.set_title("difference from the full network's images", fontsize=9)
+    axis.tick_params(labelsize=7)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
 
 
 def printed(rows: Sequence[Row]) -> str:

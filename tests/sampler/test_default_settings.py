@@ -13,6 +13,7 @@ import torch
 import adadiff
 from adadiff.calibration.calibrating import Calibrating
 from adadiff.calibration.recording import noised_errors
+from adadiff.calibration.reuse_errors import ReuseErrors
 from adadiff.data import sources
 from adadiff.metrics.images import open_images
 from adadiff.metrics.quality import evaluate_samples, frechet_ratio
@@ -53,8 +54,17 @@ def calibrate() -> object:
     return found, [value.tolist() for value in calibrating.model.exits.parameters()], [e.tolist() for e in errors]
 
 
+def estimate() -> object:
+    return ReuseErrors(served(), n=32, steps=4, batch=16).run().text
+
+
 SPLITS = ("train", "test")
-USES: dict[str, Callable[[], object]] = {"data": draw_data, "metrics": measure, "calibration": calibrate}
+USES: dict[str, Callable[[], object]] = {
+    "data": draw_data,
+    "metrics": measure,
+    "calibration": calibrate,
+    "reuse": estimate,
+}
 
 
 @cache

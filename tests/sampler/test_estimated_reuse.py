@@ -1,5 +1,6 @@
 """Reuse where its estimated error is small: decisions against the formula by hand, files, and what is refused."""
 
+import copy
 import dataclasses
 import json
 from functools import cache
@@ -15,7 +16,7 @@ from adadiff.diffusion.solvers import DDIM
 from adadiff.engine.engine import Engine
 from adadiff.forward.narrow import network_of
 from adadiff.forward.options import ExecutionOptions
-from adadiff.policies.estimated import ErrorEstimates, EstimatedReuse, Spent
+from adadiff.policies.estimated import ErrorEstimates, EstimatedReuse, Spent, norms_of
 from adadiff.policies.estimated_file import estimates_json, read_estimates
 from adadiff.policies.reuse import ReusePolicy
 from adadiff.policies.spelling import parts_from
@@ -46,7 +47,9 @@ def estimates(kind: str, level: float = -1.0, spread: float = 1.0) -> ErrorEstim
         guidance_scale=1.0,
         samples=32,
         seed=0,
+        norms=norms_of(model.backbone.blocks),
         t=tuple(DDIM().table(model.schedule, STEPS).t.tolist()),
+        age_power=2.5,
         profile=(0.0, 0.0, 0.5, -0.5, -1.5, -2.5, -0.5),
         weights=tuple(map(tuple, weights.tolist())),
         offsets=tuple([0.1 * s for s in range(STEPS)]),
@@ -130,9 +133,12 @@ def test_a_device_decides_what_the_host_decides(monkeypatch: pytest.MonkeyPatch)
     use_sets(monkeypatch, PolledSet)
     own = {"steps": STEPS, "policy": EstimatedReuse(estimates("dit"), 0.5)}
     images, report = adadiff.sample(models()["dit"], 4, class_labels=LABELS, guidance_scale=SCALES, **own)
+    with PretendDevice():
+        model = moved(models()["dit"])
+        adadiff.sample(model, 1, class_labels=1, **own)  # the first request compares the weights
     with PretendDevice(strict=True):
         execution = ExecutionOptions(count_sync="lagged")
-        engine = Engine(moved(models()["dit"]), 8, execution=execution, threaded=False)
+        engine = Engine(model, 8, execution=execution, threaded=False)
         handles = [engine.submit(seed=i, class_labels=LABELS[i], guidance_scale=SCALES[i], **own) for i in range(4)]
         while engine.step():
             pass
@@ -160,6 +166,8 @@ def test_levels_between_measured_shares() -> None:
     for share, by_sample, by_step in ((0.2, 3.0, 3.0), (0.25, 2.5, 3.0), (0.5, 0.5, 1.0), (0.7, -0.5, -1.0)):
         assert known.level("sample", share) == pytest.approx(by_sample)
         assert known.level("step", share) == by_step
+    assert known.level("sample", 0.1997) == 3.0  # as printed
+    assert known.level("step", 0.8004) == -1.0
     for share in (0.19, 0.81, float("nan")):
         with pytest.raises(ValueError, match=r"share must lie from 0\.200 to 0\.800"):
             known.level("sample", share)
@@ -170,6 +178,8 @@ def test_files_hold_everything(file: str, tmp_path: Path) -> None:
     policy = parts_from(f"estimate:{file},share=0.5,by=step").reuse
     assert policy == EstimatedReuse(estimates("uvit"), 0.5, "step", file)
     assert parts_from(str(policy)).reuse == policy
+    third = dataclasses.replace(policy, share=1 / 3)
+    assert parts_from(str(third)).reuse == third
     odd = tmp_path / "a+b.json"
     odd.write_text(Path(file).read_text())
     policy = parts_from(f"estimate:'{odd}',share=0.5+exit:0.1").reuse
@@ -187,10 +197,17 @@ def test_files_of_anything_else_are_refused(file: str, tmp_path: Path) -> None:
         ({"solver": 3}, "solver"),
         ({"profile": whole["profile"][:-1]}, "by step"),
         ({"weights": [*whole["weights"][:-1], [1.0]]}, "as many weights"),
-        ({"weights": "none"}, "finite|by step"),
-        ({"offsets": [None] * STEPS}, "finite"),
+        ({"weights": "none"}, "weights"),
+        ({"offsets": [None] * STEPS}, "numbers of at most"),
         ({"by_step": []}, "a level at least"),
         ({"by_sample": whole["by_sample"][::-1]}, "shares must rise"),
+        ({"by_step": [{**whole["by_step"][0], "share": 1.2}]}, "shares must rise"),
+        ({"by_step": [*whole["by_step"], {**whole["by_step"][0], "share": 0.9}]}, "as levels fall"),
+        ({"by_step": [[1, 2, 3, 4, 5]]}, "by_step"),
+        ({"by_step": [{"level": 1.0}]}, "fields"),
+        ({"age_power": 10**400}, "numbers of at most"),
+        ({"profile": [1e300] * STEPS}, "numbers of at most"),
+        ({"format_version": True}, "format_version True"),
         ({"more": 1}, "more"),
     ]
     for change, words in cases:
@@ -203,6 +220,8 @@ def test_files_of_anything_else_are_refused(file: str, tmp_path: Path) -> None:
             read_estimates(str(other))
     with pytest.raises(ValueError, match="there is no file"):
         read_estimates(str(tmp_path / "none.json"))
+    with pytest.raises(ValueError, match="name too long"):
+        read_estimates("a" * 300)
 
 
 def test_what_estimates_do_not_hold_for_is_refused(file: str, tmp_path: Path) -> None:
@@ -222,6 +241,34 @@ def test_what_estimates_do_not_hold_for_is_refused(file: str, tmp_path: Path) ->
     for kind, change, words in cases:
         with pytest.raises(ValueError, match=words):
             adadiff.sample(models()[kind], 1, **{**right, **change})
+    image = torch.zeros(1, *models()["uvit"].backbone.sample_shape)
+    with pytest.raises(ValueError, match="lets no sample reuse in 2 steps"):
+        adadiff.sample(models()["uvit"], 1, **right, init_image=image, strength=2 / 7)
+    trained = copy.deepcopy(models()["uvit"])
+    adadiff.sample(trained, 1, **right)
+    for parameter in trained.backbone.blocks[2].parameters():
+        parameter.mul_(1.01)
+    with pytest.raises(ValueError, match="another network"):
+        adadiff.sample(copy.deepcopy(trained), 1, **right)
+    adadiff.sample(copy.deepcopy(models()["uvit"]).to(torch.bfloat16), 1, **right)
+    for change, words in (
+        ({"t": [0.0] * STEPS}, "other times"),
+        ({"weights": [[0.0] * 3] * STEPS}, "another network"),
+        ({"solver": "sampler.own_rules:Own"}, "no solver"),
+    ):
+        other = tmp_path / "other.json"
+        other.write_text(json.dumps({**json.loads(Path(file).read_text()), **change}))
+        with pytest.raises(ValueError, match=words):
+            adadiff.sample(models()["uvit"], 1, **{**right, "policy": f"estimate:{other},share=0.5"})
+
+
+def test_another_guidance_is_warned_of_once(file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    other = tmp_path / "other.json"
+    other.write_text(Path(file).read_text())
+    for scale in (1.0, 2.5, 3.0):
+        policy = f"estimate:{other},share=0.5"
+        adadiff.sample(models()["uvit"], 1, steps=STEPS, class_labels=1, policy=policy, guidance_scale=scale)
+    assert [text for text in caplog.messages if "guidance_scale=1" in text] == [caplog.messages[0]]
 
 
 def test_an_own_policy_estimates_too() -> None:

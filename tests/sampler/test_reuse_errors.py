@@ -10,13 +10,14 @@ import torch
 
 import adadiff
 from adadiff.calibration.reuse_errors import (
+    At,
     ReuseErrors,
-    Watching,
+    Rule,
     Work,
     fitted,
-    full_steps,
     level_for,
     of_steps,
+    power_of_age,
     rising,
 )
 from adadiff.policies.estimated import EstimatedReuse, Spent
@@ -28,6 +29,7 @@ from sampler.shell import config, error_line, interrupt_call, run, saved
 ctrl_c = shell.ctrl_c
 WORK = Work(0.2)
 PROFILE = torch.tensor([0.0, 0.0, -1.0, -2.0, -3.0, -4.0, -5.0, -3.0], dtype=torch.float64)
+RULE = Rule(PROFILE, 2.3)
 
 
 def deviations(halves: int = 1, n: int = 50) -> torch.Tensor:
@@ -65,14 +67,13 @@ def test_both_halves_of_guidance_learn_the_error_of_their_sample() -> None:
 def test_simulated_steps_are_those_of_the_rule(level: float, halves: int) -> None:
     """One lane and number at a time; a sample reuses if both of its halves may."""
     given = deviations(halves)
-    found = full_steps(level, PROFILE, given)
+    found = RULE.full_steps(level, given)
     for i in range(given.shape[2]):
         last = 0
         for s in range(len(PROFILE)):
             a = s - last
             may = s >= 2 and all(
-                float(PROFILE[s] + given[last, half, i]) + 2 * math.log(a * (a + 1) / 2) <= level
-                for half in range(halves)
+                float(PROFILE[s] + given[last, half, i]) + 2.3 * math.log(a) <= level for half in range(halves)
             )
             assert bool(found[s, i]) != may
             last = last if may else s
@@ -80,16 +81,15 @@ def test_simulated_steps_are_those_of_the_rule(level: float, halves: int) -> Non
 
 def test_levels_spend_what_is_asked() -> None:
     for share in (0.45, 0.6, 0.8, 0.9):
-        level = level_for(share, PROFILE, deviations(), WORK)
-        assert WORK.share(full_steps(level, PROFILE, deviations())) == pytest.approx(share, abs=0.01)
+        level = level_for(share, RULE, deviations(), WORK)
+        assert WORK.share(RULE.full_steps(level, deviations())) == pytest.approx(share, abs=0.01)
     one = torch.zeros(len(PROFILE), 1, 1, dtype=torch.float64)
-    schedules = of_steps(PROFILE, WORK)
+    schedules = of_steps(RULE, WORK)
     for share, level in schedules.items():
-        assert WORK.share(full_steps(level, PROFILE, one)) == share
+        assert WORK.share(RULE.full_steps(level, one)) == share
     assert min(schedules) < 0.45
-    assert max(schedules) == 1.0
-    every = {WORK.share(full_steps(float(level), PROFILE, one)) for level in np.linspace(-9, 9, 2001)}
-    assert every == set(schedules)
+    every = {WORK.share(RULE.full_steps(float(level), one)) for level in np.linspace(-9, 9, 2001)}
+    assert every - {1.0} == set(schedules)
 
 
 def test_work_is_what_reports_count() -> None:
@@ -101,6 +101,25 @@ def test_work_is_what_reports_count() -> None:
             assert share == pytest.approx(report.macs / report.macs_full)
 
 
+def test_power_of_age() -> None:
+    assert power_of_age([(2, 4.0), (3, 9.0), (2, 4.0)]) == pytest.approx(2)
+    assert power_of_age([(2, -3.0), (3, 0.5)]) == 0  # noise
+    assert power_of_age([]) == 0
+
+
+def test_a_row_of_reuse_is_measured_over_the_error_of_each_step() -> None:
+    """Errors that grow with the square of the age: of 1, 4 and 9 times those of the steps alone."""
+    errors = ReuseErrors(models()["uvit"], n=32, steps=6)
+    alone = np.array([0.0, 0.0, 1.0, 2.0, 3.0, 4.0])
+    errors._mean_error = lambda steps, *_: sum((i + 1) ** 2 * alone[s] for i, s in enumerate(steps))
+    assert errors._age_power([(2, 3, 4), (3, 4, 5), (4, 5)], alone, None, None) == pytest.approx(2)
+
+
+def test_reuse_at_given_steps() -> None:
+    _, report = adadiff.sample(models()["uvit"], 2, steps=6, class_labels=1, policy=At((2, 4)))
+    assert report.reused[:, :, 0].T.tolist() == [[False, False, True, False, True, False]] * 2
+
+
 def test_rising_shares() -> None:
     spent = [Spent(2.0, 0.5, 3.0, 2, 4), Spent(1.0, 0.4, 5.0, 4, 6), Spent(3.0, 0.5, 1.0, 0, 2)]
     assert rising(spent) == (spent[1], spent[2])
@@ -110,8 +129,7 @@ def test_rising_shares() -> None:
 def test_growth_is_watched_in_the_order_of_the_samples(scale: float) -> None:
     """Features of each sample, in batches of 2, against one sample by hand."""
     errors = ReuseErrors(models()["uvit"], n=32, steps=5, guidance_scale=scale, batch=5)
-    errors.n, errors.samples = 5, errors.samples.of(models()["uvit"], 5, policy=Watching(), **errors._settings(0, 5))
-    errors.batch = 2
+    errors.n, errors.batch = 5, 2
     grown, images = errors._watched(_Bar())
     assert grown.shape == (5, 1 if scale == 1 else 2, 5, models()["uvit"].config.network.dim)
     for i in range(5):
@@ -119,7 +137,7 @@ def test_growth_is_watched_in_the_order_of_the_samples(scale: float) -> None:
         plan = Plan(every=1, order=1)
         made = by_hand(models()["uvit"], plan, 5, errors.seed + i, i % 3, scale, seen=seen)
         torch.testing.assert_close(images[i], made.x, rtol=2e-3, atol=2e-3)
-        features = torch.stack([one.abs().mean(1)[0] for one in seen]).unflatten(0, (5, -1)).double()
+        features = torch.stack([one.abs().mean(1)[0] for one in seen]).unflatten(0, (5, -1))
         torch.testing.assert_close(grown[:, :, i], features, rtol=1e-2, atol=1e-4)
 
 
@@ -152,6 +170,8 @@ def test_the_command_writes_what_samples_follow(tmp_path: Path, capsys: pytest.C
     again = tmp_path / "again.json"
     assert run(f"calibrate-reuse {model} {LINE} --out {again}") == 0
     assert again.read_text() == out.read_text()
+    assert f"--steps 6 --solver dpm++2m --policy estimate:{out},share=" in printed
+    assert "never let" not in capsys.readouterr().err
     share = found.by_sample[1].share
     line = f"sample {model} --n 4 --steps 6 --solver dpm++2m --out {tmp_path / 'drawn'} --policy"
     assert run(f"{line} estimate:{out},share={share}") == 0
@@ -167,6 +187,9 @@ def test_bad_settings_and_a_stop_leave_nothing(tmp_path: Path, capsys, monkeypat
         "--steps 6,7": "one number of steps",
         "--solver nothing": "no solver 'nothing'",
         "--batch 0": "batch must be",
+        f"--seed {2**63 - 34}": "seed must be",
+        "--solver sampler.own_rules:Own": "no solver",
+        "--n 100000 --steps 1000": "GiB",
         f"--out {model}": str(model),
     }
     for more, words in cases.items():
@@ -179,7 +202,9 @@ def test_bad_settings_and_a_stop_leave_nothing(tmp_path: Path, capsys, monkeypat
 
 def test_a_plain_network() -> None:
     """A network without exits learns the same way."""
-    found = ReuseErrors(models()["plain"], n=32, steps=6).run()
+    errors = ReuseErrors(models()["plain"], n=32, steps=6)
+    found = errors.run()
+    assert errors.run() == found
     _, report = adadiff.sample(
         models()["plain"], 4, steps=6, class_labels=1, policy=EstimatedReuse(found, found.by_sample[0].share)
     )

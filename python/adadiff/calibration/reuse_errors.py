@@ -1,7 +1,9 @@
 """Fits estimates of the error of reuse (policies/estimated.py), and measures what their levels give."""
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -13,35 +15,42 @@ from tqdm import tqdm
 from ..diffusion.solvers import solver_from
 from ..forward.forward import run_forward
 from ..forward.narrow import network_of
-from ..metrics.intervals import centred_interval, resampled
+from ..metrics.intervals import resampled
 from ..model import Model
-from ..policies.estimated import BY, FIRST_REUSE, ErrorEstimates, EstimatedReuse, Spent, errors_of_age, features
+from ..policies.estimated import BY, FIRST_REUSE, ErrorEstimates, EstimatedReuse, Spent, features, norms_of
 from ..policies.reuse import ESTIMATE, Reuse, ReuseContext, ReusePolicy
+from ..reading import MOST_TEXT
 from ..sampling.sample_batch import SampleBatch, whole
 from ..sampling.sampler import sample
 from .calibrating import CALIBRATION_SEED
 from .recording import run
 
 LEAST_STEPS = FIRST_REUSE + 2
-PLACES = 10  # steps in which reuse alone is measured
-LEVELS = 8  # measured, between the least share and nearly all of the work
-MOST = 0.95  # of the multiply-adds, at the lowest level
+PLACES, ROWS = 10, 3  # steps in which reuse alone is measured, and where a row of reusing steps begins
+LEVELS = 8  # measured, from LOWEST times the least share of a schedule to MOST of the multiply-adds
+LOWEST, MOST = 1.02, 0.95
 DENSE = 0.2  # share of the steps that the runs whose errors are learned begin with in full
 RIDGE = 0.2  # penalty for each sample, on standardised features
 LEAST_ERROR = 1e-12  # of an image, so that its logarithm is finite
+LARGEST_RATIO = 1e3  # of errors at an age and at age 1
 HALVINGS = 40
+MOST_BYTES = 2**33  # of recorded features
+NUMBER = 16  # bytes of a weight in a file
 RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
-class Once(ReusePolicy):
-    """Reuses in step `at` alone."""
+class At(ReusePolicy):
+    """Reuses in the given steps alone."""
 
-    at: int
+    steps: tuple[int, ...]
     order = 1
 
     def reuse_mask(self, change: Tensor | None, context: ReuseContext) -> Tensor:
-        return context.step == self.at
+        mask = torch.zeros_like(context.step, dtype=torch.bool)
+        for step in self.steps:
+            mask |= context.step == step
+        return mask
 
 
 @dataclass(eq=False)
@@ -83,10 +92,10 @@ class ReuseErrors:
     """Fits `ErrorEstimates` for a model, a solver and a number of steps, of 4 or more.
 
     n samples, with seeds from `seed` on, are drawn in full and with reuse in every other step; which of them have
-    larger errors is learned by ridge regression. A quarter of them is drawn again with reuse in one step alone. n // 4
-    others measure LEVELS levels, by sample and by step. Deterministic. text_embeds: [P, N, E], null_text_embeds:
-    [N, E], for models that take text; samples use the prompts in turn. Raises ValueError for invalid arguments, before
-    any work.
+    larger errors is learned by ridge regression. A quarter of them is drawn again with reuse in one step alone, and in
+    two or three steps in a row. n // 4 others measure LEVELS levels, by sample and by step. Deterministic.
+    text_embeds: [P, N, E], null_text_embeds: [N, E], for models that take text; samples use the prompts in turn. Raises
+    ValueError for invalid arguments, before any work.
     """
 
     def __init__(
@@ -105,36 +114,51 @@ class ReuseErrors:
         whole("n", n, 32)
         whole("batch", batch, 1)
         whole("steps", steps, LEAST_STEPS)
+        whole("seed", seed, 0)
+        if type(guidance_scale) not in (int, float):
+            raise ValueError(f"guidance_scale must be a number, got {guidance_scale!r}")
+        if not isinstance(solver, str):
+            raise ValueError(f"solver must be text, as it is kept in a file, got {solver!r}")
+        solver_from(solver, own=False)  # whoever reads the file imports no classes
         if model.config.network.context_tokens and (text_embeds is None or not len(text_embeds)):
             raise ValueError("this model takes text; give text_embeds, [P, N, E], of the prompts to calibrate for")
         if len(model.backbone.blocks) < 2:
             raise ValueError("a network of one block leaves nothing to reuse")
         self.model, self.n, self.steps, self.solver = model, n, steps, solver
         self.guidance_scale, self.seed, self.batch = guidance_scale, seed, batch
+        self._halves = 2 if guidance_scale != 1 else 1
         self._texts, self._work = (text_embeds, null_text_embeds), Work.of(model)
-        self.samples = SampleBatch.of(
-            model, n, policy=Watching(), **self._settings(0, n)
-        )  # raises for invalid settings
+        dim = model.config.network.dim
+        if (needed := 8 * steps * self._halves * n * dim) > MOST_BYTES:
+            raise ValueError(f"{n} samples of {steps} steps need {needed >> 30} GiB; take fewer, or fewer steps")
+        if NUMBER * steps * dim > MOST_TEXT:
+            raise ValueError(
+                f"estimates of {steps} steps with {dim} channels are too large for a file; take fewer steps"
+            )
+        for begin, count in ((0, n), (n, self._others)):
+            SampleBatch.of(model, count, **self._settings(begin, count))  # raises for invalid settings
 
     @property
-    def _measured(self) -> int:
-        """The number of other samples, and of those that are drawn with reuse in one step."""
+    def _others(self) -> int:
+        """The number of other samples, and of those that are drawn with reuse in few steps."""
         return self.n // 4
 
     def run(self, progress: bool = False) -> ErrorEstimates:
-        places = sorted(set(np.linspace(FIRST_REUSE, self.steps - 1, PLACES).round().astype(int).tolist()))
-        total = 2 * self.n + (len(places) + 1 + 2 * LEVELS) * self._measured
-        with tqdm(total=total, disable=not progress, unit="image", dynamic_ncols=True) as bar:
-            return self._run(places, bar)
+        places = _places(FIRST_REUSE, self.steps - 1, PLACES)
+        rows = [(at, at + 1, at + 2)[: self.steps - at] for at in _places(FIRST_REUSE, self.steps - 2, ROWS)]
+        drawn = len(places) + sum(len(row) - 1 for row in rows) + 1 + 2 * LEVELS
+        total = 2 * self.n + drawn * self._others
+        with _quiet(), tqdm(total=total, disable=not progress, unit="image", dynamic_ncols=True) as bar:
+            return self._run(places, rows, bar)
 
-    def _run(self, places: Sequence[int], bar: tqdm) -> ErrorEstimates:
+    def _run(self, places: Sequence[int], rows: Sequence[tuple[int, ...]], bar: tqdm) -> ErrorEstimates:
         grown, full = self._watched(bar)
         dense = max(FIRST_REUSE, round(DENSE * self.steps))
         errors = self._errors(Reuse(2, dense_early=dense, order=1), full, bar)[0]
         weights, offsets, deviations = fitted(grown, errors)
-        alone = {at: float(self._errors(Once(at), full[: self._measured], bar)[0].mean()) for at in places}
-        logs = [math.log(max(alone[at], LEAST_ERROR)) for at in places]
-        profile = np.interp(np.arange(self.steps), places, logs).tolist()
+        few = full[: self._others]
+        logs = [math.log(max(self._mean_error((at,), few, bar), LEAST_ERROR)) for at in places]
+        profile = np.interp(np.arange(self.steps), places, logs)
         table = solver_from(self.solver).table(self.model.schedule, self.steps)
         nothing = (Spent(0.0, 1.0, 0.0, 0.0, 0.0),)
         estimates = ErrorEstimates(
@@ -143,24 +167,38 @@ class ReuseErrors:
             guidance_scale=float(self.guidance_scale),
             samples=self.n,
             seed=self.seed,
+            norms=norms_of(self.model.backbone.blocks),
             t=tuple(table.t.double().tolist()),
-            profile=tuple(profile),
-            weights=tuple(map(tuple, weights.tolist())),
+            profile=tuple(profile.tolist()),
+            age_power=self._age_power(rows, np.exp(profile), few, bar),
+            weights=tuple(tuple(float(f"{value:.7g}") for value in row) for row in weights.tolist()),
             offsets=tuple(offsets.tolist()),
             by_sample=nothing,
             by_step=nothing,
         )
         return self._with_levels(estimates, deviations, bar)
 
+    def _age_power(self, rows: Sequence[tuple[int, ...]], alone: np.ndarray, full: Tensor, bar: tqdm) -> float:
+        """The power of age by which errors grow: of what the second and the third step of a row of reuse add to the
+        error, over that of reuse in this step alone. alone: [S], mean errors."""
+        found = []
+        for row in rows:
+            before = float(alone[row[0]])
+            for age in range(2, len(row) + 1):
+                error = self._mean_error(row[:age], full, bar)
+                found.append((age, (error - before) / float(alone[row[age - 1]])))
+                before = error
+        return power_of_age(found)
+
     def _with_levels(self, estimates: ErrorEstimates, deviations: Tensor, bar: tqdm) -> ErrorEstimates:
-        profile, others = torch.tensor(estimates.profile, dtype=torch.float64), (self.n, self._measured)
+        rule = Rule(torch.tensor(estimates.profile, dtype=torch.float64, device="cpu"), estimates.age_power)
+        others = (self.n, self._others)
         full, _ = sample(self.model, others[1], **self._settings(*others), batch=self.batch)
         bar.update(others[1])
-        schedules = of_steps(profile, self._work)
-        least = 1.02 * min(schedules)
+        schedules = of_steps(rule, self._work)
         found: dict[str, list[Spent]] = {by: [] for by in BY}
-        for share in np.linspace(least, MOST, LEVELS).tolist():
-            level = level_for(share, profile, deviations, self._work)
+        for share in np.linspace(LOWEST * min(schedules), MOST, LEVELS).tolist():
+            level = level_for(share, rule, deviations, self._work)
             of_step = schedules[min(schedules, key=lambda one: abs(one - share))]
             for by, chosen in zip(BY, (level, of_step), strict=True):
                 if chosen in [one.level for one in found[by]]:
@@ -174,19 +212,20 @@ class ReuseErrors:
         at = replace(estimates, **{f"by_{by}": (Spent(level, 1.0, 0.0, 0.0, 0.0),)})
         errors, share = self._errors(EstimatedReuse(at, 1.0, by), full, bar, begin=self.n)
         draws = torch.stack([errors[rows].mean() for rows in resampled(len(errors), RESAMPLES, seed=0)])
-        interval = centred_interval(float(errors.mean()), draws)
-        return Spent(level, share, float(errors.mean()), interval.low, interval.high)
+        low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype, device="cpu")).tolist()
+        return Spent(level, share, float(errors.mean()), low, high)
 
     def _watched(self, bar: tqdm) -> tuple[Tensor, Tensor]:
-        """Features float64 [S, H, n, D] of full runs, for H halves of guidance, and the images."""
-        policy = self.samples.parts.reuse
-        assert isinstance(policy, Watching)
-        images = run(self.model, self.samples, self.batch, lambda: run_forward)
+        """Features float32 [S, H, n, D] of full runs, for H halves of guidance, and the images."""
+        policy = Watching()
+        samples = SampleBatch.of(self.model, self.n, policy=policy, **self._settings(0, self.n))
+        images = run(self.model, samples, self.batch, lambda: run_forward)
         bar.update(self.n)
         parts = [policy.seen[i : i + self.steps] for i in range(0, len(policy.seen), self.steps)]
-        halves = 2 if self.guidance_scale != 1 else 1
-        grown = torch.cat([torch.stack(part).unflatten(1, (halves, -1)) for part in parts], 2)
-        return grown.double(), images
+        return torch.cat([torch.stack(part).unflatten(1, (self._halves, -1)) for part in parts], 2), images
+
+    def _mean_error(self, steps: tuple[int, ...], full: Tensor, bar: tqdm) -> float:
+        return float(self._errors(At(steps), full, bar)[0].mean())
 
     def _errors(self, policy: ReusePolicy, full: Tensor, bar: tqdm, begin: int = 0) -> tuple[Tensor, float]:
         """Mean squared differences float64 [n] of the samples from number `begin` on to their images in `full`, and the
@@ -201,64 +240,94 @@ class ReuseErrors:
         settings = {"steps": self.steps, "solver": self.solver, "guidance_scale": self.guidance_scale}
         settings |= {"seed": self.seed + begin}
         if text is not None:
-            turn = torch.arange(begin, begin + n, device="cpu") % len(text)
+            turn = torch.arange(begin, begin + n, dtype=torch.int64, device="cpu") % len(text)
             return {**settings, "text_embeds": text[turn], "null_text_embeds": null}
         classes = self.model.config.classes
         return {**settings, **({"class_labels": [i % classes for i in range(n)]} if classes else {})}
 
 
+def _places(first: int, last: int, most: int) -> list[int]:
+    return sorted(set(np.linspace(first, max(first, last), most).round().astype(int).tolist()))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings about the policies of a calibration, some of which reuse little or nothing."""
+    log = logging.getLogger("adadiff")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
 def fitted(grown: Tensor, errors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights [S, D], offsets [S] and fitted deviations [S, H, n] of log errors from their mean, by ridge regression in
-    each step. grown: float64 [S, H, n, D]; errors: float64 [n]."""
-    S, H, _, D = grown.shape
+    """Weights [S, D], offsets [S] and fitted deviations [S, H, n] of log errors from their mean, float64, by ridge
+    regression in each step. grown: [S, H, n, D]; errors: float64 [n]."""
+    S, H, n, D = grown.shape
     log = errors.clamp_min(LEAST_ERROR).log()
     aim = (log - log.mean()).repeat(H)
-    weights, offsets = torch.zeros(S, D, dtype=torch.float64), torch.zeros(S, dtype=torch.float64)
+    weights, offsets, deviations = (
+        torch.zeros(shape, dtype=torch.float64, device="cpu") for shape in ((S, D), (S,), (S, H, n))
+    )
+    penalty = RIDGE * H * n * torch.eye(D, dtype=torch.float64, device="cpu")
     for s in range(1, S):
-        rows = grown[s].flatten(0, 1)
+        rows = grown[s].flatten(0, 1).double()
         mean, spread = rows.mean(0), rows.std(0).clamp_min(1e-12)
-        rows = (rows - mean) / spread
-        penalty = RIDGE * len(rows) * torch.eye(D, dtype=torch.float64)
-        weights[s] = torch.linalg.solve(rows.T @ rows + penalty, rows.T @ aim) / spread
+        scaled = (rows - mean) / spread
+        weights[s] = torch.linalg.solve(scaled.T @ scaled + penalty, scaled.T @ aim) / spread
         offsets[s] = -(weights[s] * mean).sum()
-    return weights, offsets, torch.einsum("shnd,sd->shn", grown, weights) + offsets[:, None, None]
+        deviations[s] = (rows @ weights[s] + offsets[s]).unflatten(0, (H, n))
+    return weights, offsets, deviations
 
 
-def full_steps(level: float, profile: Tensor, deviations: Tensor) -> Tensor:
-    """bool [S, n]: the full steps at a level, if growth is that of full runs. profile: [S]; deviations: [S, H, n], of
-    halves that decide together."""
-    S, _, n = deviations.shape
-    kept, age, full = deviations[0], torch.zeros(n), []
-    for s in range(S):
-        age = age + 1
-        error = profile[s] + kept + errors_of_age(age)
-        runs = ~((error <= level).all(0) & (s >= FIRST_REUSE))
-        kept, age = torch.where(runs, deviations[s], kept), torch.where(runs, 0, age)
-        full.append(runs)
-    return torch.stack(full)
+def power_of_age(found: Sequence[tuple[int, float]]) -> float:
+    """The power p of age^p, at least 0, nearest to ratios (age, ratio) in their logarithms."""
+    within = [(math.log(age), math.log(min(max(ratio, 1.0), LARGEST_RATIO))) for age, ratio in found]
+    return sum(a * ratio for a, ratio in within) / max(sum(a * a for a, _ in within), 1e-12)
 
 
-def level_for(share: float, profile: Tensor, deviations: Tensor, work: Work) -> float:
-    """The level at which `full_steps` spends a share of the multiply-adds."""
-    low, high = float(profile.min() + deviations.min()) - 1, float(profile.max() + deviations.max()) + 1
-    high += float(errors_of_age(torch.tensor(len(profile))))
+@dataclass(frozen=True)
+class Rule:
+    """profile: float64 [S]. See policies/estimated.py."""
+
+    profile: Tensor
+    age_power: float
+
+    def full_steps(self, level: float, deviations: Tensor) -> Tensor:
+        """bool [S, n]: the full steps at a level, if growth is that of full runs. deviations: float64 [S, H, n], of
+        halves that decide together."""
+        kept, age, full = deviations[0], torch.zeros_like(deviations[0, 0]), []
+        for s, error in enumerate(self.profile):
+            age = age + 1
+            reuses = (error + kept + self.age_power * age.log() <= level).all(0) & (s >= FIRST_REUSE)
+            kept, age = torch.where(reuses, kept, deviations[s]), torch.where(reuses, age, 0.0)
+            full.append(~reuses)
+        return torch.stack(full)
+
+
+def level_for(share: float, rule: Rule, deviations: Tensor, work: Work) -> float:
+    """The level at which the rule spends a share of the multiply-adds."""
+    low, high = float(rule.profile.min() + deviations.min()) - 1, float(rule.profile.max() + deviations.max()) + 1
+    high += rule.age_power * math.log(len(rule.profile))
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        if work.share(full_steps(middle, profile, deviations)) > share:
+        if work.share(rule.full_steps(middle, deviations)) > share:
             low = middle
         else:
             high = middle
     return (low + high) / 2
 
 
-def of_steps(profile: Tensor, work: Work) -> dict[float, float]:
-    """Share of the multiply-adds -> level, of all schedules for the mean sample."""
-    S = len(profile)
-    ages = errors_of_age(torch.arange(1, S + 1)).double()
-    edges = (profile[FIRST_REUSE:, None] + ages).flatten().unique().tolist()
-    nothing = torch.zeros(S, 1, 1, dtype=torch.float64)
-    middles = [(a + b) / 2 for a, b in pairwise(edges)]
-    return {work.share(full_steps(level, profile, nothing)): level for level in (edges[0] - 1, *middles, edges[-1] + 1)}
+def of_steps(rule: Rule, work: Work) -> dict[float, float]:
+    """Share of the multiply-adds -> level, of all schedules for the mean sample that reuse at all."""
+    S = len(rule.profile)
+    ages = rule.age_power * torch.arange(1, S + 1, dtype=torch.float64, device="cpu").log()
+    edges = (rule.profile[FIRST_REUSE:, None] + ages).flatten().unique().tolist()
+    nothing = torch.zeros(S, 1, 1, dtype=torch.float64, device="cpu")
+    levels = [*((a + b) / 2 for a, b in pairwise(edges)), edges[-1] + 1]
+    return {work.share(rule.full_steps(level, nothing)): level for level in levels}
 
 
 def rising(spent: Sequence[Spent]) -> tuple[Spent, ...]:

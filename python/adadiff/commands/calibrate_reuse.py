@@ -1,16 +1,18 @@
 """adadiff calibrate-reuse."""
 
 import argparse
+import shlex
 
-from ..calibration.reuse_errors import ReuseErrors
+from ..calibration.reuse_errors import NUMBER, ReuseErrors
 from ..policies.estimated_file import estimates_json
+from ..policies.joining import quoted
 from ..writing import check_outputs, check_space, replace_file
 from .prompts import texts_of
 from .shared import check_limits, load_model
 from .terminal import say, show, show_lines, with_bars
 
 MOST_SAMPLES = 10**5
-NUMBER, NOTES = 24, 2**16  # bytes of a weight in a file, and of the rest
+NOTES = 2**16  # bytes of a file without weights
 
 
 def calibrate_reuse(options: argparse.Namespace) -> None:
@@ -37,4 +39,6 @@ def calibrate_reuse(options: argparse.Namespace) -> None:
     finally:  # print the numbers even if the disk is full
         show_lines(f"\n{estimates}\n")
     middle = estimates.by_sample[len(estimates.by_sample) // 2].share
-    say(f"wrote {options.out}; sample with --policy estimate:{options.out},share={middle:.2g}")
+    policy = shlex.quote(f"estimate:{quoted(str(options.out))},share={middle:.2g}")
+    given = f"--steps {options.steps[0]} --solver {options.solver}"
+    say(f"wrote {options.out}; sample with {given} --policy {policy}")

@@ -2,22 +2,23 @@
 
 Reusing in one step changes a sample's final image. The mean squared change, e, is estimated in its logarithm:
 
-    log e = profile[s] + deviation + 2 log(a (a + 1) / 2)
+    log e = profile[s] + deviation + age_power log(a)
 
 at step s, a steps after the last full one. profile: measured by reuse in one step alone. deviation: how far this sample
 is above the others; linear in how much each channel of what the skipped blocks added grew between the sample's last two
-full steps. The last term is the error of linear extrapolation, squared. A sample reuses where log e is at most a level,
-the same one at all steps, since that spends a given error on the most steps.
+full steps. age_power: measured by reuse in two and three steps in a row. A sample reuses where log e is at most a
+level, the same one at all steps, since that spends a given error on the most steps.
 """
 
 import hashlib
 import json
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adadiff_kernels import upload
 
@@ -26,6 +27,9 @@ from .reuse import ESTIMATE, ReuseContext, ReusePolicy
 
 BY = ("sample", "step")
 FIRST_REUSE = 2  # the first step that may reuse: growth is known after two full steps
+LARGEST = 1e30  # float32 holds it
+ROUNDING = 5e-4  # of shares, as tables and messages print them
+SAME_NORM = 1e-3  # relative; above the rounding of bfloat16
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,10 @@ class Spent:
 class ErrorEstimates:
     """Estimates for one network, solver and number of steps S. D: the network's dim. Equal if all fields are.
 
-    t: the network's times, [S]. profile: [S], log errors; those of the first two steps, which are always full, are not
-    read. weights: [S][D] and offsets: [S], of the deviation that a full step at s leaves. by_sample, by_step: levels
-    and their results, with rising shares; by_step is for deviations of 0: all samples reuse in the same steps.
+    norms: [L], of the weights of each block, see `norms_of`. t: the network's times, [S]. profile: [S], log errors;
+    those of the first two steps, which are always full, are not read. weights: [S][D] and offsets: [S], of the
+    deviation that a full step at s leaves. by_sample, by_step: levels and their results, with rising shares and falling
+    levels; by_step is for deviations of 0: all samples reuse in the same steps.
     network: as `network_of` spells it. Raises ValueError for fields that do not fit each other.
     """
 
@@ -55,7 +60,9 @@ class ErrorEstimates:
     guidance_scale: float  # 1: none
     samples: int
     seed: int
+    norms: tuple[float, ...]
     t: tuple[float, ...]
+    age_power: float
     profile: tuple[float, ...]
     weights: tuple[tuple[float, ...], ...]
     offsets: tuple[float, ...]
@@ -68,14 +75,19 @@ class ErrorEstimates:
             raise ValueError(f"estimates are by step, for more than {FIRST_REUSE} of them, got {S} times")
         if len({len(row) for row in self.weights}) != 1 or not self.by_sample or not self.by_step:
             raise ValueError("every step has as many weights, and there is a level at least")
-        numbers = [*self.t, *self.profile, *self.offsets, *(v for row in self.weights for v in row)]
-        numbers += [self.guidance_scale, *(v for one in (*self.by_sample, *self.by_step) for v in asdict(one).values())]
-        if any(type(v) not in (int, float) or not math.isfinite(v) for v in numbers):
-            raise ValueError("estimates are finite numbers")
+        numbers = [*self.norms, *self.t, *self.profile, *self.offsets, *(v for row in self.weights for v in row)]
+        numbers += [self.age_power, self.guidance_scale]
+        numbers += [v for one in (*self.by_sample, *self.by_step) for v in asdict(one).values()]
+        if any(type(v) not in (int, float) or not abs(v) <= LARGEST for v in numbers):
+            raise ValueError(f"estimates are numbers of at most {LARGEST:g}")
         for spent in (self.by_sample, self.by_step):
-            shares = [one.share for one in spent]
-            if shares != sorted(set(shares)):
-                raise ValueError(f"shares must rise, got {shares}")
+            shares, levels = [one.share for one in spent], [one.level for one in spent]
+            if (
+                shares != sorted(set(shares))
+                or levels != sorted(set(levels))[::-1]
+                or not 0 < shares[0] <= shares[-1] <= 1
+            ):
+                raise ValueError(f"shares must rise within (0, 1] as levels fall, got shares {shares}, levels {levels}")
 
     @property
     def steps(self) -> int:
@@ -111,7 +123,9 @@ class ErrorEstimates:
         the nearest share, because schedules have certain shares only. Raises ValueError for a share beyond them."""
         spent = self.by_sample if by == BY[0] else self.by_step
         low, high = spent[0].share, spent[-1].share
-        if not low <= share <= high:
+        if low - ROUNDING <= share <= high + ROUNDING:  # as printed
+            share = min(max(share, low), high)
+        else:
             raise ValueError(
                 f"share must lie from {low:.3f} to {high:.3f}, for which levels were measured, got {share:g}"
             )
@@ -137,10 +151,16 @@ class ErrorEstimates:
         return self._places[device]
 
 
-def errors_of_age(age: Tensor) -> Tensor:
-    """The log error of extrapolating `age` steps beyond that of one step: 2 log(a (a + 1) / 2), float32."""
-    age = age.float()
-    return 2 * (age * (age + 1) / 2).log()
+def norms_of(blocks: Iterable[nn.Module]) -> tuple[float, ...]:
+    """The root mean square of the weights of each block; nearly the same in all dtypes."""
+    each = ([value.detach().float().square().mean() for value in block.parameters()] for block in blocks)
+    return tuple(float(torch.stack(values).mean().sqrt()) for values in each)
+
+
+def same_norms(given: Sequence[float], wanted: Sequence[float]) -> bool:
+    return len(given) == len(wanted) and all(
+        math.isclose(a, b, rel_tol=SAME_NORM) for a, b in zip(given, wanted, strict=True)
+    )
 
 
 def features(growth: Tensor) -> Tensor:
@@ -165,7 +185,7 @@ class EstimatedReuse(ReusePolicy):
     def __post_init__(self) -> None:
         if self.by not in BY:
             raise ValueError(f"by must be {' or '.join(BY)}, got {self.by!r}")
-        if type(self.share) not in (int, float):
+        if not isinstance(self.share, float | int) or isinstance(self.share, bool):
             raise ValueError(f"share must be a number, got {self.share!r}")
         self.estimates.level(self.by, self.share)
 
@@ -182,9 +202,9 @@ class EstimatedReuse(ReusePolicy):
     def reuse_mask(self, change: Tensor | None, context: ReuseContext) -> Tensor:
         assert change is not None
         profile = self.estimates.tensors(change.device)[0]
-        error = change + profile[context.step] + errors_of_age(context.age)
+        error = change + profile[context.step] + self.estimates.age_power * context.age.float().log()
         return error <= self.level  # false for NaN
 
     def __str__(self) -> str:
         by = f",by={self.by}" if self.by != BY[0] else ""
-        return f"estimate:{quoted(self.source or 'FILE')},share={self.share:g}{by}"
+        return f"estimate:{quoted(self.source or 'FILE')},share={float(self.share)!r}{by}"

@@ -30,8 +30,8 @@ def estimates_json(estimates: ErrorEstimates) -> str:
 def read_estimates(path: str) -> ErrorEstimates:
     """Reads a file of `estimates_json`. Raises ValueError for anything else."""
     shipped = resources.files("adadiff").joinpath("checkpoints", f"{path}.json")
-    file = Path(str(shipped)) if path.isidentifier() and shipped.is_file() else Path(path)
     try:
+        file = Path(str(shipped)) if path.isidentifier() and shipped.is_file() else Path(path)
         found = file.stat()
         return _read(file, found.st_mtime_ns, found.st_size)
     except (FileNotFoundError, NotADirectoryError):
@@ -48,7 +48,7 @@ def _read(file: Path, changed: int, size: int) -> ErrorEstimates:
     values = read_json(file)
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
         raise ValueError(f"{file} does not hold {FORMAT!r}")
-    if (version := values.pop("format_version", None)) != FORMAT_VERSION:
+    if (version := values.pop("format_version", None)) != FORMAT_VERSION or version is True:
         raise ValueError(f"{file} has format_version {shortly(version)}, this release reads {FORMAT_VERSION}")
     try:
         return ErrorEstimates(**_typed(values))
@@ -63,7 +63,11 @@ def _typed(values: dict[str, Any]) -> dict[str, Any]:
         if type(values[key]) is not kind:
             raise TypeError(f"{key} is {shortly(values[key])}")
     for key in ("by_sample", "by_step"):
+        if not isinstance(values[key], list) or not all(isinstance(one, dict) for one in values[key]):
+            raise TypeError(f"{key} is {shortly(values[key])}")
         values[key] = tuple(Spent(**one) for one in values[key])
+    if not isinstance(values["weights"], list) or not all(isinstance(row, list) for row in values["weights"]):
+        raise TypeError(f"weights is {shortly(values['weights'])}")
     values["weights"] = tuple(map(tuple, values["weights"]))
     known = {field.name for field in fields(ErrorEstimates)}
     return {key: tuple(value) if isinstance(value, list) and key in known else value for key, value in values.items()}

@@ -29,7 +29,7 @@ def split_parts(policy: str) -> list[str]:
         if torn:
             raise ValueError(
                 f"no policy {torn[0]!r} in {policy!r}: + joins policies; put a file name that holds one in "
-                "quotes, as in width:'a+b.json'"
+                "quotes, as in width:'a+b.json' or estimate:'a+b.json',share=0.6"
             )
     return parts
 

@@ -1,7 +1,9 @@
 """Checks, before any work, for reuse policies that cannot work or work less well than expected."""
 
 import logging
+import math
 from functools import cache
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -12,9 +14,11 @@ from ..diffusion.tables import Solver
 from ..forward.narrow import network_of
 from ..forward.rest_of_network import check_reuse
 from ..model import Model
-from ..policies.estimated import EstimatedReuse
+from ..policies.estimated import FIRST_REUSE, EstimatedReuse, norms_of, same_norms
 from ..policies.parts import Parts
 from ..policies.reuse import Reuse, ReusePolicy
+
+_NORMS: WeakKeyDictionary[Model, tuple[float, ...]] = WeakKeyDictionary()
 
 
 def check_reuse_of(model: Model, policy: ReusePolicy, solver: Solver, steps: Tensor) -> None:
@@ -34,16 +38,18 @@ def check_reuse_of(model: Model, policy: ReusePolicy, solver: Solver, steps: Ten
         _warn_stochastic(type(policy).__name__, type(solver).__name__)
 
 
-def check_estimates(model: Model, parts: Parts, solver: Solver, steps: Tensor) -> None:
-    """Raises ValueError for estimated errors of another network, solver or number of steps. steps: int64 [n]."""
+def check_estimates(model: Model, parts: Parts, solver: Solver, steps: Tensor, first: Tensor, guidance: Tensor) -> None:
+    """Raises ValueError for estimated errors of another network, solver or number of steps, and where no sample could
+    reuse. Logs a warning for another guidance. steps, first: int64 [n], guidance: float32 [n], as in `SampleBatch`."""
     policy = parts.reuse
     assert isinstance(policy, EstimatedReuse)
     estimates = policy.estimates
-    if estimates.network != network_of(model.config):
+    known = estimates.network == network_of(model.config) and len(estimates.weights[0]) == model.backbone.dim
+    if not known or not same_norms(estimates.norms, _norms(model)):
         raise ValueError(f"policy '{policy}': its errors were estimated for another network")
     if parts.width is not None or parts.cascade is not None:
         raise ValueError(f"policy '{policy}': its errors were estimated for the whole network alone; leave others out")
-    if solver != solver_from(estimates.solver):
+    if solver != solver_from(estimates.solver, own=False):  # a file may not name classes
         raise ValueError(
             f"policy '{policy}': its errors were estimated with the solver {estimates.solver}; take that, or "
             "`adadiff calibrate-reuse` makes others"
@@ -53,6 +59,30 @@ def check_estimates(model: Model, parts: Parts, solver: Solver, steps: Tensor) -
             f"policy '{policy}': its errors were estimated for {estimates.steps} steps, got {other[0]}; "
             "`adadiff calibrate-reuse` makes others"
         )
+    times = solver.table(model.schedule, estimates.steps).t.tolist()
+    if not all(math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-3) for a, b in zip(estimates.t, times, strict=True)):
+        raise ValueError(f"policy '{policy}': its errors were estimated at other times")
+    if len(steps) and int((steps - first).max()) <= FIRST_REUSE:
+        raise ValueError(f"policy '{policy}' lets no sample reuse in {FIRST_REUSE} steps or fewer")
+    if bool(((guidance + 1 - estimates.guidance_scale).abs() > 1e-6).any()):
+        _warn_guidance(str(policy), estimates.guidance_scale)
+
+
+def _norms(model: Model) -> tuple[float, ...]:
+    """Computed once per model."""
+    if model not in _NORMS:
+        _NORMS[model] = norms_of(model.backbone.blocks)
+    return _NORMS[model]
+
+
+@cache
+def _warn_guidance(policy: str, scale: float) -> None:
+    """Once per policy."""
+    logging.getLogger("adadiff").warning(
+        "policy %s: its errors were estimated with guidance_scale=%g; with another one, the share of the work differs",
+        policy,
+        scale,
+    )
 
 
 @cache

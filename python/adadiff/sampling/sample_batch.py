@@ -96,7 +96,7 @@ class SampleBatch:
                 raise ValueError("a cascade's student draws from noise; leave init_image out")
             draft = draft_of(model, parts.cascade, params.solver, steps)
         if isinstance(parts.reuse, EstimatedReuse):
-            check_estimates(model, parts, params.solver, steps)
+            check_estimates(model, parts, params.solver, steps, first, guidance)
         if parts.reuse is not None:
             made = steps - first if draft is None else draft.teacher_steps
             check_reuse_of(model, parts.reuse, params.solver, made)

@@ -28,9 +28,10 @@ def policy_of(text: str | None, model: Model, presets: Mapping[str, str]) -> Par
     Raises ServiceError for anything that is neither a preset nor made of KINDS. This is checked before parsing, because
     "module:Class" imports code, and "cascade:FILE", "estimate:FILE" and "width:FILE" open files.
     """
-    text = presets.get(DEFAULT_PRESET, "full") if text is None else text
+    if text is None:
+        text = DEFAULT_PRESET if DEFAULT_PRESET in presets else "full"
     if text in presets:
-        return parts_from(presets[text], model.calibration)
+        return _preset(presets[text], model)
     for part in text.split("+"):
         kind, colon, _ = part.partition(":")
         if part != "full" and not (colon and kind in KINDS):
@@ -49,6 +50,12 @@ def policy_of(text: str | None, model: Model, presets: Mapping[str, str]) -> Par
             "policy",
         )
     return parts
+
+
+@lru_cache(maxsize=256)
+def _preset(text: str, model: Model) -> Parts:
+    """Read once, so that a file may go while the service runs."""
+    return parts_from(text, model.calibration)
 
 
 @lru_cache(maxsize=256)
@@ -78,15 +85,15 @@ def blank_condition(model: Model) -> dict[str, Any]:
 
 def presets_for(model: Model, presets: Mapping[str, str], shallow: bool = False) -> dict[str, str]:
     """The presets that this model can follow. shallow: a shallow model replaces it at noisy timesteps, which excludes
-    width policies."""
+    width policies and estimated errors."""
     found = {}
     for name, text in presets.items():
         try:
-            parts = parts_from(text, model.calibration)
+            parts = _preset(text, model)
             check_fit(parts, model)
         except ValueError:
             continue
-        if not (shallow and parts.width is not None):
+        if not (shallow and (parts.width is not None or isinstance(parts.reuse, EstimatedReuse))):
             found[name] = text
     return found
 

@@ -11,6 +11,8 @@ import torch
 from ..diffusion.schedules import NoiseSchedule
 from ..diffusion.solvers import solver_from
 from ..diffusion.tables import Solver
+from ..policies.estimated import EstimatedReuse
+from ..policies.parts import Parts
 from ..sampling.params import SamplingParams
 from .allowed import policy_of
 from .bodies import ImageRequest
@@ -48,7 +50,9 @@ async def order_of(
     """The order for a request. presets: the operator's policies that this model can follow. accept: the request's
     header. Raises ServiceError, which names the field, for anything that the model or the limits exclude."""
     n = 1 if asked.n is None else asked.n
-    steps = settings.steps if asked.num_inference_steps is None else asked.num_inference_steps
+    policy = policy_of(asked.policy, served.model, presets)
+    usual_steps, usual_solver = _usual(policy, settings)
+    steps = usual_steps if asked.num_inference_steps is None else asked.num_inference_steps
     scale = 1.0 if asked.guidance_scale is None else asked.guidance_scale
     _check_limit("n", n, settings.max_images)
     _check_limit("num_inference_steps", steps, settings.max_steps)
@@ -63,9 +67,9 @@ async def order_of(
     if seed + n > 2**63:
         raise invalid(f"seed must be below 2^63 for every image, got {seed} for the first of {n}", "seed")
     stream, previews, png = _form(asked, n, settings, accept)
-    solver = "ddim" if asked.solver is None else asked.solver
+    solver = usual_solver if asked.solver is None else asked.solver
     _check_solver(solver, served, steps)
-    policy = policy_of(asked.policy, served.model, presets)
+    _check_estimates(policy, solver, steps)
     condition = await _condition(asked, served)
     params = tuple(
         SamplingParams(
@@ -122,6 +126,27 @@ def _check_solver(text: str, served: ServedModel, steps: int) -> None:
         _check_table(solver, served.model.schedule, steps)
     except ValueError as error:
         raise invalid(f"solver {shown(text)} with {steps} steps: {error}", "num_inference_steps") from None
+
+
+def _usual(policy: Parts, settings: Settings) -> tuple[int, str]:
+    """Steps and solver of a request that names none. Estimated errors hold for certain ones."""
+    if isinstance(policy.reuse, EstimatedReuse):
+        return policy.reuse.estimates.steps, policy.reuse.estimates.solver
+    return settings.steps, "ddim"
+
+
+def _check_estimates(policy: Parts, solver: str, steps: int) -> None:
+    """Estimated errors hold for one solver and number of steps. The operator's file name is not shown."""
+    if not isinstance(policy.reuse, EstimatedReuse):
+        return
+    wanted = policy.reuse.estimates
+    if solver_from(solver, own=False) != solver_from(wanted.solver, own=False) or steps != wanted.steps:
+        field = "num_inference_steps" if steps != wanted.steps else "solver"
+        raise invalid(
+            f"this policy is for num_inference_steps {wanted.steps} and solver {wanted.solver}, got {steps} and "
+            f"{shown(solver)}",
+            field,
+        )
 
 
 @lru_cache(maxsize=1024)
