@@ -29,7 +29,8 @@ LEAST = 0.3  # of the most multiply-adds; settings with fewer are far from the f
 
 def source(rows: Sequence[Row]) -> str:
     """Hash of all that the picture shows: its rows and the model."""
-    compared = [row for row in select(rows, fronts.SUITE) if row["parameters"].get("data") == DATA]
+    both = [row for kind in ("quality", "speed") for row in select(rows, fronts.SUITE, kind)]
+    compared = [row for row in both if row["parameters"]["data"] == DATA]
     found = json.dumps([*select(rows, SUITE, "speed"), *compared, SHOWN, fingerprint(MODEL)], sort_keys=True)
     return hashlib.sha256(found.encode()).hexdigest()[:16]
 
@@ -43,8 +44,10 @@ def picture(rows: Sequence[Row]) -> Figure:
     (images, report), (plain, _) = drawn(EARLY), drawn(FULL)
     layers = report.exit_layer[:, :SHOWN].float().mean(-1).numpy()  # [steps, n], means of the two halves of guidance
     whole = plt.figure(figsize=(13, 3.2), layout="constrained")
-    figure, beside = whole.subfigures(1, 2, width_ratios=(2.6, 1))
-    _fronts(beside.subplots(), fronts.points(rows, DATA))
+    figure, compared = whole, fronts.points(rows, DATA)
+    if compared:
+        figure, beside = whole.subfigures(1, 2, width_ratios=(2.6, 1))
+        _fronts(beside.subplots(), compared)
     axes = figure.subplots(3, SHOWN, height_ratios=(1, 1, 0.9), gridspec_kw={"wspace": 0.06, "hspace": 0.04})
     palette = plt.get_cmap("viridis")
     for i in range(SHOWN):
