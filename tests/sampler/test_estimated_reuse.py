@@ -50,6 +50,7 @@ def estimates(kind: str, level: float = -1.0, spread: float = 1.0) -> ErrorEstim
         norms=norms_of(model.backbone.blocks),
         t=tuple(DDIM().table(model.schedule, STEPS).t.tolist()),
         age_power=2.5,
+        age_power_by_step=1.5,
         profile=(0.0, 0.0, 0.5, -0.5, -1.5, -2.5, -0.5),
         weights=tuple(map(tuple, weights.tolist())),
         offsets=tuple([0.1 * s for s in range(STEPS)]),

@@ -10,14 +10,16 @@ import torch
 
 import adadiff
 from adadiff.calibration.reuse_errors import (
-    At,
+    POWERS,
+    TRIED,
+    Once,
     ReuseErrors,
     Rule,
     Work,
     fitted,
     level_for,
     of_steps,
-    power_of_age,
+    on_line,
     rising,
 )
 from adadiff.policies.estimated import EstimatedReuse, Spent
@@ -101,23 +103,33 @@ def test_work_is_what_reports_count() -> None:
             assert share == pytest.approx(report.macs / report.macs_full)
 
 
-def test_power_of_age() -> None:
-    assert power_of_age([(2, 4.0), (3, 9.0), (2, 4.0)]) == pytest.approx(2)
-    assert power_of_age([(2, -3.0), (3, 0.5)]) == 0  # noise
-    assert power_of_age([]) == 0
-
-
-def test_a_row_of_reuse_is_measured_over_the_error_of_each_step() -> None:
-    """Errors that grow with the square of the age: of 1, 4 and 9 times those of the steps alone."""
+@pytest.mark.parametrize("by", ["sample", "step"])
+def test_the_power_of_age_with_the_least_error_is_taken(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compared at one share, whatever shares the two runs of each really had."""
     errors = ReuseErrors(models()["uvit"], n=32, steps=6)
-    alone = np.array([0.0, 0.0, 1.0, 2.0, 3.0, 4.0])
-    errors._mean_error = lambda steps, *_: sum((i + 1) ** 2 * alone[s] for i, s in enumerate(steps))
-    assert errors._age_power([(2, 3, 4), (3, 4, 5), (4, 5)], alone, None, None) == pytest.approx(2)
+    found = errors.run()
+    runs = []
+
+    def measured(policy: EstimatedReuse, *_: object) -> tuple[torch.Tensor, float]:
+        """Errors fall with the share, tenfold in 0.1; the second power's are half of the others'."""
+        power, share = policy.estimates.power(policy.by), 0.4 + 0.05 * len(runs)
+        runs.append((policy.by, power))
+        return torch.tensor([10 ** (-10 * share) * (1 if power == POWERS[1] else 2)], dtype=torch.float64), share
+
+    monkeypatch.setattr(errors, "_errors", measured)
+    deviations = torch.zeros(6, 1, 8, dtype=torch.float64)
+    assert errors._power(found, by, deviations, torch.zeros(8), None) == POWERS[1]
+    assert runs == [(by, power) for power in POWERS for _ in TRIED]
 
 
-def test_reuse_at_given_steps() -> None:
-    _, report = adadiff.sample(models()["uvit"], 2, steps=6, class_labels=1, policy=At((2, 4)))
-    assert report.reused[:, :, 0].T.tolist() == [[False, False, True, False, True, False]] * 2
+def test_lines() -> None:
+    assert on_line([(0.4, 1.0), (0.6, 3.0)], 0.5) == pytest.approx(2)
+    assert on_line([(0.4, 1.0), (0.4, 3.0)], 0.5) == 1
+
+
+def test_reuse_in_one_step() -> None:
+    _, report = adadiff.sample(models()["uvit"], 2, steps=6, class_labels=1, policy=Once(3))
+    assert report.reused[:, :, 0].T.tolist() == [[False, False, False, True, False, False]] * 2
 
 
 def test_rising_shares() -> None:

@@ -26,13 +26,14 @@ from .calibrating import CALIBRATION_SEED
 from .recording import run
 
 LEAST_STEPS = FIRST_REUSE + 2
-PLACES, ROWS = 10, 3  # steps in which reuse alone is measured, and where a row of reusing steps begins
+PLACES = 10  # steps in which reuse alone is measured
+POWERS = (3.0, 4.5, 6.0)  # of age, of which the best is taken
+TRIED = (0.45, 0.6)  # shares of the multiply-adds at which they are compared
 LEVELS = 8  # measured, from LOWEST times the least share of a schedule to MOST of the multiply-adds
 LOWEST, MOST = 1.02, 0.95
 DENSE = 0.2  # share of the steps that the runs whose errors are learned begin with in full
 RIDGE = 0.2  # penalty for each sample, on standardised features
 LEAST_ERROR = 1e-12  # of an image, so that its logarithm is finite
-LARGEST_RATIO = 1e3  # of errors at an age and at age 1
 HALVINGS = 40
 MOST_BYTES = 2**33  # of recorded features
 NUMBER = 16  # bytes of a weight in a file
@@ -40,17 +41,14 @@ RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
-class At(ReusePolicy):
-    """Reuses in the given steps alone."""
+class Once(ReusePolicy):
+    """Reuses in step `at` alone."""
 
-    steps: tuple[int, ...]
+    at: int
     order = 1
 
     def reuse_mask(self, change: Tensor | None, context: ReuseContext) -> Tensor:
-        mask = torch.zeros_like(context.step, dtype=torch.bool)
-        for step in self.steps:
-            mask |= context.step == step
-        return mask
+        return context.step == self.at
 
 
 @dataclass(eq=False)
@@ -92,8 +90,8 @@ class ReuseErrors:
     """Fits `ErrorEstimates` for a model, a solver and a number of steps, of 4 or more.
 
     n samples, with seeds from `seed` on, are drawn in full and with reuse in every other step; which of them have
-    larger errors is learned by ridge regression. A quarter of them is drawn again with reuse in one step alone, and in
-    two or three steps in a row. n // 4 others measure LEVELS levels, by sample and by step. Deterministic.
+    larger errors is learned by ridge regression. A quarter of them is drawn again with reuse in one step alone, and to
+    compare POWERS of age. n // 4 others measure LEVELS levels, by sample and by step. Deterministic.
     text_embeds: [P, N, E], null_text_embeds: [N, E], for models that take text; samples use the prompts in turn. Raises
     ValueError for invalid arguments, before any work.
     """
@@ -145,19 +143,19 @@ class ReuseErrors:
 
     def run(self, progress: bool = False) -> ErrorEstimates:
         places = _places(FIRST_REUSE, self.steps - 1, PLACES)
-        rows = [(at, at + 1, at + 2)[: self.steps - at] for at in _places(FIRST_REUSE, self.steps - 2, ROWS)]
-        drawn = len(places) + sum(len(row) - 1 for row in rows) + 1 + 2 * LEVELS
+        drawn = len(places) + len(BY) * (len(POWERS) * len(TRIED) + LEVELS) + 1
         total = 2 * self.n + drawn * self._others
         with _quiet(), tqdm(total=total, disable=not progress, unit="image", dynamic_ncols=True) as bar:
-            return self._run(places, rows, bar)
+            return self._run(places, bar)
 
-    def _run(self, places: Sequence[int], rows: Sequence[tuple[int, ...]], bar: tqdm) -> ErrorEstimates:
+    def _run(self, places: Sequence[int], bar: tqdm) -> ErrorEstimates:
         grown, full = self._watched(bar)
         dense = max(FIRST_REUSE, round(DENSE * self.steps))
         errors = self._errors(Reuse(2, dense_early=dense, order=1), full, bar)[0]
         weights, offsets, deviations = fitted(grown, errors)
         few = full[: self._others]
-        logs = [math.log(max(self._mean_error((at,), few, bar), LEAST_ERROR)) for at in places]
+        alone = [float(self._errors(Once(at), few, bar)[0].mean()) for at in places]
+        logs = [math.log(max(error, LEAST_ERROR)) for error in alone]
         profile = np.interp(np.arange(self.steps), places, logs)
         table = solver_from(self.solver).table(self.model.schedule, self.steps)
         nothing = (Spent(0.0, 1.0, 0.0, 0.0, 0.0),)
@@ -170,47 +168,54 @@ class ReuseErrors:
             norms=norms_of(self.model.backbone.blocks),
             t=tuple(table.t.double().tolist()),
             profile=tuple(profile.tolist()),
-            age_power=self._age_power(rows, np.exp(profile), few, bar),
+            age_power=POWERS[0],
+            age_power_by_step=POWERS[0],
             weights=tuple(tuple(float(f"{value:.7g}") for value in row) for row in weights.tolist()),
             offsets=tuple(offsets.tolist()),
             by_sample=nothing,
             by_step=nothing,
         )
+        for by, name in zip(BY, ("age_power", "age_power_by_step"), strict=True):
+            estimates = replace(estimates, **{name: self._power(estimates, by, deviations, few, bar)})
         return self._with_levels(estimates, deviations, bar)
 
-    def _age_power(self, rows: Sequence[tuple[int, ...]], alone: np.ndarray, full: Tensor, bar: tqdm) -> float:
-        """The power of age by which errors grow: of what the second and the third step of a row of reuse add to the
-        error, over that of reuse in this step alone. alone: [S], mean errors."""
-        found = []
-        for row in rows:
-            before = float(alone[row[0]])
-            for age in range(2, len(row) + 1):
-                error = self._mean_error(row[:age], full, bar)
-                found.append((age, (error - before) / float(alone[row[age - 1]])))
-                before = error
-        return power_of_age(found)
+    def _power(self, estimates: ErrorEstimates, by: str, deviations: Tensor, full: Tensor, bar: tqdm) -> float:
+        """The one of POWERS with the least error, interpolated between TRIED shares of the work. Measured, because
+        errors of steps in a row add up to more than each alone."""
+        found = {}
+        for power in POWERS:
+            tried = replace(estimates, age_power=power, age_power_by_step=power)
+            points = []
+            for share in TRIED:
+                level = self._level(tried, by, share, deviations)
+                errors, spent = self._errors(EstimatedReuse(at_level(tried, by, level), 1.0, by), full, bar)
+                points.append((spent, math.log(max(float(errors.mean()), LEAST_ERROR))))
+            found[power] = on_line(points, sum(TRIED) / len(TRIED))
+        return min(found, key=found.__getitem__)
+
+    def _level(self, estimates: ErrorEstimates, by: str, share: float, deviations: Tensor) -> float:
+        rule = Rule.of(estimates, by)
+        if by == BY[0]:
+            return level_for(share, rule, deviations, self._work)
+        schedules = of_steps(rule, self._work)
+        return schedules[min(schedules, key=lambda one: abs(one - share))]
 
     def _with_levels(self, estimates: ErrorEstimates, deviations: Tensor, bar: tqdm) -> ErrorEstimates:
-        rule = Rule(torch.tensor(estimates.profile, dtype=torch.float64, device="cpu"), estimates.age_power)
         others = (self.n, self._others)
         full, _ = sample(self.model, others[1], **self._settings(*others), batch=self.batch)
         bar.update(others[1])
-        schedules = of_steps(rule, self._work)
-        found: dict[str, list[Spent]] = {by: [] for by in BY}
-        for share in np.linspace(LOWEST * min(schedules), MOST, LEVELS).tolist():
-            level = level_for(share, rule, deviations, self._work)
-            of_step = schedules[min(schedules, key=lambda one: abs(one - share))]
-            for by, chosen in zip(BY, (level, of_step), strict=True):
-                if chosen in [one.level for one in found[by]]:
-                    bar.update(others[1])
-                    continue
-                found[by].append(self._spent(estimates, by, chosen, full, bar))
-        kept = {by: rising(spent) for by, spent in found.items()}
-        return replace(estimates, **{f"by_{by}": spent for by, spent in kept.items()})
+        found: dict[str, tuple[Spent, ...]] = {}
+        for by in BY:
+            least = min(of_steps(Rule.of(estimates, by), self._work))
+            shares = np.linspace(LOWEST * least, MOST, LEVELS).tolist()
+            levels = dict.fromkeys(self._level(estimates, by, share, deviations) for share in shares)
+            bar.update(others[1] * (LEVELS - len(levels)))
+            found[f"by_{by}"] = rising([self._spent(estimates, by, level, full, bar) for level in levels])
+        return replace(estimates, **found)
 
     def _spent(self, estimates: ErrorEstimates, by: str, level: float, full: Tensor, bar: tqdm) -> Spent:
-        at = replace(estimates, **{f"by_{by}": (Spent(level, 1.0, 0.0, 0.0, 0.0),)})
-        errors, share = self._errors(EstimatedReuse(at, 1.0, by), full, bar, begin=self.n)
+        policy = EstimatedReuse(at_level(estimates, by, level), 1.0, by)
+        errors, share = self._errors(policy, full, bar, begin=self.n)
         draws = torch.stack([errors[rows].mean() for rows in resampled(len(errors), RESAMPLES, seed=0)])
         low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype, device="cpu")).tolist()
         return Spent(level, share, float(errors.mean()), low, high)
@@ -223,9 +228,6 @@ class ReuseErrors:
         bar.update(self.n)
         parts = [policy.seen[i : i + self.steps] for i in range(0, len(policy.seen), self.steps)]
         return torch.cat([torch.stack(part).unflatten(1, (self._halves, -1)) for part in parts], 2), images
-
-    def _mean_error(self, steps: tuple[int, ...], full: Tensor, bar: tqdm) -> float:
-        return float(self._errors(At(steps), full, bar)[0].mean())
 
     def _errors(self, policy: ReusePolicy, full: Tensor, bar: tqdm, begin: int = 0) -> tuple[Tensor, float]:
         """Mean squared differences float64 [n] of the samples from number `begin` on to their images in `full`, and the
@@ -282,10 +284,15 @@ def fitted(grown: Tensor, errors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return weights, offsets, deviations
 
 
-def power_of_age(found: Sequence[tuple[int, float]]) -> float:
-    """The power p of age^p, at least 0, nearest to ratios (age, ratio) in their logarithms."""
-    within = [(math.log(age), math.log(min(max(ratio, 1.0), LARGEST_RATIO))) for age, ratio in found]
-    return sum(a * ratio for a, ratio in within) / max(sum(a * a for a, _ in within), 1e-12)
+def at_level(estimates: ErrorEstimates, by: str, level: float) -> ErrorEstimates:
+    """Estimates in which the share 1.0 has this level."""
+    return replace(estimates, **{f"by_{by}": (Spent(level, 1.0, 0.0, 0.0, 0.0),)})
+
+
+def on_line(points: Sequence[tuple[float, float]], x: float) -> float:
+    """The value at x of the line through two points, or of the first one if both lie at the same place."""
+    (a, before), (b, after) = points
+    return before if a == b else before + (x - a) / (b - a) * (after - before)
 
 
 @dataclass(frozen=True)
@@ -294,6 +301,11 @@ class Rule:
 
     profile: Tensor
     age_power: float
+
+    @staticmethod
+    def of(estimates: ErrorEstimates, by: str) -> "Rule":
+        profile = torch.tensor(estimates.profile, dtype=torch.float64, device="cpu")
+        return Rule(profile, estimates.power(by))
 
     def full_steps(self, level: float, deviations: Tensor) -> Tensor:
         """bool [S, n]: the full steps at a level, if growth is that of full runs. deviations: float64 [S, H, n], of
