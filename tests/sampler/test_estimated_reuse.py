@@ -75,7 +75,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> str:
 @given(
     level=st.floats(-3, 2),
     spread=st.sampled_from([0.0, 0.3, 3.0]),
-    by=st.sampled_from(["sample", "step"]),
+    by=st.sampled_from(["sample", "step", None]),
     exits=st.one_of(st.none(), st.floats(0.35, 0.65)),
     seed=st.integers(0, 2**40),
     label=st.integers(0, 2),
@@ -121,7 +121,7 @@ def test_six_lanes_together_decide_as_each_by_hand(kind: str, way: str) -> None:
 
 
 def test_an_image_does_not_depend_on_its_batch_mates() -> None:
-    own = {"steps": STEPS, "execution": INVARIANT, "policy": EstimatedReuse(estimates("dit"), 0.5)}
+    own = {"steps": STEPS, "execution": INVARIANT, "policy": EstimatedReuse(estimates("dit"), 0.5, "sample")}
     together, report = adadiff.sample(models()["dit"], 5, class_labels=[0, 1, 2, 0, 1], seed=3, **own)
     assert report.reused.any()
     for i in range(5):
@@ -132,7 +132,7 @@ def test_an_image_does_not_depend_on_its_batch_mates() -> None:
 def test_a_device_decides_what_the_host_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of a pass makes the host wait."""
     use_sets(monkeypatch, PolledSet)
-    own = {"steps": STEPS, "policy": EstimatedReuse(estimates("dit"), 0.5)}
+    own = {"steps": STEPS, "policy": EstimatedReuse(estimates("dit"), 0.5, "sample")}
     images, report = adadiff.sample(models()["dit"], 4, class_labels=LABELS, guidance_scale=SCALES, **own)
     with PretendDevice():
         model = moved(models()["dit"])
@@ -172,6 +172,21 @@ def test_levels_between_measured_shares() -> None:
     for share in (0.19, 0.81, float("nan")):
         with pytest.raises(ValueError, match=r"share must lie from 0\.200 to 0\.800"):
             known.level("sample", share)
+
+
+def test_the_better_of_both_is_followed_unless_one_is_named() -> None:
+    """By errors measured at the share, interpolated; beyond the shares of one, the other."""
+    sample = (Spent(3.0, 0.2, 1.0, 0, 2), Spent(1.0, 0.6, 0.01, 0, 1))
+    step = (Spent(3.0, 0.3, 0.2, 0, 2), Spent(1.0, 0.8, 0.02, 0, 1))
+    known = dataclasses.replace(estimates("uvit"), by_sample=sample, by_step=step)
+    assert known.error("sample", 0.4) == pytest.approx(0.1)
+    found = [EstimatedReuse(known, share).decides for share in (0.25, 0.3, 0.4, 0.6, 0.7)]
+    assert found == ["sample", "step", "sample", "sample", "step"]
+    assert EstimatedReuse(known, 0.3, "sample").decides == "sample"
+    with pytest.raises(ValueError, match="share must lie"):
+        EstimatedReuse(known, 0.1)
+    with pytest.raises(ValueError, match="share must lie"):
+        EstimatedReuse(known, 0.25, "step")
 
 
 def test_files_hold_everything(file: str, tmp_path: Path) -> None:

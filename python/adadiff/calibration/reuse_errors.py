@@ -17,7 +17,7 @@ from ..forward.forward import run_forward
 from ..forward.narrow import network_of
 from ..metrics.intervals import resampled
 from ..model import Model
-from ..policies.estimated import BY, FIRST_REUSE, ErrorEstimates, EstimatedReuse, Spent, features, norms_of
+from ..policies.estimated import BY, FIRST_REUSE, LEAST_ERROR, ErrorEstimates, EstimatedReuse, Spent, features, norms_of
 from ..policies.reuse import ESTIMATE, Reuse, ReuseContext, ReusePolicy
 from ..reading import MOST_TEXT
 from ..sampling.sample_batch import SampleBatch, whole
@@ -33,7 +33,6 @@ LEVELS = 8  # measured, from LOWEST times the least share of a schedule to MOST 
 LOWEST, MOST = 1.02, 0.95
 DENSE = 0.2  # share of the steps that the runs whose errors are learned begin with in full
 RIDGE = 0.2  # penalty for each sample, on standardised features
-LEAST_ERROR = 1e-12  # of an image, so that its logarithm is finite
 HALVINGS = 40
 MOST_BYTES = 2**33  # of recorded features
 NUMBER = 16  # bytes of a weight in a file

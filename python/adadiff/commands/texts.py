@@ -47,9 +47,10 @@ uncertainty, from 0 to 1.
   estimate:FILE       reuses where the error of that is
                       estimated to be small; FILE is from
                       `adadiff calibrate-reuse`; with
-                      share=SHARE of the work and, for
-                      all samples in the same steps,
-                      by=step, after commas
+                      share=SHARE of the work, and
+                      by=sample or, for all samples in
+                      the same steps, by=step, after
+                      commas (default: the better one)
   width:W             a share W of heads and channels (of
                       a slimmable model)
   width:FILE          a share for each timestep, as

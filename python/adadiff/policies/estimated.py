@@ -6,17 +6,20 @@ Reusing in one step changes a sample's final image. The mean squared change, e, 
 
 at step s, a steps after the last full one. profile: measured by reuse in one step alone. deviation: how far this sample
 is above the others; linear in how much each channel of what the skipped blocks added grew between the sample's last two
-full steps. age_power: the best of a few. A sample reuses where log e is at most a
-level, the same one at all steps, since that spends a given error on the most steps.
+full steps. age_power: the best of a few; above what the error of extrapolation suggests, since errors of steps in a row
+add up. A sample reuses where log e is at most a level, the same one at all steps, since that spends a given error on
+the most steps.
 """
 
 import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +31,7 @@ from .reuse import ESTIMATE, ReuseContext, ReusePolicy
 BY = ("sample", "step")
 FIRST_REUSE = 2  # the first step that may reuse: growth is known after two full steps
 LARGEST = 1e30  # float32 holds it
+LEAST_ERROR = 1e-12  # of an image, so that its logarithm is finite
 ROUNDING = 5e-4  # of shares, as tables and messages print them
 SAME_NORM = 1e-3  # relative; above the rounding of bfloat16
 
@@ -62,7 +66,7 @@ class ErrorEstimates:
     seed: int
     norms: tuple[float, ...]
     t: tuple[float, ...]
-    age_power: float
+    age_power: float  # by sample
     age_power_by_step: float
     profile: tuple[float, ...]
     weights: tuple[tuple[float, ...], ...]
@@ -140,6 +144,23 @@ class ErrorEstimates:
         part = 0.0 if less == more else (share - less.share) / (more.share - less.share)
         return less.level + part * (more.level - less.level)
 
+    def error(self, by: str, share: float) -> float:
+        """The measured error, interpolated in its logarithm. Raises ValueError as `level`."""
+        self.level(by, share)
+        spent = self.by_sample if by == BY[0] else self.by_step
+        errors = [math.log(max(one.error, LEAST_ERROR)) for one in spent]
+        return math.exp(float(np.interp(share, [one.share for one in spent], errors)))
+
+    def best(self, share: float) -> str:
+        """The one of BY with the smaller measured error. Raises ValueError if neither was measured at this share."""
+        found = {}
+        for by in BY:
+            with suppress(ValueError):
+                found[by] = self.error(by, share)
+        if not found:
+            self.level(BY[0], share)
+        return min(found, key=found.__getitem__)
+
     @cached_property
     def _places(self) -> dict[torch.device, tuple[Tensor, Tensor, Tensor]]:
         return {}
@@ -175,30 +196,36 @@ def features(growth: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class EstimatedReuse(ReusePolicy):
     """A sample reuses where the estimated error of that is at most a level, which spends about `share` of the full
-    network's multiply-adds. What it reuses is extrapolated, as with order=1. by="step": all samples in the same steps,
-    those that are best for the mean sample, as in SmoothCache (Liu et al., arXiv 2411.10510); for comparison. source:
-    the file, for messages. Spelled "estimate:FILE,share=0.55,by=step". Raises ValueError for other values."""
+    network's multiply-adds. What it reuses is extrapolated, as with order=1. by="sample": each sample by its own
+    estimate; "step": all samples in the same steps, those that are best for the mean sample, as in SmoothCache (Liu et
+    al., arXiv 2411.10510); None: the one whose measured error is smaller at this share. source: the file, for messages.
+    Spelled "estimate:FILE,share=0.55,by=step". Raises ValueError for other values."""
 
     estimates: ErrorEstimates
     share: float
-    by: str = BY[0]
+    by: str | None = None
     source: str | None = None
     gate = ESTIMATE
     order = 1
 
     def __post_init__(self) -> None:
-        if self.by not in BY:
+        if self.by not in (None, *BY):
             raise ValueError(f"by must be {' or '.join(BY)}, got {self.by!r}")
         if not isinstance(self.share, float | int) or isinstance(self.share, bool):
             raise ValueError(f"share must be a number, got {self.share!r}")
-        self.estimates.level(self.by, self.share)
+        self.estimates.level(self.decides, self.share)
+
+    @cached_property
+    def decides(self) -> str:
+        """One of BY."""
+        return self.estimates.best(self.share) if self.by is None else self.by
 
     @cached_property
     def level(self) -> float:
-        return self.estimates.level(self.by, self.share)
+        return self.estimates.level(self.decides, self.share)
 
     def estimate(self, growth: Tensor, step: Tensor) -> Tensor:
-        if self.by == BY[1]:
+        if self.decides == BY[1]:
             return torch.zeros(len(growth), dtype=torch.float32, device=growth.device)
         _, weights, offsets = self.estimates.tensors(growth.device)
         return (features(growth) * weights[step]).sum(1) + offsets[step]
@@ -206,9 +233,9 @@ class EstimatedReuse(ReusePolicy):
     def reuse_mask(self, change: Tensor | None, context: ReuseContext) -> Tensor:
         assert change is not None
         profile = self.estimates.tensors(change.device)[0]
-        error = change + profile[context.step] + self.estimates.power(self.by) * context.age.float().log()
+        error = change + profile[context.step] + self.estimates.power(self.decides) * context.age.float().log()
         return error <= self.level  # false for NaN
 
     def __str__(self) -> str:
-        by = f",by={self.by}" if self.by != BY[0] else ""
+        by = f",by={self.by}" if self.by is not None else ""
         return f"estimate:{quoted(self.source or 'FILE')},share={float(self.share)!r}{by}"

@@ -9,12 +9,12 @@ from reprlib import repr as shortly
 from typing import Any
 
 from ..reading import read_json
-from .estimated import BY, ErrorEstimates, EstimatedReuse, Spent
+from .estimated import ErrorEstimates, EstimatedReuse, Spent
 
 FORMAT, FORMAT_VERSION = "adadiff estimated errors", 1
 
 
-def estimated_from(path: str, share: float | None = None, by: str = BY[0]) -> EstimatedReuse:
+def estimated_from(path: str, share: float | None = None, by: str | None = None) -> EstimatedReuse:
     """The policy for a file of `adadiff calibrate-reuse`, or the name of a shipped one. Raises ValueError for a file
     that cannot be read, without a share, and for a share or `by` that it does not have."""
     if share is None:
