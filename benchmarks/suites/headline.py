@@ -1,10 +1,11 @@
-"""The first figures of the README: images of one call, full and with early exit, and the seconds of both.
+"""The first figures of the README: images of one call, full, with early exit and with reuse, and the seconds of each.
 
-The full network is timed in a plain loop, eager and compiled; early exit through `adadiff.sample`, eager and compiled.
+The full network is timed in a plain loop, eager and compiled; the others through `adadiff.sample`, eager and compiled.
 The faster way of each counts. One thread, all samples in one batch, with classifier-free guidance.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,13 +25,16 @@ from benchmarks.suites.drawing import (
 from benchmarks.suites.network import compiles
 
 SUITE = "headline"
-MODEL, POLICY, STEPS, GUIDANCE, SAMPLES = "letters", "exit:budget=0.55", 20, 2.0, 64
+MODEL, STEPS, GUIDANCE, SAMPLES = "letters", 20, 2.0, 64
 FULL = Method("full network", MODEL, steps=STEPS, guidance_scale=GUIDANCE)
-EARLY = Method("early exit", MODEL, policy=POLICY, steps=STEPS, guidance_scale=GUIDANCE)
+EARLY = Method("early exit", MODEL, policy="exit:budget=0.55", steps=STEPS, guidance_scale=GUIDANCE)
+REUSE = Method("reuse", MODEL, policy="estimate:letters_reuse,share=0.55", steps=STEPS, guidance_scale=GUIDANCE)
+ADAPTIVE = (EARLY, REUSE)
 
 
 def run(rows: Rows, repeats: int = 9, limit: float = 600.0) -> None:
-    say(f"{SUITE}: {SAMPLES} {MODEL}, {STEPS} steps, guidance {GUIDANCE:g}, full and {POLICY}, one thread")
+    policies = " and ".join(method.policy for method in ADAPTIVE)
+    say(f"{SUITE}: {SAMPLES} {MODEL}, {STEPS} steps, guidance {GUIDANCE:g}, full, {policies}, one thread")
     with threads(1):
         measure(rows, repeats, limit)
 
@@ -45,9 +49,10 @@ def measure(rows: Rows, repeats: int, limit: float) -> None:
     ways: dict[tuple[str, str], Callable[[], object]] = {
         (FULL.name, "loop"): lambda: in_plain_loop(FULL, seeds, labels, SAMPLES),
         (FULL.name, "compiled loop"): lambda: in_plain_loop(FULL, seeds, labels, SAMPLES, compiled=True),
-        (EARLY.name, "engine"): lambda: in_engine(EARLY, seeds, labels, SAMPLES),
-        (EARLY.name, "compiled engine"): lambda: in_engine(EARLY, seeds, labels, SAMPLES, "compiled"),
     }
+    for method in ADAPTIVE:
+        ways[method.name, "engine"] = partial(in_engine, method, seeds, labels, SAMPLES)
+        ways[method.name, "compiled engine"] = partial(in_engine, method, seeds, labels, SAMPLES, "compiled")
     torch.compiler.reset()
     compiled_network.cache_clear()
     if not compiles(*(call for (_, way), call in ways.items() if "compiled" in way)):
@@ -60,12 +65,12 @@ def measure(rows: Rows, repeats: int, limit: float) -> None:
         taken = measured.median(f"{name}, {way}")
         if name not in fastest or taken < measured.median(f"{name}, {fastest[name]}"):
             fastest[name] = way
-    _, report = drawn(EARLY)
-    for method in (FULL, EARLY):
+    for method in (FULL, *ADAPTIVE):
         title = f"{method.name}, {fastest[method.name]}"
         speedup = measured.ratio(f"{FULL.name}, {fastest[FULL.name]}", title)
         results: dict[str, object] = {}
-        if method is EARLY:
+        if method in ADAPTIVE:
+            _, report = drawn(method)
             results = {"mean_exit_layer": report.mean_exit_layer, "macs_share": report.macs / report.macs_full}
         rows.write(
             SUITE,
