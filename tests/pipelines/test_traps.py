@@ -177,7 +177,7 @@ def test_a_change_is_nan_where_nothing_can_be_reused(gate: str) -> None:
 def test_policies_of_ones_own_are_checked() -> None:
     module = own(SD3)
     for settings, message in (
-        ({"gate": "residuals"}, "gate of 'mine' must be None or one of residual, input, got 'residuals'"),
+        ({"gate": "residuals"}, "gate of 'mine' must be None or one of residual, input, estimate, got 'residuals'"),
         ({"first": 0}, "first of 'mine' must be a whole number of 1 or more, got 0"),
         ({"first": True}, "first of 'mine' must be a whole number of 1 or more, got True"),
         ({"first": 1.5}, "first of 'mine' must be a whole number of 1 or more, got 1.5"),
