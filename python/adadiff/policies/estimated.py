@@ -53,7 +53,7 @@ class ErrorEstimates:
     """Estimates for one network, solver and number of steps S. D: the network's dim. Equal if all fields are.
 
     norms: [L], of the weights of each block, see `norms_of`. t: the network's times, [S]. profile: [S], log errors;
-    those of the first two steps, which are always full, are not read. weights: [S][D] and offsets: [S], of the
+    those of the first two steps, which are always full, are not read. weights: [S, D] and offsets: [S], of the
     deviation that a full step at s leaves. by_sample, by_step: levels and their results, with rising shares and falling
     levels; by_step is for deviations of 0: all samples reuse in the same steps.
     network: as `network_of` spells it. Raises ValueError for fields that do not fit each other.
