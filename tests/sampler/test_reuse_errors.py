@@ -22,11 +22,13 @@ from adadiff.calibration.reuse_errors import (
     on_line,
     rising,
 )
+from adadiff.config import ModelConfig
 from adadiff.policies.estimated import EstimatedReuse, Spent
 from adadiff.policies.estimated_file import read_estimates
 from sampler import shell
 from sampler.cached_rest import Plan, by_hand, models
 from sampler.shell import config, error_line, interrupt_call, run, saved
+from sampler.tiny import PIXART, scramble
 
 ctrl_c = shell.ctrl_c
 WORK = Work(0.2)
@@ -221,3 +223,20 @@ def test_a_plain_network() -> None:
         models()["plain"], 4, steps=6, class_labels=1, policy=EstimatedReuse(found, found.by_sample[0].share)
     )
     assert report.reused.any()
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_a_network_that_takes_text(scale: float) -> None:
+    """Prompts take turns; the null text is read only where there is guidance."""
+    model = adadiff.Model(ModelConfig(PIXART, "linear")).requires_grad_(False).eval()
+    scramble(model.backbone, 0.2, seed=2)
+    drawn = torch.randn(4, 5, 10, generator=torch.Generator().manual_seed(0))
+    given = {"text_embeds": drawn[:3], "null_text_embeds": drawn[3]}
+    found = ReuseErrors(model, n=32, steps=5, guidance_scale=scale, **given).run()
+    policy = EstimatedReuse(found, found.by_sample[0].share, "sample")
+    null = {"null_text_embeds": drawn[3]} if scale != 1 else {}
+    own = {"steps": 5, "guidance_scale": scale, "text_embeds": drawn[:3], **null}
+    _, report = adadiff.sample(model, 3, policy=policy, **own)
+    assert report.reused.any()
+    with pytest.raises(ValueError, match="takes text; give text_embeds"):
+        ReuseErrors(model, n=32, steps=5)

@@ -192,16 +192,8 @@ class Calibrating:
         return Tables(self.model.num_layers, self.recording.t.tolist(), [share], thresholds[None], depths[None])
 
     def _settings(self, n: int, seed: int) -> dict[str, object]:
-        classes, (texts, null) = self.model.config.classes, self._texts
-        return {
-            "steps": self.steps,
-            "solver": self.solver,
-            "guidance_scale": self.guidance_scale,
-            "seed": list(range(seed, seed + n)),
-            "class_labels": [i % classes for i in range(n)] if classes else None,
-            "text_embeds": None if texts is None else texts[torch.arange(n, device="cpu") % len(texts)],
-            "null_text_embeds": None if self.guidance_scale == 1 else null,
-        }
+        given = {"steps": self.steps, "solver": self.solver, "guidance_scale": self.guidance_scale}
+        return {**given, **seeds_and_conditions(self.model, n, seed, self.guidance_scale, *self._texts)}
 
     def _samples(self, n: int, seed: int) -> SampleBatch:
         return SampleBatch.of(self.model, n, **self._settings(n, seed))
@@ -219,7 +211,7 @@ class Calibrating:
         settings = self._settings(self.n, self.seed + self.n)
         images, report = sample(self.model, self.n, **settings, batch=self.batch, policy=policy)
         error = (images - full).double().square().flatten(1).mean(1)
-        low, high = _ends(_resampled(error)[0])
+        low, high = ends(_resampled(error)[0])
         shown = self.model.backbone.sample_shape[0] in CHANNELS
         psnr = lower_quantile(paired_psnr(images, full), 0.5) if shown else math.inf
         measured = Measured(
@@ -232,6 +224,20 @@ class Calibrating:
             frechet=None if self._features is None else self._frechet(images, full),
         )
         return measured, error
+
+
+def seeds_and_conditions(
+    model: Model, n: int, seed: int, guidance_scale: float, texts: Tensor | None, null: Tensor | None
+) -> dict[str, object]:
+    """`SamplingParams` of n samples with seeds from `seed` on; classes, or texts [P, N, E], take turns. null: [N, E],
+    left out without guidance."""
+    classes = model.config.classes
+    return {
+        "seed": list(range(seed, seed + n)),
+        "class_labels": [i % classes for i in range(n)] if classes else None,
+        "text_embeds": None if texts is None else texts[torch.arange(n, device="cpu") % len(texts)],
+        "null_text_embeds": None if guidance_scale == 1 else null,
+    }
 
 
 def default_features(model: Model) -> Extractor | None:
@@ -252,7 +258,7 @@ def _mixed(share: float, less: tuple[Measured, Tensor], more: tuple[Measured, Te
     """
     part = mixed(share, less[0].share, more[0].share)
     errors = part * more[1] + (1 - part) * less[1]
-    low, high = _ends(_resampled(errors)[0])
+    low, high = ends(_resampled(errors)[0])
     spent, depth = (part * getattr(more[0], key) + (1 - part) * getattr(less[0], key) for key in ("share", "depth"))
     values = {"share": spent, "depth": depth, "error": float(errors.mean()), "low": low, "high": high}
     return dataclasses.replace(more[0], **values), errors
@@ -266,7 +272,8 @@ def _resampled(*errors: Tensor) -> list[Tensor]:
     return [error[rows].mean(1) for error in errors]
 
 
-def _ends(draws: Tensor) -> tuple[float, float]:
+def ends(draws: Tensor) -> tuple[float, float]:
+    """The ends of the 95 % interval of bootstrap draws [n]."""
     low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype, device=draws.device)).tolist()
     return low, high
 
@@ -276,4 +283,4 @@ def _ratio(ours: Tensor, theirs: Tensor) -> tuple[float, float, float] | None:
     above, below = _resampled(ours, theirs)
     if not bool((below > 0).all()):
         return None
-    return float(ours.mean() / theirs.mean()), *_ends(above / below)
+    return float(ours.mean() / theirs.mean()), *ends(above / below)

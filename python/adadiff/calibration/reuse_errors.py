@@ -22,7 +22,7 @@ from ..policies.reuse import ESTIMATE, Reuse, ReuseContext, ReusePolicy
 from ..reading import MOST_TEXT
 from ..sampling.sample_batch import SampleBatch, whole
 from ..sampling.sampler import sample
-from .calibrating import CALIBRATION_SEED
+from .calibrating import CALIBRATION_SEED, ends, seeds_and_conditions
 from .recording import run
 
 LEAST_STEPS = FIRST_REUSE + 2
@@ -216,8 +216,7 @@ class ReuseErrors:
         policy = EstimatedReuse(at_level(estimates, by, level), 1.0, by)
         errors, share = self._errors(policy, full, bar, begin=self.n)
         draws = torch.stack([errors[rows].mean() for rows in resampled(len(errors), RESAMPLES, seed=0)])
-        low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype, device="cpu")).tolist()
-        return Spent(level, share, float(errors.mean()), low, high)
+        return Spent(level, share, float(errors.mean()), *ends(draws))
 
     def _watched(self, bar: tqdm) -> tuple[Tensor, Tensor]:
         """Features float32 [S, H, n, D] of full runs, for H halves of guidance, and the images."""
@@ -237,14 +236,8 @@ class ReuseErrors:
         return (images.cpu() - full.cpu()).double().square().flatten(1).mean(1), report.macs / report.macs_full
 
     def _settings(self, begin: int, n: int) -> dict[str, object]:
-        text, null = self._texts
-        settings = {"steps": self.steps, "solver": self.solver, "guidance_scale": self.guidance_scale}
-        settings |= {"seed": self.seed + begin}
-        if text is not None:
-            turn = torch.arange(begin, begin + n, dtype=torch.int64, device="cpu") % len(text)
-            return {**settings, "text_embeds": text[turn], "null_text_embeds": null}
-        classes = self.model.config.classes
-        return {**settings, **({"class_labels": [i % classes for i in range(n)]} if classes else {})}
+        given = {"steps": self.steps, "solver": self.solver, "guidance_scale": self.guidance_scale}
+        return {**given, **seeds_and_conditions(self.model, n, self.seed + begin, self.guidance_scale, *self._texts)}
 
 
 def _places(first: int, last: int, most: int) -> list[int]:

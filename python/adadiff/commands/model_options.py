@@ -3,24 +3,21 @@ convert, data."""
 
 from pathlib import Path
 
-from ..calibration.calibrating import AIMS, CALIBRATION_SEED
+from ..calibration.calibrating import AIMS
 from ..checkpoint import DTYPES
 from ..conversion import convert as conversion
 from . import calibrate, calibrate_reuse, convert, data, inspect
 from .options import (
     Commands,
     add_batch,
+    add_calibration_samples,
     add_command,
     add_count,
     add_device,
     add_features,
     add_force,
-    add_guidance,
     add_model,
     add_prompts,
-    add_seed,
-    add_solver,
-    add_steps,
 )
 from .values import shares
 
@@ -80,10 +77,7 @@ def add_calibrate(commands: Commands) -> None:
         samples, 256, "number of samples on which thresholds are chosen, at least 8; as many others measure the result"
     )
     add_prompts(samples)
-    add_seed(samples, CALIBRATION_SEED, ", far from the seeds of other commands")
-    add_steps(samples, several=False)
-    add_solver(samples)
-    add_guidance(samples)
+    add_calibration_samples(samples)
 
     output = command.add_argument_group("output")
     output.add_argument(
@@ -118,10 +112,7 @@ def add_calibrate_reuse(commands: Commands) -> None:
         "number of samples from which errors are learned, at least 32; a quarter as many measure the result",
     )
     add_prompts(samples)
-    add_seed(samples, CALIBRATION_SEED, ", far from the seeds of other commands")
-    add_steps(samples, several=False)
-    add_solver(samples)
-    add_guidance(samples)
+    add_calibration_samples(samples)
 
     output = command.add_argument_group("output")
     output.add_argument(

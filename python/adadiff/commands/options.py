@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
+from ..calibration.calibrating import CALIBRATION_SEED
 from ..checkpoint import DTYPES
 from ..forward.options import Runner
 from ..pipelines.text import CLIP
@@ -115,6 +116,14 @@ def add_prompts(options: Options, more: str = "") -> None:
         metavar="FOLDER",
         help=f"text encoder of CLIP for the prompts, a folder or a name on the Hugging Face hub (default: {CLIP})",
     )
+
+
+def add_calibration_samples(options: Options) -> None:
+    """Seed, steps, solver and guidance of samples that a command learns from."""
+    add_seed(options, CALIBRATION_SEED, ", far from the seeds of other commands")
+    add_steps(options, several=False)
+    add_solver(options)
+    add_guidance(options)
 
 
 def add_policy(options: Options) -> None:

@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ..calibration.calibrating import AIMS, CALIBRATION_SEED
+from ..calibration.calibrating import AIMS
 from ..calibration.step_training import SEED as STEPS_SEED
 from ..policies.cascade import MODES
 from ..training.config import CHOICES, TrainConfig, shipped
@@ -15,6 +15,7 @@ from .options import (
     Commands,
     Options,
     add_batch,
+    add_calibration_samples,
     add_command,
     add_count,
     add_device,
@@ -25,7 +26,6 @@ from .options import (
     add_prompts,
     add_seed,
     add_solver,
-    add_steps,
 )
 from .texts import TRAIN_GROUPS
 from .values import Settings, setting, shares, whole_numbers
@@ -123,10 +123,7 @@ def add_search(commands: Commands) -> None:
 
     samples = command.add_argument_group("samples drawn with each schedule")
     add_count(samples, 512, "number of samples, at least 2; as many others measure the result")
-    add_seed(samples, CALIBRATION_SEED, ", far from the seeds of other commands")
-    add_steps(samples, several=False)
-    add_solver(samples)
-    add_guidance(samples)
+    add_calibration_samples(samples)
 
     output = command.add_argument_group("output")
     output.add_argument(

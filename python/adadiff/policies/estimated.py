@@ -97,6 +97,9 @@ class ErrorEstimates:
     def power(self, by: str) -> float:
         return self.age_power if by == BY[0] else self.age_power_by_step
 
+    def spent(self, by: str) -> tuple[Spent, ...]:
+        return self.by_sample if by == BY[0] else self.by_step
+
     @property
     def steps(self) -> int:
         return len(self.t)
@@ -105,8 +108,10 @@ class ErrorEstimates:
         """A table of the measured levels."""
         head = ("", "share", "error, 95 % interval")
         rows = [head]
-        for by, spent in zip(BY, (self.by_sample, self.by_step), strict=True):
-            rows += [(f"by {by}", f"{s.share:.3f}", f"{s.error:.3g} [{s.low:.3g}, {s.high:.3g}]") for s in spent]
+        for by in BY:
+            rows += [
+                (f"by {by}", f"{s.share:.3f}", f"{s.error:.3g} [{s.low:.3g}, {s.high:.3g}]") for s in self.spent(by)
+            ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ("  ".join(f"{text:{w}}" for text, w in zip(row, widths, strict=True)).rstrip() for row in rows)
         return "\n".join(lines)
@@ -129,7 +134,7 @@ class ErrorEstimates:
     def level(self, by: str, share: float) -> float:
         """The level for a share of the multiply-adds: by sample, interpolated between measured ones; by step, that of
         the nearest share, because schedules have certain shares only. Raises ValueError for a share beyond them."""
-        spent = self.by_sample if by == BY[0] else self.by_step
+        spent = self.spent(by)
         low, high = spent[0].share, spent[-1].share
         if low - ROUNDING <= share <= high + ROUNDING:  # as printed
             share = min(max(share, low), high)
@@ -147,7 +152,7 @@ class ErrorEstimates:
     def error(self, by: str, share: float) -> float:
         """The measured error, interpolated in its logarithm. Raises ValueError as `level`."""
         self.level(by, share)
-        spent = self.by_sample if by == BY[0] else self.by_step
+        spent = self.spent(by)
         errors = [math.log(max(one.error, LEAST_ERROR)) for one in spent]
         return math.exp(float(np.interp(share, [one.share for one in spent], errors)))
 
