@@ -28,7 +28,7 @@ import torch
 from adadiff.calibration.reuse_errors import LEAST_STEPS
 from adadiff.commands.values import shares, whole_numbers
 from adadiff.writing import replace_file
-from benchmarks.baselines.alternatives import COARSE, QUICK, Networks, Sweep, default_networks
+from benchmarks.baselines.alternatives import COARSE, LARGE, QUICK, Networks, Sweep, default_networks
 from benchmarks.gpu.session import gpu_facts
 from benchmarks.harness import threads
 from benchmarks.report import html, plots
@@ -218,7 +218,10 @@ def measure_digits(rows: Rows, chosen: argparse.Namespace) -> None:
 
 
 def compared(rows: Rows, chosen: argparse.Namespace) -> Comparison:
-    sweep = QUICK if chosen.quick else Sweep() if chosen.full_sweep else COARSE
+    models = dict(chosen.models)
+    networks = Networks(**models) if len(models) == 3 else dataclasses.replace(default_networks(chosen.data), **models)
+    usual = LARGE if networks.large else COARSE
+    sweep = QUICK if chosen.quick else Sweep() if chosen.full_sweep else usual
     given = {"steps": chosen.steps, "budgets": chosen.budgets}
     if chosen.steps:
         solver = sweep.estimated[0][0]
@@ -227,8 +230,6 @@ def compared(rows: Rows, chosen: argparse.Namespace) -> Comparison:
     sweep = dataclasses.replace(sweep, **{name: tuple(value) for name, value in given.items() if value})
     if chosen.rounds:
         sweep = dataclasses.replace(sweep, repeats=chosen.rounds, limit=math.inf)
-    models = dict(chosen.models)
-    networks = Networks(**models) if len(models) == 3 else dataclasses.replace(default_networks(chosen.data), **models)
     for role, name in dataclasses.asdict(networks).items():
         say(f"{role}: {name or 'none, so nothing that needs it is compared'}")
     return Comparison(rows, chosen.data, networks, sweep)

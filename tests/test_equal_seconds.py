@@ -147,6 +147,19 @@ def share_spent(own: adadiff.Model, scores: list[torch.Tensor], theta: float, fi
     return float(np.mean(spent))
 
 
+def test_further_solvers_are_for_plain_networks_only(networks: alternatives.Networks, tmp_path: Path) -> None:
+    sweep = dataclasses.replace(SWEEP, further_solvers=("dpm++2m",), estimated=())
+    found = alternatives.methods(networks, sweep, tmp_path)
+    assert {m.name for m in found if m.solver == "dpm++2m"} == set(screening.LOOPS)
+    assert {m.name for m in found if m.solver == "ddim"} > {*screening.LOOPS, "ours, faithful", "static table"}
+
+
+def test_large_networks_have_a_sweep_of_their_own(tmp_path: Path) -> None:
+    for data, sweep in {"letters": alternatives.LARGE, "canvases": alternatives.COARSE}.items():
+        chosen = run.arguments(["--suite", "quality", "--data", data])
+        assert run.compared(rows.Rows(tmp_path), chosen).sweep == sweep
+
+
 def test_every_method_draws_what_the_sampler_draws(networks: alternatives.Networks) -> None:
     seeds, labels = drawing.seeds_and_labels(1, 6)
     given = {"steps": 4, "solver": "dpm++2m", "seed": seeds, "class_labels": labels}
@@ -237,7 +250,7 @@ def test_the_whole_suite_and_its_resumption(
     assert {row["kind"] for row in drawn} == {"quality"}
     assert (tmp_path / "reliability-digits.png").read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in plots.draw(drawn, tmp_path)] == ["equal-seconds-digits.png"]
-    monkeypatch.setattr(drawing, "_draw_arrays", lambda *_: pytest.fail("drew what the file has"))
+    monkeypatch.setattr(equal_seconds, "draw", lambda *_: pytest.fail("drew what the file has"))
     monkeypatch.setattr(alternatives, "_calibrate", lambda *_: pytest.fail("calibrated what the file has"))
     measured = compare()
     assert measured[: len(drawn)] == drawn

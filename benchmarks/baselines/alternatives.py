@@ -1,5 +1,6 @@
 """Alternatives to early exit: every method over its range of settings and numbers of solver steps."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +23,7 @@ from adadiff.policies.joining import quoted
 from adadiff.policies.reuse import Cache
 from adadiff.sampling.sample_batch import SampleBatch
 from adadiff.writing import replace_file
+from benchmarks.baselines.reuse import macs
 from benchmarks.suites.drawing import Artist, Method, fingerprint, load
 from benchmarks.suites.judging import DATA
 
@@ -42,6 +44,7 @@ SINGLE = ("ours, one threshold", "ours, cache", "ours, width", "ours, cascade") 
 OURS = (*BY_BUDGET, *SINGLE)
 CANDIDATES = 200  # single thresholds that are tried
 RECORDED, RECORDED_STEPS = 64, 20  # samples and steps on which they are chosen
+LARGE_MACS = 20e6  # multiply-adds of an evaluation; a network with more is large
 DENSE = 0.3  # share of the steps that extrapolating reuse makes in full first, as TaylorSeer does
 
 
@@ -65,6 +68,10 @@ class Networks:
     @property
     def checkpoints(self) -> list[str | None]:
         return [name and fingerprint(name) for name in self.names]
+
+    @property
+    def large(self) -> bool:
+        return macs(load(self.full).backbone, 1, 1) >= LARGE_MACS
 
     def check(self) -> None:
         """Raises ValueError for networks that cannot be compared."""
@@ -104,12 +111,13 @@ def default_networks(data: str) -> Networks:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The settings that are tried for every method. between: further numbers of steps, for plain networks. estimated:
-    solvers and numbers of steps of reuse by estimated errors."""
+    """The settings that are tried for every method. between, further_solvers: numbers of steps and solvers for plain
+    networks only. estimated: solvers and numbers of steps of reuse by estimated errors."""
 
     steps: Sequence[int] = (4, 6, 8, 10, 14, 20, 30, 50)
     between: Sequence[int] = (5, 7, 9, 12, 17)
     solvers: Sequence[str] = ("ddim", "dpm++2m")
+    further_solvers: Sequence[str] = ()
     budgets: Sequence[float] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of policies and tables, shares of the multiply-adds
     aims: Sequence[str] = ("faithful", "distribution")
     calibrated_on: int = 256  # samples
@@ -150,6 +158,15 @@ COARSE = Sweep(
     estimated=(("dpm++2m", 14), ("dpm++2m", 20), ("dpm++2m", 28)),
     limit=1800.0,
 )
+LARGE = dataclasses.replace(  # of large networks
+    COARSE,
+    steps=(6, 10, 14, 20),
+    between=(4, 5, 7, 8, 9, 12, 17),
+    solvers=("dpm++2m",),  # the better one of plain networks, by both measures and at all numbers of steps
+    further_solvers=("ddim",),
+    switches=(700.0, 500.0),
+    composed=(0.16,),
+)
 QUICK = Sweep(
     steps=(4, 8),
     between=(6,),
@@ -175,10 +192,10 @@ QUICK = Sweep(
 def methods(networks: Networks, sweep: Sweep, folder: Path) -> list[Method]:
     """All methods and settings. folder: with the files of `calibrate`."""
     found = []
-    for solver, steps in product(sweep.solvers, sorted({*sweep.steps, *sweep.between})):
+    for solver, steps in product((*sweep.solvers, *sweep.further_solvers), sorted({*sweep.steps, *sweep.between})):
         common = {"solver": solver, "steps": steps, "batch": BATCH}
         found += _plain(networks, sweep, common)
-        if steps in sweep.steps:
+        if solver in sweep.solvers and steps in sweep.steps:
             found += _adaptive(networks, sweep, folder, common)
     for solver, steps in sweep.estimated:
         found += _estimated(networks.full, sweep, folder, {"solver": solver, "steps": steps, "batch": BATCH})

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ STEPS = 20
 CHUNK = 256  # samples drawn at a time, by one process
 SEED_STRIDE = 1_000_000  # seeds of run k start here times k
 CLASSES = 10  # of the digits
+T, R = TypeVar("T"), TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -225,10 +227,15 @@ class Artist:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def map(self, function: Callable[[tuple], tuple], tasks: Sequence[tuple], title: str) -> list[tuple]:
-        """Applies function to every task, in the processes. Tasks and results must be picklable and hold no tensors."""
+    def each(self, function: Callable[[T], R], tasks: Sequence[T], title: str) -> Iterator[R]:
+        """The results of function for every task, in their order, each as soon as it is there. Tasks and results must
+        be picklable and hold no tensors."""
         results = (self._pool.map if self._pool else map)(function, tasks)
-        return list(tqdm(results, desc=title, total=len(tasks), leave=False, disable=None))
+        return iter(tqdm(results, desc=title, total=len(tasks), leave=False, disable=None))
+
+    def map(self, function: Callable[[T], R], tasks: Sequence[T], title: str) -> list[R]:
+        """As `each`, when all are there."""
+        return list(self.each(function, tasks, title))
 
     def draw(self, method: Method, seeds: Tensor, labels: Tensor) -> Drawn:
         chunks = [

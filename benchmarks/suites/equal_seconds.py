@@ -10,26 +10,26 @@ samples, and only those near a front are judged, on many other samples.
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from shutil import copyfile
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from adadiff.diffusion.solvers import solver_from
 from benchmarks.baselines import reuse
 from benchmarks.baselines.alternatives import BATCH, BY_BUDGET, Networks, Sweep, calibrate, methods
 from benchmarks.harness import interleave, threads
 from benchmarks.report.fronts import points
-from benchmarks.rows import Row, Rows, say, versions
+from benchmarks.rows import Rows, say, versions
 from benchmarks.suites import mates, screening
 from benchmarks.suites.drawing import (
     Artist,
     Drawn,
     Method,
     compiled_network,
+    draw,
     in_engine,
     in_plain_loop,
     kept_images,
@@ -46,7 +46,6 @@ LARGER_BATCH = 2 * BATCH  # faster for shallow networks
 LARGER = f"{COMPILED}, batches of {LARGER_BATCH}"
 WHOLE_BATCH = ("batch mean", "cache, whole batch")
 AT_ONCE, AT_ONCE_LARGE = 256, 64  # samples timed, and the engine's capacity; of large networks
-LARGE = 20e6  # multiply-adds of an evaluation; a network with more is large
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Comparison:
 
     @property
     def at_once(self) -> int:
-        return AT_ONCE if reuse.macs(load(self.networks.full).backbone, 1, 1) < LARGE else AT_ONCE_LARGE
+        return AT_ONCE_LARGE if self.networks.large else AT_ONCE
 
     def run(self, *, samples: int, runs: int, processes: int, timing: bool = True, screen: int = 0) -> None:
         """screen: number of samples for screening the settings; 0: judge all settings."""
@@ -86,16 +85,14 @@ class Comparison:
                 chosen = self.screened(artist, chosen, screen)
             for run in range(runs):
                 say(f"{self.data}: quality of {len(chosen)} settings, {samples} samples, run {run + 1} of {runs}")
-                for method in tqdm(chosen, desc="settings", disable=None):
-                    self.quality(artist, method, samples, run)
+                self.quality(artist, chosen, samples, run)
         mates.measure(self.rows, self.data, self.networks, self.sweep, self.judging().judge.classes)
         if timing:
             self.speed(self.near(chosen, "quality", screening.TIMED))
 
     def screened(self, artist: Artist, chosen: list[Method], samples: int) -> list[Method]:
         say(f"{self.data}: screening of {len(chosen)} settings, {samples} samples")
-        for method in tqdm(chosen, desc="settings", disable=None):
-            self.quality(artist, method, samples, screening.RUN, kind="screening")
+        self.quality(artist, chosen, samples, screening.RUN, kind="screening")
         return self.near(chosen, "screening", screening.JUDGED)
 
     def near(self, chosen: list[Method], kind: str, by: Mapping[str, float]) -> list[Method]:
@@ -104,25 +101,19 @@ class Comparison:
         kept = {(point.method, point.setting, point.steps, point.solver) for point in near}
         return [m for m in chosen if (m.name, m.setting, m.steps, m.solver) in kept]
 
-    def quality(self, artist: Artist, method: Method, samples: int, run: int, kind: str = "quality") -> Row:
+    def quality(self, artist: Artist, chosen: Sequence[Method], samples: int, run: int, kind: str = "quality") -> None:
+        """Writes the rows that are missing, one setting after the other; each is drawn and judged by one process."""
         more = {"samples": samples, "run": run, "reference_steps": self.sweep.reference_steps}
-        parameters = {**self.parameters(method), **more}
-        found = self.rows.find(SUITE, kind, method.name, parameters)
-        if found is not None:
-            return found
-        judging = self.judging()
-        seeds, labels = seeds_and_labels(run, samples, judging.judge.classes)
-        drawn = artist.draw(method, seeds, labels)
-        return self.rows.write(
-            SUITE,
-            kind,
-            method.name,
-            parameters,
-            dtype="float32",
-            policy=method.policy,
-            **judging.measure(drawn.images, labels, self.reference(artist, samples, run)),
-            **done(method, drawn, run),
-        )
+        parameters = {method: {**self.parameters(method), **more} for method in chosen}
+        missing = [m for m in chosen if self.rows.find(SUITE, kind, m.name, parameters[m]) is None]
+        drawing = Drawing(self.data, self.networks.full, samples, run, self.sweep.reference_steps, self.cache)
+        if missing:
+            drawing.reference(artist)  # drawn by all processes before each of them reads it
+        found = artist.each(drawing.quality, missing, "settings")
+        for method, measured in zip(missing, found, strict=True):
+            self.rows.write(
+                SUITE, kind, method.name, parameters[method], dtype="float32", policy=method.policy, **measured
+            )
 
     def parameters(self, method: Method) -> dict[str, object]:
         return {
@@ -134,12 +125,6 @@ class Comparison:
             "calibrated_on": self.sweep.calibrated_on,
             "checkpoints": self.networks.checkpoints,
         }
-
-    def reference(self, artist: Artist, samples: int, run: int) -> Tensor:
-        """Images of the full network with many steps."""
-        method = Method("reference", self.networks.full, steps=self.sweep.reference_steps, batch=BATCH)
-        drawn = seeds_and_labels(run, samples, self.judging().judge.classes)
-        return kept_images(self.cache, artist, method, *drawn, run)
 
     def speed(self, chosen: list[Method]) -> None:
         """Measures seconds of drawing `at_once` samples. The first variant, which is measured twice, is the full
@@ -184,6 +169,33 @@ class Comparison:
         that seconds depend on."""
         what = (self.rows.machine, versions(), self.rows.commit, self.networks.checkpoints, *variants)
         return self.cache / f"rounds-{hashlib.sha256(repr(what).encode()).hexdigest()[:12]}.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """What all settings of a run have in common. full: the network that they should reproduce; cache: folder."""
+
+    data: str
+    full: str
+    samples: int
+    run: int
+    reference_steps: int
+    cache: Path
+
+    def reference(self, artist: Artist) -> Tensor:
+        """Images of the full network with many steps; drawn once, then read."""
+        method = Method("reference", self.full, steps=self.reference_steps, batch=BATCH)
+        return kept_images(self.cache, artist, method, *self.seeds_and_labels(), self.run)
+
+    def seeds_and_labels(self) -> tuple[Tensor, Tensor]:
+        return seeds_and_labels(self.run, self.samples, judging_of_model(self.data, self.full).judge.classes)
+
+    def quality(self, method: Method) -> dict[str, object]:
+        """Entries of a row."""
+        seeds, labels = self.seeds_and_labels()
+        drawn, reference = draw(method, seeds, labels), self.reference(Artist(None))
+        measured = judging_of_model(self.data, self.full).measure(drawn.images, labels, reference)
+        return {**measured, **done(method, drawn, self.run)}
 
 
 def ways(method: Method, compiles: bool) -> tuple[str, ...]:
