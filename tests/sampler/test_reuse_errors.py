@@ -219,6 +219,10 @@ def test_a_plain_network() -> None:
     errors = ReuseErrors(models()["plain"], n=32, steps=6)
     found = errors.run()
     assert errors.run() == found
+    # by step, every number of full steps can be had, so that a share is missed by less than one step
+    profile = torch.tensor(found.profile, dtype=torch.float64)
+    schedules = of_steps(Rule(profile, found.age_power_by_step), Work.of(errors.model))
+    assert [one.share for one in found.by_step] == pytest.approx(sorted(schedules))
     _, report = adadiff.sample(
         models()["plain"], 4, steps=6, class_labels=1, policy=EstimatedReuse(found, found.by_sample[0].share)
     )

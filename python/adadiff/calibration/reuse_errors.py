@@ -29,8 +29,9 @@ LEAST_STEPS = FIRST_REUSE + 2
 PLACES = 10  # steps in which reuse alone is measured
 POWERS = (3.0, 4.5, 6.0)  # of age, of which the best is taken
 TRIED = (0.45, 0.6)  # shares of the multiply-adds at which they are compared
-LEVELS = 8  # measured, from LOWEST times the least share of a schedule to MOST of the multiply-adds
+LEVELS = 8  # measured by sample, from LOWEST times the least share of a schedule to MOST of the multiply-adds
 LOWEST, MOST = 1.02, 0.95
+SCHEDULES = 24  # the most that are measured by step, where work is spent in whole steps
 DENSE = 0.2  # share of the steps that the runs whose errors are learned begin with in full
 RIDGE = 0.2  # penalty for each sample, on standardised features
 HALVINGS = 40
@@ -90,7 +91,8 @@ class ReuseErrors:
 
     n samples, with seeds from `seed` on, are drawn in full and with reuse in every other step; which of them have
     larger errors is learned by ridge regression. A quarter of them is drawn again with reuse in one step alone, and to
-    compare POWERS of age. n // 4 others measure LEVELS levels, by sample and by step. Deterministic.
+    compare POWERS of age. n // 4 others measure LEVELS levels by sample, and every schedule by step, or SCHEDULES of
+    them. Deterministic.
     text_embeds: [P, N, E], null_text_embeds: [N, E], for models that take text; samples use the prompts in turn. Raises
     ValueError for invalid arguments, before any work.
     """
@@ -142,7 +144,8 @@ class ReuseErrors:
 
     def run(self, progress: bool = False) -> ErrorEstimates:
         places = _places(FIRST_REUSE, self.steps - 1, PLACES)
-        drawn = len(places) + len(BY) * (len(POWERS) * len(TRIED) + LEVELS) + 1
+        measured = LEVELS + min(SCHEDULES, self.steps - FIRST_REUSE)
+        drawn = len(places) + len(BY) * len(POWERS) * len(TRIED) + measured + 1
         total = 2 * self.n + drawn * self._others
         with _quiet(), tqdm(total=total, disable=not progress, unit="image", dynamic_ncols=True) as bar:
             return self._run(places, bar)
@@ -205,12 +208,18 @@ class ReuseErrors:
         bar.update(others[1])
         found: dict[str, tuple[Spent, ...]] = {}
         for by in BY:
-            least = min(of_steps(Rule.of(estimates, by), self._work))
-            shares = np.linspace(LOWEST * least, MOST, LEVELS).tolist()
-            levels = dict.fromkeys(self._level(estimates, by, share, deviations) for share in shares)
-            bar.update(others[1] * (LEVELS - len(levels)))
+            levels = self._levels(estimates, by, deviations)
             found[f"by_{by}"] = rising([self._spent(estimates, by, level, full, bar) for level in levels])
+        bar.total = bar.n
         return replace(estimates, **found)
+
+    def _levels(self, estimates: ErrorEstimates, by: str, deviations: Tensor) -> list[float]:
+        rule = Rule.of(estimates, by)
+        schedules = of_steps(rule, self._work)
+        if by == BY[0]:
+            shares = np.linspace(LOWEST * min(schedules), MOST, LEVELS).tolist()
+            return [level_for(share, rule, deviations, self._work) for share in shares]
+        return [schedules[sorted(schedules)[i]] for i in _places(0, len(schedules) - 1, SCHEDULES)]
 
     def _spent(self, estimates: ErrorEstimates, by: str, level: float, full: Tensor, bar: tqdm) -> Spent:
         policy = EstimatedReuse(at_level(estimates, by, level), 1.0, by)
