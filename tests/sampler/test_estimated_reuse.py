@@ -161,13 +161,13 @@ def test_after_an_initial_image_growth_is_known_after_two_steps() -> None:
 
 
 def test_levels_between_measured_shares() -> None:
-    """By sample, interpolated; by step, that of the nearest share."""
+    """By sample, interpolated; by step, that of the largest share within the one asked for."""
     three = (spent(3.0, 0.2), spent(1.0, 0.4), spent(-1.0, 0.8))
     known = dataclasses.replace(estimates("uvit"), by_sample=three, by_step=three)
-    for share, by_sample, by_step in ((0.2, 3.0, 3.0), (0.25, 2.5, 3.0), (0.5, 0.5, 1.0), (0.7, -0.5, -1.0)):
+    for share, by_sample, by_step in ((0.2, 3.0, 3.0), (0.25, 2.5, 3.0), (0.5, 0.5, 1.0), (0.7, -0.5, 1.0)):
         assert known.level("sample", share) == pytest.approx(by_sample)
         assert known.level("step", share) == by_step
-    assert known.level("sample", 0.1997) == 3.0  # as printed
+    assert known.level("sample", 0.1997) == known.level("step", 0.1997) == 3.0  # as printed
     assert known.level("step", 0.8004) == -1.0
     for share in (0.19, 0.81, float("nan")):
         with pytest.raises(ValueError, match=r"share must lie from 0\.200 to 0\.800"):
@@ -175,11 +175,12 @@ def test_levels_between_measured_shares() -> None:
 
 
 def test_the_better_of_both_is_followed_unless_one_is_named() -> None:
-    """By errors measured at the share, interpolated; beyond the shares of one, the other."""
+    """By errors measured at the share, by sample interpolated; beyond the shares of one, the other."""
     sample = (Spent(3.0, 0.2, 1.0, 0, 2), Spent(1.0, 0.6, 0.01, 0, 1))
     step = (Spent(3.0, 0.3, 0.2, 0, 2), Spent(1.0, 0.8, 0.02, 0, 1))
     known = dataclasses.replace(estimates("uvit"), by_sample=sample, by_step=step)
     assert known.error("sample", 0.4) == pytest.approx(0.1)
+    assert [known.error("step", share) for share in (0.3, 0.7, 0.8)] == [0.2, 0.2, 0.02]
     found = [EstimatedReuse(known, share).decides for share in (0.25, 0.3, 0.4, 0.6, 0.7)]
     assert found == ["sample", "step", "sample", "sample", "step"]
     assert EstimatedReuse(known, 0.3, "sample").decides == "sample"

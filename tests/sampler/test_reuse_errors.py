@@ -17,10 +17,10 @@ from adadiff.calibration.reuse_errors import (
     Rule,
     Work,
     fitted,
+    front,
     level_for,
     of_steps,
     on_line,
-    rising,
 )
 from adadiff.config import ModelConfig
 from adadiff.policies.estimated import EstimatedReuse, Spent
@@ -134,9 +134,13 @@ def test_reuse_in_one_step() -> None:
     assert report.reused[:, :, 0].T.tolist() == [[False, False, False, True, False, False]] * 2
 
 
-def test_rising_shares() -> None:
-    spent = [Spent(2.0, 0.5, 3.0, 2, 4), Spent(1.0, 0.4, 5.0, 4, 6), Spent(3.0, 0.5, 1.0, 0, 2)]
-    assert rising(spent) == (spent[1], spent[2])
+def test_levels_that_a_cheaper_one_beats_are_dropped() -> None:
+    spent = [Spent(2.0, 0.5, 3.0, 2, 4), Spent(4.0, 0.4, 5.0, 4, 6), Spent(3.0, 0.5, 1.0, 0, 2)]
+    assert front(spent) == (spent[1], spent[2])
+    assert front([*spent, Spent(1.0, 0.6, 1.0, 0, 2), Spent(0.0, 0.7, 0.9, 0, 1)]) == (
+        *(spent[1], spent[2]),
+        Spent(0.0, 0.7, 0.9, 0, 1),
+    )
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.5])
@@ -220,9 +224,10 @@ def test_a_plain_network() -> None:
     found = errors.run()
     assert errors.run() == found
     # by step, every number of full steps can be had, so that a share is missed by less than one step
-    profile = torch.tensor(found.profile, dtype=torch.float64)
-    schedules = of_steps(Rule(profile, found.age_power_by_step), Work.of(errors.model))
-    assert [one.share for one in found.by_step] == pytest.approx(sorted(schedules))
+    rule = Rule(torch.tensor(found.profile, dtype=torch.float64), found.age_power_by_step)
+    assert sorted(errors._levels(found, "step", torch.zeros(0))) == sorted(
+        of_steps(rule, Work.of(errors.model)).values()
+    )
     _, report = adadiff.sample(
         models()["plain"], 4, steps=6, class_labels=1, policy=EstimatedReuse(found, found.by_sample[0].share)
     )

@@ -209,7 +209,7 @@ class ReuseErrors:
         found: dict[str, tuple[Spent, ...]] = {}
         for by in BY:
             levels = self._levels(estimates, by, deviations)
-            found[f"by_{by}"] = rising([self._spent(estimates, by, level, full, bar) for level in levels])
+            found[f"by_{by}"] = front([self._spent(estimates, by, level, full, bar) for level in levels])
         bar.total = bar.n
         return replace(estimates, **found)
 
@@ -343,9 +343,10 @@ def of_steps(rule: Rule, work: Work) -> dict[float, float]:
     return {work.share(rule.full_steps(level, nothing)): level for level in levels}
 
 
-def rising(spent: Sequence[Spent]) -> tuple[Spent, ...]:
-    """In the order of their shares; of equal shares, the one with the least error."""
-    best: dict[float, Spent] = {}
-    for one in sorted(spent, key=lambda one: -one.error):
-        best[one.share] = one
-    return tuple(best[share] for share in sorted(best))
+def front(spent: Sequence[Spent]) -> tuple[Spent, ...]:
+    """In the order of their shares, without those that have no less error than one of at most their share."""
+    found: list[Spent] = []
+    for one in sorted(spent, key=lambda one: (one.share, one.error)):
+        if not found or one.error < found[-1].error:
+            found.append(one)
+    return tuple(found)

@@ -133,7 +133,8 @@ class ErrorEstimates:
 
     def level(self, by: str, share: float) -> float:
         """The level for a share of the multiply-adds: by sample, interpolated between measured ones; by step, that of
-        the nearest share, because schedules have certain shares only. Raises ValueError for a share beyond them."""
+        the largest measured share within it, because schedules have certain shares only. Raises ValueError for a share
+        beyond them."""
         spent = self.spent(by)
         low, high = spent[0].share, spent[-1].share
         if low - ROUNDING <= share <= high + ROUNDING:  # as printed
@@ -143,15 +144,17 @@ class ErrorEstimates:
                 f"share must lie from {low:.3f} to {high:.3f}, for which levels were measured, got {share:g}"
             )
         if by == BY[1]:
-            return min(spent, key=lambda one: abs(one.share - share)).level
+            return self._within(share).level
         right = next(i for i, one in enumerate(spent) if one.share >= share)
         less, more = spent[max(0, right - 1)], spent[right]
         part = 0.0 if less == more else (share - less.share) / (more.share - less.share)
         return less.level + part * (more.level - less.level)
 
     def error(self, by: str, share: float) -> float:
-        """The measured error, interpolated in its logarithm. Raises ValueError as `level`."""
+        """The measured error at this share; by sample, interpolated in its logarithm. Raises ValueError as `level`."""
         self.level(by, share)
+        if by == BY[1]:
+            return self._within(share).error
         spent = self.spent(by)
         errors = [math.log(max(one.error, LEAST_ERROR)) for one in spent]
         return math.exp(float(np.interp(share, [one.share for one in spent], errors)))
@@ -165,6 +168,9 @@ class ErrorEstimates:
         if not found:
             self.level(BY[0], share)
         return min(found, key=found.__getitem__)
+
+    def _within(self, share: float) -> Spent:
+        return next((one for one in reversed(self.by_step) if one.share <= share + ROUNDING), self.by_step[0])
 
     @cached_property
     def _places(self) -> dict[torch.device, tuple[Tensor, Tensor, Tensor]]:
