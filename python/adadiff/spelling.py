@@ -25,9 +25,9 @@ PLACES = {int: "N", float: "NUMBER", bool: "true|false"}  # placeholders in form
 class Entry(Generic[T]):
     """A spelling that begins with `name`. make: a dataclass or function, whose parameters are the settings.
 
-    leading: the parameter that comes first; required unless it has a default. key: its spelling, if not its name; among
-    entries of one name, the one whose key is given is chosen. bare: its value may come first without key. path: its
-    value is a file name, without key, which may contain commas; other settings follow it.
+    leading: the parameter that comes first. Parameters without a default are required. key: its spelling, if not its
+    name; among entries of one name, the one whose key is given is chosen. bare: its value may come first without key.
+    path: its value is a file name, without key, which may contain commas; other settings follow it.
     readers: parsers of parameters whose type is not enough; words: placeholders of values in forms.
     """
 
@@ -45,9 +45,9 @@ class Entry(Generic[T]):
         return self.key or self.leading
 
     @property
-    def needs_leading(self) -> bool:
-        """Whether the leading setting has no default."""
-        return self.leading is not None and inspect.signature(self.make).parameters[self.leading].default is EMPTY
+    def required(self) -> list[str]:
+        """The parameters without a default."""
+        return [name for name, one in inspect.signature(self.make).parameters.items() if one.default is EMPTY]
 
     @property
     def settings(self) -> dict[str, str]:
@@ -59,16 +59,19 @@ class Entry(Generic[T]):
     @property
     def form(self) -> str:
         """The form for help and errors, such as "cache:threshold=CHANGE[,first=N]"."""
-        parts = []
-        for spelled, parameter in self.settings.items():
-            word = self.words.get(parameter) or _place(self._type(parameter))
-            leads = parameter == self.leading
-            parts.append(word if leads and (self.bare or self.path) else f"{spelled}={word}")
+        parts = {parameter: self._part(spelled, parameter) for spelled, parameter in self.settings.items()}
         if not parts:
             return self.name
-        if not self.needs_leading:
-            return f"{self.name}[:{','.join(parts)}]"
-        return f"{self.name}:{parts[0]}" + "".join(f"[,{part}]" for part in parts[1:])
+        if not self.required:
+            return f"{self.name}[:{','.join(parts.values())}]"
+        first, *others = parts.items()
+        return f"{self.name}:{first[1]}" + "".join(
+            f",{part}" if parameter in self.required else f"[,{part}]" for parameter, part in others
+        )
+
+    def _part(self, spelled: str, parameter: str) -> str:
+        word = self.words.get(parameter) or _place(self._type(parameter))
+        return word if parameter == self.leading and (self.bare or self.path) else f"{spelled}={word}"
 
     @property
     def lacking(self) -> str:
@@ -84,8 +87,10 @@ class Entry(Generic[T]):
             if settings[spelled] in given:
                 raise ValueError(f"{spelled} is given twice")
             given[settings[spelled]] = self._value(spelled, settings[spelled], value)
-        if self.needs_leading and self.leading not in given:
-            raise ValueError(self.lacking)
+        for spelled, parameter in settings.items():
+            if parameter in self.required and parameter not in given:
+                leads = parameter == self.leading
+                raise ValueError(self.lacking if leads else f"{self.name} needs {self._part(spelled, parameter)}")
         return self.make(**given)
 
     def _pairs(self, text: str) -> list[tuple[str, str]]:
@@ -201,7 +206,7 @@ def _chosen(entries: Sequence[Entry[T]], rest: str) -> Entry[T]:
 
 
 def _without_settings(entries: Sequence[Entry[T]]) -> T:
-    if (plain := next((entry for entry in entries if not entry.needs_leading), None)) is not None:
+    if (plain := next((entry for entry in entries if not entry.required), None)) is not None:
         return plain.make()
     raise ValueError(entries[0].lacking)
 

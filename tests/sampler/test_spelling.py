@@ -155,6 +155,15 @@ def test_forms_name_every_entry_and_setting(registry: Registry) -> None:
         assert all(spelled in entry.form for spelled in entry.settings if not (entry.bare or entry.path))
 
 
+def test_settings_without_a_default_are_required() -> None:
+    milk: Registry[object] = Registry("drink", [Entry("milk", lambda sort, fat, cups=1: (sort, fat, cups), "sort")])
+    assert milk.forms() == "milk:sort=TEXT,fat=TEXT[,cups=TEXT]"
+    assert milk.read("milk:sort=oat,fat=2") == ("oat", 2, 1)
+    for text in ("milk:sort=oat", "milk:sort=oat,cups=2"):
+        with pytest.raises(ValueError, match="milk needs fat=TEXT"):
+            milk.read(text)
+
+
 def test_guesses() -> None:
     assert [guessed(text) for text in ("3", "3.5", "1e3", "true", "false", "x", "")] == [
         3,

@@ -14,11 +14,9 @@ from .estimated import ErrorEstimates, EstimatedReuse, Spent
 FORMAT, FORMAT_VERSION = "adadiff estimated errors", 1
 
 
-def estimated_from(path: str, share: float | None = None, by: str | None = None) -> EstimatedReuse:
-    """The policy for a file of `adadiff calibrate-reuse`, or the name of a shipped one. Raises ValueError for a file
-    that cannot be read, without a share, and for a share or `by` that it does not have."""
-    if share is None:
-        raise ValueError("estimate needs share=SHARE, the share of the multiply-adds to spend")
+def estimated_from(path: str, share: float, by: str | None = None) -> EstimatedReuse:
+    """The policy for a file of `adadiff calibrate-reuse`, or the name of a shipped one. share: of the multiply-adds.
+    Raises ValueError for a file that cannot be read, and for a share or `by` that it does not have."""
     return EstimatedReuse(read_estimates(path), share, by, source=path)
 
 
