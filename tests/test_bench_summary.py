@@ -263,7 +263,11 @@ def test_numbers_of_the_headline_are_those_of_its_rows() -> None:
     full = row("headline", "speed", "full network", parameters, **timed(1.5), way="loop", speedup=1.0)
     results = {"way": "compiled engine", "speedup": 1.7, "mean_exit_layer": 7.0, "macs_share": 0.55}
     early = row("headline", "speed", "early exit", parameters, **timed(0.88), **results)
-    lines = told([full, early])
+    reuse = row(
+        "headline", "speed", "reuse", parameters, **timed(0.8), **{**results, "speedup": 1.9, "macs_share": 0.5}
+    )
+    lines = told([full, early, reuse])
+    assert line_of(lines, "reuse, compiled engine") == ["0.80", "1.90", "50", "%"]
     assert any(line.startswith("64 canvases, 20 steps") for line in lines)
     assert line_of(lines, "full network, loop") == ["1.50", "1.00", "100", "%"]
     assert line_of(lines, "early exit, compiled engine") == ["0.88", "1.70", "55", "%"]

@@ -1,6 +1,6 @@
-"""The picture at the top of the README: samples of the full network and of early exit from the same noises, below each
-pair the blocks of every step, and beside them error against cost, ours and the front of all others. Numbers come from
-rows, images from the model of the package."""
+"""The picture at the top of the README: samples of the full network, of early exit and of reuse from the same noises,
+below them the blocks of every step with early exit, and beside them error against cost, ours and the front of all
+others. Numbers come from rows, images from the model of the package."""
 
 import hashlib
 import json
@@ -16,11 +16,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from adadiff.policies.estimated_file import read_estimates
 from benchmarks.report import fronts
 from benchmarks.report.cells import select
 from benchmarks.rows import Row
 from benchmarks.suites.drawing import fingerprint, load
-from benchmarks.suites.headline import EARLY, FULL, MODEL, SAMPLES, STEPS, SUITE, drawn
+from benchmarks.suites.headline import ADAPTIVE, EARLY, FULL, MODEL, REUSE, SAMPLES, STEPS, SUITE, drawn
 
 SHOWN = 12  # the first samples, not selected
 DATA, MEASURE = "letters", "error"  # of the fronts
@@ -28,44 +29,48 @@ LEAST = 0.3  # of the most multiply-adds; settings with fewer are far from the f
 
 
 def source(rows: Sequence[Row]) -> str:
-    """Hash of all that the picture shows: its rows and the model."""
+    """Hash of all that the picture shows: its rows, the model and the estimates of reuse."""
     both = [row for kind in ("quality", "speed") for row in select(rows, fronts.SUITE, kind)]
     compared = [row for row in both if row["parameters"]["data"] == DATA]
-    found = json.dumps([*select(rows, SUITE, "speed"), *compared, SHOWN, fingerprint(MODEL)], sort_keys=True)
+    known = read_estimates("letters_reuse").digest
+    found = json.dumps([*select(rows, SUITE, "speed"), *compared, SHOWN, fingerprint(MODEL), known], sort_keys=True)
     return hashlib.sha256(found.encode()).hexdigest()[:16]
 
 
 def picture(rows: Sequence[Row]) -> Figure:
-    """Raises ValueError if one of the two rows is missing."""
+    """Raises ValueError if a row is missing."""
     timed = {row["variant"]: row for row in select(rows, SUITE, "speed")}
-    if not {FULL.name, EARLY.name} <= set(timed):
+    if not {method.name for method in (FULL, *ADAPTIVE)} <= set(timed):
         raise ValueError("the picture needs the rows of `python benchmarks/run.py --suite headline`")
-    full, early = timed[FULL.name], timed[EARLY.name]
-    (images, report), (plain, _) = drawn(EARLY), drawn(FULL)
+    full, early, reuse = timed[FULL.name], timed[EARLY.name], timed[REUSE.name]
+    (images, report), (plain, _), (reused, saved) = drawn(EARLY), drawn(FULL), drawn(REUSE)
     layers = report.exit_layer[:, :SHOWN].float().mean(-1).numpy()  # [steps, n], means of the two halves of guidance
-    whole = plt.figure(figsize=(13, 3.2), layout="constrained")
+    whole = plt.figure(figsize=(13, 4), layout="constrained")
     figure, compared = whole, fronts.points(rows, DATA)
     if compared:
         figure, beside = whole.subfigures(1, 2, width_ratios=(2.6, 1))
         _fronts(beside.subplots(), compared)
-    axes = figure.subplots(3, SHOWN, height_ratios=(1, 1, 0.9), gridspec_kw={"wspace": 0.06, "hspace": 0.04})
+    axes = figure.subplots(4, SHOWN, height_ratios=(1, 1, 1, 0.9), gridspec_kw={"wspace": 0.06, "hspace": 0.04})
     palette = plt.get_cmap("viridis")
     for i in range(SHOWN):
         _image(axes[0, i], plain[i], palette(1.0))
-        _image(axes[1, i], images[i], palette(layers[:, i].mean() / report.num_layers))
-        _steps(axes[2, i], layers[:, i], report.num_layers, palette)
+        _image(axes[1, i], reused[i], palette(saved.mean_exit_layer / saved.num_layers))
+        _image(axes[2, i], images[i], palette(layers[:, i].mean() / report.num_layers))
+        _steps(axes[3, i], layers[:, i], report.num_layers, palette)
     axes[0, 0].set_ylabel("full network", fontsize=9)
-    axes[1, 0].set_ylabel("early exit", fontsize=9)
-    axes[2, 0].set_ylabel("blocks run\nat each step", fontsize=9)
-    axes[2, 0].set_yticks([1, report.num_layers], ["1", str(report.num_layers)], fontsize=7)
-    share, n, L = early["macs_share"], SAMPLES, report.num_layers
-    figure.suptitle(
-        f"{n} images of {STEPS} steps:  all {L} blocks in {full['seconds']['median']:.2f} s;  "
-        f"early exit, {early['mean_exit_layer']:.1f} of {L} blocks ({share:.0%} of the work), in "
-        f"{early['seconds']['median']:.2f} s",
-        fontsize=11,
+    axes[1, 0].set_ylabel("reuse", fontsize=9)
+    axes[2, 0].set_ylabel("early exit", fontsize=9)
+    axes[3, 0].set_ylabel("its blocks\nat each step", fontsize=9)
+    axes[3, 0].set_yticks([1, report.num_layers], ["1", str(report.num_layers)], fontsize=7)
+    said = [
+        f"{row['variant']}, {row['macs_share']:.0%} of the work, in {row['seconds']['median']:.2f} s"
+        for row in (reuse, early)
+    ]
+    all_blocks = f"all {report.num_layers} blocks in {full['seconds']['median']:.2f} s"
+    figure.suptitle(f"{SAMPLES} images of {STEPS} steps:  {all_blocks};  {';  '.join(said)}", fontsize=11)
+    bar = figure.colorbar(
+        plt.cm.ScalarMappable(plt.Normalize(0, report.num_layers), palette), ax=axes, pad=0.01, aspect=30
     )
-    bar = figure.colorbar(plt.cm.ScalarMappable(plt.Normalize(0, L), palette), ax=axes, pad=0.01, aspect=30)
     bar.set_label("blocks run (frame: mean)", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     return whole

@@ -1,4 +1,4 @@
-"""The README's first picture in the summary: one call with the full network and with early exit."""
+"""The README's first picture in the summary: one call with the full network, with early exit and with reuse."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from benchmarks.report.sections import Section, busy, columns, judged_speed, per
 from benchmarks.rows import Row
 
 SUITE = "headline"
-FULL, EARLY = "full network", "early exit"
+FULL, EARLY, REUSE = "full network", "early exit", "reuse"
 
 
 def section(rows: Sequence[Row]) -> Section | None:
@@ -25,7 +25,7 @@ def section(rows: Sequence[Row]) -> Section | None:
             busy(row),
             percent(row.get("macs_share", 1.0)),
         )
-        for row in (full, early)
+        for row in (full, early, *([timed[REUSE]] if REUSE in timed else []))
     ]
     said = f"Early exit against the full network: {judged_speed(early, full)}."
     return Section([*columns(header, body), said], f"{header[0]}, early exit: {times_as_fast(early)}.")
