@@ -192,7 +192,7 @@ def _estimated(made: Made, policy: EstimatedReuse, cache: dict, step: int) -> bo
     if step < 2 or not cache["known"]:
         return False
     estimates, last, age = policy.estimates, cache["made"], step - cache["made"]
-    error = estimates.profile[step] + estimates.power(policy.decides) * math.log(age)
+    error = estimates.profile[step] + estimates.age_power * math.log(age)
     if policy.decides == "sample":
         error += estimates.offsets[last]
         for weight, channel in zip(estimates.weights[last], cache["growth"][0].T, strict=True):

@@ -50,7 +50,6 @@ def estimates(kind: str, level: float = -1.0, spread: float = 1.0) -> ErrorEstim
         norms=norms_of(model.backbone.blocks),
         t=tuple(DDIM().table(model.schedule, STEPS).t.tolist()),
         age_power=2.5,
-        age_power_by_step=1.5,
         profile=(0.0, 0.0, 0.5, -0.5, -1.5, -2.5, -0.5),
         weights=tuple(map(tuple, weights.tolist())),
         offsets=tuple([0.1 * s for s in range(STEPS)]),
@@ -210,7 +209,7 @@ def test_files_of_anything_else_are_refused(file: str, tmp_path: Path) -> None:
     other = tmp_path / "other.json"
     cases = [
         ({"format": "else"}, "does not hold"),
-        ({"format_version": 2}, "format_version 2"),
+        ({"format_version": 1}, "format_version 1"),
         ({"solver": 3}, "solver"),
         ({"profile": whole["profile"][:-1]}, "by step"),
         ({"weights": [*whole["weights"][:-1], [1.0]]}, "as many weights"),

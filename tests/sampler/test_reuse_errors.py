@@ -10,6 +10,7 @@ import torch
 
 import adadiff
 from adadiff.calibration.reuse_errors import (
+    GAINS,
     POWERS,
     TRIED,
     Once,
@@ -105,23 +106,30 @@ def test_work_is_what_reports_count() -> None:
             assert share == pytest.approx(report.macs / report.macs_full)
 
 
-@pytest.mark.parametrize("by", ["sample", "step"])
-def test_the_power_of_age_with_the_least_error_is_taken(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compared at one share, whatever shares the two runs of each really had."""
+def test_the_power_of_age_and_the_gain_with_the_least_error_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each compared at one share, whatever shares its two runs really had; the power by step, the gain by sample."""
     errors = ReuseErrors(models()["uvit"], n=32, steps=6)
-    found = errors.run()
-    runs = []
+    tried = []
 
-    def measured(policy: EstimatedReuse, *_: object) -> tuple[torch.Tensor, float]:
-        """Errors fall with the share, tenfold in 0.1; the second power's are half of the others'."""
-        power, share = policy.estimates.power(policy.by), 0.4 + 0.05 * len(runs)
-        runs.append((policy.by, power))
-        return torch.tensor([10 ** (-10 * share) * (1 if power == POWERS[1] else 2)], dtype=torch.float64), share
+    def measured(policy: EstimatedReuse, full: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, float]:
+        """Errors fall with the share, tenfold in 0.1; with the second of the three, they are half of the others'."""
+        if not isinstance(policy, EstimatedReuse):
+            return torch.rand(len(full), dtype=torch.float64), 0.5
+        known, share = policy.estimates, 0.4 + 0.02 * len(tried)
+        tried.append((policy.by, known.age_power, known.weights))
+        second = len(tried) - 1 in (2, 3, 8, 9)
+        return torch.full((len(full),), 10 ** (-10 * share) * (1 if second else 2), dtype=torch.float64), share
 
     monkeypatch.setattr(errors, "_errors", measured)
-    deviations = torch.zeros(6, 1, 8, dtype=torch.float64)
-    assert errors._power(found, by, deviations, torch.zeros(8), None) == POWERS[1]
-    assert runs == [(by, power) for power in POWERS for _ in TRIED]
+    found = errors.run()
+    assert [one[:2] for one in tried[:6]] == [("step", power) for power in POWERS for _ in TRIED]
+    assert {one[:2] for one in tried[6:12]} == {("sample", POWERS[1])}
+    assert found.age_power == POWERS[1]
+    assert found.weights == tried[8][2]
+    largest = np.array(tried[10][2])  # of the last gain, 1
+    for i, gain in enumerate(GAINS):
+        np.testing.assert_allclose(np.array(tried[6 + 2 * i][2]), gain * largest, rtol=1e-5)
+    assert np.abs(largest).max() > 0
 
 
 def test_lines() -> None:
@@ -224,10 +232,8 @@ def test_a_plain_network() -> None:
     found = errors.run()
     assert errors.run() == found
     # by step, every number of full steps can be had, so that a share is missed by less than one step
-    rule = Rule(torch.tensor(found.profile, dtype=torch.float64), found.age_power_by_step)
-    assert sorted(errors._levels(found, "step", torch.zeros(0))) == sorted(
-        of_steps(rule, Work.of(errors.model)).values()
-    )
+    schedules = of_steps(Rule.of(found), Work.of(errors.model))
+    assert sorted(errors._levels(found, "step", torch.zeros(0))) == sorted(schedules.values())
     _, report = adadiff.sample(
         models()["plain"], 4, steps=6, class_labels=1, policy=EstimatedReuse(found, found.by_sample[0].share)
     )

@@ -27,7 +27,8 @@ from .recording import run
 
 LEAST_STEPS = FIRST_REUSE + 2
 PLACES = 10  # steps in which reuse alone is measured
-POWERS = (3.0, 4.5, 6.0)  # of age, of which the best is taken
+POWERS = (3.0, 4.5, 6.0)  # of age, of which the best by step is taken
+GAINS = (0.3, 0.6, 1.0)  # of deviations, of which the best by sample is taken
 TRIED = (0.45, 0.6)  # shares of the multiply-adds at which they are compared
 LEVELS = 8  # measured by sample, from LOWEST times the least share of a schedule to MOST of the multiply-adds
 LOWEST, MOST = 1.02, 0.95
@@ -91,7 +92,7 @@ class ReuseErrors:
 
     n samples, with seeds from `seed` on, are drawn in full and with reuse in every other step; which of them have
     larger errors is learned by ridge regression. A quarter of them is drawn again with reuse in one step alone, and to
-    compare POWERS of age. n // 4 others measure LEVELS levels by sample, and every schedule by step, or SCHEDULES of
+    compare POWERS and GAINS. n // 4 others measure LEVELS levels by sample, and every schedule by step, or SCHEDULES of
     them. Deterministic.
     text_embeds: [P, N, E], null_text_embeds: [N, E], for models that take text; samples use the prompts in turn. Raises
     ValueError for invalid arguments, before any work.
@@ -145,7 +146,7 @@ class ReuseErrors:
     def run(self, progress: bool = False) -> ErrorEstimates:
         places = _places(FIRST_REUSE, self.steps - 1, PLACES)
         measured = LEVELS + min(SCHEDULES, self.steps - FIRST_REUSE)
-        drawn = len(places) + len(BY) * len(POWERS) * len(TRIED) + measured + 1
+        drawn = len(places) + (len(POWERS) + len(GAINS)) * len(TRIED) + measured + 1
         total = 2 * self.n + drawn * self._others
         with _quiet(), tqdm(total=total, disable=not progress, unit="image", dynamic_ncols=True) as bar:
             return self._run(places, bar)
@@ -171,32 +172,35 @@ class ReuseErrors:
             t=tuple(table.t.double().tolist()),
             profile=tuple(profile.tolist()),
             age_power=POWERS[0],
-            age_power_by_step=POWERS[0],
-            weights=tuple(tuple(float(f"{value:.7g}") for value in row) for row in weights.tolist()),
+            weights=tuple(map(tuple, weights.tolist())),
             offsets=tuple(offsets.tolist()),
             by_sample=nothing,
             by_step=nothing,
         )
-        for by, name in zip(BY, ("age_power", "age_power_by_step"), strict=True):
-            estimates = replace(estimates, **{name: self._power(estimates, by, deviations, few, bar)})
-        return self._with_levels(estimates, deviations, bar)
+        powers = [(replace(estimates, age_power=power), deviations) for power in POWERS]
+        estimates, _ = self._best(powers, BY[1], few, bar)
+        gains = [(scaled(estimates, gain), gain * deviations) for gain in GAINS]
+        return self._with_levels(*self._best(gains, BY[0], few, bar), bar)
 
-    def _power(self, estimates: ErrorEstimates, by: str, deviations: Tensor, full: Tensor, bar: tqdm) -> float:
-        """The one of POWERS with the least error, interpolated between TRIED shares of the work. Measured, because
-        errors of steps in a row add up to more than each alone."""
-        found = {}
-        for power in POWERS:
-            tried = replace(estimates, age_power=power, age_power_by_step=power)
+    def _best(
+        self, candidates: Sequence[tuple[ErrorEstimates, Tensor]], by: str, full: Tensor, bar: tqdm
+    ) -> tuple[ErrorEstimates, Tensor]:
+        """The estimates, with their deviations, of the least error, interpolated between TRIED shares of the work.
+        Measured, because errors of steps in a row add up to more than each alone."""
+
+        def error(candidate: tuple[ErrorEstimates, Tensor]) -> float:
+            tried, deviations = candidate
             points = []
             for share in TRIED:
                 level = self._level(tried, by, share, deviations)
                 errors, spent = self._errors(EstimatedReuse(at_level(tried, by, level), 1.0, by), full, bar)
                 points.append((spent, math.log(max(float(errors.mean()), LEAST_ERROR))))
-            found[power] = on_line(points, sum(TRIED) / len(TRIED))
-        return min(found, key=found.__getitem__)
+            return on_line(points, sum(TRIED) / len(TRIED))
+
+        return min(candidates, key=error)
 
     def _level(self, estimates: ErrorEstimates, by: str, share: float, deviations: Tensor) -> float:
-        rule = Rule.of(estimates, by)
+        rule = Rule.of(estimates)
         if by == BY[0]:
             return level_for(share, rule, deviations, self._work)
         schedules = of_steps(rule, self._work)
@@ -214,7 +218,7 @@ class ReuseErrors:
         return replace(estimates, **found)
 
     def _levels(self, estimates: ErrorEstimates, by: str, deviations: Tensor) -> list[float]:
-        rule = Rule.of(estimates, by)
+        rule = Rule.of(estimates)
         schedules = of_steps(rule, self._work)
         if by == BY[0]:
             shares = np.linspace(LOWEST * min(schedules), MOST, LEVELS).tolist()
@@ -290,6 +294,12 @@ def at_level(estimates: ErrorEstimates, by: str, level: float) -> ErrorEstimates
     return replace(estimates, **{f"by_{by}": (Spent(level, 1.0, 0.0, 0.0, 0.0),)})
 
 
+def scaled(estimates: ErrorEstimates, gain: float) -> ErrorEstimates:
+    """Estimates whose deviations are `gain` times as large."""
+    weights = tuple(tuple(float(f"{gain * value:.7g}") for value in row) for row in estimates.weights)
+    return replace(estimates, weights=weights, offsets=tuple(gain * value for value in estimates.offsets))
+
+
 def on_line(points: Sequence[tuple[float, float]], x: float) -> float:
     """The value at x of the line through two points, or of the first one if both lie at the same place."""
     (a, before), (b, after) = points
@@ -304,9 +314,8 @@ class Rule:
     age_power: float
 
     @staticmethod
-    def of(estimates: ErrorEstimates, by: str) -> "Rule":
-        profile = torch.tensor(estimates.profile, dtype=torch.float64, device="cpu")
-        return Rule(profile, estimates.power(by))
+    def of(estimates: ErrorEstimates) -> "Rule":
+        return Rule(torch.tensor(estimates.profile, dtype=torch.float64, device="cpu"), estimates.age_power)
 
     def full_steps(self, level: float, deviations: Tensor) -> Tensor:
         """bool [S, n]: the full steps at a level, if growth is that of full runs. deviations: float64 [S, H, n], of

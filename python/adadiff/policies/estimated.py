@@ -6,9 +6,9 @@ Reusing in one step changes a sample's final image. The mean squared change, e, 
 
 at step s, a steps after the last full one. profile: measured by reuse in one step alone. deviation: how far this sample
 is above the others; linear in how much each channel of what the skipped blocks added grew between the sample's last two
-full steps. age_power: the best of a few; above what the error of extrapolation suggests, since errors of steps in a row
-add up. A sample reuses where log e is at most a level, the same one at all steps, since that spends a given error on
-the most steps.
+full steps, times the best of a few gains of at most 1, as it is a guess. age_power: the best of a few; above what the
+error of extrapolation suggests, since errors of steps in a row add up. A sample reuses where log e is at most a level,
+the same one at all steps, since that spends a given error on the most steps.
 """
 
 import hashlib
@@ -66,8 +66,7 @@ class ErrorEstimates:
     seed: int
     norms: tuple[float, ...]
     t: tuple[float, ...]
-    age_power: float  # by sample
-    age_power_by_step: float
+    age_power: float
     profile: tuple[float, ...]
     weights: tuple[tuple[float, ...], ...]
     offsets: tuple[float, ...]
@@ -81,7 +80,7 @@ class ErrorEstimates:
         if len({len(row) for row in self.weights}) != 1 or not self.by_sample or not self.by_step:
             raise ValueError("every step has as many weights, and there is a level at least")
         numbers = [*self.norms, *self.t, *self.profile, *self.offsets, *(v for row in self.weights for v in row)]
-        numbers += [self.age_power, self.age_power_by_step, self.guidance_scale]
+        numbers += [self.age_power, self.guidance_scale]
         numbers += [v for one in (*self.by_sample, *self.by_step) for v in asdict(one).values()]
         if any(type(v) not in (int, float) or not abs(v) <= LARGEST for v in numbers):
             raise ValueError(f"estimates are numbers of at most {LARGEST:g}")
@@ -93,9 +92,6 @@ class ErrorEstimates:
                 or not 0 < shares[0] <= shares[-1] <= 1
             ):
                 raise ValueError(f"shares must rise within (0, 1] as levels fall, got shares {shares}, levels {levels}")
-
-    def power(self, by: str) -> float:
-        return self.age_power if by == BY[0] else self.age_power_by_step
 
     def spent(self, by: str) -> tuple[Spent, ...]:
         return self.by_sample if by == BY[0] else self.by_step
@@ -244,7 +240,7 @@ class EstimatedReuse(ReusePolicy):
     def reuse_mask(self, change: Tensor | None, context: ReuseContext) -> Tensor:
         assert change is not None
         profile = self.estimates.tensors(change.device)[0]
-        error = change + profile[context.step] + self.estimates.power(self.decides) * context.age.float().log()
+        error = change + profile[context.step] + self.estimates.age_power * context.age.float().log()
         return error <= self.level  # false for NaN
 
     def __str__(self) -> str:
