@@ -1,6 +1,6 @@
-"""The picture at the top of the README: samples of the full network, of early exit and of reuse from the same noises,
-below them the blocks of every step with early exit, and beside them error against cost, ours and the front of all
-others. Numbers come from rows, images from the model of the package."""
+"""The picture at the top of the README: samples of the full network, of reuse and of early exit from the same noises,
+below each the blocks of every step, and beside them error against cost, ours and the front of all others. Numbers come
+from rows, images from the model of the package."""
 
 import hashlib
 import json
@@ -42,35 +42,36 @@ def picture(rows: Sequence[Row]) -> Figure:
     timed = {row["variant"]: row for row in select(rows, SUITE, "speed")}
     if not {method.name for method in (FULL, *ADAPTIVE)} <= set(timed):
         raise ValueError("the picture needs the rows of `python benchmarks/run.py --suite headline`")
-    full, early, reuse = timed[FULL.name], timed[EARLY.name], timed[REUSE.name]
-    (images, report), (plain, _), (reused, saved) = drawn(EARLY), drawn(FULL), drawn(REUSE)
-    layers = report.exit_layer[:, :SHOWN].float().mean(-1).numpy()  # [steps, n], means of the two halves of guidance
-    whole = plt.figure(figsize=(13, 4), layout="constrained")
+    full, L = timed[FULL.name], load(MODEL).num_layers
+    whole = plt.figure(figsize=(13, 4.9), layout="constrained")
     figure, compared = whole, fronts.points(rows, DATA)
     if compared:
         figure, beside = whole.subfigures(1, 2, width_ratios=(2.6, 1))
         _fronts(beside.subplots(), compared)
-    axes = figure.subplots(4, SHOWN, height_ratios=(1, 1, 1, 0.9), gridspec_kw={"wspace": 0.06, "hspace": 0.04})
+    axes = figure.subplots(5, SHOWN, height_ratios=(1, 1, 0.8, 1, 0.8), gridspec_kw={"wspace": 0.06, "hspace": 0.04})
     palette = plt.get_cmap("viridis")
+    plain, _ = drawn(FULL)
     for i in range(SHOWN):
         _image(axes[0, i], plain[i], palette(1.0))
-        _image(axes[1, i], reused[i], palette(saved.mean_exit_layer / saved.num_layers))
-        _image(axes[2, i], images[i], palette(layers[:, i].mean() / report.num_layers))
-        _steps(axes[3, i], layers[:, i], report.num_layers, palette)
-    axes[0, 0].set_ylabel("full network", fontsize=9)
-    axes[1, 0].set_ylabel("reuse", fontsize=9)
-    axes[2, 0].set_ylabel("early exit", fontsize=9)
-    axes[3, 0].set_ylabel("its blocks\nat each step", fontsize=9)
-    axes[3, 0].set_yticks([1, report.num_layers], ["1", str(report.num_layers)], fontsize=7)
+    axes[0, 0].set_ylabel(FULL.name, fontsize=9)
+    for row, method in ((1, REUSE), (3, EARLY)):
+        images, report = drawn(method)
+        blocks = report.exit_layer[:, :SHOWN].float().mean(-1).numpy()  # [steps, n], means of both halves of guidance
+        for i in range(SHOWN):
+            _image(axes[row, i], images[i], palette(blocks[:, i].mean() / L))
+            _steps(axes[row + 1, i], blocks[:, i], L, palette)
+        axes[row, 0].set_ylabel(method.name, fontsize=9)
+        axes[row + 1, 0].set_ylabel("blocks run\nat each step", fontsize=8)
+        axes[row + 1, 0].set_yticks([1, L], ["1", str(L)], fontsize=7)
+    for axis in axes[-1]:
+        axis.set_xlabel("noise → image", fontsize=6)
     said = [
         f"{row['variant']}, {row['macs_share']:.0%} of the work, in {row['seconds']['median']:.2f} s"
-        for row in (reuse, early)
+        for row in (timed[REUSE.name], timed[EARLY.name])
     ]
-    all_blocks = f"all {report.num_layers} blocks in {full['seconds']['median']:.2f} s"
+    all_blocks = f"all {L} blocks in {full['seconds']['median']:.2f} s"
     figure.suptitle(f"{SAMPLES} images of {STEPS} steps:  {all_blocks};  {';  '.join(said)}", fontsize=11)
-    bar = figure.colorbar(
-        plt.cm.ScalarMappable(plt.Normalize(0, report.num_layers), palette), ax=axes, pad=0.01, aspect=30
-    )
+    bar = figure.colorbar(plt.cm.ScalarMappable(plt.Normalize(0, L), palette), ax=axes, pad=0.01, aspect=30)
     bar.set_label("blocks run (frame: mean)", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     return whole
@@ -119,4 +120,3 @@ def _image(axis: Axes, image: Tensor, colour: tuple[float, ...]) -> None:
 def _steps(axis: Axes, layers: np.ndarray, num_layers: int, palette: matplotlib.colors.Colormap) -> None:
     axis.bar(range(len(layers)), layers, width=1.0, color=palette(layers / num_layers))
     axis.set(xticks=[], yticks=[], ylim=(0, num_layers), xlim=(-0.5, len(layers) - 0.5))
-    axis.set_xlabel("noise → image", fontsize=6)
