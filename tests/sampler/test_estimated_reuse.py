@@ -86,10 +86,11 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_decisions_and_images_are_those_made_by_hand(
     kind, level, spread, by, exits, seed, label, scale, tied, interval
 ) -> None:
-    """Composed with exits, growth is unknown between steps that ended at different layers, or at an exit."""
+    """Composed with exits, growth is unknown between steps that ended at different layers, or at an exit. Both halves
+    of a guided sample decide as one, whether or not they are asked to."""
     exits = None if kind == "plain" else exits
     plan = Plan(estimated=EstimatedReuse(estimates(kind, level, spread), 0.5, by), order=1, exits=exits)
-    wanted = by_hand(models()[kind], plan, STEPS, seed, label, scale, tied, interval)
+    wanted = by_hand(models()[kind], plan, STEPS, seed, label, scale, True, interval)
     assume(wanted.margin > 1e-3)  # else rounding decides
     own = {"steps": STEPS, "seed": seed, "class_labels": label, "guidance_scale": scale, "tied": tied}
     images, report = adadiff.sample(
@@ -109,7 +110,7 @@ def test_six_lanes_together_decide_as_each_by_hand(kind: str, way: str) -> None:
         own = {"steps": STEPS, "class_labels": LABELS, "guidance_scale": SCALES, "execution": WAYS[way]}
         images, report = adadiff.sample(models()[kind], 4, policy=plan.policy, **own)
         for i in range(4):
-            wanted = by_hand(models()[kind], plan, STEPS, i, LABELS[i], SCALES[i])
+            wanted = by_hand(models()[kind], plan, STEPS, i, LABELS[i], SCALES[i], True)
             assert wanted.margin > 1e-4  # so that rounding decides nothing
             assert report.reused[:, i].tolist() == wanted.reused
             torch.testing.assert_close(images[i], wanted.x, rtol=2e-3, atol=2e-3)

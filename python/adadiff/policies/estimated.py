@@ -205,7 +205,8 @@ class EstimatedReuse(ReusePolicy):
     """A sample reuses where the estimated error of that is at most a level, which spends about `share` of the full
     network's multiply-adds. What it reuses is extrapolated, as with order=1. by="sample": each sample by its own
     estimate; "step": all samples in the same steps, those that are best for the mean sample, as in SmoothCache (Liu et
-    al., arXiv 2411.10510); None: the one whose measured error is smaller at this share. source: the file, for messages.
+    al., arXiv 2411.10510); None: the one whose measured error is smaller at this share. The two lanes of a guided
+    sample reuse together, by the larger error, and exit together. source: the file, for messages.
     Spelled "estimate:FILE,share=0.55,by=step". Raises ValueError for other values."""
 
     estimates: ErrorEstimates
@@ -214,6 +215,7 @@ class EstimatedReuse(ReusePolicy):
     source: str | None = None
     gate = ESTIMATE
     order = 1
+    together = True
 
     def __post_init__(self) -> None:
         if self.by not in (None, *BY):

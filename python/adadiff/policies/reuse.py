@@ -42,7 +42,9 @@ class ReusePolicy:
     if growth was known there; needs order=1. None: no change. needs_steps_left: whether it reads
     `context.steps_left`. order: 0, what is reused stays as it was; 1, it is extrapolated linearly in the step, from the
     lane's last two full steps (after the first one, which knows no growth, as with 0). whole_batch: whether the change
-    is measured over all lanes together, so that they decide as one; a baseline for comparisons.
+    is measured over all lanes together, so that they decide as one; a baseline for comparisons. together: whether the
+    two lanes of a guided sample reuse only in the same steps, as with `SamplingParams.tied`: errors of both, being
+    alike, partly cancel in the guided prediction.
     """
 
     first: int = 1
@@ -51,6 +53,7 @@ class ReusePolicy:
     order: int = 0
     needs_steps_left: bool = False
     whole_batch: ClassVar[bool] = False
+    together: ClassVar[bool] = False
 
     def reuse_mask(self, change: Tensor | None, context: ReuseContext) -> Tensor:
         """bool [B]: lanes that reuse. change: float32 [B], NaN if unknown; None without a gate.

@@ -113,7 +113,7 @@ class SampleBatch:
             guidance=guidance,
             interval=_interval(params.guidance_interval, n, model.schedule),
             channels=_channels(model, params.guided_channels, n),
-            tied=params.tied,
+            tied=params.tied or (parts.reuse is not None and parts.reuse.together),
             context=context,
             null=null,
             init_image=init_image,
