@@ -9,7 +9,7 @@ from adadiff.policies.estimated_file import read_estimates
 
 @pytest.mark.slow
 def test_half_of_the_work_has_a_fraction_of_the_error_of_exits() -> None:
-    """24 samples; the card has a sixteenth of the error, of which some may be luck."""
+    """24 samples; the card has a nineteenth of the error, of which some may be luck."""
     model, known = adadiff.load("letters"), read_estimates("letters_reuse")
     own = {"steps": 20, "guidance_scale": 2.0, "class_labels": [7 * i % 62 for i in range(24)], "seed": 50}
 
