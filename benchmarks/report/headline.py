@@ -21,7 +21,7 @@ from benchmarks.report import fronts
 from benchmarks.report.cells import select
 from benchmarks.rows import Row
 from benchmarks.suites.drawing import fingerprint, load
-from benchmarks.suites.headline import ADAPTIVE, EARLY, FULL, MODEL, REUSE, SAMPLES, STEPS, SUITE, drawn
+from benchmarks.suites.headline import ADAPTIVE, EARLY, ESTIMATES, FULL, MODEL, REUSE, SAMPLES, STEPS, SUITE, drawn
 
 SHOWN = 12  # the first samples, not selected
 DATA, MEASURE = "letters", "error"  # of the fronts
@@ -32,7 +32,7 @@ def source(rows: Sequence[Row]) -> str:
     """Hash of all that the picture shows: its rows, the model and the estimates of reuse."""
     both = [row for kind in ("quality", "speed") for row in select(rows, fronts.SUITE, kind)]
     compared = [row for row in both if row["parameters"]["data"] == DATA]
-    known = read_estimates("letters_reuse").digest
+    known = read_estimates(ESTIMATES).digest
     found = json.dumps([*select(rows, SUITE, "speed"), *compared, SHOWN, fingerprint(MODEL), known], sort_keys=True)
     return hashlib.sha256(found.encode()).hexdigest()[:16]
 

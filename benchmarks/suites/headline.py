@@ -26,9 +26,10 @@ from benchmarks.suites.network import compiles
 
 SUITE = "headline"
 MODEL, STEPS, GUIDANCE, SAMPLES = "letters", 20, 2.0, 64
+ESTIMATES = "letters_reuse"  # of errors, for the same steps and guidance
 FULL = Method("full network", MODEL, steps=STEPS, guidance_scale=GUIDANCE)
 EARLY = Method("early exit", MODEL, policy="exit:budget=0.55", steps=STEPS, guidance_scale=GUIDANCE)
-REUSE = Method("reuse", MODEL, policy="estimate:letters_reuse,share=0.55", steps=STEPS, guidance_scale=GUIDANCE)
+REUSE = Method("reuse", MODEL, policy=f"estimate:{ESTIMATES},share=0.55", steps=STEPS, guidance_scale=GUIDANCE)
 ADAPTIVE = (EARLY, REUSE)
 
 

@@ -62,11 +62,12 @@ class Entry(Generic[T]):
         parts = {parameter: self._part(spelled, parameter) for spelled, parameter in self.settings.items()}
         if not parts:
             return self.name
-        if not self.required:
+        required = self.required
+        if not required:
             return f"{self.name}[:{','.join(parts.values())}]"
         first, *others = parts.items()
         return f"{self.name}:{first[1]}" + "".join(
-            f",{part}" if parameter in self.required else f"[,{part}]" for parameter, part in others
+            f",{part}" if parameter in required else f"[,{part}]" for parameter, part in others
         )
 
     def _part(self, spelled: str, parameter: str) -> str:
@@ -87,8 +88,9 @@ class Entry(Generic[T]):
             if settings[spelled] in given:
                 raise ValueError(f"{spelled} is given twice")
             given[settings[spelled]] = self._value(spelled, settings[spelled], value)
+        required = self.required
         for spelled, parameter in settings.items():
-            if parameter in self.required and parameter not in given:
+            if parameter in required and parameter not in given:
                 leads = parameter == self.leading
                 raise ValueError(self.lacking if leads else f"{self.name} needs {self._part(spelled, parameter)}")
         return self.make(**given)

@@ -218,11 +218,10 @@ class ReuseErrors:
         return replace(estimates, **found)
 
     def _levels(self, estimates: ErrorEstimates, by: str, deviations: Tensor) -> list[float]:
-        rule = Rule.of(estimates)
-        schedules = of_steps(rule, self._work)
+        schedules = of_steps(Rule.of(estimates), self._work)
         if by == BY[0]:
             shares = np.linspace(LOWEST * min(schedules), MOST, LEVELS).tolist()
-            return [level_for(share, rule, deviations, self._work) for share in shares]
+            return [self._level(estimates, by, share, deviations) for share in shares]
         return [schedules[sorted(schedules)[i]] for i in _places(0, len(schedules) - 1, SCHEDULES)]
 
     def _spent(self, estimates: ErrorEstimates, by: str, level: float, full: Tensor, bar: tqdm) -> Spent:
