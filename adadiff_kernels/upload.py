@@ -40,9 +40,13 @@ def upload_together(values: Sequence[np.ndarray | Tensor | None], device: torch.
     # a new buffer for every transfer: PyTorch does not reuse it before the transfer is done
     host = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
     staging = host.numpy()
-    for start, value in zip(starts, tensors, strict=True):
+    for start, value, tensor in zip(starts, values, tensors, strict=True):
         if value is not None and value.nbytes:
-            staging[start : start + value.nbytes] = value.contiguous().flatten().view(torch.uint8).numpy()
+            if isinstance(value, np.ndarray):  # NumPy's views take a third of the time of PyTorch's
+                own = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+            else:
+                own = tensor.contiguous().flatten().view(torch.uint8).numpy()
+            staging[start : start + value.nbytes] = own
     uploaded = upload(host, device)
     return [
         None if value is None else uploaded[start : start + value.nbytes].view(value.dtype).view(value.shape)

@@ -130,8 +130,8 @@ def launch_solver_step(
 ) -> None:
     """As `solver_step`, in place. All tensors must be contiguous and on the state's device; the ranges of slots and
     steps are not checked."""
-    x, n = state.x, len(eps)
-    shape = tuple(eps.shape)
+    x, shape = state.x, tuple(eps.shape)
+    n = shape[0]
     need("eps", eps, shape, x)
     need("slots", slots, (n,), x, (torch.int64,))
     need("coefficients", rows.coefficients, (n, len(COLUMNS)), x, (torch.float32,))
@@ -147,7 +147,7 @@ def launch_solver_step(
     if noise is not None:
         need("seeds", noise.seeds, (n,), x, (torch.int64,))
         need("step", noise.step, (n,), x, (torch.int64,))
-    E = x[0].numel() if len(x) else 0
+    E = math.prod(shape[1:])
     if n * E == 0:
         return
     noisy, BLOCK = rows.noise, 512  # one Philox counter a thread: float64 takes registers

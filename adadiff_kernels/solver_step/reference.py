@@ -11,7 +11,6 @@ v in [-1, 1] is a learned variance (DDPM, learned range), -1 where there is none
 All in float32.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,7 +39,9 @@ class SolverState:
 
     def __post_init__(self) -> None:
         x, shape = self.x, self.x.shape
-        for name, value in self._tensors():
+        for name, value in (("x", x), ("base", self.base), ("history", self.history)):
+            if value is None:
+                continue
             wanted = shape if name != "history" else (*shape[:1], self.held, *shape[1:])
             if value is not x and (value.shape != wanted or value.dtype != x.dtype or value.device != x.device):
                 raise ValueError(
@@ -58,10 +59,6 @@ class SolverState:
     def _all(self) -> tuple[Tensor | None, ...]:
         return self.x, self.base, self.history
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        named = (("x", self.x), ("base", self.base), ("history", self.history))
-        return ((name, value) for name, value in named if value is not None)
-
     @staticmethod
     def start(x: Tensor, base: bool = True, history: int = len(HISTORY)) -> "SolverState":
         """A new state that starts at a copy of x: [n, ...], with or without base, with `history` entries of h."""
@@ -71,7 +68,7 @@ class SolverState:
 
     def take(self, slots: Tensor) -> "SolverState":
         """A copy of the samples at slots: int64[k]."""
-        return SolverState(*(value if value is None else value.index_select(0, slots) for value in self._all()))
+        return SolverState(*[value if value is None else value.index_select(0, slots) for value in self._all()])
 
     def put(self, slots: Tensor, part: "SolverState") -> None:
         """Writes back a `part` returned by `take`, after it has been advanced."""

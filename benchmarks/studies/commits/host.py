@@ -5,7 +5,9 @@ python benchmarks/studies/commits/host.py base       commit 28883ee, in the work
                                                      (--tree FOLDER/28883ee)
 
 One thread. Each ratio is the median of interleaved pairs, with that of the plain network to itself (A/A). With device
-launches as no-ops: host microseconds for each block, from the difference between 13 blocks and 3.
+launches as no-ops: host microseconds for each block, from the difference between 13 blocks and 3, and of a forward pass
+or an engine's tick besides its blocks. These calls follow each other in rows, as those of an engine do, so that the
+processor's caches hold their code.
 """
 
 import argparse
@@ -24,6 +26,7 @@ Call = Callable[[], object]
 THETA = 1e-6  # below every uncertainty, so no lane exits
 STEPS = 20
 PAIRS = 200
+ROW, ROWS = 100, 4  # calls of one kind that follow each other with launches as no-ops, and how often
 
 
 def ratio(ours: Call, plain: Call, pairs: int = PAIRS) -> dict[str, float]:
@@ -98,7 +101,8 @@ def measure(dialect: object, chosen: set[str]) -> dict[str, dict[str, float]]:
                 lambda x=x, t=t: small.backbone(x, t),
             )
             note(f"forward, U-ViT-S/2, batch {B}", lambda o=ours, p=plain: ratio(o, p))
-        note("no-op launches", lambda: noop(dialect, small.config))
+        for B in (8, 64):
+            note(f"no-op launches, batch {B}", lambda B=B: noop(dialect, small.config, B))
     return found
 
 
@@ -122,11 +126,11 @@ def multiply_add(dialect: object) -> dict[str, float]:
     return {name: value / share if name in ("ratio", "p20", "p80") else value for name, value in found.items()}
 
 
-def noop(dialect: object, config: object) -> dict[str, float]:
+def noop(dialect: object, config: object, B: int) -> dict[str, float]:
     """Host microseconds for each block of a tiny network, whose matrix products take almost no time."""
     from adadiff import Model
 
-    B, seconds = 8, {}
+    seconds = {}
     with dialect.noop_launches():
         for depth in (12, 2):
             network = dataclasses.replace(config.network, image_size=2, patch=1, dim=16, heads=2, depth=depth)
@@ -143,11 +147,12 @@ def noop(dialect: object, config: object) -> dict[str, float]:
                 for call in calls.values():
                     call()
             taken: dict[str, list[float]] = {name: [] for name in calls}
-            for _ in range(PAIRS):
+            for _ in range(ROWS):
                 for name, call in calls.items():
-                    started = time.perf_counter()
-                    call()
-                    taken[name].append(time.perf_counter() - started)
+                    for _ in range(ROW):
+                        started = time.perf_counter()
+                        call()
+                        taken[name].append(time.perf_counter() - started)
             seconds[depth] = {name: float(np.median(values)) for name, values in taken.items()}
     blocks = {name: (seconds[12][name] - seconds[2][name]) * 1e5 for name in seconds[2]}
     found = {f"{name}_us": value for name, value in blocks.items()} | {"ratio": blocks["ours"] / blocks["plain"]}

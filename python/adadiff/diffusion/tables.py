@@ -78,15 +78,14 @@ def make_table(t: Tensor, push: Tensor | None = None, end: Tensor | None = None,
 
 @dataclass(frozen=True)
 class PackedTables:
-    """Concatenated tables on one device: coefficients float32 [rows, 9], push and end bool [rows].
+    """Concatenated tables on one device: coefficients float32 [rows, 9]; flags bool [2, rows], push and end.
 
     On the host: t, float32 [rows]; first, steps: int64 [tables]; needs, int64 [rows, 4]: whether m is not eps, history
     entries in use, whether the row does not end its step, whether it adds noise.
     """
 
     coefficients: Tensor
-    push: Tensor
-    end: Tensor
+    flags: Tensor
     t: np.ndarray
     first: np.ndarray
     steps: np.ndarray
@@ -120,11 +119,6 @@ class PackedTables:
 
         Raises ValueError if there is no such table or step.
         """
-        index = self.locate(table, step)
-        return self.t[index], self.take(index, upload(torch.from_numpy(index), self.coefficients.device))
-
-    def locate(self, table: np.ndarray, step: np.ndarray) -> np.ndarray:
-        """int64 [n]: the packed index of row step[i] of table[i]. Raises ValueError as `rows` does."""
         if table.shape != step.shape or table.ndim != 1:
             raise ValueError(f"table and step must be [n], got {list(table.shape)} and {list(step.shape)}")
         # as unsigned numbers, negative ones exceed every bound
@@ -132,6 +126,11 @@ class PackedTables:
             raise ValueError(f"table must lie in [0, {len(self.first)}), got {table.tolist()}")
         if (step.view(np.uint64) >= self.steps[table].view(np.uint64)).any():
             raise ValueError(f"step must lie in [0, {self.steps[table].tolist()}), got {step.tolist()}")
+        index = self.locate(table, step)
+        return self.t[index], self.take(index, upload(torch.from_numpy(index), self.coefficients.device))
+
+    def locate(self, table: np.ndarray, step: np.ndarray) -> np.ndarray:
+        """int64 [n]: the packed index of row step[i] of table[i], unchecked."""
         return self.first[table] + step
 
     def needs_of(self, index: np.ndarray) -> tuple[bool, int, bool, bool]:
@@ -140,8 +139,8 @@ class PackedTables:
 
     def take(self, index: np.ndarray, there: Tensor) -> StepRows:
         """The rows at index: int64 [n]; there: the same indices on the device."""
-        coefficients, push, end = (value.index_select(0, there) for value in (self.coefficients, self.push, self.end))
-        return StepRows(coefficients, push, end, *self.needs_of(index))
+        push, end = self.flags.index_select(1, there).unbind()
+        return StepRows(self.coefficients.index_select(0, there), push, end, *self.needs_of(index))
 
 
 def _needs(rows: np.ndarray) -> tuple[bool, int, bool, bool]:
@@ -155,15 +154,14 @@ def pack(tables: Sequence[SolverTable], device: torch.device | str = "cpu") -> P
     if not tables:
         raise ValueError("pack needs at least one table")
     coefficients = torch.cat([table.coefficients for table in tables])
-    push, end = torch.cat([table.push for table in tables]), torch.cat([table.end for table in tables])
+    flags = torch.cat([torch.stack([table.push, table.end]) for table in tables], 1)
     px, pe, noise = (coefficients[:, COLUMNS.index(name)] for name in ("px", "pe", "noise"))
     steps = np.array([table.steps for table in tables], dtype=np.int64)
     reach = torch.cat([table.reach for table in tables])
-    needs = torch.stack([(px != 0) | (pe != 1), reach, ~end, noise != 0], 1)
+    needs = torch.stack([(px != 0) | (pe != 1), reach, ~flags[1], noise != 0], 1)
     return PackedTables(
         coefficients=upload(coefficients.float(), torch.device(device)),
-        push=upload(push, torch.device(device)),
-        end=upload(end, torch.device(device)),
+        flags=upload(flags, torch.device(device)),
         t=torch.cat([table.t for table in tables]).float().numpy(),
         first=steps.cumsum() - steps,
         steps=steps,

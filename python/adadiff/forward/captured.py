@@ -126,7 +126,7 @@ class CapturedLayers(Layers):
 def in_pieces(asked: Asked) -> Done:
     """Runs stem, layers and head, each as a captured piece."""
     backbone, exits, structure, decision, execution, x, t, context, partner, record_scores, *_ = asked
-    B, scored = len(x), bool(decision.scored)
+    B, scored = x.shape[0], bool(decision.scored)
     classes = getattr(getattr(backbone, "config", None), "num_classes", None)
     if context is not None and classes:
         check_labels(context, B, classes)  # before the upload: labels on the device are not checked

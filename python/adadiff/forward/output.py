@@ -42,11 +42,11 @@ class Costs:
         last = [len(table) - 1 for table in self.by_exit_layer]
         return total - sum([self.own_head[k] for k, head in zip(network, head_layer, strict=True) if head == last[k]])
 
-    def branches_reused(self, exit_layer: Sequence[int]) -> np.ndarray:
-        """int64 [B]: the number of branches each lane reused from an earlier step."""
+    def reused_branches(self, exit_layer: Sequence[int]) -> np.ndarray:
+        """bool [B]: whether each lane reused a branch of an earlier step."""
         if self.branches is None:
-            return np.zeros(len(exit_layer), dtype=np.int64)
-        return self.branches[np.arange(len(exit_layer)), list(exit_layer)]
+            return np.zeros(len(exit_layer), dtype=bool)
+        return self.branches[np.arange(len(exit_layer)), list(exit_layer)] > 0
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ class DevicePlacement(Placement):
         limits = decision.limits
         self._limits: Sequence[Tensor] | Tensor | None = None if limits is None else limits.unbind(0)  # by layer
         self._count_sync, self._rounds = count_sync, rounds and not decision.whole_batch
-        self._lanes = self._count = len(hidden)
+        self._lanes = self._count = hidden.shape[0]
         self.tickets = active.tickets
         leave = bool(decision.exit_layers) if leave is None else leave
         self.saved = self._empty(hidden) if leave else None

@@ -46,7 +46,7 @@ class Space:
 
     def begin(self, runner: BlockRunner, structure: Structure, x: Tensor, t: Tensor, context: Tensor | None) -> Memory:
         """Begins a pass: loads x [B, C, H, W], t [B] and context [B, ...] or None, all on the device."""
-        n = len(x)
+        n = x.shape[0]
         self.active.start(n)
         self.x[:n].copy_(x)
         self.t[:n].copy_(t)
@@ -83,7 +83,7 @@ class Parameters:
     def __init__(self, *owners: Any) -> None:
         modules = [module for owner in owners if isinstance(owner, nn.Module) for module in owner.modules()]
         groups = [group for module in modules for group in (module._parameters, module._buffers, module._modules)]
-        self._groups = [group for group in groups if group]
+        self._groups = [group.values() for group in groups if group]  # views, which follow later changes
         self._members = list(self._now())  # kept alive, so that no other object gets the same id
         self._ids = list(map(id, self._members))
         self._tensors = [value for value in self._members if isinstance(value, Tensor)]
@@ -93,7 +93,7 @@ class Parameters:
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
 
     def _now(self) -> Iterator[Any]:
-        return chain.from_iterable(group.values() for group in self._groups)
+        return chain.from_iterable(self._groups)
 
     def moved(self) -> bool:
         """Whether parameters or modules were replaced or moved in memory. In-place changes of values do not count."""

@@ -77,6 +77,7 @@ class Batch:
         late: bool = False,
     ):
         self.model, self.capacity, self.totals = model, capacity, Totals()
+        self._num_layers = model.num_layers
         self.execution, self.device = execution or ExecutionOptions(), device or model.device
         self._forward, self._choice, self._networks = forward or run_forward, choice, NetworkSet(model)
         self._tables, self._policies = (
@@ -143,7 +144,7 @@ class Batch:
         if self._choice is not None and alone:
             raise ValueError(f"shallow_model cannot be combined with policy '{samples.parts}'; leave one of them out")
 
-    @torch.inference_mode(False)
+    @torch.inference_mode()
     def tick(self) -> Tick:
         """Makes one step of every running sample."""
         state = self._slots
@@ -201,7 +202,7 @@ class Batch:
         for step in self._steps:
             self._learn(step.record)
         self._steps, self._reported = [step.without_solver() for step in steps], 0
-        slots = np.concatenate([step.slots for step in steps]) if steps else np.zeros(0, dtype=np.int64)
+        slots = np.concatenate([np.zeros(0, dtype=np.int64), *(step.slots for step in steps)])
         done = slots[state.step[slots] == state.steps[slots]]
         state.running[done] = False
         if len(done) and not self.late:
@@ -273,20 +274,20 @@ class Batch:
         alpha, sigma = (upload(value, self.device) for value in level)
         return (alpha * upload(samples.init_image[chosen], self.device) + sigma * x).float()
 
-    @torch.inference_mode()
     def _advance(self, slots: np.ndarray) -> Step:
         """One forward pass and one solver step of samples at slots: int64 [k]; nothing is written back."""
         state, step, tables = self._slots, self._slots.step[slots], self._tables.packed
         row = tables.locate(state.table[slots], step)
         t, (*_, noisy) = tables.t[row], tables.needs_of(row)
-        lanes = lanes_of(state, slots, t, self._policies.kinds, self.model.num_layers, self._expected)
+        lanes = lanes_of(state, slots, t, self._policies.kinds, self._num_layers, self._expected)
         there = step_indices(state, lanes, slots, row, step, noisy)
         x = state.solver.x.index_select(0, there.slots)
         recorded = state.record_scores[slots]
-        output = self._run(lanes, there, slots, x, t, step, bool(recorded.any()))
-        reuses = self._reuse.policy[slots][lanes.sample] != NONE
-        made = step + state.stages.before[slots]
-        narrowing = self._networks.narrowing(state.choice[slots][lanes.sample], t[lanes.sample])
+        output = self._run(lanes, there, slots, x, t, step, np.count_nonzero(recorded) > 0)
+        reuses = self._reuse.policy[slots][lanes.sample] != NONE if len(self._reuse) else None
+        made, narrowing = step + state.stages.before[slots], None
+        if len(self._networks):
+            narrowing = self._networks.narrowing(state.choice[slots][lanes.sample], t[lanes.sample])
         record = PassRecord(slots, state.tenancy[slots], made, t, recorded, lanes, output, reuses, narrowing)
         guidance = None
         if there.unconditional is not None:
@@ -333,14 +334,17 @@ class Batch:
             context = state.context.index_select(0, there.lane_slots)
             if there.unconditional_lanes is not None:
                 context[there.unconditional_lanes] = state.null[there.unconditional_slots]
-        network, forward = self._networks.now(state.choice[slot], t), self._forward
+        forward, network = self._forward, self._networks.now(state.choice[slot], t) if len(self._networks) else None
         if network is not None:
             own = torch.from_numpy(network)
             forward = partial(run_networks, self._networks.networks, own, run=self._forward)
         ids = None
         if any(policy.needs_ids for policy in lanes.policies):
             ids = LaneIds(*map(torch.from_numpy, (state.number[slot], step[lanes.sample], lanes.half)))
-        own_reuse = self._reuse.of_lanes(lanes, slot, step[lanes.sample], state.steps[slot], network, self._networks)
+        reuse = {}
+        if len(self._reuse):
+            given = lanes, slot, step[lanes.sample], state.steps[slot], network, self._networks
+            reuse = {} if (found := self._reuse.of_lanes(*given)) is None else {"reuse": found}
         return forward(
             *(() if network is not None else (self.model,)),
             x,
@@ -353,7 +357,7 @@ class Batch:
             execution=self._execution_for(len(lanes.sample)),
             record_scores=record_scores,
             ids=ids,
-            **({} if own_reuse is None else {"reuse": own_reuse}),
+            **reuse,
         )
 
     def _execution_for(self, lanes: int) -> ExecutionOptions:
@@ -368,7 +372,9 @@ class Batch:
     def _thresholds(self, lanes: Lanes, slot: np.ndarray) -> Tensor | None:
         """float32 [B], or None if all lanes use the threshold of a single policy."""
         own, asked = lanes.policies[0].threshold, self._slots.threshold[slot]
-        if not lanes.may_exit or (len(lanes.policies) == 1 and own is not None and (asked == np.float32(own)).all()):
+        if not lanes.may_exit:
+            return None
+        if len(lanes.policies) == 1 and own is not None and not np.count_nonzero(asked != np.float32(own)):
             return None
         return torch.from_numpy(asked)
 
@@ -381,7 +387,7 @@ class Batch:
         totals.macs_full += record.macs_full
         totals.rows_moved += record.rows_moved
         totals.reused += int(np.count_nonzero(record.reused))
-        acted = (record.by_lane < self.model.num_layers) | record.reused
+        acted = (record.by_lane < self._num_layers) | record.reused
         totals.asked += int(np.count_nonzero(record.asks))
         totals.exited += int(np.count_nonzero(record.asks & acted))
         for name, lanes in record.parts.items():

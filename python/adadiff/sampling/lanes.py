@@ -49,7 +49,7 @@ def lanes_of(
     """
     k, guidance = len(slots), state.guidance[slots]
     sample, half, guided = np.arange(k), np.zeros(k, dtype=np.int64), None
-    if guidance.any():
+    if np.count_nonzero(guidance):
         low, high = state.interval[slots].T
         guided = ((guidance != 0) & (low <= t) & (t <= high)).nonzero()[0]
         guided = guided if len(guided) else None
@@ -65,7 +65,7 @@ def lanes_of(
     order, lane = None, sample
     if may_exit and len(sample) > 1:
         order = expected.order(t, slots, half) if guided is None else expected.order(t[sample], slots[sample], half)
-        if (order[1:] > order[:-1]).all():
+        if not np.count_nonzero(order[1:] < order[:-1]):
             order = None  # already in order
     if order is not None or guided is not None:
         lane = np.arange(len(sample))

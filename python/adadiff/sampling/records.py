@@ -71,10 +71,11 @@ class PassRecord:
         if isinstance(self._moved, Tensor):
             self._moved, self.by_lane = self.by_lane[-1], self.by_lane[:-1]
         head_layer = None if self._head_layer is None else self._head_layer.read().numpy()
-        self.reused = self._costs.branches_reused(self.by_lane.tolist()) > 0
+        layers = self.by_lane.tolist()
+        self.reused = self._costs.reused_branches(layers)
         if head_layer is not None:
             self.reused |= head_layer > 0
-        self.macs = self._costs.total(self.by_lane.tolist(), None if head_layer is None else head_layer.tolist())
+        self.macs = self._costs.total(layers, None if head_layer is None else head_layer.tolist())
         self.macs += 0 if self.judged is None else self.judged.macs
         exits, reuses = self._asks()
         self.asks = exits | reuses
@@ -99,8 +100,10 @@ class PassRecord:
     def _asks(self) -> tuple[np.ndarray, np.ndarray]:
         """bool [B] each: lanes whose policies may let them exit, and reuse."""
         lanes, costs = self.lanes, self._costs
-        exits = np.array([asks_for_exits(policy) for policy in lanes.policies])
-        exits = exits[np.zeros(len(self.by_lane), dtype=np.int64) if lanes.policy_index is None else lanes.policy_index]
+        if lanes.policy_index is None:
+            exits = np.full(len(self.by_lane), asks_for_exits(lanes.policies[0]))
+        else:
+            exits = np.array([asks_for_exits(policy) for policy in lanes.policies])[lanes.policy_index]
         reuses = np.zeros_like(exits) if self._reuses is None else self._reuses
         if costs.network is not None:
             asks = np.array(costs.asks)[list(costs.network)]

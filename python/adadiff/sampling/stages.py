@@ -84,7 +84,10 @@ class Stages:
         """Scores samples whose student has finished, and returns which go on to the teacher; None if none has finished.
         slots: int64 [k], samples that have just made a step; images: float32 [k, C, H, W], their new states. Waits for
         the device; changes nothing."""
-        ends = (self.drafting[slots] & (state.step[slots] + 1 == state.steps[slots])).nonzero()[0]
+        drafting = self.drafting[slots]
+        if not np.count_nonzero(drafting):
+            return None
+        ends = (drafting & (state.step[slots] + 1 == state.steps[slots])).nonzero()[0]
         if not len(ends):
             return None
         drafts = [self._draft[slot] for slot in slots[ends].tolist()]

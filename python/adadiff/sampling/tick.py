@@ -1,6 +1,6 @@
 """The result of one tick of a batch, and data of its forward passes."""
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +15,7 @@ from .records import PassRecord
 from .stages import Switch
 
 
-@dataclass(frozen=True)
-class Tick:
+class Tick(NamedTuple):
     """The result of one tick. slots: int64 [k], whose samples made a step. done: int64 [m], slots whose samples are
     finished. failed: slot -> error; its sample has made no step.
     records: exit layers that became known, in step order: those of the previous tick and, if samples are done, of this
@@ -29,8 +28,7 @@ class Tick:
     records: tuple[PassRecord, ...]
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One forward pass and solver step of samples at slots: int64 [k]. there: slots on the device. x: float32
     [k, C, H, W], the states before the step. Set until they are written: solver, the states after it; switch, samples
     that go on to the teacher; updates, of the lanes' feature store."""
@@ -46,7 +44,7 @@ class Step:
     updates: tuple[StoreUpdate, ...] = ()
 
     def without_solver(self) -> "Step":
-        return replace(self, solver=None, switch=None, updates=())
+        return self._replace(solver=None, switch=None, updates=())
 
     def predicted_x0(self, i: int, model: Model) -> Tensor:
         """x0 by the prediction of the i-th sample: float32 [C, H, W], see `Batch.predicted_x0`."""

@@ -1,6 +1,6 @@
 """Uploads all indices that one step needs from the host, in one transfer."""
 
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -11,8 +11,7 @@ from .lanes import Lanes
 from .slots import SlotState
 
 
-@dataclass(frozen=True)
-class StepIndices:
+class StepIndices(NamedTuple):
     """Indices of k samples and B lanes on the device; int64 unless stated, None if not needed.
 
     slots [k]; row [k], of the solver's tables; seed, step [k], if a step adds noise. sample [B], of each lane, if lanes
@@ -32,9 +31,6 @@ class StepIndices:
     unconditional: Tensor | None
     weight: Tensor | None
     channels: Tensor | None
-
-
-NAMES = tuple(field.name for field in fields(StepIndices))
 
 
 def step_indices(
@@ -57,4 +53,4 @@ def step_indices(
         if state.context is not None:
             given["unconditional_lanes"] = unconditional = lanes.half.nonzero()[0]
             given["unconditional_slots"] = lane_slots[unconditional]
-    return StepIndices(*upload_together([given.get(name) for name in NAMES], state.device))
+    return StepIndices(*upload_together(list(map(given.get, StepIndices._fields)), state.device))
