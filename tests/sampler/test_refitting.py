@@ -11,7 +11,7 @@ from torch import Tensor
 import adadiff
 from adadiff.calibration.calibrating import Calibrating
 from adadiff.calibration.recording import record
-from adadiff.calibration.refitting import PENALTIES, Refitting, Sums, fit, ridge
+from adadiff.calibration.refitting import PENALTIES, Refitting, Sums, fit, refitted, ridge
 from adadiff.checkpoint import load, save
 from adadiff.sampling.sample_batch import SampleBatch
 from adadiff.uem import ExitConfig
@@ -100,7 +100,7 @@ def test_the_uem_says_what_the_regression_found(config: ExitConfig) -> None:
     before = record(model, samples, 16, visit=visit)
     logs = torch.stack([torch.cat([g[3] for g in seen if g[0] == s], 1) for s in range(5)]).double().log()
     assert torch.equal(logs, before.error.double().log())
-    fitted = refitting.fitted()
+    fitted = refitted(model, **refitting.fitted())
     said, t = torch.zeros(5, 4, 40), before.t.float()
     _, cond = model.backbone.embed(torch.zeros(5, *model.backbone.sample_shape), t, torch.zeros(5, dtype=torch.long))
     offsets = fitted.exits.offsets(cond.time, t)  # [L, S, P]
@@ -143,7 +143,7 @@ def test_errors_that_are_all_alike_teach_nothing() -> None:
     rows = torch.randn(4, 12, 16, generator=torch.Generator().manual_seed(0))
     for step, t in enumerate((900.0, 100.0)):
         refitting(step, t, rows, torch.zeros(4, 12))
-    exits = refitting.fitted().exits
+    exits = refitted(model, **refitting.fitted()).exits
     assert float(exits.weight[:-1].abs().max()) < 1e-6
     assert all(bool(value.isfinite().all()) for value in exits.parameters())
 
@@ -158,7 +158,7 @@ def test_batches_do_not_matter() -> None:
         for lanes in torch.arange(13).split(batch):
             for step, t in enumerate((900.0, 100.0)):
                 refitting(step, t, rows[step, :, lanes], relative[step, :, lanes])
-        found.append(refitting.fitted().exits.state_dict())
+        found.append(refitted(model, **refitting.fitted()).exits.state_dict())
     torch.testing.assert_close(found[1:], found[:1] * 2, rtol=1e-5, atol=1e-6)
 
 

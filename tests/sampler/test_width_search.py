@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import adadiff
+from adadiff.calibration import width_search
 from adadiff.calibration.width_search import Candidate, WidthSearch, schedule
 from adadiff.metrics.judges import judge_of
 from adadiff.metrics.quality import evaluate_samples
@@ -126,9 +127,29 @@ def test_what_was_found_before_ctrl_c_is_kept(
     assert f"{out} holds the best schedule so far, of {share:.1%} of the multiply-adds" in line
     assert adadiff.sample(adadiff.load(slim), 1, steps=2, policy=f"width:{out}")[1].passes == 2
     monkeypatch.undo()
+    drawn = calls(monkeypatch, width_search, "sample")
+    assert run(f"search {slim} --aim faithful --weight 0.5 {LINE} --out {out} --force") == 0
+    again, everything = len(drawn), tmp_path / "everything.json"
+    assert run(f"search {slim} --aim faithful --weight 0.5 {LINE} --out {everything}") == 0
+    assert len(drawn) - again == again + 6
+    assert strict_json(out.read_text()) == strict_json(everything.read_text())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["everything.json", "widths.json"]
+    monkeypatch.undo()
     interrupt_call(monkeypatch, WidthSearch, "_draw", 1)
     assert run(f"search {slim} --aim faithful --weight 0.5 {LINE} --out {tmp_path / 'none.json'}") == 130
     assert not (tmp_path / "none.json").exists()
+
+
+def calls(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> list:
+    """Grows by one with each call of a function."""
+    original, seen = getattr(owner, name), []
+
+    def function(*given: object, **options: object) -> object:
+        seen.append(given)
+        return original(*given, **options)
+
+    monkeypatch.setattr(owner, name, function)
+    return seen
 
 
 @pytest.mark.parametrize(

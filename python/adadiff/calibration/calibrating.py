@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,8 +31,9 @@ from ..policies.calibrated import (
 from ..policies.interface import ExitPolicy
 from ..sampling.sample_batch import SampleBatch, whole
 from ..sampling.sampler import sample
+from .kept_runs import KeptRuns
 from .recording import Extractor, Recording, measure_weights, record
-from .refitting import Refitting
+from .refitting import Refitting, refitted
 from .stopping import Work, adaptive_table, mixed, static_table
 
 AIMS = ("faithful", "distribution")
@@ -41,6 +43,7 @@ LAYERS_PERTURBED = 2
 ROUNDS = 4  # of adjusting thresholds until runs that exit early meet the budget
 CLOSE = 0.003
 RESAMPLES = 1000
+_Errors = tuple[Measured, Tensor]  # with the errors of the samples, float64 [n]
 
 
 def work_of(model: Model) -> Work:
@@ -114,40 +117,41 @@ class Calibrating:
         if aim == "distribution" and self._features is None:
             raise ValueError("no features are known for this model's images; give some, or take the aim 'faithful'")
         self._samples(n, seed)  # raises for invalid settings
+        self._kept = KeptRuns()
         self.recording: Recording | None = None
 
-    def run(self, progress: bool = False) -> Calibration:
+    def run(self, progress: bool = False, kept: KeptRuns | None = None) -> Calibration:
+        """kept: keeps the results of the runs, and has those of an earlier attempt."""
+        self._kept = kept or KeptRuns()
         runs = 2 + self.refit + PLACES * LAYERS_PERTURBED + len(self.budgets) * (ROUNDS + 3)
         with tqdm(total=runs, disable=not progress, unit="run", dynamic_ncols=True) as bar:
             return self._run(bar)
 
     def _run(self, bar: tqdm) -> Calibration:
         if self.refit:
-            refitting = Refitting(self.model)
-            record(self.model, self._samples(self.n, self.seed + 2 * self.n), self.batch, visit=refitting)
-            self.model = refitting.fitted()
+            self.model = refitted(self.model, **self._kept.run("refit", self._refit))
             bar.update()
         else:
             self.model = copy.copy(self.model)  # shares the parameters
         model = self.model
-        self.recording = recording = record(model, self._samples(self.n, self.seed), self.batch, self._features)
+        self.recording = recording = Recording(**self._kept.run("recording", self._recorded))
         bar.update()
         first = self._samples(min(self.n, self.batch), self.seed)
         weights = measure_weights(
-            model, first, recording, self._distance, batch=self.batch, places=PLACES, tick=bar.update
+            model, first, recording, self._distance, batch=self.batch, places=PLACES, tick=bar.update, kept=self._kept
         )
         error = recording.error.double() * weights[:, None, None]
-        full, _ = sample(model, self.n, **self._settings(self.n, self.seed + self.n), batch=self.batch, policy="full")
+        full = self._kept.run("full", self._full)["images"]
         bar.update()
         budgets = []
         for share in self.budgets:
             thresholds, spent = self._meet(share, error, bar)
             depths = static_table(error, self._work, max(share, spent))
             tables = self._tables(share, thresholds, depths)
-            ours, our_errors = self._measure(CalibratedThresholds(share, tables), full)
-            static, static_errors = self._measure(CalibratedDepths(share, tables), full)
+            ours, our_errors = self._measure("thresholds", CalibratedThresholds(share, tables), full)
+            static, static_errors = self._measure("depths", CalibratedDepths(share, tables), full)
             less = static_table(error, self._work, ours.share, above=False)
-            less = self._measure(CalibratedDepths(share, self._tables(share, thresholds, less)), full)
+            less = self._measure("fewer-depths", CalibratedDepths(share, self._tables(share, thresholds, less)), full)
             static, static_errors = _mixed(ours.share, less, (static, static_errors))
             bar.update(3)
             rows, ratio = tuple(map(tuple, thresholds.tolist())), _ratio(our_errors, static_errors)
@@ -168,6 +172,19 @@ class Calibrating:
         )
         return model.calibration
 
+    def _refit(self) -> dict[str, Tensor]:
+        refitting = Refitting(self.model)
+        record(self.model, self._samples(self.n, self.seed + 2 * self.n), self.batch, visit=refitting)
+        return refitting.fitted()
+
+    def _recorded(self) -> dict[str, Tensor]:
+        return vars(record(self.model, self._samples(self.n, self.seed), self.batch, self._features))
+
+    def _full(self) -> dict[str, Tensor]:
+        """Images of the samples that measure the result."""
+        settings = self._settings(self.n, self.seed + self.n)
+        return {"images": sample(self.model, self.n, **settings, batch=self.batch, policy="full")[0]}
+
     def _meet(self, share: float, error: Tensor, bar: tqdm) -> tuple[Tensor, float]:
         """Thresholds [S, K] with which runs take about `share` of the work, and the share that they take. Thresholds
         are chosen on recorded runs of the full network; runs with early exits deviate from these, so the target is
@@ -175,11 +192,10 @@ class Calibrating:
         least = float(self._work.exiting[0] + self._work.score) / self._work.full
         depths = torch.full((len(error),), self.model.num_layers, dtype=torch.int64, device="cpu")
         target, found = share, []
-        for _ in range(ROUNDS):
+        for number in range(ROUNDS):
             theta = adaptive_table(self.recording.u, error, self._work, target)
             policy = CalibratedThresholds(share, self._tables(share, theta, depths))
-            _, report = sample(self.model, self.n, **self._settings(self.n, self.seed), batch=self.batch, policy=policy)
-            spent = report.macs / report.macs_full
+            spent = float(self._kept.run(f"budget-{share:g}-{number}", partial(self._spent, policy))["share"])
             found.append((abs(spent - share), spent, theta))
             bar.update()
             if abs(spent / share - 1) < CLOSE:
@@ -187,6 +203,10 @@ class Calibrating:
             target = min(1.0, max(target * share / spent, least))
         _, spent, theta = min(found, key=lambda candidate: candidate[0])
         return theta, spent
+
+    def _spent(self, policy: ExitPolicy) -> dict[str, Tensor]:
+        _, report = sample(self.model, self.n, **self._settings(self.n, self.seed), batch=self.batch, policy=policy)
+        return {"share": _number(report.macs / report.macs_full)}
 
     def _tables(self, share: float, thresholds: Tensor, depths: Tensor) -> Tables:
         return Tables(self.model.num_layers, self.recording.t.tolist(), [share], thresholds[None], depths[None])
@@ -207,23 +227,39 @@ class Calibrating:
         with torch.no_grad():
             return frechet_distance(*(FeatureStatistics.of(self._features(v.clamp(-1, 1))) for v in (images, full)))
 
-    def _measure(self, policy: ExitPolicy, full: Tensor) -> tuple[Measured, Tensor]:
-        settings = self._settings(self.n, self.seed + self.n)
-        images, report = sample(self.model, self.n, **settings, batch=self.batch, policy=policy)
-        error = (images - full).double().square().flatten(1).mean(1)
+    def _measure(self, name: str, policy: CalibratedThresholds | CalibratedDepths, full: Tensor) -> _Errors:
+        found = self._kept.run(f"budget-{policy.threshold:g}-{name}", partial(self._compared, policy, full))
+        error = found.pop("error")
         low, high = ends(_resampled(error)[0])
-        shown = self.model.backbone.sample_shape[0] in CHANNELS
-        psnr = lower_quantile(paired_psnr(images, full), 0.5) if shown else math.inf
+        share, depth, psnr, frechet = (float(found[key]) for key in ("share", "depth", "psnr", "frechet"))
         measured = Measured(
-            share=report.macs / report.macs_full,
-            depth=report.mean_exit_layer,
+            share=share,
+            depth=depth,
             error=float(error.mean()),
             low=low,
             high=high,
             psnr=psnr if math.isfinite(psnr) else None,
-            frechet=None if self._features is None else self._frechet(images, full),
+            frechet=None if self._features is None else frechet,
         )
         return measured, error
+
+    def _compared(self, policy: ExitPolicy, full: Tensor) -> dict[str, Tensor]:
+        """The samples drawn with a policy, compared with their images in `full`."""
+        settings = self._settings(self.n, self.seed + self.n)
+        images, report = sample(self.model, self.n, **settings, batch=self.batch, policy=policy)
+        images = images.cpu()
+        shown = self.model.backbone.sample_shape[0] in CHANNELS
+        return {
+            "error": (images - full).double().square().flatten(1).mean(1),
+            "share": _number(report.macs / report.macs_full),
+            "depth": _number(report.mean_exit_layer),
+            "psnr": _number(lower_quantile(paired_psnr(images, full), 0.5) if shown else math.inf),
+            "frechet": _number(math.nan if self._features is None else self._frechet(images, full)),
+        }
+
+
+def _number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 def seeds_and_conditions(
@@ -252,7 +288,7 @@ def default_features(model: Model) -> Extractor | None:
     return None
 
 
-def _mixed(share: float, less: tuple[Measured, Tensor], more: tuple[Measured, Tensor]) -> tuple[Measured, Tensor]:
+def _mixed(share: float, less: _Errors, more: _Errors) -> _Errors:
     """A mixture of two static tables over the samples that spends `share`: single tables reach only some shares.
     Errors are the expected ones of the mixture; PSNR and Fréchet distance are those of the table with more work.
     """

@@ -19,6 +19,7 @@ from ..models.interface import Backbone
 from ..sampling.batch import Batch
 from ..sampling.sample_batch import SampleBatch
 from ..uem import Exits
+from .kept_runs import KeptRuns
 
 Distance = Callable[[Tensor, Tensor], float]  # images and the full network's images, [n, C, H, W] each -> mean distance
 Extractor = Callable[[Tensor], Tensor]  # images [n, C, H, W] in [-1, 1] -> features [n, F]
@@ -102,7 +103,7 @@ def record(
                 prefix = model.exits.num_prefix_tokens
                 means = torch.stack([hidden[:, prefix:].mean(1) for hidden in seen.rows[:-1]])
                 visit(len(rows), float(t[0]), means, seen.relative)
-            rows.append((float(t[0]), seen.u, seen.relative, error))
+            rows.append((float(t[0]), seen.u.cpu(), seen.relative.cpu(), error.cpu()))
             return _output(seen.predictions[-1])
 
         return forward
@@ -135,6 +136,7 @@ def measure_weights(
     batch: int,
     places: int = 8,
     tick: Callable[[], object] = lambda: None,
+    kept: KeptRuns | None = None,
 ) -> Tensor:
     """Effect of a unit of error at each step on the final images, float64 [S].
 
@@ -142,8 +144,9 @@ def measure_weights(
     layer L / 2; all other steps are full. The weight is the final distance divided by the mean error that was put in:
     its geometric mean over the two runs, log-interpolated between the steps. It is measured, because a linear analysis
     of single steps is far off at high noise, where later steps correct much of the error.
-    samples: the first ones of the recording. tick: called after each run.
+    samples: the first ones of the recording. tick: called after each run. kept: keeps the results of the runs.
     """
+    kept = kept or KeptRuns()
     S, L = len(recording.t), model.num_layers
     chosen = sorted(set(np.linspace(0, S - 1, min(S, places)).round().astype(int).tolist()))
     layers = sorted({max(1, L // 4), max(1, L // 2)})
@@ -152,9 +155,14 @@ def measure_weights(
     for at in chosen:
         of_layers = []
         for layer in layers:
-            images = run(model, samples, batch, partial(_replacing, at, layer))
+
+            def reached(at: int = at, layer: int = layer) -> dict[str, Tensor]:
+                images = run(model, samples, batch, partial(_replacing, at, layer))
+                return {"distance": torch.tensor(distance(images, reference), dtype=torch.float64, device="cpu")}
+
             put_in = float(recording.error[at, layer - 1, : samples.lanes].double().mean())
-            of_layers.append(np.log(max(distance(images, reference), 1e-30) / max(put_in, 1e-30)))
+            found = float(kept.run(f"weight-{at}-{layer}", reached)["distance"])
+            of_layers.append(np.log(max(found, 1e-30) / max(put_in, 1e-30)))
             tick()
         logs.append(float(np.mean(of_layers)))
     return torch.from_numpy(np.exp(np.interp(np.arange(S), chosen, logs)))

@@ -107,10 +107,9 @@ def fit(halves: tuple[Sums, Sums]) -> tuple[Tensor, Tensor]:
 
 
 class Refitting:
-    """A visitor for `recording.record` that accumulates sums; `fitted` makes UEMs of them."""
+    """A visitor for `recording.record` that accumulates sums; `fitted` gives what `refitted` makes UEMs of."""
 
     def __init__(self, model: Model):
-        self._model = model
         self._t: list[float] = []
         self._halves = tuple(Sums(model.num_layers - 1, model.backbone.dim) for _ in range(2))
 
@@ -127,46 +126,49 @@ class Refitting:
             part = slice((i + seen) % 2, None, 2)  # lanes alternate, independently of the batch size
             half.add(step, x[:, part], y[:, part])
 
-    def fitted(self) -> Model:
-        """A model with refitted UEMs and no calibration. It shares network and heads with the model passed in."""
+    def fitted(self) -> dict[str, Tensor]:
+        """t [S], the times of the steps; w [K, D] and a [S, K], for y in units of its spread over all records, from its
+        mean; float64."""
         w, a = fit(self._halves)
         both = self._halves[0] + self._halves[1]
         count = sum(both.n) * len(w)
         centre = sum(both.y).sum() / count
         spread = (both.yy.sum() / count - centre**2).clamp(min=LEAST).sqrt()
-        shared = self._model.backbone, *(self._model.exits.heads or ())
-        model = copy.deepcopy(self._model, {id(part): part for part in shared})
-        model.calibration = None
-        self._set(model, w / spread, (a - centre) / spread)
-        return model
+        t = torch.tensor(self._t, dtype=torch.float64, device="cpu")
+        return {"t": t, "w": w / spread, "a": (a - centre) / spread}
 
-    @torch.no_grad()
-    def _set(self, model: Model, w: Tensor, a: Tensor) -> None:
-        """Writes w [K, D] and a [S, K] into the UEMs. All P outputs of a patch get the same weights; the last layer,
-        whose UEM is not used, keeps its own."""
-        exits, K, bias = model.exits, len(w), a.mean(0)
-        exits.weight[:K] = w[:, None].to(exits.weight)
-        if exits.time_bias is not None:
-            rising = np.argsort(self._t)
-            ends = np.linspace(0, TIME_SPAN, STRETCHES + 1)
-            curves = [np.interp(ends, np.array(self._t)[rising], a[rising, k].numpy()) for k in range(K)]
-            bias = torch.zeros_like(bias)
-            exits.time_bias[:, :K] = torch.from_numpy(np.stack(curves, 1))[..., None].to(exits.time_bias)
-        if exits.time_weight is not None:
-            tau = self._embedded(model).double()  # [S, Dt]
-            mean = tau.mean(0)
-            centred = tau - mean
-            kernel = centred @ centred.T  # [S, S], because S is much smaller than Dt
-            kernel.diagonal().add_((SMOOTH * kernel.diagonal().mean()).clamp(min=LEAST))
-            weight = torch.linalg.solve(kernel, a - bias).T @ centred  # [K, Dt]
-            exits.time_weight[:K] = weight[:, None].to(exits.time_weight)
-            bias = bias - weight @ mean
-        exits.bias[:K] = bias[:, None].to(exits.bias)
 
-    def _embedded(self, model: Model) -> Tensor:
-        """The time embedding tau at every step, [S, Dt]."""
-        S, device = len(self._t), model.device
-        x = torch.zeros(S, *model.backbone.sample_shape, dtype=torch.float32, device=device)
-        t = torch.tensor(self._t, dtype=torch.float32, device=device)
-        labels = torch.zeros(S, dtype=torch.int64, device=device) if model.config.classes else None
-        return model.backbone.embed(x, t, labels)[1].time.cpu()
+@torch.no_grad()
+def refitted(model: Model, t: Tensor, w: Tensor, a: Tensor) -> Model:
+    """A model with the UEMs that `Refitting` has fitted, and no calibration. It shares network and heads with `model`.
+    All P outputs of a patch get the same weights; the last layer, whose UEM is not used, keeps its own."""
+    shared = model.backbone, *(model.exits.heads or ())
+    made = copy.deepcopy(model, {id(part): part for part in shared})
+    made.calibration = None
+    exits, K, bias = made.exits, len(w), a.mean(0)
+    exits.weight[:K] = w[:, None].to(exits.weight)
+    if exits.time_bias is not None:
+        rising = t.argsort().numpy()
+        ends = np.linspace(0, TIME_SPAN, STRETCHES + 1)
+        curves = [np.interp(ends, t.numpy()[rising], a[rising, k].numpy()) for k in range(K)]
+        bias = torch.zeros_like(bias)
+        exits.time_bias[:, :K] = torch.from_numpy(np.stack(curves, 1))[..., None].to(exits.time_bias)
+    if exits.time_weight is not None:
+        tau = _embedded(made, t).double()  # [S, Dt]
+        mean = tau.mean(0)
+        centred = tau - mean
+        kernel = centred @ centred.T  # [S, S], because S is much smaller than Dt
+        kernel.diagonal().add_((SMOOTH * kernel.diagonal().mean()).clamp(min=LEAST))
+        weight = torch.linalg.solve(kernel, a - bias).T @ centred  # [K, Dt]
+        exits.time_weight[:K] = weight[:, None].to(exits.time_weight)
+        bias = bias - weight @ mean
+    exits.bias[:K] = bias[:, None].to(exits.bias)
+    return made
+
+
+def _embedded(model: Model, t: Tensor) -> Tensor:
+    """The time embedding tau at t: [S], [S, Dt]."""
+    S, device = len(t), model.device
+    x = torch.zeros(S, *model.backbone.sample_shape, dtype=torch.float32, device=device)
+    labels = torch.zeros(S, dtype=torch.int64, device=device) if model.config.classes else None
+    return model.backbone.embed(x, t.float().to(device), labels)[1].time.cpu()

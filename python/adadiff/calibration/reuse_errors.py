@@ -23,6 +23,7 @@ from ..reading import MOST_TEXT
 from ..sampling.sample_batch import SampleBatch, whole
 from ..sampling.sampler import sample
 from .calibrating import CALIBRATION_SEED, ends, seeds_and_conditions
+from .kept_runs import KeptRuns
 from .recording import run
 
 LEAST_STEPS = FIRST_REUSE + 2
@@ -135,6 +136,7 @@ class ReuseErrors:
             raise ValueError(
                 f"estimates of {steps} steps with {dim} channels are too large for a file; take fewer steps"
             )
+        self._kept, self._compared = KeptRuns(), 0
         for begin, count in ((0, n), (n, self._others)):
             SampleBatch.of(model, count, **self._settings(begin, count))  # raises for invalid settings
 
@@ -143,7 +145,9 @@ class ReuseErrors:
         """The number of other samples, and of those that are drawn with reuse in few steps."""
         return self.n // 4
 
-    def run(self, progress: bool = False) -> ErrorEstimates:
+    def run(self, progress: bool = False, kept: KeptRuns | None = None) -> ErrorEstimates:
+        """kept: keeps the results of the runs, and has those of an earlier attempt."""
+        self._kept, self._compared = kept or KeptRuns(), 0
         places = _places(FIRST_REUSE, self.steps - 1, PLACES)
         measured = LEVELS + min(SCHEDULES, self.steps - FIRST_REUSE)
         drawn = len(places) + (len(POWERS) + len(GAINS)) * len(TRIED) + measured + 1
@@ -208,7 +212,7 @@ class ReuseErrors:
 
     def _with_levels(self, estimates: ErrorEstimates, deviations: Tensor, bar: tqdm) -> ErrorEstimates:
         others = (self.n, self._others)
-        full, _ = sample(self.model, others[1], **self._settings(*others), batch=self.batch)
+        full = self._kept.run("full", lambda: {"images": self._drawn(*others)})["images"]
         bar.update(others[1])
         found: dict[str, tuple[Spent, ...]] = {}
         for by in BY:
@@ -216,6 +220,9 @@ class ReuseErrors:
             found[f"by_{by}"] = front([self._spent(estimates, by, level, full, bar) for level in levels])
         bar.total = bar.n
         return replace(estimates, **found)
+
+    def _drawn(self, begin: int, n: int) -> Tensor:
+        return sample(self.model, n, **self._settings(begin, n), batch=self.batch)[0]
 
     def _levels(self, estimates: ErrorEstimates, by: str, deviations: Tensor) -> list[float]:
         schedules = of_steps(Rule.of(estimates), self._work)
@@ -232,20 +239,33 @@ class ReuseErrors:
 
     def _watched(self, bar: tqdm) -> tuple[Tensor, Tensor]:
         """Features float32 [S, H, n, D] of full runs, for H halves of guidance, and the images."""
-        policy = Watching()
-        samples = SampleBatch.of(self.model, self.n, policy=policy, **self._settings(0, self.n))
-        images = run(self.model, samples, self.batch, lambda: run_forward)
+
+        def watched() -> dict[str, Tensor]:
+            policy = Watching()
+            samples = SampleBatch.of(self.model, self.n, policy=policy, **self._settings(0, self.n))
+            images = run(self.model, samples, self.batch, lambda: run_forward)
+            parts = [policy.seen[i : i + self.steps] for i in range(0, len(policy.seen), self.steps)]
+            grown = [torch.stack(part).unflatten(1, (self._halves, -1)) for part in parts]
+            return {"grown": torch.cat(grown, 2), "images": images}
+
+        found = self._kept.run("watched", watched)
         bar.update(self.n)
-        parts = [policy.seen[i : i + self.steps] for i in range(0, len(policy.seen), self.steps)]
-        return torch.cat([torch.stack(part).unflatten(1, (self._halves, -1)) for part in parts], 2), images
+        return found["grown"], found["images"]
 
     def _errors(self, policy: ReusePolicy, full: Tensor, bar: tqdm, begin: int = 0) -> tuple[Tensor, float]:
         """Mean squared differences float64 [n] of the samples from number `begin` on to their images in `full`, and the
         share of the multiply-adds."""
-        settings = self._settings(begin, len(full))
-        images, report = sample(self.model, len(full), **settings, batch=self.batch, policy=policy)
+
+        def compared() -> dict[str, Tensor]:
+            settings = self._settings(begin, len(full))
+            images, report = sample(self.model, len(full), **settings, batch=self.batch, policy=policy)
+            share = torch.tensor(report.macs / report.macs_full, dtype=torch.float64, device="cpu")
+            return {"errors": (images.cpu() - full).double().square().flatten(1).mean(1), "share": share}
+
+        self._compared += 1
+        found = self._kept.run(f"compared-{self._compared}", compared)
         bar.update(len(full))
-        return (images.cpu() - full.cpu()).double().square().flatten(1).mean(1), report.macs / report.macs_full
+        return found["errors"], float(found["share"])
 
     def _settings(self, begin: int, n: int) -> dict[str, object]:
         given = {"steps": self.steps, "solver": self.solver, "guidance_scale": self.guidance_scale}

@@ -23,6 +23,7 @@ from ..policies.width import Width
 from ..sampling.sample_batch import SampleBatch, whole
 from ..sampling.sampler import sample
 from .calibrating import AIMS, CALIBRATION_SEED
+from .kept_runs import KeptRuns
 
 MOST_BINS = 1000
 TIME_SPAN = 1000.0
@@ -108,9 +109,17 @@ class WidthSearch:
         self._reference: Reference | None = None
         self._full: dict[int, Tensor] = {}  # images of the full network, by the first seed
         self._known: dict[Genome, Candidate] = {}
+        self._kept, self._drawn = KeptRuns(), 0
 
-    def run(self, progress: bool = False, better: Callable[[Candidate], None] | None = None) -> Found:
-        """better: called with every candidate that is better than all before it."""
+    def run(
+        self,
+        progress: bool = False,
+        better: Callable[[Candidate], None] | None = None,
+        kept: KeptRuns | None = None,
+    ) -> Found:
+        """better: called with every candidate that is better than all before it. kept: keeps what the candidates
+        reached, and has what those of an earlier attempt did."""
+        self._kept, self._drawn = kept or KeptRuns(), 0
         uniform = self._uniform()
         total = self.population * self.generations + len(uniform) + 1
         with tqdm(total=total, disable=not progress, unit="schedule", dynamic_ncols=True) as bar:
@@ -176,8 +185,13 @@ class WidthSearch:
         return self._known[genome]
 
     def _draw(self, width: Width, seed: int) -> Candidate:
-        images, report = sample(self.model, self._n, batch=self._batch, policy=width, **self._samples(seed))
-        share, quality = report.macs / report.macs_full, self._quality(images, seed)
+        def drawn() -> dict[str, Tensor]:
+            images, report = sample(self.model, self._n, batch=self._batch, policy=width, **self._samples(seed))
+            reached = [report.macs / report.macs_full, self._quality(images, seed)]
+            return {"reached": torch.tensor(reached, dtype=torch.float64, device="cpu")}
+
+        self._drawn += 1
+        share, quality = self._kept.run(f"schedule-{self._drawn}", drawn)["reached"].tolist()
         return Candidate(width, share, quality, quality + self.weight * share)
 
     @torch.inference_mode()

@@ -17,7 +17,7 @@ from ..metrics.extractors import features_from
 from ..model import Model
 from ..writing import check_outputs, check_space, replace_file
 from .prompts import texts_of
-from .shared import check_limits, file_of, load_model
+from .shared import check_limits, file_of, going_on, kept_runs, load_model
 from .terminal import say, show, show_lines, with_bars
 
 HEADER = 2**16  # bytes, for names and the configuration
@@ -49,11 +49,14 @@ def calibrate(options: argparse.Namespace) -> None:
     features = None if options.features is None else features_from(options.features)
     if features is not None:
         features.dims(tuple(model.backbone.sample_shape))  # raises where the shape does not fit
-    calibrating = Calibrating(model, options.budget, features=features, **settings, **texts_of(options, model))
+    texts = texts_of(options, model)
+    calibrating = Calibrating(model, options.budget, features=features, **settings, **texts)
+    kept = kept_runs(options, texts, budget=options.budget, features=options.features, **settings)
     check_space(options.out, _bytes(model, options))
     shown = {"features": options.features or "the model's own, if known"}
     show({"model": options.model, "budget": options.budget, **settings, **shown, "out": options.out})
-    calibration = calibrating.run(progress=with_bars())
+    with going_on(kept):
+        calibration = calibrating.run(progress=with_bars(), kept=kept)
     model = calibrating.model
     try:
         _save(model, options, notes)
@@ -65,6 +68,7 @@ def calibrate(options: argparse.Namespace) -> None:
             replace_file(options.picture, picture, force=options.force)
     finally:  # print the numbers even if the disk is full
         show_lines(f"\n{calibration}\n")
+    kept.drop()
     if options.picture is not None:
         say(f"wrote {options.picture}")
     say(f"wrote {options.out}; sample it with --policy exit:budget={calibration.budgets[0].share:g}")

@@ -8,7 +8,7 @@ from ..policies.estimated_file import estimates_json
 from ..policies.joining import quoted
 from ..writing import check_outputs, check_space, replace_file
 from .prompts import texts_of
-from .shared import check_limits, load_model
+from .shared import check_limits, going_on, kept_runs, load_model
 from .terminal import say, show, show_lines, with_bars
 
 MOST_SAMPLES = 10**5
@@ -29,15 +29,19 @@ def calibrate_reuse(options: argparse.Namespace) -> None:
         "seed": options.seed,
         "batch": options.batch,
     }
-    errors = ReuseErrors(model, **settings, **texts_of(options, model))
+    texts = texts_of(options, model)
+    errors = ReuseErrors(model, **settings, **texts)
+    kept = kept_runs(options, texts, **settings)
     check_space(options.out, NUMBER * options.steps[0] * model.config.network.dim + NOTES)
     show({"model": options.model, **settings, "out": options.out})
-    estimates = errors.run(progress=with_bars())
+    with going_on(kept):
+        estimates = errors.run(progress=with_bars(), kept=kept)
     text = estimates_json(estimates)
     try:
         replace_file(options.out, lambda temporary: temporary.write_text(text, encoding="utf-8"), force=options.force)
     finally:  # print the numbers even if the disk is full
         show_lines(f"\n{estimates}\n")
+    kept.drop()
     middle = estimates.by_sample[len(estimates.by_sample) // 2].share
     policy = shlex.quote(f"estimate:{quoted(str(options.out))},share={middle:.2g}")
     given = f"--steps {options.steps[0]} --solver {options.solver}"

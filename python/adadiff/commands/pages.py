@@ -191,7 +191,8 @@ PAGES = {
       --aim distribution --out calibrated.safetensors \\
       --picture calibrated.png""",
         notes="The file is used like any other model. `adadiff sample FILE --policy exit:budget=0.55` decides by the "
-        "uncertainty of each sample, --policy exit:table=0.55 by the timestep alone.",
+        "uncertainty of each sample, --policy exit:table=0.55 by the timestep alone. After an interruption the same "
+        "command goes on where it stopped: until FILE is written, FILE.runs keeps the runs so far.",
     ),
     "calibrate-reuse": Page(
         summary="learn which samples may reuse earlier steps, and where",
@@ -208,7 +209,9 @@ PAGES = {
   adadiff calibrate-reuse letters --steps 20 \\
       --guidance-scale 2 --out guided.json""",
         notes="`adadiff sample MODEL --policy estimate:FILE,share=0.6` follows the estimates, with any share "
-        "between the measured ones. They hold for this network, solver and number of steps; others are refused.",
+        "between the measured ones. They hold for this network, solver and number of steps; others are refused. After "
+        "an interruption the same command goes on where it stopped: until FILE is written, FILE.runs keeps the runs so "
+        "far.",
     ),
     "search": Page(
         summary="find a width for each timestep",
@@ -224,7 +227,8 @@ PAGES = {
       --n 64 --steps 20 --out widths.json""",
         notes="The model must be slimmable, that is, trained with widths, as by `adadiff train digits_slim`. The "
         "schedule is used by `adadiff sample MODEL --policy width:FILE`. The search needs pymoo: pip install "
-        "'adadiff_kernels[search]'. If it is interrupted, FILE holds the best schedule so far.",
+        "'adadiff_kernels[search]'. If it is interrupted, FILE holds the best schedule so far, and the same command "
+        "with --force goes on where it stopped: until the search is done, FILE.runs keeps what the schedules reached.",
     ),
     "train-steps": Page(
         summary="learn how many steps each class or prompt needs",

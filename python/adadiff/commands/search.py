@@ -12,7 +12,7 @@ from ..metrics.yardsticks import Yardstick
 from ..model import Model
 from ..policies.width_file import width_json
 from ..writing import check_outputs, replace_file
-from .shared import check_limits, file_of, load_model
+from .shared import check_limits, file_of, going_on, kept_runs, load_model
 from .terminal import say, show, show_lines, with_bars
 
 MOST_SAMPLES = 10**6
@@ -38,6 +38,7 @@ def search(options: argparse.Namespace) -> None:
     }
     yardstick = _yardstick(model, options)
     searching = WidthSearch(model, batch=options.batch, yardstick=yardstick, **settings)
+    kept = kept_runs(options, {}, features=options.features, reference=options.reference, **settings)
     show({"model": options.model, **settings, "out": options.out})
     written: list[Candidate] = []
 
@@ -46,18 +47,18 @@ def search(options: argparse.Namespace) -> None:
         written.append(candidate)
 
     try:
-        found = searching.run(progress=with_bars(), better=better)
-    except KeyboardInterrupt:
+        with going_on(kept):
+            found = searching.run(progress=with_bars(), better=better, kept=kept)
+    except KeyboardInterrupt as error:
         if not written:
             raise
-        best = written[-1]
-        raise KeyboardInterrupt(
-            f"{options.out} holds the best schedule so far, of {best.share:.1%} of the multiply-adds"
-        ) from None
+        best = f"{options.out} holds the best schedule so far, of {written[-1].share:.1%} of the multiply-adds"
+        raise KeyboardInterrupt(f"{best}; {error} with --force") from None
     try:
         _write(options, model, settings, found.best, _measured(found), first=False)
     finally:
         show_lines(f"\n{found}\n")
+    kept.drop()
     say(f"wrote {options.out}; sample it with --policy width:{options.out}")
 
 

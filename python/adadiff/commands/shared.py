@@ -1,12 +1,14 @@
 """Helpers that several commands share."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from .. import checkpoint
+from .. import __version__, checkpoint
+from ..calibration.kept_runs import KeptRuns
 from ..forward.options import ExecutionOptions
 from ..model import Model
 from ..output.asked import check_policy as check_policy
@@ -17,6 +19,7 @@ from ..output.asked import resolved as resolved
 from ..output.pictures import CHANNELS
 from ..pipelines import latents
 from ..policies.step_selector import AUTO
+from .terminal import say
 
 MOST_BATCH, MOST_SHARD, MOST_RESAMPLES = 2**16, 10**5, 10**4
 
@@ -37,6 +40,31 @@ def check_limits(options: argparse.Namespace, n: int) -> None:
 def file_of(features: str | None) -> str | None:
     """The file that --features names, if it names one."""
     return None if features is None else features.removeprefix("inception:")
+
+
+def kept_runs(options: argparse.Namespace, texts: Mapping[str, Tensor], **settings: object) -> KeptRuns:
+    """Keeps the runs of a calibration in a folder beside --out, until that is written. texts: of `texts_of`."""
+    identity = {
+        "adadiff": __version__,
+        "torch": torch.__version__,
+        "model_sha256": digest(options.model),
+        "device": str(device_of(options)),
+        "dtype": options.dtype,
+        "prompts": checkpoint.checksum(texts),
+    }
+    return KeptRuns(options.out.with_name(f"{options.out.name}.runs"), {**identity, **settings}, options.force)
+
+
+@contextmanager
+def going_on(kept: KeptRuns) -> Iterator[None]:
+    """Says first how many runs are kept already; adds to Ctrl-C and OSError where they are."""
+    if kept.count:
+        say(f"{kept.folder} holds {kept.count} runs; going on")
+    try:
+        yield
+    except (KeyboardInterrupt, OSError) as error:
+        where = f"{kept.folder} keeps {kept.count} runs; the same command goes on from there"
+        raise (with_progress(error, where) if kept.count else error) from None
 
 
 def with_progress(error: BaseException, progress: str) -> BaseException:

@@ -5,12 +5,10 @@ import json
 import math
 import re
 import warnings
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import checkpoint
@@ -98,7 +96,7 @@ class RunFolder:
             raise FloatingPointError(
                 f"{', '.join(broken[:3])} hold NaN or infinity at step {numbers['step']}; the last checkpoint is kept"
             )
-        checkpoint.write_tensors(self.path / STATE, state, {**numbers, "crc32": checksum(state)})
+        checkpoint.write_tensors(self.path / STATE, state, {**numbers, "crc32": checkpoint.checksum(state)})
         self.saved = numbers["step"]
         notes = {"train": dataclasses.asdict(self.config), **numbers, "seconds": round(numbers["seconds"])}
         checkpoint.save(average, self.path / MODEL, notes)
@@ -166,17 +164,8 @@ def check_state(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], steps
         raise ValueError(f"{file} is damaged: its step must be in 0..{steps}, got {step!r}")
     if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
         raise ValueError(f"{file} is damaged: its seconds must be a number >= 0, got {seconds!r}")
-    if "crc32" in numbers and numbers["crc32"] != checksum(tensors):  # earlier releases wrote none
+    if "crc32" in numbers and numbers["crc32"] != checkpoint.checksum(tensors):  # earlier releases wrote none
         raise ValueError(f"{file} is damaged: its tensors do not have the checksum that was written with them")
-
-
-def checksum(tensors: Mapping[str, Tensor]) -> int:
-    """CRC-32 of names and values."""
-    value = 0
-    for name, tensor in sorted(tensors.items()):
-        value = zlib.crc32(name.encode(), value)
-        value = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), value)
-    return value
 
 
 def _step_of(row: bytes) -> int | None:
