@@ -28,7 +28,7 @@ import torch
 from adadiff.calibration.reuse_errors import LEAST_STEPS
 from adadiff.commands.values import shares, whole_numbers
 from adadiff.writing import replace_file
-from benchmarks.baselines.alternatives import COARSE, LARGE, QUICK, Networks, Sweep, default_networks
+from benchmarks.baselines.sweeps import COARSE, LARGE, QUICK, Networks, Sweep, default_networks
 from benchmarks.gpu.session import gpu_facts
 from benchmarks.harness import threads
 from benchmarks.report import html, plots

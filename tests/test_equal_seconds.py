@@ -25,13 +25,13 @@ from adadiff.sampling.sample_batch import SampleBatch
 from adadiff.uem import PAPER
 from benchmarks import __main__ as run
 from benchmarks import rows
-from benchmarks.baselines import alternatives
+from benchmarks.baselines import alternatives, sweeps
 from benchmarks.report import front_plots, fronts, mates_table, plots, tables
 from benchmarks.suites import drawing, equal_seconds, judging, mates, screening
 from sampler.tiny import scramble
 
 SWEEP = dataclasses.replace(
-    alternatives.QUICK,
+    sweeps.QUICK,
     steps=(3,),
     between=(),
     aims=("faithful",),
@@ -53,11 +53,11 @@ def model(depth: int = 4, exits: bool = True, **changes: object) -> adadiff.Mode
 
 
 @pytest.fixture(scope="module")
-def networks(tmp_path_factory: pytest.TempPathFactory) -> alternatives.Networks:
+def networks(tmp_path_factory: pytest.TempPathFactory) -> sweeps.Networks:
     folder = tmp_path_factory.mktemp("networks")
     for name, made in {"full": model(), "plain": model(exits=False), "shallow": model(2, exits=False)}.items():
         adadiff.save(made, folder / f"{name}.safetensors")
-    return alternatives.Networks(*(str(folder / f"{name}.safetensors") for name in ("full", "plain", "shallow")))
+    return sweeps.Networks(*(str(folder / f"{name}.safetensors") for name in ("full", "plain", "shallow")))
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +109,7 @@ def test_data_that_nobody_can_judge() -> None:
 # Methods
 
 
-def test_single_thresholds_meet_the_share_along_the_full_way(networks: alternatives.Networks) -> None:
+def test_single_thresholds_meet_the_share_along_the_full_way(networks: sweeps.Networks) -> None:
     """Counted again in a loop, over what the UEMs say when the full network is run."""
     shares = (0.45, 0.8)
     own = model()
@@ -147,7 +147,7 @@ def share_spent(own: adadiff.Model, scores: list[torch.Tensor], theta: float, fi
     return float(np.mean(spent))
 
 
-def test_further_solvers_are_for_plain_networks_only(networks: alternatives.Networks, tmp_path: Path) -> None:
+def test_further_solvers_are_for_plain_networks_only(networks: sweeps.Networks, tmp_path: Path) -> None:
     sweep = dataclasses.replace(SWEEP, further_solvers=("dpm++2m",), estimated=())
     found = alternatives.methods(networks, sweep, tmp_path)
     assert {m.name for m in found if m.solver == "dpm++2m"} == set(screening.LOOPS)
@@ -155,12 +155,12 @@ def test_further_solvers_are_for_plain_networks_only(networks: alternatives.Netw
 
 
 def test_large_networks_have_a_sweep_of_their_own(tmp_path: Path) -> None:
-    for data, sweep in {"letters": alternatives.LARGE, "canvases": alternatives.COARSE}.items():
+    for data, sweep in {"letters": sweeps.LARGE, "canvases": sweeps.COARSE}.items():
         chosen = run.arguments(["--suite", "quality", "--data", data])
         assert run.compared(rows.Rows(tmp_path), chosen).sweep == sweep
 
 
-def test_every_method_draws_what_the_sampler_draws(networks: alternatives.Networks) -> None:
+def test_every_method_draws_what_the_sampler_draws(networks: sweeps.Networks) -> None:
     seeds, labels = drawing.seeds_and_labels(1, 6)
     given = {"steps": 4, "solver": "dpm++2m", "seed": seeds, "class_labels": labels}
     full, shallow = drawing.load(networks.full), drawing.load(networks.shallow)
@@ -186,7 +186,7 @@ def test_every_method_draws_what_the_sampler_draws(networks: alternatives.Networ
     assert float((loop - drawing.draw(plain, seeds, labels).images).abs().max()) > 1e-3
 
 
-def test_networks_that_cannot_be_compared(networks: alternatives.Networks, tmp_path: Path) -> None:
+def test_networks_that_cannot_be_compared(networks: sweeps.Networks, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no exits; it can only be the plain network"):
         dataclasses.replace(networks, full=networks.plain).check()
     other = tmp_path / "other.safetensors"
@@ -201,20 +201,20 @@ def test_networks_that_cannot_be_compared(networks: alternatives.Networks, tmp_p
 
 def test_the_networks_that_are_taken_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert alternatives.default_networks("digits") == alternatives.Networks(
+    assert sweeps.default_networks("digits") == sweeps.Networks(
         *("digits", "digits_plain", None, "digits_slim"), widths="digits_slim", cascade="digits_cascade"
     )
-    shipped = alternatives.default_networks("canvases")
-    assert shipped == alternatives.Networks("canvases", "canvases_plain", "canvases_shallow")
+    shipped = sweeps.default_networks("canvases")
+    assert shipped == sweeps.Networks("canvases", "canvases_plain", "canvases_shallow")
     shipped.check()
-    monkeypatch.setattr(alternatives, "find", lambda name: adadiff.load("nobody"))
+    monkeypatch.setattr(sweeps, "find", lambda name: adadiff.load("nobody"))
     with pytest.raises(ValueError, match="adadiff train canvases"):
-        alternatives.default_networks("canvases")
+        sweeps.default_networks("canvases")
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "runs" / "digits_shallow" / "model.safetensors"
     adadiff.save(model(2, exits=False), file)
-    assert alternatives.default_networks("digits").shallow == "runs/digits_shallow/model.safetensors"
+    assert sweeps.default_networks("digits").shallow == "runs/digits_shallow/model.safetensors"
 
 
 @pytest.mark.parametrize("argument", ["deep=x", "full", "--steps 6,x", "--budgets a"])
@@ -225,7 +225,7 @@ def test_arguments_that_do_not_fit(argument: str, capsys: pytest.CaptureFixture[
     assert "error" in capsys.readouterr().err
 
 
-def test_rounds_that_are_asked_for_are_all_measured(networks: alternatives.Networks, tmp_path: Path) -> None:
+def test_rounds_that_are_asked_for_are_all_measured(networks: sweeps.Networks, tmp_path: Path) -> None:
     models = [f"{role}={name}" for role, name in dataclasses.asdict(networks).items()]
     chosen = run.arguments(["--suite", "quality", "--rounds", "12", "--models", *models])
     sweep = run.compared(rows.Rows(tmp_path), chosen).sweep
@@ -237,7 +237,7 @@ def test_rounds_that_are_asked_for_are_all_measured(networks: alternatives.Netwo
 
 @pytest.mark.slow
 def test_the_whole_suite_and_its_resumption(
-    networks: alternatives.Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    networks: sweeps.Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def compare(timing: bool = True) -> list[rows.Row]:
         file = rows.Rows(tmp_path)
@@ -276,7 +276,7 @@ def test_the_whole_suite_and_its_resumption(
 
 @pytest.mark.slow
 def test_few_samples_screen_what_many_others_judge(
-    networks: alternatives.Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    networks: sweeps.Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The full network's settings stay; what is judged is near a front of what was screened, by other seeds."""
     monkeypatch.setattr(mates, "BATCHES", ())
@@ -295,7 +295,7 @@ def test_few_samples_screen_what_many_others_judge(
 
 
 def test_batch_mates_change_what_one_decision_for_all_draws(
-    networks: alternatives.Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    networks: sweeps.Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By sample, nothing changes; rows that are there are not measured again."""
     monkeypatch.setattr(mates, "SAMPLES", 24)
@@ -317,7 +317,7 @@ def test_batch_mates_change_what_one_decision_for_all_draws(
 
 
 def test_without_a_compiler_there_is_one_way_less(
-    networks: alternatives.Networks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    networks: sweeps.Networks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("no compiler\nhere")
@@ -331,7 +331,7 @@ def test_without_a_compiler_there_is_one_way_less(
 
 
 def test_a_policy_that_looks_at_the_batch_is_timed_in_the_batches_it_was_judged_in(
-    networks: alternatives.Networks, monkeypatch: pytest.MonkeyPatch
+    networks: sweeps.Networks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(equal_seconds, "in_engine", lambda method, seeds, labels, batch, runner: (batch, runner))
     given = drawing.seeds_and_labels(0, 200)
@@ -341,7 +341,7 @@ def test_a_policy_that_looks_at_the_batch_is_timed_in_the_batches_it_was_judged_
 
 
 def test_plain_loops_are_timed_in_the_batches_their_ways_say(
-    networks: alternatives.Networks, monkeypatch: pytest.MonkeyPatch
+    networks: sweeps.Networks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(equal_seconds, "in_plain_loop", lambda *given, compiled: (given[-1], compiled))
     method, given = drawing.Method("plain network", networks.full), drawing.seeds_and_labels(0, 200)
@@ -351,7 +351,7 @@ def test_plain_loops_are_timed_in_the_batches_their_ways_say(
     assert found == batches
 
 
-def check_rows(by_name: dict[str, rows.Row], networks: alternatives.Networks) -> None:
+def check_rows(by_name: dict[str, rows.Row], networks: sweeps.Networks) -> None:
     full, shallow = drawing.load(networks.full), drawing.load(networks.shallow)
     cost = {name: int(work_of_whole(made)) for name, made in (("full", full), ("shallow", shallow))}
     assert by_name["fewer steps"]["macs"] == 3 * cost["full"]

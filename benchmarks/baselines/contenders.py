@@ -12,9 +12,10 @@ from torch import Tensor, nn
 import adadiff
 from adadiff.models.interface import Backbone
 from benchmarks.baselines import others, routers
-from benchmarks.baselines.alternatives import Networks, Sweep, calibrate, calibrated_file
+from benchmarks.baselines.alternatives import calibrate, calibrated_file
 from benchmarks.baselines.reuse import Reusing
 from benchmarks.baselines.routers import Trajectories
+from benchmarks.baselines.sweeps import Networks, Sweep
 from benchmarks.baselines.walk import Network
 from benchmarks.rows import say
 from benchmarks.suites.drawing import (

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from adadiff.metrics.intervals import Interval
-from benchmarks.baselines.alternatives import OURS, Sweep
+from benchmarks.baselines.alternatives import OURS
+from benchmarks.baselines.sweeps import Sweep
 from benchmarks.report.cells import Table, number, where
 from benchmarks.report.fronts import SUITE, Point, points
 from benchmarks.rows import Row

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from adadiff.diffusion.solvers import solver_from
 from benchmarks.baselines import reuse
-from benchmarks.baselines.alternatives import BATCH, BY_BUDGET, Networks, Sweep, calibrate, methods
+from benchmarks.baselines.alternatives import BATCH, BY_BUDGET, calibrate, methods
+from benchmarks.baselines.sweeps import Networks, Sweep
 from benchmarks.harness import interleave, threads
 from benchmarks.report.fronts import points
 from benchmarks.rows import Rows, say, versions

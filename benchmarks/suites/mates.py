@@ -3,7 +3,7 @@ samples whose images change when they are drawn with other batch-mates."""
 
 import torch
 
-from benchmarks.baselines.alternatives import Networks, Sweep
+from benchmarks.baselines.sweeps import Networks, Sweep
 from benchmarks.rows import Rows, say
 from benchmarks.suites.drawing import Method, draw, fingerprint, seeds_and_labels
 

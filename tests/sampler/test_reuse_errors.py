@@ -9,20 +9,8 @@ import pytest
 import torch
 
 import adadiff
-from adadiff.calibration.reuse_errors import (
-    GAINS,
-    POWERS,
-    TRIED,
-    Once,
-    ReuseErrors,
-    Rule,
-    Work,
-    fitted,
-    front,
-    level_for,
-    of_steps,
-    on_line,
-)
+from adadiff.calibration.reuse_errors import GAINS, POWERS, TRIED, Once, ReuseErrors, fitted
+from adadiff.calibration.reuse_levels import Rule, Work, front, level_for, of_steps, on_line
 from adadiff.config import ModelConfig
 from adadiff.policies.estimated import EstimatedReuse, Spent
 from adadiff.policies.estimated_file import read_estimates
