@@ -329,11 +329,7 @@ class Batch:
         state, slot = self._slots, slots
         if there.sample is not None:
             x, t, slot = x.index_select(0, there.sample), t[lanes.sample], slots[lanes.sample]
-        context = None
-        if there.lane_slots is not None:
-            context = state.context.index_select(0, there.lane_slots)
-            if there.unconditional_lanes is not None:
-                context[there.unconditional_lanes] = state.null[there.unconditional_slots]
+        context = None if there.context is None else state.context.index_select(0, there.context)
         forward, network = self._forward, self._networks.now(state.choice[slot], t) if len(self._networks) else None
         if network is not None:
             own = torch.from_numpy(network)

@@ -28,7 +28,8 @@ class SlotState:
     choice (of a NetworkSet), by number.
     threshold, guidance (scale - 1), interval [capacity, 2], channels, tied, record_scores: as in
     `SampleBatch`. stages: the two stages of cascades.
-    solver: x, base and history; context and null: None until a sample has one.
+    solver: x, base and history. context: [2 capacity, ...], that of the conditional lane of slot s at s, and of its
+    unconditional lane at capacity + s; None until a sample has one.
     """
 
     def __init__(self, capacity: int, sample_shape: tuple[int, ...], device: torch.device):
@@ -42,7 +43,6 @@ class SlotState:
         x = torch.zeros(capacity, *sample_shape, dtype=torch.float32, device=device)
         self.solver = SolverState.start(x, base=False, history=False)
         self.context: Tensor | None = None
-        self.null: Tensor | None = None
         self.stages = Stages(capacity)
         self._free = list(range(capacity))[::-1]
 
@@ -73,8 +73,7 @@ class SlotState:
         solver = packed.widen(self.solver)
         if self.context is None and samples.context is not None:
             shape, dtype = samples.context.shape[1:], samples.context.dtype
-            null = torch.zeros(self.capacity, *shape, dtype=dtype, device=self.device)
-            self.context, self.null = torch.zeros_like(null), null  # both or none
+            self.context = torch.zeros(2 * self.capacity, *shape, dtype=dtype, device=self.device)
         chosen = torch.from_numpy(index)
         left = len(self._free) - len(index)
         slots = np.array(self._free[left:][::-1], dtype=np.int64)  # taken only below: memory may run out before
@@ -88,7 +87,7 @@ class SlotState:
         if samples.context is not None:
             self.context[there] = upload(samples.context[chosen], self.device)
             if samples.null is not None:
-                self.null[there] = upload(samples.null[chosen], self.device)
+                self.context[there + self.capacity] = upload(samples.null[chosen], self.device)
         self.solver = solver
         self.solver.restart(there, x)
         del self._free[left:]

@@ -15,8 +15,8 @@ class StepIndices(NamedTuple):
     """Indices of k samples and B lanes on the device; int64 unless stated, None if not needed.
 
     slots [k]; row [k], of the solver's tables; seed, step [k], if a step adds noise. sample [B], of each lane, if lanes
-    are not in sample order; lane_slots [B], the slot of each lane, if there is a context; unconditional_lanes, and
-    their slots. conditional, unconditional [k]: lanes of each sample, -1 if none; weight [k], float32; channels [k].
+    are not in sample order; context [B], row of `SlotState.context` of each lane, if there is one. conditional,
+    unconditional [k]: lanes of each sample, -1 if none; weight [k], float32; channels [k].
     """
 
     slots: Tensor
@@ -24,9 +24,7 @@ class StepIndices(NamedTuple):
     seed: Tensor | None
     step: Tensor | None
     sample: Tensor | None
-    lane_slots: Tensor | None
-    unconditional_lanes: Tensor | None
-    unconditional_slots: Tensor | None
+    context: Tensor | None
     conditional: Tensor | None
     unconditional: Tensor | None
     weight: Tensor | None
@@ -38,19 +36,15 @@ def step_indices(
 ) -> StepIndices:
     """Uploads the indices of a step. slots, row, step: int64 [k]. noise: whether the solver adds noise."""
     given: dict[str, np.ndarray | None] = {"slots": slots, "row": row, "conditional": lanes.conditional}
-    lane_slots = slots if lanes.in_order else slots[lanes.sample]
     if not lanes.in_order:
         given["sample"] = lanes.sample
     if noise:
         given["seed"], given["step"] = state.seed[slots], step
     if state.context is not None:
-        given["lane_slots"] = lane_slots
+        given["context"] = slots if lanes.in_order else slots[lanes.sample] + state.capacity * lanes.half
     if lanes.unconditional is not None:
         given["unconditional"], given["weight"] = lanes.unconditional, state.guidance[slots]
         channels = state.channels[slots]
         if (channels != state.solver.x.shape[1]).any():
             given["channels"] = channels
-        if state.context is not None:
-            given["unconditional_lanes"] = unconditional = lanes.half.nonzero()[0]
-            given["unconditional_slots"] = lane_slots[unconditional]
     return StepIndices(*upload_together(list(map(given.get, StepIndices._fields)), state.device))
