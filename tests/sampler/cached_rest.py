@@ -14,7 +14,7 @@ from adadiff.diffusion.noise import initial_noise
 from adadiff.diffusion.solvers import DDIM
 from adadiff.model import Model
 from adadiff.models.dit import DiT, DiTConfig
-from adadiff.policies.estimated import EstimatedReuse
+from adadiff.policies.estimated import ErrorEstimates, EstimatedReuse
 from adadiff.uem import ExitConfig
 from sampler.tiny import SERVED, Inputs, _layers, plain_uncertainties, scramble, served
 
@@ -131,11 +131,14 @@ def by_hand(
                 rest = (h - layers[plan.first - 1])[:, backbone.num_prefix_tokens :]
                 growth = torch.zeros_like(rest)
                 kept["known"] = kept.get("ended") == d == L
+                kept["estimates"] = kept.get("estimates", []) if kept["known"] else []
                 if plan.order and kept.get("ended") == d:
                     growth = (rest - kept["rest"]) / (i - kept["made"])
                 if seen is not None:
                     seen.append(growth)
                 kept |= {"rest": rest, "growth": growth, "ended": d, "made": i, "total": 0.0}
+                if plan.estimated is not None and kept["known"]:
+                    kept["estimates"].append(_deviation(plan.estimated.estimates, i, growth))
                 if plan.gate == "residual":
                     kept["reference"] = layers[plan.first - 1] - begun
             head = backbone.head if k == L else exits.head(backbone, k)
@@ -191,10 +194,15 @@ def _estimated(made: Made, policy: EstimatedReuse, cache: dict, step: int) -> bo
     """The formula of policies/estimated.py, number by number."""
     if step < 2 or not cache["known"]:
         return False
-    estimates, last, age = policy.estimates, cache["made"], step - cache["made"]
-    error = estimates.profile[step] + estimates.age_power * math.log(age)
+    estimates, found = policy.estimates, cache["estimates"]
+    error = estimates.profile[step] + estimates.age_power * math.log(step - cache["made"])
     if policy.decides == "sample":
-        error += estimates.offsets[last]
-        for weight, channel in zip(estimates.weights[last], cache["growth"][0].T, strict=True):
-            error += weight * float(channel.abs().mean())
+        error += sum(found) / len(found)
     return made.compare(error, policy.level) <= policy.level
+
+
+def _deviation(estimates: ErrorEstimates, step: int, growth: Tensor) -> float:
+    found = estimates.offsets[step]
+    for weight, channel in zip(estimates.weights[step], growth[0].T, strict=True):
+        found += weight * float(channel.abs().mean())
+    return found

@@ -36,9 +36,10 @@ def spent(level: float, share: float) -> Spent:
 
 
 @cache
-def estimates(kind: str, level: float = -1.0, spread: float = 1.0) -> ErrorEstimates:
-    """Made up: deviations lie within a few units of 0, errors fall and rise again. share=0.5 has the level."""
-    model = models()[kind]
+def estimates(kind: str, level: float | None = None, spread: float = 1.0) -> ErrorEstimates:
+    """Made up: deviations lie within a few units of 0, errors fall and rise again. share=0.5 has the level, by default
+    one at which some samples reuse."""
+    model, level = models()[kind], (1.0 if kind == "dit" else -1.0) if level is None else level
     weights = torch.randn(STEPS, model.config.network.dim, generator=torch.Generator().manual_seed(3)) * spread
     levels = spent(level + 1, 0.3), spent(level - 1, 0.7)
     return ErrorEstimates(

@@ -47,11 +47,14 @@ class Rule:
     def full_steps(self, level: float, deviations: Tensor) -> Tensor:
         """bool [S, n]: the full steps at a level, if growth is that of full runs. deviations: float64 [S, H, n], of
         halves that decide together."""
-        kept, age, full = deviations[0], torch.zeros_like(deviations[0, 0]), []
+        kept, age, made, full = deviations[0], *torch.zeros_like(deviations[:2, 0]), []
         for s, error in enumerate(self.profile):
             age = age + 1
             reuses = (error + kept + self.age_power * age.log() <= level).all(0) & (s >= FIRST_REUSE)
-            kept, age = torch.where(reuses, kept, deviations[s]), torch.where(reuses, age, 0.0)
+            if s:  # the first step knows no growth
+                made = torch.where(reuses, made, made + 1)
+                kept = torch.where(reuses, kept, kept + (deviations[s] - kept) / made)
+            age = torch.where(reuses, age, 0.0)
             full.append(~reuses)
         return torch.stack(full)
 

@@ -29,7 +29,8 @@ from .runner import BlockRunner
 def kinds_of(policy: ReusePolicy, backbone: Backbone, dtype: torch.dtype) -> dict[str, Kind]:
     """The store values of a lane of `policy`. rest, growth: [N, D], over the patches; ended: k. reference: [T, D],
     which the gate compares with. total, for the gate "input": the change accumulated since the last full step.
-    estimate, for that gate: what the policy estimated. For a policy that reuses branches: the branches."""
+    estimate, for that gate: the mean of the policy's estimates, and estimates, their number. For a policy that reuses
+    branches: the branches."""
     T, D = backbone.tokens, backbone.dim
     if reuses_branches(policy):
         return kinds_of_branches(Branches.of(backbone.blocks, T).of_policy(policy), (T, D), dtype)
@@ -41,7 +42,7 @@ def kinds_of(policy: ReusePolicy, backbone: Backbone, dtype: torch.dtype) -> dic
     if policy.gate == "input":
         kinds["total"] = Kind((), torch.float32)
     if policy.gate == ESTIMATE:
-        kinds["estimate"] = Kind((), torch.float32)
+        kinds |= {"estimate": Kind((), torch.float32), "estimates": Kind((), torch.int32)}
     return kinds
 
 
@@ -256,7 +257,11 @@ class RestOfNetwork:
                 grown, known = self._growth_of(rest, lanes, placement)
                 put("growth", grown, full)
                 if policy.gate == ESTIMATE:
-                    put("estimate", self._estimate(policy, grown, lanes).where(known, torch.nan), full)
+                    made, before = self._kept("estimates", lanes), self._kept("estimate", lanes)
+                    found = self._estimate(policy, grown, lanes)
+                    mean = torch.where(made > 0, before + (found - before) / (made + 1), found)
+                    put("estimate", mean.where(known, torch.nan), full)
+                    put("estimates", (made + 1).where(known, 0), full)
             put("rest", rest, full)
             if policy.gate == "residual":
                 put("reference", base - self._input.index_select(0, lanes), full)

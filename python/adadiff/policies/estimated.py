@@ -5,10 +5,11 @@ Reusing in one step changes a sample's final image. The mean squared change, e, 
     log e = profile[s] + deviation + age_power log(a)
 
 at step s, a steps after the last full one. profile: measured by reuse in one step alone. deviation: how far this sample
-is above the others; linear in how much each channel of what the skipped blocks added grew between the sample's last two
-full steps, times the best of a few gains of at most 1, as it is a guess. age_power: the best of a few; above what the
-error of extrapolation suggests, since errors of steps in a row add up. A sample reuses where log e is at most a level,
-the same one at all steps, since that spends a given error on the most steps.
+is above the others, a mean over its full steps so far; in each, it is linear in how much each channel of what the
+skipped blocks added grew since the full step before, times the best of a few gains of at most 1, as it is a guess.
+age_power: the best of a few; above what the error of extrapolation suggests, since errors of steps in a row add up. A
+sample reuses where log e is at most a level, the same one at all steps, since that spends a given error on the most
+steps.
 """
 
 import hashlib
@@ -53,9 +54,9 @@ class ErrorEstimates:
     """Estimates for one network, solver and number of steps S. D: the network's dim. Equal if all fields are.
 
     norms: [L], of the weights of each block, see `norms_of`. t: the network's times, [S]. profile: [S], log errors;
-    those of the first two steps, which are always full, are not read. weights: [S, D] and offsets: [S], of the
-    deviation that a full step at s leaves. by_sample, by_step: levels and their results, with rising shares and falling
-    levels; by_step is for deviations of 0: all samples reuse in the same steps.
+    those of the first two steps, which are always full, are not read. weights: [S, D] and offsets: [S], of what a full
+    step at s adds to the mean that is the deviation. by_sample, by_step: levels and their results, with rising shares
+    and falling levels; by_step is for deviations of 0: all samples reuse in the same steps.
     network: as `network_of` spells it. Raises ValueError for fields that do not fit each other.
     """
 

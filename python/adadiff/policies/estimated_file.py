@@ -11,7 +11,7 @@ from typing import Any
 from ..reading import read_json
 from .estimated import ErrorEstimates, EstimatedReuse, Spent
 
-FORMAT, FORMAT_VERSION = "adadiff estimated errors", 2
+FORMAT, FORMAT_VERSION = "adadiff estimated errors", 3
 
 
 def estimated_from(path: str, share: float, by: str | None = None) -> EstimatedReuse:

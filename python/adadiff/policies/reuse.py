@@ -38,8 +38,8 @@ class ReusePolicy:
 
     gate: the change since the lane's last full step that the policy reads. "residual": the relative change (mean
     absolute values) of what the first blocks add to their input. "input": the relative change of the first block's
-    attention input, summed up from step to step. "estimate": what `estimate` returned in the lane's last full step,
-    if growth was known there; needs order=1. None: no change. needs_steps_left: whether it reads
+    attention input, summed up from step to step. "estimate": the mean of what `estimate` returned in the lane's full
+    steps so far, since growth was last unknown; needs order=1. None: no change. needs_steps_left: whether it reads
     `context.steps_left`. order: 0, what is reused stays as it was; 1, it is extrapolated linearly in the step, from the
     lane's last two full steps (after the first one, which knows no growth, as with 0). whole_batch: whether the change
     is measured over all lanes together, so that they decide as one; a baseline for comparisons. together: whether the
@@ -63,9 +63,9 @@ class ReusePolicy:
         raise NotImplementedError
 
     def estimate(self, growth: Tensor, step: Tensor) -> Tensor:
-        """float32 [k]: with the gate "estimate", the `change` of k lanes until their next full step. growth: [k, N, D],
-        what the rest of the network grew by a step between a lane's last two full steps, over the patches; step: int64
-        [k], the last of these."""
+        """float32 [k]: with the gate "estimate", what full steps of k lanes add to the mean that is their `change`.
+        growth: [k, N, D], what the rest of the network grew by a step between a lane's last two full steps, over the
+        patches; step: int64 [k], the last of these."""
         raise NotImplementedError
 
 
