@@ -1,6 +1,8 @@
 """Commands run as if typed, tiny models on disk, Ctrl-C at a chosen call, and what was written read back."""
 
+import errno
 import json
+import os
 import shlex
 import signal
 from collections.abc import Callable, Iterator
@@ -12,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 import adadiff
-from adadiff import cli
+from adadiff import cli, writing
 from adadiff.config import ModelConfig
 from adadiff.models.uvit import UViTConfig
 from adadiff.uem import ExitConfig
@@ -69,6 +71,20 @@ def interrupt_call(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, call
 
     monkeypatch.setattr(owner, name, method)
     return lambda: monkeypatch.setattr(owner, name, original)
+
+
+def fill_disk(monkeypatch: pytest.MonkeyPatch, folder: Path, after: int) -> None:
+    """The first `after` files in the folder, or below it, are written; for others there is no room."""
+    rename, done = writing._rename, []
+
+    def renamed(temporary: Path, path: Path, force: bool) -> None:
+        if folder in path.parents:
+            done.append(path)
+            if len(done) > after:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        rename(temporary, path, force)
+
+    monkeypatch.setattr(writing, "_rename", renamed)
 
 
 def pixels(image: Tensor) -> np.ndarray:

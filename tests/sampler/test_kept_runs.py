@@ -15,7 +15,7 @@ from adadiff.calibration.calibrating import Calibrating
 from adadiff.calibration.kept_runs import IDENTITY, KeptRuns
 from adadiff.calibration.reuse_errors import ReuseErrors
 from sampler import shell
-from sampler.shell import interrupt_call, run
+from sampler.shell import fill_disk, interrupt_call, run
 from sampler.tiny import served
 
 ctrl_c = shell.ctrl_c
@@ -89,6 +89,18 @@ def test_results_come_back_bit_for_bit_or_are_made_again(tmp_path: Path) -> None
     for damaged in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
         file.write_bytes(damaged)
         assert torch.equal(kept.run("one", lambda: {"b": torch.tensor(7)})["b"], torch.tensor(7))
+
+
+def test_a_full_disk_ends_the_keeping_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = KeptRuns(tmp_path / "runs")
+    kept.run("one", lambda: {"b": torch.tensor(1)})
+    with monkeypatch.context() as patch:
+        fill_disk(patch, tmp_path / "runs", 0)
+        with pytest.warns(UserWarning, match="not kept from now on: .*No space left"):
+            assert kept.run("two", lambda: {"b": torch.tensor(2)})["b"] == 2
+    assert kept.run("three", lambda: {"b": torch.tensor(3)})["b"] == 3
+    assert kept.run("one", dict)["b"] == 1
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [IDENTITY, "one.safetensors"]
 
 
 def test_folders_of_others_are_left_alone(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -26,7 +27,7 @@ class KeptRuns:
     def __init__(
         self, folder: Path | None = None, identity: Mapping[str, object] | None = None, force: bool = False
     ) -> None:
-        self.folder, self._identity = folder, json.loads(json.dumps(identity or {}))
+        self.folder, self._identity, self._keeps = folder, json.loads(json.dumps(identity or {})), True
         if folder is None or not folder.exists():
             return
         if folder.is_symlink() or not folder.is_dir():
@@ -60,22 +61,30 @@ class KeptRuns:
 
     def run(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """The result `name`, made by `make` unless it is kept; tensors on the CPU. One in a damaged file is made
-        again."""
-        if self.folder is None:
-            return _on_cpu(make())
-        file = self.folder / f"{name}{SUFFIX}"
-        if file.exists():
-            with suppress(ValueError):
+        again. If one cannot be written, a warning says so, and no more are kept."""
+        file = None if self.folder is None else self.folder / f"{name}{SUFFIX}"
+        if file is not None and file.exists():
+            with suppress(ValueError, OSError):
                 tensors, notes = checkpoint.read_tensors(file)
                 if notes.get("crc32") == checkpoint.checksum(tensors):
                     return tensors
-        made = _on_cpu(make())
-        self.folder.mkdir(exist_ok=True)
-        if not (identity := self.folder / IDENTITY).exists():
+        made = {key: value.cpu() for key, value in make().items()}
+        if file is not None and self._keeps:
+            try:
+                self._write(file, made)
+            except OSError as error:  # such as a full disk, which must not end the calibration
+                warnings.warn(f"runs are not kept from now on: {error}", stacklevel=2)
+                self._keeps = False
+                with suppress(OSError):
+                    file.parent.rmdir()  # if it is empty
+        return made
+
+    def _write(self, file: Path, tensors: Mapping[str, Tensor]) -> None:
+        file.parent.mkdir(exist_ok=True)
+        if not (identity := file.parent / IDENTITY).exists():
             text = json.dumps(self._identity, indent=2) + "\n"
             replace_file(identity, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-        checkpoint.write_tensors(file, made, {"crc32": checkpoint.checksum(made)})
-        return made
+        checkpoint.write_tensors(file, tensors, {"crc32": checkpoint.checksum(tensors)})
 
     def drop(self) -> None:
         """Removes the results, and the folder unless it holds other files."""
@@ -88,7 +97,3 @@ class KeptRuns:
 
     def _files(self) -> list[Path]:
         return [] if self.folder is None else sorted(self.folder.glob(f"*{SUFFIX}"))
-
-
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.cpu() for name, value in tensors.items()}
