@@ -198,7 +198,7 @@ PAGES = {
         summary="learn which samples may reuse earlier steps, and where",
         usage="MODEL --out FILE [options]",
         description="Estimate how much the final image changes if a step reuses what an earlier one computed: by step, "
-        "and by sample, from how the features of a sample grew between its last two full steps. Then measure, on other "
+        "and by sample, from how the features of a sample grew between its full steps so far. Then measure, on other "
         "samples, what different shares of the work lose, if every sample decides for itself (by sample), and if all "
         "reuse in the same steps (by step). Write the estimates to the JSON file --out. The model needs no exits.",
         examples="""\
