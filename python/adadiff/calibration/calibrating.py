@@ -31,7 +31,7 @@ from ..policies.calibrated import (
 from ..policies.interface import ExitPolicy
 from ..sampling.sample_batch import SampleBatch, whole
 from ..sampling.sampler import sample
-from .kept_runs import KeptRuns
+from .kept_runs import KeptRuns, number
 from .recording import Extractor, Recording, measure_weights, record
 from .refitting import Refitting, refitted
 from .stopping import Work, adaptive_table, mixed, static_table
@@ -192,10 +192,10 @@ class Calibrating:
         least = float(self._work.exiting[0] + self._work.score) / self._work.full
         depths = torch.full((len(error),), self.model.num_layers, dtype=torch.int64, device="cpu")
         target, found = share, []
-        for number in range(ROUNDS):
+        for attempt in range(ROUNDS):
             theta = adaptive_table(self.recording.u, error, self._work, target)
             policy = CalibratedThresholds(share, self._tables(share, theta, depths))
-            spent = float(self._kept.run(f"budget-{share:g}-{number}", partial(self._spent, policy))["share"])
+            spent = float(self._kept.run(f"budget-{share:g}-{attempt}", partial(self._spent, policy))["share"])
             found.append((abs(spent - share), spent, theta))
             bar.update()
             if abs(spent / share - 1) < CLOSE:
@@ -206,7 +206,7 @@ class Calibrating:
 
     def _spent(self, policy: ExitPolicy) -> dict[str, Tensor]:
         _, report = sample(self.model, self.n, **self._settings(self.n, self.seed), batch=self.batch, policy=policy)
-        return {"share": _number(report.macs / report.macs_full)}
+        return {"share": number(report.macs / report.macs_full)}
 
     def _tables(self, share: float, thresholds: Tensor, depths: Tensor) -> Tables:
         return Tables(self.model.num_layers, self.recording.t.tolist(), [share], thresholds[None], depths[None])
@@ -251,15 +251,11 @@ class Calibrating:
         shown = self.model.backbone.sample_shape[0] in CHANNELS
         return {
             "error": (images - full).double().square().flatten(1).mean(1),
-            "share": _number(report.macs / report.macs_full),
-            "depth": _number(report.mean_exit_layer),
-            "psnr": _number(lower_quantile(paired_psnr(images, full), 0.5) if shown else math.inf),
-            "frechet": _number(math.nan if self._features is None else self._frechet(images, full)),
+            "share": number(report.macs / report.macs_full),
+            "depth": number(report.mean_exit_layer),
+            "psnr": number(lower_quantile(paired_psnr(images, full), 0.5) if shown else math.inf),
+            "frechet": number(math.nan if self._features is None else self._frechet(images, full)),
         }
-
-
-def _number(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 def seeds_and_conditions(

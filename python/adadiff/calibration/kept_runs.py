@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from .. import checkpoint
@@ -15,6 +16,11 @@ from ..writing import drop_parts, replace_file
 
 IDENTITY = "identity.json"
 SUFFIX = ".safetensors"
+
+
+def number(value: float) -> Tensor:
+    """A number as a result: float64, which holds it exactly."""
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 class KeptRuns:

@@ -19,7 +19,7 @@ from ..models.interface import Backbone
 from ..sampling.batch import Batch
 from ..sampling.sample_batch import SampleBatch
 from ..uem import Exits
-from .kept_runs import KeptRuns
+from .kept_runs import KeptRuns, number
 
 Distance = Callable[[Tensor, Tensor], float]  # images and the full network's images, [n, C, H, W] each -> mean distance
 Extractor = Callable[[Tensor], Tensor]  # images [n, C, H, W] in [-1, 1] -> features [n, F]
@@ -158,7 +158,7 @@ def measure_weights(
 
             def reached(at: int = at, layer: int = layer) -> dict[str, Tensor]:
                 images = run(model, samples, batch, partial(_replacing, at, layer))
-                return {"distance": torch.tensor(distance(images, reference), dtype=torch.float64, device="cpu")}
+                return {"distance": number(distance(images, reference))}
 
             put_in = float(recording.error[at, layer - 1, : samples.lanes].double().mean())
             found = float(kept.run(f"weight-{at}-{layer}", reached)["distance"])

@@ -22,7 +22,7 @@ from ..reading import MOST_TEXT
 from ..sampling.sample_batch import SampleBatch, whole
 from ..sampling.sampler import sample
 from .calibrating import CALIBRATION_SEED, ends, seeds_and_conditions
-from .kept_runs import KeptRuns
+from .kept_runs import KeptRuns, number
 from .recording import run
 from .reuse_levels import Rule, Work, at_level, front, level_for, of_steps, on_line, scaled
 
@@ -239,8 +239,8 @@ class ReuseErrors:
         def compared() -> dict[str, Tensor]:
             settings = self._settings(begin, len(full))
             images, report = sample(self.model, len(full), **settings, batch=self.batch, policy=policy)
-            share = torch.tensor(report.macs / report.macs_full, dtype=torch.float64, device="cpu")
-            return {"errors": (images.cpu() - full).double().square().flatten(1).mean(1), "share": share}
+            errors = (images.cpu() - full).double().square().flatten(1).mean(1)
+            return {"errors": errors, "share": number(report.macs / report.macs_full)}
 
         self._compared += 1
         found = self._kept.run(f"compared-{self._compared}", compared)

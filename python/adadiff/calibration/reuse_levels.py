@@ -47,13 +47,13 @@ class Rule:
     def full_steps(self, level: float, deviations: Tensor) -> Tensor:
         """bool [S, n]: the full steps at a level, if growth is that of full runs. deviations: float64 [S, H, n], of
         halves that decide together."""
-        kept, age, made, full = deviations[0], *torch.zeros_like(deviations[:2, 0]), []
+        kept, age, count, full = deviations[0], *torch.zeros_like(deviations[:2, 0]), []
         for s, error in enumerate(self.profile):
             age = age + 1
             reuses = (error + kept + self.age_power * age.log() <= level).all(0) & (s >= FIRST_REUSE)
             if s:  # the first step knows no growth
-                made = torch.where(reuses, made, made + 1)
-                kept = torch.where(reuses, kept, kept + (deviations[s] - kept) / made)
+                count = torch.where(reuses, count, count + 1)
+                kept = torch.where(reuses, kept, kept + (deviations[s] - kept) / count)
             age = torch.where(reuses, age, 0.0)
             full.append(~reuses)
         return torch.stack(full)

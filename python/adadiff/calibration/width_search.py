@@ -23,7 +23,7 @@ from ..policies.width import Width
 from ..sampling.sample_batch import SampleBatch, whole
 from ..sampling.sampler import sample
 from .calibrating import AIMS, CALIBRATION_SEED
-from .kept_runs import KeptRuns
+from .kept_runs import KeptRuns, number
 
 MOST_BINS = 1000
 TIME_SPAN = 1000.0
@@ -187,11 +187,11 @@ class WidthSearch:
     def _draw(self, width: Width, seed: int) -> Candidate:
         def drawn() -> dict[str, Tensor]:
             images, report = sample(self.model, self._n, batch=self._batch, policy=width, **self._samples(seed))
-            reached = [report.macs / report.macs_full, self._quality(images, seed)]
-            return {"reached": torch.tensor(reached, dtype=torch.float64, device="cpu")}
+            return {"share": number(report.macs / report.macs_full), "quality": number(self._quality(images, seed))}
 
         self._drawn += 1
-        share, quality = self._kept.run(f"schedule-{self._drawn}", drawn)["reached"].tolist()
+        found = self._kept.run(f"schedule-{self._drawn}", drawn)
+        share, quality = float(found["share"]), float(found["quality"])
         return Candidate(width, share, quality, quality + self.weight * share)
 
     @torch.inference_mode()

@@ -257,11 +257,11 @@ class RestOfNetwork:
                 grown, known = self._growth_of(rest, lanes, placement)
                 put("growth", grown, full)
                 if policy.gate == ESTIMATE:
-                    made, before = self._kept("estimates", lanes), self._kept("estimate", lanes)
+                    count, before = self._kept("estimates", lanes), self._kept("estimate", lanes)
                     found = self._estimate(policy, grown, lanes)
-                    mean = torch.where(made > 0, before + (found - before) / (made + 1), found)
+                    mean = torch.where(count > 0, before + (found - before) / (count + 1), found)
                     put("estimate", mean.where(known, torch.nan), full)
-                    put("estimates", (made + 1).where(known, 0), full)
+                    put("estimates", (count + 1).where(known, 0), full)
             put("rest", rest, full)
             if policy.gate == "residual":
                 put("reference", base - self._input.index_select(0, lanes), full)
