@@ -12,6 +12,7 @@ import torch
 
 import adadiff
 from adadiff.calibration.calibrating import work_of
+from adadiff.checkpoint import read_tensors
 from adadiff.config import ModelConfig
 from adadiff.data.canvases import Canvases
 from adadiff.forward.forward import run_forward
@@ -233,6 +234,43 @@ def test_rounds_that_are_asked_for_are_all_measured(networks: sweeps.Networks, t
 
 
 # The suite
+
+
+@pytest.mark.parametrize("kind", ["calibrations", "estimates"])
+def test_an_interrupted_calibration_goes_on(
+    kind: str, networks: sweeps.Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped before its last step, it makes nothing again, and the file is that of a calibration in one go."""
+
+    def calibrate(file: Path) -> None:
+        if kind == "estimates":
+            alternatives._estimate((networks.full, "ddim", 4, 32, str(file)))
+        else:
+            alternatives._calibrate((networks.full, "faithful", "ddim", 3, (0.8,), 8, str(file)))
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    suffix = ".json" if kind == "estimates" else ".safetensors"
+    at_once, file = (tmp_path / folder / f"known{suffix}" for folder in ("at-once", "halted"))
+    for one in (at_once, file):
+        one.parent.mkdir()
+    calibrate(at_once)
+    with monkeypatch.context() as halted:
+        halted.setattr(alternatives, "estimates_json" if kind == "estimates" else "reliability_picture", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(file)
+    assert not file.exists()
+    with monkeypatch.context() as watched:
+        watched.setattr(Batch, "tick", lambda *_: pytest.fail("drew what was kept"))
+        calibrate(file)
+    if kind == "estimates":
+        assert file.read_bytes() == at_once.read_bytes()
+    else:  # the header of such a file has no fixed order
+        (tensors, notes), (wanted, wanted_notes) = map(read_tensors, (file, at_once))
+        assert notes == wanted_notes
+        assert all(torch.equal(tensors[name], value) for name, value in wanted.items())
+    assert not list(tmp_path.glob("*/*.runs"))
 
 
 @pytest.mark.slow

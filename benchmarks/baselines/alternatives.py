@@ -9,6 +9,7 @@ import torch
 
 import adadiff
 from adadiff.calibration.calibrating import CALIBRATION_SEED, Calibrating, work_of
+from adadiff.calibration.kept_runs import KeptRuns
 from adadiff.calibration.recording import record
 from adadiff.calibration.reliability import reliability_picture
 from adadiff.calibration.reuse_errors import ReuseErrors
@@ -178,15 +179,26 @@ def _calibrate(task: tuple[str, str, str, int, tuple[float, ...], int, str]) -> 
     full, aim, solver, steps, budgets, n, file = task
     model = adadiff.load(full)
     calibrating = Calibrating(model, budgets, aim=aim, n=n, steps=steps, solver=solver, batch=BATCH, refit=True)
-    calibrating.run()
+    kept = _kept(file)
+    calibrating.run(kept=kept)
     reliability_picture(calibrating.recording, Path(file).with_suffix(".png"))
     adadiff.save(calibrating.model, file)
+    kept.drop()
 
 
 def _estimate(task: tuple[str, str, int, int, str]) -> None:
     full, solver, steps, n, file = task
-    found = ReuseErrors(adadiff.load(full), n=n, steps=steps, solver=solver, batch=BATCH).run()
+    errors = ReuseErrors(adadiff.load(full), n=n, steps=steps, solver=solver, batch=BATCH)
+    kept = _kept(file)
+    found = errors.run(kept=kept)
     replace_file(Path(file), lambda temporary: temporary.write_text(estimates_json(found)), force=True)
+    kept.drop()
+
+
+def _kept(file: str) -> KeptRuns:
+    """Keeps the runs of the calibration that makes `file`, whose name has all of its settings."""
+    identity = {"adadiff": adadiff.__version__, "torch": torch.__version__, "file": Path(file).name}
+    return KeptRuns(Path(f"{file}.runs"), identity, force=True)
 
 
 @cache
