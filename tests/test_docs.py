@@ -20,6 +20,7 @@ import yaml
 import adadiff
 import adadiff_kernels
 from adadiff import cli
+from adadiff.data import sources
 from adadiff.diffusion.solvers import solver_from
 from adadiff.policies.spelling import parts_from
 from sampler.shell import run
@@ -29,7 +30,11 @@ DOCS = ROOT / "docs"
 CONFIG = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
 OWN = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))  # pages written for the site
 NOT_RUN = re.compile(r"^<!-- not run: \S.* -->$")
-MODULES = {"guides/own-policy.md": "my_policies", "guides/own-solver.md": "my_solvers"}
+MODULES = {
+    "guides/own-policy.md": "my_policies",
+    "guides/own-solver.md": "my_solvers",
+    "guides/own-data.md": "my_data",
+}
 SHORT = {  # options that make the commands of the tutorial quick
     "info": "",
     "train": "--steps 2 --batch 2 --warmup 1",
@@ -212,8 +217,13 @@ def test_the_tutorial_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caps
     assert printed.count("multiply-adds, squared error") == 3
 
 
-def test_own_classes_are_named_as_the_pages_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = {"guides/own-policy.md": parts_from, "guides/own-solver.md": solver_from}
+def test_own_classes_are_named_as_the_pages_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    read = {
+        "guides/own-policy.md": parts_from,
+        "guides/own-solver.md": solver_from,
+        "guides/own-data.md": sources.SOURCES.read,
+    }
     for page, module in MODULES.items():
         made = executed(page, monkeypatch)
         spelled = re.findall(rf"{module}:\S+", "\n".join(commands_of(page)))
@@ -222,6 +232,15 @@ def test_own_classes_are_named_as_the_pages_say(monkeypatch: pytest.MonkeyPatch)
             found = read[page](text)
             own = getattr(made, text.split(":")[1])
             assert isinstance(getattr(found, "exit", found), own)
+
+
+def test_the_page_about_own_data_trains_on_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    executed("guides/own-data.md", monkeypatch)
+    train, sample = commands_of("guides/own-data.md")
+    assert run(f"{re.sub(r'--steps [0-9]+', '', train)} {SHORT['train']}") == 0
+    assert run(f"{re.sub(r'--steps [0-9]+', '', sample)} --steps 2") == 0
+    assert (tmp_path / "strokes" / "grid.png").exists()
 
 
 @pytest.mark.parametrize(("package", "pages"), [(adadiff_kernels, ["kernels.md"]), (adadiff, None)])

@@ -180,9 +180,11 @@ def serving(rows: Sequence[Row]) -> Figure | None:
     for axis, model in zip(axes[0, bool(throughput) :], models, strict=True):
         _curves(axis, [row for row in latency if row["parameters"]["model"] == model])
         axis.set(xlabel="load, of what lock-step batches bear", ylabel="latency (s)", yscale="log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
         axis.set_title(f"{name_of(model)}, p50 and p95 (dashed)", fontsize=9)
     if models:
-        figure.legend(*axes[0, -1].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
+        figure.legend(*axes[0, -1].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     if throughput:
         names = [row["variant"] + ("" if row["usable"] else " (!)") for row in throughput][::-1]
         values = [row["images_per_second"] for row in throughput][::-1]

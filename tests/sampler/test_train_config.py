@@ -12,6 +12,12 @@ from adadiff.training.config import TrainConfig, learning_rate, load_config, shi
 from adadiff.uem import ExitConfig
 
 
+@pytest.mark.parametrize(("classes", "null_label"), [(4, 3), (1, 0), (0, None)])
+def test_the_null_class_stays_the_last_one(classes: int, null_label: int | None) -> None:
+    model = TrainConfig(network={"num_classes": classes}, label_drop=0.0).model
+    assert (model.null_label, model.classes) == (null_label, max(0, classes - 1))
+
+
 def test_learning_rate_by_hand() -> None:
     config = TrainConfig(lr=8.0, warmup=4, steps=12)
     rates = [learning_rate(config, step) for step in range(12)]

@@ -116,8 +116,8 @@ PAGES = {
   adadiff serve mscoco.safetensors --decoder vae""",
         notes="SIGTERM or Ctrl-C finishes the requests in flight, then ends with exit code 0; a second one, or "
         "--drain-timeout, cancels them, and the exit code is 1.\n\n"
-        "Clients may ask for the policies above except exit:batch-mean, and for those of cache: and reuse:. Policies "
-        "that read files or import code can be given only by --policy.\n\n"
+        "Clients may ask for policies of exit:, cache: and reuse:, except exit:batch-mean and cache:batch. All others "
+        "can be given only by --policy.\n\n"
         "The file README.md in the folder adadiff/serving explains requests, replies, metrics and limits.",
     ),
     "inspect": Page(

@@ -129,10 +129,13 @@ class TrainConfig:
 
     @property
     def model(self) -> ModelConfig:
+        """The preset with the changes. Its null class stays the last one, whatever their number."""
         config = PRESETS[self.preset]
         exits = _changed(config.exits or ExitConfig(), self.exit_options, "exit_options") if self.exits else None
         network = _changed(config.network, self.network, "network")
         given = {name: getattr(self, name) for name in ("schedule", "prediction_type") if getattr(self, name)}
+        if config.null_label is not None:
+            given["null_label"] = network.num_classes - 1 if network.num_classes else None
         return dataclasses.replace(config, network=network, exits=exits, widths=tuple(self.widths) or None, **given)
 
 
