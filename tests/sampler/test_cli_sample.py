@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -404,3 +405,18 @@ def test_an_option_given_twice_is_an_error(tiny, tmp_path, capsys):
     assert end.value.code == 2
     assert "--policy is given twice; this command takes one" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
+
+
+def test_what_to_try_is_what_the_model_was_calibrated_for(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Followed, it draws without a note that the share of the work may differ; other settings get one, also where the
+    policy is one of several."""
+    assert run("inspect letters") == 0
+    tried = re.search(r"^try: adadiff (.*)$", capsys.readouterr().out, re.MULTILINE)[1]
+    assert "--guidance-scale 2 --policy exit:budget=0.55" in tried
+    tried = tried.replace("--out samples", "").replace("0,1,2,3", "0")
+    notes = []
+    for i, line in enumerate((tried, f"{tried}+cache:threshold=0", f"{tried}+cache:threshold=0 --solver dpm++2m")):
+        last = line.replace("--solver ddim", "") if "dpm" in line else line
+        assert run(f"{last} --n 1 --out {tmp_path / str(i)}") == 0
+        notes.append("the policy was calibrated for" in capsys.readouterr().out)
+    assert notes == [False, False, True]

@@ -1,6 +1,7 @@
 """`enable` with exit policies: early exit in a DiTPipeline of diffusers, through its own blocks or through ours."""
 
 import copy
+import pickle
 from functools import cache
 from pathlib import Path
 
@@ -312,6 +313,17 @@ def test_exits_with_heads_follow_the_transformer(dtype: torch.dtype) -> None:
         for value in with_heads.heads[1].parameters():
             value.data.mul_(0)
     assert not pipe.transformer(x.to(dtype), timestep=t, class_labels=labels).sample.any()
+
+
+def test_an_enabled_transformer_is_not_copied(pipe: DiTPipeline) -> None:
+    """Its copy would run with the blocks of the original."""
+    adadiff.enable(pipe, "exit:depth=3", exits=exits())
+    with pytest.raises(ValueError, match="cannot be copied; call disable first"):
+        copy.deepcopy(pipe.transformer)
+    with pytest.raises(ValueError, match="cannot be pickled; call disable first"):
+        pickle.dumps(pipe.transformer)
+    adadiff.disable(pipe)
+    assert all(map(torch.equal, copy.deepcopy(pipe.transformer).parameters(), pipe.transformer.parameters()))
 
 
 def test_another_number_of_blocks_is_refused() -> None:

@@ -16,6 +16,7 @@ from adadiff.diffusion.solvers import DDIM
 from adadiff.engine.engine import Engine
 from adadiff.forward.narrow import network_of
 from adadiff.forward.options import ExecutionOptions
+from adadiff.output.asked import Asked
 from adadiff.policies.estimated import ErrorEstimates, EstimatedReuse, Spent, norms_of
 from adadiff.policies.estimated_file import estimates_json, read_estimates
 from adadiff.policies.reuse import ReusePolicy
@@ -266,8 +267,9 @@ def test_what_estimates_do_not_hold_for_is_refused(file: str, tmp_path: Path) ->
     adadiff.sample(trained, 1, **right)
     for parameter in trained.backbone.blocks[2].parameters():
         parameter.mul_(1.01)
-    with pytest.raises(ValueError, match="another network"):
-        adadiff.sample(copy.deepcopy(trained), 1, **right)
+    for changed in (trained, copy.deepcopy(trained)):
+        with pytest.raises(ValueError, match="another network"):
+            adadiff.sample(changed, 1, **right)
     adadiff.sample(copy.deepcopy(models()["uvit"]).to(torch.bfloat16), 1, **right)
     for change, words in (
         ({"t": [0.0] * STEPS}, "other times"),
@@ -287,6 +289,34 @@ def test_another_guidance_is_warned_of_once(file: str, tmp_path: Path, caplog: p
         policy = f"estimate:{other},share=0.5"
         adadiff.sample(models()["uvit"], 1, steps=STEPS, class_labels=1, policy=policy, guidance_scale=scale)
     assert [text for text in caplog.messages if "guidance_scale=1" in text] == [caplog.messages[0]]
+
+
+def test_exits_beside_it_are_warned_of_once(file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A sample that exits early reuses nothing until growth is known again."""
+    other = tmp_path / "other.json"
+    other.write_text(Path(file).read_text())
+    for more in ("", "+exit:0.5", "+exit:0.5", "+full"):
+        policy = f"estimate:{other},share=0.5{more}"
+        adadiff.sample(models()["uvit"], 1, steps=STEPS, class_labels=1, policy=policy)
+    assert len([text for text in caplog.messages if "exits early reuses nothing" in text]) == 1
+
+
+def test_a_folder_of_samples_names_the_estimates_that_it_holds_for(file: str, tmp_path: Path) -> None:
+    """So that the same command does not complete it by others, which the same file holds later."""
+    other, model = tmp_path / "other.json", tmp_path / "m.safetensors"
+    adadiff.save(models()["uvit"], model)
+    asked = Asked(
+        model=str(model), n=2, steps=STEPS, class_labels=1, policy=f"estimate:{other},share=0.5", device="cpu"
+    )
+    found = []
+    for level in (-1.0, -1.0, -2.0):
+        other.write_text(estimates_json(estimates("uvit", level=level)))
+        found.append((asked.configuration(models()["uvit"]), asked.files(models()["uvit"])))
+    assert found[0] == found[1]
+    for before, after in zip(found[0], found[2], strict=True):
+        assert before != after
+        assert before.keys() == after.keys()
+    assert str(other) in found[0][1]
 
 
 def test_an_own_policy_estimates_too() -> None:

@@ -75,6 +75,17 @@ def assert_close(image: Tensor, wanted: Tensor) -> None:
 EVER = (-math.inf, math.inf)
 
 
+def test_an_interval_between_two_steps_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """999 is a time of the network at these steps, 300 to 301 holds none."""
+    given = {"steps": STEPS, "class_labels": 1, "guidance_scale": [2.0, 1.0]}
+    sample(served(LATENT), 2, guidance_interval=(999, 999.25), **given)
+    assert not caplog.messages
+    for _ in range(2):
+        sample(served(LATENT), 2, guidance_interval=(300, 301.25), **given)
+    assert [text for text in caplog.messages if "contains none of the times of 6 steps" in text] == caplog.messages[:1]
+    assert len(caplog.messages) == 1
+
+
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_guidance_by_hand(batch_invariant: bool) -> None:
     """Samples of one batch that guide other channels at other times, one of them nowhere, one not at all."""

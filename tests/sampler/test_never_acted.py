@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import adadiff
+from adadiff.commands.sample import _asks
 from adadiff.policies.exits import Depth, Full, Replay, Threshold
 from adadiff.policies.interface import ExitPolicy
 from adadiff.policies.width import Width
@@ -222,3 +223,16 @@ def test_the_command_says_so_in_its_line(form: str, tmp_path: Path, capsys: pyte
         assert "no work left out" in printed
     assert run(f"sample {model} --out {tmp_path}/d --n 2 --steps 2 --format {form} --policy exit:depth=1") == 0
     assert "no work left out" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("policy", "asks"),
+    [
+        ("estimate:FILE,share=0.5", ("reuse",)),
+        ("cache:threshold=0.1+exit:0.2", ("reuse", "exit")),
+        ("width:FILE", ("width",)),
+        ("full", ()),
+    ],
+)
+def test_the_command_knows_what_a_policy_is_there_for(policy: str, asks: tuple[str, ...]) -> None:
+    assert _asks(policy) == asks

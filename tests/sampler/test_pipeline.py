@@ -92,6 +92,13 @@ def test_a_step_selector_is_kept_and_chooses(tmp_path: Path) -> None:
         pipeline()(**given)
 
 
+def test_a_callback_needs_images_that_end_together() -> None:
+    given = {"num_images": 2, "output_type": "latent", "callback_on_step_end": lambda *_: {}}
+    pipeline()(**given, steps=[2, 2])
+    with pytest.raises(ValueError, match="different steps end at different steps; leave the callback out"):
+        pipeline()(**given, steps=[2, 3])
+
+
 def test_a_generator_for_each_image() -> None:
     one = pipeline()(num_images=3, generator=[seeded(i) for i in (5, 6, 7)], num_inference_steps=2, output_type="pt")
     other = pipeline()(num_images=2, generator=[seeded(i) for i in (7, 5)], num_inference_steps=2, output_type="pt")

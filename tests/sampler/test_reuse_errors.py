@@ -192,6 +192,12 @@ def test_the_command_writes_what_samples_follow(tmp_path: Path, capsys: pytest.C
     assert f"estimate:{out}" in json.dumps(report)
 
 
+def test_the_command_names_the_guidance_to_draw_with(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model, out = saved(tmp_path / "m.safetensors", config()), tmp_path / "reuse.json"
+    assert run(f"calibrate-reuse {model} --n 32 --steps 4 --guidance-scale 1.5 --out {out}") == 0
+    assert f"--steps 4 --solver ddim --guidance-scale 1.5 --policy estimate:{out}" in capsys.readouterr().out
+
+
 def test_bad_settings_leave_nothing(tmp_path: Path, capsys) -> None:
     model, out = saved(tmp_path / "m.safetensors", config()), tmp_path / "reuse.json"
     cases = {

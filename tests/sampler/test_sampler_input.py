@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +24,21 @@ TEXT = ModelConfig(UViTConfig(8, 3, 2, 48, 2, 3, context_tokens=7, context_dim=5
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("adadiff.sampling.batch.run_forward", lambda *_, **__: pytest.fail("the network was called"))
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.uint32, np.uint64])
+def test_numbers_without_a_sign_are_numbers(kind: type) -> None:
+    """PyTorch lacks most operations for them."""
+    wanted, _ = sample(model(), 2, steps=[2, 3], seed=[5, 6], class_labels=[0, 2])
+    found, _ = sample(
+        model(), 2, steps=kind([2, 3]), seed=torch.from_numpy(kind([5, 6])), class_labels=np.array([0, 2], dtype=kind)
+    )
+    assert torch.equal(found, wanted)
+
+
+def test_a_number_that_takes_a_sign_s_bit_is_refused() -> None:
+    with pytest.raises(ValueError, match="below 2\\^63"):
+        sample(model(), 1, steps=2, seed=np.uint64([2**63]))
 
 
 @pytest.mark.usefixtures("no_work")

@@ -140,6 +140,15 @@ def test_a_sit_with_exits_draws() -> None:
         assert set(report.exit_layer[..., 0].unique().tolist()) == {2}
 
 
+def test_reuse_after_an_initial_image_needs_a_solver_s_steps_not_what_is_left_of_them() -> None:
+    """Flow-SDE has no schedule of a single step."""
+    model = adadiff.Model(ModelConfig(SIT, "flow", null_label=4, exits=PAPER, prediction_type="flow")).eval()
+    image = torch.zeros(1, *model.backbone.sample_shape)
+    given = {"steps": 4, "solver": "flow-sde", "class_labels": 1, "init_image": image, "strength": 0.3}
+    images, _ = adadiff.sample(model, 1, policy="reuse:every=2", **given)
+    assert torch.equal(images, adadiff.sample(model, 1, **given)[0])
+
+
 def test_presets_at_their_published_sizes() -> None:
     """The paper's table: SiT-S 33, B 130, L 458, XL 675 million."""
     for name, millions in {"sit_s_2_256": 33, "sit_b_2_256": 130, "sit_l_2_256": 458, "sit_xl_2_256": 675}.items():

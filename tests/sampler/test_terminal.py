@@ -122,8 +122,10 @@ def test_warnings_are_one_line_of_the_command() -> None:
 
 
 def test_ctrl_c_while_pytorch_is_imported_is_one_line() -> None:
-    code = "import sys, builtins; real = builtins.__import__\n"
-    code += "def late(name, *rest):\n    if name == 'torch': raise KeyboardInterrupt\n    return real(name, *rest)\n"
+    """Also where an import loses exceptions, as PyTorch's of NumPy does."""
+    code = "import sys, builtins, signal; real = builtins.__import__\n"
+    code += "def late(name, *rest):\n    if name == 'torch':\n        try: signal.raise_signal(signal.SIGINT)\n"
+    code += "        except BaseException: pass\n    return real(name, *rest)\n"
     code += "import adadiff_command; builtins.__import__ = late; sys.exit(adadiff_command.main())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (130, "adadiff: interrupted; nothing was begun\n")

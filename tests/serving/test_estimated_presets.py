@@ -50,6 +50,16 @@ def test_other_steps_and_solvers_are_refused_without_the_operators_path(file: Pa
     run(work())
 
 
+def test_a_preset_of_more_steps_than_clients_may_ask_for_ends_the_start(file: Path) -> None:
+    async def work(most: int) -> None:
+        async with client_of(policies={"mine": f"estimate:{file},share=0.9"}, steps=most, max_steps=most):
+            pass
+
+    run(work(5))
+    with pytest.raises(ValueError, match=r"fits none of .* in 4 steps or fewer"):
+        run(work(4))
+
+
 def test_presets_that_no_model_can_follow_end_the_start(file: Path, tmp_path: Path, text: str) -> None:
     broken, other = tmp_path / "broken.json", tmp_path / "other.json"
     broken.write_text(text[:50])

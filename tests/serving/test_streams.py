@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import adadiff
 from adadiff.engine.engine import Engine
 from adadiff.engine.handles import Handle
 from adadiff.serving.app import create_app
@@ -13,7 +14,7 @@ from adadiff.serving.drawing import due_steps
 from adadiff.serving.served import ServedModel
 from adadiff.serving.settings import Settings
 from sampler.tiny import alone, stepped
-from serving.apps import Exchange, client_of, draw, events, expected, pixels, run, settle
+from serving.apps import Exchange, client_of, draw, events, expected, pixels, run, settle, tiny
 
 PARTIAL, COMPLETED = "image_generation.partial_image", "image_generation.completed"
 
@@ -49,6 +50,23 @@ def previews_of(request: dict[str, Any]) -> list[torch.Tensor]:
 )
 def test_previews_are_spread_evenly_and_none_is_the_image(steps: int, previews: int, due: set[int]) -> None:
     assert due_steps(steps, previews) == due
+
+
+def test_previews_of_a_cascade_count_the_steps_that_its_images_take() -> None:
+    """4 of the student, and, where 20 were asked, 5 of the teacher for the images that the oracle rates worst."""
+
+    async def work() -> None:
+        served = tiny("digits", adadiff.load("digits"))
+        async with client_of(served, policies={"student": "cascade:digits_cascade"}) as client:
+            body = {"class_label": 1, "num_inference_steps": 20, "n": 4, "seed": 3, "policy": "student"}
+            reply = await draw(client, **body, stream=True, partial_images=64)
+        found = events(reply.text)
+        assert {len(data["adadiff"]["exit_layers"]) for kind, data in found if kind == COMPLETED} == {4, 9}
+        previews = [data["adadiff"] for kind, data in found if kind == PARTIAL]
+        assert previews
+        assert all(0 < one["step"] < one["steps"] == 9 for one in previews)
+
+    run(work())
 
 
 def test_a_stream_has_previews_and_then_the_image() -> None:

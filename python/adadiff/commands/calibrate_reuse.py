@@ -45,4 +45,6 @@ def calibrate_reuse(options: argparse.Namespace) -> None:
     middle = estimates.by_sample[len(estimates.by_sample) // 2].share
     policy = shlex.quote(f"estimate:{quoted(str(options.out))},share={middle:.2g}")
     given = f"--steps {options.steps[0]} --solver {options.solver}"
+    if options.guidance_scale != 1:
+        given += f" --guidance-scale {options.guidance_scale:g}"
     say(f"wrote {options.out}; sample with {given} --policy {policy}")

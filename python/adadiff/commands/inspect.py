@@ -62,7 +62,8 @@ def _summary(name: str, content: Mapping[str, Any], calibration: Calibration | N
     if ours:
         how = f"--policy {_policy_to_try(content, calibration)}"
         if calibration is not None:
-            how = f"--steps {calibration.steps} {how}"
+            guided = f"--guidance-scale {calibration.guidance_scale:g} " if calibration.guidance_scale != 1 else ""
+            how = f"--steps {calibration.steps} --solver {calibration.solver} {guided}{how}"
         elif content["step_selector"] is not None:
             how = f"--steps auto {how}"
         if content["classes"]:

@@ -219,7 +219,7 @@ def _fill_with_shards(
 def _asks(policy: str) -> tuple[str, ...]:
     """The kinds of saving that `policy` can make while samples are drawn ("exit", "reuse", "width"), for
     `never_acted_text`."""
-    of_kinds = {"cache": "reuse", "reuse": "reuse", "width": "width", "full": "", "cascade": ""}
+    of_kinds = {"cache": "reuse", "reuse": "reuse", "estimate": "reuse", "width": "width", "full": "", "cascade": ""}
     found = (of_kinds.get(part.partition(":")[0], "exit") for part in split_parts(policy))
     return tuple(dict.fromkeys(name for name in found if name))
 
@@ -233,7 +233,8 @@ def _announce(configuration: dict[str, Any], calibration: Calibration | None) ->
         f"{configuration['model']}: {n} samples, {way_of_drawing(steps, configuration['solver'], guidance)}, policy "
         f"{configuration['policy']}, seeds from {configuration['seed']}, on {configuration['device']}"
     )
-    if calibration is None or not configuration["policy"].startswith(("exit:budget=", "exit:table=")):
+    calibrated = ("exit:budget=", "exit:table=")
+    if calibration is None or not any(part.startswith(calibrated) for part in split_parts(configuration["policy"])):
         return
     known = (calibration.steps, calibration.solver, calibration.guidance_scale)
     if asked != known:

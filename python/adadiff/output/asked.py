@@ -15,6 +15,7 @@ from ..forward.narrow import width_choice
 from ..forward.options import ExecutionOptions, Runner
 from ..forward.two_stage import T_SWITCH
 from ..model import Model
+from ..policies.estimated import EstimatedReuse
 from ..policies.exits import Depth
 from ..policies.parts import Parts
 from ..policies.spelling import DEFAULT, parts_from
@@ -103,6 +104,8 @@ class Asked:
         if parts.width is not None:  # the schedule's file may change before a later run completes the folder
             pairs = zip((0.0, *parts.width.times), parts.width.widths, strict=True)
             values["widths"] = [list(pair) for pair in pairs]
+        if isinstance(parts.reuse, EstimatedReuse):
+            values["estimates_sha256"] = parts.reuse.estimates.digest
         if parts.cascade is not None:
             values["cascade_sha256"] = digest(parts.cascade.path)
         if self.shallow_model is not None:
@@ -111,10 +114,13 @@ class Asked:
         return values
 
     def files(self, model: Model) -> dict[str, str]:
-        """SHA-256 of every model and file that sampling reads, by name."""
-        cascade = check_policy(model, self.policy).cascade
-        names = (self.model, self.shallow_model, None if cascade is None else cascade.path)
-        return {name: digest(name) for name in names if name is not None}
+        """SHA-256 of every model and file that sampling reads, by name; of estimated errors, that of their values."""
+        parts = check_policy(model, self.policy)
+        names = (self.model, self.shallow_model, None if parts.cascade is None else parts.cascade.path)
+        found = {name: digest(name) for name in names if name is not None}
+        if isinstance(parts.reuse, EstimatedReuse):
+            found[str(parts.reuse.source)] = parts.reuse.estimates.digest
+        return found
 
     def run(
         self, networks: Networks, slots: Sequence[int], texts: Texts | None = None, progress: bool = False

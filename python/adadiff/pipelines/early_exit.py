@@ -7,7 +7,7 @@ policy.
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from diffusers import DiTPipeline, DiTTransformer2DModel
@@ -125,6 +125,12 @@ class _Hook(ModelHook):
         self._place: tuple[torch.device, torch.dtype] | None = None
         if self._copy is not None:
             self._copy()  # raises now for weights that cannot be copied
+
+    def __deepcopy__(self, memo: dict) -> NoReturn:
+        raise ValueError("a transformer with early exit cannot be copied; call disable first")
+
+    def __reduce__(self) -> NoReturn:
+        raise ValueError("a transformer with early exit cannot be pickled; call disable first, or save its state dict")
 
     def _prepare(self, x: Tensor) -> ExecutionOptions:
         """Sets backbone and exits for one call, from the present state of the transformer."""

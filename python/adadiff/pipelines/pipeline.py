@@ -183,8 +183,10 @@ class AdaDiffPipeline(DiffusionPipeline):
             raise ValueError(f"policy '{samples.parts}' draws with two models; it is for `sample` and `Engine`")
         if samples.parts.width is not None and model.device != self._execution_device:
             raise ValueError(f"policy '{samples.parts}': narrow networks share weights that offloading would move")
-        if callback_on_step_end is not None and len(samples.first.unique()) > 1:
-            raise ValueError("images of different strengths end at different steps; leave the callback out")
+        if callback_on_step_end is not None:
+            for what, values in (("steps", samples.steps), ("strengths", samples.first)):
+                if len(values.unique()) > 1:
+                    raise ValueError(f"images of different {what} end at different steps; leave the callback out")
         try:
             images, report = self._run(samples, callback_on_step_end)
             _, error = check_finite(torch.arange(n, device="cpu"), images, samples.seeds)

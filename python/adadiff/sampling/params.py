@@ -109,6 +109,7 @@ class SamplingParams:
 
 
 FLOAT32_MAX: float = torch.finfo(torch.float32).max
+UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 
 
 def is_plain(value: object) -> TypeGuard[int | float]:
@@ -120,6 +121,10 @@ def is_plain(value: object) -> TypeGuard[int | float]:
 def as_tensor(value: object) -> Tensor:
     """`torch.as_tensor` on the CPU, with Python numbers as int64 or float32, whatever PyTorch's defaults are."""
     tensor = torch.as_tensor(value, device="cpu")
+    if tensor.dtype in UNSIGNED:  # PyTorch does little with them
+        tensor = tensor.long()
+        if bool((tensor < 0).any()):
+            raise ValueError("whole numbers must be below 2^63")
     if tensor.is_floating_point() and not isinstance(value, Tensor | np.ndarray | np.generic):
         return torch.as_tensor(value, dtype=torch.float32, device="cpu")
     return tensor

@@ -15,25 +15,26 @@ from ..forward.narrow import network_of
 from ..forward.rest_of_network import check_reuse
 from ..model import Model
 from ..policies.estimated import FIRST_REUSE, EstimatedReuse, norms_of, same_norms
+from ..policies.exits import Full
 from ..policies.parts import Parts
 from ..policies.reuse import Reuse, ReusePolicy
 
-_NORMS: WeakKeyDictionary[Model, tuple[float, ...]] = WeakKeyDictionary()
+_NORMS: WeakKeyDictionary[Model, tuple[object, tuple[float, ...]]] = WeakKeyDictionary()
 
 
-def check_reuse_of(model: Model, policy: ReusePolicy, solver: Solver, steps: Tensor) -> None:
+def check_reuse_of(model: Model, policy: ReusePolicy, solver: Solver, steps: Tensor, first: Tensor) -> None:
     """Raises ValueError for a policy that this model cannot follow, and for a schedule by which no sample could ever
-    reuse. Logs a warning for a stochastic solver. steps: int64 [n], the steps of each sample."""
+    reuse. Logs a warning for a stochastic solver. steps, first: int64 [n], as in `SampleBatch`."""
     check_reuse(policy, model.backbone)
     if not len(steps):
         return
-    most = int(steps.max())
+    most = int((steps - first).max())
     if isinstance(policy, Reuse) and policy.dense_early + policy.dense_late >= most > 1:
         raise ValueError(
             f"policy '{policy}' lets no sample reuse in {most} steps: the first {policy.dense_early} and the last "
             f"{policy.dense_late} are full; take smaller dense_early and dense_late"
         )
-    table = solver.table(model.schedule, most)
+    table = solver.table(model.schedule, int(steps.max()))
     if bool(table.coefficients[:, COLUMNS.index("noise")].any()):
         _warn_stochastic(type(policy).__name__, type(solver).__name__)
 
@@ -66,13 +67,27 @@ def check_estimates(model: Model, parts: Parts, solver: Solver, steps: Tensor, f
         raise ValueError(f"policy '{policy}' lets no sample reuse in {FIRST_REUSE} steps or fewer")
     if bool(((guidance + 1 - estimates.guidance_scale).abs() > 1e-6).any()):
         _warn_guidance(str(policy), estimates.guidance_scale)
+    if not isinstance(parts.exit, Full):
+        _warn_exits(str(parts))
 
 
 def _norms(model: Model) -> tuple[float, ...]:
-    """Computed once per model."""
-    if model not in _NORMS:
-        _NORMS[model] = norms_of(model.backbone.blocks)
-    return _NORMS[model]
+    """Computed anew for weights that were replaced or edited in place."""
+    weights = [value for block in model.backbone.blocks for value in block.parameters()]
+    state = tuple((value.data_ptr(), 0 if value.is_inference() else value._version) for value in weights)
+    if model not in _NORMS or _NORMS[model][0] != state:
+        _NORMS[model] = state, norms_of(model.backbone.blocks)
+    return _NORMS[model][1]
+
+
+@cache
+def _warn_exits(policy: str) -> None:
+    """Once per policy."""
+    logging.getLogger("adadiff").warning(
+        "policy %s: its errors were estimated for samples that run all blocks; one that exits early reuses nothing "
+        "until it has run all blocks in two steps, so the share of the work differs",
+        policy,
+    )
 
 
 @cache

@@ -1,5 +1,6 @@
 """Sampling parameters checked against a model, by sample."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -98,8 +99,11 @@ class SampleBatch:
         if isinstance(parts.reuse, EstimatedReuse):
             check_estimates(model, parts, params.solver, steps, first, guidance)
         if parts.reuse is not None:
-            made = steps - first if draft is None else draft.teacher_steps
-            check_reuse_of(model, parts.reuse, params.solver, made)
+            made = steps if draft is None else draft.teacher_steps
+            check_reuse_of(model, parts.reuse, params.solver, made, first)
+        interval = _interval(params.guidance_interval, n, model.schedule)
+        if params.guidance_interval is not None and draft is None:
+            _warn_unguided(interval, params.solver, model.schedule, steps, first, guidance)
         return SampleBatch(
             n=n,
             parts=parts,
@@ -111,7 +115,7 @@ class SampleBatch:
             first=first,
             threshold=_thresholds(policy, params.thresholds, n),
             guidance=guidance,
-            interval=_interval(params.guidance_interval, n, model.schedule),
+            interval=interval,
             channels=_channels(model, params.guided_channels, n),
             tied=params.tied or (parts.reuse is not None and parts.reuse.together),
             context=context,
@@ -190,6 +194,25 @@ def _interval(given: Sequence[float] | Tensor | None, n: int, schedule: NoiseSch
     if bool(((interval[:, 0] > high) | (interval[:, 1] < low)).any()):
         raise ValueError(f"guidance_interval contains none of the network's times, {low:.3g}..{high:g}: {given!r}")
     return interval
+
+
+def _warn_unguided(
+    interval: Tensor, solver: Solver, schedule: NoiseSchedule, steps: Tensor, first: Tensor, guidance: Tensor
+) -> None:
+    """Logs a warning for a guided sample whose steps all lie outside its interval."""
+    for count, begin in set(zip(steps.tolist(), first.tolist(), strict=True)):
+        t = solver.table(schedule, count).t[begin:].float()
+        own = interval[(steps == count) & (first == begin) & guidance.ne(0)]
+        for low, high in own[~((own[:, :1] <= t) & (t <= own[:, 1:])).any(1)].tolist():
+            _warn_interval(low, high, count)
+
+
+@lru_cache(maxsize=1024)
+def _warn_interval(low: float, high: float, steps: int) -> None:
+    """Once for the same numbers."""
+    logging.getLogger("adadiff").warning(
+        "guidance_interval (%g, %g) contains none of the times of %d steps: no guidance", low, high, steps
+    )
 
 
 def _channels(model: Model, given: int | Sequence[int] | Tensor | None, n: int) -> Tensor:

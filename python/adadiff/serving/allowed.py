@@ -71,7 +71,10 @@ def check_fit(parts: Parts, model: Model) -> None:
         raise ValueError(f"policy '{parts}': this network has {model.num_layers} blocks; give a smaller depth")
     given: dict[str, Any] = {"steps": 1}
     if isinstance(parts.reuse, EstimatedReuse):  # works with these only
-        given = {"steps": parts.reuse.estimates.steps, "solver": parts.reuse.estimates.solver}
+        known = parts.reuse.estimates
+        given = {"steps": known.steps, "solver": known.solver}
+        if model.config.null_label is not None:
+            given["guidance_scale"] = known.guidance_scale  # else a warning says that there was another one
     SampleBatch.of(model, 1, SamplingParams(seed=0, policy=parts, **given, **blank_condition(model)))
 
 
@@ -83,9 +86,12 @@ def blank_condition(model: Model) -> dict[str, Any]:
     return {"class_labels": 0} if model.config.classes else {}
 
 
-def presets_for(model: Model, presets: Mapping[str, str], shallow: bool = False) -> dict[str, str]:
+def presets_for(
+    model: Model, presets: Mapping[str, str], shallow: bool = False, max_steps: int | None = None
+) -> dict[str, str]:
     """The presets that this model can follow. shallow: a shallow model replaces it at noisy timesteps, which excludes
-    width policies and estimated errors."""
+    width policies and estimated errors. max_steps: the most that clients may ask for; errors that were estimated for
+    more are excluded, too."""
     found = {}
     for name, text in presets.items():
         try:
@@ -93,7 +99,10 @@ def presets_for(model: Model, presets: Mapping[str, str], shallow: bool = False)
             check_fit(parts, model)
         except ValueError:
             continue
-        if not (shallow and (parts.width is not None or isinstance(parts.reuse, EstimatedReuse))):
+        estimates = parts.reuse.estimates if isinstance(parts.reuse, EstimatedReuse) else None
+        if shallow and (parts.width is not None or estimates is not None):
+            continue
+        if estimates is None or max_steps is None or estimates.steps <= max_steps:
             found[name] = text
     return found
 

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 from torch import Tensor
 
@@ -17,9 +17,11 @@ from .reading import ClientGone
 
 @dataclass(frozen=True)
 class Preview:
-    """Preview after `step` steps. exit_layers: of the conditional half, as far as known; the last step's is not."""
+    """Preview after `step` of `steps` steps. exit_layers: of the conditional half, as far as known; the last step's is
+    not."""
 
     step: int
+    steps: int
     sample: Arriving
     exit_layers: list[int]
 
@@ -29,20 +31,20 @@ class Preview:
 
 class Mailbox:
     """Passes changes and previews from the engine's thread to the event loop. Only the newest preview of each image is
-    kept, so a slow reader just misses previews."""
+    kept, so a slow reader just misses previews. previews: the most that each image has."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, due: frozenset[int]):
-        self._loop, self._due = loop, due
+    def __init__(self, loop: asyncio.AbstractEventLoop, previews: int):
+        self._loop, self._previews = loop, previews
         self._newest: dict[int, Preview] = {}
         self._changed = asyncio.Event()
         self._rung = False
 
     def on_step(self, index: int, handle: Handle) -> None:
         """Called in the engine's thread, which it must not block."""
-        step, _ = handle.progress
-        if step in self._due:
+        step, steps = handle.progress  # of a cascade not always those that were asked for
+        if step in due_steps(steps, self._previews):
             layers = handle.report.exit_layer[:, 0, 0].tolist()
-            self._newest[index] = Preview(step, handle.predicted_x0_later(), layers)
+            self._newest[index] = Preview(step, steps, handle.predicted_x0_later(), layers)
             self.ring()
 
     def ring(self, *_: object) -> None:
@@ -83,7 +85,7 @@ class Drawing:
     def submit(order: Order) -> "Drawing":
         """Submits all images of a request, or none. Raises EngineFull, and ServiceError if the engine is closed or
         refuses the parameters."""
-        mailbox = Mailbox(asyncio.get_running_loop(), due_steps(order.steps, order.previews))
+        mailbox = Mailbox(asyncio.get_running_loop(), order.previews)
         drawing, engine = Drawing(order, mailbox), order.model.engine
         try:
             for i, params in enumerate(order.params):
@@ -163,6 +165,7 @@ def check_done(handle: Handle, order: Order) -> None:
     raise ServiceError(500, "drawing failed; the log of the service says why", "drawing_failed") from error
 
 
+@lru_cache(maxsize=256)
 def due_steps(steps: int, previews: int) -> frozenset[int]:
     """Steps at which previews are made: at most `previews`, evenly spread over 1..steps - 1 (the last step gives the
     image itself)."""

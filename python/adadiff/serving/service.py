@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 
 from ..engine.handles import EngineFull
+from ..policies.joining import split_parts
 from ..sampling.params import SamplingParams
 from .allowed import blank_condition, presets_for
 from .drawing import Drawing
@@ -30,12 +31,17 @@ class Service:
             raise ValueError(f"a service needs models of different names, got {[served.name for served in models]}")
         self.settings, self.metrics = settings, Metrics(self.models)
         self.presets = {
-            name: presets_for(served.model, settings.policies, served.engine.shallow_model is not None)
+            name: presets_for(
+                served.model, settings.policies, served.engine.shallow_model is not None, settings.max_steps
+            )
             for name, served in self.models.items()
         }
         followed = {preset for found in self.presets.values() for preset in found}
         if idle := [name for name in settings.policies if name not in followed]:
-            raise ValueError(f"policy {idle[0]}={settings.policies[idle[0]]} fits none of {', '.join(self.models)}")
+            text, limit = settings.policies[idle[0]], ""
+            if any(part.startswith("estimate:") for part in split_parts(text)):  # for a certain number of steps
+                limit = f" in {settings.max_steps} steps or fewer"
+            raise ValueError(f"policy {idle[0]}={text} fits none of {', '.join(self.models)}{limit}")
         self.created = int(time.time())
         self.draining = self.aborted = False
         self._warm: set[str] = set()

@@ -111,7 +111,7 @@ async def _partial(drawing: Drawing, index: int, preview: Preview, number: int) 
             index=index,
             seed=order.seed + index,
             step=preview.step,
-            steps=order.steps,
+            steps=preview.steps,
             exit_layers=preview.exit_layers,
         ),
     )
