@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,7 +64,8 @@ def _summary(name: str, content: Mapping[str, Any], calibration: Calibration | N
         how = f"--policy {_policy_to_try(content, calibration)}"
         if calibration is not None:
             guided = f"--guidance-scale {calibration.guidance_scale:g} " if calibration.guidance_scale != 1 else ""
-            how = f"--steps {calibration.steps} --solver {calibration.solver} {guided}{how}"
+            solver = printable(shlex.quote(calibration.solver))
+            how = f"--steps {calibration.steps} --solver {solver} {guided}{how}"
         elif content["step_selector"] is not None:
             how = f"--steps auto {how}"
         if content["classes"]:
