@@ -18,11 +18,11 @@ from adadiff.forward.options import ExecutionOptions
 from adadiff.model import Model
 from adadiff.policies.reuse import BatchCache, ReuseContext, ReusePolicy
 from adadiff.policies.spelling import parts_from
-from adadiff.sampling import reuse_checks
 from adadiff.sampling.batch import Batch
 from adadiff.sampling.capacity import Rooms, capacity_of, peak_bytes
 from adadiff.sampling.reports import log_never_acted
 from adadiff.sampling.sample_batch import SampleBatch
+from adadiff.sampling.warn_once import warn_once
 from naming import named
 from sampler.cached_rest import models
 from sampler.shell import config, error_line, run, saved
@@ -257,7 +257,7 @@ def test_a_cache_that_never_hits_says_so_once(caplog: pytest.LogCaptureFixture) 
 
 
 def test_a_stochastic_solver_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
-    reuse_checks._warn_stochastic.cache_clear()
+    warn_once.cache_clear()
     with caplog.at_level(logging.WARNING, "adadiff"):
         for solver in ("ddim", "dpm++2m", "ddpm", "ddpm"):
             _, report = adadiff.sample(served(), 1, steps=4, policy="reuse:every=2", solver=solver)

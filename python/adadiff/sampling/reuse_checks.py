@@ -1,8 +1,6 @@
 """Checks, before any work, for reuse policies that cannot work or work less well than expected."""
 
-import logging
 import math
-from functools import cache
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
@@ -18,6 +16,18 @@ from ..policies.estimated import FIRST_REUSE, EstimatedReuse, norms_of, same_nor
 from ..policies.exits import Full
 from ..policies.parts import Parts
 from ..policies.reuse import Reuse, ReusePolicy
+from .warn_once import warn_once
+
+STOCHASTIC = (
+    "a %s policy with the solver %s, which adds noise at every step: reused features fit the next step less well"
+)
+OTHER_GUIDANCE = (
+    "policy %s: its errors were estimated with guidance_scale=%g; with another one, the share of the work differs"
+)
+WITH_EXITS = (
+    "policy %s: its errors were estimated for samples that run all blocks; one that exits early reuses nothing until "
+    "it has run all blocks in two steps, so the share of the work differs"
+)
 
 _NORMS: WeakKeyDictionary[Model, tuple[object, tuple[float, ...]]] = WeakKeyDictionary()
 
@@ -36,7 +46,7 @@ def check_reuse_of(model: Model, policy: ReusePolicy, solver: Solver, steps: Ten
         )
     table = solver.table(model.schedule, int(steps.max()))
     if bool(table.coefficients[:, COLUMNS.index("noise")].any()):
-        _warn_stochastic(type(policy).__name__, type(solver).__name__)
+        warn_once(STOCHASTIC, type(policy).__name__, type(solver).__name__)
 
 
 def check_estimates(model: Model, parts: Parts, solver: Solver, steps: Tensor, first: Tensor, guidance: Tensor) -> None:
@@ -66,9 +76,9 @@ def check_estimates(model: Model, parts: Parts, solver: Solver, steps: Tensor, f
     if len(steps) and int((steps - first).max()) <= FIRST_REUSE:
         raise ValueError(f"policy '{policy}' lets no sample reuse in {FIRST_REUSE} steps or fewer")
     if bool(((guidance + 1 - estimates.guidance_scale).abs() > 1e-6).any()):
-        _warn_guidance(str(policy), estimates.guidance_scale)
+        warn_once(OTHER_GUIDANCE, str(policy), estimates.guidance_scale)
     if not isinstance(parts.exit, Full):
-        _warn_exits(str(parts))
+        warn_once(WITH_EXITS, str(parts))
 
 
 def _norms(model: Model) -> tuple[float, ...]:
@@ -78,43 +88,3 @@ def _norms(model: Model) -> tuple[float, ...]:
     if model not in _NORMS or _NORMS[model][0] != state:
         _NORMS[model] = state, norms_of(model.backbone.blocks)
     return _NORMS[model][1]
-
-
-@cache
-def _warn_exits(policy: str) -> None:
-    """Once per policy."""
-    logging.getLogger("adadiff").warning(
-        "policy %s: its errors were estimated for samples that run all blocks; one that exits early reuses nothing "
-        "until it has run all blocks in two steps, so the share of the work differs",
-        policy,
-    )
-
-
-@cache
-def _warn_guidance(policy: str, scale: float) -> None:
-    """Once per policy."""
-    logging.getLogger("adadiff").warning(
-        "policy %s: its errors were estimated with guidance_scale=%g; with another one, the share of the work differs",
-        policy,
-        scale,
-    )
-
-
-@cache
-def _warn_stochastic(policy: str, solver: str) -> None:
-    """Once per pair of classes."""
-    logging.getLogger("adadiff").warning(
-        "a %s policy with the solver %s, which adds noise at every step: reused features fit the next step less well",
-        policy,
-        solver,
-    )
-
-
-@cache
-def warn_calibrated_whole(policy: str) -> None:
-    """Once per policy."""
-    logging.getLogger("adadiff").warning(
-        "policy %s: its thresholds were calibrated on the whole network; narrow networks have other uncertainties, so "
-        "the share of the work may differ; measure it with `adadiff evaluate`",
-        policy,
-    )

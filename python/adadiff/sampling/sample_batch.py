@@ -1,6 +1,5 @@
 """Sampling parameters checked against a model, by sample."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -21,7 +20,14 @@ from ..policies.spelling import parts_from
 from .auto_steps import steps_of
 from .cascades import Draft, draft_of
 from .params import Numbers, SamplingParams, as_tensor, is_plain, per_sample
-from .reuse_checks import check_estimates, check_reuse_of, warn_calibrated_whole
+from .reuse_checks import check_estimates, check_reuse_of
+from .warn_once import warn_once
+
+CALIBRATED_WHOLE = (
+    "policy %s: its thresholds were calibrated on the whole network; narrow networks have other uncertainties, so the "
+    "share of the work may differ; measure it with `adadiff evaluate`"
+)
+UNGUIDED = "guidance_interval (%g, %g) contains none of the times of %d steps: no guidance"
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,7 @@ def _choice(model: Model, parts: Parts) -> NetworkChoice | None:
         return None
     choice = width_choice(model, parts.width)
     if isinstance(parts.exit, CalibratedThresholds) and min(parts.width.widths) < 1:
-        warn_calibrated_whole(str(parts))
+        warn_once(CALIBRATED_WHOLE, str(parts))
     return choice
 
 
@@ -204,15 +210,7 @@ def _warn_unguided(
         t = solver.table(schedule, count).t[begin:].float()
         own = interval[(steps == count) & (first == begin) & guidance.ne(0)]
         for low, high in own[~((own[:, :1] <= t) & (t <= own[:, 1:])).any(1)].tolist():
-            _warn_interval(low, high, count)
-
-
-@lru_cache(maxsize=1024)
-def _warn_interval(low: float, high: float, steps: int) -> None:
-    """Once for the same numbers."""
-    logging.getLogger("adadiff").warning(
-        "guidance_interval (%g, %g) contains none of the times of %d steps: no guidance", low, high, steps
-    )
+            warn_once(UNGUIDED, low, high, count)
 
 
 def _channels(model: Model, given: int | Sequence[int] | Tensor | None, n: int) -> Tensor:
