@@ -318,7 +318,7 @@ def test_few_samples_screen_what_many_others_judge(
 ) -> None:
     """The full network's settings stay; what is judged is near a front of what was screened, by other seeds."""
     monkeypatch.setattr(mates, "BATCHES", ())
-    monkeypatch.setattr(screening, "JUDGED", dict.fromkeys(screening.MEASURES, 1.0))
+    monkeypatch.setattr(screening, "JUDGED", (dict.fromkeys(screening.MEASURES, 1.0),))
     file = rows.Rows(tmp_path)
     sweep = dataclasses.replace(SWEEP, steps=(2, 3))
     equal_seconds.Comparison(file, "digits", networks, sweep).run(**RUN, timing=False, screen=20)

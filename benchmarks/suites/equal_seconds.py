@@ -94,7 +94,7 @@ class Comparison:
     def screened(self, artist: Artist, chosen: list[Method], samples: int) -> list[Method]:
         say(f"{self.data}: screening of {len(chosen)} settings, {samples} samples")
         self.quality(artist, chosen, samples, screening.RUN, kind="screening")
-        return self.near(chosen, "screening", screening.JUDGED)
+        return list(dict.fromkeys(m for by in screening.JUDGED for m in self.near(chosen, "screening", by)))
 
     def near(self, chosen: list[Method], kind: str, by: Mapping[str, float]) -> list[Method]:
         """The methods whose rows of this kind are near a front, see `screening.near_a_front`."""
