@@ -332,6 +332,19 @@ def test_few_samples_screen_what_many_others_judge(
     assert not any("screening" in table.title for table in tables.all_tables(file.rows))
 
 
+def test_those_nearest_to_a_front_are_judged_first(
+    networks: sweeps.Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the order in which they are tried, and each of them once."""
+    far, near, nearest = (drawing.Method(name, networks.full) for name in ("far", "near", "nearest"))
+    within = {1.0: [nearest], 1.1: [near, nearest], 1.2: [far, near, nearest]}
+    monkeypatch.setattr(screening, "JUDGED", [{"error": factor} for factor in within])
+    monkeypatch.setattr(equal_seconds.Comparison, "quality", lambda *_, **__: None)
+    monkeypatch.setattr(equal_seconds.Comparison, "near", lambda _, chosen, kind, by: within[by["error"]])
+    comparison = equal_seconds.Comparison(rows.Rows(tmp_path), "digits", networks, SWEEP)
+    assert comparison.screened(drawing.Artist(None), [far, near, nearest], 20) == [nearest, near, far]
+
+
 def test_batch_mates_change_what_one_decision_for_all_draws(
     networks: sweeps.Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,6 +92,7 @@ class Comparison:
             self.speed(self.near(chosen, "quality", screening.TIMED))
 
     def screened(self, artist: Artist, chosen: list[Method], samples: int) -> list[Method]:
+        """The methods that are worth judging, those nearest to a front first."""
         say(f"{self.data}: screening of {len(chosen)} settings, {samples} samples")
         self.quality(artist, chosen, samples, screening.RUN, kind="screening")
         return list(dict.fromkeys(m for by in screening.JUDGED for m in self.near(chosen, "screening", by)))

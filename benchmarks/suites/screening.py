@@ -12,7 +12,7 @@ from benchmarks.report.fronts import Point, front, line_of, over_front
 
 RUN = 90  # index of the seeds for screening, above those of all judged runs
 # Factors over a front's measure within which settings are timed, and judged on many samples: the nearest first, so that
-# an interrupted run has those that matter most. By Fréchet distance half of all settings lie within 5 % of a front.
+# an interrupted run has those that matter most.
 TIMED = {"frechet": 1.0, "error": 1.05}
 JUDGED = (TIMED, {"frechet": 1.05, "error": 1.1}, {"frechet": 1.1, "error": 1.1})
 MEASURES = tuple(TIMED)
