@@ -155,6 +155,22 @@ def test_further_solvers_are_for_plain_networks_only(networks: sweeps.Networks, 
     assert {m.name for m in found if m.solver == "ddim"} > {*screening.LOOPS, "ours, faithful", "static table"}
 
 
+def test_reuse_needs_no_exits_and_runs_the_plain_network_too(networks: sweeps.Networks, tmp_path: Path) -> None:
+    """With the same settings as the full network, and estimates of its own."""
+    with drawing.Artist.of(1) as artist:
+        alternatives.calibrate(networks, SWEEP, tmp_path, artist)
+    found = alternatives.methods(networks, SWEEP, tmp_path)
+    kinds = ("reuse", "static reuse", "ours, cache", "cache, whole batch", "ours, estimated errors")
+    own = {model: [m for m in found if m.name in kinds and m.model == model] for model in networks.names}
+    assert {m.name for m in own[networks.plain]} == {m.name for m in own[networks.full]} >= set(kinds[:4])
+    assert [m.setting for m in own[networks.plain] if "estimated" not in f"{m.name} {m.setting}"] == [
+        f"{m.setting}, plain" for m in own[networks.full] if "estimated" not in f"{m.name} {m.setting}"
+    ]
+    assert not own[networks.shallow]
+    estimated = {m.policy.split(",share")[0] for m in found if m.policy.startswith("estimate:")}
+    assert len(estimated) == len(list(tmp_path.glob("*-reuse-*.json"))) == 2
+
+
 def test_large_networks_have_a_sweep_of_their_own(tmp_path: Path) -> None:
     for data, sweep in {"letters": sweeps.LARGE, "canvases": sweeps.COARSE}.items():
         chosen = run.arguments(["--suite", "quality", "--data", data])

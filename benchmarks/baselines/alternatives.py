@@ -50,9 +50,22 @@ def methods(networks: Networks, sweep: Sweep, folder: Path) -> list[Method]:
         found += _plain(networks, sweep, common)
         if solver in sweep.solvers and steps in sweep.steps:
             found += _adaptive(networks, sweep, folder, common)
-    for solver, steps in sweep.estimated:
-        found += _estimated(networks.full, sweep, folder, {"solver": solver, "steps": steps, "batch": BATCH})
+            for name in filter(None, (networks.full, networks.plain)):
+                found += _reuse(name, _which(networks, name), sweep, common)
+    for (solver, steps), name in product(sweep.estimated, filter(None, (networks.full, networks.plain))):
+        common = {"solver": solver, "steps": steps, "batch": BATCH}
+        found += _estimated(name, _which(networks, name), sweep, folder, common)
     return found
+
+
+def _which(networks: Networks, name: str) -> str:
+    """End of the settings of methods that run one of the two networks; the full one is not named."""
+    return ", plain" if name == networks.plain else ""
+
+
+def _begin(steps: int) -> int:
+    """The first steps that extrapolating reuse makes in full."""
+    return min(max(2, round(DENSE * steps)), steps - 1)
 
 
 def _plain(networks: Networks, sweep: Sweep, common: dict) -> Iterator[Method]:
@@ -64,32 +77,15 @@ def _plain(networks: Networks, sweep: Sweep, common: dict) -> Iterator[Method]:
     if networks.shallow:
         yield Method("shallow network", networks.shallow, **common)
         for t, name in product(sweep.switches, filter(None, (full, networks.plain))):
-            setting = f"t ≥ {t:g}{', plain' if name == networks.plain else ''}"
+            setting = f"t ≥ {t:g}{_which(networks, name)}"
             switched = {"shallow_model": networks.shallow, "t_switch": t}
             yield Method("DuoDiff", name, setting=setting, **switched, **common)
 
 
 def _adaptive(networks: Networks, sweep: Sweep, folder: Path, common: dict) -> Iterator[Method]:
-    full, num_layers = networks.full, load(networks.full).num_layers
-    begin = min(max(2, round(DENSE * common["steps"])), common["steps"] - 1)
+    full, num_layers, begin = networks.full, load(networks.full).num_layers, _begin(common["steps"])
     for depth in sorted({max(1, round(share * num_layers)) for share in sweep.depths}):
         yield Method("fixed depth", full, policy=f"exit:depth={depth}", setting=f"{depth} blocks", **common)
-    for every in sweep.every:
-        yield Method("reuse", full, reuse=every, setting=f"every {every}", **common)
-        for early in sorted({1, begin}):
-            what = "" if early == 1 else f", the first {early} in full"
-            own = {"policy": f"reuse:every={every},order=1,dense_early={early}"}
-            own["setting"] = f"every {every}, blocks, extrapolated{what}"
-            yield Method("static reuse", full, **own, **common)
-        later = f",layers={num_layers // 3 + 1}-{num_layers}"  # the first blocks read the noisy image itself
-        for what, plan in {"all layers": "", "later layers": later}.items():
-            own = {"policy": f"reuse:every={every},level=layer{plan}", "setting": f"every {every}, {what}"}
-            yield Method("static reuse", full, **own, **common)
-    for change in sweep.changes:
-        for order, what in ((0, ""), (1, ", extrapolated")):
-            own = {"policy": str(Cache(change, order=order)), "setting": f"{change:g}{what}"}
-            yield Method("ours, cache", full, **own, **common)
-        yield Method("cache, whole batch", full, policy=f"cache:batch={change:g}", setting=f"{change:g}", **common)
     if networks.slim and networks.widths:
         own = {"policy": f"width:{networks.widths}", "setting": Path(networks.widths).stem}
         yield Method("ours, width", networks.slim, **own, **common)
@@ -127,25 +123,48 @@ def _adaptive(networks: Networks, sweep: Sweep, folder: Path, common: dict) -> I
             yield Method("batch mean", full, policy=policy, setting=setting, **common)
 
 
-def _estimated(full: str, sweep: Sweep, folder: Path, common: dict) -> Iterator[Method]:
-    """Reuse where its estimated error is small, for the shares that can be had. By step, it is the same for all."""
-    file = estimates_file(full, common["solver"], common["steps"], sweep, folder)
+def _reuse(name: str, which: str, sweep: Sweep, common: dict) -> Iterator[Method]:
+    """Reuse, which needs no exits, at fixed steps or by a threshold. which: end of the settings."""
+    num_layers, begin = load(name).num_layers, _begin(common["steps"])
+    for every in sweep.every:
+        yield Method("reuse", name, reuse=every, setting=f"every {every}{which}", **common)
+        for early in sorted({1, begin}):
+            what = "" if early == 1 else f", the first {early} in full"
+            own = {"policy": f"reuse:every={every},order=1,dense_early={early}"}
+            own["setting"] = f"every {every}, blocks, extrapolated{what}{which}"
+            yield Method("static reuse", name, **own, **common)
+        later = f",layers={num_layers // 3 + 1}-{num_layers}"  # the first blocks read the noisy image itself
+        for what, plan in {"all layers": "", "later layers": later}.items():
+            own = {"policy": f"reuse:every={every},level=layer{plan}", "setting": f"every {every}, {what}{which}"}
+            yield Method("static reuse", name, **own, **common)
+    for change in sweep.changes:
+        for order, what in ((0, ""), (1, ", extrapolated")):
+            own = {"policy": str(Cache(change, order=order)), "setting": f"{change:g}{what}{which}"}
+            yield Method("ours, cache", name, **own, **common)
+        own = {"policy": f"cache:batch={change:g}", "setting": f"{change:g}{which}"}
+        yield Method("cache, whole batch", name, **own, **common)
+
+
+def _estimated(model: str, which: str, sweep: Sweep, folder: Path, common: dict) -> Iterator[Method]:
+    """Reuse where its estimated error is small, for the shares that can be had. By step, it is the same for all.
+    which: end of the settings."""
+    file = estimates_file(model, common["solver"], common["steps"], sweep, folder)
     known = read_estimates(str(file))
     for share in sweep.budgets:
         for by, name, setting in (
-            ("sample", "ours, estimated errors", f"{share:g}"),
-            ("step", "static reuse", f"{share:g}, by estimated errors"),
+            ("sample", "ours, estimated errors", f"{share:g}{which}"),
+            ("step", "static reuse", f"{share:g}, by estimated errors{which}"),
         ):
             try:
                 known.level(by, share)
             except ValueError:  # beyond the measured shares
                 continue
             policy = f"estimate:{quoted(str(file))},share={share:g},by={by}"
-            yield Method(name, full, policy=policy, setting=setting, **common)
+            yield Method(name, model, policy=policy, setting=setting, **common)
 
 
-def estimates_file(full: str, solver: str, steps: int, sweep: Sweep, folder: Path) -> Path:
-    return folder / f"{fingerprint(full)}-reuse-{solver}-{steps}-{sweep.estimated_on}.json"
+def estimates_file(model: str, solver: str, steps: int, sweep: Sweep, folder: Path) -> Path:
+    return folder / f"{fingerprint(model)}-reuse-{solver}-{steps}-{sweep.estimated_on}.json"
 
 
 def calibrated_file(full: str, aim: str, solver: str, steps: int, sweep: Sweep, folder: Path) -> Path:
@@ -166,10 +185,9 @@ def calibrate(networks: Networks, sweep: Sweep, folder: Path, artist: Artist) ->
     ]
     # the longest first, so that the processes finish at about the same time
     artist.map(_calibrate, sorted(tasks, key=lambda task: -task[3]), "calibrations")
-    estimates = {one: estimates_file(networks.full, *one, sweep, folder) for one in sweep.estimated}
-    missing = [
-        (networks.full, *one, sweep.estimated_on, str(file)) for one, file in estimates.items() if not file.exists()
-    ]
+    both = filter(None, (networks.full, networks.plain))  # reuse needs no exits
+    wanted = {(name, *one): estimates_file(name, *one, sweep, folder) for name, one in product(both, sweep.estimated)}
+    missing = [(*one, sweep.estimated_on, str(file)) for one, file in wanted.items() if not file.exists()]
     artist.map(_estimate, sorted(missing, key=lambda task: -task[2]), "estimates of errors")
     shown = calibrated_file(networks.full, sweep.aims[0], sweep.solvers[0], max(sweep.steps), sweep, folder)
     return shown.with_suffix(".png")
@@ -187,8 +205,8 @@ def _calibrate(task: tuple[str, str, str, int, tuple[float, ...], int, str]) -> 
 
 
 def _estimate(task: tuple[str, str, int, int, str]) -> None:
-    full, solver, steps, n, file = task
-    errors = ReuseErrors(adadiff.load(full), n=n, steps=steps, solver=solver, batch=BATCH)
+    model, solver, steps, n, file = task
+    errors = ReuseErrors(adadiff.load(model), n=n, steps=steps, solver=solver, batch=BATCH)
     kept = _kept(file)
     found = errors.run(kept=kept)
     replace_file(Path(file), lambda temporary: temporary.write_text(estimates_json(found)), force=True)

@@ -133,7 +133,7 @@ LARGE = dataclasses.replace(  # of large networks
     further_solvers=("ddim",),
     switches=(700.0, 500.0),
     composed=(0.16,),
-    estimated=(("dpm++2m", 10), ("dpm++2m", 14), ("dpm++2m", 20)),  # 28 steps: screened on letters, on no front
+    estimated=(("dpm++2m", 6), ("dpm++2m", 10), ("dpm++2m", 14), ("dpm++2m", 20)),  # 28: on letters, on no front
 )
 QUICK = Sweep(
     steps=(4, 8),
