@@ -420,3 +420,18 @@ def test_what_to_try_is_what_the_model_was_calibrated_for(capsys: pytest.Capture
         assert run(f"{last} --n 1 --out {tmp_path / str(i)}") == 0
         notes.append("the policy was calibrated for" in capsys.readouterr().out)
     assert notes == [False, False, True]
+
+
+@pytest.mark.parametrize("command", ["calibrate", "calibrate-reuse"])
+def test_a_calibration_ends_with_the_options_to_sample_with(
+    command: str, tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the solver, the steps and the guidance it holds for; followed, they draw without a note."""
+    budget, out = " --budget 0.8" if command == "calibrate" else "", tmp_path / "made"
+    line = f"{command} {tiny} --out {out} --n 32 --batch 16 --steps 4 --solver dpm++2m --guidance-scale 2{budget}"
+    assert run(line) == 0
+    how = re.search(r"sample (?:it )?with (--.*)$", capsys.readouterr().out, re.MULTILINE)[1]
+    assert how.startswith("--class-labels 0,1,2,3 --steps 4 --solver dpm++2m --guidance-scale 2 --policy ")
+    model = out if command == "calibrate" else tiny
+    assert run(f"sample {model} --out {tmp_path}/drawn --n 5 {how}") == 0
+    assert "the policy was calibrated for" not in capsys.readouterr().out

@@ -17,7 +17,7 @@ from ..metrics.extractors import features_from
 from ..model import Model
 from ..writing import check_outputs, check_space, replace_file
 from .prompts import texts_of
-from .shared import check_limits, file_of, going_on, kept_runs, load_model
+from .shared import check_limits, drawn_as, file_of, going_on, kept_runs, load_model
 from .terminal import say, show, show_lines, with_bars
 
 HEADER = 2**16  # bytes, for names and the configuration
@@ -71,7 +71,8 @@ def calibrate(options: argparse.Namespace) -> None:
     kept.drop()
     if options.picture is not None:
         say(f"wrote {options.picture}")
-    say(f"wrote {options.out}; sample it with --policy exit:budget={calibration.budgets[0].share:g}")
+    how = drawn_as(calibration.steps, calibration.solver, calibration.guidance_scale, model.config.classes)
+    say(f"wrote {options.out}; sample it with {how} --policy exit:budget={calibration.budgets[0].share:g}")
 
 
 def _save(model: Model, options: argparse.Namespace, notes: dict[str, Any]) -> None:

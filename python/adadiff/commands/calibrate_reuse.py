@@ -8,7 +8,7 @@ from ..policies.estimated_file import estimates_json
 from ..policies.joining import quoted
 from ..writing import check_outputs, check_space, replace_file
 from .prompts import texts_of
-from .shared import check_limits, going_on, kept_runs, load_model
+from .shared import check_limits, drawn_as, going_on, kept_runs, load_model
 from .terminal import say, show, show_lines, with_bars
 
 MOST_SAMPLES = 10**5
@@ -44,7 +44,5 @@ def calibrate_reuse(options: argparse.Namespace) -> None:
     kept.drop()
     middle = estimates.by_sample[len(estimates.by_sample) // 2].share
     policy = shlex.quote(f"estimate:{quoted(str(options.out))},share={middle:.2g}")
-    given = f"--steps {options.steps[0]} --solver {options.solver}"
-    if options.guidance_scale != 1:
-        given += f" --guidance-scale {options.guidance_scale:g}"
-    say(f"wrote {options.out}; sample with {given} --policy {policy}")
+    how = drawn_as(options.steps[0], options.solver, options.guidance_scale, model.config.classes)
+    say(f"wrote {options.out}; sample with {how} --policy {policy}")

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from ..output.pictures import CHANNELS
 from ..policies.calibrated import Calibration
 from ..policies.step_selector import SelectorConfig
 from ..writing import check_outputs, replace_file
+from .shared import drawn_as, labels_to_try
 from .step_choices import show_choices
 from .terminal import bold, print_table, printable, say, show, show_lines, way_of_drawing
 
@@ -63,13 +63,11 @@ def _summary(name: str, content: Mapping[str, Any], calibration: Calibration | N
     if ours:
         how = f"--policy {_policy_to_try(content, calibration)}"
         if calibration is not None:
-            guided = f"--guidance-scale {calibration.guidance_scale:g} " if calibration.guidance_scale != 1 else ""
-            solver = printable(shlex.quote(calibration.solver))
-            how = f"--steps {calibration.steps} --solver {solver} {guided}{how}"
-        elif content["step_selector"] is not None:
-            how = f"--steps auto {how}"
-        if content["classes"]:
-            how = f"--class-labels {','.join(map(str, range(min(content['classes'], 4))))} {how}"
+            held = calibration.steps, calibration.solver, calibration.guidance_scale
+            how = f"{drawn_as(*held, content['classes'])} {how}"
+        else:
+            steps = "" if content["step_selector"] is None else "--steps auto "
+            how = f"{labels_to_try(content['classes'])}{steps}{how}"
         print("try: " + bold(f"adadiff sample {printable(name)} --out samples {how}"))
         print("more: --all (every setting and threshold), --json" + (", --picture FILE.png" if calibration else ""))
     else:

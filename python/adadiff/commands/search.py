@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 from typing import Any
 
 from .. import checkpoint
@@ -10,9 +11,10 @@ from ..forward.narrow import network_of
 from ..metrics.judges import judge_of
 from ..metrics.yardsticks import Yardstick
 from ..model import Model
+from ..policies.joining import quoted
 from ..policies.width_file import width_json
 from ..writing import check_outputs, replace_file
-from .shared import check_limits, file_of, going_on, kept_runs, load_model
+from .shared import check_limits, drawn_as, file_of, going_on, kept_runs, load_model
 from .terminal import say, show, show_lines, with_bars
 
 MOST_SAMPLES = 10**6
@@ -59,7 +61,9 @@ def search(options: argparse.Namespace) -> None:
     finally:
         show_lines(f"\n{found}\n")
     kept.drop()
-    say(f"wrote {options.out}; sample it with --policy width:{options.out}")
+    how = drawn_as(options.steps[0], options.solver, options.guidance_scale, model.config.classes)
+    policy = shlex.quote(f"width:{quoted(str(options.out))}")
+    say(f"wrote {options.out}; sample {options.model} with {how} --policy {policy}")
 
 
 def _yardstick(model: Model, options: argparse.Namespace) -> Yardstick | None:

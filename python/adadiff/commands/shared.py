@@ -1,6 +1,7 @@
 """Helpers that several commands share."""
 
 import argparse
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -19,7 +20,7 @@ from ..output.asked import resolved as resolved
 from ..output.pictures import CHANNELS
 from ..pipelines import latents
 from ..policies.step_selector import AUTO
-from .terminal import say
+from .terminal import printable, say
 
 MOST_BATCH, MOST_SHARD, MOST_RESAMPLES = 2**16, 10**5, 10**4
 
@@ -79,6 +80,17 @@ def with_progress(error: BaseException, progress: str) -> BaseException:
 
 def execution_of(options: argparse.Namespace) -> ExecutionOptions:
     return ExecutionOptions(batch_invariant=options.batch_invariant, runner=options.runner)
+
+
+def labels_to_try(classes: int | None) -> str:
+    """The option of `adadiff sample` for a few classes; empty for a model without classes."""
+    return f"--class-labels {','.join(map(str, range(min(classes, 4))))} " if classes else ""
+
+
+def drawn_as(steps: int, solver: str, guidance_scale: float, classes: int | None) -> str:
+    """The options of `adadiff sample` with which a calibration holds, as a shell reads them."""
+    guided = f" --guidance-scale {guidance_scale:g}" if guidance_scale != 1 else ""
+    return f"{labels_to_try(classes)}--steps {steps} --solver {printable(shlex.quote(solver))}{guided}"
 
 
 def steps_of(options: argparse.Namespace, n: int, slots: Sequence[int]) -> list[int] | str:
