@@ -82,6 +82,7 @@ def _front(data: str, rows: Sequence[Row]) -> Figure:
 # name -> (hash of its sources, how it is drawn)
 PICTURES: dict[str, tuple[Callable[[Sequence[Row]], str], Callable[[Sequence[Row]], Figure | None]]] = {
     "headline.png": (headline.source, headline.picture),
+    "equal-seconds-letters.png": (partial(rows_digest, suites={fronts.SUITE}), partial(_front, "letters")),
     "equal-seconds-canvases.png": (partial(rows_digest, suites={fronts.SUITE}), partial(_front, "canvases")),
     "equal-seconds-digits.png": (partial(rows_digest, suites={fronts.SUITE}), partial(_front, "digits")),
     "head-to-head-canvases.png": (
