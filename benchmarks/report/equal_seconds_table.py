@@ -13,14 +13,13 @@ DATA = "letters"
 SHARES = (0.2, 0.4, 0.6, 0.8)  # of the full network's time
 FULL = ("fewer steps", None, 20, "dpm++2m")  # method, setting, steps, solver of the full network
 BASELINE, ALTERNATIVES, BY_SAMPLE = "fewer steps", "best alternative", "by sample"
-KINDS: dict[
-    str, Callable[[Point], bool]
-] = {  # name of a line -> its settings, of which the one of least error is shown
+# name of a line -> whether a setting belongs to it; the one of least error is shown
+KINDS: dict[str, Callable[[Point], bool]] = {
     BASELINE: lambda point: point.method in ("fewer steps", "plain network"),
     ALTERNATIVES: lambda point: not point.ours,
     BY_SAMPLE: lambda point: point.ours,
 }
-FREE = "estimated errors"  # calibrated for a file that the user names
+ESTIMATED = "estimated errors"  # its policy names a file of the user
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
@@ -64,7 +63,7 @@ def _setting(point: Point | None) -> str:
     share, *more = point.setting.split(", ") if point.setting else (None,)
     if name in Sweep.aims:
         policy = f"`exit:budget={share}`"
-    elif name == FREE:
+    elif name == ESTIMATED:
         policy = f"`estimate:FILE,share={share}`"
     else:
         policy, more = name, [*filter(None, [share]), *more]
