@@ -212,6 +212,7 @@ def test_no_samples_is_no_error(tiny, tmp_path, capsys):
         ("--batch 0", "batch must be an integer >= 1"),
         ("--seed -1", "seed must be an integer >= 0"),
         ("--guidance-scale 2", "without --class-labels doubles the work and changes nothing"),
+        ("--tied", "--tied joins the halves of guidance, and there is none"),
         ("--guidance-scale nan", "guidance_scale must be finite"),
         ("--device toaster", "cannot use device 'toaster'"),
         ("--runner compiled --batch-invariant", "lane by lane, which is not compiled"),

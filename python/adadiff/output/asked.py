@@ -158,6 +158,8 @@ class Asked:
         """ValueError if the settings of any sample do not fit the model, before anything is drawn."""
         if self.guidance_interval is not None and self.guidance_scale == 1:
             raise ValueError("--guidance-interval limits guidance, and there is none; give --guidance-scale, too")
+        if self.tied and self.guidance_scale == 1:
+            raise ValueError("--tied joins the halves of guidance, and there is none; give --guidance-scale, too")
         self.run(networks, self.some_slots, self.no_texts(networks.model))
         if self.guidance_scale != 1 and networks.model.config.classes and self.class_labels is None:
             raise ValueError(
