@@ -50,9 +50,9 @@ def methods(networks: Networks, sweep: Sweep, folder: Path) -> list[Method]:
         found += _plain(networks, sweep, common)
         if solver in sweep.solvers and steps in sweep.steps:
             found += _adaptive(networks, sweep, folder, common)
-            for name in filter(None, (networks.full, networks.plain)):
+            for name in networks.deep:
                 found += _reuse(name, _which(networks, name), sweep, common)
-    for (solver, steps), name in product(sweep.estimated, filter(None, (networks.full, networks.plain))):
+    for (solver, steps), name in product(sweep.estimated, networks.deep):
         common = {"solver": solver, "steps": steps, "batch": BATCH}
         found += _estimated(name, _which(networks, name), sweep, folder, common)
     return found
@@ -76,7 +76,7 @@ def _plain(networks: Networks, sweep: Sweep, common: dict) -> Iterator[Method]:
         yield Method("plain network", networks.plain, **common)
     if networks.shallow:
         yield Method("shallow network", networks.shallow, **common)
-        for t, name in product(sweep.switches, filter(None, (full, networks.plain))):
+        for t, name in product(sweep.switches, networks.deep):
             setting = f"t ≥ {t:g}{_which(networks, name)}"
             switched = {"shallow_model": networks.shallow, "t_switch": t}
             yield Method("DuoDiff", name, setting=setting, **switched, **common)
@@ -123,26 +123,26 @@ def _adaptive(networks: Networks, sweep: Sweep, folder: Path, common: dict) -> I
             yield Method("batch mean", full, policy=policy, setting=setting, **common)
 
 
-def _reuse(name: str, which: str, sweep: Sweep, common: dict) -> Iterator[Method]:
+def _reuse(model: str, which: str, sweep: Sweep, common: dict) -> Iterator[Method]:
     """Reuse, which needs no exits, at fixed steps or by a threshold. which: end of the settings."""
-    num_layers, begin = load(name).num_layers, _begin(common["steps"])
+    num_layers, begin = load(model).num_layers, _begin(common["steps"])
     for every in sweep.every:
-        yield Method("reuse", name, reuse=every, setting=f"every {every}{which}", **common)
+        yield Method("reuse", model, reuse=every, setting=f"every {every}{which}", **common)
         for early in sorted({1, begin}):
             what = "" if early == 1 else f", the first {early} in full"
             own = {"policy": f"reuse:every={every},order=1,dense_early={early}"}
             own["setting"] = f"every {every}, blocks, extrapolated{what}{which}"
-            yield Method("static reuse", name, **own, **common)
+            yield Method("static reuse", model, **own, **common)
         later = f",layers={num_layers // 3 + 1}-{num_layers}"  # the first blocks read the noisy image itself
         for what, plan in {"all layers": "", "later layers": later}.items():
             own = {"policy": f"reuse:every={every},level=layer{plan}", "setting": f"every {every}, {what}{which}"}
-            yield Method("static reuse", name, **own, **common)
+            yield Method("static reuse", model, **own, **common)
     for change in sweep.changes:
         for order, what in ((0, ""), (1, ", extrapolated")):
             own = {"policy": str(Cache(change, order=order)), "setting": f"{change:g}{what}{which}"}
-            yield Method("ours, cache", name, **own, **common)
+            yield Method("ours, cache", model, **own, **common)
         own = {"policy": f"cache:batch={change:g}", "setting": f"{change:g}{which}"}
-        yield Method("cache, whole batch", name, **own, **common)
+        yield Method("cache, whole batch", model, **own, **common)
 
 
 def _estimated(model: str, which: str, sweep: Sweep, folder: Path, common: dict) -> Iterator[Method]:
@@ -185,9 +185,9 @@ def calibrate(networks: Networks, sweep: Sweep, folder: Path, artist: Artist) ->
     ]
     # the longest first, so that the processes finish at about the same time
     artist.map(_calibrate, sorted(tasks, key=lambda task: -task[3]), "calibrations")
-    both = filter(None, (networks.full, networks.plain))  # reuse needs no exits
-    wanted = {(name, *one): estimates_file(name, *one, sweep, folder) for name, one in product(both, sweep.estimated)}
-    missing = [(*one, sweep.estimated_on, str(file)) for one, file in wanted.items() if not file.exists()]
+    wanted = [(name, *one) for name, one in product(networks.deep, sweep.estimated)]  # reuse needs no exits
+    estimates = {one: estimates_file(*one, sweep, folder) for one in wanted}
+    missing = [(*one, sweep.estimated_on, str(file)) for one, file in estimates.items() if not file.exists()]
     artist.map(_estimate, sorted(missing, key=lambda task: -task[2]), "estimates of errors")
     shown = calibrated_file(networks.full, sweep.aims[0], sweep.solvers[0], max(sweep.steps), sweep, folder)
     return shown.with_suffix(".png")

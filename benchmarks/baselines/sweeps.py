@@ -33,6 +33,11 @@ class Networks:
         return self.full, self.plain, self.shallow
 
     @property
+    def deep(self) -> tuple[str, ...]:
+        """The networks of all blocks: the full one and, if there is one, the plain one."""
+        return (self.full, self.plain) if self.plain else (self.full,)
+
+    @property
     def checkpoints(self) -> list[str | None]:
         return [name and fingerprint(name) for name in self.names]
 

@@ -12,12 +12,12 @@ from benchmarks.rows import Row
 DATA = "letters"
 SHARES = (0.2, 0.4, 0.6, 0.8)  # of the full network's time
 FULL = ("fewer steps", None, 20, "dpm++2m")  # method, setting, steps, solver of the full network
-BASELINE, ALTERNATIVES, BY_SAMPLE = "fewer steps", "best alternative", "by sample"
+BASELINE = "fewer steps"
 # name of a line -> whether a setting belongs to it; the one of least error is shown
 KINDS: dict[str, Callable[[Point], bool]] = {
     BASELINE: lambda point: point.method in ("fewer steps", "plain network"),
-    ALTERNATIVES: lambda point: not point.ours,
-    BY_SAMPLE: lambda point: point.ours,
+    "best alternative": lambda point: not point.ours,
+    "by sample": lambda point: point.ours,
 }
 ESTIMATED = "estimated errors"  # its policy names a file of the user
 
@@ -35,10 +35,11 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         if name != BASELINE:
             body.append(("which, steps", *map(_setting, found)))
     header = (f"{DATA}, within", *(f"{share:.0%} of the time" for share in SHARES))
+    half = f"{_half_width([point for found in best.values() for point in found if point]):.0f}"
     note = (
         f"The smallest error within shares of the full network's {number(full.seconds * 1e3, 0)} ms an image in "
-        f"{full.steps} steps, x 1000, with 95 % intervals; after it the Fréchet distance, ±1. Error: mean squared "
-        f"difference from its images at 100 steps. Full network: {_quality(full)}."
+        f"{full.steps} steps, x 1000, with 95 % intervals; after it the Fréchet distance, ±{half}. Error: mean squared "
+        f"difference from its images at {Sweep.reference_steps} steps. Full network: {_quality(full)}."
     )
     own = [row for row in rows if (row["suite"], row["kind"]) == (SUITE, "speed") and row["parameters"]["data"] == DATA]
     return [Table(where(own), header, body, note)]
@@ -48,6 +49,11 @@ def best_within(timed: Sequence[Point], belongs: Callable[[Point], bool], second
     """The setting of this kind with the smallest error within `seconds` per image."""
     fast = [point for point in timed if belongs(point) and point.seconds <= seconds]
     return min(fast, key=lambda point: point.measures["error"].value, default=None)
+
+
+def _half_width(shown: Sequence[Point]) -> float:
+    frechet = [point.measures["frechet"] for point in shown]
+    return sum(interval.high - interval.low for interval in frechet) / (2 * len(frechet))
 
 
 def _quality(point: Point | None) -> str:

@@ -1,14 +1,12 @@
 """adadiff calibrate-reuse."""
 
 import argparse
-import shlex
 
 from ..calibration.reuse_errors import NUMBER, ReuseErrors
 from ..policies.estimated_file import estimates_json
-from ..policies.joining import quoted
 from ..writing import check_outputs, check_space, replace_file
 from .prompts import texts_of
-from .shared import check_limits, drawn_as, going_on, kept_runs, load_model
+from .shared import check_limits, drawn_as, going_on, kept_runs, load_model, policy_of
 from .terminal import say, show, show_lines, with_bars
 
 MOST_SAMPLES = 10**5
@@ -43,6 +41,6 @@ def calibrate_reuse(options: argparse.Namespace) -> None:
         show_lines(f"\n{estimates}\n")
     kept.drop()
     middle = estimates.by_sample[len(estimates.by_sample) // 2].share
-    policy = shlex.quote(f"estimate:{quoted(str(options.out))},share={middle:.2g}")
+    policy = policy_of("estimate", options.out, f",share={middle:.2g}")
     how = drawn_as(options.steps[0], options.solver, options.guidance_scale, model.config.classes)
     say(f"wrote {options.out}; sample with {how} --policy {policy}")

@@ -13,7 +13,7 @@ from ..sampling.cascade_file import CascadeSettings, write_cascade
 from ..sampling.oracle import Oracle
 from ..training.distilling import DistillConfig, Distilling
 from ..writing import check_outputs, check_space, replace_file
-from .shared import device_of, digest, with_progress
+from .shared import device_of, digest, policy_of, with_progress
 from .terminal import say, show, with_bars
 
 
@@ -38,7 +38,7 @@ def distill(options: argparse.Namespace) -> None:
     replace_file(out, lambda path: write_cascade(path, student, oracle, settings, notes), force=options.force)
     state.unlink(missing_ok=True)
     say(f"the oracle finds the real image in {distilling.held_out_auc:.1%} of held-out pairs of a real and a drawn one")
-    say(f"wrote {out}; sample {options.model} with --policy cascade:{out}")
+    say(f"wrote {out}; sample {options.model} with --policy {policy_of('cascade', out)}")
 
 
 def _run(distilling: Distilling, config: DistillConfig) -> tuple[Model, Oracle, CascadeSettings]:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import shlex
 from typing import Any
 
 from .. import checkpoint
@@ -11,10 +10,9 @@ from ..forward.narrow import network_of
 from ..metrics.judges import judge_of
 from ..metrics.yardsticks import Yardstick
 from ..model import Model
-from ..policies.joining import quoted
 from ..policies.width_file import width_json
 from ..writing import check_outputs, replace_file
-from .shared import check_limits, drawn_as, file_of, going_on, kept_runs, load_model
+from .shared import check_limits, drawn_as, file_of, going_on, kept_runs, load_model, policy_of
 from .terminal import say, show, show_lines, with_bars
 
 MOST_SAMPLES = 10**6
@@ -62,7 +60,7 @@ def search(options: argparse.Namespace) -> None:
         show_lines(f"\n{found}\n")
     kept.drop()
     how = drawn_as(options.steps[0], options.solver, options.guidance_scale, model.config.classes)
-    policy = shlex.quote(f"width:{quoted(str(options.out))}")
+    policy = policy_of("width", options.out)
     say(f"wrote {options.out}; sample {options.model} with {how} --policy {policy}")
 
 

@@ -4,6 +4,7 @@ import argparse
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from ..output.asked import digest as digest
 from ..output.asked import resolved as resolved
 from ..output.pictures import CHANNELS
 from ..pipelines import latents
+from ..policies.joining import quoted
 from ..policies.step_selector import AUTO
 from .terminal import printable, say
 
@@ -91,6 +93,11 @@ def drawn_as(steps: int, solver: str, guidance_scale: float, classes: int | None
     """The options of `adadiff sample` with which a calibration holds, as a shell reads them."""
     guided = f" --guidance-scale {guidance_scale:g}" if guidance_scale != 1 else ""
     return f"{labels_to_try(classes)}--steps {steps} --solver {printable(shlex.quote(solver))}{guided}"
+
+
+def policy_of(kind: str, file: Path, more: str = "") -> str:
+    """The value of --policy that reads `file`, as a shell reads it. more: further settings, from the comma on."""
+    return shlex.quote(f"{kind}:{quoted(str(file))}{more}")
 
 
 def steps_of(options: argparse.Namespace, n: int, slots: Sequence[int]) -> list[int] | str:
