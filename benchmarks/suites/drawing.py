@@ -255,7 +255,8 @@ class Artist:
 
 def kept_images(folder: Path, artist: Artist, method: Method, seeds: Tensor, labels: Tensor, run: int) -> Tensor:
     """Images of a network in full, for others to be compared with: drawn once, then read from the folder."""
-    path = folder / f"{fingerprint(method.model)}-{method.steps}-{len(seeds)}-{run}.safetensors"
+    how = f"{method.steps}-{method.solver}-{method.guidance_scale:g}"
+    path = folder / f"{fingerprint(method.model)}-{how}-{len(seeds)}-{run}.safetensors"
     return kept(path, lambda: {"images": artist.draw(method, seeds, labels).images})["images"]
 
 
