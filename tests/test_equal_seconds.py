@@ -479,3 +479,25 @@ def check_pages(measured: list[rows.Row], folder: Path) -> None:
     labels = list(itertools.chain.from_iterable(axis.get_legend_handles_labels()[1] for axis in curves))
     assert all(labels.count(name) == 6 for name in {row["variant"] for row in measured})
     assert [p.name for p in plots.draw(measured, folder)] == ["equal-seconds-digits.png"]
+
+
+class Numbered:
+    """Draws images that all hold the number of the drawing."""
+
+    drawings = 0
+
+    def draw(self, method: drawing.Method, seeds: torch.Tensor, labels: torch.Tensor) -> drawing.Drawn:
+        self.drawings += 1
+        return drawing.Drawn(torch.full((len(seeds), 1, 2, 2), float(self.drawings)))
+
+
+def test_kept_images_are_read_only_by_what_draws_the_same(tmp_path: Path) -> None:
+    """A method that differs in steps, solver or guidance never gets the images of another."""
+    first = drawing.Method("reference", "digits", steps=4)
+    others = ({"steps": 5}, {"solver": "dpm++2m"}, {"guidance_scale": 2.0})
+    methods, artist = [first, *(dataclasses.replace(first, **other) for other in others)], Numbered()
+    for _ in range(2):
+        for number, method in enumerate(methods, 1):
+            images = drawing.kept_images(tmp_path, artist, method, torch.arange(3), torch.zeros(3), run=0)
+            assert float(images.unique()) == number
+    assert artist.drawings == len(methods)

@@ -66,14 +66,14 @@ def _setting(point: Point | None) -> str:
     if point is None:
         return ""
     name = point.method.removeprefix("ours, ")
-    share, *more = point.setting.split(", ") if point.setting else (None,)
+    parts = point.setting.split(", ") if point.setting else []
     if name in Sweep.aims:
-        policy = f"`exit:budget={share}`"
+        shown = [f"`exit:budget={parts[0]}`", *parts[1:]]
     elif name == ESTIMATED:
-        policy = f"`estimate:FILE,share={share}`"
+        shown = [f"`estimate:FILE,share={parts[0]}`", *parts[1:]]
     else:
-        policy, more = name, [*filter(None, [share]), *more]
-    return ", ".join([policy, *more, f"{point.steps}"])
+        shown = [name, *parts]
+    return ", ".join([*shown, str(point.steps)])
 
 
 def _interval(interval: Interval) -> str:

@@ -75,16 +75,16 @@ def rows_digest(rows: Sequence[Row], suites: set[str]) -> str:
     return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _front(data: str, rows: Sequence[Row]) -> Figure:
-    return front_plots.picture(rows, data)
-
-
 # name -> (hash of its sources, how it is drawn)
 PICTURES: dict[str, tuple[Callable[[Sequence[Row]], str], Callable[[Sequence[Row]], Figure | None]]] = {
     "headline.png": (headline.source, headline.picture),
-    "equal-seconds-letters.png": (partial(rows_digest, suites={fronts.SUITE}), partial(_front, "letters")),
-    "equal-seconds-canvases.png": (partial(rows_digest, suites={fronts.SUITE}), partial(_front, "canvases")),
-    "equal-seconds-digits.png": (partial(rows_digest, suites={fronts.SUITE}), partial(_front, "digits")),
+    **{
+        f"equal-seconds-{data}.png": (
+            partial(rows_digest, suites={fronts.SUITE}),
+            partial(front_plots.picture, data=data),
+        )
+        for data in ("letters", "canvases", "digits")
+    },
     "head-to-head-canvases.png": (
         partial(rows_digest, suites={head_to_head_tables.SUITE}),
         partial(head_to_head_tables.picture, data="canvases"),
